@@ -1,0 +1,91 @@
+# Everything a fresh machine with python3, make and g++ needs: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+ORACLE_VENV := .venv-oracle
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
+CPP := $(wildcard native/*.h native/*.cpp native/*.inl)
+say = @printf '\n== %s\n' "$(1)"
+
+.PHONY: help demo test check test-oracle bench format stubs clean
+
+help:
+	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
+	@echo "make test         all tests that need no torch"
+	@echo "make check        formats, lint, types, import rules, stubs"
+	@echo "make test-oracle  the comparisons with transformers, in a venv of their own"
+	@echo "make bench        tokens per second of prefill and decode on this machine"
+	@echo "make format       reformat Python and C++; make stubs rewrites the native module's stub"
+
+demo: $(VENV)/.installed
+	$(call say,Fetch the default model once: SmolLM2-135M-Instruct (98 MB))
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,Answer one prompt without the KV cache and with it)
+	$(VENV)/bin/kvik race
+
+test: $(VENV)/.tests-installed
+	$(call say,Run all tests that need no torch)
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/.check-installed
+	$(call say,Python: format and lint)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(call say,C++: format)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(call say,Types)
+	$(VENV)/bin/mypy
+	$(call say,Imports point downward only)
+	$(VENV)/bin/lint-imports
+	$(call say,The stub of the native module is current)
+	$(VENV)/bin/python -m nanobind.stubgen -q -m kvik._native -O build/stubs
+	$(VENV)/bin/ruff format -q build/stubs/_native.pyi
+	diff src/kvik/_native.pyi build/stubs/_native.pyi
+
+test-oracle: $(ORACLE_VENV)/.installed
+	$(call say,Compare with transformers in float32)
+	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
+
+bench: $(VENV)/.installed
+	$(call say,Prefill and decode of the default model)
+	$(VENV)/bin/python bench/speed.py
+
+format: $(VENV)/.check-installed
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+stubs: $(VENV)/.check-installed
+	$(VENV)/bin/python -m nanobind.stubgen -q -m kvik._native -o src/kvik/_native.pyi
+	$(VENV)/bin/ruff format -q src/kvik/_native.pyi
+
+clean:
+	rm -rf $(VENV) $(ORACLE_VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/.made:
+	$(call say,Make a virtual environment in $(VENV))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvik needs Python 3.11 or newer, %s is %d.%d" % (sys.executable, *sys.version_info[:2]))'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# -e: Python sources are used where they lie; a change of native code or of pyproject.toml installs again.
+$(VENV)/.installed: $(SOURCES) | $(VENV)/.made
+	$(call say,Build and install kvik (half a minute))
+	$(VENV)/bin/pip install -q -e .
+	@touch $@
+
+$(VENV)/.tests-installed: $(VENV)/.installed
+	$(call say,Install what the tests need)
+	$(VENV)/bin/pip install -q -e '.[test]'
+	@touch $@
+
+$(VENV)/.check-installed: $(VENV)/.installed
+	$(call say,Install the checkers)
+	$(VENV)/bin/pip install -q -e '.[check]'
+	@touch $@
+
+$(ORACLE_VENV)/.installed: $(SOURCES)
+	$(call say,Make $(ORACLE_VENV) with torch and transformers)
+	$(PYTHON) -m venv $(ORACLE_VENV)
+	$(ORACLE_VENV)/bin/pip install -q -e '.[oracle]'
+	@touch $@

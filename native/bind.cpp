@@ -1,0 +1,377 @@
+// The Python module kvik._native: arguments are checked here, once a call; kernels trust them.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "kv_arrays.h"
+#include "half.h"
+#include "packing.h"
+#include "thread_pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvik {
+namespace {
+
+template <class T, int dims> using Array = nb::ndarray<T, nb::ndim<dims>, nb::c_contig, nb::device::cpu>;
+template <int dims> using Floats = Array<const float, dims>;
+template <int dims> using FloatsOut = Array<float, dims>;
+using Integers = Array<const int32_t, 1>;
+
+const Kernels *kernels = nullptr;
+
+// KVIK_ISA, or the best set that this processor has.
+const Kernels *choose_kernels() {
+  const char *asked = std::getenv("KVIK_ISA");
+  const std::string name = asked ? asked : "";
+#if KVIK_X86
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (name == "avx2" && !has_avx2) throw nb::import_error("KVIK_ISA=avx2, but this processor has no AVX2, FMA, F16C");
+  if (has_avx2 && name != "generic") {
+    if (name.empty() || name == "avx2") return &kAvx2Kernels;
+  }
+#endif
+  if (name.empty() || name == "generic") return &kGenericKernels;
+  throw nb::import_error(("KVIK_ISA=" + name + " is not one of: generic, avx2").c_str());
+}
+
+void require(bool holds, const char *what) {
+  if (!holds) throw nb::value_error(what);
+}
+
+int64_t size(const auto &array, std::size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
+
+PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> source, int64_t rows, int64_t columns,
+                         ThreadPool &pool) {
+  const GgufType *type = find_gguf_type(type_name);
+  if (!type) throw nb::value_error(("pack: no packed format for type " + std::string(type_name)).c_str());
+  constexpr int64_t kMost = int64_t{1} << 31;
+  require(rows > 0 && columns > 0 && rows < kMost && columns < kMost,
+          "pack: rows and columns must be in 1 ... 2**31-1");
+  require(columns % columns_multiple(*type) == 0, "pack: columns must be a multiple of the type's block");
+  require(size(source, 0) == rows * row_bytes(*type, columns), "pack: source has the wrong number of bytes");
+  return pack(*type, source.data(), rows, columns, pool);
+}
+
+// Buffers of the quantised activations of one call.
+class QuantizedRows {
+public:
+  QuantizedRows(int64_t rows, int64_t columns, bool fine)
+      : columns_(columns), high_(static_cast<std::size_t>(rows * columns)), low_(fine ? high_.size() : 0),
+        scale_(high_.size() / kGroup), sums_(3 * scale_.size()) {}
+
+  ActivationsOut row(int64_t i) {
+    const int64_t groups = columns_ / kGroup;
+    return {high_.data() + i * columns_, low_.empty() ? nullptr : low_.data() + i * columns_,
+            scale_.data() + i * groups, sums_.data() + 3 * i * groups};
+  }
+  Activations all() const { return {high_.data(), low_.data(), scale_.data(), sums_.data()}; }
+
+private:
+  int64_t columns_;
+  std::vector<int8_t> high_, low_;
+  std::vector<float> scale_, sums_;
+};
+
+constexpr int64_t kRowGrain = 2; // row blocks: 16 rows, one cache line of outputs
+
+// Each weight times x; x is quantised once for all of them.
+void project(ThreadPool &pool, Floats<2> x, const std::vector<const PackedWeight *> &weights,
+             const std::vector<FloatsOut<2>> &outs, bool fine) {
+  const int64_t num_tokens = size(x, 0), columns = size(x, 1);
+  require(weights.size() == outs.size(), "project: one output a weight");
+  bool quantize = false;
+  int64_t row_blocks = 0;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    require(weights[i] != nullptr, "project: a weight is None");
+    require(weights[i]->columns == columns, "project: x has another number of columns than the weight");
+    require(size(outs[i], 0) == num_tokens && size(outs[i], 1) == weights[i]->rows, "project: wrong output shape");
+    quantize = quantize || weights[i]->quantized();
+    row_blocks += weights[i]->row_blocks();
+  }
+  QuantizedRows rows(quantize ? num_tokens : 0, columns, fine);
+  if (quantize) {
+    pool.for_ranges(num_tokens, 8, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) kernels->quantize(x.data() + i * columns, columns, fine, rows.row(i));
+    });
+  }
+  // The row blocks of all weights in a row, cut evenly.
+  pool.for_ranges(row_blocks, kRowGrain, [&](int64_t first, int64_t last) {
+    for (std::size_t i = 0; i < weights.size() && last > 0; ++i) {
+      const PackedWeight &weight = *weights[i];
+      const int64_t count = weight.row_blocks();
+      if (first < count) {
+        const LinearArgs args{weight.data.get(), weight.rows, columns,       rows.all(),
+                              x.data(),          num_tokens,  outs[i].data()};
+        const LinearKernel kernel = weight.quantized() ? kernels->quantized_linear[weight.block_format][fine]
+                                                       : kernels->float_linear[static_cast<int>(weight.float_format)];
+        kernel(args, first, std::min(last, count));
+      }
+      first = std::max<int64_t>(first - count, 0);
+      last -= count;
+    }
+  });
+}
+
+float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
+  const int64_t at = (row / kRowBlock * weight.columns + column) * kRowBlock + row % kRowBlock;
+  switch (weight.float_format) {
+  case FloatFormat::f16:
+    return to_float(reinterpret_cast<const Half *>(weight.data.get())[at]);
+  case FloatFormat::bf16:
+    return to_float(reinterpret_cast<const BFloat16 *>(weight.data.get())[at]);
+  default:
+    return reinterpret_cast<const float *>(weight.data.get())[at];
+  }
+}
+
+// Rows of the weight as floats: out (T, columns).
+void take_rows(const PackedWeight &weight, Integers row_ids, FloatsOut<2> out) {
+  require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "take_rows: wrong output shape");
+  for (int64_t i = 0; i < size(row_ids, 0); ++i)
+    require(row_ids(i) >= 0 && row_ids(i) < weight.rows, "take_rows: a row id is outside the weight");
+  for (int64_t i = 0; i < size(row_ids, 0); ++i) {
+    float *row = out.data() + i * weight.columns;
+    if (weight.quantized()) {
+      kernels->dequantize_row(weight.block_format, weight.data.get(), weight.columns, row_ids(i), row);
+    } else {
+      for (int64_t k = 0; k < weight.columns; ++k) row[k] = read_float(weight, row_ids(i), k);
+    }
+  }
+}
+
+void rms_norm(ThreadPool &pool, Floats<2> x, Floats<1> weight, float eps, FloatsOut<2> out) {
+  const int64_t columns = size(x, 1);
+  require(size(weight, 0) == columns, "rms_norm: the weight has another width than x");
+  require(size(out, 0) == size(x, 0) && size(out, 1) == columns, "rms_norm: wrong output shape");
+  pool.for_ranges(size(x, 0), 16, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      kernels->rms_norm(x.data() + i * columns, weight.data(), columns, eps, out.data() + i * columns);
+  });
+}
+
+void silu_multiply(ThreadPool &pool, Floats<2> gate, Floats<2> up, FloatsOut<2> out) {
+  require(size(gate, 0) == size(up, 0) && size(gate, 1) == size(up, 1), "silu_multiply: gate and up differ in shape");
+  require(size(out, 0) == size(up, 0) && size(out, 1) == size(up, 1), "silu_multiply: wrong output shape");
+  const int64_t columns = size(up, 1);
+  pool.for_ranges(size(up, 0), 8, [&](int64_t first, int64_t last) {
+    const int64_t at = first * columns;
+    kernels->silu_multiply(gate.data() + at, up.data() + at, (last - first) * columns, out.data() + at);
+  });
+}
+
+// Turns pairs of dimensions by position * frequency; table (positions, pairs, 2) holds cosine and sine.
+void rope(Floats<3> x, Integers positions, Floats<3> table, bool adjacent_pairs, FloatsOut<3> out) {
+  const int64_t heads = size(x, 1), head_dim = size(x, 2), pairs = size(table, 1);
+  require(size(table, 2) == 2 && 2 * pairs <= head_dim, "rope: the table does not fit head_dim");
+  require(size(positions, 0) == size(x, 0), "rope: one position a token");
+  for (std::size_t axis = 0; axis < 3; ++axis) require(size(out, axis) == size(x, axis), "rope: wrong output shape");
+  for (int64_t i = 0; i < size(x, 0); ++i)
+    require(positions(i) >= 0 && positions(i) < size(table, 0), "rope: a position is outside the table");
+  std::copy_n(x.data(), x.size(), out.data());
+  const int64_t step = adjacent_pairs ? 2 : 1, partner = adjacent_pairs ? 1 : pairs;
+  for (int64_t i = 0; i < size(x, 0); ++i) {
+    const float *turns = table.data() + positions(i) * pairs * 2;
+    for (int64_t head = 0; head < heads; ++head) {
+      float *row = out.data() + (i * heads + head) * head_dim;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        float &a = row[pair * step], &b = row[pair * step + partner];
+        const float cosine = turns[2 * pair], sine = turns[2 * pair + 1], old = a;
+        a = old * cosine - b * sine;
+        b = old * sine + b * cosine;
+      }
+    }
+  }
+}
+
+void write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3> v, Integers slots) {
+  const int64_t num_tokens = size(slots, 0);
+  for (const auto &array : {k, v}) {
+    require(size(array, 0) == num_tokens, "write_kv: one slot a token");
+    require(size(array, 1) == kv.num_kv_heads && size(array, 2) == kv.head_dim, "write_kv: k or v has a wrong shape");
+  }
+  for (int64_t i = 0; i < num_tokens; ++i)
+    require(slots(i) >= 0 && slots(i) < kv.num_blocks * kBlockSize, "write_kv: a slot is outside the cache");
+  const int64_t width = kv.num_kv_heads * kv.head_dim;
+  // Neighbouring tokens share cache lines of a K tile, so a thread takes whole blocks' worth of them.
+  pool.for_ranges(num_tokens, kBlockSize, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) kernels->write_kv(kv, k.data() + i * width, v.data() + i * width, slots(i));
+  });
+}
+
+void check_attention(const AttendArgs &args, int64_t num_sequences) {
+  std::vector<int32_t> longest(static_cast<std::size_t>(num_sequences), -1);
+  for (int64_t i = 0; i < args.num_tokens; ++i) {
+    const int32_t sequence = args.sequence_index[i], position = args.positions[i];
+    require(sequence >= 0 && sequence < num_sequences, "attend: a sequence index has no block table");
+    require(position >= 0 && position < args.table_width * kBlockSize, "attend: a position is past its block table");
+    int32_t &known = longest[static_cast<std::size_t>(sequence)];
+    known = std::max(known, position);
+  }
+  for (int64_t s = 0; s < num_sequences; ++s) {
+    const int32_t last = longest[static_cast<std::size_t>(s)];
+    for (int64_t i = 0; last >= 0 && i <= last / kBlockSize; ++i) {
+      const int32_t block = args.block_tables[s * args.table_width + i];
+      require(block >= 0 && block < args.kv.num_blocks, "attend: a block id is outside the cache");
+    }
+  }
+}
+
+// Room for the softmax state of one KV head's group, and its neighbours' cache lines kept apart.
+class PartialBuffer {
+public:
+  PartialBuffer(int64_t count, int64_t group, int64_t head_dim)
+      : group_(group), stride_((group * (head_dim + 2) + 15) / 16 * 16),
+        data_(static_cast<std::size_t>(count * stride_)) {}
+  Partial at(int64_t index) {
+    float *start = data_.data() + index * stride_;
+    return {start, start + group_, start + 2 * group_};
+  }
+
+private:
+  int64_t group_, stride_;
+  std::vector<float> data_;
+};
+
+void write_output(const AttendArgs &args, int64_t token, int64_t kv_head, const Partial &total) {
+  const int64_t head_dim = args.kv.head_dim, group = args.num_heads / args.kv.num_kv_heads;
+  float *out = args.out + (token * args.num_heads + kv_head * group) * head_dim;
+  for (int64_t h = 0; h < group; ++h)
+    for (int64_t d = 0; d < head_dim; ++d) out[h * head_dim + d] = total.value[h * head_dim + d] / total.sum[h];
+}
+
+void attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_t, 2> block_tables,
+            Integers sequence_index, Integers positions, float scale, FloatsOut<3> out) {
+  const int64_t num_tokens = size(q, 0), num_heads = size(q, 1), head_dim = kv.head_dim;
+  require(size(q, 2) == head_dim, "attend: q has another head_dim than the cache");
+  require(num_heads % kv.num_kv_heads == 0, "attend: query heads must be a multiple of KV heads");
+  require(size(sequence_index, 0) == num_tokens && size(positions, 0) == num_tokens, "attend: one index a token");
+  for (std::size_t axis = 0; axis < 3; ++axis) require(size(out, axis) == size(q, axis), "attend: wrong output shape");
+  const AttendArgs args{
+      q.data(),  kv,    block_tables.data(), size(block_tables, 1), sequence_index.data(), positions.data(), num_tokens,
+      num_heads, scale, out.data()};
+  check_attention(args, size(block_tables, 0));
+
+  const int64_t group = num_heads / kv.num_kv_heads, rows = num_tokens * kv.num_kv_heads, threads = pool.num_threads();
+  const auto segments = [&](int64_t row) { return positions(row / kv.num_kv_heads) / kSegment + 1; };
+  std::vector<float> scratch(static_cast<std::size_t>(threads * group * kSegment));
+  const auto run_segment = [&](int thread, int64_t row, int64_t segment, const Partial &result) {
+    kernels->attend_segment(args, row / kv.num_kv_heads, row % kv.num_kv_heads, segment,
+                            scratch.data() + thread * group * kSegment, result);
+  };
+  const auto merge = [&](const Partial &total, const Partial &next) {
+    kernels->merge_segments(total, next, group, head_dim);
+  };
+
+  // With many rows a task is a row, its segments merged as they come. With few, a task is one segment, and the
+  // merge follows in the same order: either way the same operations, so the same bits.
+  if (rows >= 4 * threads) {
+    PartialBuffer partials(2 * threads, group, head_dim);
+    pool.for_each(rows, [&](int thread, int64_t row) {
+      const Partial total = partials.at(2 * thread), next = partials.at(2 * thread + 1);
+      run_segment(thread, row, 0, total);
+      for (int64_t segment = 1; segment < segments(row); ++segment) {
+        run_segment(thread, row, segment, next);
+        merge(total, next);
+      }
+      write_output(args, row / kv.num_kv_heads, row % kv.num_kv_heads, total);
+    });
+    return;
+  }
+  std::vector<int64_t> first_task(static_cast<std::size_t>(rows + 1), 0);
+  for (int64_t row = 0; row < rows; ++row)
+    first_task[static_cast<std::size_t>(row + 1)] = first_task[static_cast<std::size_t>(row)] + segments(row);
+  PartialBuffer partials(first_task.back(), group, head_dim);
+  pool.for_each(first_task.back(), [&](int thread, int64_t task) {
+    const auto after = std::upper_bound(first_task.begin(), first_task.end(), task);
+    const int64_t row = after - first_task.begin() - 1;
+    run_segment(thread, row, task - first_task[static_cast<std::size_t>(row)], partials.at(task));
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t first = first_task[static_cast<std::size_t>(row)];
+    const Partial total = partials.at(first);
+    for (int64_t segment = 1; segment < segments(row); ++segment) merge(total, partials.at(first + segment));
+    write_output(args, row / kv.num_kv_heads, row % kv.num_kv_heads, total);
+  }
+}
+
+std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
+                                         std::string_view dtype) {
+  require(dtype == "f16" || dtype == "f32", "KVArrays: dtype must be f16 or f32");
+  require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 1024,
+          "KVArrays: head_dim must be a multiple of 8 up to 1024");
+  for (const int64_t count : {num_layers, num_blocks, num_kv_heads})
+    require(count > 0 && count < (int64_t{1} << 26), "KVArrays: layers, blocks and heads must be in 1 ... 2**26-1");
+  const double bytes = 2.0 * kBlockSize * 4 * static_cast<double>(num_layers) * static_cast<double>(num_blocks + 8) *
+                       static_cast<double>(num_kv_heads) * static_cast<double>(head_dim);
+  if (bytes > 1e15) throw std::bad_alloc();
+  require(num_blocks * kBlockSize <= std::numeric_limits<int32_t>::max(), "KVArrays: slots must fit 32 bits");
+  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim,
+                                    dtype == "f16" ? KVType::f16 : KVType::f32);
+}
+
+LayerKV layer_of(const KVArrays &arrays, int64_t index) {
+  if (index < 0 || index >= arrays.num_layers()) throw nb::index_error("KVArrays: no such layer");
+  return arrays.layer(index);
+}
+
+} // namespace
+} // namespace kvik
+
+NB_MODULE(_native, m) {
+  using namespace kvik;
+  kernels = choose_kernels();
+  // An interpreter that ends while a caller still holds a model is no leak worth a page of warnings.
+  nb::set_leak_warnings(false);
+  m.doc() = "kvik's native core: packed weights, thread pool and kernels.";
+  m.attr("isa") = kernels->isa;
+  m.attr("BLOCK_SIZE") = kBlockSize;
+  m.attr("SEGMENT") = kSegment;
+
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<ThreadPool>(m, "ThreadPool", "Threads that share the work of one op at a time.")
+      .def(nb::init<int>(), "num_threads"_a)
+      .def_prop_ro("num_threads", &ThreadPool::num_threads);
+  nb::class_<PackedWeight>(m, "PackedWeight", "A weight matrix (rows, columns) in kvik's packed layout.")
+      .def_ro("rows", &PackedWeight::rows)
+      .def_ro("columns", &PackedWeight::columns)
+      .def_ro("num_bytes", &PackedWeight::num_bytes);
+  nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.");
+  nb::class_<KVArrays>(m, "KVArrays", "Keys and values of all layers, in blocks of 32 tokens.")
+      .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "dtype"_a)
+      .def_prop_ro("num_bytes", &KVArrays::num_bytes)
+      .def("layer", &layer_of, "index"_a, nb::keep_alive<0, 1>());
+
+  // noconvert: a quiet copy of an input would cost, and of an output lose, what the caller meant.
+  m.def("pack", &pack_tensor, Unlocked(), "type"_a, "source"_a.noconvert(), "rows"_a, "columns"_a, "pool"_a,
+        "Packs a GGUF tensor's bytes without loss.");
+  m.def("project", &project, Unlocked(), "pool"_a, "x"_a.noconvert(), "weights"_a.noconvert(), "outs"_a.noconvert(),
+        "fine"_a, "outs[i] = x @ weights[i].T; activations in int16 where `fine`, else int8.");
+  m.def("take_rows", &take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "out"_a.noconvert(),
+        "out = weight[row_ids] as float32.");
+  m.def("rms_norm", &rms_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a,
+        "out"_a.noconvert(), "out = x / sqrt(mean(x**2) + eps) * weight, row by row.");
+  m.def("silu_multiply", &silu_multiply, Unlocked(), "pool"_a, "gate"_a.noconvert(), "up"_a.noconvert(),
+        "out"_a.noconvert(), "out = gate * sigmoid(gate) * up.");
+  m.def("rope", &rope, Unlocked(), "x"_a.noconvert(), "positions"_a.noconvert(), "table"_a.noconvert(),
+        "adjacent_pairs"_a, "out"_a.noconvert(), "Rotary position embedding of x (T, heads, head_dim).");
+  m.def("write_kv", &write_kv, Unlocked(), "pool"_a, "kv"_a, "k"_a.noconvert(), "v"_a.noconvert(),
+        "slots"_a.noconvert(), "Stores k, v (T, num_kv_heads, head_dim) at slots (T,).");
+  m.def("attend", &attend, Unlocked(), "pool"_a, "q"_a.noconvert(), "kv"_a, "block_tables"_a.noconvert(),
+        "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "out"_a.noconvert(),
+        "Causal attention of q (T, num_heads, head_dim) over each token's own sequence.");
+}

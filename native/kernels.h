@@ -1,0 +1,90 @@
+// The table of kernels that every instruction set fills in. Shapes: T tokens, all arrays row-major and contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "format.h"
+
+namespace kvik {
+
+// Activation rows quantised per group of 32 columns: x = scale * (high), or scale * (254 * high + low).
+struct Activations {
+  const int8_t *high; // (T, columns)
+  const int8_t *low;  // (T, columns), null with int8 activations
+  const float *scale; // (T, columns / 32)
+  const float *sums;  // (T, columns / 32, 3): scale * sum over all 32, the first 16, the last 16
+};
+
+struct ActivationsOut {
+  int8_t *high;
+  int8_t *low;
+  float *scale;
+  float *sums;
+};
+
+struct LinearArgs {
+  const uint8_t *weight; // packed, format.h
+  int64_t rows, columns;
+  Activations quantized; // quantised formats read this
+  const float *x;        // float formats read this: (T, columns)
+  int64_t num_tokens;
+  float *y; // (T, rows)
+};
+
+// Computes y for row blocks [first, last).
+using LinearKernel = void (*)(const LinearArgs &, int64_t first, int64_t last);
+
+enum class KVType : uint8_t { f32, f16 };
+
+constexpr int kBlockSize = 32;                     // tokens of a KV block
+constexpr int kSuperblock = 8;                     // blocks that lie together
+constexpr int kSegment = kBlockSize * kSuperblock; // tokens whose attention is one (max, sum, value)
+
+// One layer's keys and values: (superblocks, num_kv_heads, 2, 8, tile), where a block's K tile is
+// [head_dim][32 tokens] and its V tile is [32 tokens][head_dim].
+struct LayerKV {
+  void *data;
+  KVType type;
+  int64_t num_blocks, num_kv_heads, head_dim;
+};
+
+struct AttendArgs {
+  const float *q; // (T, num_heads, head_dim)
+  LayerKV kv;
+  const int32_t *block_tables; // (sequences, table_width)
+  int64_t table_width;
+  const int32_t *sequence_index; // (T,)
+  const int32_t *positions;      // (T,)
+  int64_t num_tokens, num_heads;
+  float scale; // of the scores
+  float *out;  // (T, num_heads, head_dim)
+};
+
+// The running softmax of some query heads: value[i] / sum is the attention output so far.
+struct Partial {
+  float *max, *sum; // (heads,)
+  float *value;     // (heads, head_dim)
+};
+
+struct Kernels {
+  const char *isa;
+  LinearKernel quantized_linear[kNumBlockFormats][2]; // [format][int8, int16 activations]
+  LinearKernel float_linear[kNumFloatFormats];
+  void (*quantize)(const float *x, int64_t columns, bool fine, const ActivationsOut &out); // one row
+  void (*dequantize_row)(int format, const uint8_t *weight, int64_t columns, int64_t row, float *out);
+  void (*rms_norm)(const float *x, const float *weight, int64_t columns, float eps, float *out); // one row
+  void (*silu_multiply)(const float *gate, const float *up, int64_t count, float *out);
+  void (*write_kv)(const LayerKV &, const float *k, const float *v, int64_t slot); // one token, all heads
+  // Attention of one token over one segment, for all query heads of one KV head.
+  void (*attend_segment)(const AttendArgs &, int64_t token, int64_t kv_head, int64_t segment, float *scratch,
+                         const Partial &out);
+  // Folds `next` into `total` (heads, head_dim); the order of calls is the order of segments.
+  void (*merge_segments)(const Partial &total, const Partial &next, int64_t heads, int64_t head_dim);
+};
+
+extern const Kernels kGenericKernels;
+#if KVIK_X86
+extern const Kernels kAvx2Kernels;
+#endif
+
+} // namespace kvik

@@ -1,0 +1,36 @@
+// All kernels, compiled once by each isa_*.cpp, which sets KVIK_KERNELS (the table's name) and KVIK_ISA_NAME.
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "kernels.h"
+#include "simd.h"
+
+#include "attention.inl"
+#include "elementwise.inl"
+#include "linear.inl"
+
+namespace {
+
+template <std::size_t... format> constexpr kvik::Kernels all_kernels(std::index_sequence<format...>) {
+  return {
+      .isa = KVIK_ISA_NAME,
+      .quantized_linear = {{quantized_linear<format, false>, quantized_linear<format, true>}...},
+      .float_linear = {float_linear<Half>, float_linear<BFloat16>, float_linear<float>},
+      .quantize = quantize_row,
+      .dequantize_row = dequantize_row,
+      .rms_norm = rms_norm,
+      .silu_multiply = silu_multiply,
+      .write_kv = write_kv,
+      .attend_segment = attend_segment,
+      .merge_segments = merge_segments,
+  };
+}
+
+} // namespace
+
+namespace kvik {
+const Kernels KVIK_KERNELS = all_kernels(std::make_index_sequence<kNumBlockFormats>{});
+} // namespace kvik

@@ -1,0 +1,43 @@
+// The memory of keys and values for all layers: address space now, pages when first written.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <new>
+
+#include "kernels.h"
+
+namespace kvik {
+
+class KVArrays {
+public:
+  // Throws std::bad_alloc where the address space cannot be had.
+  KVArrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KVType type)
+      : num_layers_(num_layers), shape_{nullptr, type, num_blocks, num_kv_heads, head_dim} {
+    const int64_t superblocks = (num_blocks + kSuperblock - 1) / kSuperblock;
+    const int64_t item_bytes = type == KVType::f16 ? 2 : 4;
+    layer_bytes_ = superblocks * kSuperblock * num_kv_heads * 2 * kBlockSize * head_dim * item_bytes;
+    memory_ = mmap(nullptr, static_cast<std::size_t>(num_bytes()), PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+  }
+  ~KVArrays() { munmap(memory_, static_cast<std::size_t>(num_bytes())); }
+  KVArrays(const KVArrays &) = delete;
+  KVArrays &operator=(const KVArrays &) = delete;
+
+  int64_t num_layers() const { return num_layers_; }
+  int64_t num_bytes() const { return num_layers_ * layer_bytes_; }
+  LayerKV layer(int64_t index) const {
+    LayerKV kv = shape_;
+    kv.data = static_cast<uint8_t *>(memory_) + index * layer_bytes_;
+    return kv;
+  }
+
+private:
+  int64_t num_layers_, layer_bytes_ = 0;
+  LayerKV shape_;
+  void *memory_ = nullptr;
+};
+
+} // namespace kvik

@@ -1,0 +1,280 @@
+// Eight lanes of float or 32-bit integers, sixteen of 16 bits, thirty-two bytes: the only vector code in kvik.
+//
+// Kernels are written once over these types and compiled once per instruction set. Both versions round the same way
+// at every operation (each `fma` is fused, nothing else is), so all instruction sets give the same bits.
+// Everything lives in an anonymous namespace, and no inline function of the standard library is called: the linker must
+// not serve plain processors a shared copy that was compiled for another instruction set.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define KVIK_SIMD_AVX2 1
+#include <immintrin.h>
+#else
+#define KVIK_SIMD_AVX2 0
+#endif
+
+namespace {
+
+constexpr int kLanes = 8;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#if KVIK_SIMD_AVX2
+
+struct Float8 {
+  __m256 v;
+};
+struct Int32x8 {
+  __m256i v;
+};
+struct Int16x16 {
+  __m256i v;
+};
+struct Byte32 {
+  __m256i v;
+};
+
+inline Float8 zero8() { return {_mm256_setzero_ps()}; }
+inline Float8 broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline Float8 load(const float *p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float *p, Float8 a) { _mm256_storeu_ps(p, a.v); }
+inline Float8 load(const Half *p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))}; }
+inline void store(Half *p, Float8 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Float8 load(const BFloat16 *p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline Float8 operator+(Float8 a, Float8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Float8 operator-(Float8 a, Float8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Float8 operator*(Float8 a, Float8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Float8 operator/(Float8 a, Float8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Float8 fma(Float8 a, Float8 b, Float8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Float8 max(Float8 a, Float8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Float8 min(Float8 a, Float8 b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Float8 abs(Float8 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline Float8 round_even(Float8 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Float8 to_float(Int32x8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Int32x8 to_int(Float8 a) { return {_mm256_cvtps_epi32(a.v)}; }
+
+// 2**n for lanes that hold whole numbers in [-126, 127].
+inline Float8 power_of_two(Float8 n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
+}
+
+// Lanes 0 ... count-1 keep a, the others take b; count may be negative or above 8.
+inline Float8 first_lanes(int count, Float8 a, Float8 b) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane)))};
+}
+
+inline Byte32 load_bytes(const void *p) { return {_mm256_loadu_si256(static_cast<const __m256i *>(p))}; }
+inline Byte32 low_nibbles(Byte32 a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
+inline Byte32 high_nibbles(Byte32 a) { return {_mm256_and_si256(_mm256_srli_epi16(a.v, 4), _mm256_set1_epi8(15))}; }
+// The same four bytes in every 32-bit lane.
+inline Byte32 broadcast4(const int8_t *p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return {_mm256_set1_epi32(word)};
+}
+// As unsigned: |-128| is 128.
+inline Byte32 abs_bytes(Byte32 a) { return {_mm256_abs_epi8(a.v)}; }
+inline Byte32 apply_sign(Byte32 a, Byte32 sign) { return {_mm256_sign_epi8(a.v, sign.v)}; }
+// Unsigned times signed bytes, neighbouring products added; callers keep the sums inside 16 bits.
+inline Int16x16 multiply_pairs(Byte32 a, Byte32 b) { return {_mm256_maddubs_epi16(a.v, b.v)}; }
+inline Int16x16 operator+(Int16x16 a, Int16x16 b) { return {_mm256_add_epi16(a.v, b.v)}; }
+inline Int16x16 zero16() { return {_mm256_setzero_si256()}; }
+inline Int32x8 add_pairs(Int16x16 a) { return {_mm256_madd_epi16(a.v, _mm256_set1_epi16(1))}; }
+inline Int32x8 operator+(Int32x8 a, Int32x8 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Int32x8 zero32() { return {_mm256_setzero_si256()}; }
+inline Int32x8 scale_int(Int32x8 a, int32_t factor) { return {_mm256_mullo_epi32(a.v, _mm256_set1_epi32(factor))}; }
+inline void store(int32_t *p, Int32x8 a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a.v); }
+// Ask for the cache line at p; reading past the end of an array is harmless here.
+inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+
+#else
+
+template <class T, int N> struct Lanes {
+  T v[N];
+};
+struct Float8 : Lanes<float, 8> {};
+struct Int32x8 : Lanes<int32_t, 8> {};
+struct Int16x16 : Lanes<int16_t, 16> {};
+struct Byte32 : Lanes<uint8_t, 32> {};
+
+template <class Function> inline Float8 each_lane(Function function) {
+  Float8 out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = function(i);
+  return out;
+}
+
+inline Float8 broadcast(float x) {
+  return each_lane([&](int) { return x; });
+}
+inline Float8 zero8() { return broadcast(0.0f); }
+inline Float8 load(const float *p) {
+  return each_lane([&](int i) { return p[i]; });
+}
+inline void store(float *p, Float8 a) { std::memcpy(p, a.v, sizeof a.v); }
+inline Float8 load(const Half *p) {
+  return each_lane([&](int i) { return to_float(p[i]); });
+}
+inline void store(Half *p, Float8 a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = to_half(a.v[i]);
+}
+inline Float8 load(const BFloat16 *p) {
+  return each_lane([&](int i) { return to_float(p[i]); });
+}
+inline Float8 operator+(Float8 a, Float8 b) {
+  return each_lane([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Float8 operator-(Float8 a, Float8 b) {
+  return each_lane([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Float8 operator*(Float8 a, Float8 b) {
+  return each_lane([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Float8 operator/(Float8 a, Float8 b) {
+  return each_lane([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline Float8 fma(Float8 a, Float8 b, Float8 c) {
+  return each_lane([&](int i) { return fmaf(a.v[i], b.v[i], c.v[i]); });
+}
+// A NaN on the left gives the right operand, as the x86 instructions do.
+inline Float8 max(Float8 a, Float8 b) {
+  return each_lane([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Float8 min(Float8 a, Float8 b) {
+  return each_lane([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Float8 abs(Float8 a) {
+  return each_lane([&](int i) { return fabsf(a.v[i]); });
+}
+inline Float8 round_even(Float8 a) {
+  return each_lane([&](int i) { return nearbyintf(a.v[i]); });
+}
+inline Float8 to_float(Int32x8 a) {
+  return each_lane([&](int i) { return static_cast<float>(a.v[i]); });
+}
+// Callers clamp first: a cast of a value outside the integer's range would be undefined.
+inline Int32x8 to_int(Float8 a) {
+  Int32x8 out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = static_cast<int32_t>(nearbyintf(a.v[i]));
+  return out;
+}
+inline Float8 power_of_two(Float8 n) {
+  return each_lane([&](int i) {
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  });
+}
+inline Float8 first_lanes(int count, Float8 a, Float8 b) {
+  return each_lane([&](int i) { return i < count ? a.v[i] : b.v[i]; });
+}
+
+template <class Function> inline Byte32 each_byte(Function function) {
+  Byte32 out;
+  for (int i = 0; i < 32; ++i) out.v[i] = static_cast<uint8_t>(function(i));
+  return out;
+}
+
+inline Byte32 load_bytes(const void *p) {
+  Byte32 out;
+  std::memcpy(out.v, p, 32);
+  return out;
+}
+inline Byte32 low_nibbles(Byte32 a) {
+  return each_byte([&](int i) { return a.v[i] & 15; });
+}
+inline Byte32 high_nibbles(Byte32 a) {
+  return each_byte([&](int i) { return a.v[i] >> 4; });
+}
+inline Byte32 broadcast4(const int8_t *p) {
+  return each_byte([&](int i) { return p[i & 3]; });
+}
+inline Byte32 abs_bytes(Byte32 a) {
+  return each_byte([&](int i) { return static_cast<int8_t>(a.v[i]) < 0 ? -static_cast<int8_t>(a.v[i]) : a.v[i]; });
+}
+inline Byte32 apply_sign(Byte32 a, Byte32 sign) {
+  return each_byte([&](int i) {
+    const int s = static_cast<int8_t>(sign.v[i]);
+    return s == 0 ? 0 : (s < 0 ? -a.v[i] : a.v[i]);
+  });
+}
+inline Int16x16 multiply_pairs(Byte32 a, Byte32 b) {
+  Int16x16 out;
+  for (int i = 0; i < 16; ++i)
+    out.v[i] = static_cast<int16_t>(a.v[2 * i] * static_cast<int8_t>(b.v[2 * i]) +
+                                    a.v[2 * i + 1] * static_cast<int8_t>(b.v[2 * i + 1]));
+  return out;
+}
+inline Int16x16 operator+(Int16x16 a, Int16x16 b) {
+  Int16x16 out;
+  for (int i = 0; i < 16; ++i) out.v[i] = static_cast<int16_t>(a.v[i] + b.v[i]);
+  return out;
+}
+inline Int16x16 zero16() { return {}; }
+inline Int32x8 add_pairs(Int16x16 a) {
+  Int32x8 out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = a.v[2 * i] + a.v[2 * i + 1];
+  return out;
+}
+inline Int32x8 operator+(Int32x8 a, Int32x8 b) {
+  Int32x8 out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = a.v[i] + b.v[i];
+  return out;
+}
+inline Int32x8 zero32() { return {}; }
+inline Int32x8 scale_int(Int32x8 a, int32_t factor) {
+  Int32x8 out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = a.v[i] * factor;
+  return out;
+}
+inline void store(int32_t *p, Int32x8 a) { std::memcpy(p, a.v, sizeof a.v); }
+inline void prefetch(const void *) {}
+
+#endif
+
+// Reductions across lanes happen only where an op needs one number per row; the tree is fixed.
+inline float add_lanes(Float8 a) {
+  float v[kLanes];
+  store(v, a);
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+inline float max_lanes(Float8 a) {
+  float v[kLanes];
+  store(v, a);
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e**x to about one unit in the last place; below -87.3 it stays at the smallest normal number, about 1e-38.
+// Range reduction by ln 2 in two parts (Cody and Waite), then the Taylor polynomial to degree 6 on |r| <= ln(2)/2.
+inline Float8 exponential(Float8 x) {
+  x = min(max(x, broadcast(-87.3f)), broadcast(88.3f));
+  const Float8 n = round_even(x * broadcast(1.44269504f));
+  Float8 r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Float8 p = broadcast(1.0f / 720);
+  p = fma(p, r, broadcast(1.0f / 120));
+  p = fma(p, r, broadcast(1.0f / 24));
+  p = fma(p, r, broadcast(1.0f / 6));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
+  return p * power_of_two(n);
+}
+
+} // namespace

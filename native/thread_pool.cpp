@@ -1,0 +1,120 @@
+#include "thread_pool.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace kvik {
+
+namespace {
+
+constexpr int kSpins = 4000; // some tens of microseconds: longer than the gap between two ops of a step
+constexpr int kYields = 50;
+constexpr int64_t kChunksPerThread = 4; // of a range: enough to even out what the system takes from one thread
+
+void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#endif
+}
+
+// Returns the value once it differs from `old`, sleeping in the kernel only after a while.
+uint32_t wait_for_change(const std::atomic<uint32_t> &value, uint32_t old) {
+  for (int i = 0; i < kSpins + kYields; ++i) {
+    const uint32_t now = value.load(std::memory_order_acquire);
+    if (now != old) return now;
+    if (i < kSpins)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+  value.wait(old, std::memory_order_acquire);
+  return value.load(std::memory_order_acquire);
+}
+
+} // namespace
+
+// What different threads write lies on different cache lines.
+struct ThreadPool::Shared {
+  alignas(64) std::atomic<uint32_t> generation{0};   // counts jobs; sleepers wait for it
+  alignas(64) std::atomic<uint64_t> free{0};         // generation in the high half, chunks nobody took in the low
+  alignas(64) std::atomic<uint32_t> unfinished{0};   // chunks
+  alignas(64) std::atomic<const Job *> job{nullptr}; // of the current generation
+  std::atomic<bool> stopping{false};
+  std::vector<std::thread> threads;
+
+  // Takes and runs chunks of one generation until none is left, the last chunk first. While a chunk is free or running
+  // its job can't be replaced, so a pointer read before a successful exchange is the right one.
+  void work(int thread, uint32_t current) {
+    uint64_t seen = free.load(std::memory_order_acquire);
+    while (static_cast<uint32_t>(seen >> 32) == current && static_cast<uint32_t>(seen) > 0) {
+      const Job *task = job.load(std::memory_order_relaxed);
+      if (!free.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+      (*task)(thread, static_cast<uint32_t>(seen) - 1);
+      if (unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished.notify_one();
+      seen = free.load(std::memory_order_acquire);
+    }
+  }
+};
+
+ThreadPool::ThreadPool(int num_threads) : num_threads_(std::max(1, num_threads)) {}
+
+ThreadPool::~ThreadPool() {
+  if (process_id_ == getpid()) stop();
+}
+
+void ThreadPool::start() {
+  process_id_ = getpid();
+  shared_ = new Shared;
+  for (int index = 1; index < num_threads_; ++index) {
+    shared_->threads.emplace_back([shared = shared_, index] {
+      for (uint32_t generation = 0; !shared->stopping.load(std::memory_order_acquire);) {
+        generation = wait_for_change(shared->generation, generation);
+        shared->work(index, generation);
+      }
+    });
+  }
+}
+
+void ThreadPool::stop() {
+  shared_->stopping.store(true, std::memory_order_release);
+  shared_->generation.fetch_add(1, std::memory_order_release);
+  shared_->generation.notify_all();
+  for (std::thread &thread : shared_->threads) thread.join();
+  delete shared_;
+}
+
+void ThreadPool::for_each(int64_t count, const Job &job) {
+  if (num_threads_ == 1 || count <= 1) {
+    for (int64_t chunk = 0; chunk < count; ++chunk) job(0, chunk);
+    return;
+  }
+  const std::lock_guard lock(one_job_at_a_time_);
+  if (process_id_ != getpid()) start();
+  const uint32_t generation = shared_->generation.load(std::memory_order_relaxed) + 1;
+  shared_->job.store(&job, std::memory_order_relaxed);
+  shared_->unfinished.store(static_cast<uint32_t>(count), std::memory_order_relaxed);
+  shared_->free.store(static_cast<uint64_t>(generation) << 32 | static_cast<uint32_t>(count),
+                      std::memory_order_release);
+  shared_->generation.store(generation, std::memory_order_release);
+  shared_->generation.notify_all();
+  shared_->work(0, generation);
+  for (uint32_t left = shared_->unfinished.load(std::memory_order_acquire); left != 0;)
+    left = wait_for_change(shared_->unfinished, left);
+}
+
+void ThreadPool::for_ranges(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)> &job) {
+  const int64_t pieces = (count + grain - 1) / grain, chunks = std::min(pieces, kChunksPerThread * num_threads_);
+  for_each(chunks, [&](int, int64_t chunk) {
+    job(pieces * chunk / chunks * grain, std::min(pieces * (chunk + 1) / chunks * grain, count));
+  });
+}
+
+} // namespace kvik

@@ -1,0 +1,46 @@
+// Threads of our own: no OpenMP, whose two common runtimes clash inside one process.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <mutex>
+
+namespace kvik {
+
+// Runs one job at a time on up to `num_threads` threads, the caller's among them. A job is cut into chunks, which the
+// threads take one by one; the caller waits only for chunks that another thread has taken. So a thread that the system
+// does not schedule costs its share of speed, and nothing more. Idle threads spin for some tens of microseconds, yield,
+// then sleep. After a fork the child starts its own threads at the next job; only a fork in the middle of another
+// thread's job leaves it a pool that is locked for ever.
+class ThreadPool {
+public:
+  // Called with (thread index, chunk) for each chunk; must not throw.
+  using Job = std::function<void(int, int64_t)>;
+
+  explicit ThreadPool(int num_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool &) = delete;
+  ThreadPool &operator=(const ThreadPool &) = delete;
+
+  int num_threads() const { return num_threads_; }
+
+  // Chunks 0 ... count-1, each its own task; for tasks of unequal cost.
+  void for_each(int64_t count, const Job &job);
+
+  // Ranges that cover [0, count), cut at multiples of `grain`.
+  void for_ranges(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)> &job);
+
+private:
+  // Apart from the pool, because a forked child has no use for its copy: the threads exist in the parent only, and
+  // their handles can be neither joined nor destroyed. The child leaks it and makes its own.
+  struct Shared;
+  void start();
+  void stop();
+
+  int num_threads_;
+  int64_t process_id_ = 0;
+  std::mutex one_job_at_a_time_;
+  Shared *shared_ = nullptr;
+};
+
+} // namespace kvik

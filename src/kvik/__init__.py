@@ -1,0 +1,66 @@
+"""kvik: an LLM inference engine whose heart is the KV cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvik.config import SamplingParams
+from kvik.errors import (
+    CacheTooSmall,
+    DownloadError,
+    InvalidInput,
+    KvikError,
+    ModelError,
+    ModelNotFound,
+    NotEnoughMemory,
+    PromptTooLong,
+    TemplateError,
+)
+
+if TYPE_CHECKING:
+    from kvik.engine.llm import LLM, Session
+    from kvik.engine.output import Completion, Piece, Stats, TokenLogprobs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CacheTooSmall",
+    "Completion",
+    "DownloadError",
+    "InvalidInput",
+    "KvikError",
+    "ModelError",
+    "ModelNotFound",
+    "NotEnoughMemory",
+    "Piece",
+    "PromptTooLong",
+    "SamplingParams",
+    "Session",
+    "Stats",
+    "TemplateError",
+    "TokenLogprobs",
+    "__version__",
+]
+
+_LAZY = {
+    "LLM": "llm",
+    "Session": "llm",
+    "Completion": "output",
+    "Piece": "output",
+    "Stats": "output",
+    "TokenLogprobs": "output",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # The engine brings NumPy and the tokenizer with it; importing it on first use keeps `import kvik` quick.
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kvik' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"kvik.engine.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m kvik`."""
+
+from kvik.cli.app import main
+
+main()

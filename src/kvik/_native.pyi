@@ -1,0 +1,117 @@
+"""kvik's native core: packed weights, thread pool and kernels."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+isa: str = "avx2"
+
+BLOCK_SIZE: int = 32
+
+SEGMENT: int = 256
+
+class ThreadPool:
+    """Threads that share the work of one op at a time."""
+
+    def __init__(self, num_threads: int) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+
+class PackedWeight:
+    """A weight matrix (rows, columns) in kvik's packed layout."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class LayerKV:
+    """One layer's keys and values; keep its KVArrays alive."""
+
+class KVArrays:
+    """Keys and values of all layers, in blocks of 32 tokens."""
+
+    def __init__(self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: str) -> None: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def layer(self, index: int) -> LayerKV: ...
+
+def pack(
+    type: str,
+    source: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    rows: int,
+    columns: int,
+    pool: ThreadPool,
+) -> PackedWeight:
+    """Packs a GGUF tensor's bytes without loss."""
+
+def project(
+    pool: ThreadPool,
+    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    weights: Sequence[PackedWeight],
+    outs: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")]],
+    fine: bool,
+) -> None:
+    """
+    outs[i] = x @ weights[i].T; activations in int16 where `fine`, else int8.
+    """
+
+def take_rows(
+    weight: PackedWeight,
+    row_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+) -> None:
+    """out = weight[row_ids] as float32."""
+
+def rms_norm(
+    pool: ThreadPool,
+    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    weight: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    eps: float,
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+) -> None:
+    """out = x / sqrt(mean(x**2) + eps) * weight, row by row."""
+
+def silu_multiply(
+    pool: ThreadPool,
+    gate: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    up: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+) -> None:
+    """out = gate * sigmoid(gate) * up."""
+
+def rope(
+    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
+    positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    table: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
+    adjacent_pairs: bool,
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu")],
+) -> None:
+    """Rotary position embedding of x (T, heads, head_dim)."""
+
+def write_kv(
+    pool: ThreadPool,
+    kv: LayerKV,
+    k: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
+    v: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
+    slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+) -> None:
+    """Stores k, v (T, num_kv_heads, head_dim) at slots (T,)."""
+
+def attend(
+    pool: ThreadPool,
+    q: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
+    kv: LayerKV,
+    block_tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    sequence_index: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    scale: float,
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu")],
+) -> None:
+    """
+    Causal attention of q (T, num_heads, head_dim) over each token's own sequence.
+    """

@@ -1,0 +1,1 @@
+"""The command line: results on stdout, the rest on stderr, exit codes 0, 1 and 2."""

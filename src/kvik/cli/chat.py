@@ -1,0 +1,95 @@
+"""The chat of `kvik run`: each turn keeps its cache and ends with what it cost."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from typing import TYPE_CHECKING
+
+from kvik.cli.options import check_text
+from kvik.cli.terminal import Interrupt, is_terminal, note, show_error, show_problem, stats_line, write_answer
+from kvik.config import SamplingParams
+from kvik.errors import KvikError, ModelError, PromptTooLong
+
+if TYPE_CHECKING:
+    from kvik.engine.llm import LLM, Session
+
+HELP = """\
+/reset  forget the conversation and start a new one
+/exit   leave, as Ctrl-D does
+A line that ends with \\ goes on in the next.
+Ctrl-C stops an answer; what was written of it stays in the conversation."""
+
+
+def chat(llm: LLM, params: SamplingParams, *, name: str, system: str | None, use_cache: bool) -> None:
+    """Talk until the end of input."""
+    from kvik.engine.llm import Session
+
+    if not llm.is_chat_model:
+        raise ModelError(
+            f"{llm.model.path.name} has no chat template", hint='give it text to continue: `kvik run --raw "Once upon"`'
+        )
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # importing it gives input() its line editing
+
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # for `check_text` to find, instead of an exception in input()
+
+    note(f"{name} · context {llm.model.context:,} tokens · /help shows the commands, Ctrl-D leaves")
+    session = Session(llm, system=system, use_cache=use_cache)
+    while True:
+        try:
+            text = check_text("the message", read_message())
+            command = text.strip()
+            if command == "/exit":
+                break
+            if command == "/help":
+                note(HELP)
+            elif command == "/reset":
+                session.close()
+                session = Session(llm, system=system, use_cache=use_cache)
+                note("a new conversation")
+            elif command.startswith("/") and command[1:].isalpha():
+                show_problem("InvalidInput", f"{command} is not a command", "/help shows the commands")
+            elif command:
+                take_turn(session, text, params)
+        except PromptTooLong as error:
+            show_error(error, hint=f"{error.hint}; /reset starts a new conversation")
+        except KvikError as error:
+            show_error(error)
+        except KeyboardInterrupt:
+            note("")
+        except EOFError:
+            note("")
+            break
+
+
+def read_message() -> str:
+    """What is typed next, perhaps over several lines. Raises EOFError at the end of input."""
+    lines = [_read_line("> ")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1].removesuffix("\\")
+        lines.append(_read_line("  "))
+    return "\n".join(lines)
+
+
+def take_turn(session: Session, text: str, params: SamplingParams) -> None:
+    """Answer one message and show what it cost; a message that the model cannot take is not kept."""
+    with Interrupt() as interrupted:
+        session.append("user", text)
+        try:
+            pieces = session.stream(params, should_stop=interrupted)
+        except KvikError:
+            session.messages.pop()
+            raise
+        completion = write_answer(pieces, lambda: session.completion)
+        note(stats_line(completion.stats, completion.finish_reason, use_cache=session.use_cache))
+
+
+def _read_line(prompt: str) -> str:
+    if is_terminal(sys.stdout):
+        return input(prompt)
+    sys.stderr.write(prompt)  # stdout is the result, and goes elsewhere
+    sys.stderr.flush()
+    return input()

@@ -1,0 +1,139 @@
+"""The race itself, without its drawing: two lanes over the same weights, one of which forgets what it computed."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from kvik.config import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from kvik.engine.engine import Engine
+    from kvik.engine.llm import LLM
+    from kvik.engine.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class RaceLane:
+    """One engine answering the prompt, its clock, and what tells the logits that each token was chosen from."""
+
+    name: str
+    engine: Engine
+    sequence: Sequence
+    elapsed_s: float = 0.0  # in steps of its own
+    time_to_first_token_s: float | None = None
+    digests: list[bytes] = field(default_factory=list)  # of the logits' bits, 32 bytes in place of a row for each token
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has written all it will."""
+        return self.sequence.finish_reason is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far."""
+        return self.sequence.num_completion_tokens
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens written by the time taken, the prompt's included."""
+        return self.num_tokens / self.elapsed_s if self.elapsed_s else 0.0
+
+    @property
+    def kv_kept_bytes(self) -> int:
+        """Bytes of the blocks whose keys and values the next token will not compute again."""
+        spec = self.engine.kv_spec
+        return spec.num_blocks_for(self.sequence.num_computed_tokens) * spec.block_bytes
+
+    def step(self) -> None:
+        """Advance by one step, on this lane's clock."""
+        started_s = time.perf_counter()
+        result = self.engine.step()
+        self.elapsed_s += time.perf_counter() - started_s
+        assert result is not None
+        for row in result.logits:
+            self.digests.append(digest(row))
+            if self.time_to_first_token_s is None:
+                self.time_to_first_token_s = self.elapsed_s
+
+    def close(self) -> None:
+        """Stop where it is."""
+        self.engine.abort(self.sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Where two lanes differ: numbers of tokens, counted from 1, or None."""
+
+    num_compared: int  # tokens that both have
+    token_difference: int | None
+    logits_difference: int | None
+
+    @property
+    def is_same(self) -> bool:
+        """Whether every token and every bit of the logits agree."""
+        return self.token_difference is None and self.logits_difference is None
+
+
+def make_lanes(llm: LLM, prompt_ids: list[int], params: SamplingParams) -> tuple[RaceLane, RaceLane]:
+    """Two lanes at the start, without and with the cache, each with an engine of its own; they draw with one seed."""
+    if params.seed is None:
+        params = replace(params, seed=secrets.randbits(64))
+    lanes = []
+    for name, keep_cache in (("without the cache", False), ("with the cache", True)):
+        engine = llm.new_engine()
+        sequence = engine.new_sequence(prompt_ids, params, keep_cache=keep_cache)
+        _warm_up(engine, prompt_ids[:1])
+        engine.add(sequence)
+        lanes.append(RaceLane(name, engine, sequence))
+    return lanes[0], lanes[1]
+
+
+def run_race(
+    lanes: tuple[RaceLane, RaceLane], show: Callable[[], None], should_stop: Callable[[], bool] = lambda: False
+) -> bool:
+    """Step the lanes until both are done, and tell whether they are; `should_stop` is asked before each step.
+
+    The next step goes to the lane whose clock shows less, so both are seen at the same moment of their race.
+    """
+    while racing := [lane for lane in lanes if not lane.is_done]:
+        if should_stop():
+            for lane in lanes:
+                lane.close()
+            return False
+        min(racing, key=lambda lane: lane.elapsed_s).step()
+        show()
+    return True
+
+
+def digest(logits: npt.NDArray[np.float32]) -> bytes:
+    """A cryptographic hash of the bits: two rows with the same one are the same."""
+    return hashlib.blake2b(logits.tobytes(), digest_size=32).digest()
+
+
+def compare(first: RaceLane, second: RaceLane) -> Verdict:
+    """Compare what both lanes have, token by token and bit by bit."""
+    num_compared = min(first.num_tokens, second.num_tokens)
+    token_difference = logits_difference = None
+    for index in reversed(range(num_compared)):
+        if first.sequence.completion_ids[index] != second.sequence.completion_ids[index]:
+            token_difference = index + 1
+        if first.digests[index] != second.digests[index]:
+            logits_difference = index + 1
+    return Verdict(num_compared, token_difference, logits_difference)
+
+
+def _warm_up(engine: Engine, token_ids: list[int]) -> None:
+    """Touch all weights once, so that no lane's clock pays for their first use."""
+    sequence = engine.new_sequence(token_ids, SamplingParams(max_tokens=1))
+    engine.add(sequence)
+    while sequence.finish_reason is None:
+        engine.step()
+    engine.release(sequence)

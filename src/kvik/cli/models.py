@@ -1,0 +1,59 @@
+"""`kvik models`: see, bring, remove and find model files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from kvik.models import store
+from kvik.models.progress import megabytes, terminal_progress
+
+app = typer.Typer(no_args_is_help=True, help="See, download, delete and find models.")
+
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="smollm2, a .gguf path, or a Hub id: org/name[@revision][:FILE.gguf]")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("ls")
+def list_models(as_json: AsJson = False) -> None:
+    """List the models that kvik knows of: its own, and the .gguf files in its folder and the Hugging Face cache."""
+    models = store.stored()
+    if as_json:
+        rows = [asdict(model) | {"path": model.path and str(model.path)} for model in models]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = [("NAME", "SIZE", "STATE", "WHERE")]
+    table += [
+        (model.name, megabytes(model.size_bytes), model.state, str(model.path or model.source)) for model in models
+    ]
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    for name, size, state, where in table:
+        typer.echo(f"{name:<{widths[0]}}  {size:>{widths[1]}}  {state:<{widths[2]}}  {where}")
+
+
+@app.command()
+def pull(name: Name, force: Annotated[bool, typer.Option("--force", help="Download it again.")] = False) -> None:
+    """Download a model, or check the one that is here, and print its path."""
+    with terminal_progress() as progress:
+        path, note = store.pull(name, force=force, progress=progress)
+    typer.echo(f"{name}: {note}", err=True)
+    typer.echo(path)
+
+
+@app.command("rm")
+def remove(name: Name) -> None:
+    """Delete kvik's own model, or the cached revision of a Hub id."""
+    freed_bytes = store.remove(name)
+    typer.echo(f"{name}: deleted, {megabytes(freed_bytes)} freed", err=True)
+
+
+@app.command("path")
+def show_path(name: Name, as_json: AsJson = False) -> None:
+    """Print the path of a model that is on this machine; nothing is downloaded."""
+    path = str(store.find(name))
+    typer.echo(json.dumps({"name": name, "path": path}) if as_json else path)

@@ -1,0 +1,167 @@
+"""Options that several commands share: each group is a dataclass, and a command takes it as one parameter."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from kvik.config import Activations, KVDType, SamplingParams
+from kvik.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from kvik.engine.llm import LLM
+
+PROMPT, SAMPLING, ENGINE = "Prompt and output", "Sampling", "Model and engine"  # panels of --help
+
+
+def value(panel: str, metavar: str, help_text: str, *names: str, show_default: bool = False, **others: Any) -> Any:
+    """An option that takes a value."""
+    return typer.Option(
+        *names, help=help_text, metavar=metavar, show_default=show_default, rich_help_panel=panel, **others
+    )
+
+
+def flag(panel: str, name: str, help_text: str) -> Any:
+    """An option that is there or not."""
+    return typer.Option(name, help=help_text, metavar="", rich_help_panel=panel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOptions:
+    """What becomes of the prompt's text before the model sees it."""
+
+    raw: Annotated[bool, flag(PROMPT, "--raw", "Continue the text as it is, without a chat template.")] = False
+    system: Annotated[str | None, value(PROMPT, "TEXT", "The chat's system message.")] = None
+
+    def check(self) -> None:
+        """Raise `InvalidInput` for options that contradict each other."""
+        if self.system is None:
+            return
+        check_text("--system", self.system)
+        if self.raw:
+            raise InvalidInput("--system is a message of the chat template, --raw uses none", hint="leave out one")
+
+    def token_ids(self, llm: LLM, prompt: str) -> list[int]:
+        """The prompt as the model sees it."""
+        if self.raw:
+            return llm.encode(prompt)
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return llm.render_chat([*system, {"role": "user", "content": prompt}])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How the next token is chosen, as in `SamplingParams`."""
+
+    temperature: Annotated[float, value(SAMPLING, "T", "Above 0 draws at random; 0 takes the likeliest token.")] = 0.0
+    top_k: Annotated[int, value(SAMPLING, "K", "Draw from the K likeliest tokens; 0: from all.")] = 0
+    top_p: Annotated[float, value(SAMPLING, "P", "Draw from the likeliest that make up P; 1: from all.")] = 1.0
+    min_p: Annotated[float, value(SAMPLING, "P", "Drop what is less than P times the likeliest.")] = 0.0
+    repetition_penalty: Annotated[float, value(SAMPLING, "X", "Above 1 repeats prompt and answer less.")] = 1.0
+    presence_penalty: Annotated[float, value(SAMPLING, "X", "Above 0 repeats the answer's tokens less.")] = 0.0
+    frequency_penalty: Annotated[float, value(SAMPLING, "X", "The same, for each time they were used.")] = 0.0
+    min_tokens: Annotated[int, value(SAMPLING, "N", "Do not end before N tokens.")] = 0
+    stop: Annotated[list[str] | None, value(SAMPLING, "TEXT", "End before this text; may be repeated.")] = None
+    stop_token_id: Annotated[list[int] | None, value(SAMPLING, "ID", "End with this token; may be repeated.")] = None
+    seed: Annotated[int | None, value(SAMPLING, "N", "Makes what is drawn repeatable.")] = None
+
+    def params(self, **others: Any) -> SamplingParams:
+        """The checked parameters; `others` are those that a command has options of its own for."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        stop, stop_token_ids = values.pop("stop") or (), values.pop("stop_token_id") or ()
+        for text in stop:
+            check_text("--stop", text)
+        return SamplingParams(stop=tuple(stop), stop_token_ids=tuple(stop_token_ids), **values, **others)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Which model, and how it is run, as in `EngineConfig`."""
+
+    model: Annotated[
+        str,
+        value(
+            ENGINE,
+            "NAME",
+            "smollm2, a .gguf path or a Hub id.",
+            "-m",
+            "--model",
+            show_default=True,
+            envvar="KVIK_MODEL",
+        ),
+    ] = "smollm2"
+    activations: Annotated[
+        Activations, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
+    ] = "int8"
+    kv_dtype: Annotated[KVDType, value(ENGINE, "f16|f32", "Keys and values in the cache.", show_default=True)] = "f16"
+    context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None
+    threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None
+
+    def load(self) -> LLM:
+        """The model, ready to write."""
+        from kvik.engine.llm import LLM
+
+        return LLM(
+            self.model,
+            activations=self.activations,
+            kv_dtype=self.kv_dtype,
+            context=self.context,
+            threads=self.threads,
+        )
+
+
+def spell_out(command: Callable[..., None]) -> Callable[..., None]:
+    """Make each field of the command's dataclass parameters an option of its own on the command line."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(hint, type)}
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in groups:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        group = groups[parameter.name]
+        group_hints = get_type_hints(group, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=group_hints[field.name]
+            )
+            for field in fields(group)
+        ]
+
+    @wraps(command)
+    def spelled_out(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    # What typer reads.
+    spelled_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spelled_out.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return spelled_out
+
+
+def check_utf8(name: str, data: bytes) -> str:
+    """The text of `data`; raises `InvalidInput` naming the first byte that is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start:,}",
+            hint="convert it, for example with `iconv -f latin1 -t utf-8`",
+        ) from None
+
+
+def check_text(name: str, text: str) -> str:
+    """The text itself; raises `InvalidInput` where the bytes that it came from were not UTF-8."""
+    return check_utf8(name, text.encode("utf-8", "surrogateescape"))
+
+
+def check_prompt(text: str) -> None:
+    """Raise `InvalidInput` for a prompt without text."""
+    if not check_text("the prompt", text).strip():
+        raise InvalidInput("the prompt is empty", hint='give it some text, for example "Why is the sky blue?"')

@@ -1,0 +1,121 @@
+"""`kvik run`: one prompt answered, or a chat."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvik.cli.options import (
+    ENGINE,
+    PROMPT,
+    SAMPLING,
+    EngineOptions,
+    PromptOptions,
+    SamplingOptions,
+    check_prompt,
+    check_utf8,
+    flag,
+    spell_out,
+    value,
+)
+from kvik.cli.report import completion_report, request_report, write_report
+from kvik.cli.terminal import Interrupt, is_terminal, note, stats_line, write_answer
+from kvik.config import SamplingParams
+from kvik.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from kvik.engine.llm import LLM
+    from kvik.engine.output import Completion
+
+MOST_STDIN_BYTES = 64 << 20
+
+
+@spell_out
+def run(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="What to answer; piped text, read to its end, goes below it, or is it."),
+    ] = None,
+    *,
+    prompt_options: PromptOptions,
+    as_json: Annotated[bool, flag(PROMPT, "--json", "Print one JSON object when done.")] = False,
+    show_stats: Annotated[bool, flag(PROMPT, "--stats", "Tell what it cost, on stderr, terminal or not.")] = False,
+    max_tokens: Annotated[int, value(SAMPLING, "N", "Most tokens to write.", show_default=True)] = 256,
+    sampling: SamplingOptions,
+    ignore_eos: Annotated[bool, flag(SAMPLING, "--ignore-eos", "Write on past the end of the text.")] = False,
+    logprobs: Annotated[
+        int | None, value(SAMPLING, "N", "With --json: log-probabilities, and the N likeliest.")
+    ] = None,
+    engine: EngineOptions,
+    no_cache: Annotated[bool, flag(ENGINE, "--no-cache", "Compute every token again for each new one.")] = False,
+) -> None:
+    """Answer a prompt; without one, chat.
+
+    The answer goes to stdout as it is written; Ctrl-C stops it.
+    """
+    params = sampling.params(max_tokens=max_tokens, ignore_eos=ignore_eos, logprobs=logprobs)
+    prompt_options.check()
+    if logprobs is not None and not as_json:
+        raise InvalidInput("--logprobs are shown in JSON only", hint="add --json")
+    text = read_prompt(prompt)
+    if text is None:
+        if prompt_options.raw or as_json:
+            option = "--raw" if prompt_options.raw else "--json"
+            raise InvalidInput(f"{option} needs a prompt", hint=f'for example `kvik run {option} "Once upon a time"`')
+        from kvik.cli.chat import chat
+
+        chat(engine.load(), params, name=engine.model, system=prompt_options.system, use_cache=not no_cache)
+        return
+    llm = engine.load()
+    prompt_ids = prompt_options.token_ids(llm, text)
+    completion = answer(llm, prompt_ids, params, use_cache=not no_cache, show=not as_json)
+    if as_json:
+        request = request_report(engine, llm, prompt_options, text, prompt_ids, params)
+        write_report({**request, "use_cache": not no_cache, **completion_report(completion)})
+    elif show_stats or is_terminal(sys.stderr):
+        note(stats_line(completion.stats, completion.finish_reason, use_cache=not no_cache))
+    if completion.finish_reason == "abort":
+        raise typer.Exit(1)
+
+
+def answer(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, use_cache: bool, show: bool) -> Completion:
+    """Complete the prompt, showing the text as it comes where `show`; Ctrl-C ends it early."""
+    from kvik.engine.llm import stream_sequence
+
+    with Interrupt() as interrupted:
+        sequence = llm.engine.new_sequence(prompt_ids, params, keep_cache=use_cache)
+        pieces = stream_sequence(llm.engine, sequence, interrupted)
+        if show:
+            completion = write_answer(pieces, lambda: llm.engine.completion(sequence))
+        else:
+            for _ in pieces:
+                pass
+            completion = llm.engine.completion(sequence)
+        llm.engine.release(sequence)
+    return completion
+
+
+def read_prompt(argument: str | None) -> str | None:
+    """The prompt from the command line, stdin or both; `None` where there is neither and somebody to chat with."""
+    if argument is not None:
+        check_prompt(argument)
+    if is_terminal(sys.stdin):
+        return argument
+    piped = read_stdin()
+    if argument is not None:
+        return f"{argument}\n\n{piped}" if piped.strip() else argument
+    check_prompt(piped)
+    return piped
+
+
+def read_stdin() -> str:
+    """All of stdin, without a newline at its end."""
+    # A closed stdin is None.
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read(MOST_STDIN_BYTES + 1)
+    if len(data) > MOST_STDIN_BYTES:
+        raise InvalidInput(
+            f"stdin has more than {MOST_STDIN_BYTES:,} bytes", hint="no context holds so many; give a part of it"
+        )
+    return check_utf8("stdin", data).removesuffix("\n").removesuffix("\r")

@@ -1,0 +1,129 @@
+"""How things are shown: text and grey lines, errors, figures with units, and Ctrl-C without torn steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from kvik.errors import KvikError
+
+if TYPE_CHECKING:
+    from kvik.engine.output import Completion, Piece, Stats
+
+# A model may write any character; those that steer a terminal are shown as U+FFFD there.
+STEERING = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody sits there; a closed stream is None."""
+    return stream is not None and stream.isatty()
+
+
+def write(text: str) -> None:
+    """Show a part of the result at once."""
+    sys.stdout.write(text.translate(STEERING) if is_terminal(sys.stdout) else text)
+    sys.stdout.flush()
+
+
+def write_answer(pieces: Iterable[Piece], completion: Callable[[], Completion | None]) -> Completion:
+    """Show an answer as it comes, end its line, and return the completion that is there afterwards."""
+    shown = ""
+    for piece in pieces:
+        shown += piece.text
+        write(piece.text)
+    whole = completion()
+    assert whole is not None
+    write(whole.text.removeprefix(shown))  # an interrupted answer may have text that waited for a stop string
+    if not whole.text.endswith("\n"):
+        write("\n")
+    return whole
+
+
+def note(text: str) -> None:
+    """Show one line beside the result, grey where colours are welcome."""
+    colours = text and is_terminal(sys.stderr) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    sys.stderr.write(f"\x1b[90m{text}\x1b[0m\n" if colours else f"{text}\n")
+    sys.stderr.flush()
+
+
+def show_error(error: KvikError, *, hint: str | None = None) -> None:
+    """Show what went wrong, and what to do about it, in a line each."""
+    show_problem(type(error).__name__, error.message, error.hint if hint is None else hint)
+
+
+def show_problem(kind: str, message: str, hint: str) -> None:
+    """Show a problem in a line and its hint in another."""
+    for line in (f"{kind}: {message}", f"hint: {hint}"):
+        sys.stderr.write(line.replace("\n", " ").translate(STEERING) + "\n")
+    sys.stderr.flush()
+
+
+def seconds(value_s: float) -> str:
+    """A time as people read it: `61 ms`, `2.41 s`, `12.3 s`."""
+    if value_s < 0.9995:
+        return f"{value_s * 1000:.0f} ms"
+    return f"{value_s:.2f} s" if value_s < 9.995 else f"{value_s:,.1f} s"
+
+
+def mebibytes(num_bytes: int) -> str:
+    """Bytes as people read them: `0 B`, `22.5 KiB`, `18.3 MiB`, `1.2 GiB`."""
+    if num_bytes < 1 << 10:
+        return f"{num_bytes} B"
+    for unit, size in (("KiB", 1 << 10), ("MiB", 1 << 20)):
+        if num_bytes < size * 1023.95:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def rate(tokens_per_s: float) -> str:
+    """Tokens per second: `31`, `2.4`, or a dash where there is nothing to measure."""
+    if not tokens_per_s:
+        return "-"
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 9.95 else f"{tokens_per_s:.1f}"
+
+
+def stats_line(stats: Stats, finish_reason: str, *, use_cache: bool) -> str:
+    """What an answer cost, in one line; at its end what was out of the ordinary."""
+    percent = round(100 * stats.num_cached_tokens / stats.num_prompt_tokens)
+    if stats.num_cached_tokens < stats.num_prompt_tokens:
+        percent = min(percent, 99)
+    parts = [
+        f"prompt {stats.num_prompt_tokens:,}",
+        f"cached {stats.num_cached_tokens:,} ({percent} %)",
+        f"TTFT {seconds(stats.time_to_first_token_s) if stats.num_completion_tokens else '-'}",
+        f"{rate(stats.tokens_per_s)} tok/s",
+        f"KV {mebibytes(stats.kv_bytes)}",
+    ]
+    if not use_cache:
+        parts.append(f"no cache: {stats.num_computed_tokens:,} tokens computed")
+    if finish_reason == "length":
+        parts.append(f"cut at {stats.num_completion_tokens:,} tokens")
+    elif finish_reason == "abort":
+        parts.append(f"interrupted after {stats.num_completion_tokens:,} tokens")
+    return " · ".join(parts)
+
+
+class Interrupt:
+    """While it is open, Ctrl-C is noted instead of raised: whoever works looks between steps by calling it."""
+
+    def __init__(self) -> None:
+        self._noted = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Interrupt:
+        self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def __call__(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self._noted
+
+    def _note(self, signal_number: int, frame: FrameType | None) -> None:
+        self._noted = True

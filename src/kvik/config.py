@@ -1,0 +1,137 @@
+"""What a caller may choose, frozen and checked once at the edge: after it the engine meets no surprise."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from kvik.errors import InvalidInput
+
+Activations = Literal["int8", "int16"]
+KVDType = Literal["f32", "f16"]
+Backend = Literal["native", "reference"]
+
+MOST_STOP_STRINGS = 16
+MOST_STOP_BYTES = 1024
+MOST_LOGPROBS = 20
+MOST_SEED = 2**64 - 1
+MOST_TOKENS = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop; the default is greedy.
+
+    Order: penalties, temperature, top_k, top_p, min_p, then one draw. The draw for a token depends on (seed, position)
+    alone, so the same seed gives the same text whatever else the engine does. Raises `InvalidInput`.
+    """
+
+    max_tokens: int = 256
+    min_tokens: int = 0  # no end-of-text token and no stop before this many
+    temperature: float = 0.0  # 0 takes the most likely token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0  # relative to the most likely token
+    repetition_penalty: float = (
+        1.0  # divides positive logits of tokens seen in prompt or completion (Keskar et al., 2019)
+    )
+    presence_penalty: float = 0.0  # subtracted once from tokens seen in the completion
+    frequency_penalty: float = 0.0  # subtracted for each time a token was seen in the completion
+    stop: Sequence[str] = ()  # the text ends before the first of these
+    stop_token_ids: Sequence[int] = ()
+    seed: int | None = None  # None: one is drawn and reported
+    logprobs: int | None = None  # this many of the most likely tokens beside each chosen one
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        # A string or a list is what callers have at hand; a tuple cannot change afterwards.
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _tuple_of("stop", stop, str))
+        object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))
+        _check_int("max_tokens", self.max_tokens, 1, MOST_TOKENS)
+        _check_int("min_tokens", self.min_tokens, 0, MOST_TOKENS)
+        if self.min_tokens > self.max_tokens:
+            raise InvalidInput(
+                f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}",
+                hint="lower min_tokens or raise max_tokens",
+            )
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_int("top_k", self.top_k, 0, MOST_TOKENS)
+        _check_number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _check_number("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        if len(self.stop) > MOST_STOP_STRINGS:
+            raise InvalidInput(f"stop has {len(self.stop)} strings", hint=f"give at most {MOST_STOP_STRINGS}")
+        for text in self.stop:
+            if not 1 <= len(text.encode("utf-8", "surrogatepass")) <= MOST_STOP_BYTES:
+                raise InvalidInput(
+                    f"a stop string has {len(text):,} characters", hint=f"give 1 to {MOST_STOP_BYTES} bytes of UTF-8"
+                )
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, 0, MOST_TOKENS)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, MOST_SEED)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        _check_bool("ignore_eos", self.ignore_eos)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How a model is run. Raises `InvalidInput`."""
+
+    activations: Activations = "int8"  # what quantised weights are multiplied with; "int16" equals float32 in practice
+    kv_dtype: KVDType = "f16"
+    context: int | None = None  # most tokens of a sequence, prompt and completion; None: the model's own limit
+    threads: int | None = None  # None: the processors this process may use
+    token_budget: int = 512  # most tokens one step computes; never changes a result
+    backend: Backend = "native"
+
+    def __post_init__(self) -> None:
+        _check_choice("activations", self.activations, get_args(Activations))
+        _check_choice("kv_dtype", self.kv_dtype, get_args(KVDType))
+        _check_choice("backend", self.backend, get_args(Backend))
+        if self.context is not None:
+            _check_int("context", self.context, 2, MOST_TOKENS)
+        if self.threads is not None:
+            _check_int("threads", self.threads, 1, 256)
+        _check_int("token_budget", self.token_budget, 1, 1 << 20)
+
+
+def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:
+    if not isinstance(values, (tuple, list)) or any(type(value) is not kind for value in values):
+        raise InvalidInput(f"{name} is {_shown(values)}", hint=f"give a list of {kind.__name__} values")
+    return tuple(values)
+
+
+def _check_int(name: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give a whole number from {least} to {most:,}")
+
+
+def _check_number(name: str, value: Any, least: float, most: float, *, above: bool = False) -> None:
+    # NaN fails every comparison.
+    if type(value) not in (int, float) or not least <= value <= most or (above and value == least):
+        low = f"above {least:g}" if above else f"from {least:g}"
+        raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give a number {low} to {most:g}")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise InvalidInput(f"{name} is {_shown(value)}", hint="give True or False")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give one of {', '.join(choices)}")
+
+
+def _shown(value: Any) -> str:
+    """The value in one short line; Python refuses to write out integers of thousands of digits."""
+    if type(value) is int and value.bit_length() > 256:
+        return f"a whole number of {value.bit_length():,} bits"
+    return reprlib.repr(value)

@@ -1,0 +1,115 @@
+"""What comes back: pieces of text as they are written, and at the end the completion and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvik.models.detokenizer import Detokenizer
+from kvik.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What one request cost. Seconds, bytes and counts of tokens."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int  # of the prompt, read back instead of computed
+    num_computed_tokens: int  # put through the model, over all steps
+    num_completion_tokens: int
+    time_to_first_token_s: float
+    decode_s: float  # from the first token to the last
+    kv_bytes: int  # of the blocks held at the end
+    weight_bytes: int  # that the steps went over, each weight counted once a step
+
+    @property
+    def time_per_output_token_s(self) -> float:
+        """Mean time between tokens after the first; 0 where there is only one."""
+        return self.decode_s / (self.num_completion_tokens - 1) if self.num_completion_tokens > 1 else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens after the first by the time they took; 0 where there is only one."""
+        return 1 / self.time_per_output_token_s if self.time_per_output_token_s else 0.0
+
+    @property
+    def total_s(self) -> float:
+        """From the request to its last token."""
+        return self.time_to_first_token_s + self.decode_s
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log of the model's own probabilities, before penalties and temperature."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]  # token id to logprob, most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str  # "stop", "length" or "abort"
+    stats: Stats
+    seed: int  # repeats the text with the same params and prompt
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One step of a stream: a token, and the text that is now certain (it may be empty).
+
+    The last piece carries the completion.
+    """
+
+    text: str
+    token_id: int
+    completion: Completion | None = None
+
+
+class TextStream:
+    """Turns tokens into text as they come: whole characters only, and nothing that a stop string may yet swallow."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer, continues_text=True)
+        self._stop = stop
+        self._pending = ""  # decoded, and perhaps the beginning of a stop string
+        self.text = ""  # certain
+        self.stopped = False
+
+    def add(self, token_id: int, *, may_stop: bool = True) -> None:
+        """Take one token; `stopped` tells whether a stop string is complete. `may_stop` False only collects text."""
+        self._accept(self._detokenizer.add(token_id), may_stop=may_stop)
+
+    def finish(self) -> None:
+        """No more tokens will come: what was held back is text."""
+        if not self.stopped:
+            self._accept(self._detokenizer.finish(), may_stop=True)
+        if not self.stopped:
+            self.text += self._pending
+            self._pending = ""
+
+    def _accept(self, text: str, *, may_stop: bool) -> None:
+        if not may_stop:
+            self.text += text
+            return
+        self._pending += text
+        found = [at for at in (self._pending.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            self.text += self._pending[: min(found)]
+            self._pending = ""
+            return
+        held = max((_overlap(self._pending, stop) for stop in self._stop), default=0)
+        certain = len(self._pending) - held
+        self.text += self._pending[:certain]
+        self._pending = self._pending[certain:]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop)), 0, -1) if stop.startswith(text[-size:])), 0)

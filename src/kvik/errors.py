@@ -1,0 +1,60 @@
+"""Every error kvik raises on purpose.
+
+    KvikError
+    ├── ModelError              a model file or name that cannot be used
+    │   ├── ModelNotFound       no such name, path or Hub id
+    │   ├── DownloadError       the network, the disk or a checksum stood in the way
+    │   └── TemplateError       the model's chat template failed or ran too long
+    ├── InvalidInput            a value the caller chose (also a ValueError)
+    │   ├── PromptTooLong       more tokens than the context holds
+    │   └── CacheTooSmall       more blocks than the cache has free
+    └── NotEnoughMemory         the machine cannot hold what was asked for
+
+Each carries one line that names the thing with its numbers, and a `hint` that says what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class KvikError(Exception):
+    """One clear line (`message`) and what to do about it (`hint`)."""
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}"
+
+
+class ModelError(KvikError):
+    """The model file is damaged, hostile or of a kind kvik does not run."""
+
+
+class ModelNotFound(ModelError):
+    """No model goes by this name, path or Hub id."""
+
+
+class DownloadError(ModelError):
+    """The model could not be brought to this machine whole."""
+
+
+class TemplateError(ModelError):
+    """The model's chat template refused the messages, failed or ran too long."""
+
+
+class InvalidInput(KvikError, ValueError):
+    """A value that the caller chose is outside what is allowed."""
+
+
+class PromptTooLong(InvalidInput):
+    """The prompt has more tokens than the context; kvik never truncates it."""
+
+
+class CacheTooSmall(InvalidInput):
+    """The cache has too few free blocks for the request."""
+
+
+class NotEnoughMemory(KvikError):
+    """The machine has less memory than the request needs."""

@@ -1,0 +1,397 @@
+"""Read GGUF model files that nobody vouches for.
+
+A file is walked once: the fixed fields, the metadata, the tensor table. Every count and length in it is checked against
+the bytes that are there, in Python integers that cannot overflow, before anything is allocated or looped over. Tensor
+data is mapped, not read. Whatever is wrong with a file, the one exception that leaves here is `ModelError`.
+
+Source: GGUF specification, ggml docs/gguf.md, versions 2 and 3, little endian. The tables of types and block sizes and
+the dequantisation are those of the `gguf` library; the walk is our own, since its reader trusts the counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import reprlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
+from gguf.quants import dequantize as dequantize_rows
+
+from kvik.errors import ModelError, ModelNotFound
+
+MetadataValue: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
+_Kind = TypeVar("_Kind")
+_Item = TypeVar("_Item", bool, int, float, str)
+_Number = TypeVar("_Number", int, float)
+
+VERSIONS = (2, 3)
+MAX_NUM_DIMENSIONS = 4
+MAX_KEY_BYTES = 65_535
+MAX_TENSOR_NAME_BYTES = 1_024
+MIN_ALIGNMENT, MAX_ALIGNMENT = 8, 1 << 20
+
+# What a header may ask of memory: its bytes take 8 times the room or more as Python objects, and a sparse file can have
+# any size. Real headers have up to 40 MB, a million array items, a few thousand tensors and a hundred keys.
+MAX_HEADER_BYTES = 1 << 27
+MAX_NUM_ARRAY_ITEMS = 1 << 22
+MAX_NUM_TENSORS = 1 << 18
+MAX_NUM_KEYS = 1 << 16
+
+_MIN_KEY_BYTES = 8 + 4 + 1  # length of the name, type, a bool
+_MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # length of the name, n_dims, one dimension, type, offset
+
+_UINT32 = struct.Struct("<I")
+_UINT64 = struct.Struct("<Q")
+_SCALAR_NAMES = ("UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64", "FLOAT32", "FLOAT64", "BOOL")
+_SCALARS = {GGUFValueType[name]: np.dtype(name.lower()).newbyteorder("<") for name in _SCALAR_NAMES}
+
+_DOWNLOAD = "download the file again and compare its size and checksum with the publisher's"
+_DAMAGED = f"the file is damaged or was badly written; {_DOWNLOAD}, or take another GGUF of this model"
+_CONVERT = "convert the model again with a current convert_hf_to_gguf.py of llama.cpp, or take another GGUF of it"
+_GGUF_ONLY = "kvik reads GGUF files; look for a .gguf of this model"
+_UPGRADE = "if the file is new, `pip install --upgrade gguf` may know the type; if not, download it again"
+
+# How files that are not GGUF begin, what they are and what to do about it.
+_OTHER_FORMATS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
+    ((b"version https://git-lfs",), "a Git LFS pointer, not the model", "run `git lfs pull` where it was cloned"),
+    ((b"PK\x03\x04",), "a zip archive, as PyTorch checkpoints are", _GGUF_ONLY),
+    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a Python pickle, as PyTorch checkpoints are", _GGUF_ONLY),
+    ((b"\x1f\x8b",), "a gzip archive", "unpack it first"),
+    ((b"lmgg", b"fmgg", b"tjgg"), "a GGML file, the format before GGUF", _CONVERT),
+    ((b"<",), "a web page, perhaps an error or a login", "download the file itself, not the page that shows it"),
+    ((b"{",), "a JSON text", _GGUF_ONLY),
+)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GGUFTensor:
+    """One tensor of a file: what it is, and a view of its bytes."""
+
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]  # NumPy order: (rows, columns), columns vary fastest
+    num_bytes: int
+    offset: int  # bytes from the start of the file
+    data: npt.NDArray[np.uint8]  # (num_bytes,), a read-only view of the mapped file
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GGUFFile:
+    """The metadata and tensors of one file, checked for form; what they mean is for the loader to judge.
+
+    Each getter raises ModelError with the file, the key, what was found and what is accepted. Without a default the key
+    must be there; a default is returned as it is.
+    """
+
+    path: Path
+    metadata: Mapping[str, MetadataValue]
+    tensors: Mapping[str, GGUFTensor]  # in the order of their data
+
+    def get_bool(self, key: str, default: bool | None = None) -> bool:
+        """Return the bool under `key`."""
+        return self._get(key, bool, default)
+
+    def get_str(self, key: str, default: str | None = None) -> str:
+        """Return the string under `key`."""
+        return self._get(key, str, default)
+
+    def get_int(
+        self, key: str, default: int | None = None, *, minimum: int | None = None, maximum: int | None = None
+    ) -> int:
+        """Return the integer under `key`, which lies from `minimum` to `maximum`, both included."""
+        return self._in_range(key, self._get(key, int, default), minimum, maximum)
+
+    def get_float(
+        self, key: str, default: float | None = None, *, minimum: float | None = None, maximum: float | None = None
+    ) -> float:
+        """Return the finite float under `key`, which lies from `minimum` to `maximum`, both included."""
+        value = self._get(key, float, default)
+        if key in self.metadata and not math.isfinite(value):
+            raise self._unfit(key, "finite")
+        return self._in_range(key, value, minimum, maximum)
+
+    def get_list(
+        self, key: str, kind: type[_Item], default: list[_Item] | None = None, *, length: int | None = None
+    ) -> list[_Item]:
+        """Return the list of `kind` under `key`, of `length` items if that is given; floats are finite."""
+        items: list[Any] = self._get(key, list, default)
+        if key not in self.metadata:
+            return items
+        # A GGUF array has one type, so that its first item speaks for all.
+        if items and type(items[0]) is not kind:
+            raise self._unfit(key, f"a list of {kind.__name__}")
+        if length is not None and len(items) != length:
+            raise self._unfit(key, f"a list of {length:,} items (it has {len(items):,})")
+        if not all(math.isfinite(item) for item in items if isinstance(item, float)):
+            raise self._unfit(key, "finite")
+        return items
+
+    def _get(self, key: str, kind: type[_Kind], default: _Kind | None) -> _Kind:
+        if key not in self.metadata:
+            if default is None:
+                raise ModelError(f"{self.path}: the metadata has no key {key!r}", hint=_CONVERT)
+            return default
+        value = self.metadata[key]
+        if type(value) is not kind:  # not isinstance: a bool is no int here
+            raise self._unfit(key, f"of type {kind.__name__}")
+        return value
+
+    def _in_range(self, key: str, value: _Number, minimum: _Number | None, maximum: _Number | None) -> _Number:
+        if key not in self.metadata:
+            return value
+        if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+            least = "" if minimum is None else f" from {minimum:,}"
+            most = "" if maximum is None else f" up to {maximum:,}"
+            raise self._unfit(key, f"{least}{most}".lstrip())
+        return value
+
+    def _unfit(self, key: str, accepted: str) -> ModelError:
+        value = self.metadata[key]
+        found = f"the {type(value).__name__} {_SHORT.repr(value)}"
+        return ModelError(f"{self.path}: metadata key {key!r} is {found}; it must be {accepted}", hint=_CONVERT)
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Map the GGUF file at `path` and read its header; ModelNotFound where no file is, ModelError where it is unfit."""
+    try:
+        if not path.is_file():
+            problem = "is not a file" if path.exists() else "does not exist"
+            raise ModelNotFound(f"{path} {problem}", hint="give the path of a .gguf file")
+        with path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            # Nothing cannot be mapped; the parser has the words for an empty file.
+            content = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ) if num_bytes else b""
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint="check the file's permissions and its disk") from error
+    return parse_gguf(np.frombuffer(content, dtype=np.uint8), path)
+
+
+def parse_gguf(data: npt.NDArray[np.uint8], path: Path) -> GGUFFile:
+    """Read the GGUF file whose bytes are `data`; `path` only names it. Tensors are views of `data`."""
+    header = _Header(data, path)
+    num_tensors, num_keys = header.read_start()
+    metadata = header.read_metadata(num_keys)
+    tensors = header.read_tensors(num_tensors)
+    return GGUFFile(path, MappingProxyType(metadata), MappingProxyType(tensors))
+
+
+def dequantize(tensor: GGUFTensor) -> npt.NDArray[np.float32]:
+    """Return the values of `tensor` in its shape, by the `gguf` library; of F32, a view of the file.
+
+    Raises ModelError for a type that holds no floats or that the library cannot dequantise.
+    """
+    try:
+        values = dequantize_rows(tensor.data.reshape(math.prod(tensor.shape[:-1]), -1), tensor.type)
+    except NotImplementedError as error:
+        message = f"tensor {_SHORT.repr(tensor.name)} is {tensor.type.name}, which the gguf library cannot dequantise"
+        raise ModelError(message, hint="take a GGUF of this model in another format, such as Q8_0 or Q4_K_M") from error
+    return cast(npt.NDArray[np.float32], values).reshape(tensor.shape)
+
+
+class _Header:
+    """A cursor over the header of one file. Every step is checked before it is made."""
+
+    def __init__(self, data: npt.NDArray[np.uint8], path: Path) -> None:
+        self.data = data
+        self.view = data.data
+        self.path = path
+        self.position = 0
+        self.end = min(len(data), MAX_HEADER_BYTES)
+        self.num_array_items = 0
+        self.alignment = GGUF_DEFAULT_ALIGNMENT
+
+    def error(self, message: str, hint: str = _DAMAGED) -> ModelError:
+        return ModelError(f"{self.path}: {message}", hint=hint)
+
+    # The small parts.
+
+    def take(self, num_bytes: int, what: str) -> int:
+        """Step over `num_bytes` and return where they begin."""
+        start = self.position
+        if start + num_bytes > self.end:
+            problem = "truncated" if self.end == len(self.data) else "its header is too large"
+            raise self.error(f"{problem}: {what} needs {num_bytes:,} bytes at {start:,}, which is past {self.end:,}")
+        self.position = start + num_bytes
+        return start
+
+    def uint32(self, what: str) -> int:
+        return int(_UINT32.unpack_from(self.view, self.take(4, what))[0])
+
+    def uint64(self, what: str) -> int:
+        return int(_UINT64.unpack_from(self.view, self.take(8, what))[0])
+
+    def text(self, what: str, max_bytes: int = MAX_HEADER_BYTES) -> str:
+        num_bytes = self.uint64(f"the length of {what}")
+        if num_bytes > max_bytes:
+            raise self.error(
+                f"{what} at {self.position:,} is {num_bytes:,} bytes long; up to {max_bytes:,} are accepted"
+            )
+        start = self.take(num_bytes, what)
+        try:
+            return str(self.view[start : self.position], "utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error(f"{what} is not UTF-8: {error.reason} at {start + error.start:,}") from None
+
+    def texts(self, count: int, what: str) -> list[str]:
+        """Read `count` strings. A vocabulary has 10^5 of them, so the loop is bare; `text` then tells what it met."""
+        view, unpack, end = self.view, _UINT64.unpack_from, self.end
+        values: list[str] = []
+        with contextlib.suppress(struct.error, UnicodeDecodeError):
+            for _ in range(count):
+                start = self.position + 8
+                stop = start + unpack(view, self.position)[0]
+                if stop > end:
+                    break
+                values.append(str(view[start:stop], "utf-8"))
+                self.position = stop
+        while len(values) < count:
+            values.append(self.text(f"item {len(values):,} of {what}"))
+        return values
+
+    def scalars(self, kind: GGUFValueType, count: int, what: str) -> list[bool] | list[int] | list[float]:
+        dtype = _SCALARS[kind]
+        start = self.take(count * dtype.itemsize, what)
+        values = np.frombuffer(self.view, dtype, count, start)
+        if kind == GGUFValueType.BOOL and np.any(values.view(np.uint8) > 1):
+            raise self.error(f"{what} has a bool of {values.view(np.uint8).max()} at {start:,}; it must be 0 or 1")
+        return cast(list[bool] | list[int] | list[float], values.tolist())
+
+    def value_type(self, what: str) -> GGUFValueType:
+        raw = self.uint32(f"the type of {what}")
+        try:
+            return GGUFValueType(raw)
+        except ValueError:
+            raise self.error(f"{what} has the unknown value type {raw:,} at {self.position - 4:,}") from None
+
+    def array(self, what: str) -> MetadataValue:
+        kind = self.value_type(f"the items of {what}")
+        if kind == GGUFValueType.ARRAY:
+            raise self.error(f"{what} is an array of arrays, which kvik does not read", _CONVERT)
+        count = self.uint64(f"the number of items of {what}")
+        item_bytes = 8 if kind == GGUFValueType.STRING else _SCALARS[kind].itemsize
+        self.check_count(count, item_bytes, MAX_NUM_ARRAY_ITEMS - self.num_array_items, f"items in {what}")
+        self.num_array_items += count
+        return self.texts(count, what) if kind == GGUFValueType.STRING else self.scalars(kind, count, what)
+
+    def check_count(self, count: int, item_bytes: int, most: int, what: str) -> None:
+        """Refuse more items than are believed, or than the rest of the file can hold at `item_bytes` each or more."""
+        room = (len(self.data) - self.position) // item_bytes
+        if count > room:
+            raise self.error(f"truncated or damaged: {count:,} {what}, but the rest of the file has room for {room:,}")
+        if count > most:
+            raise self.error(f"{count:,} {what}; up to {most:,} are accepted")
+
+    # The three parts of a header.
+
+    def read_start(self) -> tuple[int, int]:
+        """Read the fixed fields and return the numbers of tensors and of metadata keys."""
+        if len(self.data) == 0:
+            raise self.error("the file is empty", _DOWNLOAD)
+        if bytes(self.data[:4]) != _UINT32.pack(GGUF_MAGIC):
+            raise self.not_gguf()
+        self.take(4, "the magic number")
+        version = self.uint32("the version")
+        if version & 0xFFFF == 0 and version >> 16:
+            raise self.error("a big-endian GGUF file; kvik reads little-endian ones", _CONVERT)
+        if version not in VERSIONS:
+            raise self.error(f"GGUF version {version:,}; kvik reads versions 2 and 3", _CONVERT)
+        num_tensors, num_keys = self.uint64("tensor_count"), self.uint64("metadata_kv_count")
+        self.check_count(num_tensors, _MIN_TENSOR_BYTES, MAX_NUM_TENSORS, "tensors")
+        self.check_count(num_keys, _MIN_KEY_BYTES, MAX_NUM_KEYS, "metadata keys")
+        return num_tensors, num_keys
+
+    def not_gguf(self) -> ModelError:
+        # safetensors: the length of a JSON text in 8 bytes, which may be any letter, then the text
+        if bytes(self.data[5:9]) == b"\0\0\0{":
+            return self.error("not a GGUF file: it looks like a safetensors file", _GGUF_ONLY)
+        start = bytes(self.data[:64]).lstrip()
+        for prefixes, looks_like, hint in _OTHER_FORMATS:
+            if start.startswith(prefixes):
+                return self.error(f"not a GGUF file: it looks like {looks_like}", hint)
+        return self.error(f"not a GGUF file: it begins with {bytes(self.data[:4])!r}, not b'GGUF'", _GGUF_ONLY)
+
+    def read_metadata(self, num_keys: int) -> dict[str, MetadataValue]:
+        metadata: dict[str, MetadataValue] = {}
+        for index in range(num_keys):
+            key = self.text(f"metadata key {index:,}", MAX_KEY_BYTES)
+            what = f"metadata key {_SHORT.repr(key)}"
+            if key in metadata:
+                raise self.error(f"{what} occurs twice, the second time before {self.position:,}")
+            kind = self.value_type(what)
+            if kind == GGUFValueType.ARRAY:
+                metadata[key] = self.array(what)
+            elif kind == GGUFValueType.STRING:
+                metadata[key] = self.text(what)
+            else:
+                metadata[key] = self.scalars(kind, 1, what)[0]
+            if key == "general.alignment":
+                self.alignment = self.checked_alignment(kind, metadata[key])
+        return metadata
+
+    def checked_alignment(self, kind: GGUFValueType, value: MetadataValue) -> int:
+        if kind != GGUFValueType.UINT32 or not isinstance(value, int):
+            raise self.error(f"general.alignment is of type {kind.name}; it must be UINT32")
+        if value.bit_count() != 1 or not MIN_ALIGNMENT <= value <= MAX_ALIGNMENT:
+            accepted = f"a power of two from {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}"
+            raise self.error(f"general.alignment is {value:,}; it must be {accepted}")
+        return value
+
+    def read_tensors(self, num_tensors: int) -> dict[str, GGUFTensor]:
+        """Read the tensor table, place the data after it and prove that it is there, in pieces that do not overlap."""
+        table: dict[str, tuple[GGMLQuantizationType, tuple[int, ...], int, int]] = {}
+        for index in range(num_tensors):
+            name = self.text(f"the name of tensor {index:,}", MAX_TENSOR_NAME_BYTES)
+            if name in table:
+                raise self.error(f"tensor {_SHORT.repr(name)} occurs twice, the second time before {self.position:,}")
+            table[name] = self.read_tensor_entry(f"tensor {_SHORT.repr(name)}")
+
+        data_start = -(-self.position // self.alignment) * self.alignment
+        tensors: dict[str, GGUFTensor] = {}
+        last_end, last = data_start, ""
+        # Python integers: no sum wraps round. In the order of the data, each must begin where the one before has ended.
+        for name, (kind, shape, num_bytes, offset) in sorted(table.items(), key=lambda entry: entry[1][-1]):
+            start, end = data_start + offset, data_start + offset + num_bytes
+            what = f"tensor {_SHORT.repr(name)}"
+            if start < last_end:
+                raise self.error(f"{what} begins at {start:,} and so overlaps {last}, which ends at {last_end:,}")
+            tensors[name] = GGUFTensor(name, kind, shape, num_bytes, start, self.data[start:end])
+            last_end, last = end, what
+        if tensors and last_end > len(self.data):
+            message = f"truncated: needs {last_end:,} bytes (the end of {last}), the file has {len(self.data):,}"
+            raise self.error(message, _DOWNLOAD)
+        return tensors
+
+    def read_tensor_entry(self, what: str) -> tuple[GGMLQuantizationType, tuple[int, ...], int, int]:
+        """Read one entry after its name: type, shape, size in bytes, offset in bytes from the start of the data."""
+        num_dimensions = self.uint32(f"n_dims of {what}")
+        if not 1 <= num_dimensions <= MAX_NUM_DIMENSIONS:
+            raise self.error(f"{what} has {num_dimensions:,} dimensions; 1 to {MAX_NUM_DIMENSIONS} are accepted")
+        dimensions = [self.uint64(f"a dimension of {what}") for _ in range(num_dimensions)]
+        if any(not 0 < dimension < 1 << 63 for dimension in dimensions):
+            raise self.error(f"{what} has the dimensions {dimensions}; each must be from 1 to 2^63 - 1")
+        raw = self.uint32(f"the type of {what}")
+        try:
+            kind = GGMLQuantizationType(raw)
+            block_size, block_bytes = GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError):
+            raise self.error(f"{what} has the unknown type {raw:,}", _UPGRADE) from None
+        if dimensions[0] % block_size:
+            blocks = f"{kind.name} needs a multiple of {block_size}"
+            raise self.error(f"{what} has {dimensions[0]:,} columns; {blocks}")
+        offset = self.uint64(f"the offset of {what}")
+        if offset % self.alignment:
+            raise self.error(f"{what} has the offset {offset:,}, which is not a multiple of {self.alignment:,}")
+        return kind, tuple(reversed(dimensions)), math.prod(dimensions) // block_size * block_bytes, offset

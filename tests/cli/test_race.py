@@ -1,0 +1,237 @@
+"""`kvik race`: the lanes, their comparison, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from command_line import CTRL_C, Kvik, Terminal
+from kvik import LLM, SamplingParams
+from kvik.cli.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
+from kvik.cli.race import DEFAULT_PROMPT
+
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
+SHORT = ("--max-tokens", "30")
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: Path) -> LLM:
+    return LLM(str(tiny))
+
+
+def finished(llm: LLM, params: SamplingParams = PARAMS) -> tuple[RaceLane, RaceLane]:
+    lanes = make_lanes(llm, llm.encode("hello there"), params)
+    assert run_race(lanes, lambda: None)
+    return lanes
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_both_lanes_do_the_same_bit_for_bit(llm: LLM, temperature: float) -> None:
+    lanes = finished(llm, SamplingParams(max_tokens=40, ignore_eos=True, temperature=temperature))
+    assert compare(*lanes) == Verdict(40, None, None)
+    assert compare(*lanes).is_same
+    without, with_cache = lanes
+    prompt = without.sequence.num_prompt_tokens
+    assert with_cache.sequence.total_computed_tokens == prompt + 39
+    assert without.sequence.total_computed_tokens == sum(range(prompt, prompt + 40))
+    assert without.kv_kept_bytes == 0
+    assert with_cache.kv_kept_bytes > 0
+
+
+def test_the_lane_that_is_behind_steps_next(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = make_lanes(llm, llm.encode("hello"), SamplingParams(max_tokens=6, ignore_eos=True))
+    order: list[str] = []
+
+    def step(lane: RaceLane) -> None:
+        lane.engine.step()
+        lane.elapsed_s += 1.0 if lane.sequence.keep_cache else 2.5
+        order.append("+" if lane.sequence.keep_cache else "-")
+
+    monkeypatch.setattr(RaceLane, "step", step)
+    assert run_race(lanes, lambda: None)
+    assert "".join(order) == "-+++-++-+---"
+
+
+def test_a_difference_is_found_where_it_begins(llm: LLM) -> None:
+    lanes = finished(llm)
+    lanes[1].digests[16] = lanes[1].digests[30] = b""
+    assert compare(*lanes) == Verdict(40, None, 17)
+    lanes[0].sequence.token_ids[-1] ^= 1
+    assert compare(*lanes) == Verdict(40, 40, 17)
+    assert not compare(*lanes).is_same
+
+
+@pytest.mark.parametrize("other", [-0.0, np.nextafter(np.float32(0), np.float32(1))])
+def test_one_bit_is_a_difference(other: float) -> None:
+    row = np.zeros(50_000, np.float32)
+    before = digest(row)
+    row[-1] = other
+    assert digest(row) != before
+
+
+def test_a_race_that_is_stopped_compares_what_both_have(llm: LLM) -> None:
+    lanes = make_lanes(llm, llm.encode("hello there"), PARAMS)
+    steps = iter(range(25))
+    assert not run_race(lanes, lambda: None, lambda: next(steps, None) is None)
+    assert lanes[0].num_tokens + lanes[1].num_tokens == 25
+    assert all(lane.is_done for lane in lanes)
+    assert compare(*lanes) == Verdict(min(lane.num_tokens for lane in lanes), None, None)
+
+
+def test_the_result_is_on_stdout(kvik: Kvik) -> None:
+    result = kvik("race", *SHORT)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == "both lanes wrote:"
+    assert lines[-1] == "same tokens: yes (30/30), same logits: bit for bit"
+    assert re.fullmatch(r"ratio: [\d.]+ × faster, [\d.]+ × fewer tokens computed", lines[-2])  # noqa: RUF001
+    heading, without, with_cache = lines[-6:-3]
+    assert heading.split("  ")[0] == "lane"
+    assert re.match(r"without the cache +30 +\d+\.\d\d s +\S+ +\S+ m?s +[\d,]+ +0 B$", without)
+    assert re.match(r"with the cache +30 +\d+\.\d\d s +\S+ +\S+ m?s +\d+ +[\d.]+ KiB$", with_cache)
+    assert len(heading) == len(without) == len(with_cache)
+    assert result.stderr.splitlines() == [line for line in result.stderr.splitlines() if DEFAULT_PROMPT in line]
+
+
+def test_a_log_gets_a_line_now_and_then(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvik.cli.race_view.LINE_S", 0.0)
+    lines = kvik("race", *SHORT).stderr.splitlines()
+    assert len(lines) == 1 + 60  # a line after each step of both lanes
+    assert re.fullmatch(r"without the cache: 1/30 tokens, [\d.]+ s · with the cache: 0/30 tokens, 0\.0 s", lines[1])
+    assert re.fullmatch(r"without the cache: 30/30 tokens, .* with the cache: 30/30 tokens, [\d.]+ s", lines[-1])
+
+
+def test_a_prompt_of_several_chunks(kvik: Kvik) -> None:
+    result = kvik("race", "--raw", "q" * 1100, "--max-tokens", "4")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == "same tokens: yes (4/4), same logits: bit for bit"
+
+
+def test_json_is_complete(kvik: Kvik) -> None:
+    result = kvik("race", "hello", "--json", "--raw", *SHORT)
+    assert result.exit_code == 0
+    assert result.stdout.count("\n") == 1
+    values = json.loads(result.stdout)
+    assert list(values) == [
+        "model",
+        "engine",
+        "prompt",
+        "params",
+        "lanes",
+        "num_compared_tokens",
+        "same_tokens",
+        "same_logits",
+        "first_token_difference",
+        "first_logits_difference",
+        "is_interrupted",
+    ]
+    assert values["prompt"]["raw"] is True
+    assert values["params"]["max_tokens"] == values["num_compared_tokens"] == 30
+    assert (values["same_tokens"], values["same_logits"], values["is_interrupted"]) == (True, True, False)
+    assert (values["first_token_difference"], values["first_logits_difference"]) == (None, None)
+    assert [lane["use_cache"] for lane in values["lanes"]] == [False, True]
+    for lane in values["lanes"]:
+        assert set(lane) == {
+            "name",
+            "use_cache",
+            "text",
+            "token_ids",
+            "seed",
+            "num_completion_tokens",
+            "num_computed_tokens",
+            "total_s",
+            "time_to_first_token_s",
+            "tokens_per_s",
+            "kv_kept_bytes",
+            "weight_bytes",
+        }
+        assert len(lane["token_ids"]) == lane["num_completion_tokens"] == 30
+        assert lane["total_s"] >= lane["time_to_first_token_s"] > 0
+
+
+def test_a_difference_is_exit_1(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = RaceLane.step
+
+    def wrong_step(lane: RaceLane) -> None:
+        step(lane)
+        if lane.sequence.keep_cache and lane.num_tokens == 17:
+            lane.digests[-1] = digest(np.zeros(1, np.float32))
+
+    monkeypatch.setattr(RaceLane, "step", wrong_step)
+    result = kvik("race", *SHORT)
+    assert result.exit_code == 1
+    line = "same tokens: yes (30/30), same logits: no (first difference at token 17)"
+    assert result.stdout.splitlines()[-1] == line
+
+
+def test_other_tokens_are_exit_1_and_both_texts_are_shown(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = RaceLane.step
+
+    def wrong_step(lane: RaceLane) -> None:
+        step(lane)
+        if lane.sequence.keep_cache and lane.num_tokens == 9:
+            lane.sequence.token_ids[-1] ^= 1
+            lane.sequence.text.text += "!"
+
+    monkeypatch.setattr(RaceLane, "step", wrong_step)
+    result = kvik("race", *SHORT)
+    assert result.exit_code == 1
+    assert result.stdout.startswith("without the cache:\n")
+    assert "\nwith the cache:\n" in result.stdout
+    assert "same tokens: no (first difference at token 9), same logits: no" in result.stdout
+
+
+def test_ctrl_c_shows_what_there_is(kvik: Kvik, interrupt_at: Callable[[int], None]) -> None:
+    interrupt_at(22)  # two of them warmed the lanes up
+    result = kvik("race", *SHORT)
+    assert result.exit_code == 1
+    assert re.search(r"^same tokens: yes \((\d+)/\1\), same logits: bit for bit$", result.stdout, re.MULTILINE)
+    assert re.search(r"^interrupted; compared are the \d+ tokens that both lanes have$", result.stderr, re.MULTILINE)
+
+
+def test_ctrl_c_before_the_first_token(kvik: Kvik, interrupt_at: Callable[[int], None]) -> None:
+    interrupt_at(2)
+    result = kvik("race", *SHORT)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1] == "same tokens: nothing to compare"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([""], "InvalidInput: the prompt is empty"),
+        (["--max-tokens", "0"], "InvalidInput: max_tokens is 0"),
+        (["--context", "20", "x" * 30], "PromptTooLong: the prompt has "),
+        (["-m", "nothing"], "ModelNotFound: "),
+    ],
+)
+def test_bad_input_is_refused(kvik: Kvik, arguments: list[str], said: str) -> None:
+    result = kvik("race", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(said)
+    assert result.stderr.splitlines()[1].startswith("hint: ")
+
+
+def test_a_terminal_sees_both_lanes_side_by_side(tiny: Path) -> None:
+    with Terminal("race", "-m", str(tiny), "--max-tokens", "300") as terminal:
+        frame = terminal.read_until("tokens computed")
+        assert re.search(r"─ without the cache ─+╮╭─+ with the cache ─", frame)
+        output, code = terminal.finish()
+    assert code == 0
+    assert output.rstrip().endswith("same tokens: yes (300/300), same logits: bit for bit")
+
+
+def test_ctrl_c_on_a_terminal(tiny: Path) -> None:
+    with Terminal("race", "-m", str(tiny), "--max-tokens", "20000") as terminal:
+        terminal.read_until("tokens computed")
+        terminal.type(CTRL_C)
+        output, code = terminal.finish()
+    assert code == 1
+    assert "\nsame tokens: " in output
+    assert "\ninterrupted; " in output

@@ -1,0 +1,346 @@
+"""`kvik run` with one prompt: what goes where, in which form, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import CTRL_C, Kvik, Terminal
+from gguf_files import tiny_llama
+from kvik import LLM, SamplingParams
+
+GREY, END = "\x1b[90m", "\x1b[0m"
+
+
+def report(kvik: Kvik, *arguments: str, stdin: bytes | str = b"") -> dict[str, Any]:
+    result = kvik("run", "--json", *arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert result.stdout.count("\n") == 1
+    values = json.loads(result.stdout)
+    assert isinstance(values, dict)
+    return values
+
+
+def refusal(kvik: Kvik, *arguments: str, stdin: bytes | str = b"") -> str:
+    """The error line, which comes with a hint, exit code 2 and nothing on stdout."""
+    result = kvik(*arguments, stdin=stdin)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    first, second = result.stderr.splitlines()
+    assert second.startswith("hint: ")
+    return first
+
+
+def test_the_answer_is_that_of_the_api(kvik: Kvik, tiny: Path) -> None:
+    result = kvik("run", "hello", "--max-tokens", "40")
+    expected = LLM(str(tiny)).chat([{"role": "user", "content": "hello"}], SamplingParams(max_tokens=40)).text
+    assert result.exit_code == 0
+    assert result.stdout == expected.removesuffix("\n") + "\n"
+    assert result.stderr == ""
+
+
+def test_raw_continues_the_text(kvik: Kvik, tiny: Path) -> None:
+    result = kvik("run", "--raw", "hello", "--max-tokens", "40", "--no-cache", "--seed", "1", "--temperature", "1")
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=1)
+    assert result.stdout == LLM(str(tiny)).generate("hello", params)[0].text.removesuffix("\n") + "\n"
+
+
+def test_stats_are_shown_when_asked_for(kvik: Kvik) -> None:
+    result = kvik("run", "hello", "--max-tokens", "5", "--ignore-eos", "--stats", "--no-cache")
+    assert result.stderr.startswith("prompt ")
+    assert result.stderr.endswith(" · cut at 5 tokens\n")
+    assert " · no cache: " in result.stderr
+
+
+def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
+    values = report(kvik, "hello", "--max-tokens", "7", "--ignore-eos", "--logprobs", "2", "--system", "be brief")
+    assert list(values) == [
+        "model",
+        "engine",
+        "prompt",
+        "params",
+        "use_cache",
+        "text",
+        "token_ids",
+        "finish_reason",
+        "seed",
+        "logprobs",
+        "stats",
+    ]
+    assert values["model"] == {"name": str(tiny), "path": str(tiny)}
+    assert set(values["engine"]) == {"activations", "kv_dtype", "context", "threads", "token_budget", "backend"}
+    assert values["engine"]["context"] == 1 << 17
+    assert set(values["prompt"]) == {"text", "token_ids", "raw", "system"}
+    assert values["prompt"]["text"] == "hello"
+    assert set(values["params"]) == {
+        "max_tokens",
+        "min_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "stop",
+        "stop_token_ids",
+        "seed",
+        "logprobs",
+        "ignore_eos",
+    }
+    assert set(values["stats"]) == {
+        "num_prompt_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_completion_tokens",
+        "time_to_first_token_s",
+        "decode_s",
+        "kv_bytes",
+        "weight_bytes",
+        "time_per_output_token_s",
+        "tokens_per_s",
+        "total_s",
+    }
+    assert values["finish_reason"] == "length"
+    assert len(values["token_ids"]) == len(values["logprobs"]) == values["stats"]["num_completion_tokens"] == 7
+    for token_id, entry in zip(values["token_ids"], values["logprobs"], strict=True):
+        assert set(entry) == {"token_id", "logprob", "top"}
+        assert entry["token_id"] == entry["top"][0]["token_id"] == token_id
+        assert len(entry["top"]) == 2
+    assert len(values["prompt"]["token_ids"]) == values["stats"]["num_prompt_tokens"]
+    assert values["stats"]["kv_bytes"] > 0
+
+
+def test_json_repeats_with_the_seed_that_it_tells(kvik: Kvik) -> None:
+    first = report(kvik, "hello", "--max-tokens", "20", "--temperature", "1")
+    again = report(kvik, "hello", "--max-tokens", "20", "--temperature", "1", "--seed", str(first["seed"]))
+    assert again["token_ids"] == first["token_ids"]
+    assert first["logprobs"] is None
+
+
+def test_every_sampling_option_arrives(kvik: Kvik) -> None:
+    options = {
+        "max_tokens": 9,
+        "min_tokens": 2,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.25,
+        "seed": 11,
+        "logprobs": 0,
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    arguments += ["--stop", "one", "--stop", "two", "--stop-token-id", "5", "--stop-token-id", "6", "--ignore-eos"]
+    engine = ["--activations", "int16", "--kv-dtype", "f32", "--context", "300", "--threads", "1", "--no-cache"]
+    values = report(kvik, "hello", *arguments, *engine)
+    others = {"stop": ["one", "two"], "stop_token_ids": [5, 6], "ignore_eos": True}
+    assert values["params"] == options | others
+    config = {"activations": "int16", "kv_dtype": "f32", "context": 300, "threads": 1}
+    assert values["engine"] == config | {"token_budget": 512, "backend": "native"}
+    assert values["use_cache"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "prompt"),
+    [
+        (["hello"], "", "hello"),
+        (["hello"], " \n", "hello"),
+        (["sum it up"], "one\ntwo\n", "sum it up\n\none\ntwo"),
+        ([], "one\ntwo\n", "one\ntwo"),
+        ([], "one\r\n", "one"),
+        ([], "one\n\n", "one\n"),
+        ([], "caf\u00e9", "caf\u00e9"),
+    ],
+)
+def test_a_pipe_is_the_prompt_or_a_part_of_it(kvik: Kvik, arguments: list[str], stdin: str, prompt: str) -> None:
+    assert report(kvik, *arguments, "--max-tokens", "1", stdin=stdin)["prompt"]["text"] == prompt
+
+
+def test_a_closed_stdin_is_no_prompt(kvik: Kvik, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    command = f'exec "{sys.executable}" -m kvik run --max-tokens 1 "$@" <&-'
+    path = os.pathsep.join(filter(None, sys.path))
+    for arguments, code in ((["hello"], 0), ([], 2)):
+        result = subprocess.run(
+            ["sh", "-c", command, "sh", *arguments],
+            env=os.environ | {"PYTHONPATH": path, "KVIK_MODEL": str(tiny)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [[""], [" \n"], []])
+def test_an_empty_prompt_is_refused(kvik: Kvik, arguments: list[str]) -> None:
+    assert refusal(kvik, "run", *arguments) == "InvalidInput: the prompt is empty"
+
+
+def test_stdin_that_is_not_utf8_is_refused(kvik: Kvik) -> None:
+    line = refusal(kvik, "run", stdin=b"caf\xe9")
+    assert line == "InvalidInput: stdin is not UTF-8: byte 0xe9 at offset 3"
+
+
+@pytest.mark.parametrize("option", [[], ["hi", "--system"], ["hi", "--stop"]])
+def test_arguments_that_are_not_utf8_are_refused(kvik: Kvik, option: list[str]) -> None:
+    name = option[1] if option else "the prompt"
+    assert refusal(kvik, "run", *option, "a\udcff") == f"InvalidInput: {name} is not UTF-8: byte 0xff at offset 1"
+
+
+def test_a_stdin_without_end_is_refused(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvik.cli.run.MOST_STDIN_BYTES", 1000)
+    assert refusal(kvik, "run", stdin=b"x" * 1001) == "InvalidInput: stdin has more than 1,000 bytes"
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(kvik: Kvik) -> None:
+    line = refusal(kvik, "run", "--raw", "--context", "64", stdin="q" * 1234)
+    assert line == "PromptTooLong: the prompt has 1,234 tokens, the context holds 64 with the answer"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("--max-tokens", "0", "max_tokens"),
+        ("--min-tokens", "-1", "min_tokens"),
+        ("--min-tokens", "300", "min_tokens"),
+        ("--temperature", "-0.1", "temperature"),
+        ("--temperature", "nan", "temperature"),
+        ("--top-k", "-1", "top_k"),
+        ("--top-p", "0", "top_p"),
+        ("--min-p", "1.5", "min_p"),
+        ("--repetition-penalty", "0", "repetition_penalty"),
+        ("--presence-penalty", "inf", "presence_penalty"),
+        ("--frequency-penalty", "-101", "frequency_penalty"),
+        ("--stop", "", "stop"),
+        ("--stop-token-id", "-1", "stop_token_ids"),
+        ("--seed", "-1", "seed"),
+        ("--context", "1", "context"),
+        ("--context", "1000000", "context"),
+        ("--threads", "0", "threads"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(kvik: Kvik, option: str, value: str, name: str) -> None:
+    line = refusal(kvik, "run", "hello", option, value)
+    assert line.startswith("InvalidInput: ")
+    assert name in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["hello", "--logprobs", "3"], "--logprobs"),
+        (["hello", "--json", "--logprobs", "21"], "logprobs is 21"),
+        (["hello", "--raw", "--system", "x"], "--system"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(kvik: Kvik, arguments: list[str], said: str) -> None:
+    assert said in refusal(kvik, "run", *arguments)
+
+
+@pytest.mark.parametrize("name", ["smallm2", "./none.gguf"])
+def test_an_unknown_model_is_refused(kvik: Kvik, name: str) -> None:
+    result = kvik("run", "-m", name, "hello")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("ModelNotFound: ")
+    assert name in result.stderr
+    assert "smollm2" in result.stderr.splitlines()[1]
+
+
+def test_a_model_for_plain_completion_needs_raw(kvik: Kvik, base: Path) -> None:
+    result = kvik("run", "-m", str(base), "hello")
+    assert result.exit_code == 2
+    assert "--raw" in result.stderr
+    assert kvik("run", "-m", str(base), "--raw", "hello", "--max-tokens", "3").exit_code == 0
+
+
+def test_ctrl_c_keeps_what_was_written(kvik: Kvik, interrupt_at: Callable[[int], None]) -> None:
+    whole = report(kvik, "hello", "--max-tokens", "50", "--ignore-eos")
+    interrupt_at(12)
+    result = kvik("run", "hello", "--max-tokens", "50", "--ignore-eos", "--json")
+    values = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert values["finish_reason"] == "abort"
+    assert values["token_ids"] == whole["token_ids"][:12]
+
+
+def test_ctrl_c_ends_the_line_and_tells(kvik: Kvik, interrupt_at: Callable[[int], None]) -> None:
+    interrupt_at(3)
+    result = kvik("run", "hello", "--ignore-eos", "--stats")
+    assert result.exit_code == 1
+    assert result.stdout.endswith("\n")
+    assert result.stderr.endswith(" · interrupted after 3 tokens\n")
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tiny: Path) -> None:
+    path = os.pathsep.join(filter(None, sys.path))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvik", "run", "hello", "--ignore-eos", "--max-tokens", "100000"],
+        env=os.environ | {"PYTHONPATH": path, "KVIK_MODEL": str(tiny)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 1
+
+
+def test_a_terminal_shows_the_figures_in_grey(tiny: Path) -> None:
+    with Terminal("run", "-m", str(tiny), "hello", "--max-tokens", "5", "--ignore-eos", NO_COLOR="") as terminal:
+        # There is no end of stdin on a terminal, and the prompt is given: nothing is read.
+        output, code = terminal.finish()
+    line = output.splitlines()[-1]
+    assert code == 0
+    assert line.startswith(f"{GREY}prompt ")
+    assert line.endswith(END)
+
+
+@pytest.mark.parametrize(("no_color", "term"), [("1", "xterm"), ("", "dumb")])
+def test_no_colours_where_they_are_not_wanted(tiny: Path, no_color: str, term: str) -> None:
+    with Terminal("run", "-m", str(tiny), "hello", "--max-tokens", "5", NO_COLOR=no_color, TERM=term) as terminal:
+        output, code = terminal.finish()
+    assert code == 0
+    assert "prompt " in output
+    assert "\x1b" not in output
+
+
+def test_ctrl_c_on_a_terminal(tiny: Path) -> None:
+    with Terminal("run", "-m", str(tiny), "hello", "--ignore-eos", "--max-tokens", "100000") as terminal:
+        terminal.read_until("\ufffd")
+        terminal.type(CTRL_C)
+        terminal.read_until(" · interrupted after ")
+        assert terminal.finish()[1] == 1
+
+
+@pytest.mark.parametrize("option", ["--raw", "--json"])
+def test_no_prompt_and_nobody_to_chat_with_is_refused(tiny: Path, option: str) -> None:
+    with Terminal("run", "-m", str(tiny), option) as terminal:
+        output, code = terminal.finish()
+    assert code == 2
+    assert output.startswith(f"InvalidInput: {option} needs a prompt\nhint: ")
+
+
+def test_a_model_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    """A model that writes nothing but escape characters."""
+    model = tiny_llama(tmp_path / "escape.gguf", vocab_size=320)
+    with Terminal("run", "-m", str(model), "--raw", "\x1b" * 50, "--max-tokens", "5", "--ignore-eos") as terminal:
+        output, code = terminal.finish()
+    assert code == 0
+    assert "\x1b" not in output

@@ -1,0 +1,289 @@
+"""Requests inside the engine: why they end, what they count, and blocks that always come home."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from kvik.config import SamplingParams
+from kvik.engine.engine import Engine
+from kvik.engine.sequence import Sequence
+from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong
+from kvik.models.loader import LoadedModel
+from models import assert_idle, random_prompt, run, run_sequence, tiny_model
+
+PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
+VOCAB = 320
+
+
+@pytest.fixture
+def engine(tiny: LoadedModel) -> Engine:
+    return Engine(tiny, token_budget=50)
+
+
+@pytest.fixture
+def prompt(tiny: LoadedModel) -> list[int]:
+    return random_prompt(tiny, 40, seed=21)
+
+
+# Why a sequence ends.
+
+
+def test_max_tokens_is_length(engine: Engine, prompt: list[int]) -> None:
+    for count in (1, 2, 33):
+        result = run(engine, prompt, dataclasses.replace(PARAMS, max_tokens=count))
+        assert (len(result.token_ids), result.sequence.finish_reason) == (count, "length")
+
+
+def test_the_end_of_the_context_is_length(tiny: LoadedModel) -> None:
+    """The last token needs no place for its own key and value."""
+    engine = Engine(tiny)
+    for length in (511, 510, 500):
+        result = run(engine, random_prompt(tiny, length, seed=22), dataclasses.replace(PARAMS, max_tokens=1000))
+        assert result.sequence.finish_reason == "length"
+        assert result.sequence.num_tokens == 512
+    assert_idle(engine)
+
+
+def test_a_stop_token_is_stop_and_part_of_the_completion(engine: Engine, prompt: list[int]) -> None:
+    token_ids = run(engine, prompt, PARAMS).token_ids
+    for stop_id in (token_ids[0], token_ids[4]):
+        end = token_ids.index(stop_id) + 1
+        result = run(engine, prompt, dataclasses.replace(PARAMS, stop_token_ids=(stop_id,)))
+        assert result.token_ids == token_ids[:end]
+        assert result.sequence.finish_reason == "stop"
+        assert result.sequence.text.text == engine.model.tokenizer.decode(token_ids[: end - 1])
+
+
+def test_the_end_of_text_token_ends_unless_it_is_ignored(tmp_path: Path, engine: Engine, prompt: list[int]) -> None:
+    token_ids = run(engine, prompt, PARAMS).token_ids
+    eos = next(token_id for token_id in token_ids[2:] if token_id not in token_ids[:2])
+    end = token_ids.index(eos) + 1
+    model = tiny_model(tmp_path, seed=5, extra_metadata={"tokenizer.ggml.eos_token_id": eos})
+    other = Engine(model)
+    stopped = run(other, prompt, dataclasses.replace(PARAMS, ignore_eos=False))
+    assert (stopped.token_ids, stopped.sequence.finish_reason) == (token_ids[:end], "stop")
+    assert run(other, prompt, PARAMS).token_ids == token_ids
+    late = run(other, prompt, dataclasses.replace(PARAMS, ignore_eos=False, min_tokens=end + 1))
+    assert eos not in late.token_ids[: end + 1]
+    assert len(late.token_ids) > end
+
+
+def test_a_stop_string_over_several_tokens(engine: Engine, prompt: list[int]) -> None:
+    whole = run(engine, prompt, dataclasses.replace(PARAMS, max_tokens=60))
+    text = whole.sequence.text.text
+    at = next(
+        at for at in range(5, len(text) - 4) if text.find(text[at : at + 4]) == at and "\ufffd" not in text[at : at + 4]
+    )
+    stop = text[at : at + 4]
+    result = run(engine, prompt, dataclasses.replace(PARAMS, max_tokens=60, stop=(stop,)))
+    assert result.sequence.finish_reason == "stop"
+    assert result.sequence.text.text == text[:at]
+    assert result.token_ids == whole.token_ids[: len(result.token_ids)]
+    assert stop in engine.model.tokenizer.decode(result.token_ids)
+    assert stop not in engine.model.tokenizer.decode(result.token_ids[:-1])
+
+
+def test_min_tokens_holds_stop_strings_back(engine: Engine, prompt: list[int]) -> None:
+    params = dataclasses.replace(PARAMS, max_tokens=60, min_tokens=20, stop=tuple("etaoinshr"))
+    result = run(engine, prompt, params)
+    assert len(result.token_ids) >= 20
+
+
+def test_a_request_that_may_never_end_is_refused(engine: Engine, prompt: list[int]) -> None:
+    """Every token ends the text, and none may: no token is left to choose."""
+    params = dataclasses.replace(PARAMS, min_tokens=1, stop_token_ids=tuple(range(VOCAB)))
+    with pytest.raises(InvalidInput):
+        run(engine, prompt, params)
+    engine.scheduler.running.clear()
+
+
+def test_a_stop_token_outside_the_vocabulary_is_refused(engine: Engine, prompt: list[int]) -> None:
+    with pytest.raises(InvalidInput, match=f"stop_token_ids: {VOCAB} is not in the vocabulary"):
+        engine.new_sequence(prompt, dataclasses.replace(PARAMS, stop_token_ids=(VOCAB,)))
+
+
+# What a request costs.
+
+
+@pytest.mark.parametrize("token_budget", [1, 7, 40, 512])
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (40, 1), (40, 10), (64, 1), (64, 2), (100, 30)])
+def test_counts_with_the_cache(tiny: LoadedModel, length: int, count: int, token_budget: int) -> None:
+    """Each token goes through the model once, but for the last, which nobody asks about."""
+    engine = Engine(tiny, token_budget=token_budget)
+    params = dataclasses.replace(PARAMS, max_tokens=count)
+    sequence = run_sequence(engine, engine.new_sequence(random_prompt(tiny, length, 23), params)).sequence
+    stats = engine.completion(sequence).stats
+    computed = length + count - 1
+    assert (stats.num_prompt_tokens, stats.num_cached_tokens, stats.num_completion_tokens) == (length, 0, count)
+    assert stats.num_computed_tokens == computed
+    assert stats.kv_bytes == -(-computed // 32) * engine.kv_spec.block_bytes
+    chunks = -(-length // token_budget)
+    weights = engine.decoder.weights
+    without, with_logits = weights.step_bytes(with_logits=False), weights.step_bytes(with_logits=True)
+    assert without < with_logits
+    assert stats.weight_bytes == (chunks - 1) * without + count * with_logits
+    assert stats.time_to_first_token_s > 0
+    assert (stats.decode_s > 0) == (count > 1)
+    engine.release(sequence)
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("token_budget", [7, 512])
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (40, 10), (64, 2)])
+def test_counts_without_the_cache(tiny: LoadedModel, length: int, count: int, token_budget: int) -> None:
+    """Before each token, all tokens before it are computed again."""
+    engine = Engine(tiny, token_budget=token_budget)
+    params = dataclasses.replace(PARAMS, max_tokens=count)
+    sequence = engine.new_sequence(random_prompt(tiny, length, 24), params, keep_cache=False)
+    stats = engine.completion(run_sequence(engine, sequence).sequence).stats
+    assert stats.num_computed_tokens == count * length + count * (count - 1) // 2
+    steps = sum(-(-(length + done) // token_budget) for done in range(count))
+    weights = engine.decoder.weights
+    assert stats.weight_bytes == steps * weights.step_bytes(with_logits=False) + count * (
+        weights.step_bytes(with_logits=True) - weights.step_bytes(with_logits=False)
+    )
+    engine.release(sequence)
+    assert_idle(engine)
+
+
+def test_logprobs_and_seed_come_with_the_completion(engine: Engine, prompt: list[int]) -> None:
+    sequence = engine.new_sequence(prompt, dataclasses.replace(PARAMS, logprobs=2, seed=77))
+    result = run_sequence(engine, sequence)
+    completion = engine.completion(sequence)
+    assert completion.seed == 77
+    assert completion.logprobs is not None
+    assert [entry.token_id for entry in completion.logprobs] == result.token_ids == completion.token_ids
+    for entry, row in zip(completion.logprobs, result.logits, strict=True):
+        assert next(iter(entry.top)) == entry.token_id == row.argmax()
+        assert len(entry.top) == 2
+    engine.release(sequence)
+    seeds = {engine.new_sequence(prompt, PARAMS).seed for _ in range(5)}
+    assert len(seeds) == 5, "a seed of its own is drawn for each request"
+
+
+# What is refused.
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    engine = Engine(tiny_model(tmp_path, context_length=2000))
+    for length in (2000, 2001, 5000):
+        with pytest.raises(PromptTooLong) as caught:
+            engine.new_sequence([5] * length, PARAMS)
+        assert f"{length:,}" in caught.value.message
+        assert "2,000" in caught.value.message
+        assert caught.value.hint
+    assert engine.new_sequence([5] * 1999, PARAMS).num_tokens == 1999
+
+
+def test_an_empty_prompt_is_refused(engine: Engine) -> None:
+    with pytest.raises(InvalidInput, match="empty"):
+        engine.new_sequence([], PARAMS)
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB, 2**31, -(2**63), 2**64])
+def test_a_token_outside_the_vocabulary_is_refused(engine: Engine, token_id: int) -> None:
+    with pytest.raises(InvalidInput, match=f"{token_id}") as caught:
+        engine.new_sequence([1, token_id, 2], PARAMS)
+    assert f"{VOCAB - 1}" in caught.value.hint
+    assert_idle(engine)
+
+
+# Blocks.
+
+
+def test_a_sequence_holds_the_blocks_its_tokens_need_and_no_more(engine: Engine, prompt: list[int]) -> None:
+    sequence = engine.new_sequence(prompt, dataclasses.replace(PARAMS, max_tokens=40))
+    engine.add(sequence)
+    assert engine.pool.num_held == 0
+    while sequence.finish_reason is None:
+        engine.step()
+        engine.scheduler.check([sequence])
+        assert len(sequence.block_table) == -(-sequence.num_computed_tokens // 32)
+    engine.release(sequence)
+    engine.release(sequence)  # nothing is left to give back
+    assert_idle(engine)
+
+
+def test_abort_at_every_step(engine: Engine, tiny: LoadedModel) -> None:
+    prompt = random_prompt(tiny, 130, seed=25)
+    for num_steps in range(8):
+        sequence = engine.new_sequence(prompt, PARAMS)
+        engine.add(sequence)
+        for _ in range(num_steps):
+            engine.step()
+        engine.abort(sequence)
+        assert sequence.finish_reason == "abort"
+        assert sequence.num_completion_tokens == max(0, num_steps - 2)
+        engine.scheduler.check([sequence])
+        engine.release(sequence)
+        assert_idle(engine)
+
+
+def test_abort_of_a_finished_sequence_changes_nothing(engine: Engine, prompt: list[int]) -> None:
+    sequence = run_sequence(engine, engine.new_sequence(prompt, PARAMS)).sequence
+    text = sequence.text.text
+    engine.abort(sequence)
+    assert (sequence.finish_reason, sequence.text.text) == ("length", text)
+    engine.release(sequence)
+    assert_idle(engine)
+
+
+def test_an_exception_in_a_step_leaves_the_accounts_right(
+    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = run(engine, prompt, PARAMS)
+    sequence = engine.new_sequence(prompt, PARAMS)
+    engine.add(sequence)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.decoder, "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.scheduler.check([sequence])
+    engine.abort(sequence)
+    engine.release(sequence)
+    assert_idle(engine)
+    assert run(engine, prompt, PARAMS).token_ids == wanted.token_ids
+
+
+def test_too_few_blocks_is_an_error_with_numbers_and_takes_nothing(tiny: LoadedModel) -> None:
+    engine = Engine(tiny)
+    held = [engine.new_sequence(random_prompt(tiny, 250, seed), PARAMS) for seed in (1, 2)]
+    for sequence in held[:1]:
+        run_sequence(engine, sequence)
+    blocks = engine.pool.allocate(engine.pool.num_free - 3)  # another holder leaves three
+    assert blocks is not None
+    engine.add(held[1])
+    assert engine.step() is None
+    assert isinstance(held[1].error, CacheTooSmall)
+    assert held[1].error.message == "250 tokens need 8 more blocks, the cache has 3 of 16 free"
+    assert held[1].finish_reason == "abort"
+    assert held[1].block_table == []
+    engine.pool.release(blocks)
+    for sequence in held:
+        engine.release(sequence)
+    assert_idle(engine)
+
+
+def test_too_few_blocks_in_the_middle_of_a_completion(tiny: LoadedModel) -> None:
+    engine = Engine(tiny)
+    sequence = engine.new_sequence(random_prompt(tiny, 60, seed=26), dataclasses.replace(PARAMS, max_tokens=100))
+    blocks = engine.pool.allocate(engine.pool.num_free - 2)
+    engine.add(sequence)
+    for _ in range(5):
+        engine.step()
+    assert engine.step() is None
+    assert isinstance(sequence.error, CacheTooSmall)
+    assert sequence.error.message.startswith("65 tokens need 1 more blocks")
+    assert sequence.num_completion_tokens == 5
+    assert blocks is not None
+    engine.scheduler.check([_holder(engine, blocks)])  # what it held is free again
+
+
+def _holder(engine: Engine, blocks: list[int]) -> Sequence:
+    sequence = engine.new_sequence([1], PARAMS)
+    sequence.block_table = blocks
+    return sequence

@@ -1,0 +1,351 @@
+"""The front door: text in and out, streams that may be left at any time, and refusals before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+import kvik.engine.llm as llm_module
+from kvik.config import SamplingParams
+from kvik.engine.engine import Engine
+from kvik.engine.llm import LLM
+from kvik.engine.output import Completion, Piece
+from kvik.errors import CacheTooSmall, InvalidInput, ModelError, ModelNotFound, NotEnoughMemory, PromptTooLong
+from kvik.models.loader import LoadedModel
+from kvik.models.spec import RopeSpec
+from models import altered, assert_idle, random_prompt
+from subprocesses import python
+
+PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
+TEXT = "The quick brown fox jumps over the lazy dog. " * 3
+
+
+def content(completion: Completion | None) -> tuple[str, list[int], str]:
+    """What must be the same however the request was run."""
+    assert completion is not None
+    return completion.text, completion.token_ids, completion.finish_reason
+
+
+def collect(pieces: list[Piece]) -> Completion:
+    """The completion, after proving that the pieces are what it is made of."""
+    completion = pieces[-1].completion
+    assert completion is not None
+    assert all(piece.completion is None for piece in pieces[:-1])
+    assert "".join(piece.text for piece in pieces) == completion.text
+    assert [piece.token_id for piece in pieces] == completion.token_ids
+    return completion
+
+
+def test_generate_completes_each_prompt(llm: LLM) -> None:
+    prompts: list[str | list[int]] = ["Once upon", TEXT, llm.encode("Once upon"), [5]]
+    completions = llm.generate(prompts, PARAMS)
+    assert len(completions) == 4
+    assert content(completions[0]) == content(completions[2])
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert content(completion) == content(llm.generate(prompt, PARAMS)[0])
+        assert completion.stats.num_prompt_tokens == len(llm.encode(prompt))
+        assert completion.text == llm.model.tokenizer.decode(completion.token_ids)
+        assert completion.logprobs is None
+    assert llm.generate([]) == []
+    assert_idle(llm.engine)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_stream_is_the_completion_in_pieces(llm: LLM, use_cache: bool) -> None:
+    pieces = list(llm.stream(TEXT, PARAMS, use_cache=use_cache))
+    assert len(pieces) == 12
+    assert content(collect(pieces)) == content(llm.generate(TEXT, PARAMS)[0])
+    assert_idle(llm.engine)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_stream_never_shows_what_a_stop_string_swallows(llm: LLM, seed: int) -> None:
+    """Random text at a high temperature; stop strings from the middle of what it would say."""
+    params = SamplingParams(max_tokens=40, temperature=1.5, seed=seed, ignore_eos=True)
+    whole = llm.generate(TEXT, params)[0].text
+    at = 3 + seed
+    stop = whole[at : at + 3]
+    pieces = list(llm.stream(TEXT, dataclasses.replace(params, stop=(stop,))))
+    completion = collect(pieces)
+    assert completion.finish_reason == "stop"
+    assert completion.text == whole[: whole.index(stop)]
+
+
+def test_characters_of_several_tokens_are_whole(llm: LLM) -> None:
+    """The tiny vocabulary is bytes: at a high temperature most are no UTF-8, and those become U+FFFD in the end."""
+    params = SamplingParams(max_tokens=60, temperature=5.0, seed=3, ignore_eos=True)
+    completion = collect(list(llm.stream(TEXT, params)))
+    assert completion.text == llm.model.tokenizer.decode(completion.token_ids)
+
+
+@pytest.mark.parametrize("num_pieces", [1, 3])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_closing_a_stream_early_gives_everything_back(llm: LLM, num_pieces: int, use_cache: bool) -> None:
+    wanted = content(llm.generate(TEXT, PARAMS)[0])
+    stream = llm.stream(TEXT, PARAMS, use_cache=use_cache)
+    for _ in range(num_pieces):
+        next(stream)
+    assert llm.engine.pool.num_held > 0
+    stream.close()  # type: ignore[attr-defined]
+    assert_idle(llm.engine)
+    assert content(llm.generate(TEXT, PARAMS)[0]) == wanted
+
+
+def test_a_stream_that_is_forgotten_gives_everything_back(llm: LLM) -> None:
+    for piece in llm.stream(TEXT, PARAMS):
+        assert piece.completion is None
+        break
+    gc.collect()
+    assert_idle(llm.engine)
+
+
+def test_a_stream_that_never_starts_takes_nothing(llm: LLM) -> None:
+    stream = llm.stream(TEXT, PARAMS)
+    assert_idle(llm.engine)
+    del stream
+    gc.collect()
+    assert_idle(llm.engine)
+
+
+def test_a_prompt_is_checked_before_its_stream_is_asked(llm: LLM) -> None:
+    with pytest.raises(PromptTooLong, match=r"600 tokens.*512"):
+        llm.stream([5] * 600, PARAMS)
+    with pytest.raises(PromptTooLong):
+        llm.generate([5] * 512, PARAMS)
+    assert_idle(llm.engine)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], [-1], [320], [2**40], [True], [1.0], ["1"], [None], [[1]], "", [1, "a"], "\ud800", b"abc"]
+)
+def test_other_prompts_are_refused(llm: LLM, prompt: Any) -> None:
+    for call in (llm.stream, lambda prompt: llm.generate([prompt])):
+        with pytest.raises(InvalidInput) as caught:
+            call(prompt)
+        assert caught.value.hint
+    assert_idle(llm.engine)
+
+
+def test_the_context_ends_a_completion(tiny_path: Path) -> None:
+    llm = LLM(str(tiny_path), threads=1, context=64)
+    completion = llm.generate([5] * 60, dataclasses.replace(PARAMS, max_tokens=100))[0]
+    assert (completion.finish_reason, len(completion.token_ids)) == ("length", 4)
+    with pytest.raises(PromptTooLong, match="64 tokens, the context holds 64"):
+        llm.generate([5] * 64, PARAMS)
+
+
+# Streams beside each other.
+
+
+def alternate(streams: list[Iterator[Piece]], order: list[int]) -> list[list[Piece]]:
+    """Draw pieces in the given order, then each to its end."""
+    pieces: list[list[Piece]] = [[] for _ in streams]
+    for which in order:
+        pieces[which].extend(islice(streams[which], 1))
+    for which, stream in enumerate(streams):
+        pieces[which].extend(stream)
+    return pieces
+
+
+@pytest.mark.parametrize("order", [[0, 1] * 12, [1, 0] * 12, [0, 0, 0, 1, 1, 0, 1], [1] * 5 + [0] * 2, [0, 1]])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_two_streams_at_once_are_both_complete_and_right(llm: LLM, order: list[int], use_cache: bool) -> None:
+    prompts = TEXT, "Another story"
+    params = PARAMS, dataclasses.replace(PARAMS, temperature=1.0, seed=4, max_tokens=9)
+    wanted = [content(llm.generate(*pair)[0]) for pair in zip(prompts, params, strict=True)]
+    streams = [llm.stream(*pair, use_cache=use_cache) for pair in zip(prompts, params, strict=True)]
+    for pieces, result in zip(alternate(streams, order), wanted, strict=True):
+        assert content(collect(pieces)) == result
+    assert_idle(llm.engine)
+
+
+def test_a_stream_closed_beside_another(llm: LLM) -> None:
+    wanted = content(llm.generate(TEXT, PARAMS)[0])
+    first, second = llm.stream("Leave me", PARAMS), llm.stream(TEXT, PARAMS)
+    next(first)
+    pieces = [next(second)]
+    first.close()  # type: ignore[attr-defined]
+    pieces += second
+    assert content(collect(pieces)) == wanted
+    assert_idle(llm.engine)
+
+
+def test_a_stream_that_fails_does_not_touch_the_other(tiny_path: Path) -> None:
+    """Two prompts that only fit one after the other: the second alone is told so, and the first is whole."""
+    llm = LLM(str(tiny_path), threads=1, context=256)
+    prompts = [random_prompt(llm.model, 200, seed) for seed in (1, 2)]
+    wanted = content(llm.generate(prompts[0], PARAMS)[0])
+    first, second = (llm.stream(prompt, PARAMS) for prompt in prompts)
+    pieces = [next(first)]
+    with pytest.raises(CacheTooSmall):
+        next(second)
+    pieces += first
+    assert content(collect(pieces)) == wanted
+    assert_idle(llm.engine)
+
+
+def test_a_failure_is_told_to_the_stream_that_it_belongs_to(tiny_path: Path) -> None:
+    """The first stream's next block is not there; it is the second that happens to be asked for its piece."""
+    llm = LLM(str(tiny_path), threads=1, context=256)
+    long, short = random_prompt(llm.model, 60, seed=1), random_prompt(llm.model, 5, seed=2)
+    wanted = content(llm.generate(short, PARAMS)[0])
+    first, second = llm.stream(long, dataclasses.replace(PARAMS, max_tokens=100)), llm.stream(short, PARAMS)
+    next(first)
+    others = llm.engine.pool.allocate(llm.engine.pool.num_free - 1)  # room for the second's five tokens
+    assert others is not None
+    pieces = list(second)
+    assert content(collect(pieces)) == wanted
+    with pytest.raises(CacheTooSmall):
+        list(first)
+    llm.engine.pool.release(others)
+    assert_idle(llm.engine)
+
+
+def test_an_exception_in_a_step_reaches_the_caller_and_leaves_nothing(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = content(llm.generate(TEXT, PARAMS)[0])
+    stream = llm.stream(TEXT, PARAMS)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.decoder, "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate(TEXT, PARAMS)
+    assert_idle(llm.engine)
+    assert content(llm.generate(TEXT, PARAMS)[0]) == wanted
+
+
+# Opening a model.
+
+
+def test_both_backends_can_be_chosen(tiny_path: Path) -> None:
+    texts = [
+        LLM(str(tiny_path), backend=backend, activations="int16", kv_dtype="f32").generate("Once", PARAMS)[0].text
+        for backend in ("native", "reference")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_options_reach_the_engine(tiny_path: Path) -> None:
+    llm = LLM(str(tiny_path), activations="int16", kv_dtype="f32", context=100, threads=3, token_budget=9)
+    assert (llm.engine.kv_spec.dtype, llm.model.context, llm.engine.scheduler.token_budget) == ("f32", 100, 9)
+    assert (llm.model.decoder.ops.activations, llm.model.decoder.ops.num_threads) == ("int16", 3)  # type: ignore[attr-defined]
+    assert llm.engine.pool.num_blocks == 8
+    other = llm.new_engine()
+    assert other.pool is not llm.engine.pool
+    assert other.kv_spec == llm.engine.kv_spec
+
+
+@pytest.mark.parametrize(("option", "value"), [("threads", 0), ("context", 1), ("kv_dtype", "q8"), ("backend", "cuda")])
+def test_bad_options_are_refused_before_the_file_is_read(option: str, value: Any) -> None:
+    with pytest.raises(InvalidInput, match=option):
+        LLM("/no/such/file.gguf", **{option: value})
+    with pytest.raises(ModelNotFound):
+        LLM("/no/such/file.gguf")
+
+
+@pytest.mark.parametrize("context", [513, 2**31 - 1])
+def test_a_context_past_the_model_s_is_refused_before_anything_is_made_for_it(
+    tiny_path: Path, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def table(_: RopeSpec, num_positions: int) -> Any:
+        raise AssertionError(f"a table of {num_positions:,} positions")
+
+    monkeypatch.setattr(RopeSpec, "table", table)
+    with pytest.raises(InvalidInput, match=f"{context:,}.*512"):
+        LLM(str(tiny_path), context=context)
+
+
+def test_a_cache_larger_than_the_memory_is_refused_with_what_fits(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm_module, "available_memory_bytes", lambda: 100_000)
+    with pytest.raises(NotEnoughMemory, match="512 tokens") as caught:
+        LLM(str(tiny_path))
+    fits = next(int(word) for word in caught.value.hint.split() if word.isdigit())
+    assert LLM(str(tiny_path), context=fits).model.context == fits
+
+
+def test_chat(llm: LLM, tiny_path: Path, tmp_path: Path) -> None:
+    assert llm.is_chat_model
+    messages = [{"role": "user", "content": "Hello"}]
+    token_ids = llm.render_chat(messages)
+    assert llm.model.tokenizer.decode(token_ids, skip_special=False) == (
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    )
+    answer = llm.chat(messages, PARAMS)
+    assert content(answer) == content(llm.generate(token_ids, PARAMS)[0])
+    assert content(collect(list(llm.stream_chat(messages, PARAMS)))) == content(answer)
+    plain = LLM(str(altered(tiny_path, tmp_path / "plain.gguf", without=["tokenizer.chat_template"])), threads=1)
+    assert not plain.is_chat_model
+    calls: list[Callable[[Any], object]] = [plain.chat, plain.stream_chat, plain.render_chat]
+    for call in calls:
+        with pytest.raises(ModelError, match="no chat template"):
+            call(messages)
+
+
+def test_the_default_model_answers(trained: LoadedModel) -> None:
+    """A trained model end to end, by the parts that LLM puts together."""
+    engine = Engine(trained)
+    token_ids = trained.tokenizer.encode("The capital of France is")
+    sequence = engine.new_sequence(token_ids, SamplingParams(max_tokens=4))
+    completion = collect(list(llm_module.stream_sequence(engine, sequence)))
+    assert "Paris" in completion.text
+    assert completion.stats.num_computed_tokens == len(token_ids) + 3
+
+
+def test_threads_share_one_llm(llm: LLM) -> None:
+    prompts = [f"{number} is a number" for number in range(6)]
+    wanted = [content(completion) for completion in llm.generate(prompts, PARAMS)]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            found = [
+                content(completion) for completion in pool.map(lambda prompt: llm.generate(prompt, PARAMS)[0], prompts)
+            ]
+            assert found == wanted
+    assert_idle(llm.engine)
+
+
+def test_other_kinds_of_arguments_are_refused(llm: LLM) -> None:
+    for prompts in (None, 5, b"abc", [b"abc"], {"a": 1}.items()):
+        with pytest.raises(InvalidInput):
+            llm.generate(prompts, PARAMS)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="params is None"):
+        llm.generate("a", None)  # type: ignore[arg-type]
+
+
+def test_all_prompts_are_checked_before_any_runs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.engine, "step", lambda: pytest.fail("nothing may run"))
+    with pytest.raises(InvalidInput, match="empty"):
+        llm.generate([TEXT, ""], PARAMS)
+
+
+def test_arrays_of_token_ids_are_prompts(llm: LLM) -> None:
+    wanted = content(llm.generate([5, 6, 7], PARAMS)[0])
+    assert content(llm.generate(np.asarray([5, 6, 7]), PARAMS)[0]) == wanted  # type: ignore[arg-type]
+    assert llm.config == LLM(llm.model.path, threads=1, token_budget=40).config
+
+
+def test_weights_that_give_no_numbers_are_told(tiny_path: Path, tmp_path: Path) -> None:
+    norm = (np.full(64, np.nan, np.float32), GGMLQuantizationType.F32)
+    llm = LLM(altered(tiny_path, tmp_path / "nan.gguf", tensors={"output_norm.weight": norm}), threads=1)
+    with pytest.raises(ModelError, match="no finite numbers"):
+        llm.generate(TEXT, PARAMS)
+    assert_idle(llm.engine)
+
+
+def test_a_wrong_instruction_set_is_told(tiny_path: Path) -> None:
+    result = python("-m", "kvik", "run", "--raw", "a", "-m", str(tiny_path), KVIK_ISA="sse")
+    assert result.returncode == 2
+    assert result.stderr.startswith("InvalidInput: KVIK_ISA=sse is not one of")

@@ -1,0 +1,129 @@
+"""Tiny models, loaded, and what an engine makes of a prompt: for the tests of loader and engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from gguf_files import tiny_llama, write_gguf
+from kvik.config import Activations, SamplingParams
+from kvik.engine.engine import Engine
+from kvik.engine.sequence import Sequence
+from kvik.models.decoder import Decoder
+from kvik.models.gguf import read_gguf
+from kvik.models.loader import LoadedModel, load_model
+from kvik.ops.native import NativeOps
+from kvik.ops.reference import ReferenceOps
+
+FloatArray = npt.NDArray[np.float32]
+Tensor = tuple[npt.NDArray[Any], GGMLQuantizationType]
+
+GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
+
+
+def tiny_model(
+    folder: Path, *, activations: Activations = "int8", threads: int = 1, context: int | None = None, **options: Any
+) -> LoadedModel:
+    """A random model on the native backend; `options` are those of `tiny_llama`."""
+    path = tiny_llama(folder / "tiny.gguf", **options)
+    return load_model(path, NativeOps(activations, threads), context=context)
+
+
+def tiny_reference_model(folder: Path, *, activations: Activations = "int8", **options: Any) -> LoadedModel:
+    """The same on the reference backend."""
+    return load_model(tiny_llama(folder / "tiny.gguf", **options), ReferenceOps(activations))
+
+
+def with_ops(model: LoadedModel, activations: Activations, threads: int) -> LoadedModel:
+    """The same weights, run by other native ops: neither setting shows in how a weight is packed."""
+    decoder = model.decoder
+    return dataclasses.replace(
+        model, decoder=Decoder(decoder.spec, decoder.weights, NativeOps(activations, threads), decoder.rope)
+    )
+
+
+def shuffle_free_blocks(engine: Engine, seed: int) -> None:
+    """Leave the pool as a long life would: the blocks that come next are neither neighbours nor in order."""
+    blocks = engine.pool.allocate(engine.pool.num_free)
+    assert blocks is not None
+    for index in np.random.default_rng(seed).permutation(len(blocks)):
+        engine.pool.release([blocks[index]])
+
+
+def altered(
+    source: Path,
+    target: Path,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    without: Iterable[str] = (),
+) -> Path:
+    """A copy of a GGUF file with some keys and tensors replaced or added, and some of either left out."""
+    file = read_gguf(source)
+    without = set(without)
+    all_tensors: dict[str, Tensor] = {
+        name: (tensor.data.reshape(*tensor.shape[:-1], -1), tensor.type) for name, tensor in file.tensors.items()
+    }
+    return write_gguf(
+        target,
+        {key: value for key, value in (dict(file.metadata) | dict(metadata or {})).items() if key not in without},
+        {name: tensor for name, tensor in (all_tensors | dict(tensors or {})).items() if name not in without},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One finished sequence: the tokens it chose and the logits it chose them from."""
+
+    sequence: Sequence
+    token_ids: list[int]
+    logits: FloatArray  # (completion tokens, vocab_size)
+
+
+def run_sequence(engine: Engine, sequence: Sequence) -> Run:
+    """Queue the sequence and step to its end, proving the accounts after each step; its blocks stay its own."""
+    engine.add(sequence)
+    rows: list[FloatArray] = []
+    while sequence.finish_reason is None:
+        result = engine.step()
+        assert result is not None
+        engine.scheduler.check([sequence])
+        if sequence in result.sequences:
+            rows.append(result.logits[result.sequences.index(sequence)])
+    return Run(sequence, sequence.completion_ids, np.stack(rows))
+
+
+def run(engine: Engine, prompt: SequenceOf[int], params: SamplingParams = GREEDY, *, keep_cache: bool = True) -> Run:
+    """Complete one prompt on an engine that nobody else uses, and give its blocks back."""
+    result = run_sequence(engine, engine.new_sequence(prompt, params, keep_cache=keep_cache))
+    engine.release(result.sequence)
+    engine.scheduler.check([])
+    return result
+
+
+def num_common_tokens(first: SequenceOf[int], second: SequenceOf[int]) -> int:
+    """How many tokens both begin with."""
+    differs = (index for index, (mine, other) in enumerate(zip(first, second, strict=False)) if mine != other)
+    return next(differs, min(len(first), len(second)))
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing runs, and every block is free."""
+    engine.scheduler.check([])
+    assert engine.scheduler.running == []
+    assert engine.pool.num_free == engine.pool.num_blocks
+    assert engine.step() is None
+
+
+def random_prompt(model: LoadedModel, length: int, seed: int) -> list[int]:
+    """Token ids by `default_rng(seed)`, special ones among them."""
+    vocab_size = model.decoder.spec.vocab_size
+    return [int(token_id) for token_id in np.random.default_rng(seed).integers(0, vocab_size, length)]

@@ -1,0 +1,59 @@
+"""A bundle of op outputs as one number, to be compared between instruction sets and processes.
+
+Run as a program, it prints the number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from gguf_files import WEIGHT_TYPES
+from kvik.config import Activations, KVDType
+from kvik.models.spec import RopeSpec
+from kvik.ops.native import NativeOps
+from ops.arrangement import FloatArray, Heads, random_history, random_weights
+
+
+def outputs(threads: int = 2) -> Iterator[FloatArray]:
+    """Every op and kernel once or more, sizes that leave a rest at each step, values from tiny to large."""
+    rng = np.random.default_rng(20)
+    both: tuple[Activations, ...] = ("int8", "int16")
+    for activations in both:
+        ops = NativeOps(activations, threads=threads)
+        for kind in WEIGHT_TYPES:
+            weight = random_weights(kind, 21, 256, rng).load(ops)
+            x = (rng.normal(0, 1, (6, 256)) * 10.0 ** rng.integers(-32, 6, (6, 1))).astype(np.float32)
+            yield ops.linear(x, weight)
+            yield ops.embed(weight, np.arange(21, dtype=np.int32))
+    ops = NativeOps(threads=threads)
+    x, y = (rng.normal(0, 10, (11, 45)).astype(np.float32) for _ in range(2))
+    yield ops.rms_norm(x, y[0], 1e-5)
+    yield ops.silu_multiply(10 * x, y)
+    heads = rng.normal(0, 1, (9, 3, 24)).astype(np.float32)
+    positions = rng.integers(0, 50, 9, dtype=np.int32)
+    for adjacent_pairs in (True, False):
+        yield ops.rope(heads, positions, RopeSpec(10_000.0, 16, adjacent_pairs=adjacent_pairs).table(50))
+    dtypes: tuple[KVDType, ...] = ("f32", "f16")
+    for dtype in dtypes:
+        for group, head_dim in ((1, 8), (2, 40), (3, 64), (5, 24)):
+            history = random_history(Heads(2 * group, 2, head_dim), [261, 40], rng, sharpness=2.0)
+            history.v[1] *= 10.0 ** rng.integers(-8, 4, history.v[1].shape)  # float16 subnormals too
+            kv = history.allocate(ops, dtype)
+            history.write(ops, kv, history.everything)
+            yield history.attend(ops, kv, [(0, 258, 261), (1, 0, 40)])
+            yield history.attend(ops, kv, [(0, 260, 261)])
+
+
+def digest(threads: int = 2) -> str:
+    total = hashlib.sha256()
+    for array in outputs(threads):
+        assert np.isfinite(array).all()
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+if __name__ == "__main__":
+    print(digest())  # noqa: T201

@@ -1,0 +1,170 @@
+"""Attention and the cache below it: both backends against attention written out in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvik.cache import KVCacheSpec
+from kvik.config import KVDType
+from kvik.ops.base import Batch, Ops
+from kvik.ops.native import NativeOps
+from kvik.ops.reference import ReferenceOps
+from ops.arrangement import Heads, History, WideArray, random_history
+
+UNIT = 2.0**-24  # half a unit in the last place of 1.0: what rounding one float32 result may lose
+
+GROUPS = (1, 2, 3, 4, 5, 8)
+HEAD_DIMS = (8, 16, 40, 64, 80, 128, 256)
+# Both sides of a block's and a segment's edge, one and two segments back.
+POSITIONS = (0, 1, 31, 32, 254, 255, 256, 257, 300, 511, 512, 540)
+
+
+@pytest.fixture(params=["native", "reference"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return NativeOps(threads=2) if request.param == "native" else ReferenceOps()
+
+
+def expected(history: History, dtype: KVDType, sequence: int, position: int) -> tuple[WideArray, WideArray]:
+    """One token's attention (num_heads, head_dim) in float64, and how far float32 arithmetic may be from it.
+
+    A score adds head_dim products and is scaled: it is off by at most (head_dim + 4) units of the sum of |q k|. That
+    and the rounding of the exponent and of e**x move a weight by the relative `slack`. A value adds position + 1 terms.
+    """
+    group = history.heads.num_heads // history.heads.num_kv_heads
+    stored = np.float16 if dtype == "f16" else np.float32
+    keys, values = (
+        arrays[sequence][: position + 1].astype(stored).astype(np.float64).repeat(group, axis=1)
+        for arrays in (history.k, history.v)
+    )  # (position + 1, num_heads, head_dim)
+    q = history.q[sequence][position].astype(np.float64)
+    scale = 1 / np.sqrt(history.heads.head_dim)
+    scores = np.einsum("hd,thd->ht", q, keys) * scale
+    below_top = scores.max(axis=1, keepdims=True) - scores
+    weights = np.exp(-below_top)
+    weights /= weights.sum(axis=1, keepdims=True)
+    out = np.einsum("ht,thd->hd", weights, values)
+
+    score_error = (history.heads.head_dim + 4) * UNIT * np.einsum("hd,thd->ht", abs(q), abs(keys)) * scale
+    slack = score_error + score_error.max(axis=1, keepdims=True) + (below_top + 8) * UNIT
+    bound = np.einsum("ht,thd->hd", weights * slack, abs(values - out))
+    bound += (position + 32) * UNIT * np.einsum("ht,thd->hd", weights, abs(values))
+    return out, bound
+
+
+def check(ops: Ops, history: History, dtype: KVDType, tokens: list[tuple[int, int]]) -> None:
+    """Attend at (sequence, position) pairs, all in one batch, and compare each."""
+    kv = history.allocate(ops, dtype)
+    history.write(ops, kv, history.everything)
+    outs = history.attend(ops, kv, [(sequence, position, position + 1) for sequence, position in tokens])
+    for out, (sequence, position) in zip(outs, tokens, strict=True):
+        wanted, bound = expected(history, dtype, sequence, position)
+        assert (abs(out - wanted) <= bound).all(), f"sequence {sequence}, position {position}"
+        # The bound is of use only where it is far below the values themselves.
+        assert bound.max() < 0.02 * abs(wanted).max()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_and_head_dim(ops: Ops, group: int, head_dim: int, dtype: KVDType) -> None:
+    rng = np.random.default_rng(1000 * group + head_dim)
+    num_kv_heads = int(rng.integers(1, 4))
+    history = random_history(Heads(group * num_kv_heads, num_kv_heads, head_dim), [45, 300], rng)
+    check(ops, history, dtype, [(1, 299), (0, 44), (1, 256), (0, 0), (1, 255)])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 30.0])
+def test_positions_on_both_sides_of_every_edge(ops: Ops, sharpness: float, dtype: KVDType) -> None:
+    """Weights that are all equal, ordinary ones, and ones where few tokens take all."""
+    rng = np.random.default_rng(7)
+    history = random_history(Heads(6, 2, 16), [541, 541, 33], rng, sharpness=sharpness)
+    tokens = [(int(rng.integers(0, 2)), position) for position in POSITIONS]
+    check(ops, history, dtype, [*tokens, (2, 32)])
+
+
+@pytest.mark.parametrize("value_std", [1e4, 1e-20])
+def test_values_large_and_tiny(ops: Ops, value_std: float) -> None:
+    rng = np.random.default_rng(8)
+    history = random_history(Heads(3, 1, 24), [270], rng, value_std=value_std)
+    check(ops, history, "f32", [(0, 0), (0, 31), (0, 269)])
+
+
+def test_one_key_far_above_the_rest_takes_everything(ops: Ops) -> None:
+    """Scores in the thousands, whose powers of e float32 cannot hold."""
+    rng = np.random.default_rng(9)
+    history = random_history(Heads(2, 1, 16), [300], rng)
+    winner = 17
+    history.q[0][299] = 100 * history.k[0][winner]
+    history.k[0][winner] *= 100
+    kv = history.allocate(ops, "f32")
+    history.write(ops, kv, history.everything)
+    out = history.attend(ops, kv, [(0, 299, 300)])[0]
+    np.testing.assert_allclose(out, history.v[0][winner].repeat(2, axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_the_first_token_sees_its_own_value_as_stored(ops: Ops, dtype: KVDType) -> None:
+    """A softmax over one token is 1, so this reads the cache: float16 rounds to the nearest even, like NumPy's."""
+    rng = np.random.default_rng(10)
+    history = random_history(Heads(2, 2, 64), [1], rng)
+    history.v[0][0] = np.concatenate(
+        [
+            rng.normal(0, 10.0 ** rng.integers(-9, 5, 64)),
+            (1 + np.arange(32) * 2.0**-12) * rng.choice([-1, 1], 32),  # ties between two float16 numbers
+            np.arange(-16, 16) * 2.0**-25,  # subnormal, ties as well
+        ]
+    ).reshape(2, 64)
+    kv = history.allocate(ops, dtype)
+    history.write(ops, kv, history.everything)
+    stored = np.float16 if dtype == "f16" else np.float32
+    with np.errstate(over="ignore"):
+        wanted = history.v[0].astype(stored).astype(np.float32)
+    np.testing.assert_array_equal(history.attend(ops, kv, history.everything), wanted)
+
+
+def test_a_slot_written_again_holds_the_new_token(ops: Ops) -> None:
+    history = random_history(Heads(2, 1, 8), [40], np.random.default_rng(11))
+    kv = history.allocate(ops, "f32")
+    history.write(ops, kv, history.everything)
+    history.k[0][35] += 1
+    history.v[0][35] -= 1
+    history.write(ops, kv, [(0, 35, 36)])
+    wanted, bound = expected(history, "f32", 0, 39)
+    assert (abs(history.attend(ops, kv, [(0, 39, 40)])[0] - wanted) <= bound).all()
+
+
+def test_what_lies_in_slots_that_a_token_may_not_see_is_nothing_to_it(ops: Ops) -> None:
+    """Later positions of its own blocks and blocks of others hold infinities and NaNs left by someone else."""
+    history = random_history(Heads(4, 2, 40), [300], np.random.default_rng(12))
+    kv = history.allocate(ops, "f32")
+    every_slot = np.arange(history.num_blocks * 32, dtype=np.int32)
+    shape = (len(every_slot), 2, 40)
+    for garbage in (np.nan, np.inf):
+        ops.write_kv(kv, np.full(shape, garbage, np.float32), np.full(shape, garbage, np.float32), every_slot)
+    for start, stop in ((0, 50), (50, 259)):
+        history.write(ops, kv, [(0, start, stop)])
+        wanted, bound = expected(history, "f32", 0, stop - 1)
+        assert (abs(history.attend(ops, kv, [(0, stop - 1, stop)])[0] - wanted) <= bound).all()
+
+
+def test_no_tokens_at_all(ops: Ops) -> None:
+    kv = ops.allocate_kv(KVCacheSpec(1, 2, 16, "f16"), 8)[0]
+    none = np.zeros(0, np.int32)
+    empty = np.zeros((0, 2, 16), np.float32)
+    ops.write_kv(kv, empty, empty, none)
+    batch = Batch(none, none, none, none, np.zeros((1, 1), np.int32), none)
+    assert ops.attend(np.zeros((0, 6, 16), np.float32), kv, batch).shape == (0, 6, 16)
+
+
+def test_layers_do_not_share_memory(ops: Ops) -> None:
+    history = random_history(Heads(1, 1, 8), [5], np.random.default_rng(13))
+    layers = ops.allocate_kv(KVCacheSpec(3, 1, 8, "f32"), history.num_blocks)
+    assert len(layers) == 3
+    history.write(ops, layers[1], history.everything)
+    before = history.attend(ops, layers[1], history.everything)
+    history.v[0][:] = 9.0
+    for other in (layers[0], layers[2]):
+        history.write(ops, other, history.everything)
+    np.testing.assert_array_equal(history.attend(ops, layers[1], history.everything), before)

@@ -1,0 +1,346 @@
+"""Every native function refuses what does not fit with an exception; it never reads or writes outside its arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvik import _native
+from subprocesses import python
+
+Call = Callable[..., Any]
+REFUSALS = (ValueError, TypeError, IndexError, MemoryError, OverflowError)
+
+POOL = _native.ThreadPool(2)
+TOKENS, COLUMNS, ROWS = 3, 64, 10
+HEADS, KV_HEADS, HEAD_DIM, BLOCKS, SEQUENCES, WIDTH = 4, 2, 16, 8, 2, 3
+
+
+def floats(*shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.zeros(shape, np.float32)
+
+
+def integers(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.asarray(values, np.int32)
+
+
+def weight(type_name: str = "Q8_0") -> _native.PackedWeight:
+    item_bytes = {"Q8_0": COLUMNS // 32 * 34, "F32": COLUMNS * 4}[type_name]
+    return _native.pack(type_name, np.zeros(ROWS * item_bytes, np.uint8), ROWS, COLUMNS, POOL)
+
+
+def layer(dtype: str = "f32") -> _native.LayerKV:
+    return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, dtype).layer(0)
+
+
+def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    array.flags.writeable = False
+    return array
+
+
+# A call that works, by argument; each test changes one.
+GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
+    "pack": (
+        _native.pack,
+        {
+            "type": lambda: "Q8_0",
+            "source": lambda: np.zeros(ROWS * 68, np.uint8),
+            "rows": lambda: ROWS,
+            "columns": lambda: COLUMNS,
+            "pool": lambda: POOL,
+        },
+    ),
+    "project": (
+        _native.project,
+        {
+            "pool": lambda: POOL,
+            "x": lambda: floats(TOKENS, COLUMNS),
+            "weights": lambda: [weight(), weight("F32")],
+            "outs": lambda: [floats(TOKENS, ROWS), floats(TOKENS, ROWS)],
+            "fine": lambda: False,
+        },
+    ),
+    "take_rows": (
+        _native.take_rows,
+        {
+            "weight": weight,
+            "row_ids": lambda: integers(0, ROWS - 1, 3),
+            "out": lambda: floats(TOKENS, COLUMNS),
+        },
+    ),
+    "rms_norm": (
+        _native.rms_norm,
+        {
+            "pool": lambda: POOL,
+            "x": lambda: floats(TOKENS, COLUMNS),
+            "weight": lambda: floats(COLUMNS),
+            "eps": lambda: 1e-5,
+            "out": lambda: floats(TOKENS, COLUMNS),
+        },
+    ),
+    "silu_multiply": (
+        _native.silu_multiply,
+        {
+            "pool": lambda: POOL,
+            "gate": lambda: floats(TOKENS, COLUMNS),
+            "up": lambda: floats(TOKENS, COLUMNS),
+            "out": lambda: floats(TOKENS, COLUMNS),
+        },
+    ),
+    "rope": (
+        _native.rope,
+        {
+            "x": lambda: floats(TOKENS, HEADS, HEAD_DIM),
+            "positions": lambda: integers(0, 9, 3),
+            "table": lambda: floats(10, HEAD_DIM // 2, 2),
+            "adjacent_pairs": lambda: True,
+            "out": lambda: floats(TOKENS, HEADS, HEAD_DIM),
+        },
+    ),
+    "write_kv": (
+        _native.write_kv,
+        {
+            "pool": lambda: POOL,
+            "kv": layer,
+            "k": lambda: floats(TOKENS, KV_HEADS, HEAD_DIM),
+            "v": lambda: floats(TOKENS, KV_HEADS, HEAD_DIM),
+            "slots": lambda: integers(0, BLOCKS * 32 - 1, 5),
+        },
+    ),
+    "attend": (
+        _native.attend,
+        {
+            "pool": lambda: POOL,
+            "q": lambda: floats(TOKENS, HEADS, HEAD_DIM),
+            "kv": layer,
+            "block_tables": lambda: np.asarray([[0, 7, 3], [1, 2, 4]], np.int32),
+            "sequence_index": lambda: integers(0, 1, 1),
+            "positions": lambda: integers(0, 95, 31),
+            "scale": lambda: 0.25,
+            "out": lambda: floats(TOKENS, HEADS, HEAD_DIM),
+        },
+    ),
+    "KVArrays": (
+        _native.KVArrays,
+        {
+            "num_layers": lambda: 2,
+            "num_blocks": lambda: BLOCKS,
+            "num_kv_heads": lambda: KV_HEADS,
+            "head_dim": lambda: HEAD_DIM,
+            "dtype": lambda: "f16",
+        },
+    ),
+    "layer": (_native.KVArrays(2, BLOCKS, KV_HEADS, HEAD_DIM, "f16").layer, {"index": lambda: 1}),
+    "ThreadPool": (_native.ThreadPool, {"num_threads": lambda: 2}),
+}
+
+HUGE = (-1, 0, 2**31, 2**62, -(2**63), 2**63, 2**70)
+
+# By function and argument: values that do not fit. What is wrong with the kind of any argument is added below.
+BAD: dict[str, dict[str, list[Any]]] = {
+    "pack": {
+        "type": ["", "IQ4_NL", "q8_0", "Q8_0\0", "Q9_9", "F64"],
+        "source": [np.zeros(0, np.uint8), np.zeros(ROWS * 68 - 1, np.uint8), np.zeros(ROWS * 68 + 1, np.uint8)],
+        "rows": [*HUGE, ROWS + 1, ROWS - 1, 2**31 - 1],
+        "columns": [*HUGE, COLUMNS + 32, COLUMNS - 32, COLUMNS + 1, 31, 2**31 - 32],
+    },
+    "project": {
+        "x": [floats(TOKENS, COLUMNS + 32), floats(TOKENS, 0), floats(TOKENS + 1, COLUMNS), floats(COLUMNS, TOKENS)],
+        "weights": [[], [weight()], [weight()] * 3, [weight(), 1], weight()],
+        "outs": [
+            [],
+            [floats(TOKENS, ROWS)],
+            [floats(TOKENS, ROWS), floats(TOKENS, ROWS + 1)],
+            [floats(TOKENS - 1, ROWS), floats(TOKENS, ROWS)],
+            [floats(ROWS, TOKENS), floats(ROWS, TOKENS)],
+            [floats(TOKENS, ROWS), None],
+            [read_only(floats(TOKENS, ROWS)), read_only(floats(TOKENS, ROWS))],
+        ],
+    },
+    "take_rows": {
+        "row_ids": [integers(0, 1, ROWS), integers(-1, 0, 1), integers(0, 1, 2**31 - 1), integers(0, 1), integers()],
+        "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS), floats(TOKENS + 1, COLUMNS)],
+    },
+    "rms_norm": {
+        "x": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS)],
+        "weight": [floats(COLUMNS - 1), floats(0), floats(COLUMNS + 8)],
+        "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
+    },
+    "silu_multiply": {
+        "gate": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS), floats(COLUMNS, TOKENS)],
+        "up": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
+        "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
+    },
+    "rope": {
+        "x": [floats(TOKENS, HEADS, HEAD_DIM - 2), floats(TOKENS + 1, HEADS, HEAD_DIM)],
+        "positions": [integers(0, 1, 10), integers(-1, 0, 1), integers(0, 1), integers(0, 0, 2**31 - 1)],
+        "table": [floats(9, HEAD_DIM // 2, 2), floats(10, HEAD_DIM // 2 + 1, 2), floats(10, HEAD_DIM // 2, 3)],
+        "out": [floats(TOKENS, HEADS, HEAD_DIM + 1), floats(TOKENS, HEADS - 1, HEAD_DIM), floats(1, HEADS, HEAD_DIM)],
+    },
+    "write_kv": {
+        "k": [floats(TOKENS, KV_HEADS, HEAD_DIM - 1), floats(TOKENS, KV_HEADS + 1, HEAD_DIM), floats(2, 2, HEAD_DIM)],
+        "v": [floats(TOKENS, KV_HEADS, HEAD_DIM + 1), floats(TOKENS, KV_HEADS - 1, HEAD_DIM), floats(4, 2, HEAD_DIM)],
+        "slots": [integers(0, 1, BLOCKS * 32), integers(-1, 0, 1), integers(0, 1), integers(0, 0, 2**31 - 1)],
+    },
+    "attend": {
+        "q": [
+            floats(TOKENS, HEADS, HEAD_DIM + 8),
+            floats(TOKENS, HEADS + 1, HEAD_DIM),
+            floats(TOKENS, 1, HEAD_DIM),
+            floats(TOKENS + 1, HEADS, HEAD_DIM),
+        ],
+        "block_tables": [
+            np.full((2, 3), BLOCKS, np.int32),
+            np.full((2, 3), -1, np.int32),
+            np.asarray([[0, 7, 3], [1, 2, 2**31 - 1]], np.int32),
+            np.zeros((2, 2), np.int32),
+            np.zeros((1, 3), np.int32),
+            np.zeros((0, 3), np.int32),
+            np.zeros((2, 0), np.int32),
+        ],
+        "sequence_index": [integers(0, 1, 2), integers(0, -1, 0), integers(0, 1), integers(2**31 - 1, 0, 0)],
+        "positions": [integers(0, 96, 0), integers(-1, 0, 0), integers(0, 1), integers(0, 0, 2**31 - 1)],
+        "out": [floats(TOKENS, HEADS, HEAD_DIM - 1), floats(TOKENS, HEADS * 2, HEAD_DIM), floats(2, HEADS, HEAD_DIM)],
+    },
+    "KVArrays": {
+        "num_layers": [*HUGE, 2**26],
+        "num_blocks": [*HUGE, 2**26],
+        "num_kv_heads": [*HUGE, 2**26],
+        "head_dim": [*HUGE, 4, 12, 1032, 2**40],
+        "dtype": ["", "f64", "F16", "q8", "f16\0"],
+    },
+    "layer": {"index": [-1, 2, 2**31, 2**62, 2**70]},
+    "ThreadPool": {"num_threads": [2**31, 2**70, -(2**40)]},
+}
+
+WRONG_KINDS: list[Any] = [None, object(), "text", b"bytes", 1.5, [1.0, 2.0], {}, np.zeros(3, complex)]
+
+
+def variants(value: Any) -> list[Any]:
+    """The same content as no kernel may take it: other types, orders, numbers of dimensions, places in memory."""
+    if not isinstance(value, np.ndarray):
+        return []
+    wide = np.zeros((*value.shape[:-1], 2 * value.shape[-1]), value.dtype)
+    other_types = [value.astype(kind) for kind in (np.float64, np.float16, np.int64, np.int8, np.uint32, np.bool_)]
+    swapped = value.astype(value.dtype.newbyteorder(">")) if value.dtype.itemsize > 1 else value.astype(np.int16)
+    result = [*other_types, swapped, wide[..., ::2], value[None], value.reshape(-1)[0], value.tolist()]
+    if value.ndim > 1:
+        result += [np.asfortranarray(value), value.reshape(-1), value[..., ::-1], value[:0][:, :0]]
+    return result
+
+
+def cases() -> list[Any]:
+    found = []
+    for name, (_, arguments) in GOOD.items():
+        for argument, make in arguments.items():
+            value = make()
+            values = [*BAD[name].get(argument, []), *variants(value)]
+            if not isinstance(value, (bool, float)):  # those are read from any number
+                values += [kind for kind in WRONG_KINDS if not (isinstance(kind, str) and isinstance(value, str))]
+            found += [
+                pytest.param(name, argument, bad, id=f"{name}-{argument}-{index}") for index, bad in enumerate(values)
+            ]
+    return found
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_the_call_that_the_others_differ_from_works(name: str) -> None:
+    call, arguments = GOOD[name]
+    call(**{key: make() for key, make in arguments.items()})
+
+
+@pytest.mark.parametrize(("name", "argument", "bad"), cases())
+def test_one_argument_that_does_not_fit(name: str, argument: str, bad: Any) -> None:
+    call, arguments = GOOD[name]
+    good = {key: make() for key, make in arguments.items()}
+    with pytest.raises(REFUSALS):
+        call(**good | {argument: bad})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [(name, argument) for name, (_, arguments) in GOOD.items() for argument in arguments if argument == "out"],
+)
+def test_a_read_only_output_is_refused(name: str, argument: str) -> None:
+    call, arguments = GOOD[name]
+    good = {key: make() for key, make in arguments.items()}
+    with pytest.raises(TypeError):
+        call(**good | {argument: read_only(good[argument])})
+
+
+def test_inputs_may_be_read_only() -> None:
+    """Weights are views of a mapped file."""
+    for call, arguments in GOOD.values():
+        good = {key: make() for key, make in arguments.items()}
+        for key, value in good.items():
+            if isinstance(value, np.ndarray) and key != "out":
+                read_only(value)
+        call(**good)
+
+
+@pytest.mark.parametrize("kind", [_native.LayerKV, _native.PackedWeight])
+def test_what_only_the_core_makes_cannot_be_made_outside(kind: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError):
+        kind()
+
+
+@pytest.mark.parametrize("weights", ["[None]", "[weight, None]", "(None,)"])
+def test_none_among_the_weights_is_refused(weights: str) -> None:
+    """In a process of its own, which a null pointer may end."""
+    script = f"""
+import numpy as np
+from kvik import _native
+pool = _native.ThreadPool(1)
+weight = _native.pack("F32", np.zeros(8 * 32 * 4, np.uint8), 8, 32, pool)
+weights = {weights}
+outs = [np.zeros((1, 8), np.float32) for _ in weights]
+try:
+    _native.project(pool, np.zeros((1, 32), np.float32), weights, outs, False)
+except (TypeError, ValueError):
+    print("refused")
+"""
+    result = python("-c", script)
+    assert result.stdout.strip() == "refused", f"exit status {result.returncode}: {result.stderr}"
+
+
+def test_more_memory_than_there_are_addresses_is_an_exception() -> None:
+    with pytest.raises(MemoryError):
+        _native.KVArrays(2**20, 2**20, 64, 1024, "f32")
+    with pytest.raises(MemoryError):
+        _native.KVArrays(2**13, 2**20, 64, 256, "f16")  # 2**49 bytes: it reaches the system, which has 2**47
+
+
+@pytest.mark.filterwarnings("ignore:nanobind:RuntimeWarning")
+def test_an_object_that_was_never_made_is_refused() -> None:
+    kv: _native.LayerKV = _native.LayerKV.__new__(_native.LayerKV)
+    packed: _native.PackedWeight = _native.PackedWeight.__new__(_native.PackedWeight)
+    empty = floats(0, KV_HEADS, HEAD_DIM)
+    with pytest.raises(TypeError):
+        _native.write_kv(POOL, kv, empty, empty, integers())
+    with pytest.raises(TypeError):
+        _native.take_rows(packed, integers(), floats(0, COLUMNS))
+    with pytest.raises(TypeError):
+        _native.project(POOL, floats(0, COLUMNS), [packed], [floats(0, ROWS)], False)
+
+
+def test_a_layer_outlives_the_name_of_its_arrays() -> None:
+    kv = layer()  # nothing else holds the arrays
+    _, arguments = GOOD["attend"]
+    good = {key: make() for key, make in arguments.items()} | {"kv": kv}
+    assert not good["out"].any()
+    _native.write_kv(POOL, kv, floats(1, KV_HEADS, HEAD_DIM), np.ones((1, KV_HEADS, HEAD_DIM), np.float32), integers(0))
+    _native.attend(**good)
+    assert (good["out"][0] == 1).all()
+
+
+def test_block_ids_past_the_last_position_are_never_read() -> None:
+    """Unused places of a block table may hold anything."""
+    _, arguments = GOOD["attend"]
+    good = {key: make() for key, make in arguments.items()}
+    tables = np.asarray([[0, -1, BLOCKS], [1, 2, 4]], np.int32)
+    _native.attend(**good | {"block_tables": tables})
+    with pytest.raises(ValueError, match="block id"):
+        _native.attend(**good | {"block_tables": tables, "sequence_index": integers(0, 0, 1)})

@@ -1,0 +1,166 @@
+"""The ops between the matrices: both backends against formulas in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from gguf_files import WEIGHT_TYPES
+from kvik.models.spec import RopeSpec
+from kvik.ops.base import Ops
+from kvik.ops.native import NativeOps
+from kvik.ops.reference import ReferenceOps
+from ops.arrangement import FloatArray, random_weights
+
+UNIT = 2.0**-24
+TINIEST = 2.0**-126  # the smallest normal number: below it, results lose bits
+
+SHAPES = [(0, 8), (1, 1), (1, 576), (2, 7), (5, 33), (16, 64), (17, 96), (130, 129), (300, 40)]
+SIZES = [1.0, 1e4, 1e-20, 0.0]
+
+
+@pytest.fixture(params=["native", "reference"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return NativeOps(threads=2) if request.param == "native" else ReferenceOps()
+
+
+def normal(rng: np.random.Generator, *shape: int, size: float = 1.0) -> FloatArray:
+    return (rng.normal(0, 1, shape) * size).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
+def test_embed_gives_rows_of_the_table(ops: Ops, kind: GGMLQuantizationType) -> None:
+    rng = np.random.default_rng(0)
+    table = random_weights(kind, 37, 256, rng)
+    for num_tokens in (0, 1, 40):
+        token_ids = rng.integers(0, 37, num_tokens, dtype=np.int32)
+        np.testing.assert_array_equal(ops.to_numpy(ops.embed(table.load(ops), token_ids)), table.values[token_ids])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm(ops: Ops, shape: tuple[int, int], size: float) -> None:
+    """The mean square adds n / 8 squares a lane and 8 lanes; then a root, a quotient and two products."""
+    rng = np.random.default_rng(shape[1])
+    x, weight = normal(rng, *shape, size=size), normal(rng, shape[1])
+    for eps in (1e-5, 1e-6, 0.5):
+        out = ops.to_numpy(ops.rms_norm(x, weight, eps))
+        wide = x.astype(np.float64)
+        wanted = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + eps) * weight
+        assert out.shape == shape
+        assert out.dtype == np.float32
+        assert (abs(out - wanted) <= (shape[1] / 8 + 16) * UNIT * abs(wanted) + TINIEST).all()
+
+
+@pytest.mark.parametrize("size", [*SIZES, 30.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_silu_multiply(ops: Ops, shape: tuple[int, int], size: float) -> None:
+    """e**-x is right to a unit or two and an argument's rounding, |x| units; past e**88 the quotient is nearly zero."""
+    rng = np.random.default_rng(shape[1] + 1)
+    gate, up = normal(rng, *shape, size=size), normal(rng, *shape, size=3.0)
+    out = ops.to_numpy(ops.silu_multiply(gate, up))
+    wide = gate.astype(np.float64)
+    with np.errstate(over="ignore"):
+        wanted = wide / (1 + np.exp(-wide)) * up
+    assert out.shape == shape
+    assert out.dtype == np.float32
+    slack = (abs(wide) + 12) * UNIT * abs(wanted) + np.where(wide < -86, abs(wide * up) * 1e-37, 0) + TINIEST
+    assert (abs(out - wanted) <= slack).all()
+
+
+def test_silu_multiply_at_the_ends_of_float32(ops: Ops) -> None:
+    gate = np.asarray([[3.0e38, -3.0e38, 0.0, -0.0, 100.0, -100.0, 2.0**-149, -1e-40, 1.0]], np.float32)
+    out = ops.to_numpy(ops.silu_multiply(gate, np.ones_like(gate)))
+    np.testing.assert_allclose(out[0, :2], [3.0e38, 0.0], rtol=1e-6, atol=10)
+    np.testing.assert_allclose(out[0, 2:], [0.0, 0.0, 100.0, 0.0, 0.0, 0.0, 0.7310586], rtol=1e-6, atol=1e-34)
+
+
+@pytest.mark.parametrize("adjacent_pairs", [True, False])
+@pytest.mark.parametrize(("head_dim", "num_dims"), [(2, 2), (8, 8), (64, 64), (40, 20), (80, 6), (256, 256)])
+def test_rope(ops: Ops, head_dim: int, num_dims: int, adjacent_pairs: bool) -> None:
+    """As a complex number: a pair (a, b) becomes (a + ib) e**(i angle); dimensions past `num_dims` pass unchanged."""
+    rng = np.random.default_rng(head_dim)
+    table = RopeSpec(theta=10_000.0, num_dims=num_dims, adjacent_pairs=adjacent_pairs).table(600)
+    for num_tokens, heads in ((0, 3), (1, 1), (9, 3), (70, 5)):
+        x = normal(rng, num_tokens, heads, head_dim)
+        positions = rng.integers(0, 600, num_tokens, dtype=np.int32)
+        out = ops.to_numpy(ops.rope(x, positions, table))
+        angles = positions[:, None] * 10_000.0 ** (-2.0 * np.arange(num_dims // 2) / num_dims)
+        turn = np.exp(1j * angles)[:, None]  # (T, 1, pairs)
+        wanted = x.astype(np.float64)
+        first = slice(0, num_dims, 2) if adjacent_pairs else slice(0, num_dims // 2)
+        second = slice(1, num_dims, 2) if adjacent_pairs else slice(num_dims // 2, num_dims)
+        turned = (x[..., first] + 1j * x[..., second].astype(np.complex128)) * turn
+        wanted[..., first], wanted[..., second] = turned.real, turned.imag
+        # Cosine and sine are rounded once, two products and their sum once each.
+        bound = np.zeros_like(wanted)
+        bound[..., first] = bound[..., second] = 3 * UNIT * (abs(x[..., first]) + abs(x[..., second]))
+        assert out.shape == x.shape
+        assert (abs(out - wanted) <= bound).all()
+
+
+def test_rope_leaves_its_input_alone(ops: Ops) -> None:
+    x = normal(np.random.default_rng(1), 3, 2, 8)
+    before = x.copy()
+    ops.rope(x, np.asarray([1, 2, 3], np.int32), RopeSpec(10_000.0, 8, adjacent_pairs=True).table(4))
+    np.testing.assert_array_equal(x, before)
+
+
+def test_rope_table_turns_by_theta_and_factors() -> None:
+    plain = RopeSpec(500.0, 4, adjacent_pairs=True).table(10).turns
+    assert plain.shape == (10, 2, 2)
+    assert plain.dtype == np.float32
+    np.testing.assert_array_equal(plain[0], [[1, 0], [1, 0]])
+    slower = RopeSpec(500.0, 4, adjacent_pairs=True, factors=2.0).table(10).turns
+    np.testing.assert_array_equal(slower[4], plain[2])
+    mixed = RopeSpec(500.0, 4, adjacent_pairs=True, factors=(1.0, 4.0)).table(10).turns
+    np.testing.assert_array_equal(mixed[8, 0], plain[8, 0])
+    np.testing.assert_array_equal(mixed[8, 1], plain[2, 1])
+    longer = RopeSpec(500.0, 4, adjacent_pairs=True).table(1000).turns
+    np.testing.assert_array_equal(longer[:10], plain)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_add(ops: Ops, size: float) -> None:
+    rng = np.random.default_rng(2)
+    x, y = normal(rng, 9, 33, size=size), normal(rng, 9, 33)
+    wanted = (x.astype(np.float64) + y).astype(np.float32)
+    np.testing.assert_array_equal(ops.to_numpy(ops.add(x, y)), wanted)
+
+
+@pytest.mark.parametrize("rows", [[], [4], [0, 4, 2], [3, 3]])
+def test_take_rows(ops: Ops, rows: list[int]) -> None:
+    x = normal(np.random.default_rng(3), 5, 33)
+    taken = ops.to_numpy(ops.take_rows(x, np.asarray(rows, np.int32)))
+    assert taken.shape == (len(rows), 33)
+    for row, index in zip(taken, rows, strict=True):
+        np.testing.assert_array_equal(row, x[index])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+def test_heads_are_split_and_merged_in_order(ops: Ops, num_tokens: int) -> None:
+    x = normal(np.random.default_rng(4), num_tokens, 48)
+    heads = ops.split_heads(x, 16)
+    assert ops.to_numpy(heads).shape == (num_tokens, 3, 16)
+    for head in range(3):
+        np.testing.assert_array_equal(ops.to_numpy(heads)[:, head], x[:, 16 * head : 16 * (head + 1)])
+    np.testing.assert_array_equal(ops.to_numpy(ops.merge_heads(heads)), x)
+
+
+def test_results_are_new_arrays(ops: Ops) -> None:
+    """An op never writes into what it was given, but for write_kv's cache."""
+    rng = np.random.default_rng(5)
+    x, y, weight = normal(rng, 4, 32), normal(rng, 4, 32), normal(rng, 32)
+    copies = [array.copy() for array in (x, y, weight)]
+    matrix = random_weights(GGMLQuantizationType.Q4_1, 32, 32, rng).load(ops)
+    for out in (ops.rms_norm(x, weight, 1e-5), ops.silu_multiply(x, y), ops.add(x, y), ops.linear(x, matrix)):
+        out[:] = 7
+    for array, copy in zip((x, y, weight), copies, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+def test_names_and_threads() -> None:
+    assert (NativeOps().name, ReferenceOps().name) == ("native", "reference")
+    assert NativeOps(threads=3).num_threads == 3
+    assert NativeOps().num_threads >= 1

@@ -1,0 +1,149 @@
+"""Weights enter the packed container without loss: what comes out is what the gguf library reads, exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from gguf_files import FLOAT16_OFFSETS, FLOAT_TYPES, WEIGHT_TYPES, random_blocks
+from kvik import _native
+
+ROWS = (1, 7, 8, 9, 33)
+BLOCK_BYTES = {
+    # Of 32 columns of one row: quants, then a float16 or float32 scale, and a minimum where the format has one.
+    "F32": 32 * 4,
+    "F16": 32 * 2,
+    "BF16": 32 * 2,
+    "Q4_0": 16 + 2,
+    "Q4_1": 16 + 4,
+    "Q5_0": 32 + 2,
+    "Q5_1": 32 + 4,
+    "Q8_0": 32 + 2,
+    "Q2_K": 32 + 2 * 8,
+    "Q3_K": 32 + 2 * 4,
+    "Q4_K": 16 + 8,
+    "Q5_K": 32 + 8,
+    "Q6_K": 32 + 2 * 4,
+}
+
+every_type = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
+quantized_types = pytest.mark.parametrize("kind", FLOAT16_OFFSETS, ids=lambda kind: kind.name)
+
+
+def unpacked(
+    kind: GGMLQuantizationType, blocks: npt.NDArray[np.uint8], columns: int, *, threads: int = 1
+) -> npt.NDArray[np.float32]:
+    weight = _native.pack(kind.name, blocks.reshape(-1), len(blocks), columns, _native.ThreadPool(threads))
+    out = np.full((len(blocks), columns), np.nan, np.float32)
+    _native.take_rows(weight, np.arange(len(blocks), dtype=np.int32), out)
+    return out
+
+
+def expected(kind: GGMLQuantizationType, blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    with np.errstate(invalid="ignore", over="ignore"):
+        values: npt.NDArray[np.float32] = dequantize(blocks, kind)
+    return values
+
+
+@every_type
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_row_comes_out_as_the_gguf_library_reads_it(kind: GGMLQuantizationType, rows: int) -> None:
+    columns = 512
+    blocks = random_blocks(kind, rows, columns, np.random.default_rng(rows))
+    np.testing.assert_array_equal(unpacked(kind, blocks, columns), expected(kind, blocks))
+
+
+@every_type
+def test_the_narrowest_matrix(kind: GGMLQuantizationType) -> None:
+    columns = GGML_QUANT_SIZES[kind][0]
+    blocks = random_blocks(kind, 9, columns, np.random.default_rng(1))
+    np.testing.assert_array_equal(unpacked(kind, blocks, columns), expected(kind, blocks))
+
+
+@every_type
+def test_rows_come_in_the_order_asked_for_and_as_often(kind: GGMLQuantizationType) -> None:
+    columns = 256
+    blocks = random_blocks(kind, 33, columns, np.random.default_rng(2))
+    weight = _native.pack(kind.name, blocks.reshape(-1), 33, columns, _native.ThreadPool(1))
+    row_ids = np.asarray([32, 0, 8, 8, 31, 7, 32], np.int32)
+    out = np.empty((len(row_ids), columns), np.float32)
+    _native.take_rows(weight, row_ids, out)
+    np.testing.assert_array_equal(out, expected(kind, blocks)[row_ids])
+
+
+@every_type
+@pytest.mark.parametrize("threads", [2, 3])
+def test_packing_with_several_threads_gives_the_same_values(kind: GGMLQuantizationType, threads: int) -> None:
+    blocks = random_blocks(kind, 70, 256, np.random.default_rng(3))
+    np.testing.assert_array_equal(unpacked(kind, blocks, 256, threads=threads), expected(kind, blocks))
+
+
+@quantized_types
+@pytest.mark.parametrize("byte", [0x00, 0x01, 0x7F, 0x80, 0xFF])
+def test_blocks_of_one_byte_all_over(kind: GGMLQuantizationType, byte: int) -> None:
+    """Every code at its end: -128 in Q8_0, the largest nibble, the most negative 6-bit scale."""
+    columns = 256
+    _, block_bytes = GGML_QUANT_SIZES[kind]
+    blocks = np.full((9 * columns // GGML_QUANT_SIZES[kind][0], block_bytes), byte, np.uint8)
+    for offset in FLOAT16_OFFSETS[kind]:
+        blocks[:, offset : offset + 2] = np.asarray([1.5], np.float16).view(np.uint8)
+    blocks = blocks.reshape(9, -1)
+    np.testing.assert_array_equal(unpacked(kind, blocks, columns), expected(kind, blocks))
+
+
+@quantized_types
+@pytest.mark.parametrize("scale", [65504.0, -65504.0, 2.0**-24, -(2.0**-24), 6.1e-5, 0.0, -0.0])
+def test_scales_at_the_ends_of_float16(kind: GGMLQuantizationType, scale: float) -> None:
+    """The largest number, the smallest, and a subnormal one."""
+    columns = 256
+    blocks = random_blocks(kind, 9, columns, np.random.default_rng(4)).reshape(-1, GGML_QUANT_SIZES[kind][1])
+    for offset in FLOAT16_OFFSETS[kind]:
+        blocks[:, offset : offset + 2] = np.asarray([scale], np.float16).view(np.uint8)
+    blocks = blocks.reshape(9, -1)
+    np.testing.assert_array_equal(unpacked(kind, blocks, columns), expected(kind, blocks))
+
+
+@quantized_types
+def test_random_bytes_infinite_scales_among_them(kind: GGMLQuantizationType) -> None:
+    """A damaged file may hold any bits. An infinite scale need not give the same NaNs, but never a finite number."""
+    columns = 512
+    shape = (33, columns // GGML_QUANT_SIZES[kind][0] * GGML_QUANT_SIZES[kind][1])
+    blocks = np.random.default_rng(5).integers(0, 256, shape, dtype=np.uint8)
+    blocks[0] = 0xFF
+    values, wanted = unpacked(kind, blocks, columns), expected(kind, blocks)
+    finite = np.isfinite(wanted)
+    assert not finite.all()
+    np.testing.assert_array_equal(np.isfinite(values), finite)
+    np.testing.assert_array_equal(values[finite], wanted[finite])
+
+
+@pytest.mark.parametrize("kind", FLOAT_TYPES, ids=lambda kind: kind.name)
+def test_floats_of_any_bits(kind: GGMLQuantizationType) -> None:
+    """Infinities, NaNs, subnormals and both zeros pass through a float format."""
+    columns = 64
+    blocks = np.random.default_rng(6).integers(0, 256, (9, columns * GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    blocks[0] = 0xFF
+    blocks[1] = 0
+    np.testing.assert_array_equal(unpacked(kind, blocks, columns), expected(kind, blocks))
+
+
+@every_type
+@pytest.mark.parametrize("rows", ROWS)
+def test_bytes_are_those_of_the_format_for_whole_row_blocks(kind: GGMLQuantizationType, rows: int) -> None:
+    columns = 256
+    blocks = random_blocks(kind, rows, columns, np.random.default_rng(7))
+    weight = _native.pack(kind.name, blocks.reshape(-1), rows, columns, _native.ThreadPool(1))
+    assert (weight.rows, weight.columns) == (rows, columns)
+    assert weight.num_bytes == -(-rows // 8) * 8 * columns // 32 * BLOCK_BYTES[kind.name]
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in GGMLQuantizationType if kind not in WEIGHT_TYPES], ids=lambda kind: kind.name
+)
+def test_a_type_without_a_packed_format_is_refused(kind: GGMLQuantizationType) -> None:
+    block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    with pytest.raises(ValueError, match=kind.name):
+        _native.pack(kind.name, np.zeros(block_bytes, np.uint8), 1, block_size, _native.ThreadPool(1))

@@ -1,0 +1,153 @@
+"""What a caller may choose: the edges that are accepted, and refusals that name the field and say what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvik.config import MOST_SEED, MOST_STOP_STRINGS, MOST_TOKENS, EngineConfig, SamplingParams
+from kvik.errors import InvalidInput, KvikError
+
+NAN, INF = math.nan, math.inf
+TINIEST = 5e-324
+UNPRINTABLE = 10**5000  # more digits than Python turns into text
+NOT_INTEGERS: list[Any] = [None, True, 1.0, "1", b"1", [1], NAN, INF, 2**31, 2**64, -(10**100), UNPRINTABLE]
+NOT_NUMBERS: list[Any] = [None, True, "1", b"1", [1.0], NAN, INF, -INF, 1e308, 10**400, UNPRINTABLE]
+
+
+class Integer(int):
+    """A subclass is not taken for a number: it may compare as it likes."""
+
+
+GOOD_SAMPLING: dict[str, list[Any]] = {
+    "max_tokens": [1, 2, MOST_TOKENS],
+    "min_tokens": [0, 1, 256],
+    "temperature": [0, 0.0, -0.0, TINIEST, 1, 0.7, 100.0],
+    "top_k": [0, 1, MOST_TOKENS],
+    "top_p": [TINIEST, 0.5, 1, 1.0],
+    "min_p": [0, 0.0, 0.05, 1.0],
+    "repetition_penalty": [0.01, 1, 1.1, 100.0],
+    "presence_penalty": [-100.0, -2, 0, 2.0, 100],
+    "frequency_penalty": [-100.0, -2, 0, 2.0, 100],
+    "stop": [(), [], "\n", ("a",), ["a", "b"], "x" * 1024, "é" * 512, "\ud800", ["a"] * MOST_STOP_STRINGS],
+    "stop_token_ids": [(), [], (0,), [1, 2, 2], (MOST_TOKENS,)],
+    "seed": [None, 0, 1, MOST_SEED],
+    "logprobs": [None, 0, 20],
+    "ignore_eos": [True, False],
+}
+BAD_SAMPLING: dict[str, list[Any]] = {
+    "max_tokens": [0, -1, Integer(3), *NOT_INTEGERS],
+    "min_tokens": [-1, 257, *NOT_INTEGERS],
+    "temperature": [-0.001, -1, 100.5, *NOT_NUMBERS],
+    "top_k": [-1, *NOT_INTEGERS],
+    "top_p": [0, 0.0, -0.5, 1.0001, 2, *NOT_NUMBERS],
+    "min_p": [-0.5, 1.0001, *NOT_NUMBERS],
+    "repetition_penalty": [0, 0.0, -1.0, 100.5, *NOT_NUMBERS],
+    "presence_penalty": [-100.5, 100.5, *NOT_NUMBERS],
+    "frequency_penalty": [-100.5, 100.5, *NOT_NUMBERS],
+    "stop": [None, 1, "", [""], ("a", ""), "x" * 1025, "é" * 513, ["a"] * (MOST_STOP_STRINGS + 1), [b"a"], {"a"}, [1]],
+    "stop_token_ids": [None, 3, "12", [-1], [True], [1.0], ["1"], [2**31], [10**100], {1}],
+    "seed": [-1, True, 1.0, "1", MOST_SEED + 1, 10**100, NAN],
+    "logprobs": [-1, 21, True, 1.0, "1", 10**100],
+    "ignore_eos": [None, 0, 1, "yes"],
+}
+GOOD_ENGINE: dict[str, list[Any]] = {
+    "activations": ["int8", "int16"],
+    "kv_dtype": ["f16", "f32"],
+    "context": [None, 2, 4096, MOST_TOKENS],
+    "threads": [None, 1, 256],
+    "token_budget": [1, 512, 1 << 20],
+    "backend": ["native", "reference"],
+}
+BAD_ENGINE: dict[str, list[Any]] = {
+    "activations": ["", "int4", "INT8", None, 8, b"int8", ["int8"]],
+    "kv_dtype": ["", "q8", "fp16", None, 16, ["f16"]],
+    "context": [-1, 0, 1, *NOT_INTEGERS[1:]],
+    "threads": [-1, 0, 257, *NOT_INTEGERS[1:]],
+    "token_budget": [-1, 0, (1 << 20) + 1, *NOT_INTEGERS],
+    "backend": ["", "torch", "Native", None, 1, {"native"}],
+}
+
+Config = Callable[..., SamplingParams | EngineConfig]
+
+
+def cases(values: dict[type, dict[str, list[Any]]]) -> list[Any]:
+    return [
+        pytest.param(config, field, value, id=f"{field}-{index}")
+        for config, fields in values.items()
+        for field, choices in fields.items()
+        for index, value in enumerate(choices)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "good", "bad"), [(SamplingParams, GOOD_SAMPLING, BAD_SAMPLING), (EngineConfig, GOOD_ENGINE, BAD_ENGINE)]
+)
+def test_no_field_is_forgotten_here(
+    config: type[SamplingParams | EngineConfig], good: dict[str, list[Any]], bad: dict[str, list[Any]]
+) -> None:
+    names = {field.name for field in dataclasses.fields(config)}
+    assert names == good.keys() == bad.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"), cases({SamplingParams: GOOD_SAMPLING, EngineConfig: GOOD_ENGINE})
+)
+def test_values_up_to_the_edges_are_kept(config: Config, field: str, value: Any) -> None:
+    kept = getattr(config(**{field: value}), field)
+    if field == "stop":
+        value = (value,) if isinstance(value, str) else tuple(value)
+    if field == "stop_token_ids":
+        value = tuple(value)
+    assert kept == value
+    assert type(kept) is type(value)
+
+
+@pytest.mark.parametrize(("config", "field", "value"), cases({SamplingParams: BAD_SAMPLING, EngineConfig: BAD_ENGINE}))
+def test_other_values_are_refused_by_name(config: Config, field: str, value: Any) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        config(**{field: value})
+    error = caught.value
+    assert isinstance(error, ValueError)
+    assert isinstance(error, KvikError)
+    assert field.removesuffix("s") in error.message
+    assert error.hint
+    assert str(error) == f"{error.message}\nhint: {error.hint}"
+    assert "\n" not in error.message
+    assert len(str(error)) < 400, "a huge value is not printed whole"
+
+
+def test_min_tokens_above_max_tokens_names_both() -> None:
+    with pytest.raises(InvalidInput, match=r"min_tokens is 9, more than max_tokens, 8"):
+        SamplingParams(max_tokens=8, min_tokens=9)
+    assert SamplingParams(max_tokens=9, min_tokens=9).min_tokens == 9
+
+
+@pytest.mark.parametrize("config", [SamplingParams, EngineConfig])
+def test_configs_are_frozen_and_named(config: Config) -> None:
+    made = config()
+    name = dataclasses.fields(made)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(made, name, 1)
+    with pytest.raises(TypeError):
+        config(1)
+    with pytest.raises(TypeError):
+        config(no_such_field=1)
+    assert made == config()
+    assert hash(made) == hash(config())
+
+
+def test_the_caller_s_list_is_not_kept() -> None:
+    stop = ["a"]
+    params = SamplingParams(stop=stop)
+    stop.append("")
+    assert params.stop == ("a",)
+
+
+def test_replace_checks_again() -> None:
+    with pytest.raises(InvalidInput, match="top_p"):
+        dataclasses.replace(SamplingParams(), top_p=0.0)

@@ -1,0 +1,52 @@
+"""Bytes of the KV cache: by formula, for models that people know, and as the arrays are allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kvik import _native
+from kvik.cache import BLOCK_SIZE, KVCacheSpec
+from kvik.config import KVDType
+
+SMOLLM2 = KVCacheSpec(num_layers=30, num_kv_heads=3, head_dim=64, dtype="f16")
+LLAMA_3_8B = KVCacheSpec(num_layers=32, num_kv_heads=8, head_dim=128, dtype="f16")
+
+
+def test_bytes_of_known_models() -> None:
+    assert SMOLLM2.token_bytes == 23_040
+    assert SMOLLM2.block_bytes == 737_280
+    assert LLAMA_3_8B.token_bytes == 128 * 1024
+    assert LLAMA_3_8B.block_bytes == 4 * 1024**2
+
+
+def test_float32_takes_twice_the_bytes_of_float16() -> None:
+    wide = dataclasses.replace(SMOLLM2, dtype="f32")
+    assert wide.token_bytes == 2 * SMOLLM2.token_bytes
+    assert wide.block_bytes == 2 * SMOLLM2.block_bytes
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "blocks", "pool_blocks"),
+    [(0, 0, 0), (1, 1, 8), (31, 1, 8), (32, 1, 8), (33, 2, 8), (256, 8, 8), (257, 9, 16), (8192, 256, 256)],
+)
+def test_blocks_for_a_number_of_tokens(num_tokens: int, blocks: int, pool_blocks: int) -> None:
+    assert SMOLLM2.num_blocks_for(num_tokens) == blocks
+    assert SMOLLM2.pool_blocks_for(num_tokens) == pool_blocks
+
+
+def test_the_block_size_is_the_kernels_own() -> None:
+    assert SMOLLM2.block_size == BLOCK_SIZE == _native.BLOCK_SIZE
+    assert SMOLLM2.pool_blocks_for(1) * BLOCK_SIZE == _native.SEGMENT
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 3, 40), (30, 3, 64), (4, 8, 128)])
+@pytest.mark.parametrize("num_tokens", [1, 256, 300, 2048])
+def test_the_figure_is_what_the_engine_allocates(num_tokens: int, shape: tuple[int, int, int], dtype: KVDType) -> None:
+    spec = KVCacheSpec(*shape, dtype)
+    num_blocks = spec.pool_blocks_for(num_tokens)
+    num_layers, num_kv_heads, head_dim = shape
+    arrays = _native.KVArrays(num_layers, num_blocks, num_kv_heads, head_dim, dtype)
+    assert arrays.num_bytes == num_blocks * spec.block_bytes
