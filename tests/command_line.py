@@ -70,19 +70,6 @@ class Terminal:
         before, found, self._unread = self._unread.partition(text)
         return before + found
 
-    def interrupt_until(self, text: str) -> str:
-        """Press Ctrl-C and read up to `text`.
-
-        Python's input() looks for signals when a key comes: one that arrives just before it waits takes a second key.
-        """
-        for _ in range(10):
-            self.type(CTRL_C)
-            try:
-                return self.read_until(text, timeout_s=6.0)
-            except AssertionError:
-                continue
-        return self.read_until(text)
-
     def finish(self, *, timeout_s: float = 60.0) -> tuple[str, int]:
         """What appears until the command ends, and its exit code."""
         deadline_s = time.monotonic() + timeout_s

@@ -83,11 +83,13 @@ def test_ctrl_c_at_the_prompt_takes_the_line_back(tiny: Path) -> None:
     with chat(tiny, *SHORT) as terminal:
         terminal.type("this is not meant")
         terminal.read_until("meant")
-        terminal.interrupt_until("\n> ")
+        terminal.type(CTRL_C)
+        terminal.read_until("\n> ")
         _, figures = say(terminal, "hello")
         terminal.type("a line\\\nand a second")
         terminal.read_until("second")
-        terminal.interrupt_until("\n> ")
+        terminal.type(CTRL_C)
+        terminal.read_until("\n> ")
         terminal.type(CTRL_D)
         assert terminal.finish()[1] == 0
     with chat(tiny, *SHORT) as terminal:

@@ -8,7 +8,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from kvik.cli.options import check_text
-from kvik.cli.terminal import Interrupt, is_terminal, note, show_error, show_problem, stats_line, write_answer
+from kvik.cli.terminal import (
+    Interrupt,
+    PromptInterrupt,
+    is_terminal,
+    note,
+    show_error,
+    show_problem,
+    stats_line,
+    write_answer,
+)
 from kvik.config import SamplingParams
 from kvik.errors import KvikError, ModelError, PromptTooLong
 
@@ -88,8 +97,9 @@ def take_turn(session: Session, text: str, params: SamplingParams) -> None:
 
 
 def _read_line(prompt: str) -> str:
-    if is_terminal(sys.stdout):
-        return input(prompt)
-    sys.stderr.write(prompt)  # stdout is the result, and goes elsewhere
-    sys.stderr.flush()
-    return input()
+    with PromptInterrupt():
+        if is_terminal(sys.stdout):
+            return input(prompt)
+        sys.stderr.write(prompt)  # stdout is the result, and goes elsewhere
+        sys.stderr.flush()
+        return input()
