@@ -17,6 +17,7 @@
 #include "kernels.h"
 #include "kv_arrays.h"
 #include "half.h"
+#include "ops.h"
 #include "packing.h"
 #include "thread_pool.h"
 
@@ -24,14 +25,15 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace kvik {
+
+const Kernels *kernels = nullptr;
+
 namespace {
 
 template <class T, int dims> using Array = nb::ndarray<T, nb::ndim<dims>, nb::c_contig, nb::device::cpu>;
 template <int dims> using Floats = Array<const float, dims>;
 template <int dims> using FloatsOut = Array<float, dims>;
 using Integers = Array<const int32_t, 1>;
-
-const Kernels *kernels = nullptr;
 
 // KVIK_ISA, or the best set that this processor has.
 const Kernels *choose_kernels() {
@@ -198,7 +200,7 @@ void rope(Floats<3> x, Integers positions, Floats<3> table, bool adjacent_pairs,
   }
 }
 
-void write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3> v, Integers slots) {
+void checked_write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3> v, Integers slots) {
   const int64_t num_tokens = size(slots, 0);
   for (const auto &array : {k, v}) {
     require(size(array, 0) == num_tokens, "write_kv: one slot a token");
@@ -206,11 +208,7 @@ void write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3> v, Int
   }
   for (int64_t i = 0; i < num_tokens; ++i)
     require(slots(i) >= 0 && slots(i) < kv.num_blocks * kBlockSize, "write_kv: a slot is outside the cache");
-  const int64_t width = kv.num_kv_heads * kv.head_dim;
-  // Neighbouring tokens share cache lines of a K tile, so a thread takes whole blocks' worth of them.
-  pool.for_ranges(num_tokens, kBlockSize, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) kernels->write_kv(kv, k.data() + i * width, v.data() + i * width, slots(i));
-  });
+  write_kv(pool, kv, k.data(), v.data(), slots.data(), num_tokens);
 }
 
 void check_attention(const AttendArgs &args, int64_t num_sequences) {
@@ -231,31 +229,8 @@ void check_attention(const AttendArgs &args, int64_t num_sequences) {
   }
 }
 
-// Room for the softmax state of one KV head's group, and its neighbours' cache lines kept apart.
-class PartialBuffer {
-public:
-  PartialBuffer(int64_t count, int64_t group, int64_t head_dim)
-      : group_(group), stride_((group * (head_dim + 2) + 15) / 16 * 16),
-        data_(static_cast<std::size_t>(count * stride_)) {}
-  Partial at(int64_t index) {
-    float *start = data_.data() + index * stride_;
-    return {start, start + group_, start + 2 * group_};
-  }
-
-private:
-  int64_t group_, stride_;
-  std::vector<float> data_;
-};
-
-void write_output(const AttendArgs &args, int64_t token, int64_t kv_head, const Partial &total) {
-  const int64_t head_dim = args.kv.head_dim, group = args.num_heads / args.kv.num_kv_heads;
-  float *out = args.out + (token * args.num_heads + kv_head * group) * head_dim;
-  for (int64_t h = 0; h < group; ++h)
-    for (int64_t d = 0; d < head_dim; ++d) out[h * head_dim + d] = total.value[h * head_dim + d] / total.sum[h];
-}
-
-void attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_t, 2> block_tables,
-            Integers sequence_index, Integers positions, float scale, FloatsOut<3> out) {
+void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_t, 2> block_tables,
+                    Integers sequence_index, Integers positions, float scale, FloatsOut<3> out) {
   const int64_t num_tokens = size(q, 0), num_heads = size(q, 1), head_dim = kv.head_dim;
   require(size(q, 2) == head_dim, "attend: q has another head_dim than the cache");
   require(num_heads % kv.num_kv_heads == 0, "attend: query heads must be a multiple of KV heads");
@@ -266,47 +241,7 @@ void attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_
       num_heads, scale, out.data()};
   check_attention(args, size(block_tables, 0));
 
-  const int64_t group = num_heads / kv.num_kv_heads, rows = num_tokens * kv.num_kv_heads, threads = pool.num_threads();
-  const auto segments = [&](int64_t row) { return positions(row / kv.num_kv_heads) / kSegment + 1; };
-  std::vector<float> scratch(static_cast<std::size_t>(threads * group * kSegment));
-  const auto run_segment = [&](int thread, int64_t row, int64_t segment, const Partial &result) {
-    kernels->attend_segment(args, row / kv.num_kv_heads, row % kv.num_kv_heads, segment,
-                            scratch.data() + thread * group * kSegment, result);
-  };
-  const auto merge = [&](const Partial &total, const Partial &next) {
-    kernels->merge_segments(total, next, group, head_dim);
-  };
-
-  // With many rows a task is a row, its segments merged as they come. With few, a task is one segment, and the
-  // merge follows in the same order: either way the same operations, so the same bits.
-  if (rows >= 4 * threads) {
-    PartialBuffer partials(2 * threads, group, head_dim);
-    pool.for_each(rows, [&](int thread, int64_t row) {
-      const Partial total = partials.at(2 * thread), next = partials.at(2 * thread + 1);
-      run_segment(thread, row, 0, total);
-      for (int64_t segment = 1; segment < segments(row); ++segment) {
-        run_segment(thread, row, segment, next);
-        merge(total, next);
-      }
-      write_output(args, row / kv.num_kv_heads, row % kv.num_kv_heads, total);
-    });
-    return;
-  }
-  std::vector<int64_t> first_task(static_cast<std::size_t>(rows + 1), 0);
-  for (int64_t row = 0; row < rows; ++row)
-    first_task[static_cast<std::size_t>(row + 1)] = first_task[static_cast<std::size_t>(row)] + segments(row);
-  PartialBuffer partials(first_task.back(), group, head_dim);
-  pool.for_each(first_task.back(), [&](int thread, int64_t task) {
-    const auto after = std::upper_bound(first_task.begin(), first_task.end(), task);
-    const int64_t row = after - first_task.begin() - 1;
-    run_segment(thread, row, task - first_task[static_cast<std::size_t>(row)], partials.at(task));
-  });
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t first = first_task[static_cast<std::size_t>(row)];
-    const Partial total = partials.at(first);
-    for (int64_t segment = 1; segment < segments(row); ++segment) merge(total, partials.at(first + segment));
-    write_output(args, row / kv.num_kv_heads, row % kv.num_kv_heads, total);
-  }
+  attend(pool, args);
 }
 
 std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
@@ -369,9 +304,9 @@ NB_MODULE(_native, m) {
         "out"_a.noconvert(), "out = gate * sigmoid(gate) * up.");
   m.def("rope", &rope, Unlocked(), "x"_a.noconvert(), "positions"_a.noconvert(), "table"_a.noconvert(),
         "adjacent_pairs"_a, "out"_a.noconvert(), "Rotary position embedding of x (T, heads, head_dim).");
-  m.def("write_kv", &write_kv, Unlocked(), "pool"_a, "kv"_a, "k"_a.noconvert(), "v"_a.noconvert(),
+  m.def("write_kv", &checked_write_kv, Unlocked(), "pool"_a, "kv"_a, "k"_a.noconvert(), "v"_a.noconvert(),
         "slots"_a.noconvert(), "Stores k, v (T, num_kv_heads, head_dim) at slots (T,).");
-  m.def("attend", &attend, Unlocked(), "pool"_a, "q"_a.noconvert(), "kv"_a, "block_tables"_a.noconvert(),
+  m.def("attend", &checked_attend, Unlocked(), "pool"_a, "q"_a.noconvert(), "kv"_a, "block_tables"_a.noconvert(),
         "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "out"_a.noconvert(),
         "Causal attention of q (T, num_heads, head_dim) over each token's own sequence.");
 }
