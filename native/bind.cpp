@@ -35,20 +35,47 @@ template <int dims> using Floats = Array<const float, dims>;
 template <int dims> using FloatsOut = Array<float, dims>;
 using Integers = Array<const int32_t, 1>;
 
+struct InstructionSet {
+  const char *needs;
+  const Kernels *kernels;
+  bool usable;
+};
+
+// The best set first.
+std::vector<InstructionSet> instruction_sets() {
+  return {
+#if KVIK_X86
+      {"AVX-512 F, BW, VL, DQ and VNNI", &kAvx512Kernels,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")},
+      {"AVX2, FMA and F16C", &kAvx2Kernels,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+#endif
+      {"nothing", &kGenericKernels, true},
+  };
+}
+
+// The sets that this processor has.
+std::vector<std::string> usable_instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet &set : instruction_sets())
+    if (set.usable) names.push_back(set.kernels->isa);
+  return names;
+}
+
 // KVIK_ISA, or the best set that this processor has.
 const Kernels *choose_kernels() {
   const char *asked = std::getenv("KVIK_ISA");
   const std::string name = asked ? asked : "";
-#if KVIK_X86
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (name == "avx2" && !has_avx2) throw nb::import_error("KVIK_ISA=avx2, but this processor has no AVX2, FMA, F16C");
-  if (has_avx2 && name != "generic") {
-    if (name.empty() || name == "avx2") return &kAvx2Kernels;
+  std::string known;
+  for (const InstructionSet &set : instruction_sets()) {
+    if (name.empty() ? set.usable : name == set.kernels->isa) {
+      if (set.usable) return set.kernels;
+      throw nb::import_error(("KVIK_ISA=" + name + " needs a processor with " + set.needs).c_str());
+    }
+    known = set.kernels->isa + (known.empty() ? "" : ", " + known);
   }
-#endif
-  if (name.empty() || name == "generic") return &kGenericKernels;
-  throw nb::import_error(("KVIK_ISA=" + name + " is not one of: generic, avx2").c_str());
+  throw nb::import_error(("KVIK_ISA=" + name + " is not one of: " + known).c_str());
 }
 
 void require(bool holds, const char *what) {
@@ -69,64 +96,19 @@ PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> sou
   return pack(*type, source.data(), rows, columns, pool);
 }
 
-// Buffers of the quantised activations of one call.
-class QuantizedRows {
-public:
-  QuantizedRows(int64_t rows, int64_t columns, bool fine)
-      : columns_(columns), high_(static_cast<std::size_t>(rows * columns)), low_(fine ? high_.size() : 0),
-        scale_(high_.size() / kGroup), sums_(3 * scale_.size()) {}
-
-  ActivationsOut row(int64_t i) {
-    const int64_t groups = columns_ / kGroup;
-    return {high_.data() + i * columns_, low_.empty() ? nullptr : low_.data() + i * columns_,
-            scale_.data() + i * groups, sums_.data() + 3 * i * groups};
-  }
-  Activations all() const { return {high_.data(), low_.data(), scale_.data(), sums_.data()}; }
-
-private:
-  int64_t columns_;
-  std::vector<int8_t> high_, low_;
-  std::vector<float> scale_, sums_;
-};
-
-constexpr int64_t kRowGrain = 2; // row blocks: 16 rows, one cache line of outputs
-
 // Each weight times x; x is quantised once for all of them.
-void project(ThreadPool &pool, Floats<2> x, const std::vector<const PackedWeight *> &weights,
-             const std::vector<FloatsOut<2>> &outs, bool fine) {
+void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const PackedWeight *> &weights,
+                     const std::vector<FloatsOut<2>> &outs, bool fine) {
   const int64_t num_tokens = size(x, 0), columns = size(x, 1);
   require(weights.size() == outs.size(), "project: one output a weight");
-  bool quantize = false;
-  int64_t row_blocks = 0;
+  std::vector<Projection> projections;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     require(weights[i] != nullptr, "project: a weight is None");
     require(weights[i]->columns == columns, "project: x has another number of columns than the weight");
     require(size(outs[i], 0) == num_tokens && size(outs[i], 1) == weights[i]->rows, "project: wrong output shape");
-    quantize = quantize || weights[i]->quantized();
-    row_blocks += weights[i]->row_blocks();
+    projections.push_back({weights[i], outs[i].data()});
   }
-  QuantizedRows rows(quantize ? num_tokens : 0, columns, fine);
-  if (quantize) {
-    pool.for_ranges(num_tokens, 8, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) kernels->quantize(x.data() + i * columns, columns, fine, rows.row(i));
-    });
-  }
-  // The row blocks of all weights in a row, cut evenly.
-  pool.for_ranges(row_blocks, kRowGrain, [&](int64_t first, int64_t last) {
-    for (std::size_t i = 0; i < weights.size() && last > 0; ++i) {
-      const PackedWeight &weight = *weights[i];
-      const int64_t count = weight.row_blocks();
-      if (first < count) {
-        const LinearArgs args{weight.data.get(), weight.rows, columns,       rows.all(),
-                              x.data(),          num_tokens,  outs[i].data()};
-        const LinearKernel kernel = weight.quantized() ? kernels->quantized_linear[weight.block_format][fine]
-                                                       : kernels->float_linear[static_cast<int>(weight.float_format)];
-        kernel(args, first, std::min(last, count));
-      }
-      first = std::max<int64_t>(first - count, 0);
-      last -= count;
-    }
-  });
+  project(pool, {x.data(), num_tokens, columns}, projections, fine);
 }
 
 float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
@@ -274,6 +256,7 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);
   m.doc() = "kvik's native core: packed weights, thread pool and kernels.";
   m.attr("isa") = kernels->isa;
+  m.def("usable_isas", &usable_instruction_sets, "Names of the instruction sets that this processor has, best first.");
   m.attr("BLOCK_SIZE") = kBlockSize;
   m.attr("SEGMENT") = kSegment;
 
@@ -294,8 +277,8 @@ NB_MODULE(_native, m) {
   // noconvert: a quiet copy of an input would cost, and of an output lose, what the caller meant.
   m.def("pack", &pack_tensor, Unlocked(), "type"_a, "source"_a.noconvert(), "rows"_a, "columns"_a, "pool"_a,
         "Packs a GGUF tensor's bytes without loss.");
-  m.def("project", &project, Unlocked(), "pool"_a, "x"_a.noconvert(), "weights"_a.noconvert(), "outs"_a.noconvert(),
-        "fine"_a, "outs[i] = x @ weights[i].T; activations in int16 where `fine`, else int8.");
+  m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "weights"_a.noconvert(),
+        "outs"_a.noconvert(), "fine"_a, "outs[i] = x @ weights[i].T; activations in int16 where `fine`, else int8.");
   m.def("take_rows", &take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "out"_a.noconvert(),
         "out = weight[row_ids] as float32.");
   m.def("rms_norm", &rms_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a,

@@ -28,7 +28,8 @@ struct LinearArgs {
   Activations quantized; // quantised formats read this
   const float *x;        // float formats read this: (T, columns)
   int64_t num_tokens;
-  float *y; // (T, rows)
+  float *y;              // (T, rows)
+  const float *residual; // (T, rows) to add to the products, may be y; or null
 };
 
 // Computes y for row blocks [first, last).
@@ -85,6 +86,7 @@ struct Kernels {
 extern const Kernels kGenericKernels;
 #if KVIK_X86
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
 #endif
 
 } // namespace kvik

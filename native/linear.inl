@@ -43,9 +43,14 @@ template <> struct Dot<8> {
 
 inline void store_rows(const LinearArgs &args, int64_t row_block, int64_t token, Float8 y) {
   float *out = args.y + token * args.rows + row_block * kRowBlock;
+  const float *residual = args.residual ? args.residual + token * args.rows + row_block * kRowBlock : nullptr;
   const int64_t rows = args.rows - row_block * kRowBlock;
-  if (rows >= kRowBlock) return store(out, y);
-  float lanes[kLanes];
+  if (rows >= kRowBlock) return store(out, residual ? load(residual) + y : y);
+  float lanes[kLanes] = {};
+  if (residual) {
+    std::memcpy(lanes, residual, static_cast<std::size_t>(rows) * sizeof(float));
+    y = load(lanes) + y;
+  }
   store(lanes, y);
   std::memcpy(out, lanes, static_cast<std::size_t>(rows) * sizeof(float));
 }

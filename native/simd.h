@@ -19,6 +19,12 @@
 #else
 #define KVIK_SIMD_AVX2 0
 #endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) &&                 \
+    defined(__AVX512VNNI__)
+#define KVIK_SIMD_AVX512 1
+#else
+#define KVIK_SIMD_AVX512 0
+#endif
 
 namespace {
 
@@ -243,6 +249,41 @@ inline Int32x8 scale_int(Int32x8 a, int32_t factor) {
 }
 inline void store(int32_t *p, Int32x8 a) { std::memcpy(p, a.v, sizeof a.v); }
 inline void prefetch(const void *) {}
+
+#endif
+
+// The widest vector of floats: what holds independent outputs may use it, since lanes never meet.
+#if KVIK_SIMD_AVX512
+
+constexpr int kWideLanes = 16;
+struct Wide {
+  __m512 v;
+};
+inline Wide wide_zero() { return {_mm512_setzero_ps()}; }
+inline Wide wide_broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Wide wide_load(const float *p) { return {_mm512_loadu_ps(p)}; }
+inline Wide wide_load(const Half *p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)))};
+}
+inline Wide wide_load(const BFloat16 *p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline void store(float *p, Wide a) { _mm512_storeu_ps(p, a.v); }
+inline Wide operator+(Wide a, Wide b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Wide operator-(Wide a, Wide b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Wide operator*(Wide a, Wide b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Wide fma(Wide a, Wide b, Wide c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// Two vectors of eight side by side.
+inline Wide join(Float8 low, Float8 high) { return {_mm512_insertf32x8(_mm512_castps256_ps512(low.v), high.v, 1)}; }
+
+#else
+
+constexpr int kWideLanes = kLanes;
+using Wide = Float8;
+inline Wide wide_zero() { return zero8(); }
+inline Wide wide_broadcast(float x) { return broadcast(x); }
+template <class Stored> inline Wide wide_load(const Stored *p) { return load(p); }
 
 #endif
 

@@ -6,7 +6,10 @@ from typing import Annotated
 import numpy
 from numpy.typing import NDArray
 
-isa: str = "avx2"
+isa: str = "avx512"
+
+def usable_isas() -> list[str]:
+    """Names of the instruction sets that this processor has, best first."""
 
 BLOCK_SIZE: int = 32
 
