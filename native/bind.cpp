@@ -1,6 +1,4 @@
 // The Python module kvik._native: arguments are checked here, once a call; kernels trust them.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -14,26 +12,35 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "bind.h"
+#include "float_mode.h"
 #include "kv_arrays.h"
-#include "half.h"
-#include "ops.h"
-#include "packing.h"
-#include "thread_pool.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace kvik {
 
 const Kernels *kernels = nullptr;
 
-namespace {
+void check_block_tables(const int32_t *tables, int64_t num_sequences, int64_t table_width,
+                        const int32_t *sequence_index, const int32_t *positions, int64_t num_tokens,
+                        int64_t num_blocks) {
+  std::vector<int32_t> longest(static_cast<std::size_t>(num_sequences), -1);
+  for (int64_t i = 0; i < num_tokens; ++i) {
+    const int32_t sequence = sequence_index[i], position = positions[i];
+    require(sequence >= 0 && sequence < num_sequences, "attend: a sequence index has no block table");
+    require(position >= 0 && position < table_width * kBlockSize, "attend: a position is past its block table");
+    int32_t &known = longest[static_cast<std::size_t>(sequence)];
+    known = std::max(known, position);
+  }
+  for (int64_t s = 0; s < num_sequences; ++s) {
+    const int32_t last = longest[static_cast<std::size_t>(s)];
+    for (int64_t i = 0; last >= 0 && i <= last / kBlockSize; ++i) {
+      const int32_t block = tables[s * table_width + i];
+      require(block >= 0 && block < num_blocks, "attend: a block id is outside the cache");
+    }
+  }
+}
 
-template <class T, int dims> using Array = nb::ndarray<T, nb::ndim<dims>, nb::c_contig, nb::device::cpu>;
-template <int dims> using Floats = Array<const float, dims>;
-template <int dims> using FloatsOut = Array<float, dims>;
-using Integers = Array<const int32_t, 1>;
+namespace {
 
 struct InstructionSet {
   const char *needs;
@@ -78,12 +85,6 @@ const Kernels *choose_kernels() {
   throw nb::import_error(("KVIK_ISA=" + name + " is not one of: " + known).c_str());
 }
 
-void require(bool holds, const char *what) {
-  if (!holds) throw nb::value_error(what);
-}
-
-int64_t size(const auto &array, std::size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
-
 PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> source, int64_t rows, int64_t columns,
                          ThreadPool &pool) {
   const GgufType *type = find_gguf_type(type_name);
@@ -108,78 +109,42 @@ void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const Pack
     require(size(outs[i], 0) == num_tokens && size(outs[i], 1) == weights[i]->rows, "project: wrong output shape");
     projections.push_back({weights[i], outs[i].data()});
   }
-  project(pool, {x.data(), num_tokens, columns}, projections, fine);
-}
-
-float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
-  const int64_t at = (row / kRowBlock * weight.columns + column) * kRowBlock + row % kRowBlock;
-  switch (weight.float_format) {
-  case FloatFormat::f16:
-    return to_float(reinterpret_cast<const Half *>(weight.data.get())[at]);
-  case FloatFormat::bf16:
-    return to_float(reinterpret_cast<const BFloat16 *>(weight.data.get())[at]);
-  default:
-    return reinterpret_cast<const float *>(weight.data.get())[at];
-  }
+  Workspace workspace;
+  project(pool, workspace, {x.data(), num_tokens, columns}, projections, fine);
 }
 
 // Rows of the weight as floats: out (T, columns).
-void take_rows(const PackedWeight &weight, Integers row_ids, FloatsOut<2> out) {
+void checked_take_rows(const PackedWeight &weight, Integers row_ids, FloatsOut<2> out) {
   require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "take_rows: wrong output shape");
   for (int64_t i = 0; i < size(row_ids, 0); ++i)
     require(row_ids(i) >= 0 && row_ids(i) < weight.rows, "take_rows: a row id is outside the weight");
-  for (int64_t i = 0; i < size(row_ids, 0); ++i) {
-    float *row = out.data() + i * weight.columns;
-    if (weight.quantized()) {
-      kernels->dequantize_row(weight.block_format, weight.data.get(), weight.columns, row_ids(i), row);
-    } else {
-      for (int64_t k = 0; k < weight.columns; ++k) row[k] = read_float(weight, row_ids(i), k);
-    }
-  }
+  take_weight_rows(weight, row_ids.data(), size(row_ids, 0), out.data());
 }
 
-void rms_norm(ThreadPool &pool, Floats<2> x, Floats<1> weight, float eps, FloatsOut<2> out) {
+void checked_rms_norm(ThreadPool &pool, Floats<2> x, Floats<1> weight, float eps, FloatsOut<2> out) {
   const int64_t columns = size(x, 1);
   require(size(weight, 0) == columns, "rms_norm: the weight has another width than x");
   require(size(out, 0) == size(x, 0) && size(out, 1) == columns, "rms_norm: wrong output shape");
-  pool.for_ranges(size(x, 0), 16, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      kernels->rms_norm(x.data() + i * columns, weight.data(), columns, eps, out.data() + i * columns);
-  });
+  rms_norm(pool, {x.data(), size(x, 0), columns, weight.data(), eps}, out.data());
 }
 
-void silu_multiply(ThreadPool &pool, Floats<2> gate, Floats<2> up, FloatsOut<2> out) {
+void checked_silu_multiply(ThreadPool &pool, Floats<2> gate, Floats<2> up, FloatsOut<2> out) {
   require(size(gate, 0) == size(up, 0) && size(gate, 1) == size(up, 1), "silu_multiply: gate and up differ in shape");
   require(size(out, 0) == size(up, 0) && size(out, 1) == size(up, 1), "silu_multiply: wrong output shape");
-  const int64_t columns = size(up, 1);
-  pool.for_ranges(size(up, 0), 8, [&](int64_t first, int64_t last) {
-    const int64_t at = first * columns;
-    kernels->silu_multiply(gate.data() + at, up.data() + at, (last - first) * columns, out.data() + at);
-  });
+  silu_multiply(pool, gate.data(), up.data(), size(up, 0), size(up, 1), out.data());
 }
 
 // Turns pairs of dimensions by position * frequency; table (positions, pairs, 2) holds cosine and sine.
-void rope(Floats<3> x, Integers positions, Floats<3> table, bool adjacent_pairs, FloatsOut<3> out) {
-  const int64_t heads = size(x, 1), head_dim = size(x, 2), pairs = size(table, 1);
-  require(size(table, 2) == 2 && 2 * pairs <= head_dim, "rope: the table does not fit head_dim");
+void checked_rope(ThreadPool &pool, Floats<3> x, Integers positions, Floats<3> table, bool adjacent_pairs,
+                  FloatsOut<3> out) {
+  check_rope(table, size(x, 2));
   require(size(positions, 0) == size(x, 0), "rope: one position a token");
   for (std::size_t axis = 0; axis < 3; ++axis) require(size(out, axis) == size(x, axis), "rope: wrong output shape");
   for (int64_t i = 0; i < size(x, 0); ++i)
     require(positions(i) >= 0 && positions(i) < size(table, 0), "rope: a position is outside the table");
   std::copy_n(x.data(), x.size(), out.data());
-  const int64_t step = adjacent_pairs ? 2 : 1, partner = adjacent_pairs ? 1 : pairs;
-  for (int64_t i = 0; i < size(x, 0); ++i) {
-    const float *turns = table.data() + positions(i) * pairs * 2;
-    for (int64_t head = 0; head < heads; ++head) {
-      float *row = out.data() + (i * heads + head) * head_dim;
-      for (int64_t pair = 0; pair < pairs; ++pair) {
-        float &a = row[pair * step], &b = row[pair * step + partner];
-        const float cosine = turns[2 * pair], sine = turns[2 * pair + 1], old = a;
-        a = old * cosine - b * sine;
-        b = old * sine + b * cosine;
-      }
-    }
-  }
+  rope(pool, out.data(), positions.data(), size(x, 0), size(x, 1), size(x, 2),
+       {table.data(), size(table, 1), adjacent_pairs});
 }
 
 void checked_write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3> v, Integers slots) {
@@ -193,24 +158,6 @@ void checked_write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3
   write_kv(pool, kv, k.data(), v.data(), slots.data(), num_tokens);
 }
 
-void check_attention(const AttendArgs &args, int64_t num_sequences) {
-  std::vector<int32_t> longest(static_cast<std::size_t>(num_sequences), -1);
-  for (int64_t i = 0; i < args.num_tokens; ++i) {
-    const int32_t sequence = args.sequence_index[i], position = args.positions[i];
-    require(sequence >= 0 && sequence < num_sequences, "attend: a sequence index has no block table");
-    require(position >= 0 && position < args.table_width * kBlockSize, "attend: a position is past its block table");
-    int32_t &known = longest[static_cast<std::size_t>(sequence)];
-    known = std::max(known, position);
-  }
-  for (int64_t s = 0; s < num_sequences; ++s) {
-    const int32_t last = longest[static_cast<std::size_t>(s)];
-    for (int64_t i = 0; last >= 0 && i <= last / kBlockSize; ++i) {
-      const int32_t block = args.block_tables[s * args.table_width + i];
-      require(block >= 0 && block < args.kv.num_blocks, "attend: a block id is outside the cache");
-    }
-  }
-}
-
 void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_t, 2> block_tables,
                     Integers sequence_index, Integers positions, float scale, FloatsOut<3> out) {
   const int64_t num_tokens = size(q, 0), num_heads = size(q, 1), head_dim = kv.head_dim;
@@ -221,7 +168,8 @@ void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<cons
   const AttendArgs args{
       q.data(),  kv,    block_tables.data(), size(block_tables, 1), sequence_index.data(), positions.data(), num_tokens,
       num_heads, scale, out.data()};
-  check_attention(args, size(block_tables, 0));
+  check_block_tables(args.block_tables, size(block_tables, 0), args.table_width, args.sequence_index, args.positions,
+                     num_tokens, kv.num_blocks);
 
   attend(pool, args);
 }
@@ -260,7 +208,7 @@ NB_MODULE(_native, m) {
   m.attr("BLOCK_SIZE") = kBlockSize;
   m.attr("SEGMENT") = kSegment;
 
-  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  using Unlocked = nb::call_guard<nb::gil_scoped_release, FloatMode>;
   nb::class_<ThreadPool>(m, "ThreadPool", "Threads that share the work of one op at a time.")
       .def(nb::init<int>(), "num_threads"_a)
       .def_prop_ro("num_threads", &ThreadPool::num_threads);
@@ -279,17 +227,19 @@ NB_MODULE(_native, m) {
         "Packs a GGUF tensor's bytes without loss.");
   m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "weights"_a.noconvert(),
         "outs"_a.noconvert(), "fine"_a, "outs[i] = x @ weights[i].T; activations in int16 where `fine`, else int8.");
-  m.def("take_rows", &take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "out"_a.noconvert(),
-        "out = weight[row_ids] as float32.");
-  m.def("rms_norm", &rms_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a,
+  m.def("take_rows", &checked_take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(),
+        "out"_a.noconvert(), "out = weight[row_ids] as float32.");
+  m.def("rms_norm", &checked_rms_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a,
         "out"_a.noconvert(), "out = x / sqrt(mean(x**2) + eps) * weight, row by row.");
-  m.def("silu_multiply", &silu_multiply, Unlocked(), "pool"_a, "gate"_a.noconvert(), "up"_a.noconvert(),
+  m.def("silu_multiply", &checked_silu_multiply, Unlocked(), "pool"_a, "gate"_a.noconvert(), "up"_a.noconvert(),
         "out"_a.noconvert(), "out = gate * sigmoid(gate) * up.");
-  m.def("rope", &rope, Unlocked(), "x"_a.noconvert(), "positions"_a.noconvert(), "table"_a.noconvert(),
-        "adjacent_pairs"_a, "out"_a.noconvert(), "Rotary position embedding of x (T, heads, head_dim).");
+  m.def("rope", &checked_rope, Unlocked(), "pool"_a, "x"_a.noconvert(), "positions"_a.noconvert(),
+        "table"_a.noconvert(), "adjacent_pairs"_a, "out"_a.noconvert(),
+        "Rotary position embedding of x (T, heads, head_dim).");
   m.def("write_kv", &checked_write_kv, Unlocked(), "pool"_a, "kv"_a, "k"_a.noconvert(), "v"_a.noconvert(),
         "slots"_a.noconvert(), "Stores k, v (T, num_kv_heads, head_dim) at slots (T,).");
   m.def("attend", &checked_attend, Unlocked(), "pool"_a, "q"_a.noconvert(), "kv"_a, "block_tables"_a.noconvert(),
         "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "out"_a.noconvert(),
         "Causal attention of q (T, num_heads, head_dim) over each token's own sequence.");
+  bind_program(m);
 }

@@ -30,4 +30,19 @@ void silu_multiply(const float *gate, const float *up, int64_t count, float *out
   std::memcpy(out + i, lanes[0], static_cast<std::size_t>(count - i) * sizeof(float));
 }
 
+template <bool adjacent> inline void rope_pairs(float *x, const float *turns, int64_t pairs) {
+  const int64_t step = adjacent ? 2 : 1, partner = adjacent ? 1 : pairs;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    float &a = x[pair * step], &b = x[pair * step + partner];
+    const float cosine = turns[2 * pair], sine = turns[2 * pair + 1], old = a;
+    a = old * cosine - b * sine;
+    b = old * sine + b * cosine;
+  }
+}
+
+void rope(float *x, const float *turns, int64_t pairs, bool adjacent_pairs) {
+  if (adjacent_pairs) return rope_pairs<true>(x, turns, pairs);
+  rope_pairs<false>(x, turns, pairs);
+}
+
 } // namespace

@@ -47,6 +47,9 @@ struct LayerKV {
   void *data;
   KVType type;
   int64_t num_blocks, num_kv_heads, head_dim;
+
+  // Bytes that one token's key and value take.
+  int64_t token_bytes() const { return 2 * num_kv_heads * head_dim * (type == KVType::f16 ? 2 : 4); }
 };
 
 struct AttendArgs {
@@ -75,6 +78,8 @@ struct Kernels {
   void (*dequantize_row)(int format, const uint8_t *weight, int64_t columns, int64_t row, float *out);
   void (*rms_norm)(const float *x, const float *weight, int64_t columns, float eps, float *out); // one row
   void (*silu_multiply)(const float *gate, const float *up, int64_t count, float *out);
+  // Turns the pairs of one head in place by turns (pairs, 2).
+  void (*rope)(float *x, const float *turns, int64_t pairs, bool adjacent_pairs);
   void (*write_kv)(const LayerKV &, const float *k, const float *v, int64_t slot); // one token, all heads
   // Attention of one token over one segment, for all query heads of one KV head.
   void (*attend_segment)(const AttendArgs &, int64_t token, int64_t kv_head, int64_t segment, float *scratch,

@@ -23,6 +23,7 @@ template <std::size_t... format> constexpr kvik::Kernels all_kernels(std::index_
       .dequantize_row = dequantize_row,
       .rms_norm = rms_norm,
       .silu_multiply = silu_multiply,
+      .rope = rope,
       .write_kv = write_kv,
       .attend_segment = attend_segment,
       .merge_segments = merge_segments,

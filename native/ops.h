@@ -7,14 +7,18 @@
 #include "kernels.h"
 #include "packing.h"
 #include "thread_pool.h"
+#include "workspace.h"
 
 namespace kvik {
 
 extern const Kernels *kernels; // chosen at import
 
-struct ProjectionInput {
+// What projections read: rows, and the RMS norm that comes before where there is one.
+struct RowsIn {
   const float *x; // (T, columns)
   int64_t num_tokens, columns;
+  const float *norm = nullptr; // (columns,)
+  float eps = 0;
 };
 
 // y = x W^T, plus the residual where there is one.
@@ -24,8 +28,40 @@ struct Projection {
   const float *residual = nullptr; // (T, rows); may be y itself
 };
 
-// All projections of one x, which is quantised once for them.
-void project(ThreadPool &pool, const ProjectionInput &in, std::span<const Projection> projections, bool fine);
+// Cosine and sine by position: turns (positions, pairs, 2).
+struct RopeArgs {
+  const float *turns;
+  int64_t pairs;
+  bool adjacent_pairs; // dimensions (2i, 2i+1) turn together, else (i, i + pairs)
+};
+
+// All projections of the same rows, which are normed and quantised once.
+void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span<const Projection> projections,
+             bool fine);
+
+// out = silu(gate(x)) * up(x): (T, rows of each weight).
+void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const PackedWeight &gate,
+                   const PackedWeight &up, float *out, bool fine);
+
+// Queries (T, heads * head_dim) of the rows, turned; their keys and values go to their slots.
+struct QueryKeyValue {
+  const PackedWeight *query, *key, *value;
+  RopeArgs rope;
+  LayerKV kv;
+  const int32_t *positions, *slots;
+};
+void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const QueryKeyValue &args, float *q,
+                 bool fine);
+
+void take_weight_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float *out);
+void take_rows(const float *x, const int32_t *row_ids, int64_t count, int64_t columns, float *out);
+void rms_norm(ThreadPool &pool, const RowsIn &in, float *out);
+void silu_multiply(ThreadPool &pool, const float *gate, const float *up, int64_t rows, int64_t columns, float *out);
+void add(ThreadPool &pool, const float *x, const float *y, int64_t rows, int64_t columns, float *out);
+
+// Turns x (T, heads, head_dim) in place.
+void rope(ThreadPool &pool, float *x, const int32_t *positions, int64_t num_tokens, int64_t heads, int64_t head_dim,
+          const RopeArgs &args);
 
 // Stores k, v (T, num_kv_heads, head_dim) at slots (T,).
 void write_kv(ThreadPool &pool, const LayerKV &kv, const float *k, const float *v, const int32_t *slots,

@@ -1,64 +1,114 @@
-// Matrix products of a step: activations quantised once, row blocks of all weights shared out among threads.
+// Matrix products of a step: rows normed and quantised once, row blocks of all weights shared out among threads.
 #include <algorithm>
 #include <cstddef>
-#include <vector>
 
 #include "ops.h"
 
 namespace kvik {
 namespace {
 
-// Buffers of the quantised activations of one call.
-class QuantizedRows {
-public:
-  QuantizedRows(int64_t rows, int64_t columns, bool fine)
-      : columns_(columns), high_(static_cast<std::size_t>(rows * columns)), low_(fine ? high_.size() : 0),
-        scale_(high_.size() / kGroup), sums_(3 * scale_.size()) {}
+constexpr int64_t kRowGrain = 2;   // row blocks: 16 rows, one cache line of outputs
+constexpr int64_t kTokenGrain = 8; // tokens that are worth another thread's while
 
-  ActivationsOut row(int64_t i) {
-    const int64_t groups = columns_ / kGroup;
-    return {high_.data() + i * columns_, low_.empty() ? nullptr : low_.data() + i * columns_,
-            scale_.data() + i * groups, sums_.data() + 3 * i * groups};
+// The rows as the kernels read them: as floats, and quantised where a weight asks for it.
+class PreparedRows {
+public:
+  PreparedRows(ThreadPool &pool, Workspace &workspace, const RowsIn &in, bool quantize, bool fine)
+      : num_tokens_(in.num_tokens), columns_(in.columns), fine_(fine), x_(in.x) {
+    const int64_t size = num_tokens_ * columns_, groups = columns_ / kGroup;
+    ActivationsOut out{};
+    if (quantize) {
+      out = {workspace.high.get<int8_t>(size), fine ? workspace.low.get<int8_t>(size) : nullptr,
+             workspace.scale.get<float>(num_tokens_ * groups), workspace.sums.get<float>(3 * num_tokens_ * groups)};
+      quantized_ = {out.high, out.low, out.scale, out.sums};
+    }
+    float *normed = in.norm ? workspace.normed.get<float>(size) : nullptr;
+    if (normed) x_ = normed;
+    if (!quantize && !normed) return;
+    pool.for_ranges(num_tokens_, kTokenGrain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t at = i * columns_;
+        if (normed) kernels->rms_norm(in.x + at, in.norm, columns_, in.eps, normed + at);
+        if (quantize)
+          kernels->quantize(
+              x_ + at, columns_, fine,
+              {out.high + at, fine ? out.low + at : nullptr, out.scale + i * groups, out.sums + 3 * i * groups});
+      }
+    });
   }
-  Activations all() const { return {high_.data(), low_.data(), scale_.data(), sums_.data()}; }
+
+  // Row blocks [first, last) of one weight.
+  void multiply(const PackedWeight &weight, int64_t first, int64_t last, float *y, const float *residual) const {
+    const LinearKernel kernel = weight.quantized() ? kernels->quantized_linear[weight.block_format][fine_]
+                                                   : kernels->float_linear[static_cast<int>(weight.float_format)];
+    kernel({weight.data.get(), weight.rows, columns_, quantized_, x_, num_tokens_, y, residual}, first, last);
+  }
 
 private:
-  int64_t columns_;
-  std::vector<int8_t> high_, low_;
-  std::vector<float> scale_, sums_;
+  int64_t num_tokens_, columns_;
+  bool fine_;
+  const float *x_;
+  Activations quantized_{};
 };
-
-constexpr int64_t kRowGrain = 2; // row blocks: 16 rows, one cache line of outputs
 
 } // namespace
 
-void project(ThreadPool &pool, const ProjectionInput &in, std::span<const Projection> projections, bool fine) {
+void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span<const Projection> projections,
+             bool fine) {
+  if (in.num_tokens == 0) return;
   bool quantize = false;
   int64_t row_blocks = 0;
   for (const Projection &projection : projections) {
     quantize = quantize || projection.weight->quantized();
     row_blocks += projection.weight->row_blocks();
   }
-  QuantizedRows rows(quantize ? in.num_tokens : 0, in.columns, fine);
-  if (quantize) {
-    pool.for_ranges(in.num_tokens, 8, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) kernels->quantize(in.x + i * in.columns, in.columns, fine, rows.row(i));
-    });
-  }
+  const PreparedRows rows(pool, workspace, in, quantize, fine);
   // The row blocks of all weights in a row, cut evenly.
   pool.for_ranges(row_blocks, kRowGrain, [&](int64_t first, int64_t last) {
     for (const Projection &projection : projections) {
-      const PackedWeight &weight = *projection.weight;
-      const int64_t count = weight.row_blocks();
-      if (first < count && last > 0) {
-        const LinearArgs args{weight.data.get(), weight.rows,  in.columns,         rows.all(), in.x,
-                              in.num_tokens,     projection.y, projection.residual};
-        const LinearKernel kernel = weight.quantized() ? kernels->quantized_linear[weight.block_format][fine]
-                                                       : kernels->float_linear[static_cast<int>(weight.float_format)];
-        kernel(args, first, std::min(last, count));
-      }
+      const int64_t count = projection.weight->row_blocks();
+      if (first < count && last > 0)
+        rows.multiply(*projection.weight, first, std::min(last, count), projection.y, projection.residual);
       first = std::max<int64_t>(first - count, 0);
       last -= count;
+    }
+  });
+}
+
+void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const PackedWeight &gate,
+                   const PackedWeight &up, float *out, bool fine) {
+  if (in.num_tokens == 0) return;
+  const PreparedRows rows(pool, workspace, in, gate.quantized() || up.quantized(), fine);
+  float *other = workspace.up.get<float>(in.num_tokens * up.rows);
+  pool.for_ranges(gate.row_blocks(), kRowGrain, [&](int64_t first, int64_t last) {
+    rows.multiply(gate, first, last, out, nullptr);
+    rows.multiply(up, first, last, other, nullptr);
+    const int64_t start = first * kRowBlock, count = std::min(last * kRowBlock, gate.rows) - start;
+    for (int64_t i = 0; i < in.num_tokens; ++i) {
+      float *row = out + i * gate.rows + start;
+      kernels->silu_multiply(row, other + i * up.rows + start, count, row);
+    }
+  });
+}
+
+void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const QueryKeyValue &args, float *q,
+                 bool fine) {
+  const LayerKV &kv = args.kv;
+  const int64_t width = kv.num_kv_heads * kv.head_dim, query_width = args.query->rows;
+  float *k = workspace.keys.get<float>(in.num_tokens * width), *v = workspace.values.get<float>(in.num_tokens * width);
+  const Projection projections[] = {{args.query, q}, {args.key, k}, {args.value, v}};
+  project(pool, workspace, in, projections, fine);
+  // Neighbouring tokens share cache lines of a K tile, so a thread takes whole blocks' worth of them.
+  pool.for_ranges(in.num_tokens, kBlockSize, [&](int64_t first, int64_t last) {
+    const auto turn = [&](float *heads, int64_t size, int32_t position) {
+      for (int64_t at = 0; at < size; at += kv.head_dim)
+        kernels->rope(heads + at, args.rope.turns + position * args.rope.pairs * 2, args.rope.pairs,
+                      args.rope.adjacent_pairs);
+    };
+    for (int64_t i = first; i < last; ++i) {
+      turn(q + i * query_width, query_width, args.positions[i]);
+      turn(k + i * width, width, args.positions[i]);
+      kernels->write_kv(kv, k + i * width, v + i * width, args.slots[i]);
     }
   });
 }

@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "float_mode.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -75,6 +77,7 @@ void ThreadPool::start() {
   shared_ = new Shared;
   for (int index = 1; index < num_threads_; ++index) {
     shared_->threads.emplace_back([shared = shared_, index] {
+      const FloatMode mode;
       for (uint32_t generation = 0; !shared->stopping.load(std::memory_order_acquire);) {
         generation = wait_for_change(shared->generation, generation);
         shared->work(index, generation);

@@ -88,6 +88,7 @@ def silu_multiply(
     """out = gate * sigmoid(gate) * up."""
 
 def rope(
+    pool: ThreadPool,
     x: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
     positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     table: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
@@ -118,3 +119,104 @@ def attend(
     """
     Causal attention of q (T, num_heads, head_dim) over each token's own sequence.
     """
+
+class Program:
+    """
+    A recorded step: ops are appended, each giving the id of its value, then run.
+    """
+
+    def __init__(self, pool: ThreadPool, fine: bool) -> None: ...
+    def embed(self, table: PackedWeight) -> int: ...
+    def rms_norm(
+        self,
+        x: int,
+        norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        eps: float,
+    ) -> int: ...
+    def project(self, x: int, weights: list[PackedWeight]) -> list[int]: ...
+    def linear(self, x: int, weight: PackedWeight, residual: int | None) -> int: ...
+    def norm_linear(
+        self,
+        x: int,
+        norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        eps: float,
+        weight: PackedWeight,
+    ) -> int: ...
+    def norm_gated(
+        self,
+        x: int,
+        norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        eps: float,
+        gate: PackedWeight,
+        up: PackedWeight,
+    ) -> int: ...
+    def norm_qkv(
+        self,
+        x: int,
+        norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        eps: float,
+        query: PackedWeight,
+        key: PackedWeight,
+        value: PackedWeight,
+        table: Annotated[
+            NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)
+        ],
+        adjacent_pairs: bool,
+        kv: LayerKV,
+    ) -> int: ...
+    def rope(
+        self,
+        x: int,
+        table: Annotated[
+            NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)
+        ],
+        adjacent_pairs: bool,
+        head_dim: int,
+    ) -> int: ...
+    def write_kv(self, kv: LayerKV, k: int, v: int) -> None: ...
+    def attend(self, q: int, kv: LayerKV, scale: float) -> int: ...
+    def silu_multiply(self, gate: int, up: int) -> int: ...
+    def add(self, x: int, y: int) -> int: ...
+    def take_rows(self, x: int) -> int: ...
+    def finish(self, output: int) -> None: ...
+    def run(
+        self,
+        token_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        sequence_index: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        block_tables: Annotated[
+            NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)
+        ],
+        logit_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+        first: int,
+        last: int,
+        timed: bool,
+    ) -> list[float]:
+        """
+        Runs ops [first, last) on one step; gives each op's seconds where timed.
+        """
+
+    def costs(
+        self,
+        token_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        sequence_index: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        block_tables: Annotated[
+            NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)
+        ],
+        logit_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    ) -> list[tuple[str, float, float]]:
+        """Name, bytes and operations of each op in such a step."""
+
+    def is_of_logits(self, value: int) -> bool:
+        """Whether a value has a row for each logit row, not each token."""
+
+    def copy_value(
+        self, value: int, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")]
+    ) -> None:
+        """
+        Copies the first rows of a value of the last run, if no later op has reused its memory.
+        """

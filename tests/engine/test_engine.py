@@ -239,7 +239,7 @@ def test_an_exception_in_a_step_leaves_the_accounts_right(
     engine.add(sequence)
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.decoder, "forward", lambda *_: 1 / 0)
+        patch.setattr(engine, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     engine.scheduler.check([sequence])

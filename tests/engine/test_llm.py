@@ -217,7 +217,7 @@ def test_an_exception_in_a_step_reaches_the_caller_and_leaves_nothing(
     stream = llm.stream(TEXT, PARAMS)
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.decoder, "forward", lambda *_: 1 / 0)
+        patch.setattr(llm.engine, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(stream)
         with pytest.raises(ZeroDivisionError):

@@ -147,7 +147,7 @@ def test_the_newest_completion_can_be_asked_for(session: Session) -> None:
 def test_an_exception_in_a_turn_can_be_survived(llm: LLM, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     session.append("user", "Hello")
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.decoder, "forward", lambda *_: 1 / 0)
+        patch.setattr(llm.engine, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             answer(session)
     assert llm.engine.scheduler.running == []

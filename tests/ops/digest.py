@@ -13,6 +13,7 @@ import numpy as np
 from gguf_files import WEIGHT_TYPES
 from kvik.config import Activations, KVDType
 from kvik.models.spec import RopeSpec
+from kvik.ops.base import Norm
 from kvik.ops.native import NativeOps
 from ops.arrangement import FloatArray, Heads, random_history, random_weights
 
@@ -30,7 +31,7 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
             yield ops.embed(weight, np.arange(21, dtype=np.int32))
     ops = NativeOps(threads=threads)
     x, y = (rng.normal(0, 10, (11, 45)).astype(np.float32) for _ in range(2))
-    yield ops.rms_norm(x, y[0], 1e-5)
+    yield ops.rms_norm(x, Norm(y[0], 1e-5))
     yield ops.silu_multiply(10 * x, y)
     heads = rng.normal(0, 1, (9, 3, 24)).astype(np.float32)
     positions = rng.integers(0, 50, 9, dtype=np.int32)

@@ -93,6 +93,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
     "rope": (
         _native.rope,
         {
+            "pool": lambda: POOL,
             "x": lambda: floats(TOKENS, HEADS, HEAD_DIM),
             "positions": lambda: integers(0, 9, 3),
             "table": lambda: floats(10, HEAD_DIM // 2, 2),

@@ -12,6 +12,7 @@ from gguf_files import WEIGHT_TYPES
 from kvik import _native
 from kvik.config import Activations, KVDType
 from kvik.models.spec import RopeSpec
+from kvik.ops.base import Norm
 from kvik.ops.native import NativeOps
 from ops.arrangement import FloatArray, Heads, History, random_history, random_weights
 from ops.digest import digest
@@ -89,7 +90,7 @@ def test_rows_of_norm_activation_and_rope(seed: int, shape: tuple[int, int], cut
 
     def results(ops: NativeOps, part: slice) -> list[FloatArray]:
         return [
-            ops.rms_norm(x[part], weight, 1e-5),
+            ops.rms_norm(x[part], Norm(weight, 1e-5)),
             ops.silu_multiply(x[part], y[part]),
             ops.rope(heads[part], positions[part], turn),
         ]

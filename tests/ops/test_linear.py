@@ -61,7 +61,7 @@ def expected(x: FloatArray, weight: Matrix, levels: float) -> tuple[WideArray, W
     if weight.quantized:
         minima = 3 * abs(groups.sum(axis=2)) @ abs(parts).max(axis=2).T
         rounded += 3 * abs(terms).sum(axis=2) + 6 * minima + abs(seen) @ abs(w).T
-    smallest = 2.0**-149 * (x.shape[1] + 2)  # products may be subnormal
+    smallest = 2.0**-126 * (x.shape[1] + 2 + abs(w).sum(axis=1))  # what is subnormal counts as zero
     bound: WideArray = UNIT * rounded + doubt @ abs(w).T + smallest
     return seen @ w.T, bound
 
@@ -200,15 +200,6 @@ def test_several_weights_at_once_give_what_each_gives_alone(ops: Ops, seed: int)
     for weight, out in zip(loaded, together, strict=True):
         np.testing.assert_array_equal(out, ops.linear(x, weight))
     assert ops.project(x, []) == ()
-
-
-def test_gated_mlp_is_its_parts(ops: Ops) -> None:
-    rng = np.random.default_rng(8)
-    gate, up = (random_weights(GGMLQuantizationType.Q4_1, 96, 64, rng).load(ops) for _ in range(2))
-    down = random_weights(GGMLQuantizationType.Q8_0, 64, 96, rng).load(ops)
-    x = rng.normal(0, 1, (5, 64)).astype(np.float32)
-    inner = ops.silu_multiply(ops.linear(x, gate), ops.linear(x, up))
-    np.testing.assert_array_equal(ops.gated_mlp(x, gate, up, down), ops.linear(inner, down))
 
 
 @every_type

@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 
 from gguf_files import WEIGHT_TYPES
 from kvik.models.spec import RopeSpec
-from kvik.ops.base import Ops
+from kvik.ops.base import Norm, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
 from ops.arrangement import FloatArray, random_weights
@@ -45,7 +45,7 @@ def test_rms_norm(ops: Ops, shape: tuple[int, int], size: float) -> None:
     rng = np.random.default_rng(shape[1])
     x, weight = normal(rng, *shape, size=size), normal(rng, shape[1])
     for eps in (1e-5, 1e-6, 0.5):
-        out = ops.to_numpy(ops.rms_norm(x, weight, eps))
+        out = ops.to_numpy(ops.rms_norm(x, Norm(weight, eps)))
         wide = x.astype(np.float64)
         wanted = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + eps) * weight
         assert out.shape == shape
@@ -154,7 +154,7 @@ def test_results_are_new_arrays(ops: Ops) -> None:
     x, y, weight = normal(rng, 4, 32), normal(rng, 4, 32), normal(rng, 32)
     copies = [array.copy() for array in (x, y, weight)]
     matrix = random_weights(GGMLQuantizationType.Q4_1, 32, 32, rng).load(ops)
-    for out in (ops.rms_norm(x, weight, 1e-5), ops.silu_multiply(x, y), ops.add(x, y), ops.linear(x, matrix)):
+    for out in (ops.rms_norm(x, Norm(weight, 1e-5)), ops.silu_multiply(x, y), ops.add(x, y), ops.linear(x, matrix)):
         out[:] = 7
     for array, copy in zip((x, y, weight), copies, strict=True):
         np.testing.assert_array_equal(array, copy)

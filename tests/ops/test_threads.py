@@ -14,6 +14,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from kvik import _native
+from kvik.ops.base import Norm
 from kvik.ops.native import NativeOps
 from ops.arrangement import FloatArray, Heads, random_history, random_weights
 from ops.digest import digest
@@ -31,7 +32,7 @@ def work(ops: NativeOps) -> list[FloatArray]:
     history.write(ops, kv, history.everything)
     return [
         *ops.project(x, weights),
-        ops.rms_norm(x, x[0], 1e-5),
+        ops.rms_norm(x, Norm(x[0], 1e-5)),
         ops.silu_multiply(x, x),
         history.attend(ops, kv, [(0, 0, 40), (0, 299, 300)]),
         history.attend(ops, kv, [(0, 299, 300)]),

@@ -219,7 +219,7 @@ def test_norms_may_be_half_precision(tiny_path: Path, tmp_path: Path, kind: str)
     path = altered(
         tiny_path, tmp_path / "half.gguf", tensors={"output_norm.weight": (values, GGMLQuantizationType[kind])}
     )
-    assert load(path).decoder.weights.norm.dtype == np.float32
+    assert load(path).decoder.weights.norm.weight.dtype == np.float32
 
 
 def test_an_untied_head_is_used(tiny_path: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Engine:
         self.kv_spec = model.decoder.spec.kv_spec(kv_dtype)
         num_blocks = self.kv_spec.pool_blocks_for(model.context)
         self.pool = BlockPool(num_blocks)
-        self.kv_cache = model.decoder.ops.allocate_kv(self.kv_spec, num_blocks)
+        self.forward = model.decoder.record(model.decoder.ops.allocate_kv(self.kv_spec, num_blocks))
         self.scheduler = Scheduler(self.pool, self.kv_spec, token_budget=token_budget, context=model.context)
         self.sampler = Sampler()
         self.lock = threading.RLock()
@@ -94,7 +94,7 @@ class Engine:
             batch = self.scheduler.schedule()
             if batch is None:
                 return None
-            logits = self.decoder.ops.to_numpy(self.decoder.forward(batch.arrays, self.kv_cache))
+            logits = self.decoder.ops.to_numpy(self.forward(batch.arrays))
             if not np.isfinite(logits.max(initial=0.0)):
                 self._refuse_logits(batch.sampling)
                 return None

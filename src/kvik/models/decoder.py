@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from kvik.models.spec import DecoderSpec
-from kvik.ops.base import Array, Batch, LayerKV, Ops, RopeTable, Weight
-
-Vector = npt.NDArray[np.float32]
+from kvik.ops.base import Array, Batch, LayerKV, Norm, Ops, QKVWeights, RopeTable, Weight
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One transformer layer."""
 
-    attn_norm: Vector  # (hidden_size,)
-    q_proj: Weight  # (num_heads * head_dim, hidden_size)
-    k_proj: Weight  # (num_kv_heads * head_dim, hidden_size)
-    v_proj: Weight  # (num_kv_heads * head_dim, hidden_size)
+    attn_norm: Norm
+    qkv: QKVWeights
     o_proj: Weight  # (hidden_size, num_heads * head_dim)
-    mlp_norm: Vector  # (hidden_size,)
+    mlp_norm: Norm
     gate_proj: Weight  # (intermediate_size, hidden_size)
     up_proj: Weight  # (intermediate_size, hidden_size)
     down_proj: Weight  # (hidden_size, intermediate_size)
@@ -31,8 +24,10 @@ class LayerWeights:
     @property
     def num_bytes(self) -> int:
         """Bytes of the matrices and norms."""
-        matrices = (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
-        return sum(matrix.num_bytes for matrix in matrices) + self.attn_norm.nbytes + self.mlp_norm.nbytes
+        qkv = (self.qkv.query, self.qkv.key, self.qkv.value)
+        matrices = (*qkv, self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
+        norms = (self.attn_norm, self.mlp_norm)
+        return sum(matrix.num_bytes for matrix in matrices) + sum(norm.weight.nbytes for norm in norms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,43 +36,37 @@ class DecoderWeights:
 
     embedding: Weight  # (vocab_size, hidden_size)
     layers: Sequence[LayerWeights]
-    norm: Vector  # (hidden_size,)
+    norm: Norm
     lm_head: Weight  # (vocab_size, hidden_size)
 
     def step_bytes(self, *, with_logits: bool) -> int:
         """Bytes that one pass over the layers reads, and over the head where logits are wanted."""
         layers = sum(layer.num_bytes for layer in self.layers)
-        return layers + (self.norm.nbytes + self.lm_head.num_bytes if with_logits else 0)
+        return layers + (self.norm.weight.nbytes + self.lm_head.num_bytes if with_logits else 0)
 
 
 class Decoder:
     """A decoder-only transformer."""
 
     def __init__(self, spec: DecoderSpec, weights: DecoderWeights, ops: Ops, rope: RopeTable) -> None:
+        assert (spec.norm, spec.mlp) == ("rms", "gated_silu")  # what the fields allow today
         self.spec = spec
         self.weights = weights
         self.ops = ops
         self.rope = rope
-        # What families choose among; a choice that is missing here is one that kvik does not run.
-        self._norm = {"rms": ops.rms_norm}[spec.norm]
-        self._mlp = {"gated_silu": ops.gated_mlp}[spec.mlp]
 
-    def forward(self, batch: Batch, kv_cache: Sequence[LayerKV]) -> Array:
+    def record(self, kv_cache: Sequence[LayerKV]) -> Callable[[Batch], Array]:
+        """The forward pass over these KV arrays as one function of the batch, its ops noted where the backend can."""
+        return self.ops.record(lambda ops, batch: self.forward(batch, kv_cache, ops))
+
+    def forward(self, batch: Batch, kv_cache: Sequence[LayerKV], ops: Ops | None = None) -> Array:
         """Computes the batch's tokens, remembers their keys and values, and gives logits (R, vocab_size)."""
-        ops, spec, weights = self.ops, self.spec, self.weights
+        ops, weights = ops or self.ops, self.weights
         x = ops.embed(weights.embedding, batch.token_ids)  # (T, hidden_size)
         for layer, kv in zip(weights.layers, kv_cache, strict=True):
-            normed = self._norm(x, layer.attn_norm, spec.norm_eps)
-            q, k, v = (
-                ops.split_heads(projected, spec.head_dim)
-                for projected in ops.project(normed, (layer.q_proj, layer.k_proj, layer.v_proj))
-            )  # (T, heads, head_dim)
-            q = ops.rope(q, batch.positions, self.rope)
-            k = ops.rope(k, batch.positions, self.rope)
-            ops.write_kv(kv, k, v, batch.slot_mapping)  # remember these tokens
+            q = ops.norm_qkv(x, layer.attn_norm, layer.qkv, self.rope, kv, batch)  # and remember these tokens
             attended = ops.attend(q, kv, batch)  # look back over all of them
-            x = ops.add(x, ops.linear(ops.merge_heads(attended), layer.o_proj))
-            normed = self._norm(x, layer.mlp_norm, spec.norm_eps)
-            x = ops.add(x, self._mlp(normed, layer.gate_proj, layer.up_proj, layer.down_proj))
-        x = self._norm(ops.take_rows(x, batch.logit_rows), weights.norm, spec.norm_eps)
-        return ops.linear(x, weights.lm_head)
+            x = ops.linear(ops.merge_heads(attended), layer.o_proj, residual=x)
+            gated = ops.norm_gated(x, layer.mlp_norm, layer.gate_proj, layer.up_proj)
+            x = ops.linear(gated, layer.down_proj, residual=x)
+        return ops.norm_linear(ops.take_rows(x, batch.logit_rows), weights.norm, weights.lm_head)

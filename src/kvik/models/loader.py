@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from kvik.errors import InvalidInput, ModelError
 from kvik.models.chat_template import ChatTemplate
-from kvik.models.decoder import Decoder, DecoderWeights, LayerWeights, Vector
+from kvik.models.decoder import Decoder, DecoderWeights, LayerWeights
 from kvik.models.gguf import GGUFFile, GGUFTensor, dequantize, read_gguf
 from kvik.models.spec import DecoderSpec, RopeSpec
 from kvik.models.tokenizer import Tokenizer
-from kvik.ops.base import Ops, Weight
+from kvik.ops.base import Norm, Ops, QKVWeights, Weight
 
 ARCHITECTURES = ("llama",)
 PLAIN_TYPES = ("F32", "F16", "BF16")
@@ -172,7 +173,7 @@ class _WeightReader:
         return DecoderWeights(
             embedding=embedding,
             layers=[self.layer(index) for index in range(spec.num_layers)],
-            norm=self.vector("output_norm.weight"),
+            norm=self.norm("output_norm.weight"),
             lm_head=embedding if spec.tied_head else self.matrix("output.weight", spec.vocab_size, spec.hidden_size),
         )
 
@@ -184,12 +185,15 @@ class _WeightReader:
             return self.matrix(f"blk.{index}.{name}.weight", rows, columns)
 
         return LayerWeights(
-            attn_norm=self.vector(f"blk.{index}.attn_norm.weight"),
-            q_proj=matrix("attn_q", q_rows, spec.hidden_size),
-            k_proj=matrix("attn_k", kv_rows, spec.hidden_size),
-            v_proj=matrix("attn_v", kv_rows, spec.hidden_size),
+            attn_norm=self.norm(f"blk.{index}.attn_norm.weight"),
+            qkv=QKVWeights(
+                query=matrix("attn_q", q_rows, spec.hidden_size),
+                key=matrix("attn_k", kv_rows, spec.hidden_size),
+                value=matrix("attn_v", kv_rows, spec.hidden_size),
+                head_dim=spec.head_dim,
+            ),
             o_proj=matrix("attn_output", spec.hidden_size, q_rows),
-            mlp_norm=self.vector(f"blk.{index}.ffn_norm.weight"),
+            mlp_norm=self.norm(f"blk.{index}.ffn_norm.weight"),
             gate_proj=matrix("ffn_gate", spec.intermediate_size, spec.hidden_size),
             up_proj=matrix("ffn_up", spec.intermediate_size, spec.hidden_size),
             down_proj=matrix("ffn_down", spec.hidden_size, spec.intermediate_size),
@@ -214,8 +218,8 @@ class _WeightReader:
         _check_type(self.file, tensor, PLAIN_TYPES + QUANTIZED_TYPES)
         return self.ops.load_weight(tensor.type.name, tensor.data, rows, columns)
 
-    def vector(self, name: str) -> Vector:
-        return _vector(self.file, name, self.spec.hidden_size)
+    def norm(self, name: str) -> Norm:
+        return Norm(_vector(self.file, name, self.spec.hidden_size), self.spec.norm_eps)
 
 
 def _tensor(file: GGUFFile, name: str) -> GGUFTensor:
@@ -240,7 +244,7 @@ def _check_type(file: GGUFFile, tensor: GGUFTensor, allowed: tuple[str, ...]) ->
         )
 
 
-def _vector(file: GGUFFile, name: str, length: int) -> Vector:
+def _vector(file: GGUFFile, name: str, length: int) -> npt.NDArray[np.float32]:
     tensor = _tensor(file, name)
     _check_shape(file, tensor, (length,))
     _check_type(file, tensor, PLAIN_TYPES)

@@ -5,8 +5,9 @@ Arrays are the backend's and opaque to callers. T is the number of tokens in a s
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -56,6 +57,28 @@ class RopeTable:
     adjacent_pairs: bool  # dimensions (2i, 2i+1) turn together, else (i, i + pairs)
 
 
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """What a norm multiplies with, and what keeps it from dividing by zero."""
+
+    weight: npt.NDArray[np.float32]  # (hidden_size,)
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class QKVWeights:
+    """The three projections that attention begins with."""
+
+    query: Weight  # (num_heads * head_dim, hidden_size)
+    key: Weight  # (num_kv_heads * head_dim, hidden_size)
+    value: Weight  # (num_kv_heads * head_dim, hidden_size)
+    head_dim: int
+
+
+Forward: TypeAlias = Callable[["Ops", Batch], Array]
+"""A forward pass, written against any ops: logits (R, vocab_size) of a batch."""
+
+
 class Ops(ABC):
     """About a dozen transformer-shaped operations; one whose default composes others may be fused by a backend."""
 
@@ -74,16 +97,17 @@ class Ops(ABC):
         """Rows of the table: (T, hidden_size)."""
 
     @abstractmethod
-    def rms_norm(self, x: Array, weight: npt.NDArray[np.float32], eps: float) -> Array:
-        """x / sqrt(mean(x**2) + eps) * weight over the last axis of (T, hidden_size)."""
+    def rms_norm(self, x: Array, norm: Norm) -> Array:
+        """x / sqrt(mean(x**2) + eps) * weight over the last axis of (T, hidden_size) (Zhang and Sennrich, 2019)."""
 
     @abstractmethod
     def project(self, x: Array, weights: Sequence[Weight]) -> tuple[Array, ...]:
         """x (T, columns) times each weight: (T, rows) each. Quantised weights quantise x once for all."""
 
-    def linear(self, x: Array, weight: Weight) -> Array:
-        """x (T, columns) times one weight: (T, rows)."""
-        return self.project(x, (weight,))[0]
+    def linear(self, x: Array, weight: Weight, residual: Array | None = None) -> Array:
+        """x (T, columns) times one weight, plus the residual where there is one: (T, rows)."""
+        product = self.project(x, (weight,))[0]
+        return product if residual is None else self.add(residual, product)
 
     @abstractmethod
     def split_heads(self, x: Array, head_dim: int) -> Array:
@@ -109,10 +133,22 @@ class Ops(ABC):
     def silu_multiply(self, gate: Array, up: Array) -> Array:
         """gate * sigmoid(gate) * up, element by element (Shazeer, 2020)."""
 
-    def gated_mlp(self, x: Array, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Array:
-        """down(silu(gate(x)) * up(x)): (T, hidden_size)."""
-        gate, up = self.project(x, (gate_proj, up_proj))
-        return self.linear(self.silu_multiply(gate, up), down_proj)
+    def norm_qkv(self, x: Array, norm: Norm, weights: QKVWeights, rope: RopeTable, kv: LayerKV, batch: Batch) -> Array:
+        """Queries of the normed x, turned by position: (T, num_heads, head_dim); keys and values go to their slots."""
+        q, k, v = (
+            self.split_heads(projected, weights.head_dim)
+            for projected in self.project(self.rms_norm(x, norm), (weights.query, weights.key, weights.value))
+        )
+        self.write_kv(kv, self.rope(k, batch.positions, rope), v, batch.slot_mapping)
+        return self.rope(q, batch.positions, rope)
+
+    def norm_gated(self, x: Array, norm: Norm, gate: Weight, up: Weight) -> Array:
+        """silu(gate(normed x)) * up(normed x): (T, intermediate_size)."""
+        return self.silu_multiply(*self.project(self.rms_norm(x, norm), (gate, up)))
+
+    def norm_linear(self, x: Array, norm: Norm, weight: Weight) -> Array:
+        """The normed x times one weight: (T, rows)."""
+        return self.linear(self.rms_norm(x, norm), weight)
 
     @abstractmethod
     def add(self, x: Array, y: Array) -> Array:
@@ -121,6 +157,10 @@ class Ops(ABC):
     @abstractmethod
     def take_rows(self, x: Array, rows: IntArray) -> Array:
         """x[rows]: (R, hidden_size)."""
+
+    def record(self, forward: Forward) -> Callable[[Batch], Array]:
+        """The forward pass as a function of the batch; a backend may note its ops once and replay them."""
+        return functools.partial(forward, self)
 
     @abstractmethod
     def to_numpy(self, x: Array) -> npt.NDArray[np.float32]:

@@ -11,7 +11,8 @@ from kvik import _native
 from kvik.cache import KVCacheSpec
 from kvik.config import Activations
 from kvik.machine import available_threads
-from kvik.ops.base import Batch, IntArray, Ops, RopeTable, Weight
+from kvik.ops.base import Batch, Forward, IntArray, Norm, Ops, RopeTable, Weight
+from kvik.ops.program import RecordedStep
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -44,9 +45,9 @@ class NativeOps(Ops):
         _native.take_rows(_packed(table), token_ids, out)
         return out
 
-    def rms_norm(self, x: FloatArray, weight: FloatArray, eps: float) -> FloatArray:
+    def rms_norm(self, x: FloatArray, norm: Norm) -> FloatArray:
         out = np.empty_like(x)
-        _native.rms_norm(self._pool, x, weight, eps, out)
+        _native.rms_norm(self._pool, x, norm.weight, norm.eps, out)
         return out
 
     def project(self, x: FloatArray, weights: Sequence[Weight]) -> tuple[FloatArray, ...]:
@@ -63,7 +64,7 @@ class NativeOps(Ops):
 
     def rope(self, x: FloatArray, positions: IntArray, table: RopeTable) -> FloatArray:
         out = np.empty_like(x)
-        _native.rope(x, positions, table.turns, table.adjacent_pairs, out)
+        _native.rope(self._pool, x, positions, table.turns, table.adjacent_pairs, out)
         return out
 
     def write_kv(self, kv: _native.LayerKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
@@ -85,6 +86,9 @@ class NativeOps(Ops):
 
     def take_rows(self, x: FloatArray, rows: IntArray) -> FloatArray:
         return x[rows]
+
+    def record(self, forward: Forward) -> RecordedStep:
+        return RecordedStep(forward, self._pool, fine=self._fine)
 
     def to_numpy(self, x: FloatArray) -> FloatArray:
         return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from gguf.quants import dequantize
 
 from kvik.cache import KVCacheSpec
 from kvik.config import Activations
-from kvik.ops.base import Batch, IntArray, Ops, RopeTable, Weight
+from kvik.ops.base import Batch, IntArray, Norm, Ops, RopeTable, Weight
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -86,10 +87,10 @@ class ReferenceOps(Ops):
     def embed(self, table: Weight, token_ids: IntArray) -> FloatArray:
         return _values(table)[token_ids]
 
-    def rms_norm(self, x: FloatArray, weight: FloatArray, eps: float) -> FloatArray:
+    def rms_norm(self, x: FloatArray, norm: Norm) -> FloatArray:
         wide = x.astype(np.float64)
-        normed: FloatArray = (wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps) * weight).astype(np.float32)
-        return normed
+        normed = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + norm.eps) * norm.weight
+        return cast(FloatArray, normed.astype(np.float32))
 
     def project(self, x: FloatArray, weights: Sequence[Weight]) -> tuple[FloatArray, ...]:
         results = []

@@ -1,0 +1,40 @@
+// What the bindings share: array types, and the checks that stand between Python and the kernels.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "ops.h"
+
+namespace kvik {
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+template <class T, int dims> using Array = nb::ndarray<T, nb::ndim<dims>, nb::c_contig, nb::device::cpu>;
+template <int dims> using Floats = Array<const float, dims>;
+template <int dims> using FloatsOut = Array<float, dims>;
+using Integers = Array<const int32_t, 1>;
+
+inline void require(bool holds, const char *what) {
+  if (!holds) throw nb::value_error(what);
+}
+
+inline int64_t size(const auto &array, std::size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
+
+// A cosine and a sine for each pair of dimensions, by position: (positions, pairs, 2).
+inline void check_rope(const Floats<3> &table, int64_t head_dim) {
+  require(size(table, 2) == 2 && 2 * size(table, 1) <= head_dim, "rope: the table does not fit head_dim");
+}
+
+// Each token's sequence has a table, and the table names a block for each position up to the token's own.
+void check_block_tables(const int32_t *tables, int64_t num_sequences, int64_t table_width,
+                        const int32_t *sequence_index, const int32_t *positions, int64_t num_tokens,
+                        int64_t num_blocks);
+
+void bind_program(nb::module_ &m);
+
+} // namespace kvik

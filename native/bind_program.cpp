@@ -1,0 +1,394 @@
+// Python's side of recorded steps: each method checks its arguments, appends one op and names the values it gives.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bind.h"
+#include "float_mode.h"
+#include "program.h"
+
+namespace kvik {
+namespace {
+
+const Program::Value &checked_value(const Program &program, int id) {
+  require(id >= 0 && id < program.num_values(), "Program: no such value");
+  require(!program.finished(), "Program: it is finished");
+  return program.value(id);
+}
+
+int append(Program &program, std::string name, std::vector<int> inputs, int64_t width, bool of_logits,
+           std::function<void(const Frame &, int)> run, std::function<Cost(const Step &)> cost) {
+  require(!program.finished(), "Program: it is finished");
+  const int out = program.new_value(width, of_logits);
+  program.add_op({std::move(name),
+                  std::move(inputs),
+                  {out},
+                  [run = std::move(run), out](const Frame &frame) { run(frame, out); },
+                  std::move(cost)});
+  return out;
+}
+
+double bytes_of_floats(const Step &step, int64_t width) { return 4.0 * static_cast<double>(step.num_tokens * width); }
+
+Cost elementwise(const Step &step, int64_t width, double arrays, double operations) {
+  return {arrays * bytes_of_floats(step, width), operations * static_cast<double>(step.num_tokens * width)};
+}
+
+// Each weight is read once, whatever the number of rows.
+Cost product_cost(int64_t num_rows, const std::vector<const PackedWeight *> &weights) {
+  Cost cost{0, 0};
+  if (num_rows == 0) return cost;
+  for (const PackedWeight *weight : weights) {
+    cost.bytes += static_cast<double>(weight->num_bytes);
+    cost.operations += 2.0 * static_cast<double>(weight->rows) * static_cast<double>(weight->columns);
+  }
+  cost.operations *= static_cast<double>(num_rows);
+  return cost;
+}
+
+int64_t rows_of(const Step &step, bool of_logits) { return of_logits ? step.num_logits : step.num_tokens; }
+
+void check_norm(const Floats<1> &norm, int64_t width) {
+  require(size(norm, 0) == width, "rms_norm: the weight has another width than x");
+}
+
+int record_embed(Program &program, const PackedWeight &table) {
+  program.limits.token_ids = std::min(program.limits.token_ids, table.rows);
+  return append(
+      program, "embed", {}, table.columns, false,
+      [&table](const Frame &frame, int out) {
+        take_weight_rows(table, frame.step.token_ids, frame.step.num_tokens, frame[out]);
+      },
+      [&table](const Step &step) {
+        return Cost{static_cast<double>(step.num_tokens * table.num_bytes / table.rows), 0};
+      });
+}
+
+int record_rms_norm(Program &program, int x, Floats<1> norm, float eps) {
+  const Program::Value in = checked_value(program, x);
+  check_norm(norm, in.width);
+  return append(
+      program, "rms_norm", {x}, in.width, in.of_logits,
+      [=](const Frame &frame, int out) {
+        rms_norm(frame.pool(), {frame[x], frame.rows(x), in.width, norm.data(), eps}, frame[out]);
+      },
+      [=](const Step &step) { return elementwise(step, in.width, 2, 4); });
+}
+
+std::vector<int> record_project(Program &program, int x, nb::typed<nb::list, PackedWeight> weight_list) {
+  const Program::Value in = checked_value(program, x);
+  Program::Op op{"project", {x}, {}, {}, {}};
+  std::vector<const PackedWeight *> weights;
+  for (const nb::handle item : weight_list) {
+    const PackedWeight *weight = nullptr;
+    require(nb::try_cast(item, weight) && weight, "project: a weight is not a PackedWeight");
+    require(weight->columns == in.width, "project: x has another number of columns than the weight");
+    weights.push_back(weight);
+  }
+  const nb::tuple alive(weight_list); // the list itself may change
+  for (const PackedWeight *weight : weights) op.outputs.push_back(program.new_value(weight->rows, in.of_logits));
+  const std::vector<int> outputs = op.outputs;
+  op.run = [=, fine = program.fine()](const Frame &frame) {
+    (void)alive;
+    std::vector<Projection> projections;
+    for (std::size_t i = 0; i < weights.size(); ++i) projections.push_back({weights[i], frame[outputs[i]]});
+    project(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width}, projections, fine);
+  };
+  op.cost = [=](const Step &step) { return product_cost(rows_of(step, in.of_logits), weights); };
+  program.add_op(std::move(op));
+  return outputs;
+}
+
+// With a norm before and a residual behind, or without.
+int record_product(Program &program, const char *name, int x, const PackedWeight &weight, std::optional<Floats<1>> norm,
+                   float eps, std::optional<int> residual) {
+  const Program::Value in = checked_value(program, x);
+  require(weight.columns == in.width, "linear: x has another number of columns than the weight");
+  if (norm) check_norm(*norm, in.width);
+  std::vector<int> inputs{x};
+  if (residual) {
+    const Program::Value other = checked_value(program, *residual);
+    require(other.width == weight.rows && other.of_logits == in.of_logits, "linear: the residual has another shape");
+    inputs.push_back(*residual);
+  }
+  return append(
+      program, name, inputs, weight.rows, in.of_logits,
+      [=, &weight, fine = program.fine()](const Frame &frame, int out) {
+        const RowsIn rows{frame[x], frame.rows(x), in.width, norm ? norm->data() : nullptr, eps};
+        const Projection projection{&weight, frame[out], residual ? frame[*residual] : nullptr};
+        project(frame.pool(), frame.workspace(), rows, {&projection, 1}, fine);
+      },
+      [=, &weight](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&weight}); });
+}
+
+int record_linear(Program &program, int x, const PackedWeight &weight, std::optional<int> residual) {
+  return record_product(program, "linear", x, weight, std::nullopt, 0, residual);
+}
+
+int record_norm_linear(Program &program, int x, Floats<1> norm, float eps, const PackedWeight &weight) {
+  return record_product(program, "norm_linear", x, weight, norm, eps, std::nullopt);
+}
+
+int record_norm_gated(Program &program, int x, Floats<1> norm, float eps, const PackedWeight &gate,
+                      const PackedWeight &up) {
+  const Program::Value in = checked_value(program, x);
+  check_norm(norm, in.width);
+  require(gate.columns == in.width && up.columns == in.width, "norm_gated: x has another number of columns");
+  require(gate.rows == up.rows, "norm_gated: gate and up differ in shape");
+  return append(
+      program, "norm_gated", {x}, gate.rows, in.of_logits,
+      [=, &gate, &up, fine = program.fine()](const Frame &frame, int out) {
+        project_gated(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width, norm.data(), eps}, gate, up,
+                      frame[out], fine);
+      },
+      [=, &gate, &up](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&gate, &up}); });
+}
+
+void check_tokens(const Program::Value &value, const char *what) { require(!value.of_logits, what); }
+
+int record_rope(Program &program, int x, Floats<3> table, bool adjacent_pairs, int64_t head_dim) {
+  const Program::Value in = checked_value(program, x);
+  check_tokens(in, "rope: x must have a row a token");
+  require(head_dim > 0 && in.width % head_dim == 0, "rope: the width is no multiple of head_dim");
+  check_rope(table, head_dim);
+  program.limits.positions = std::min(program.limits.positions, size(table, 0));
+  return append(
+      program, "rope", {x}, in.width, false,
+      [=](const Frame &frame, int out) {
+        std::copy_n(frame[x], frame.step.num_tokens * in.width, frame[out]);
+        rope(frame.pool(), frame[out], frame.step.positions, frame.step.num_tokens, in.width / head_dim, head_dim,
+             {table.data(), size(table, 1), adjacent_pairs});
+      },
+      [=](const Step &step) { return elementwise(step, in.width, 2, 3); });
+}
+
+void limit_blocks(Program &program, const LayerKV &kv) {
+  program.limits.blocks = std::min(program.limits.blocks, kv.num_blocks);
+}
+
+void record_write_kv(Program &program, const LayerKV &kv, int k, int v) {
+  for (const int id : {k, v}) {
+    const Program::Value value = checked_value(program, id);
+    require(value.width == kv.num_kv_heads * kv.head_dim, "write_kv: k or v has a wrong shape");
+    check_tokens(value, "write_kv: k and v must have a row a token");
+  }
+  limit_blocks(program, kv);
+  program.add_op({"write_kv",
+                  {k, v},
+                  {},
+                  [=](const Frame &frame) {
+                    write_kv(frame.pool(), kv, frame[k], frame[v], frame.step.slots, frame.step.num_tokens);
+                  },
+                  [=](const Step &step) { return elementwise(step, kv.num_kv_heads * kv.head_dim, 4, 0); }});
+}
+
+int record_norm_qkv(Program &program, int x, Floats<1> norm, float eps, const PackedWeight &query,
+                    const PackedWeight &key, const PackedWeight &value, Floats<3> table, bool adjacent_pairs,
+                    const LayerKV &kv) {
+  const Program::Value in = checked_value(program, x);
+  check_tokens(in, "norm_qkv: x must have a row a token");
+  check_norm(norm, in.width);
+  const int64_t width = kv.num_kv_heads * kv.head_dim;
+  for (const PackedWeight *weight : {&query, &key, &value})
+    require(weight->columns == in.width, "norm_qkv: x has another number of columns than a weight");
+  require(key.rows == width && value.rows == width, "norm_qkv: keys or values do not fit the cache");
+  require(query.rows % width == 0, "norm_qkv: query heads must be a multiple of KV heads");
+  check_rope(table, kv.head_dim);
+  limit_blocks(program, kv);
+  program.limits.positions = std::min(program.limits.positions, size(table, 0));
+  return append(
+      program, "norm_qkv", {x}, query.rows, false,
+      [=, &query, &key, &value, fine = program.fine()](const Frame &frame, int out) {
+        const QueryKeyValue args{
+            &query,          &key, &value, {table.data(), size(table, 1), adjacent_pairs}, kv, frame.step.positions,
+            frame.step.slots};
+        project_qkv(frame.pool(), frame.workspace(), {frame[x], frame.step.num_tokens, in.width, norm.data(), eps},
+                    args, frame[out], fine);
+      },
+      [=, &query, &key, &value](const Step &step) { return product_cost(step.num_tokens, {&query, &key, &value}); });
+}
+
+// Keys and values of a sequence are read once for all of its tokens.
+Cost attend_cost(const Step &step, const LayerKV &kv, int64_t query_width) {
+  std::vector<int64_t> longest(static_cast<std::size_t>(step.num_sequences), 0);
+  double keys = 0, read = 0;
+  for (int64_t i = 0; i < step.num_tokens; ++i) {
+    int64_t &known = longest[static_cast<std::size_t>(step.sequence_index[i])];
+    known = std::max<int64_t>(known, step.positions[i] + 1);
+    keys += step.positions[i] + 1;
+  }
+  for (const int64_t count : longest) read += static_cast<double>(count);
+  return {read * static_cast<double>(kv.token_bytes()), 4 * keys * static_cast<double>(query_width)};
+}
+
+int record_attend(Program &program, int q, const LayerKV &kv, float scale) {
+  const Program::Value in = checked_value(program, q);
+  check_tokens(in, "attend: q must have a row a token");
+  require(in.width % (kv.num_kv_heads * kv.head_dim) == 0, "attend: query heads must be a multiple of KV heads");
+  limit_blocks(program, kv);
+  return append(
+      program, "attend", {q}, in.width, false,
+      [=](const Frame &frame, int out) {
+        const Step &step = frame.step;
+        attend(frame.pool(), {frame[q], kv, step.block_tables, step.table_width, step.sequence_index, step.positions,
+                              step.num_tokens, in.width / kv.head_dim, scale, frame[out]});
+      },
+      [=](const Step &step) { return attend_cost(step, kv, in.width); });
+}
+
+int record_silu_multiply(Program &program, int gate, int up) {
+  const Program::Value in = checked_value(program, gate), other = checked_value(program, up);
+  require(in.width == other.width && in.of_logits == other.of_logits, "silu_multiply: gate and up differ in shape");
+  return append(
+      program, "silu_multiply", {gate, up}, in.width, in.of_logits,
+      [=](const Frame &frame, int out) {
+        silu_multiply(frame.pool(), frame[gate], frame[up], frame.rows(gate), in.width, frame[out]);
+      },
+      [=](const Step &step) { return elementwise(step, in.width, 3, 20); });
+}
+
+int record_add(Program &program, int x, int y) {
+  const Program::Value in = checked_value(program, x), other = checked_value(program, y);
+  require(in.width == other.width && in.of_logits == other.of_logits, "add: x and y differ in shape");
+  return append(
+      program, "add", {x, y}, in.width, in.of_logits,
+      [=](const Frame &frame, int out) { add(frame.pool(), frame[x], frame[y], frame.rows(x), in.width, frame[out]); },
+      [=](const Step &step) { return elementwise(step, in.width, 3, 1); });
+}
+
+int record_take_rows(Program &program, int x) {
+  const Program::Value in = checked_value(program, x);
+  check_tokens(in, "take_rows: x must have a row a token");
+  return append(
+      program, "take_rows", {x}, in.width, true,
+      [=](const Frame &frame, int out) {
+        take_rows(frame[x], frame.step.logit_rows, frame.step.num_logits, in.width, frame[out]);
+      },
+      [=](const Step &step) { return Cost{8.0 * static_cast<double>(step.num_logits * in.width), 0}; });
+}
+
+void finish(Program &program, int output) {
+  const Program::Value out = checked_value(program, output);
+  require(out.of_logits, "Program: the output must have a row for each logit row");
+  program.finish(output);
+}
+
+// The arrays of one step as Python has them.
+struct StepArrays {
+  Integers token_ids, positions, slots, sequence_index;
+  Array<const int32_t, 2> block_tables;
+  Integers logit_rows;
+};
+
+Step checked_step(const Program &program, const StepArrays &arrays) {
+  const Step step{size(arrays.token_ids, 0),  size(arrays.block_tables, 0), size(arrays.block_tables, 1),
+                  size(arrays.logit_rows, 0), arrays.token_ids.data(),      arrays.positions.data(),
+                  arrays.slots.data(),        arrays.sequence_index.data(), arrays.block_tables.data(),
+                  arrays.logit_rows.data()};
+  require(program.finished(), "Program: it is not finished");
+  for (const Integers *array : {&arrays.positions, &arrays.slots, &arrays.sequence_index})
+    require(size(*array, 0) == step.num_tokens, "Program: positions, slots and sequence_index need one item a token");
+  const auto all_below = [](const int32_t *items, int64_t count, int64_t limit) {
+    return std::all_of(items, items + count, [=](int32_t item) { return item >= 0 && item < limit; });
+  };
+  require(all_below(step.token_ids, step.num_tokens, program.limits.token_ids),
+          "Program: a token id is outside the embedding");
+  require(all_below(step.positions, step.num_tokens, program.limits.positions),
+          "Program: a position is outside the rope table");
+  require(all_below(step.slots, step.num_tokens, program.limits.blocks * kBlockSize),
+          "Program: a slot is outside the cache");
+  require(all_below(step.logit_rows, step.num_logits, step.num_tokens), "Program: a logit row is no token of the step");
+  check_block_tables(step.block_tables, step.num_sequences, step.table_width, step.sequence_index, step.positions,
+                     step.num_tokens, program.limits.blocks);
+  return step;
+}
+
+std::vector<double> run(Program &program, const StepArrays &arrays, FloatsOut<2> out, int first, int last, bool timed) {
+  const Step step = checked_step(program, arrays);
+  require(size(out, 0) == step.num_logits && size(out, 1) == program.value(program.output()).width,
+          "Program: wrong output shape");
+  const int count = static_cast<int>(program.ops().size());
+  require(0 <= first && first <= last && last <= count, "Program: no such ops");
+  std::vector<double> seconds(timed ? static_cast<std::size_t>(last - first) : 0);
+  const nb::gil_scoped_release unlocked;
+  const FloatMode mode;
+  program.run(step, out.data(), first, last, timed ? seconds.data() : nullptr);
+  return seconds;
+}
+
+std::vector<double> run_arrays(Program &program, Integers token_ids, Integers positions, Integers slots,
+                               Integers sequence_index, Array<const int32_t, 2> block_tables, Integers logit_rows,
+                               FloatsOut<2> out, int first, int last, bool timed) {
+  return run(program, {token_ids, positions, slots, sequence_index, block_tables, logit_rows}, out, first, last, timed);
+}
+
+// (name, bytes, operations) of each op in such a step.
+std::vector<std::tuple<std::string, double, double>> costs(const Program &program, Integers token_ids,
+                                                           Integers positions, Integers slots, Integers sequence_index,
+                                                           Array<const int32_t, 2> block_tables, Integers logit_rows) {
+  const Step step = checked_step(program, {token_ids, positions, slots, sequence_index, block_tables, logit_rows});
+  std::vector<std::tuple<std::string, double, double>> rows;
+  for (const Program::Op &op : program.ops()) {
+    const Cost cost = op.cost(step);
+    rows.emplace_back(op.name, cost.bytes, cost.operations);
+  }
+  return rows;
+}
+
+bool is_of_logits(const Program &program, int id) {
+  require(id >= 0 && id < program.num_values(), "Program: no such value");
+  return program.value(id).of_logits;
+}
+
+void copy_value(Program &program, int id, FloatsOut<2> out) {
+  require(id >= 0 && id < program.num_values() && program.finished(), "Program: no such value");
+  require(id != program.output(), "Program: the output is where the run has put it");
+  require(size(out, 1) == program.value(id).width, "Program: wrong output shape");
+  require(program.copy_value(id, size(out, 0), out.data()), "Program: the last run had fewer rows");
+}
+
+} // namespace
+
+void bind_program(nb::module_ &m) {
+  // keep_alive: a program refers to the weights and arrays that its ops use.
+  using Keep = nb::keep_alive<1, 3>;
+  nb::class_<Program>(m, "Program", "A recorded step: ops are appended, each giving the id of its value, then run.")
+      .def(nb::init<ThreadPool &, bool>(), nb::keep_alive<1, 2>(), "pool"_a, "fine"_a)
+      .def("embed", &record_embed, nb::keep_alive<1, 2>(), "table"_a)
+      .def("rms_norm", &record_rms_norm, "x"_a, "norm"_a.noconvert(), "eps"_a)
+      .def("project", &record_project, "x"_a, "weights"_a)
+      .def("linear", &record_linear, Keep(), "x"_a, "weight"_a, "residual"_a.none())
+      .def("norm_linear", &record_norm_linear, nb::keep_alive<1, 5>(), "x"_a, "norm"_a.noconvert(), "eps"_a, "weight"_a)
+      .def("norm_gated", &record_norm_gated, nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), "x"_a,
+           "norm"_a.noconvert(), "eps"_a, "gate"_a, "up"_a)
+      .def("norm_qkv", &record_norm_qkv, nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(),
+           nb::keep_alive<1, 10>(), "x"_a, "norm"_a.noconvert(), "eps"_a, "query"_a, "key"_a, "value"_a,
+           "table"_a.noconvert(), "adjacent_pairs"_a, "kv"_a)
+      .def("rope", &record_rope, "x"_a, "table"_a.noconvert(), "adjacent_pairs"_a, "head_dim"_a)
+      .def("write_kv", &record_write_kv, nb::keep_alive<1, 2>(), "kv"_a, "k"_a, "v"_a)
+      .def("attend", &record_attend, Keep(), "q"_a, "kv"_a, "scale"_a)
+      .def("silu_multiply", &record_silu_multiply, "gate"_a, "up"_a)
+      .def("add", &record_add, "x"_a, "y"_a)
+      .def("take_rows", &record_take_rows, "x"_a)
+      .def("finish", &finish, "output"_a)
+      .def("run", &run_arrays, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
+           "sequence_index"_a.noconvert(), "block_tables"_a.noconvert(), "logit_rows"_a.noconvert(),
+           "out"_a.noconvert(), "first"_a, "last"_a, "timed"_a,
+           "Runs ops [first, last) on one step; gives each op's seconds where timed.")
+      .def("costs", &costs, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
+           "sequence_index"_a.noconvert(), "block_tables"_a.noconvert(), "logit_rows"_a.noconvert(),
+           "Name, bytes and operations of each op in such a step.")
+      .def("is_of_logits", &is_of_logits, "value"_a, "Whether a value has a row for each logit row, not each token.")
+      .def("copy_value", &copy_value, "value"_a, "out"_a.noconvert(),
+           "Copies the first rows of a value of the last run, if no later op has reused its memory.");
+}
+
+} // namespace kvik

@@ -1,0 +1,75 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace kvik {
+
+float *Frame::operator[](int value) const {
+  if (value == program_.output_) return out_;
+  return program_.buffers_[program_.value(value).buffer].get<float>(0);
+}
+
+int64_t Frame::rows(int value) const { return program_.value(value).of_logits ? step.num_logits : step.num_tokens; }
+ThreadPool &Frame::pool() const { return program_.pool_; }
+Workspace &Frame::workspace() const { return program_.workspace_; }
+
+int Program::new_value(int64_t width, bool of_logits) {
+  values_.push_back({width, of_logits, static_cast<int>(ops_.size())});
+  return num_values() - 1;
+}
+
+void Program::add_op(Op op) {
+  for (const int input : op.inputs) values_[static_cast<std::size_t>(input)].last_use = static_cast<int>(ops_.size());
+  ops_.push_back(std::move(op));
+}
+
+void Program::finish(int output) {
+  values_[static_cast<std::size_t>(output)].last_use = static_cast<int>(ops_.size());
+  output_ = output;
+  std::vector<int> holder; // of each buffer: the value that lives there
+  for (std::size_t index = 0; index < ops_.size(); ++index) {
+    for (const int id : ops_[index].outputs) {
+      Value &value = values_[static_cast<std::size_t>(id)];
+      value.buffer = holder.size();
+      for (std::size_t buffer = 0; buffer < holder.size(); ++buffer) {
+        const Value &held = values_[static_cast<std::size_t>(holder[buffer])];
+        if (id != output && held.last_use < static_cast<int>(index) && buffer_widths_[buffer] == value.width) {
+          value.buffer = buffer;
+          break;
+        }
+      }
+      if (value.buffer == holder.size()) {
+        holder.push_back(id);
+        buffer_widths_.push_back(value.width);
+      }
+      holder[value.buffer] = id;
+    }
+  }
+  buffers_ = std::vector<Buffer>(holder.size());
+}
+
+void Program::run(const Step &step, float *out, int first, int last, double *seconds) {
+  const std::lock_guard lock(one_run_at_a_time_);
+  last_rows_ = std::max(step.num_tokens, step.num_logits);
+  for (std::size_t i = 0; i < buffers_.size(); ++i)
+    if (i != value(output_).buffer) buffers_[i].get<float>(last_rows_ * buffer_widths_[i]);
+  const Frame frame(*this, step, out);
+  auto before = std::chrono::steady_clock::now();
+  for (int index = first; index < last; ++index) {
+    ops_[static_cast<std::size_t>(index)].run(frame);
+    if (!seconds) continue;
+    const auto now = std::chrono::steady_clock::now();
+    seconds[index - first] = std::chrono::duration<double>(now - before).count();
+    before = now;
+  }
+}
+
+bool Program::copy_value(int id, int64_t rows, float *out) {
+  const std::lock_guard lock(one_run_at_a_time_);
+  if (rows > last_rows_) return false;
+  std::copy_n(buffers_[value(id).buffer].get<float>(0), rows * value(id).width, out);
+  return true;
+}
+
+} // namespace kvik

@@ -1,0 +1,107 @@
+// A recorded step: the ops of one forward pass, run in one call for any number of tokens.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace kvik {
+
+// The tokens of one step, sequence after sequence.
+struct Step {
+  int64_t num_tokens, num_sequences, table_width, num_logits;
+  const int32_t *token_ids, *positions, *slots, *sequence_index; // (T,)
+  const int32_t *block_tables;                                   // (sequences, table_width)
+  const int32_t *logit_rows;                                     // (R,) tokens whose logits are wanted
+};
+
+// What an op moves and computes in a step, at least: each weight and each key and value once.
+struct Cost {
+  double bytes, operations; // a multiply-add is two operations
+};
+
+class Program;
+
+// What an op sees when it runs.
+class Frame {
+public:
+  Frame(Program &program, const Step &step, float *out) : step(step), program_(program), out_(out) {}
+
+  float *operator[](int value) const;
+  int64_t rows(int value) const;
+  ThreadPool &pool() const;
+  Workspace &workspace() const;
+
+  const Step &step;
+
+private:
+  Program &program_;
+  float *out_; // where the program's output goes
+};
+
+class Program {
+public:
+  // Rows of floats that one op computes and later ones read: (T, width), or (R, width) behind `take_rows`.
+  struct Value {
+    int64_t width;
+    bool of_logits;
+    int last_use;          // index of the last op that reads it
+    std::size_t buffer{0}; // which of the buffers holds it, once the program is finished
+  };
+
+  struct Op {
+    std::string name;
+    std::vector<int> inputs, outputs;
+    std::function<void(const Frame &)> run;
+    std::function<Cost(const Step &)> cost;
+  };
+
+  // Bounds that every step must keep, gathered from the ops.
+  struct Limits {
+    int64_t token_ids = INT32_MAX, positions = INT32_MAX, blocks = INT32_MAX;
+  };
+
+  Program(ThreadPool &pool, bool fine) : pool_(pool), fine_(fine) {}
+
+  int new_value(int64_t width, bool of_logits);
+  void add_op(Op op);
+  // No op can follow. Values that never live at the same time share a buffer.
+  void finish(int output);
+
+  // Runs ops [first, last); out (R, width of the output) is written by the op that computes the output. Where
+  // `seconds` is given, it gets each op's time. Threads take turns.
+  void run(const Step &step, float *out, int first, int last, double *seconds = nullptr);
+
+  // The first rows of a value of the last run; what they are once a later op has reused their memory is anybody's
+  // guess. False where the last run had fewer.
+  bool copy_value(int value, int64_t rows, float *out);
+
+  const std::vector<Op> &ops() const { return ops_; }
+  const Value &value(int index) const { return values_[static_cast<std::size_t>(index)]; }
+  int num_values() const { return static_cast<int>(values_.size()); }
+  bool fine() const { return fine_; }
+  bool finished() const { return output_ >= 0; }
+  int output() const { return output_; }
+
+  Limits limits;
+
+private:
+  friend class Frame;
+
+  ThreadPool &pool_;
+  bool fine_;
+  int output_ = -1;
+  int64_t last_rows_ = 0; // room in each buffer
+  std::vector<Value> values_;
+  std::vector<Op> ops_;
+  std::vector<int64_t> buffer_widths_;
+  std::vector<Buffer> buffers_;
+  Workspace workspace_;
+  std::mutex one_run_at_a_time_;
+};
+
+} // namespace kvik

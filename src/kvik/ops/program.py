@@ -1,0 +1,136 @@
+"""A recorded step of the native backend: one call runs all of its ops, and each can be looked at alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvik import _native
+from kvik.ops.base import Batch, Forward, IntArray
+from kvik.ops.trace import Call, Field, Value, trace
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class OpProfile:
+    """What one op of a step cost."""
+
+    name: str
+    seconds: float
+    bytes: float  # weights, keys and values that it has to read, each once
+    operations: float  # arithmetic; a multiply-add is two
+
+
+@dataclass(frozen=True, slots=True)
+class OpReplay:
+    """One op of a step with what went in and what came out."""
+
+    call: Call
+    arguments: tuple[Any, ...]  # as in `Ops`: values and batch fields are arrays now
+    results: tuple[FloatArray, ...]
+
+
+class RecordedStep:
+    """The ops of a forward pass, noted once; calling it with a batch gives the logits (R, vocab_size).
+
+    Threads may share it: they take turns.
+    """
+
+    def __init__(self, forward: Forward, pool: _native.ThreadPool, *, fine: bool) -> None:
+        self.ops, self._output = trace(forward)
+        self._program = _native.Program(pool, fine)
+        self._ids: dict[int, int] = {}  # of a traced value: the program's
+        for call in self.ops:
+            results = _append(self._program, self._ids, call)
+            self._ids |= {value.id: number for value, number in zip(call.results, results, strict=True)}
+        self._program.finish(self._ids[self._output.id])
+
+    def __call__(self, batch: Batch) -> FloatArray:
+        """Run the step."""
+        out = self._new_output(batch)
+        self._run(batch, out, 0, len(self.ops))
+        return out
+
+    def profile(self, batch: Batch) -> list[OpProfile]:
+        """Run the step with a clock beside it: one entry an op."""
+        out = self._new_output(batch)
+        seconds = self._run(batch, out, 0, len(self.ops), timed=True)
+        costs = self._program.costs(*_arrays(batch))
+        return [
+            OpProfile(name, op_seconds, num_bytes, operations)
+            for (name, num_bytes, operations), op_seconds in zip(costs, seconds, strict=True)
+        ]
+
+    def replay(self, batch: Batch) -> Iterator[OpReplay]:
+        """Run the step op by op and show each one's inputs and outputs, to be compared with another backend's."""
+        out = self._new_output(batch)
+        for index, call in enumerate(self.ops):
+            arguments = tuple(self._resolve(argument, batch, out) for argument in call.arguments)
+            self._run(batch, out, index, index + 1)
+            yield OpReplay(call, arguments, tuple(self._read(value, batch, out) for value in call.results))
+
+    def _run(self, batch: Batch, out: FloatArray, first: int, last: int, *, timed: bool = False) -> list[float]:
+        return self._program.run(*_arrays(batch), out, first, last, timed)
+
+    def _new_output(self, batch: Batch) -> FloatArray:
+        return np.empty((len(batch.logit_rows), *self._output.shape), np.float32)
+
+    def _resolve(self, argument: Any, batch: Batch, out: FloatArray) -> Any:
+        if isinstance(argument, Value):
+            return self._read(argument, batch, out)
+        if isinstance(argument, Field):
+            return getattr(batch, argument.name)
+        return batch if isinstance(argument, Batch) else argument
+
+    def _read(self, value: Value, batch: Batch, out: FloatArray) -> FloatArray:
+        if value.id == self._output.id:
+            return out.copy()
+        number = self._ids[value.id]
+        rows = len(batch.logit_rows) if self._program.is_of_logits(number) else len(batch.token_ids)
+        content = np.empty((rows, math.prod(value.shape)), np.float32)
+        self._program.copy_value(number, content)
+        return content.reshape(rows, *value.shape)
+
+
+def _arrays(batch: Batch) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]:
+    return (
+        batch.token_ids,
+        batch.positions,
+        batch.slot_mapping,
+        batch.sequence_index,
+        batch.block_tables,
+        batch.logit_rows,
+    )
+
+
+def _append(program: _native.Program, ids: dict[int, int], call: Call) -> list[int]:
+    """Append one op to the program and give the numbers of its values."""
+    given: list[Any] = [ids[argument.id] if isinstance(argument, Value) else argument for argument in call.arguments]
+    match call.name, given:
+        case "norm_qkv", (x, norm, weights, rope, kv, _):
+            projections = (weights.query, weights.key, weights.value)
+            return [program.norm_qkv(x, norm.weight, norm.eps, *projections, rope.turns, rope.adjacent_pairs, kv)]
+        case "norm_gated" | "norm_linear", (x, norm, *weights):
+            return [getattr(program, call.name)(x, norm.weight, norm.eps, *weights)]
+        case "rms_norm", (x, norm):
+            return [program.rms_norm(x, norm.weight, norm.eps)]
+        case "project", (x, weights):
+            return program.project(x, list(weights))
+        case "rope", (x, _, rope):
+            return [program.rope(x, rope.turns, rope.adjacent_pairs, call.results[0].shape[-1])]
+        case "write_kv", (kv, k, v, _):
+            program.write_kv(kv, k, v)
+            return []
+        case "attend", (q, kv, _):
+            return [program.attend(q, kv, 1.0 / math.sqrt(call.results[0].shape[-1]))]
+        case "embed" | "take_rows", (first, _):
+            return [getattr(program, call.name)(first)]
+        case "linear" | "silu_multiply" | "add", _:
+            return [getattr(program, call.name)(*given)]
+    raise AssertionError(f"no recorded form of {call.name}")

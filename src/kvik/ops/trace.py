@@ -1,0 +1,123 @@
+"""Which ops a forward pass calls, in order and with what: found by running it once on values that have no content."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from kvik.cache import KVCacheSpec
+from kvik.ops.base import Array, Batch, Forward, IntArray, LayerKV, Norm, Ops, QKVWeights, RopeTable, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An array that some op of the step computes: a row for each token, or for each logit row."""
+
+    id: int
+    shape: tuple[int, ...]  # behind the first axis
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """An array of the batch, known when a step runs."""
+
+    name: str
+
+
+STEP = Batch(**{field.name: cast(IntArray, Field(field.name)) for field in fields(Batch)})
+"""Stands for the batch of the step while its ops are traced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One op: its name in `Ops`, the arguments it was called with, the values it gave."""
+
+    name: str
+    arguments: tuple[Any, ...]  # `Value`s, `Field`s and `STEP` among what is the same in each step
+    results: tuple[Value, ...]
+
+
+def trace(forward: Forward) -> tuple[list[Call], Value]:
+    """The calls of a forward pass, and the value that it returns."""
+    tracer = _Tracer()
+    output = forward(tracer, STEP)
+    assert isinstance(output, Value)
+    return tracer.calls, output
+
+
+class _Tracer(Ops):
+    """Notes each call as it comes, fused ones whole."""
+
+    name = "trace"
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._num_values = 0
+
+    def _note(self, name: str, arguments: tuple[Any, ...], *shapes: tuple[int, ...]) -> tuple[Value, ...]:
+        results = tuple(Value(self._num_values + index, shape) for index, shape in enumerate(shapes))
+        self._num_values += len(shapes)
+        self.calls.append(Call(name, arguments, results))
+        return results
+
+    def _one(self, name: str, arguments: tuple[Any, ...], shape: tuple[int, ...]) -> Value:
+        return self._note(name, arguments, shape)[0]
+
+    def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> NoReturn:
+        raise AssertionError("weights are loaded before a step is traced")
+
+    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> NoReturn:
+        raise AssertionError("KV arrays are allocated before a step is traced")
+
+    def embed(self, table: Weight, token_ids: IntArray) -> Value:
+        return self._one("embed", (table, token_ids), (table.columns,))
+
+    def rms_norm(self, x: Value, norm: Norm) -> Value:
+        return self._one("rms_norm", (x, norm), x.shape)
+
+    def project(self, x: Value, weights: Sequence[Weight]) -> tuple[Value, ...]:
+        return self._note("project", (x, tuple(weights)), *((weight.rows,) for weight in weights))
+
+    def linear(self, x: Value, weight: Weight, residual: Value | None = None) -> Value:
+        return self._one("linear", (x, weight, residual), (weight.rows,))
+
+    def split_heads(self, x: Value, head_dim: int) -> Value:
+        return Value(x.id, (x.shape[0] // head_dim, head_dim))
+
+    def merge_heads(self, x: Value) -> Value:
+        return Value(x.id, (x.shape[0] * x.shape[1],))
+
+    def rope(self, x: Value, positions: IntArray, table: RopeTable) -> Value:
+        return self._one("rope", (x, positions, table), x.shape)
+
+    def write_kv(self, kv: LayerKV, k: Value, v: Value, slot_mapping: IntArray) -> None:
+        self._note("write_kv", (kv, k, v, slot_mapping))
+
+    def attend(self, q: Value, kv: LayerKV, batch: Batch) -> Value:
+        return self._one("attend", (q, kv, batch), q.shape)
+
+    def silu_multiply(self, gate: Value, up: Value) -> Value:
+        return self._one("silu_multiply", (gate, up), up.shape)
+
+    def norm_qkv(self, x: Value, norm: Norm, weights: QKVWeights, rope: RopeTable, kv: LayerKV, batch: Batch) -> Value:
+        shape = (weights.query.rows // weights.head_dim, weights.head_dim)
+        return self._one("norm_qkv", (x, norm, weights, rope, kv, batch), shape)
+
+    def norm_gated(self, x: Value, norm: Norm, gate: Weight, up: Weight) -> Value:
+        return self._one("norm_gated", (x, norm, gate, up), (gate.rows,))
+
+    def norm_linear(self, x: Value, norm: Norm, weight: Weight) -> Value:
+        return self._one("norm_linear", (x, norm, weight), (weight.rows,))
+
+    def add(self, x: Value, y: Value) -> Value:
+        return self._one("add", (x, y), x.shape)
+
+    def take_rows(self, x: Value, rows: IntArray) -> Value:
+        return self._one("take_rows", (x, rows), x.shape)
+
+    def to_numpy(self, x: Array) -> NoReturn:
+        raise AssertionError("a traced value has no content")

@@ -1,0 +1,282 @@
+"""Recorded steps: the bits of eager ops, each op near the reference's, and figures that add up."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from kvik import _native
+from kvik.cache import BLOCK_SIZE, KVCacheSpec
+from kvik.config import Activations, KVDType
+from kvik.models.loader import LoadedModel, load_model
+from kvik.models.spec import RopeSpec
+from kvik.ops.base import Array, Batch, LayerKV, Norm, Ops, QKVWeights
+from kvik.ops.native import NativeOps
+from kvik.ops.program import RecordedStep
+from kvik.ops.reference import ReferenceOps
+from kvik.ops.trace import trace
+from models import tiny_model
+from ops.arrangement import FloatArray, random_weights
+from ops.digest import digest
+
+Q4_1, Q8_0, F16 = GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16
+ACTIVATIONS: tuple[Activations, ...] = ("int8", "int16")
+
+
+def batch_of(lengths: list[tuple[int, int]], rng: np.random.Generator, *, vocab_size: int, num_blocks: int) -> Batch:
+    """Sequences of which tokens [start, stop) are computed, in blocks of no order; logits of every second token."""
+    width = max(-(-stop // BLOCK_SIZE) for _, stop in lengths)
+    tables = rng.permutation(num_blocks)[: len(lengths) * width].reshape(len(lengths), width).astype(np.int32)
+    positions = np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in lengths])
+    index = np.repeat(np.arange(len(lengths), dtype=np.int32), [stop - start for start, stop in lengths])
+    return Batch(
+        token_ids=rng.integers(0, vocab_size, len(positions), dtype=np.int32),
+        positions=positions,
+        slot_mapping=tables[index, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
+        sequence_index=index,
+        block_tables=tables,
+        logit_rows=np.arange(0, len(positions), 2, dtype=np.int32),
+    )
+
+
+class Layer:
+    """Weights of all kinds for one small layer: odd numbers of row blocks, and one matrix of floats."""
+
+    hidden_size, vocab_size, num_blocks, num_kv_heads, head_dim = 96, 50, 24, 2, 24
+
+    def __init__(self, ops: Ops, kv_dtype: KVDType) -> None:
+        rng = np.random.default_rng(40)
+
+        def weight(kind: GGMLQuantizationType, rows: int, columns: int) -> Array:
+            return random_weights(kind, rows, columns, rng, std=0.2).load(ops)
+
+        width = self.num_kv_heads * self.head_dim
+        self.table = weight(Q8_0, self.vocab_size, self.hidden_size)
+        self.qkv = QKVWeights(
+            weight(Q4_1, 3 * width, 96), weight(Q8_0, width, 96), weight(F16, width, 96), self.head_dim
+        )
+        self.o_proj = weight(F16, 96, 3 * width)
+        self.gate, self.up = weight(Q4_1, 200, 96), weight(Q8_0, 200, 96)
+        self.down = weight(F16, 96, 200)
+        self.head = weight(Q8_0, 41, 96)
+        self.norm = Norm(rng.normal(1, 0.1, 96).astype(np.float32), 1e-5)
+        self.rope = RopeSpec(10_000.0, 16, adjacent_pairs=False).table(300)
+        spec = KVCacheSpec(1, self.num_kv_heads, self.head_dim, kv_dtype)
+        self.kv: LayerKV = ops.allocate_kv(spec, self.num_blocks)[0]
+
+    def fused(self, ops: Ops, batch: Batch) -> Array:
+        x = ops.embed(self.table, batch.token_ids)
+        q = ops.norm_qkv(x, self.norm, self.qkv, self.rope, self.kv, batch)
+        x = ops.linear(ops.merge_heads(ops.attend(q, self.kv, batch)), self.o_proj, residual=x)
+        x = ops.linear(ops.norm_gated(x, self.norm, self.gate, self.up), self.down, residual=x)
+        return ops.norm_linear(ops.take_rows(x, batch.logit_rows), self.norm, self.head)
+
+    def small(self, ops: Ops, batch: Batch) -> Array:
+        """The same in ops that do one thing each."""
+        x = ops.embed(self.table, batch.token_ids)
+        weights = (self.qkv.query, self.qkv.key, self.qkv.value)
+        q, k, v = (ops.split_heads(out, self.head_dim) for out in ops.project(ops.rms_norm(x, self.norm), weights))
+        q, k = (ops.rope(heads, batch.positions, self.rope) for heads in (q, k))
+        ops.write_kv(self.kv, k, v, batch.slot_mapping)
+        x = ops.add(x, ops.linear(ops.merge_heads(ops.attend(q, self.kv, batch)), self.o_proj))
+        gate, up = ops.project(ops.rms_norm(x, self.norm), (self.gate, self.up))
+        x = ops.add(x, ops.linear(ops.silu_multiply(gate, up), self.down))
+        return ops.linear(ops.rms_norm(ops.take_rows(x, batch.logit_rows), self.norm), self.head)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_recorded_and_eager_fused_and_small_ops_give_the_same_bits(
+    activations: Activations, kv_dtype: KVDType, threads: int
+) -> None:
+    ops = NativeOps(activations, threads)
+    layer = Layer(ops, kv_dtype)
+    rng = np.random.default_rng(41)
+    recorded = [ops.record(forward) for forward in (layer.fused, layer.small)]
+    for lengths in ([(0, 1)], [(0, 70)], [(5, 6), (33, 34), (0, 1)], [(0, 40), (255, 260)], [(2, 2 + 33)]):
+        batch = batch_of(lengths, rng, vocab_size=layer.vocab_size, num_blocks=layer.num_blocks)
+        ways: list[Callable[[Batch], FloatArray]] = [
+            lambda batch: layer.fused(ops, batch),
+            lambda batch: layer.small(ops, batch),
+            *recorded,
+        ]
+        wanted, *others = [way(batch) for way in ways]
+        assert wanted.shape == (len(batch.logit_rows), 41)
+        assert np.isfinite(wanted).all()
+        for other in others:
+            np.testing.assert_array_equal(wanted, other)
+
+
+def test_a_step_that_wants_no_logits() -> None:
+    ops = NativeOps()
+    layer = Layer(ops, "f16")
+    batch = batch_of([(0, 9)], np.random.default_rng(42), vocab_size=50, num_blocks=24)
+    batch = dataclasses.replace(batch, logit_rows=np.zeros(0, np.int32))
+    assert ops.record(layer.fused)(batch).shape == (0, 41)
+
+
+@pytest.fixture(scope="module", params=ACTIVATIONS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, LoadedModel]:
+    """A tiny model on the native backend and on the reference."""
+    native = tiny_model(tmp_path_factory.mktemp("replay"), activations=request.param, seed=43, threads=2)
+    return native, load_model(native.path, ReferenceOps(request.param))
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+def test_each_op_of_a_step_is_near_the_reference(pair: tuple[LoadedModel, LoadedModel], kv_dtype: KVDType) -> None:
+    """Step-by-step replay: the reference computes each op from what the native op was given.
+
+    Where an input lies between two quanta, a last bit decides which one it becomes: one step of max|x| / 127 (int8) or
+    / 32,384 (int16) in one of hundreds of terms, which the tolerance covers, relative to the largest output.
+    """
+    native, reference = pair
+    spec = native.decoder.spec.kv_spec(kv_dtype)
+    caches = [model.decoder.ops.allocate_kv(spec, 24) for model in pair]
+    step = native.decoder.record(caches[0])
+    assert isinstance(step, RecordedStep)
+    calls, _ = trace(lambda ops, batch: reference.decoder.forward(batch, caches[1], ops))
+    tolerance = {"int8": 2e-2, "int16": 2e-4}[native.decoder.ops.activations]  # type: ignore[attr-defined]
+    rng = np.random.default_rng(44)
+    for lengths in ([(0, 40)], [(40, 41), (0, 7)]):
+        batch = batch_of(lengths, rng, vocab_size=native.decoder.spec.vocab_size, num_blocks=24)
+        for call, replayed in zip(calls, step.replay(batch), strict=True):
+            assert call.name == replayed.call.name
+            arguments = [
+                seen if isinstance(seen, np.ndarray | Batch) else own
+                for own, seen in zip(call.arguments, replayed.arguments, strict=True)
+            ]
+            wanted = getattr(reference.decoder.ops, call.name)(*arguments)
+            (result,) = replayed.results
+            assert abs(result - wanted).max(initial=0) <= tolerance * abs(wanted).max(initial=1e-6), call.name
+
+
+def test_a_replay_gives_the_logits_of_a_run(pair: tuple[LoadedModel, LoadedModel]) -> None:
+    decoder = pair[0].decoder
+    step = decoder.record(decoder.ops.allocate_kv(decoder.spec.kv_spec("f16"), 24))
+    assert isinstance(step, RecordedStep)
+    batch = batch_of([(0, 12)], np.random.default_rng(45), vocab_size=decoder.spec.vocab_size, num_blocks=24)
+    *_, last = step.replay(batch)
+    np.testing.assert_array_equal(last.results[0], step(batch))
+
+
+def test_the_profile_names_each_op_and_counts_each_weight_once(pair: tuple[LoadedModel, LoadedModel]) -> None:
+    decoder = pair[0].decoder
+    step = decoder.record(decoder.ops.allocate_kv(decoder.spec.kv_spec("f16"), 24))
+    assert isinstance(step, RecordedStep)
+    batch = batch_of([(0, 10)], np.random.default_rng(46), vocab_size=decoder.spec.vocab_size, num_blocks=24)
+    profile = step.profile(batch)
+    layer = ["norm_qkv", "attend", "linear", "norm_gated", "linear"]
+    assert [op.name for op in profile] == ["embed", *layer * decoder.spec.num_layers, "take_rows", "norm_linear"]
+    assert [call.name for call in step.ops] == [op.name for op in profile]
+    assert all(op.seconds > 0 for op in profile)
+    matrices = [op for op in profile if op.name in ("norm_qkv", "linear", "norm_gated", "norm_linear")]
+    norms = 4 * decoder.spec.hidden_size * (2 * decoder.spec.num_layers + 1)
+    assert sum(op.bytes for op in matrices) + norms == decoder.weights.step_bytes(with_logits=True)
+    attends = [op for op in profile if op.name == "attend"]
+    kv_spec = decoder.spec.kv_spec("f16")
+    assert sum(op.bytes for op in attends) == 10 * kv_spec.token_bytes
+    width = decoder.spec.num_heads * decoder.spec.head_dim
+    assert attends[0].operations == 4 * sum(range(1, 11)) * width
+
+
+def test_the_callers_rounding_mode_changes_no_bit_and_comes_back() -> None:
+    """Rounding upward, set by fesetround as a numerical library might."""
+    libm = ctypes.CDLL("libm.so.6")
+    upward, wanted = 0x800, digest()
+    before = libm.fegetround()
+    assert libm.fesetround(upward) == 0
+    try:
+        ops = NativeOps()
+        layer = Layer(ops, "f16")
+        batch = batch_of([(0, 9)], np.random.default_rng(47), vocab_size=50, num_blocks=24)
+        rounded_up = ops.record(layer.fused)(batch)
+        assert libm.fegetround() == upward
+    finally:
+        libm.fesetround(before)
+    assert digest() == wanted
+    np.testing.assert_array_equal(rounded_up, ops.record(layer.fused)(batch))
+
+
+@pytest.fixture
+def program() -> _native.Program:
+    return _native.Program(_native.ThreadPool(1), False)
+
+
+def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
+    ops = NativeOps(threads=1)
+    layer = Layer(ops, "f16")
+    norm, eps = layer.norm.weight, layer.norm.eps
+    x = program.embed(layer.table)
+    refused: list[tuple[str, Callable[[], object]]] = [
+        ("no such value", lambda: program.linear(7, layer.gate, None)),
+        ("no such value", lambda: program.linear(-1, layer.gate, None)),
+        ("another number of columns", lambda: program.linear(x, layer.down, None)),
+        ("the residual has another shape", lambda: program.linear(x, layer.gate, x)),
+        ("another width", lambda: program.rms_norm(x, norm[:8].copy(), eps)),
+        ("a weight is not", lambda: program.project(x, [layer.gate, None])),  # type: ignore[list-item]
+        ("gate and up differ", lambda: program.norm_gated(x, norm, eps, layer.gate, layer.head)),
+        (
+            "query heads must be a multiple",
+            lambda: program.attend(program.norm_linear(x, norm, eps, layer.head), layer.kv, 1.0),
+        ),
+        ("k or v has a wrong shape", lambda: program.write_kv(layer.kv, x, x)),
+        ("the table does not fit", lambda: program.rope(x, layer.rope.turns, True, 8)),
+        ("no multiple of head_dim", lambda: program.rope(x, layer.rope.turns, True, 7)),
+        (
+            "keys or values do not fit",
+            lambda: program.norm_qkv(
+                x, norm, eps, layer.gate, layer.gate, layer.gate, layer.rope.turns, True, layer.kv
+            ),
+        ),
+        ("a row for each logit row", lambda: program.finish(x)),
+    ]
+    for message, call in refused:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_step_is_checked_once_before_it_runs(program: _native.Program) -> None:
+    ops = NativeOps(threads=1)
+    layer = Layer(ops, "f16")
+    step = ops.record(layer.fused)
+    good = batch_of([(0, 5), (3, 4)], np.random.default_rng(48), vocab_size=50, num_blocks=24)
+
+    def changed(name: str, index: int, value: int) -> Batch:
+        array = getattr(good, name).copy()
+        array.reshape(-1)[index] = value
+        return dataclasses.replace(good, **{name: array})
+
+    for name, limit in (("token_ids", 50), ("positions", 32), ("slot_mapping", 24 * 32), ("logit_rows", 6)):
+        for value in (-1, limit, 2**31 - 1):
+            with pytest.raises(ValueError, match=r"Program|attend"):
+                step(changed(name, 1, value))
+    for name, limit in (("sequence_index", 2), ("block_tables", 24)):
+        for value in (-1, limit):
+            with pytest.raises(ValueError, match="attend"):
+                step(changed(name, 0, value))
+    for name in ("positions", "slot_mapping", "sequence_index"):
+        with pytest.raises(ValueError, match="one item a token"):
+            step(dataclasses.replace(good, **{name: getattr(good, name)[:-1]}))
+    assert np.isfinite(step(good)).all()
+    with pytest.raises(ValueError, match="not finished"):
+        program.run(
+            good.token_ids, good.positions, good.slot_mapping, good.sequence_index, good.block_tables, good.logit_rows,
+            np.empty((3, 41), np.float32), 0, 0, False,
+        )  # fmt: skip
+
+
+def test_a_program_keeps_what_it_needs_alive(tmp_path: Path) -> None:
+    """Weights, norms, tables and KV arrays that nobody else holds."""
+    ops = NativeOps(threads=2)
+    step = ops.record(Layer(ops, "f16").fused)
+    batch = batch_of([(0, 9)], np.random.default_rng(49), vocab_size=50, num_blocks=24)
+    wanted = Layer(ops, "f16").fused(ops, batch)
+    for _ in range(3):
+        np.testing.assert_array_equal(step(batch), wanted)
