@@ -15,6 +15,7 @@
 #include "bind.h"
 #include "float_mode.h"
 #include "kv_arrays.h"
+#include "machine_limits.h"
 
 namespace kvik {
 
@@ -194,6 +195,11 @@ LayerKV layer_of(const KVArrays &arrays, int64_t index) {
   return arrays.layer(index);
 }
 
+double checked_read_bandwidth(ThreadPool &pool, int64_t num_bytes) {
+  require(num_bytes > 0 && num_bytes <= int64_t{1} << 34, "read_bandwidth: num_bytes must be in 1 ... 2**34");
+  return read_bandwidth(pool, num_bytes);
+}
+
 } // namespace
 } // namespace kvik
 
@@ -241,5 +247,11 @@ NB_MODULE(_native, m) {
   m.def("attend", &checked_attend, Unlocked(), "pool"_a, "q"_a.noconvert(), "kv"_a, "block_tables"_a.noconvert(),
         "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "out"_a.noconvert(),
         "Causal attention of q (T, num_heads, head_dim) over each token's own sequence.");
+  m.def("read_bandwidth", &checked_read_bandwidth, Unlocked(), "pool"_a, "num_bytes"_a,
+        "Bytes a second that the threads read from an array of num_bytes, in whole MiB.");
+  m.def("integer_throughput", &integer_throughput, Unlocked(), "pool"_a,
+        "Multiply-adds of 8-bit integers a second, of operands in registers.");
+  m.def("float_throughput", &float_throughput, Unlocked(), "pool"_a,
+        "Fused multiply-adds of float32 a second, of operands in registers.");
   bind_program(m);
 }

@@ -120,6 +120,17 @@ def attend(
     Causal attention of q (T, num_heads, head_dim) over each token's own sequence.
     """
 
+def read_bandwidth(pool: ThreadPool, num_bytes: int) -> float:
+    """
+    Bytes a second that the threads read from an array of num_bytes, in whole MiB.
+    """
+
+def integer_throughput(pool: ThreadPool) -> float:
+    """Multiply-adds of 8-bit integers a second, of operands in registers."""
+
+def float_throughput(pool: ThreadPool) -> float:
+    """Fused multiply-adds of float32 a second, of operands in registers."""
+
 class Program:
     """
     A recorded step: ops are appended, each giving the id of its value, then run.
