@@ -13,19 +13,20 @@ class QuantizedRows {
 public:
   QuantizedRows(int64_t rows, int64_t columns, bool fine)
       : columns_(columns), high_(static_cast<std::size_t>(rows * columns)), low_(fine ? high_.size() : 0),
-        scale_(high_.size() / kGroup), sums_(3 * scale_.size()) {}
+        scale_(high_.size() / kGroup), sums_(3 * scale_.size()), excess_(sums_.size()) {}
 
   ActivationsOut row(int64_t i) {
     const int64_t groups = columns_ / kGroup;
     return {high_.data() + i * columns_, low_.empty() ? nullptr : low_.data() + i * columns_,
-            scale_.data() + i * groups, sums_.data() + 3 * i * groups};
+            scale_.data() + i * groups, sums_.data() + 3 * i * groups, excess_.data() + 3 * i * groups};
   }
-  Activations all() const { return {high_.data(), low_.data(), scale_.data(), sums_.data()}; }
+  Activations all() const { return {high_.data(), low_.data(), scale_.data(), sums_.data(), excess_.data()}; }
 
 private:
   int64_t columns_;
   std::vector<int8_t> high_, low_;
   std::vector<float> scale_, sums_;
+  std::vector<int32_t> excess_;
 };
 
 constexpr int64_t kRowGrain = 2; // row blocks: 16 rows, one cache line of outputs
