@@ -9,10 +9,11 @@ namespace kvik {
 
 // Activation rows quantised per group of 32 columns: x = scale * (high), or scale * (254 * high + low).
 struct Activations {
-  const int8_t *high; // (T, columns)
-  const int8_t *low;  // (T, columns), null with int8 activations
-  const float *scale; // (T, columns / 32)
-  const float *sums;  // (T, columns / 32, 3): scale * sum over all 32, the first 16, the last 16
+  const int8_t *high;    // (T, columns)
+  const int8_t *low;     // (T, columns), null with int8 activations
+  const float *scale;    // (T, columns / 32)
+  const float *sums;     // (T, columns / 32, 3): scale * sum over all 32, the first 16, the last 16
+  const int32_t *excess; // (T, columns / 32, 3): -128 * the same sums of the quants
 };
 
 struct ActivationsOut {
@@ -20,6 +21,7 @@ struct ActivationsOut {
   int8_t *low;
   float *scale;
   float *sums;
+  int32_t *excess;
 };
 
 struct LinearArgs {

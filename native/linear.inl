@@ -17,29 +17,12 @@ template <int scale_bytes> inline Float8 load_scales(const uint8_t *p) {
   else
     return load(reinterpret_cast<const float *>(p));
 }
-
-// One packed block of 8 rows by 32 columns: the vector for columns 4j ... 4j+3, unpacked.
-template <int bits> inline Byte32 unpack(const uint8_t *block, int j) {
-  if constexpr (bits == 8)
-    return load_bytes(block + 32 * j);
+template <int scale_bytes> inline Wide wide_scales(const uint8_t *p, int64_t next) {
+  if constexpr (scale_bytes == 2)
+    return wide_load(reinterpret_cast<const Half *>(p), next / 2);
   else
-    return j < 4 ? low_nibbles(load_bytes(block + 32 * j)) : high_nibbles(load_bytes(block + 32 * (j - 4)));
+    return wide_load(reinterpret_cast<const float *>(p), next / 4);
 }
-
-// The exact integer products of one weight vector with four activations a row, added up over columns.
-// 4 bits: at most 8 * 2 * 15 * 127 = 30,480 fits 16 bits, so the widening waits until the group ends.
-template <int bits> struct Dot;
-template <> struct Dot<4> {
-  Int16x16 sum = zero16();
-  void add(Byte32 w, Byte32 a) { sum = sum + multiply_pairs(w, a); }
-  Int32x8 total() const { return add_pairs(sum); }
-};
-template <> struct Dot<8> {
-  Int32x8 sum = zero32();
-  // |w| * (sign(w) a): at most 2 * 128 * 127 = 32,512 a pair.
-  void add(Byte32 w, Byte32 a) { sum = sum + add_pairs(multiply_pairs(abs_bytes(w), apply_sign(a, w))); }
-  Int32x8 total() const { return sum; }
-};
 
 inline void store_rows(const LinearArgs &args, int64_t row_block, int64_t token, Float8 y) {
   float *out = args.y + token * args.rows + row_block * kRowBlock;
@@ -55,118 +38,164 @@ inline void store_rows(const LinearArgs &args, int64_t row_block, int64_t token,
   std::memcpy(out, lanes, static_cast<std::size_t>(rows) * sizeof(float));
 }
 
-// `blocks` neighbouring row blocks for `tokens` neighbouring tokens.
-template <BlockFormat format, bool fine, int blocks, int tokens>
-inline void quantized_tile(const LinearArgs &args, int64_t row_block, int64_t token) {
-  constexpr int kVectors = 8 / format.groups(); // weight vectors of one scale
-  const int64_t groups = args.columns / kGroup;
-  const int64_t row_block_bytes = groups * format.block_bytes();
-  const uint8_t *weight = args.weight + row_block * row_block_bytes;
-  const Activations &a = args.quantized;
-
-  Float8 y[blocks][tokens];
-  for (auto &row : y)
-    for (Float8 &lane : row) lane = zero8();
-
-  for (int64_t group = 0; group < groups; ++group) {
-    for (int part = 0; part < format.groups(); ++part) {
-      Dot<format.bits> high[blocks][tokens];
-      [[maybe_unused]] Dot<format.bits> low[blocks][tokens];
-      for (int j = part * kVectors; j < (part + 1) * kVectors; ++j) {
-        Byte32 w[blocks];
-        for (int b = 0; b < blocks; ++b) {
-          const uint8_t *block = weight + b * row_block_bytes + group * format.block_bytes();
-          if (j % 2 == 0) prefetch(block + 2048 + 32 * j);
-          w[b] = unpack<format.bits>(block, j);
-        }
-        for (int t = 0; t < tokens; ++t) {
-          const int64_t at = (token + t) * args.columns + group * kGroup + 4 * j;
-          const Byte32 q = broadcast4(a.high + at);
-          for (int b = 0; b < blocks; ++b) high[b][t].add(w[b], q);
-          if constexpr (fine) {
-            const Byte32 rest = broadcast4(a.low + at);
-            for (int b = 0; b < blocks; ++b) low[b][t].add(w[b], rest);
-          }
-        }
-      }
-      for (int b = 0; b < blocks; ++b) {
-        const uint8_t *scales = weight + b * row_block_bytes + group * format.block_bytes() + format.quant_bytes() +
-                                part * kRowBlock * format.scale_bytes;
-        const Float8 scale = load_scales<format.scale_bytes>(scales);
-        for (int t = 0; t < tokens; ++t) {
-          const int64_t at = (token + t) * groups + group;
-          Int32x8 dot = high[b][t].total();
-          if constexpr (fine) dot = scale_int(dot, 254) + low[b][t].total();
-          y[b][t] = fma(scale * broadcast(a.scale[at]), to_float(dot), y[b][t]);
-          if constexpr (format.minimum != Minimum::none) {
-            const Float8 minimum = format.minimum == Minimum::implied
-                                       ? scale * broadcast(-8.0f)
-                                       : load_scales<format.scale_bytes>(scales + format.scales_bytes());
-            const float *sums = a.sums + 3 * at;
-            y[b][t] = fma(minimum, broadcast(format.groups() == 1 ? sums[0] : sums[1 + part]), y[b][t]);
-          }
-        }
-      }
-    }
-  }
-  for (int b = 0; b < blocks; ++b)
-    for (int t = 0; t < tokens; ++t) store_rows(args, row_block + b, token + t, y[b][t]);
+// Of packed bytes, the weights in nibble 0 or 1; or the bytes themselves.
+template <int bits> inline WideBytes unpack(WideBytes packed, int nibble) {
+  if constexpr (bits == 8) return packed;
+  return nibble == 0 ? low_nibbles(packed) : high_nibbles(packed);
 }
 
-template <class Weight, int blocks, int tokens>
-inline void float_tile(const LinearArgs &args, int64_t row_block, int64_t token) {
-  const Weight *weight = reinterpret_cast<const Weight *>(args.weight) + row_block * kRowBlock * args.columns;
-  Float8 y[blocks][tokens];
-  for (auto &row : y)
-    for (Float8 &lane : row) lane = zero8();
-  for (int64_t k = 0; k < args.columns; ++k) {
-    Float8 w[blocks];
-    for (int b = 0; b < blocks; ++b) w[b] = load(weight + (b * args.columns + k) * kRowBlock);
+// What one tile computes: some neighbouring row blocks for some neighbouring tokens.
+struct Place {
+  int64_t row_block, end; // at most the row blocks [row_block, end)
+  int64_t token;
+};
+
+// How far the second half of a tile's wide vector b lies behind the first: it is the next row block. Where there is
+// none the same one is read again, and never stored.
+inline int64_t to_next(const Place &place, int b, int64_t row_block_size) {
+  return place.row_block + b * kWideBlocks + 1 < place.end ? row_block_size : 0;
+}
+
+template <int wides, int tokens>
+inline void store_tile(const LinearArgs &args, const Place &place, const Wide (&y)[wides][tokens]) {
+  for (int b = 0; b < wides; ++b) {
     for (int t = 0; t < tokens; ++t) {
-      const Float8 x = broadcast(args.x[(token + t) * args.columns + k]);
-      for (int b = 0; b < blocks; ++b) y[b][t] = fma(w[b], x, y[b][t]);
+      float lanes[kWideLanes];
+      store(lanes, y[b][t]);
+      for (int i = 0; i < kWideBlocks; ++i) {
+        const int64_t row_block = place.row_block + b * kWideBlocks + i;
+        if (row_block < place.end) store_rows(args, row_block, place.token + t, load(lanes + i * kLanes));
+      }
     }
   }
-  for (int b = 0; b < blocks; ++b)
-    for (int t = 0; t < tokens; ++t) store_rows(args, row_block + b, token + t, y[b][t]);
 }
 
-// Covers row blocks [first, last) and all tokens with tiles of 2 row blocks by 4 tokens, then what is left.
-// Chunks of 64 tokens keep the activations in the L2 cache while the weights stream by once a chunk.
-template <class Tile> inline void cover(const LinearArgs &args, int64_t first, int64_t last, Tile tile) {
-  constexpr int64_t kChunk = 64;
+// The products of `tokens` tokens with `wides` wide vectors of rows whose weights are quantised.
+template <BlockFormat format, bool fine> struct QuantizedTile {
+  // With two wide vectors the sums of a tile, float and integer, take 24 of 32 registers, or 12 of 16.
+  static constexpr int kTokens = (KVIK_SIMD_AVX512 ? 12 : 6) / (fine ? 3 : 2);
+
+  // Not inline: so that every tile has a name in a profile, and registers of its own.
+  template <int wides, int tokens> [[gnu::noinline]] static void run(const LinearArgs &args, const Place &place) {
+    constexpr int kVectors = format.quant_bytes() / 32 / format.groups(); // of a group, as they lie in memory
+    constexpr int kPacked = 8 / format.bits;                              // weights in a byte
+    const Activations a = args.quantized;
+    const int64_t columns = args.columns, groups = columns / kGroup;
+    const int64_t row_block_bytes = groups * format.block_bytes(), wide_bytes = kWideBlocks * row_block_bytes;
+    const uint8_t *weight = args.weight + place.row_block * row_block_bytes;
+    int64_t next[wides];
+    for (int b = 0; b < wides; ++b) next[b] = to_next(place, b, row_block_bytes);
+
+    Wide y[wides][tokens];
+    for (auto &row : y)
+      for (Wide &lane : row) lane = wide_zero();
+    for (int64_t group = 0; group < groups; ++group, weight += format.block_bytes()) {
+      for (int part = 0; part < format.groups(); ++part) {
+        const int64_t at = place.token * groups + group;     // of the first token's scale
+        const int sum = format.groups() == 1 ? 0 : 1 + part; // which of an activation group's three sums
+        Dot<format.bits> high[wides][tokens], low[wides][tokens];
+        for (int b = 0; b < wides; ++b)
+          for (int t = 0; t < tokens; ++t)
+            (fine ? low : high)[b][t] = Dot<format.bits>(a.excess[3 * (at + t * groups) + sum]);
+
+        for (int v = part * kVectors; v < (part + 1) * kVectors; ++v) {
+          WideBytes packed[wides];
+          for (int b = 0; b < wides; ++b) {
+            const uint8_t *p = weight + b * wide_bytes + 32 * v;
+            if (tokens < kTokens && v % 2 == 0) { // full tiles wait for arithmetic, not for memory
+              for (int i = 0; i < kWideBlocks; ++i) prefetch(p + wides * wide_bytes + i * row_block_bytes); // next tile
+            }
+            packed[b] = wide_load_bytes(p, next[b]);
+          }
+          for (int nibble = 0; nibble < kPacked; ++nibble) {
+            WideBytes w[wides];
+            for (int b = 0; b < wides; ++b) w[b] = unpack<format.bits>(packed[b], nibble);
+            const int64_t column = group * kGroup + 16 * nibble + 4 * v;
+            for (int t = 0; t < tokens; ++t) {
+              const WideBytes q = wide_broadcast4(a.high + (place.token + t) * columns + column);
+              for (int b = 0; b < wides; ++b) high[b][t].add(w[b], q);
+              if constexpr (fine) {
+                const WideBytes rest = wide_broadcast4(a.low + (place.token + t) * columns + column);
+                for (int b = 0; b < wides; ++b) low[b][t].add(w[b], rest);
+              }
+            }
+          }
+        }
+
+        for (int b = 0; b < wides; ++b) {
+          const uint8_t *scales =
+              weight + b * wide_bytes + format.quant_bytes() + part * kRowBlock * format.scale_bytes;
+          const Wide scale = wide_scales<format.scale_bytes>(scales, next[b]);
+          Wide minimum;
+          if constexpr (format.minimum == Minimum::implied) minimum = scale * wide_broadcast(-8.0f);
+          if constexpr (format.minimum == Minimum::stored)
+            minimum = wide_scales<format.scale_bytes>(scales + format.scales_bytes(), next[b]);
+          for (int t = 0; t < tokens; ++t) {
+            WideInt dot = high[b][t].total();
+            if constexpr (fine) dot = scale_int(dot, 254) + low[b][t].total();
+            y[b][t] = fma(scale * wide_broadcast(a.scale[at + t * groups]), to_float(dot), y[b][t]);
+            if constexpr (format.minimum != Minimum::none)
+              y[b][t] = fma(minimum, wide_broadcast(a.sums[3 * (at + t * groups) + sum]), y[b][t]);
+          }
+        }
+      }
+    }
+    store_tile<wides, tokens>(args, place, y);
+  }
+};
+
+// The same for float weights.
+template <class Weight> struct FloatTile {
+  static constexpr int kTokens = KVIK_SIMD_AVX512 ? 12 : 6; // sums in 24 of 32 registers, or 12 of 16
+
+  template <int wides, int tokens> [[gnu::noinline]] static void run(const LinearArgs &args, const Place &place) {
+    const int64_t columns = args.columns, row_block_size = columns * kRowBlock;
+    const Weight *weight = reinterpret_cast<const Weight *>(args.weight) + place.row_block * row_block_size;
+    const float *x = args.x + place.token * columns;
+    int64_t next[wides];
+    for (int b = 0; b < wides; ++b) next[b] = to_next(place, b, row_block_size);
+    Wide y[wides][tokens];
+    for (auto &row : y)
+      for (Wide &lane : row) lane = wide_zero();
+    for (int64_t k = 0; k < columns; ++k) {
+      Wide w[wides];
+      for (int b = 0; b < wides; ++b)
+        w[b] = wide_load(weight + b * kWideBlocks * row_block_size + k * kRowBlock, next[b]);
+      for (int t = 0; t < tokens; ++t) {
+        const Wide value = wide_broadcast(x[t * columns + k]);
+        for (int b = 0; b < wides; ++b) y[b][t] = fma(w[b], value, y[b][t]);
+      }
+    }
+    store_tile<wides, tokens>(args, place, y);
+  }
+};
+
+// Tokens [place.token, end) in tiles of `tokens`, and one smaller tile for the rest.
+template <class Tile, int wides, int tokens>
+inline void cover_tokens(const LinearArgs &args, Place place, int64_t end) {
+  for (; place.token + tokens <= end; place.token += tokens) Tile::template run<wides, tokens>(args, place);
+  if constexpr (tokens > 1) cover_tokens<Tile, wides, tokens - 1>(args, place, end);
+}
+
+// Covers row blocks [first, last) and all tokens with tiles of two wide vectors, then what is left.
+// Chunks of tokens keep the activations in the L2 cache while the weights stream by once a chunk.
+template <class Tile> void cover(const LinearArgs &args, int64_t first, int64_t last) {
+  constexpr int64_t kChunk = 60; // a multiple of every tile's tokens
+  static_assert(kChunk % Tile::kTokens == 0);
   for (int64_t chunk = 0; chunk < args.num_tokens; chunk += kChunk) {
     const int64_t end = smaller(chunk + kChunk, args.num_tokens);
     int64_t block = first;
-    for (; block + 2 <= last; block += 2) {
-      int64_t token = chunk;
-      for (; token + 4 <= end; token += 4) tile.template run<2, 4>(args, block, token);
-      for (; token < end; ++token) tile.template run<2, 1>(args, block, token);
-    }
-    if (block < last) {
-      int64_t token = chunk;
-      for (; token + 4 <= end; token += 4) tile.template run<1, 4>(args, block, token);
-      for (; token < end; ++token) tile.template run<1, 1>(args, block, token);
-    }
+    for (; block + kWideBlocks < last; block += 2 * kWideBlocks)
+      cover_tokens<Tile, 2, Tile::kTokens>(args, {block, last, chunk}, end);
+    if (block < last) cover_tokens<Tile, 1, Tile::kTokens>(args, {block, last, chunk}, end);
   }
 }
-
-template <BlockFormat format, bool fine> struct QuantizedTile {
-  template <int blocks, int tokens> static void run(const LinearArgs &args, int64_t row_block, int64_t token) {
-    quantized_tile<format, fine, blocks, tokens>(args, row_block, token);
-  }
-};
-template <class Weight> struct FloatTile {
-  template <int blocks, int tokens> static void run(const LinearArgs &args, int64_t row_block, int64_t token) {
-    float_tile<Weight, blocks, tokens>(args, row_block, token);
-  }
-};
 
 template <int format, bool fine> void quantized_linear(const LinearArgs &args, int64_t first, int64_t last) {
-  cover(args, first, last, QuantizedTile<kBlockFormats[format], fine>{});
+  cover<QuantizedTile<kBlockFormats[format], fine>>(args, first, last);
 }
 template <class Weight> void float_linear(const LinearArgs &args, int64_t first, int64_t last) {
-  cover(args, first, last, FloatTile<Weight>{});
+  cover<FloatTile<Weight>>(args, first, last);
 }
 
 // Four vectors make a group. Values too small for a scale that float32 divides by become zero.
@@ -185,23 +214,26 @@ void quantize_row(const float *x, int64_t columns, bool fine, const kvik::Activa
     const Float8 inverse = broadcast(usable ? levels / top : 0.0f);
     const float scale = (usable ? top / levels : 0.0f) + add_lanes(defect); // what is no number must not vanish
 
-    int32_t quants[kGroup];
-    for (int i = 0; i < kGroup; i += kLanes) {
-      const Float8 scaled = max(min(load(values + i) * inverse, broadcast(levels)), broadcast(-levels));
-      store(quants + i, to_int(scaled));
+    Int32x8 quants[4], high[4];
+    for (int i = 0; i < 4; ++i) {
+      const Float8 scaled = load(values + i * kLanes) * inverse;
+      quants[i] = to_int(max(min(scaled, broadcast(levels)), broadcast(-levels)));
     }
-    int32_t sums[2] = {0, 0};
-    for (int i = 0; i < kGroup; ++i) {
-      sums[i / 16] += quants[i];
-      const int64_t at = group * kGroup + i;
-      if (fine) {
-        const int32_t high = static_cast<int32_t>(nearbyintf(static_cast<float>(quants[i]) * (1.0f / 254)));
-        out.high[at] = static_cast<int8_t>(high);
-        out.low[at] = static_cast<int8_t>(quants[i] - 254 * high);
-      } else {
-        out.high[at] = static_cast<int8_t>(quants[i]);
+    if (fine) {
+      Int32x8 low[4];
+      for (int i = 0; i < 4; ++i) {
+        high[i] = to_int(to_float(quants[i]) * broadcast(1.0f / 254));
+        low[i] = quants[i] - scale_int(high[i], 254);
       }
+      store_bytes(out.high + group * kGroup, high);
+      store_bytes(out.low + group * kGroup, low);
+    } else {
+      store_bytes(out.high + group * kGroup, quants);
     }
+    const int32_t sums[2] = {add_lanes(quants[0] + quants[1]), add_lanes(quants[2] + quants[3])};
+    out.excess[3 * group] = -128 * (sums[0] + sums[1]);
+    out.excess[3 * group + 1] = -128 * sums[0];
+    out.excess[3 * group + 2] = -128 * sums[1];
     out.scale[group] = scale;
     out.sums[3 * group] = scale * static_cast<float>(sums[0] + sums[1]);
     out.sums[3 * group + 1] = scale * static_cast<float>(sums[0]);

@@ -19,8 +19,9 @@ public:
     ActivationsOut out{};
     if (quantize) {
       out = {workspace.high.get<int8_t>(size), fine ? workspace.low.get<int8_t>(size) : nullptr,
-             workspace.scale.get<float>(num_tokens_ * groups), workspace.sums.get<float>(3 * num_tokens_ * groups)};
-      quantized_ = {out.high, out.low, out.scale, out.sums};
+             workspace.scale.get<float>(num_tokens_ * groups), workspace.sums.get<float>(3 * num_tokens_ * groups),
+             workspace.excess.get<int32_t>(3 * num_tokens_ * groups)};
+      quantized_ = {out.high, out.low, out.scale, out.sums, out.excess};
     }
     float *normed = in.norm ? workspace.normed.get<float>(size) : nullptr;
     if (normed) x_ = normed;
@@ -30,9 +31,9 @@ public:
         const int64_t at = i * columns_;
         if (normed) kernels->rms_norm(in.x + at, in.norm, columns_, in.eps, normed + at);
         if (quantize)
-          kernels->quantize(
-              x_ + at, columns_, fine,
-              {out.high + at, fine ? out.low + at : nullptr, out.scale + i * groups, out.sums + 3 * i * groups});
+          kernels->quantize(x_ + at, columns_, fine,
+                            {out.high + at, fine ? out.low + at : nullptr, out.scale + i * groups,
+                             out.sums + 3 * i * groups, out.excess + 3 * i * groups});
       }
     });
   }

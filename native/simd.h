@@ -104,6 +104,17 @@ inline Int32x8 operator+(Int32x8 a, Int32x8 b) { return {_mm256_add_epi32(a.v, b
 inline Int32x8 zero32() { return {_mm256_setzero_si256()}; }
 inline Int32x8 scale_int(Int32x8 a, int32_t factor) { return {_mm256_mullo_epi32(a.v, _mm256_set1_epi32(factor))}; }
 inline void store(int32_t *p, Int32x8 a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a.v); }
+inline Int32x8 operator-(Int32x8 a, Int32x8 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+// 32 integers that fit into bytes.
+inline void store_bytes(int8_t *p, const Int32x8 (&a)[4]) {
+  const __m256i low = _mm256_packs_epi32(a[0].v, a[1].v), high = _mm256_packs_epi32(a[2].v, a[3].v);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); // packing works on each 128-bit half
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), bytes);
+}
+// gcc must hold `a` in a register here: left alone it postpones sums until they no longer fit the registers.
+inline void pin(Int16x16 &a) { asm("" : "+x"(a.v)); }
+inline void pin(Int32x8 &a) { asm("" : "+x"(a.v)); }
 // Ask for the cache line at p; reading past the end of an array is harmless here.
 inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 
@@ -248,6 +259,17 @@ inline Int32x8 scale_int(Int32x8 a, int32_t factor) {
   return out;
 }
 inline void store(int32_t *p, Int32x8 a) { std::memcpy(p, a.v, sizeof a.v); }
+inline Int32x8 operator-(Int32x8 a, Int32x8 b) {
+  Int32x8 out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = a.v[i] - b.v[i];
+  return out;
+}
+// 32 integers that fit into bytes.
+inline void store_bytes(int8_t *p, const Int32x8 (&a)[4]) {
+  for (int i = 0; i < 32; ++i) p[i] = static_cast<int8_t>(a[i / kLanes].v[i % kLanes]);
+}
+inline void pin(Int16x16 &) {}
+inline void pin(Int32x8 &) {}
 inline void prefetch(const void *) {}
 
 #endif
@@ -274,8 +296,53 @@ inline Wide operator+(Wide a, Wide b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Wide operator-(Wide a, Wide b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Wide operator*(Wide a, Wide b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Wide fma(Wide a, Wide b, Wide c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+// Integers of the same width. Weights lie in blocks of eight rows; a wide vector is kWideBlocks of them side by side,
+// `next` elements apart.
+constexpr int kWideBlocks = 2;
+struct WideBytes {
+  __m512i v;
+};
+struct WideInt {
+  __m512i v;
+};
 // Two vectors of eight side by side.
 inline Wide join(Float8 low, Float8 high) { return {_mm512_insertf32x8(_mm512_castps256_ps512(low.v), high.v, 1)}; }
+template <class Stored> inline Wide wide_load(const Stored *p, int64_t next) { return join(load(p), load(p + next)); }
+inline WideBytes wide_load_bytes(const uint8_t *p, int64_t next) {
+  return {_mm512_inserti64x4(_mm512_castsi256_si512(load_bytes(p).v), load_bytes(p + next).v, 1)};
+}
+inline WideBytes low_nibbles(WideBytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline WideBytes high_nibbles(WideBytes a) {
+  return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+}
+inline WideBytes wide_broadcast4(const int8_t *p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return {_mm512_set1_epi32(word)};
+}
+inline WideInt operator+(WideInt a, WideInt b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline WideInt scale_int(WideInt a, int32_t factor) { return {_mm512_mullo_epi32(a.v, _mm512_set1_epi32(factor))}; }
+inline Wide to_float(WideInt a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+// The exact sum of products of weights and activations, four neighbouring columns to a lane.
+template <int bits> struct Dot;
+template <> struct Dot<4> {
+  __m512i sum = _mm512_setzero_si512();
+  explicit Dot(int32_t = 0) {}
+  void add(WideBytes w, WideBytes a) { sum = _mm512_dpbusd_epi32(sum, w.v, a.v); }
+  WideInt total() const { return {sum}; }
+};
+// The instruction multiplies unsigned by signed bytes: w + 128 is unsigned, and the sum starts at -128 times the sum of
+// the activations.
+template <> struct Dot<8> {
+  __m512i sum;
+  explicit Dot(int32_t excess = 0) : sum(_mm512_set1_epi32(excess)) {}
+  void add(WideBytes w, WideBytes a) {
+    sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(w.v, _mm512_set1_epi8(-128)), a.v);
+  }
+  WideInt total() const { return {sum}; }
+};
 
 #else
 
@@ -285,11 +352,46 @@ inline Wide wide_zero() { return zero8(); }
 inline Wide wide_broadcast(float x) { return broadcast(x); }
 template <class Stored> inline Wide wide_load(const Stored *p) { return load(p); }
 
+constexpr int kWideBlocks = 1;
+using WideBytes = Byte32;
+using WideInt = Int32x8;
+template <class Stored> inline Wide wide_load(const Stored *p, int64_t) { return load(p); }
+inline WideBytes wide_load_bytes(const uint8_t *p, int64_t) { return load_bytes(p); }
+inline WideBytes wide_broadcast4(const int8_t *p) { return broadcast4(p); }
+
+// The exact sum of products of weights and activations, four neighbouring columns to a lane.
+template <int bits> struct Dot;
+// 4 bits: at most 8 * 2 * 15 * 127 = 30,480 fits 16 bits, so the widening waits until the group ends.
+template <> struct Dot<4> {
+  Int16x16 sum = zero16();
+  explicit Dot(int32_t = 0) {}
+  void add(WideBytes w, WideBytes a) {
+    sum = sum + multiply_pairs(w, a);
+    pin(sum);
+  }
+  WideInt total() const { return add_pairs(sum); }
+};
+template <> struct Dot<8> {
+  Int32x8 sum = zero32();
+  explicit Dot(int32_t = 0) {}
+  // |w| * (sign(w) a): at most 2 * 128 * 127 = 32,512 a pair.
+  void add(WideBytes w, WideBytes a) {
+    sum = sum + add_pairs(multiply_pairs(abs_bytes(w), apply_sign(a, w)));
+    pin(sum);
+  }
+  WideInt total() const { return sum; }
+};
+
 #endif
 
 // Reductions across lanes happen only where an op needs one number per row; the tree is fixed.
 inline float add_lanes(Float8 a) {
   float v[kLanes];
+  store(v, a);
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+inline int32_t add_lanes(Int32x8 a) {
+  int32_t v[kLanes];
   store(v, a);
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }

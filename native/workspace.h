@@ -36,10 +36,10 @@ private:
 
 // One op at a time; a recorded step keeps one for all of its ops.
 struct Workspace {
-  Buffer high, low, scale, sums; // quantised activations
-  Buffer normed;                 // rows after their norm, for float weights
-  Buffer up;                     // the other half of a gated projection
-  Buffer keys, values;           // before they go to their slots
+  Buffer high, low, scale, sums, excess; // quantised activations
+  Buffer normed;                         // rows after their norm, for float weights
+  Buffer up;                             // the other half of a gated projection
+  Buffer keys, values;                   // before they go to their slots
 };
 
 } // namespace kvik
