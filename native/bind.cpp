@@ -221,7 +221,8 @@ NB_MODULE(_native, m) {
   nb::class_<PackedWeight>(m, "PackedWeight", "A weight matrix (rows, columns) in kvik's packed layout.")
       .def_ro("rows", &PackedWeight::rows)
       .def_ro("columns", &PackedWeight::columns)
-      .def_ro("num_bytes", &PackedWeight::num_bytes);
+      .def_ro("num_bytes", &PackedWeight::num_bytes)
+      .def_prop_ro("quantized", &PackedWeight::quantized, "Whether activations are quantised for it.");
   nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.");
   nb::class_<KVArrays>(m, "KVArrays", "Keys and values of all layers, in blocks of 32 tokens.")
       .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "dtype"_a)

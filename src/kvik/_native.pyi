@@ -31,6 +31,9 @@ class PackedWeight:
     def columns(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def quantized(self) -> bool:
+        """Whether activations are quantised for it."""
 
 class LayerKV:
     """One layer's keys and values; keep its KVArrays alive."""

@@ -507,3 +507,25 @@ class TestTheHelper:
 
 def merges_of(file: GGUFFile) -> list[list[str]]:
     return [merge.split(" ") for merge in file.get_list("tokenizer.ggml.merges", str)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not tell what is resident")
+def test_pages_of_a_tensor_can_be_dropped_and_come_back(tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path / "tiny.gguf", hidden_size=512, vocab_size=2048)
+    file = read_gguf(path)
+    tensor = file.tensors["token_embd.weight"]
+
+    def resident_bytes() -> int:
+        total, inside = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if "-" in line.split()[0]:
+                inside = line.endswith(str(path))
+            elif inside and line.startswith("Rss:"):
+                total += int(line.split()[1]) * 1024
+        return total
+
+    wanted = tensor.data.sum(dtype=np.int64)
+    before = resident_bytes()
+    file.drop_pages(tensor)
+    assert resident_bytes() <= before - tensor.num_bytes + 2 * os.sysconf("SC_PAGE_SIZE")
+    assert tensor.data.sum(dtype=np.int64) == wanted

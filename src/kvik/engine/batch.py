@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,31 +31,26 @@ class ScheduledBatch:
 
 def build_batch(sequences: list[Sequence], num_scheduled: list[int]) -> ScheduledBatch:
     """Flatten the next `num_scheduled` tokens of each sequence; their block tables already reach that far."""
-    width = max(len(sequence.block_table) for sequence in sequences)
-    tables = np.zeros((len(sequences), width), np.int32)
+    tables = np.zeros((len(sequences), max(len(sequence.block_table) for sequence in sequences)), np.int32)
     token_ids: list[int] = []
-    positions, slots, logit_rows = [], [], []
+    positions: list[int] = []
+    slots: list[int] = []
+    logit_rows: list[int] = []
     for row, (sequence, count) in enumerate(zip(sequences, num_scheduled, strict=True)):
-        tables[row, : len(sequence.block_table)] = sequence.block_table
+        table = sequence.block_table
+        tables[row, : len(table)] = table
         start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + count
         token_ids += sequence.token_ids[start:end]
-        position = np.arange(start, end, dtype=np.int32)
-        positions.append(position)
-        slots.append(tables[row, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+        positions += range(start, end)
+        slots += [table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in range(start, end)]
         if end == sequence.num_tokens:
             logit_rows.append(len(token_ids) - 1)
     arrays = Batch(
-        token_ids=np.asarray(token_ids, np.int32),
-        positions=_joined(positions),
-        slot_mapping=_joined(slots),
+        token_ids=np.array(token_ids, np.int32),
+        positions=np.array(positions, np.int32),
+        slot_mapping=np.array(slots, np.int32),
         sequence_index=np.repeat(np.arange(len(sequences), dtype=np.int32), num_scheduled),
         block_tables=tables,
-        logit_rows=np.asarray(logit_rows, np.int32),
+        logit_rows=np.array(logit_rows, np.int32),
     )
     return ScheduledBatch(sequences, num_scheduled, arrays)
-
-
-def _joined(
-    parts: SequenceOf[np.ndarray[tuple[int], np.dtype[np.int32]]],
-) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    return np.concatenate(parts, dtype=np.int32)

@@ -17,7 +17,7 @@ import os
 import reprlib
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar, cast
@@ -99,6 +99,16 @@ class GGUFFile:
     path: Path
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, GGUFTensor]  # in the order of their data
+    mapping: mmap.mmap | None = None  # the file, where it was mapped
+
+    def drop_pages(self, tensor: GGUFTensor) -> None:
+        """Give back the memory through which a tensor was read; reading it once more brings it back from the file."""
+        if self.mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        whole_pages = (tensor.offset + tensor.num_bytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if whole_pages > 0:
+            self.mapping.madvise(mmap.MADV_DONTNEED, start, whole_pages)
 
     def get_bool(self, key: str, default: bool | None = None) -> bool:
         """Return the bool under `key`."""
@@ -173,10 +183,11 @@ def read_gguf(path: Path) -> GGUFFile:
         with path.open("rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
             # Nothing cannot be mapped; the parser has the words for an empty file.
-            content = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ) if num_bytes else b""
+            mapping = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ) if num_bytes else None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error}", hint="check the file's permissions and its disk") from error
-    return parse_gguf(np.frombuffer(content, dtype=np.uint8), path)
+    data = np.frombuffer(b"" if mapping is None else mapping, dtype=np.uint8)
+    return replace(parse_gguf(data, path), mapping=mapping)
 
 
 def parse_gguf(data: npt.NDArray[np.uint8], path: Path) -> GGUFFile:

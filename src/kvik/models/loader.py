@@ -216,7 +216,9 @@ class _WeightReader:
         tensor = _tensor(self.file, name)
         _check_shape(self.file, tensor, (rows, columns))
         _check_type(self.file, tensor, PLAIN_TYPES + QUANTIZED_TYPES)
-        return self.ops.load_weight(tensor.type.name, tensor.data, rows, columns)
+        weight = self.ops.load_weight(tensor.type.name, tensor.data, rows, columns)
+        self.file.drop_pages(tensor)  # packed, it lies in memory twice
+        return weight
 
     def norm(self, name: str) -> Norm:
         return Norm(_vector(self.file, name, self.spec.hidden_size), self.spec.norm_eps)

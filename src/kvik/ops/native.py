@@ -12,7 +12,7 @@ from kvik.cache import KVCacheSpec
 from kvik.config import Activations
 from kvik.machine import available_threads
 from kvik.ops.base import Batch, Forward, IntArray, Norm, Ops, RopeTable, Weight
-from kvik.ops.program import RecordedStep
+from kvik.ops.program import MachineLimits, RecordedStep
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -31,6 +31,14 @@ class NativeOps(Ops):
     def num_threads(self) -> int:
         """Threads that share each op."""
         return self._pool.num_threads
+
+    def limits(self, num_bytes: int) -> MachineLimits:
+        """What the machine can do with these threads, measured now (about a second); reading from `num_bytes`."""
+        return MachineLimits(
+            bytes_per_s=_native.read_bandwidth(self._pool, num_bytes),
+            integer_operations_per_s=2 * _native.integer_throughput(self._pool),
+            float_operations_per_s=2 * _native.float_throughput(self._pool),
+        )
 
     def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> _native.PackedWeight:
         return _native.pack(type_name, data, rows, columns, self._pool)

@@ -11,10 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik import _native
-from kvik.ops.base import Batch, Forward, IntArray
+from kvik.ops.base import Batch, Forward, IntArray, QKVWeights
 from kvik.ops.trace import Call, Field, Value, trace
 
 FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineLimits:
+    """What the machine can do with a pool's threads, as measured."""
+
+    bytes_per_s: float  # reading
+    integer_operations_per_s: float  # 8-bit; a multiply-add is two
+    float_operations_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +31,16 @@ class OpProfile:
     """What one op of a step cost."""
 
     name: str
+    widths: tuple[int, int]  # of a row that goes in, and of one that comes out; 0 where there is none
     seconds: float
     bytes: float  # weights, keys and values that it has to read, each once
     operations: float  # arithmetic; a multiply-add is two
+    is_integer: bool  # whether its arithmetic is that of quantised products
+
+    def least_seconds(self, limits: MachineLimits) -> float:
+        """The time that the machine's limits allow: that of its reading or of its arithmetic, whichever is longer."""
+        throughput = limits.integer_operations_per_s if self.is_integer else limits.float_operations_per_s
+        return max(self.bytes / limits.bytes_per_s, self.operations / throughput)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +79,8 @@ class RecordedStep:
         seconds = self._run(batch, out, 0, len(self.ops), timed=True)
         costs = self._program.costs(*_arrays(batch))
         return [
-            OpProfile(name, op_seconds, num_bytes, operations)
-            for (name, num_bytes, operations), op_seconds in zip(costs, seconds, strict=True)
+            OpProfile(name, _widths(call), op_seconds, num_bytes, operations, _is_integer(call))
+            for call, (name, num_bytes, operations), op_seconds in zip(self.ops, costs, seconds, strict=True)
         ]
 
     def replay(self, batch: Batch) -> Iterator[OpReplay]:
@@ -96,6 +112,22 @@ class RecordedStep:
         content = np.empty((rows, math.prod(value.shape)), np.float32)
         self._program.copy_value(number, content)
         return content.reshape(rows, *value.shape)
+
+
+def _widths(call: Call) -> tuple[int, int]:
+    inputs = [argument for argument in call.arguments if isinstance(argument, Value)]
+    first, last = (math.prod(values[0].shape) if values else 0 for values in (inputs, call.results))
+    return first, last
+
+
+def _is_integer(call: Call) -> bool:
+    """Whether a weight among the arguments is quantised; weights stand alone, in tuples, or in `QKVWeights`."""
+    for argument in call.arguments:
+        weights = (argument.query, argument.key, argument.value) if isinstance(argument, QKVWeights) else argument
+        for weight in weights if isinstance(weights, tuple) else (weights,):
+            if isinstance(weight, _native.PackedWeight) and weight.quantized:
+                return True
+    return False
 
 
 def _arrays(batch: Batch) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]:

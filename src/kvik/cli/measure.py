@@ -1,0 +1,137 @@
+"""What `kvik bench` measures: the speed of prefill and decode, and where a step's time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvik.config import SamplingParams
+from kvik.engine.engine import Engine
+from kvik.engine.sequence import Sequence
+from kvik.errors import InvalidInput
+from kvik.ops.base import Batch
+from kvik.ops.native import NativeOps
+from kvik.ops.program import MachineLimits, OpProfile, RecordedStep
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """One step and each of its ops, beside what the machine could do."""
+
+    title: str
+    ops: list[OpProfile]  # one a kind, layers added up
+    counts: list[int]  # ops of each kind
+    limits: MachineLimits
+
+
+def random_prompt(engine: Engine, num_tokens: int) -> list[int]:
+    """Token ids of no meaning: the arithmetic does not depend on which."""
+    ids = np.random.default_rng(0).integers(0, engine.decoder.spec.vocab_size, num_tokens)
+    return [int(token_id) for token_id in ids]
+
+
+@contextmanager
+def sequence_at(engine: Engine, num_tokens: int) -> Iterator[Sequence]:
+    """A sequence whose first `num_tokens` tokens are computed, ready to write; its blocks go back at the end."""
+    params = SamplingParams(max_tokens=engine.model.context, ignore_eos=True)
+    sequence = engine.new_sequence(random_prompt(engine, max(1, num_tokens)), params)
+    engine.add(sequence)
+    try:
+        while num_tokens and sequence.num_completion_tokens == 0:
+            engine.step()
+        yield sequence
+    finally:
+        engine.abort(sequence)
+        engine.release(sequence)
+
+
+def prefill_rate(engine: Engine, num_tokens: int) -> float:
+    """Prompt tokens per second, of one prompt."""
+    start_s = time.perf_counter()
+    with sequence_at(engine, num_tokens):
+        return num_tokens / (time.perf_counter() - start_s)
+
+
+def decode_rate(engine: Engine, num_tokens: int, *, depth: int) -> float:
+    """New tokens per second behind `depth` tokens that are in the cache."""
+    with sequence_at(engine, max(1, depth)) as sequence:
+        written = sequence.num_completion_tokens
+        start_s = time.perf_counter()
+        while sequence.num_completion_tokens < written + num_tokens:
+            engine.step()
+        return num_tokens / (time.perf_counter() - start_s)
+
+
+def check_room(engine: Engine, num_tokens: int) -> None:
+    """Raise `InvalidInput` where so many tokens are more than the context holds."""
+    if num_tokens > engine.model.context:
+        raise InvalidInput(
+            f"the longest case has {num_tokens:,} tokens, the context holds {engine.model.context:,}",
+            hint="lower --depth, --prompt-tokens or --tokens",
+        )
+
+
+def profile_prefill(engine: Engine, num_tokens: int, *, rounds: int) -> StepProfile:
+    """Where the time of one chunk of a prompt goes."""
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    num_tokens = min(num_tokens, engine.scheduler.token_budget)
+    sequence = engine.new_sequence(random_prompt(engine, num_tokens), params)
+    engine.add(sequence)
+    try:
+        return _profile_next(engine, f"prefill, {num_tokens:,} tokens", rounds)
+    finally:
+        engine.abort(sequence)
+        engine.release(sequence)
+
+
+def profile_decode(engine: Engine, *, depth: int, rounds: int) -> StepProfile:
+    """Where the time of one decode step goes."""
+    with sequence_at(engine, max(1, depth)):
+        return _profile_next(engine, f"decode, one token at depth {depth:,}", rounds)
+
+
+def _profile_next(engine: Engine, title: str, rounds: int) -> StepProfile:
+    step, ops = engine.forward, engine.decoder.ops
+    assert isinstance(step, RecordedStep)
+    assert isinstance(ops, NativeOps)
+    with engine.lock:
+        scheduled = engine.scheduler.schedule()
+        assert scheduled is not None
+        # Computing a step again writes the same keys and values to the same slots.
+        merged, counts = _by_kind(_median_profile(step, scheduled.arrays, rounds))
+        limits = ops.limits(engine.decoder.weights.step_bytes(with_logits=True))
+    return StepProfile(title, merged, counts, limits)
+
+
+def _median_profile(step: RecordedStep, batch: Batch, rounds: int) -> list[OpProfile]:
+    profiles = [step.profile(batch) for _ in range(rounds)]
+    return [_with_seconds(same, statistics.median(op.seconds for op in same)) for same in zip(*profiles, strict=True)]
+
+
+def _with_seconds(ops: tuple[OpProfile, ...], seconds: float) -> OpProfile:
+    first = ops[0]
+    return OpProfile(first.name, first.widths, seconds, first.bytes, first.operations, first.is_integer)
+
+
+def _by_kind(ops: list[OpProfile]) -> tuple[list[OpProfile], list[int]]:
+    """Ops of the same name and widths as one, in the order of their first."""
+    kinds: dict[tuple[str, tuple[int, int]], list[OpProfile]] = {}
+    for op in ops:
+        kinds.setdefault((op.name, op.widths), []).append(op)
+    merged = [
+        OpProfile(
+            name=name,
+            widths=widths,
+            seconds=sum(op.seconds for op in same),
+            bytes=sum(op.bytes for op in same),
+            operations=sum(op.operations for op in same),
+            is_integer=same[0].is_integer,
+        )
+        for (name, widths), same in kinds.items()
+    ]
+    return merged, [len(same) for same in kinds.values()]
