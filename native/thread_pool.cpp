@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <pthread.h>
+#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -41,6 +43,23 @@ uint32_t wait_for_change(const std::atomic<uint32_t> &value, uint32_t old) {
   return value.load(std::memory_order_acquire);
 }
 
+// Threads started while it lives get no signals: those are for Python's threads, and one that a worker takes would not
+// wake the main thread.
+class NoSignals {
+public:
+  NoSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before_);
+  }
+  ~NoSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  NoSignals(const NoSignals &) = delete;
+  NoSignals &operator=(const NoSignals &) = delete;
+
+private:
+  sigset_t before_;
+};
+
 } // namespace
 
 // What different threads write lies on different cache lines.
@@ -75,6 +94,7 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::start() {
   process_id_ = getpid();
   shared_ = new Shared;
+  const NoSignals inherited;
   for (int index = 1; index < num_threads_; ++index) {
     shared_->threads.emplace_back([shared = shared_, index] {
       const FloatMode mode;
