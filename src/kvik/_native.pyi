@@ -114,7 +114,8 @@ def attend(
     positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     scale: float,
     out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu")],
+    window: int | None = None,
 ) -> None:
     """
-    Causal attention of q (T, num_heads, head_dim) over each token's own sequence.
+    Causal attention of q (T, num_heads, head_dim) over each token's own sequence, or its last `window` tokens.
     """
