@@ -48,8 +48,7 @@ template <class Stored> void write_token(const LayerKV &kv, const float *k, cons
 struct Unit {
   float inverse, value;
 };
-inline Unit unit_of(Float8 largest, Float8 defect, float levels, float least) {
-  const float top = max_lanes(largest);
+inline Unit unit_of(float top, Float8 defect, float levels, float least) {
   const bool usable = top > least;
   return {usable ? levels / top : 0.0f, (usable ? top / levels : 0.0f) + add_lanes(defect)};
 }
@@ -60,7 +59,7 @@ inline Unit unit_of(const float *x, int64_t count, float levels, float least) {
     largest = max(abs(v), largest);
     defect = defect + (v - v);
   }
-  return unit_of(largest, defect, levels, least);
+  return unit_of(max_lanes(largest), defect, levels, least);
 }
 
 // Writes the bytes through `put(d, byte)` and gives the scale.
@@ -198,23 +197,35 @@ template <int bytes> inline void prefetch_bytes(const uint8_t *p) {
   for (int i = 0; i < bytes; i += 64) prefetch(p + i);
 }
 
+// Calls function(i, edge) for the vectors of a row that hold columns it sees; `edge` is Count<1> where they hold others
+// too, so that only those pay for telling them apart.
+template <class Function> inline void for_vectors(Span seen, const Function &function) {
+  for (int i = seen.first / kWideLanes * kWideLanes; i < seen.last; i += kWideLanes)
+    if (i < seen.first || i + kWideLanes > seen.last)
+      function(i, Count<1>{});
+    else
+      function(i, Count<0>{});
+}
+template <class Edge> inline Wide only_seen(Edge, Span seen, int i, Wide inside, Wide outside) {
+  if constexpr (Edge::value == 0) return inside;
+  return first_lanes(seen.first - i, outside, first_lanes(seen.last - i, inside, outside));
+}
+
 // Turns scores into exp(score - max) in place; the other lanes of a vector that holds a seen column become zero.
 inline void softmax_row(float *scores, Span seen, float *max_out, float *sum_out) {
-  const int begin = seen.first / kWideLanes * kWideLanes;
-  const Wide lowest = wide_broadcast(-INFINITY), zero = wide_zero();
-  const auto only_seen = [&](int i, Wide inside, Wide outside) {
-    return first_lanes(seen.first - i, outside, first_lanes(seen.last - i, inside, outside));
-  };
-  Float8 largest = broadcast(-INFINITY);
-  for (int i = begin; i < seen.last; i += kWideLanes)
-    largest = max_eights(largest, only_seen(i, load_as<Wide>(scores + i), lowest));
-  const float top = max_lanes(largest);
+  const Wide lowest = wide_broadcast(-INFINITY);
+  Wide largest = lowest;
+  for_vectors(seen, [&](int i, auto edge) {
+    largest = max(only_seen(edge, seen, i, load_as<Wide>(scores + i), lowest), largest);
+  });
+  const float top = max_of(largest);
   Float8 sum = zero8();
-  for (int i = begin; i < seen.last; i += kWideLanes) {
-    const Wide p = only_seen(i, exponential(load_as<Wide>(scores + i) - wide_broadcast(top)), zero);
-    store(scores + i, p);
-    sum = add_eights(sum, p);
-  }
+  for_vectors(seen, [&](int i, auto edge) {
+    const Wide p = exponential(load_as<Wide>(scores + i) - wide_broadcast(top));
+    const Wide kept = only_seen(edge, seen, i, p, wide_zero());
+    store(scores + i, kept);
+    sum = add_eights(sum, kept);
+  });
   *max_out = top;
   *sum_out = add_lanes(sum);
 }
@@ -241,8 +252,7 @@ template <class Stored, int rows, int blocks> inline void score_blocks(const flo
     for (int b = 0; b < blocks; ++b) {
       prefetch_bytes<kBlockSize * sizeof(Stored)>(ahead[b] + d * kBlockSize * sizeof(Stored));
       for (int i = 0; i < kTileVectors; ++i) {
-        Wide k = wide_load(keys[b] + d * kBlockSize + i * kWideLanes);
-        pin(k);
+        const Wide k = pinned(wide_load(keys[b] + d * kBlockSize + i * kWideLanes));
         for (int r = 0; r < rows; ++r) sum[r][b * kTileVectors + i] = fma(k, x[r], sum[r][b * kTileVectors + i]);
       }
     }
@@ -381,28 +391,25 @@ inline RowUnit quantize_query(const float *q, int64_t head_dim, float scale, Fac
 
 // A row's softmax times the scales of the values; tokens of `all` that the row doesn't see get the factor zero.
 inline RowUnit quantize_weights(float *p, Span seen, Span all, const float *scales, Factors *factors) {
-  const int begin = seen.first / kWideLanes * kWideLanes;
-  const Wide zero = wide_zero();
-  Float8 largest = zero8(), defect = zero8();
-  for (int i = begin; i < seen.last; i += kWideLanes) {
+  Wide largest = wide_zero(), defect = wide_zero();
+  for_vectors(seen, [&](int i, auto edge) {
     const Wide weight = load_as<Wide>(p + i) * load_as<Wide>(scales + i);
-    const Wide w = first_lanes(seen.first - i, zero, first_lanes(seen.last - i, weight, zero));
+    const Wide w = only_seen(edge, seen, i, weight, wide_zero()); // zero times what lies there may be NaN
     store(p + i, w);
-    largest = max_eights(largest, w);
-    defect = add_eights(defect, w - w);
-  }
-  const Unit unit = unit_of(largest, defect, kFactorLevels, 1e-34f);
-  const int first = all.first / 4, last = (all.last + 3) / 4;
-  if (begin / 4 > first) std::memset(factors + first, 0, static_cast<std::size_t>(begin / 4 - first) * sizeof(Factors));
+    largest = max(w, largest);
+    defect = defect + (w - w);
+  });
+  const Unit unit = unit_of(max_of(largest), add_eights(zero8(), defect), kFactorLevels, 1e-34f);
   WideInt sum = wide_int(0);
-  int i = begin;
-  for (; i < seen.last; i += kWideLanes) {
-    const WideInt whole =
-        to_int(min(load_as<Wide>(p + i) * wide_broadcast(unit.inverse), wide_broadcast(kFactorLevels)));
+  const Wide inverse = wide_broadcast(unit.inverse), most = wide_broadcast(kFactorLevels);
+  int first = seen.first / kWideLanes * kWideLanes, last = first;
+  for (; last < seen.last; last += kWideLanes) {
+    const WideInt whole = to_int(min(load_as<Wide>(p + last) * inverse, most));
     sum = sum + whole;
-    store_factors(factors + i / 4, whole);
+    store_factors(factors + last / 4, whole);
   }
-  if (last > i / 4) std::memset(factors + i / 4, 0, static_cast<std::size_t>(last - i / 4) * sizeof(Factors));
+  for (int quad = all.first / 4; quad < first / 4; ++quad) factors[quad] = Factors{};
+  for (int quad = last / 4; quad < (all.last + 3) / 4; ++quad) factors[quad] = Factors{};
   return {unit.value, 128 * add_lanes(sum)};
 }
 
@@ -415,7 +422,7 @@ template <int rows> inline void score_quads(const Factors *q, const RowUnit *uni
     prefetch_bytes<4 * kBlockSize>(ahead + quad * 4 * kBlockSize);
     for (int i = 0; i < kTileVectors; ++i) {
       const Quads k = load_quads(tile + (quad * kBlockSize + i * kWideLanes) * 4);
-      for (int r = 0; r < rows; ++r) add_products(sum[r][i], k, q[r * kQueryQuads + quad]);
+      for (int r = 0; r < rows; ++r) sum[r][i] = add_products(sum[r][i], k, q[r * kQueryQuads + quad]);
     }
   }
   const float *scales = reinterpret_cast<const float *>(tile + kBlockSize * head_dim);
@@ -443,7 +450,7 @@ inline void value_quads(const uint8_t *const *tiles, bool fetch_ahead, Span toke
       prefetch_bytes<vectors * 4 * kWideLanes>(ahead);
       for (int i = 0; i < vectors; ++i) {
         const Quads v = eight ? load_eight_quads(bytes) : load_quads(bytes + i * 4 * kWideLanes);
-        for (int r = 0; r < rows; ++r) add_products(sum[r][i], v, p[r * kQuads + quad]);
+        for (int r = 0; r < rows; ++r) sum[r][i] = add_products(sum[r][i], v, p[r * kQuads + quad]);
       }
     }
   }

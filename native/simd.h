@@ -289,7 +289,10 @@ inline Wide first_lanes(int count, Wide a, Wide b) {
 inline Float8 low_half(Wide a) { return {_mm512_castps512_ps256(a.v)}; }
 inline Float8 high_half(Wide a) { return {_mm512_extractf32x8_ps(a.v, 1)}; }
 // Keeps a value in a register where the compiler would load it anew for each use.
-inline void pin(Wide &a) { asm("" : "+v"(a.v)); }
+inline Wide pinned(Wide a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
 // Two vectors of eight side by side.
 inline Wide join(Float8 low, Float8 high) { return {_mm512_insertf32x8(_mm512_castps256_ps512(low.v), high.v, 1)}; }
 
@@ -301,9 +304,12 @@ inline Wide wide_zero() { return zero8(); }
 inline Wide wide_broadcast(float x) { return broadcast(x); }
 template <class Stored> inline Wide wide_load(const Stored *p) { return load(p); }
 #if KVIK_SIMD_AVX2 && defined(__GNUC__)
-inline void pin(Float8 &a) { asm("" : "+x"(a.v)); }
+inline Wide pinned(Wide a) {
+  asm("" : "+x"(a.v));
+  return a;
+}
 #else
-inline void pin(Float8 &) {}
+inline Wide pinned(Wide a) { return a; }
 #endif
 
 #endif
@@ -328,13 +334,6 @@ template <class V> inline Float8 add_eights(Float8 sum, V a) {
   else
     return (sum + low_half(a)) + high_half(a);
 }
-template <class V> inline Float8 max_eights(Float8 largest, V a) {
-  if constexpr (sizeof(V) == sizeof(Float8))
-    return max(a, largest);
-  else
-    return max(high_half(a), max(low_half(a), largest));
-}
-
 // Reductions across lanes happen only where an op needs one number per row; the tree is fixed.
 inline float add_lanes(Float8 a) {
   float v[kLanes];
@@ -347,6 +346,14 @@ inline float max_lanes(Float8 a) {
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
   return best;
+}
+
+// For what does not depend on the order of lanes.
+template <class V> inline float max_of(V a) {
+  if constexpr (sizeof(V) == sizeof(Float8))
+    return max_lanes(a);
+  else
+    return max_lanes(max(low_half(a), high_half(a)));
 }
 
 // e**x to about one unit in the last place; below -87.3 it stays at the smallest normal number, about 1e-38, and NaN

@@ -48,12 +48,16 @@ inline Quads load_eight_quads(const uint8_t *p) {
 }
 inline Float8 first_eight(Wide a) { return low_half(a); }
 inline QuadSum no_quads() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
-inline void add_products(QuadSum &sum, Quads a, const Factors &factors) {
+// Sums go in and come out by value: an array of them that inline assembly refers to would stay in memory.
+inline QuadSum add_products(QuadSum sum, Quads a, const Factors &factors) {
   int32_t high, low;
   std::memcpy(&high, factors.high, 4);
   std::memcpy(&low, factors.low, 4);
-  sum.high = _mm512_dpbusd_epi32(sum.high, a.v, _mm512_set1_epi32(high));
-  sum.low = _mm512_dpbusd_epi32(sum.low, a.v, _mm512_set1_epi32(low));
+  __m512i highs = sum.high, lows = sum.low;
+  // gcc would copy each sum before the intrinsic adds to it.
+  asm("vpdpbusd %2, %1, %0" : "+v"(highs) : "v"(a.v), "v"(_mm512_set1_epi32(high)));
+  asm("vpdpbusd %2, %1, %0" : "+v"(lows) : "v"(a.v), "v"(_mm512_set1_epi32(low)));
+  return {highs, lows};
 }
 inline WideInt total(QuadSum sum) { return {_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low)}; }
 
@@ -85,12 +89,12 @@ inline Quads load_quads(const uint8_t *p) {
   return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
 }
 inline QuadSum no_quads() { return {_mm256_setzero_si256()}; }
-inline void add_products(QuadSum &sum, Quads a, const Factors &factors) {
+inline QuadSum add_products(QuadSum sum, Quads a, const Factors &factors) {
   int32_t even, odd;
   std::memcpy(&even, factors.even, 4);
   std::memcpy(&odd, factors.odd, 4);
-  sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(a.even, _mm256_set1_epi32(even)));
-  sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(a.odd, _mm256_set1_epi32(odd)));
+  const __m256i first = _mm256_add_epi32(sum.v, _mm256_madd_epi16(a.even, _mm256_set1_epi32(even)));
+  return {_mm256_add_epi32(first, _mm256_madd_epi16(a.odd, _mm256_set1_epi32(odd)))};
 }
 inline WideInt total(QuadSum sum) { return {sum.v}; }
 
@@ -122,12 +126,13 @@ inline void store_factors(Factors *out, WideInt a) {
 }
 inline Quads load_quads(const uint8_t *p) { return {p}; }
 inline QuadSum no_quads() { return {}; }
-inline void add_products(QuadSum &sum, Quads a, const Factors &factors) {
+inline QuadSum add_products(QuadSum sum, Quads a, const Factors &factors) {
   for (int i = 0; i < kLanes; ++i) {
     const uint8_t *b = a.bytes + 4 * i;
     sum.v[i] += static_cast<uint32_t>(b[0] * factors.even[0] + b[1] * factors.odd[0] + b[2] * factors.even[1] +
                                       b[3] * factors.odd[1]);
   }
+  return sum;
 }
 inline WideInt total(QuadSum sum) {
   WideInt out;
