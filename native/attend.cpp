@@ -1,6 +1,8 @@
-// Attention of a step: what is a task, and in which order segments merge.
+// Attention of a step: which queries share a tile, what is a task, and in which order segments merge.
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "ops.h"
@@ -8,28 +10,229 @@
 namespace kvik {
 namespace {
 
-// Room for the softmax state of one KV head's group, and its neighbours' cache lines kept apart.
-class PartialBuffer {
+// Rows of a tile: enough that loading and widening K and V is little beside the sums.
+constexpr int64_t kTileRows = 96;
+// Chunks of a thread: enough to even out what the system takes from one thread, few enough to know the next task.
+constexpr int64_t kChunksPerThread = 4;
+
+// Neighbouring queries of a sequence at one KV head, and the segments that some of them see.
+struct Tile {
+  int64_t first_token, num_tokens, kv_head;
+  int64_t first_segment, num_segments;
+  int64_t slot; // of its first segment's result where several chunks share the tile, else -1
+};
+
+struct Unit {
+  int64_t tile, segment;
+};
+
+// One for each calling thread: a caller waits for its call to end, so no two calls share it.
+struct Space {
+  std::vector<Tile> tiles;
+  std::vector<Unit> units;
+  std::vector<int64_t> chunk_ends;                    // units
+  std::vector<int64_t> costs;                         // of each unit
+  std::unique_ptr<std::atomic<int64_t>[]> unfinished; // units of each tile
+  int64_t unfinished_size = 0;
+  Buffer scratch, totals, slots;
+};
+
+class Attention {
 public:
-  PartialBuffer(int64_t count, int64_t group, int64_t head_dim)
-      : group_(group), stride_((group * (head_dim + 2) + 15) / 16 * 16),
-        data_(static_cast<std::size_t>(count * stride_)) {}
-  Partial at(int64_t index) {
-    float *start = data_.data() + index * stride_;
-    return {start, start + group_, start + 2 * group_};
+  Attention(ThreadPool &pool, const AttendArgs &args, Space &space)
+      : pool_(pool), args_(args), space_(space), threads_(pool.num_threads()),
+        group_(args.num_heads / args.kv.num_kv_heads), head_dim_(args.kv.head_dim) {}
+
+  void run() {
+    make_tiles();
+    make_chunks();
+    const int64_t rows = most_tokens_ * group_;
+    partial_stride_ = (rows * (head_dim_ + 2) + 15) / 16 * 16;
+    scratch_stride_ = scratch_floats(rows);
+    scratch_ = space_.scratch.get<float>(threads_ * scratch_stride_);
+    totals_ = space_.totals.get<float>(threads_ * 2 * partial_stride_);
+    slots_ = space_.slots.get<float>(num_slots_ * partial_stride_);
+    pool_.for_each(static_cast<int64_t>(space_.chunk_ends.size()),
+                   [this](int thread, int64_t chunk) { run_chunk(thread, chunk); });
   }
 
 private:
-  int64_t group_, stride_;
-  std::vector<float> data_;
-};
+  // Segments of a token's first and last position.
+  int64_t first_segment(int64_t token) const {
+    return std::max<int64_t>(0, args_.positions[token] + 1 - args_.window) / kSegment;
+  }
+  int64_t last_segment(int64_t token) const { return args_.positions[token] / kSegment; }
 
-void write_output(const AttendArgs &args, int64_t token, int64_t kv_head, const Partial &total) {
-  const int64_t head_dim = args.kv.head_dim, group = args.num_heads / args.kv.num_kv_heads;
-  float *out = args.out + (token * args.num_heads + kv_head * group) * head_dim;
-  for (int64_t h = 0; h < group; ++h)
-    for (int64_t d = 0; d < head_dim; ++d) out[h * head_dim + d] = total.value[h * head_dim + d] / total.sum[h];
-}
+  // Scores, then widened tiles or the integer kernels' factors.
+  int64_t scratch_floats(int64_t rows) const {
+    const int64_t tiles = 2 * kSegment * head_dim_, factors = rows * (kMostInt8HeadDim / 2 + 2);
+    return (rows * kSegment + std::max(tiles, factors) + 15) / 16 * 16;
+  }
+
+  void make_tiles() {
+    space_.tiles.clear();
+    const int64_t most = std::max<int64_t>(1, kTileRows / group_);
+    most_tokens_ = 1;
+    for (int64_t first = 0, last; first < args_.num_tokens; first = last) {
+      for (last = first + 1; last < args_.num_tokens && last - first < most; ++last)
+        if (args_.sequence_index[last] != args_.sequence_index[first] ||
+            args_.positions[last] != args_.positions[last - 1] + 1 || args_.positions[last] % kSegment == 0)
+          break;
+      most_tokens_ = std::max(most_tokens_, last - first);
+      const int64_t begin = first_segment(first), segments = last_segment(last - 1) + 1 - begin;
+      for (int64_t head = 0; head < args_.kv.num_kv_heads; ++head)
+        space_.tiles.push_back({first, last - first, head, begin, segments, -1});
+    }
+  }
+
+  // Loading keys costs about what a row's arithmetic does, and a unit costs something in itself.
+  int64_t cost(const Tile &tile, int64_t segment) const {
+    const int64_t last = args_.positions[tile.first_token + tile.num_tokens - 1];
+    const int64_t keys = std::min<int64_t>(kSegment, last + 1 - segment * kSegment);
+    return (keys + 16) * (tile.num_tokens * group_ + 4);
+  }
+
+  // Cuts all units, in order, into chunks of about equal cost. With tiles enough each stays with one chunk.
+  void make_chunks() {
+    space_.units.clear();
+    space_.costs.clear();
+    space_.chunk_ends.clear();
+    int64_t total = 0;
+    const int64_t num_tiles = static_cast<int64_t>(space_.tiles.size());
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      const Tile &tile = space_.tiles[static_cast<std::size_t>(t)];
+      for (int64_t s = 0; s < tile.num_segments; ++s) {
+        space_.units.push_back({t, tile.first_segment + s});
+        space_.costs.push_back(cost(tile, tile.first_segment + s));
+        total += space_.costs.back();
+      }
+    }
+    const int64_t wanted = threads_ == 1 ? 1 : threads_ * kChunksPerThread;
+    const bool keep_whole = most_tokens_ > 1 && num_tiles >= 2 * wanted;
+    int64_t so_far = 0;
+    num_slots_ = 0;
+    std::size_t tile_begin = 0, chunk_begin = 0;
+    for (std::size_t u = 0; u < space_.units.size(); ++u) {
+      const std::size_t next = u + 1;
+      so_far += space_.costs[u];
+      const bool tile_ends = next == space_.units.size() || space_.units[next].tile != space_.units[u].tile;
+      const int64_t chunks = static_cast<int64_t>(space_.chunk_ends.size());
+      const bool full = so_far * wanted >= total * (chunks + 1) && (tile_ends || !keep_whole);
+      if (tile_ends) {
+        Tile &tile = space_.tiles[static_cast<std::size_t>(space_.units[u].tile)];
+        if (chunk_begin > tile_begin) {
+          tile.slot = num_slots_;
+          num_slots_ += tile.num_segments;
+        }
+        tile_begin = next;
+      }
+      if (full || next == space_.units.size()) {
+        space_.chunk_ends.push_back(static_cast<int64_t>(next));
+        chunk_begin = next;
+      }
+    }
+    if (num_slots_ == 0) return;
+    if (num_tiles > space_.unfinished_size) {
+      space_.unfinished = std::make_unique<std::atomic<int64_t>[]>(static_cast<std::size_t>(num_tiles));
+      space_.unfinished_size = num_tiles;
+    }
+    for (int64_t t = 0; t < num_tiles; ++t)
+      space_.unfinished[static_cast<std::size_t>(t)].store(space_.tiles[static_cast<std::size_t>(t)].num_segments,
+                                                           std::memory_order_relaxed);
+  }
+
+  // The tokens of a tile that see a segment: all but those at its ends that come before it or look past it.
+  SegmentTask task_of(const Unit &unit) const {
+    const Tile &tile = space_.tiles[static_cast<std::size_t>(unit.tile)];
+    int64_t first = tile.first_token, last = first + tile.num_tokens;
+    while (last_segment(first) < unit.segment) ++first;
+    while (first_segment(last - 1) > unit.segment) --last;
+    return {first, last - first, tile.kv_head, unit.segment};
+  }
+
+  Partial partial(float *base, int64_t index, int64_t token = 0) const {
+    float *start = base + index * partial_stride_;
+    const int64_t rows = most_tokens_ * group_, row = token * group_;
+    return {start + row, start + rows + row, start + 2 * rows + row * head_dim_};
+  }
+
+  void run_chunk(int thread, int64_t chunk) {
+    const std::size_t begin =
+        chunk == 0 ? 0 : static_cast<std::size_t>(space_.chunk_ends[static_cast<std::size_t>(chunk - 1)]);
+    const std::size_t end = static_cast<std::size_t>(space_.chunk_ends[static_cast<std::size_t>(chunk)]);
+    float *scratch = scratch_ + thread * scratch_stride_;
+    SegmentTask task = task_of(space_.units[begin]), next{};
+    for (std::size_t u = begin; u < end; ++u, task = next) {
+      const bool more = u + 1 < end;
+      if (more) next = task_of(space_.units[u + 1]);
+      const int64_t index = space_.units[u].tile;
+      const Tile &tile = space_.tiles[static_cast<std::size_t>(index)];
+      const bool last = !more || space_.units[u + 1].tile != index;
+      if (tile.slot >= 0) {
+        const int64_t slot = tile.slot + task.segment - tile.first_segment;
+        kernels->attend_segment(args_, task, more ? &next : nullptr, scratch, partial(slots_, slot));
+        // Whoever ends a tile's last segment merges them all.
+        auto &unfinished = space_.unfinished[static_cast<std::size_t>(index)];
+        if (unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) merge_slots(thread, index);
+      } else {
+        const int64_t total = 2 * thread;
+        const bool direct = task.segment == tile.first_segment && task.num_tokens == tile.num_tokens;
+        const Partial out = partial(totals_, direct ? total : total + 1);
+        kernels->attend_segment(args_, task, more ? &next : nullptr, scratch, out);
+        if (!direct) fold(thread, tile, task, out);
+        if (last) write_output(thread, tile);
+      }
+    }
+  }
+
+  // Adds a segment's rows to the thread's totals; a token's first segment begins them.
+  void fold(int thread, const Tile &tile, const SegmentTask &task, const Partial &rows) {
+    int64_t token = task.first_token;
+    const int64_t end = token + task.num_tokens;
+    while (token < end) {
+      int64_t stop = token + 1;
+      const bool begins = first_segment(token) == task.segment;
+      while (stop < end && (first_segment(stop) == task.segment) == begins) ++stop;
+      const Partial total = partial(totals_, 2 * thread, token - tile.first_token);
+      const int64_t skipped = (token - task.first_token) * group_, count = (stop - token) * group_;
+      const Partial next{rows.max + skipped, rows.sum + skipped, rows.value + skipped * head_dim_};
+      if (begins) {
+        std::copy_n(next.max, count, total.max);
+        std::copy_n(next.sum, count, total.sum);
+        std::copy_n(next.value, count * head_dim_, total.value);
+      } else {
+        kernels->merge_segments(total, next, count, head_dim_);
+      }
+      token = stop;
+    }
+  }
+
+  void merge_slots(int thread, int64_t index) {
+    const Tile &tile = space_.tiles[static_cast<std::size_t>(index)];
+    for (int64_t s = 0; s < tile.num_segments; ++s)
+      fold(thread, tile, task_of({index, tile.first_segment + s}), partial(slots_, tile.slot + s));
+    write_output(thread, tile);
+  }
+
+  void write_output(int thread, const Tile &tile) const {
+    const Partial total = partial(totals_, 2 * thread);
+    for (int64_t token = 0; token < tile.num_tokens; ++token) {
+      float *out = args_.out + ((tile.first_token + token) * args_.num_heads + tile.kv_head * group_) * head_dim_;
+      for (int64_t h = 0; h < group_; ++h) {
+        const float *value = total.value + (token * group_ + h) * head_dim_;
+        const float sum = total.sum[token * group_ + h];
+        for (int64_t d = 0; d < head_dim_; ++d) out[h * head_dim_ + d] = value[d] / sum;
+      }
+    }
+  }
+
+  ThreadPool &pool_;
+  const AttendArgs &args_;
+  Space &space_;
+  const int64_t threads_, group_, head_dim_;
+  int64_t most_tokens_ = 1, num_slots_ = 0, partial_stride_ = 0, scratch_stride_ = 0;
+  float *scratch_ = nullptr, *totals_ = nullptr, *slots_ = nullptr;
+};
 
 } // namespace
 
@@ -43,49 +246,8 @@ void write_kv(ThreadPool &pool, const LayerKV &kv, const float *k, const float *
 }
 
 void attend(ThreadPool &pool, const AttendArgs &args) {
-  const LayerKV &kv = args.kv;
-  const int64_t group = args.num_heads / kv.num_kv_heads, head_dim = kv.head_dim;
-  const int64_t rows = args.num_tokens * kv.num_kv_heads, threads = pool.num_threads();
-  const auto segments = [&](int64_t row) { return args.positions[row / kv.num_kv_heads] / kSegment + 1; };
-  std::vector<float> scratch(static_cast<std::size_t>(threads * group * kSegment));
-  const auto run_segment = [&](int thread, int64_t row, int64_t segment, const Partial &result) {
-    kernels->attend_segment(args, row / kv.num_kv_heads, row % kv.num_kv_heads, segment,
-                            scratch.data() + thread * group * kSegment, result);
-  };
-  const auto merge = [&](const Partial &total, const Partial &next) {
-    kernels->merge_segments(total, next, group, head_dim);
-  };
-
-  // With many rows a task is a row, its segments merged as they come. With few, a task is one segment, and the
-  // merge follows in the same order: either way the same operations, so the same bits.
-  if (rows >= 4 * threads) {
-    PartialBuffer partials(2 * threads, group, head_dim);
-    pool.for_each(rows, [&](int thread, int64_t row) {
-      const Partial total = partials.at(2 * thread), next = partials.at(2 * thread + 1);
-      run_segment(thread, row, 0, total);
-      for (int64_t segment = 1; segment < segments(row); ++segment) {
-        run_segment(thread, row, segment, next);
-        merge(total, next);
-      }
-      write_output(args, row / kv.num_kv_heads, row % kv.num_kv_heads, total);
-    });
-    return;
-  }
-  std::vector<int64_t> first_task(static_cast<std::size_t>(rows + 1), 0);
-  for (int64_t row = 0; row < rows; ++row)
-    first_task[static_cast<std::size_t>(row + 1)] = first_task[static_cast<std::size_t>(row)] + segments(row);
-  PartialBuffer partials(first_task.back(), group, head_dim);
-  pool.for_each(first_task.back(), [&](int thread, int64_t task) {
-    const auto after = std::upper_bound(first_task.begin(), first_task.end(), task);
-    const int64_t row = after - first_task.begin() - 1;
-    run_segment(thread, row, task - first_task[static_cast<std::size_t>(row)], partials.at(task));
-  });
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t first = first_task[static_cast<std::size_t>(row)];
-    const Partial total = partials.at(first);
-    for (int64_t segment = 1; segment < segments(row); ++segment) merge(total, partials.at(first + segment));
-    write_output(args, row / kv.num_kv_heads, row % kv.num_kv_heads, total);
-  }
+  thread_local Space space;
+  if (args.num_tokens > 0) Attention(pool, args, space).run();
 }
 
 } // namespace kvik

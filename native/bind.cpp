@@ -1,4 +1,5 @@
 // The Python module kvik._native: arguments are checked here, once a call; kernels trust them.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -9,6 +10,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,21 +23,21 @@ namespace kvik {
 
 const Kernels *kernels = nullptr;
 
+// Of block tables only what some token sees is looked at: behind a window a block may have gone to someone else.
 void check_block_tables(const int32_t *tables, int64_t num_sequences, int64_t table_width,
-                        const int32_t *sequence_index, const int32_t *positions, int64_t num_tokens,
-                        int64_t num_blocks) {
-  std::vector<int32_t> longest(static_cast<std::size_t>(num_sequences), -1);
+                        const int32_t *sequence_index, const int32_t *positions, int64_t num_tokens, int64_t num_blocks,
+                        int64_t window) {
+  int64_t checked_sequence = -1, checked_first = 0, checked_last = -1; // blocks known to be right
   for (int64_t i = 0; i < num_tokens; ++i) {
     const int32_t sequence = sequence_index[i], position = positions[i];
     require(sequence >= 0 && sequence < num_sequences, "attend: a sequence index has no block table");
     require(position >= 0 && position < table_width * kBlockSize, "attend: a position is past its block table");
-    int32_t &known = longest[static_cast<std::size_t>(sequence)];
-    known = std::max(known, position);
-  }
-  for (int64_t s = 0; s < num_sequences; ++s) {
-    const int32_t last = longest[static_cast<std::size_t>(s)];
-    for (int64_t i = 0; last >= 0 && i <= last / kBlockSize; ++i) {
-      const int32_t block = tables[s * table_width + i];
+    const int64_t first = std::max<int64_t>(0, position + 1 - window) / kBlockSize, last = position / kBlockSize;
+    // Neighbouring tokens see nearly the same blocks.
+    if (sequence != checked_sequence || first < checked_first || first > checked_last + 1)
+      checked_sequence = sequence, checked_first = first, checked_last = first - 1;
+    for (; checked_last < last; ++checked_last) {
+      const int32_t block = tables[sequence * table_width + checked_last + 1];
       require(block >= 0 && block < num_blocks, "attend: a block id is outside the cache");
     }
   }
@@ -160,34 +162,52 @@ void checked_write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3
 }
 
 void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_t, 2> block_tables,
-                    Integers sequence_index, Integers positions, float scale, FloatsOut<3> out) {
+                    Integers sequence_index, Integers positions, float scale, FloatsOut<3> out,
+                    std::optional<int64_t> window) {
   const int64_t num_tokens = size(q, 0), num_heads = size(q, 1), head_dim = kv.head_dim;
   require(size(q, 2) == head_dim, "attend: q has another head_dim than the cache");
   require(num_heads % kv.num_kv_heads == 0, "attend: query heads must be a multiple of KV heads");
   require(size(sequence_index, 0) == num_tokens && size(positions, 0) == num_tokens, "attend: one index a token");
   for (std::size_t axis = 0; axis < 3; ++axis) require(size(out, axis) == size(q, axis), "attend: wrong output shape");
-  const AttendArgs args{
-      q.data(),  kv,    block_tables.data(), size(block_tables, 1), sequence_index.data(), positions.data(), num_tokens,
-      num_heads, scale, out.data()};
+  require(!window || *window > 0, "attend: the window must be 1 or more");
+  AttendArgs args{};
+  args.q = q.data();
+  args.kv = kv;
+  args.block_tables = block_tables.data();
+  args.table_width = size(block_tables, 1);
+  args.sequence_index = sequence_index.data();
+  args.positions = positions.data();
+  args.num_tokens = num_tokens;
+  args.num_heads = num_heads;
+  args.scale = scale;
+  args.window = std::min(window.value_or(kNoWindow), kNoWindow);
+  args.out = out.data();
   check_block_tables(args.block_tables, size(block_tables, 0), args.table_width, args.sequence_index, args.positions,
-                     num_tokens, kv.num_blocks);
-
+                     num_tokens, kv.num_blocks, args.window);
   attend(pool, args);
+}
+
+KVType kv_type_of(std::string_view name) {
+  if (name == "f32") return KVType::f32;
+  if (name == "f16") return KVType::f16;
+  require(name == "int8", "KVArrays: dtype must be f32, f16 or int8");
+  return KVType::int8;
 }
 
 std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
                                          std::string_view dtype) {
-  require(dtype == "f16" || dtype == "f32", "KVArrays: dtype must be f16 or f32");
+  const KVType type = kv_type_of(dtype);
   require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 1024,
           "KVArrays: head_dim must be a multiple of 8 up to 1024");
+  require(type != KVType::int8 || head_dim <= kMostInt8HeadDim,
+          "KVArrays: int8 takes a head_dim up to 512, where integer scores still fit 32 bits");
   for (const int64_t count : {num_layers, num_blocks, num_kv_heads})
     require(count > 0 && count < (int64_t{1} << 26), "KVArrays: layers, blocks and heads must be in 1 ... 2**26-1");
   const double bytes = 2.0 * kBlockSize * 4 * static_cast<double>(num_layers) * static_cast<double>(num_blocks + 8) *
                        static_cast<double>(num_kv_heads) * static_cast<double>(head_dim);
   if (bytes > 1e15) throw std::bad_alloc();
   require(num_blocks * kBlockSize <= std::numeric_limits<int32_t>::max(), "KVArrays: slots must fit 32 bits");
-  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim,
-                                    dtype == "f16" ? KVType::f16 : KVType::f32);
+  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim, type);
 }
 
 LayerKV layer_of(const KVArrays &arrays, int64_t index) {
@@ -247,7 +267,8 @@ NB_MODULE(_native, m) {
         "slots"_a.noconvert(), "Stores k, v (T, num_kv_heads, head_dim) at slots (T,).");
   m.def("attend", &checked_attend, Unlocked(), "pool"_a, "q"_a.noconvert(), "kv"_a, "block_tables"_a.noconvert(),
         "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "out"_a.noconvert(),
-        "Causal attention of q (T, num_heads, head_dim) over each token's own sequence.");
+        "window"_a.none() = nb::none(),
+        "Causal attention of q (T, num_heads, head_dim) over each token's own sequence, or its last `window` tokens.");
   m.def("read_bandwidth", &checked_read_bandwidth, Unlocked(), "pool"_a, "num_bytes"_a,
         "Bytes a second that the threads read from an array of num_bytes, in whole MiB.");
   m.def("integer_throughput", &integer_throughput, Unlocked(), "pool"_a,

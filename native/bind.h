@@ -30,10 +30,10 @@ inline void check_rope(const Floats<3> &table, int64_t head_dim) {
   require(size(table, 2) == 2 && 2 * size(table, 1) <= head_dim, "rope: the table does not fit head_dim");
 }
 
-// Each token's sequence has a table, and the table names a block for each position up to the token's own.
+// Each token's sequence has a table, and the table names a block for each position that the token sees.
 void check_block_tables(const int32_t *tables, int64_t num_sequences, int64_t table_width,
-                        const int32_t *sequence_index, const int32_t *positions, int64_t num_tokens,
-                        int64_t num_blocks);
+                        const int32_t *sequence_index, const int32_t *positions, int64_t num_tokens, int64_t num_blocks,
+                        int64_t window);
 
 void bind_program(nb::module_ &m);
 

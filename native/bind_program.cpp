@@ -216,32 +216,35 @@ int record_norm_qkv(Program &program, int x, Floats<1> norm, float eps, const Pa
       [=, &query, &key, &value](const Step &step) { return product_cost(step.num_tokens, {&query, &key, &value}); });
 }
 
-// Keys and values of a sequence are read once for all of its tokens.
-Cost attend_cost(const Step &step, const LayerKV &kv, int64_t query_width) {
-  std::vector<int64_t> longest(static_cast<std::size_t>(step.num_sequences), 0);
+// Keys and values of a sequence are read once for all of its neighbouring tokens.
+Cost attend_cost(const Step &step, const LayerKV &kv, int64_t query_width, int64_t window) {
   double keys = 0, read = 0;
   for (int64_t i = 0; i < step.num_tokens; ++i) {
-    int64_t &known = longest[static_cast<std::size_t>(step.sequence_index[i])];
-    known = std::max<int64_t>(known, step.positions[i] + 1);
-    keys += step.positions[i] + 1;
+    const int64_t seen = std::min<int64_t>(window, step.positions[i] + 1);
+    const bool goes_on =
+        i > 0 && step.sequence_index[i] == step.sequence_index[i - 1] && step.positions[i] == step.positions[i - 1] + 1;
+    keys += static_cast<double>(seen);
+    read += static_cast<double>(goes_on ? 1 : seen);
   }
-  for (const int64_t count : longest) read += static_cast<double>(count);
   return {read * static_cast<double>(kv.token_bytes()), 4 * keys * static_cast<double>(query_width)};
 }
 
-int record_attend(Program &program, int q, const LayerKV &kv, float scale) {
+int record_attend(Program &program, int q, const LayerKV &kv, float scale, std::optional<int64_t> given_window) {
   const Program::Value in = checked_value(program, q);
   check_tokens(in, "attend: q must have a row a token");
   require(in.width % (kv.num_kv_heads * kv.head_dim) == 0, "attend: query heads must be a multiple of KV heads");
+  require(!given_window || *given_window > 0, "attend: the window must be 1 or more");
+  const int64_t window = std::min(given_window.value_or(kNoWindow), kNoWindow);
+  program.limits.window = std::max(program.limits.window, window);
   limit_blocks(program, kv);
   return append(
       program, "attend", {q}, in.width, false,
       [=](const Frame &frame, int out) {
         const Step &step = frame.step;
         attend(frame.pool(), {frame[q], kv, step.block_tables, step.table_width, step.sequence_index, step.positions,
-                              step.num_tokens, in.width / kv.head_dim, scale, frame[out]});
+                              step.num_tokens, in.width / kv.head_dim, scale, window, frame[out]});
       },
-      [=](const Step &step) { return attend_cost(step, kv, in.width); });
+      [=](const Step &step) { return attend_cost(step, kv, in.width, window); });
 }
 
 int record_silu_multiply(Program &program, int gate, int up) {
@@ -307,7 +310,7 @@ Step checked_step(const Program &program, const StepArrays &arrays) {
           "Program: a slot is outside the cache");
   require(all_below(step.logit_rows, step.num_logits, step.num_tokens), "Program: a logit row is no token of the step");
   check_block_tables(step.block_tables, step.num_sequences, step.table_width, step.sequence_index, step.positions,
-                     step.num_tokens, program.limits.blocks);
+                     step.num_tokens, program.limits.blocks, program.limits.window);
   return step;
 }
 
@@ -374,7 +377,7 @@ void bind_program(nb::module_ &m) {
            "table"_a.noconvert(), "adjacent_pairs"_a, "kv"_a)
       .def("rope", &record_rope, "x"_a, "table"_a.noconvert(), "adjacent_pairs"_a, "head_dim"_a)
       .def("write_kv", &record_write_kv, nb::keep_alive<1, 2>(), "kv"_a, "k"_a, "v"_a)
-      .def("attend", &record_attend, Keep(), "q"_a, "kv"_a, "scale"_a)
+      .def("attend", &record_attend, Keep(), "q"_a, "kv"_a, "scale"_a, "window"_a.none())
       .def("silu_multiply", &record_silu_multiply, "gate"_a, "up"_a)
       .def("add", &record_add, "x"_a, "y"_a)
       .def("take_rows", &record_take_rows, "x"_a)

@@ -37,21 +37,25 @@ struct LinearArgs {
 // Computes y for row blocks [first, last).
 using LinearKernel = void (*)(const LinearArgs &, int64_t first, int64_t last);
 
-enum class KVType : uint8_t { f32, f16 };
+enum class KVType : uint8_t { f32, f16, int8 };
 
 constexpr int kBlockSize = 32;                     // tokens of a KV block
 constexpr int kSuperblock = 8;                     // blocks that lie together
 constexpr int kSegment = kBlockSize * kSuperblock; // tokens whose attention is one (max, sum, value)
+constexpr int kMostInt8HeadDim = 512;              // 32639 * 127 * 512 is the largest integer score: it fits 32 bits
+constexpr int64_t kNoWindow = int64_t{1} << 40;
 
-// One layer's keys and values: (superblocks, num_kv_heads, 2, 8, tile), where a block's K tile is
-// [head_dim][32 tokens] and its V tile is [32 tokens][head_dim].
+// One layer's keys and values: (superblocks, num_kv_heads, 2, 8, tile). A block's K tile is [head_dim][32 tokens], its
+// V tile [32 tokens][head_dim]. With int8 they are [head_dim / 4][32 tokens][4] and [32 / 4 tokens][head_dim][4], each
+// byte 128 above its value, and a float scale for each of the 32 tokens follows.
 struct LayerKV {
   void *data;
   KVType type;
   int64_t num_blocks, num_kv_heads, head_dim;
+  int64_t tile_bytes;
 
   // Bytes that one token's key and value take.
-  int64_t token_bytes() const { return 2 * num_kv_heads * head_dim * (type == KVType::f16 ? 2 : 4); }
+  int64_t token_bytes() const { return 2 * num_kv_heads * tile_bytes / kBlockSize; }
 };
 
 struct AttendArgs {
@@ -62,14 +66,21 @@ struct AttendArgs {
   const int32_t *sequence_index; // (T,)
   const int32_t *positions;      // (T,)
   int64_t num_tokens, num_heads;
-  float scale; // of the scores
-  float *out;  // (T, num_heads, head_dim)
+  float scale;    // of the scores
+  int64_t window; // positions that a token sees, its own the last
+  float *out;     // (T, num_heads, head_dim)
 };
 
-// The running softmax of some query heads: value[i] / sum is the attention output so far.
+// Neighbouring tokens of one sequence, at neighbouring positions, that all see something of a segment. A row is the
+// query of a token and a head, so with the heads that share a KV head there are num_tokens * group rows.
+struct SegmentTask {
+  int64_t first_token, num_tokens, kv_head, segment;
+};
+
+// The running softmax of some rows: value[i] / sum is the attention output so far.
 struct Partial {
-  float *max, *sum; // (heads,)
-  float *value;     // (heads, head_dim)
+  float *max, *sum; // (rows,)
+  float *value;     // (rows, head_dim)
 };
 
 struct Kernels {
@@ -83,11 +94,11 @@ struct Kernels {
   // Turns the pairs of one head in place by turns (pairs, 2).
   void (*rope)(float *x, const float *turns, int64_t pairs, bool adjacent_pairs);
   void (*write_kv)(const LayerKV &, const float *k, const float *v, int64_t slot); // one token, all heads
-  // Attention of one token over one segment, for all query heads of one KV head.
-  void (*attend_segment)(const AttendArgs &, int64_t token, int64_t kv_head, int64_t segment, float *scratch,
+  // Attention of some rows over one segment; `next` is what this thread will be asked for after it, or null.
+  void (*attend_segment)(const AttendArgs &, const SegmentTask &, const SegmentTask *next, float *scratch,
                          const Partial &out);
-  // Folds `next` into `total` (heads, head_dim); the order of calls is the order of segments.
-  void (*merge_segments)(const Partial &total, const Partial &next, int64_t heads, int64_t head_dim);
+  // Folds `next` into `total` (rows, head_dim); the order of calls is the order of segments.
+  void (*merge_segments)(const Partial &total, const Partial &next, int64_t rows, int64_t head_dim);
 };
 
 extern const Kernels kGenericKernels;

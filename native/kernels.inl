@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "simd_quads.h"
 
 #include "attention.inl"
 #include "elementwise.inl"

@@ -14,10 +14,9 @@ class KVArrays {
 public:
   // Throws std::bad_alloc where the address space cannot be had.
   KVArrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KVType type)
-      : num_layers_(num_layers), shape_{nullptr, type, num_blocks, num_kv_heads, head_dim} {
+      : num_layers_(num_layers), shape_{nullptr, type, num_blocks, num_kv_heads, head_dim, tile_bytes(type, head_dim)} {
     const int64_t superblocks = (num_blocks + kSuperblock - 1) / kSuperblock;
-    const int64_t item_bytes = type == KVType::f16 ? 2 : 4;
-    layer_bytes_ = superblocks * kSuperblock * num_kv_heads * 2 * kBlockSize * head_dim * item_bytes;
+    layer_bytes_ = superblocks * kSuperblock * num_kv_heads * 2 * shape_.tile_bytes;
     memory_ = mmap(nullptr, static_cast<std::size_t>(num_bytes()), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
@@ -35,6 +34,11 @@ public:
   }
 
 private:
+  static int64_t tile_bytes(KVType type, int64_t head_dim) {
+    if (type == KVType::int8) return kBlockSize * (head_dim + static_cast<int64_t>(sizeof(float)));
+    return kBlockSize * head_dim * (type == KVType::f16 ? 2 : 4);
+  }
+
   int64_t num_layers_, layer_bytes_ = 0;
   LayerKV shape_;
   void *memory_ = nullptr;

@@ -63,6 +63,7 @@ public:
   // Bounds that every step must keep, gathered from the ops.
   struct Limits {
     int64_t token_ids = INT32_MAX, positions = INT32_MAX, blocks = INT32_MAX;
+    int64_t window = 1; // the longest of any op: so far back block tables must be right
   };
 
   Program(ThreadPool &pool, bool fine) : pool_(pool), fine_(fine) {}

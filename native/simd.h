@@ -190,6 +190,7 @@ inline Int32x8 to_int(Float8 a) {
 }
 inline Float8 power_of_two(Float8 n) {
   return each_lane([&](int i) {
+    if (n.v[i] != n.v[i]) return n.v[i]; // to cast a NaN would be undefined
     const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23;
     float value;
     std::memcpy(&value, &bits, 4);
@@ -296,6 +297,24 @@ inline Wide operator+(Wide a, Wide b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Wide operator-(Wide a, Wide b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Wide operator*(Wide a, Wide b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Wide fma(Wide a, Wide b, Wide c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Wide max(Wide a, Wide b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Wide min(Wide a, Wide b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Wide round_even(Wide a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Wide power_of_two(Wide n) {
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
+}
+inline Wide first_lanes(int count, Wide a, Wide b) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(_mm512_set1_epi32(count), lane), b.v, a.v)};
+}
+inline Float8 low_half(Wide a) { return {_mm512_castps512_ps256(a.v)}; }
+inline Float8 high_half(Wide a) { return {_mm512_extractf32x8_ps(a.v, 1)}; }
+// Keeps a value in a register where the compiler would load it anew for each use.
+inline Wide pinned(Wide a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
 
 // Integers of the same width. Weights lie in blocks of eight rows; a wide vector is kWideBlocks of them side by side,
 // `next` elements apart.
@@ -351,6 +370,14 @@ using Wide = Float8;
 inline Wide wide_zero() { return zero8(); }
 inline Wide wide_broadcast(float x) { return broadcast(x); }
 template <class Stored> inline Wide wide_load(const Stored *p) { return load(p); }
+#if KVIK_SIMD_AVX2 && defined(__GNUC__)
+inline Wide pinned(Wide a) {
+  asm("" : "+x"(a.v));
+  return a;
+}
+#else
+inline Wide pinned(Wide a) { return a; }
+#endif
 
 constexpr int kWideBlocks = 1;
 using WideBytes = Byte32;
@@ -384,6 +411,26 @@ template <> struct Dot<8> {
 
 #endif
 
+// For code written over both widths: V is Float8 or Wide.
+template <class V> inline V spread(float x) {
+  if constexpr (sizeof(V) == sizeof(Float8))
+    return broadcast(x);
+  else
+    return wide_broadcast(x);
+}
+template <class V, class Stored> inline V load_as(const Stored *p) {
+  if constexpr (sizeof(V) == sizeof(Float8))
+    return load(p);
+  else
+    return wide_load(p);
+}
+// Adds eight lanes after eight lanes, so that both widths add in the same order.
+template <class V> inline Float8 add_eights(Float8 sum, V a) {
+  if constexpr (sizeof(V) == sizeof(Float8))
+    return sum + a;
+  else
+    return (sum + low_half(a)) + high_half(a);
+}
 // Reductions across lanes happen only where an op needs one number per row; the tree is fixed.
 inline float add_lanes(Float8 a) {
   float v[kLanes];
@@ -403,20 +450,29 @@ inline float max_lanes(Float8 a) {
   return best;
 }
 
-// e**x to about one unit in the last place; below -87.3 it stays at the smallest normal number, about 1e-38.
+// For what does not depend on the order of lanes.
+template <class V> inline float max_of(V a) {
+  if constexpr (sizeof(V) == sizeof(Float8))
+    return max_lanes(a);
+  else
+    return max_lanes(max(low_half(a), high_half(a)));
+}
+
+// e**x to about one unit in the last place; below -87.3 it stays at the smallest normal number, about 1e-38, and NaN
+// stays NaN: it is the right operand of both bounds, which x86's min and max return when either is NaN.
 // Range reduction by ln 2 in two parts (Cody and Waite), then the Taylor polynomial to degree 6 on |r| <= ln(2)/2.
-inline Float8 exponential(Float8 x) {
-  x = min(max(x, broadcast(-87.3f)), broadcast(88.3f));
-  const Float8 n = round_even(x * broadcast(1.44269504f));
-  Float8 r = fma(n, broadcast(-0.693359375f), x);
-  r = fma(n, broadcast(2.12194440e-4f), r);
-  Float8 p = broadcast(1.0f / 720);
-  p = fma(p, r, broadcast(1.0f / 120));
-  p = fma(p, r, broadcast(1.0f / 24));
-  p = fma(p, r, broadcast(1.0f / 6));
-  p = fma(p, r, broadcast(0.5f));
-  p = fma(p, r, broadcast(1.0f));
-  p = fma(p, r, broadcast(1.0f));
+template <class V> inline V exponential(V x) {
+  x = min(spread<V>(88.3f), max(spread<V>(-87.3f), x));
+  const V n = round_even(x * spread<V>(1.44269504f));
+  V r = fma(n, spread<V>(-0.693359375f), x);
+  r = fma(n, spread<V>(2.12194440e-4f), r);
+  V p = spread<V>(1.0f / 720);
+  p = fma(p, r, spread<V>(1.0f / 120));
+  p = fma(p, r, spread<V>(1.0f / 24));
+  p = fma(p, r, spread<V>(1.0f / 6));
+  p = fma(p, r, spread<V>(0.5f));
+  p = fma(p, r, spread<V>(1.0f));
+  p = fma(p, r, spread<V>(1.0f));
   return p * power_of_two(n);
 }
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from kvik.errors import InvalidInput
 
 Activations = Literal["int8", "int16"]
-KVDType = Literal["f32", "f16"]
+KVDType = Literal["f32", "f16", "int8"]
 Backend = Literal["native", "reference"]
 
 MOST_STOP_STRINGS = 16

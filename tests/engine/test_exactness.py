@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def shaped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("activations", ["int8", "int16"])
-@pytest.mark.parametrize("kv_dtype", ["f16", "f32"])
+@pytest.mark.parametrize("kv_dtype", get_args(KVDType))
 def test_every_arrangement_gives_the_same_bits(
     shaped: LoadedModel, kv_dtype: KVDType, activations: Activations
 ) -> None:
@@ -106,7 +106,7 @@ def test_lengths_at_the_edges_of_blocks_and_segments(shaped: LoadedModel, length
         assert_same(arrangement.run(shaped, prompt, params, "f16", "int8"), wanted, arrangement)
 
 
-@pytest.mark.parametrize("kv_dtype", ["f16", "f32"])
+@pytest.mark.parametrize("kv_dtype", get_args(KVDType))
 def test_a_context_of_several_segments(tmp_path: Path, kv_dtype: KVDType) -> None:
     """From three segments on it would show if they were merged in another order."""
     model = tiny_model(tmp_path, seed=7, num_heads=3, num_kv_heads=1, head_dim=32, context_length=1100)
@@ -126,7 +126,8 @@ def test_random_arrangements_with_sampling(tiny: LoadedModel, seed: int) -> None
     rng = np.random.default_rng(seed)
     prompt = random_prompt(tiny, int(rng.integers(1, 450)), seed)
     params = SamplingParams(max_tokens=int(rng.integers(1, 40)), temperature=1.0, top_p=0.9, seed=seed, ignore_eos=True)
-    kv_dtype: KVDType = "f32" if seed % 2 else "f16"
+    kv_types: tuple[KVDType, ...] = get_args(KVDType)
+    kv_dtype = kv_types[seed % 3]
     wanted = Arrangement().run(tiny, prompt, params, kv_dtype, "int8")
     for _ in range(4):
         arrangement = Arrangement(
@@ -160,7 +161,7 @@ def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: K
     return np.concatenate(rows)
 
 
-@pytest.mark.parametrize("kv_dtype", ["f16", "f32"])
+@pytest.mark.parametrize("kv_dtype", get_args(KVDType))
 def test_every_position_of_a_prompt(shaped: LoadedModel, kv_dtype: KVDType) -> None:
     prompt = random_prompt(shaped, 300, seed=12)
     wanted = prompt_logits(shaped, prompt, 300, kv_dtype, seed=0)
@@ -219,7 +220,7 @@ def test_every_prompt_logit_of_the_default_model(trained: LoadedModel, chunk: in
     )
 
 
-@pytest.mark.parametrize(("kv_dtype", "activations"), [("f32", "int8"), ("f16", "int16")])
+@pytest.mark.parametrize(("kv_dtype", "activations"), [("f32", "int8"), ("f16", "int16"), ("int8", "int8")])
 def test_the_default_model_in_its_other_settings(
     trained: LoadedModel, kv_dtype: KVDType, activations: Activations
 ) -> None:

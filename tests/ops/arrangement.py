@@ -87,8 +87,8 @@ class History:
         k, v = (gather(stored, chunks) for stored in (self.k, self.v))
         ops.write_kv(kv, k, v, self.batch(chunks).slot_mapping)
 
-    def attend(self, ops: Ops, kv: LayerKV, chunks: Sequence[Chunk]) -> FloatArray:
-        return ops.to_numpy(ops.attend(gather(self.q, chunks), kv, self.batch(chunks)))
+    def attend(self, ops: Ops, kv: LayerKV, chunks: Sequence[Chunk], window: int | None = None) -> FloatArray:
+        return ops.to_numpy(ops.attend(gather(self.q, chunks), kv, self.batch(chunks), window))
 
     @property
     def everything(self) -> list[Chunk]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 
@@ -46,6 +47,15 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
             history.write(ops, kv, history.everything)
             yield history.attend(ops, kv, [(0, 258, 261), (1, 0, 40)])
             yield history.attend(ops, kv, [(0, 260, 261)])
+    every_type: tuple[KVDType, ...] = get_args(KVDType)
+    for dtype in every_type:  # a prompt's tile, sizes with a rest of eight, windows
+        for group, head_dim, window in ((1, 8, 33), (3, 72, None), (7, 24, 257), (6, 64, None), (4, 136, 200)):
+            history = random_history(Heads(2 * group, 2, head_dim), [530, 40], rng, sharpness=2.0)
+            history.v[1] *= 10.0 ** rng.integers(-8, 4, history.v[1].shape)
+            kv = history.allocate(ops, dtype)
+            history.write(ops, kv, history.everything)
+            yield history.attend(ops, kv, [(0, 490, 530), (1, 0, 40)], window)
+            yield history.attend(ops, kv, [(0, 529, 530)], window)
 
 
 def digest(threads: int = 2) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from kvik.config import KVDType
 from kvik.ops.base import Batch, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
-from ops.arrangement import Heads, History, WideArray, random_history
+from ops.arrangement import FloatArray, Heads, History, WideArray, random_history
 
 UNIT = 2.0**-24  # half a unit in the last place of 1.0: what rounding one float32 result may lose
 
@@ -19,24 +21,45 @@ HEAD_DIMS = (8, 16, 40, 64, 80, 128, 256)
 # Both sides of a block's and a segment's edge, one and two segments back.
 POSITIONS = (0, 1, 31, 32, 254, 255, 256, 257, 300, 511, 512, 540)
 
+WINDOWS = (1, 31, 32, 33, 255, 256, 257, None)
+
+every_kv_type = pytest.mark.parametrize("dtype", get_args(KVDType))
+
 
 @pytest.fixture(params=["native", "reference"])
 def ops(request: pytest.FixtureRequest) -> Ops:
     return NativeOps(threads=2) if request.param == "native" else ReferenceOps()
 
 
-def expected(history: History, dtype: KVDType, sequence: int, position: int) -> tuple[WideArray, WideArray]:
+def as_stored(x: FloatArray, dtype: KVDType) -> WideArray:
+    """Keys or values (..., head_dim) as the cache keeps them; int8 rounds to whole multiples of max|row| / 127."""
+    if dtype != "int8":
+        return x.astype(np.float16 if dtype == "f16" else np.float32).astype(np.float64)
+    largest = abs(x).max(axis=-1, keepdims=True)
+    inverse = np.where(largest > 1e-30, np.float32(127) / np.maximum(largest, np.float32(1e-30)), np.float32(0))
+    return np.rint(x * inverse).astype(np.float64) * scale_of(x)[..., None]
+
+
+def scale_of(x: FloatArray) -> WideArray:
+    """What one step of an int8 key or value (..., head_dim) stands for."""
+    largest = abs(x).max(axis=-1)
+    return np.where(largest > 1e-30, largest / np.float32(127), 0).astype(np.float64)
+
+
+def expected(
+    history: History, dtype: KVDType, sequence: int, position: int, window: int | None = None
+) -> tuple[WideArray, WideArray]:
     """One token's attention (num_heads, head_dim) in float64, and how far float32 arithmetic may be from it.
 
     A score adds head_dim products and is scaled: it is off by at most (head_dim + 4) units of the sum of |q k|. That
     and the rounding of the exponent and of e**x move a weight by the relative `slack`. A value adds position + 1 terms.
+    With int8 a query is rounded to 32,639 steps of its largest dimension, and a segment's weights times scales to as
+    many steps of their largest: each is off by at most half a step.
     """
     group = history.heads.num_heads // history.heads.num_kv_heads
-    stored = np.float16 if dtype == "f16" else np.float32
-    keys, values = (
-        arrays[sequence][: position + 1].astype(stored).astype(np.float64).repeat(group, axis=1)
-        for arrays in (history.k, history.v)
-    )  # (position + 1, num_heads, head_dim)
+    seen = np.arange(0 if window is None else max(0, position - window + 1), position + 1)
+    k, v = (arrays[sequence][seen] for arrays in (history.k, history.v))
+    keys, values = (as_stored(x, dtype).repeat(group, axis=1) for x in (k, v))  # (tokens seen, num_heads, head_dim)
     q = history.q[sequence][position].astype(np.float64)
     scale = 1 / np.sqrt(history.heads.head_dim)
     scores = np.einsum("hd,thd->ht", q, keys) * scale
@@ -45,26 +68,36 @@ def expected(history: History, dtype: KVDType, sequence: int, position: int) -> 
     weights /= weights.sum(axis=1, keepdims=True)
     out = np.einsum("ht,thd->hd", weights, values)
 
+    half_step = 0.5 / 32639 * 1.001
     score_error = (history.heads.head_dim + 4) * UNIT * np.einsum("hd,thd->ht", abs(q), abs(keys)) * scale
+    if dtype == "int8":
+        score_error += half_step * abs(q).max(axis=1)[:, None] * abs(keys).sum(axis=2).T * scale
     slack = score_error + score_error.max(axis=1, keepdims=True) + (below_top + 8) * UNIT
     bound = np.einsum("ht,thd->hd", weights * slack, abs(values - out))
     bound += (position + 32) * UNIT * np.einsum("ht,thd->hd", weights, abs(values))
+    if dtype == "int8":
+        scales = scale_of(v).repeat(group, axis=1)  # (tokens seen, num_heads)
+        steps = abs(values) / np.maximum(scales, 1e-300)[..., None]
+        for segment in np.unique(seen // 256):
+            inside = seen // 256 == segment
+            largest = (weights[:, inside] * scales[inside].T).max(axis=1)
+            bound += half_step * largest[:, None] * steps[inside].sum(axis=0) * (1 + 2 * slack.max())
     return out, bound
 
 
-def check(ops: Ops, history: History, dtype: KVDType, tokens: list[tuple[int, int]]) -> None:
+def check(ops: Ops, history: History, dtype: KVDType, tokens: list[tuple[int, int]], window: int | None = None) -> None:
     """Attend at (sequence, position) pairs, all in one batch, and compare each."""
     kv = history.allocate(ops, dtype)
     history.write(ops, kv, history.everything)
-    outs = history.attend(ops, kv, [(sequence, position, position + 1) for sequence, position in tokens])
+    outs = history.attend(ops, kv, [(sequence, position, position + 1) for sequence, position in tokens], window)
     for out, (sequence, position) in zip(outs, tokens, strict=True):
-        wanted, bound = expected(history, dtype, sequence, position)
+        wanted, bound = expected(history, dtype, sequence, position, window)
         assert (abs(out - wanted) <= bound).all(), f"sequence {sequence}, position {position}"
         # The bound is of use only where it is far below the values themselves.
         assert bound.max() < 0.02 * abs(wanted).max()
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@every_kv_type
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_group_and_head_dim(ops: Ops, group: int, head_dim: int, dtype: KVDType) -> None:
@@ -74,7 +107,7 @@ def test_every_group_and_head_dim(ops: Ops, group: int, head_dim: int, dtype: KV
     check(ops, history, dtype, [(1, 299), (0, 44), (1, 256), (0, 0), (1, 255)])
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@every_kv_type
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 30.0])
 def test_positions_on_both_sides_of_every_edge(ops: Ops, sharpness: float, dtype: KVDType) -> None:
     """Weights that are all equal, ordinary ones, and ones where few tokens take all."""
@@ -168,3 +201,103 @@ def test_layers_do_not_share_memory(ops: Ops) -> None:
     for other in (layers[0], layers[2]):
         history.write(ops, other, history.everything)
     np.testing.assert_array_equal(history.attend(ops, layers[1], history.everything), before)
+
+
+@every_kv_type
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_of_any_size(ops: Ops, window: int | None, dtype: KVDType) -> None:
+    """At every edge; the positions in a row are one tile, whose queries see different first and last tokens."""
+    history = random_history(Heads(3, 1, 24), [541, 541], np.random.default_rng(14), sharpness=2.0)
+    in_a_row = [(1, position) for position in (*range(250, 261), *range(505, 541))]
+    check(ops, history, dtype, [*((0, position) for position in POSITIONS), *in_a_row], window)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_shapes_by_chance(ops: Ops, seed: int) -> None:
+    """Groups that fill no register evenly, head sizes with a rest of eight, a prompt's chunk beside single tokens."""
+    rng = np.random.default_rng(seed)
+    group = int(rng.choice([*range(1, 13), 71, 128]))
+    num_kv_heads = int(rng.integers(1, 4)) if group < 20 else 1
+    heads = Heads(group * num_kv_heads, num_kv_heads, 8 * int(rng.integers(1, 33)))
+    lengths = [int(rng.integers(1, 40)), int(rng.integers(257, 600))]
+    history = random_history(heads, lengths, rng, sharpness=float(rng.choice([0.5, 2.0])))
+    kv_types: tuple[KVDType, ...] = get_args(KVDType)
+    dtype, window = kv_types[seed % 3], WINDOWS[int(rng.integers(len(WINDOWS)))]
+    kv = history.allocate(ops, dtype)
+    history.write(ops, kv, history.everything)
+    start = int(rng.integers(0, lengths[1]))
+    chunks = [(0, lengths[0] - 1, lengths[0]), (1, start, min(start + 70, lengths[1]))]
+    outs = history.attend(ops, kv, chunks, window)
+    tokens = [(sequence, position) for sequence, first, last in chunks for position in range(first, last)]
+    for index in {0, 1, len(tokens) - 1, *rng.integers(0, len(tokens), 4).tolist()}:
+        sequence, position = tokens[index]
+        wanted, bound = expected(history, dtype, sequence, position, window)
+        assert (abs(outs[index] - wanted) <= bound).all(), f"{heads}, {dtype}, window {window}, {tokens[index]}"
+
+
+@every_kv_type
+def test_what_lies_behind_a_window_is_neither_read_nor_asked_for(ops: Ops, dtype: KVDType) -> None:
+    """The blocks went to someone else: their places in the table hold no block, the first visible one's rest NaN."""
+    history = random_history(Heads(3, 1, 16), [600], np.random.default_rng(15))
+    window = 40
+    kv = history.allocate(ops, dtype)
+    nothing = np.full((history.num_blocks * 32, 1, 16), np.nan, np.float32)
+    ops.write_kv(kv, nothing, nothing, np.arange(history.num_blocks * 32, dtype=np.int32))
+    history.write(ops, kv, [(0, 500, 600)])
+    wanted = [expected(history, dtype, 0, position, window) for position in (550, 551, 599)]
+    history.block_tables[0, : (550 - window + 1) // 32] = -1
+    for start, stop, (value, bound) in ((550, 551, wanted[0]), (551, 552, wanted[1]), (570, 600, wanted[2])):
+        out = history.attend(ops, kv, [(0, start, stop)], window)[-1]
+        assert (abs(out - value) <= bound).all()
+
+
+def stored_value(ops: Ops, v: FloatArray) -> FloatArray:
+    """A value (head_dim,) as an int8 cache gives it back: a softmax over one token is 1."""
+    history = random_history(Heads(1, 1, len(v)), [1], np.random.default_rng(16))
+    history.v[0][0, 0] = v
+    kv = history.allocate(ops, "int8")
+    history.write(ops, kv, history.everything)
+    found: FloatArray = history.attend(ops, kv, history.everything)[0, 0]
+    return found
+
+
+def test_an_int8_value_is_a_whole_multiple_of_its_scale(ops: Ops) -> None:
+    """One segment's weight is rounded too, but its largest is 32,639 steps of itself: only float32 rounding is left."""
+    v = np.random.default_rng(17).normal(0, 1, 64).astype(np.float32)
+    v[5] = 12.7
+    np.testing.assert_allclose(stored_value(ops, v), np.rint(v * np.float32(127) / v[5]) * 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, -0.0, 1e-45, 1e-38, 1e-31])
+def test_what_is_too_small_for_a_scale_is_zero(ops: Ops, size: float) -> None:
+    assert (stored_value(ops, np.full(24, size, np.float32)) == 0).all()
+
+
+def test_a_huge_outlier_leaves_nothing_of_the_rest(ops: Ops) -> None:
+    v = np.ones(24, np.float32)
+    v[7] = -3e38
+    found = stored_value(ops, v)
+    np.testing.assert_allclose(found[7], -3e38, rtol=1e-6)
+    assert (np.delete(found, 7) == 0).all()
+
+
+@every_kv_type
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_what_is_no_number_does_not_vanish(ops: Ops, where: str, bad: float, dtype: KVDType) -> None:
+    """In a token of an earlier segment: its head's output is no number either, where the score is not minus infinity.
+
+    The token before it sees nothing of it.
+    """
+    history = random_history(Heads(2, 2, 16), [300], np.random.default_rng(18))
+    position = 299 if where == "q" else 200
+    {"q": history.q, "k": history.k, "v": history.v}[where][0][position, 1, 3] = bad
+    if where == "k":
+        history.q[0][:, 1, 3] = abs(history.q[0][:, 1, 3]) * np.sign(bad if np.isinf(bad) else 1)
+    kv = history.allocate(ops, dtype)
+    with np.errstate(invalid="ignore"):
+        history.write(ops, kv, history.everything)
+        outs = history.attend(ops, kv, [(0, 150, 300)])
+        assert np.isfinite(outs[: 199 - 150]).all()
+        assert np.isfinite(outs[:, 0]).all()
+        assert not np.isfinite(outs[-1, 1]).all()

@@ -122,6 +122,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "positions": lambda: integers(0, 95, 31),
             "scale": lambda: 0.25,
             "out": lambda: floats(TOKENS, HEADS, HEAD_DIM),
+            "window": lambda: 2**62,
         },
     ),
     "KVArrays": (
@@ -205,6 +206,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "sequence_index": [integers(0, 1, 2), integers(0, -1, 0), integers(0, 1), integers(2**31 - 1, 0, 0)],
         "positions": [integers(0, 96, 0), integers(-1, 0, 0), integers(0, 1), integers(0, 0, 2**31 - 1)],
         "out": [floats(TOKENS, HEADS, HEAD_DIM - 1), floats(TOKENS, HEADS * 2, HEAD_DIM), floats(2, HEADS, HEAD_DIM)],
+        "window": [0, -1, -(2**63), 2**63, 2**70],
     },
     "KVArrays": {
         "num_layers": [*HUGE, 2**26],
@@ -240,7 +242,8 @@ def cases() -> list[Any]:
             value = make()
             values = [*BAD[name].get(argument, []), *variants(value)]
             if not isinstance(value, (bool, float)):  # those are read from any number
-                values += [kind for kind in WRONG_KINDS if not (isinstance(kind, str) and isinstance(value, str))]
+                kinds = [kind for kind in WRONG_KINDS if not (isinstance(kind, str) and isinstance(value, str))]
+                values += kinds[1:] if argument == "window" else kinds  # no window is None
             found += [
                 pytest.param(name, argument, bad, id=f"{name}-{argument}-{index}") for index, bad in enumerate(values)
             ]
@@ -335,6 +338,24 @@ def test_a_layer_outlives_the_name_of_its_arrays() -> None:
     _native.write_kv(POOL, kv, floats(1, KV_HEADS, HEAD_DIM), np.ones((1, KV_HEADS, HEAD_DIM), np.float32), integers(0))
     _native.attend(**good)
     assert (good["out"][0] == 1).all()
+
+
+def test_int8_takes_no_head_whose_integer_scores_could_overflow() -> None:
+    assert _native.KVArrays(1, 8, 1, 512, "int8").num_bytes == 8 * 32 * 2 * (512 + 4)
+    with pytest.raises(ValueError, match="int8 takes a head_dim up to 512"):
+        _native.KVArrays(1, 8, 1, 520, "int8")
+
+
+def test_block_ids_before_the_window_are_never_read() -> None:
+    """Neighbours, and a token whose neighbour before it saw less."""
+    _, arguments = GOOD["attend"]
+    good = {key: make() for key, make in arguments.items()}
+    good |= {"block_tables": np.asarray([[-1, 7, 3], [1, 2, 4]], np.int32), "window": 32}
+    _native.attend(**good | {"positions": integers(63, 95, 31)})
+    for positions in ((62, 95, 31), (95, 95, 31)):
+        call = good | {"positions": integers(*positions), "sequence_index": integers(0, 0, 0)}
+        with pytest.raises(ValueError, match="block id"):
+            _native.attend(**call)
 
 
 def test_block_ids_past_the_last_position_are_never_read() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -21,7 +23,7 @@ from subprocesses import python
 THREADS = (1, 2, 3)
 
 every_thread_count = pytest.mark.parametrize("threads", THREADS)
-both_kv_types = pytest.mark.parametrize("dtype", ["f32", "f16"])
+every_kv_type = pytest.mark.parametrize("dtype", get_args(KVDType))
 
 
 def same_bits(left: FloatArray, right: FloatArray) -> None:
@@ -102,18 +104,20 @@ def test_rows_of_norm_activation_and_rope(seed: int, shape: tuple[int, int], cut
         same_bits(np.concatenate([first, second]), together)
 
 
-def written_in_chunks(history: History, ops: NativeOps, dtype: KVDType, chunk: int) -> FloatArray:
+def written_in_chunks(
+    history: History, ops: NativeOps, dtype: KVDType, chunk: int, window: int | None = None
+) -> FloatArray:
     """The first sequence computed `chunk` tokens at a time, each written before it looks back."""
     kv = history.allocate(ops, dtype)
     outs = []
     for start in range(0, len(history.q[0]), chunk):
         part = [(0, start, min(start + chunk, len(history.q[0])))]
         history.write(ops, kv, part)
-        outs.append(history.attend(ops, kv, part))
+        outs.append(history.attend(ops, kv, part, window))
     return np.concatenate(outs)
 
 
-@both_kv_types
+@every_kv_type
 @pytest.mark.parametrize("group", [1, 3, 4])
 def test_attend_in_chunks(group: int, dtype: KVDType) -> None:
     """One token at a time, a segment a task, up to all at once, a row a task; 530 positions make three segments."""
@@ -126,7 +130,7 @@ def test_attend_in_chunks(group: int, dtype: KVDType) -> None:
             same_bits(written_in_chunks(history, ops, dtype, chunk), one_by_one)
 
 
-@both_kv_types
+@every_kv_type
 @every_thread_count
 def test_attend_few_rows_and_many(dtype: KVDType, threads: int) -> None:
     """With few rows a task is a segment, with many a row: the switch lies at four rows a thread."""
@@ -139,7 +143,7 @@ def test_attend_few_rows_and_many(dtype: KVDType, threads: int) -> None:
         same_bits(history.attend(ops, kv, [(0, 600 - count, 600)]), many[-count:])
 
 
-@both_kv_types
+@every_kv_type
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), threads=st.sampled_from(THREADS))
 def test_attend_does_not_see_placement_or_company(dtype: KVDType, seed: int, threads: int) -> None:
@@ -163,6 +167,66 @@ def test_attend_does_not_see_placement_or_company(dtype: KVDType, seed: int, thr
         only.write(alone, kv_alone, only.everything)
         for out in only.attend(alone, kv_alone, [(0, start, stop)]):
             same_bits(next(outs), out)
+
+
+@every_kv_type
+@pytest.mark.parametrize("window", [1, 33, 255, 257])
+def test_a_window_in_chunks(window: int, dtype: KVDType) -> None:
+    """Where a tile's rows begin and end at different tokens, each still adds its own in order."""
+    history = random_history(Heads(6, 2, 24), [530], np.random.default_rng(window), sharpness=2.0)
+    one_by_one = written_in_chunks(history, NativeOps(threads=1), dtype, 1, window)
+    assert np.isfinite(one_by_one).all()
+    for threads, chunk in ((1, 16), (2, 5), (3, 64), (2, 33), (3, 512)):
+        same_bits(written_in_chunks(history, NativeOps(threads=threads), dtype, chunk, window), one_by_one)
+
+
+@every_kv_type
+@pytest.mark.parametrize("group", [5, 7, 13, 71, 128])
+def test_groups_of_any_size_in_chunks(group: int, dtype: KVDType) -> None:
+    """Tiles of a few tokens or one, slices of rows that mix heads of neighbouring tokens."""
+    history = random_history(Heads(group, 1, 8), [270], np.random.default_rng(group), sharpness=2.0)
+    kv = history.allocate(NativeOps(), dtype)
+    alone = NativeOps(threads=1)
+    history.write(alone, kv, history.everything)
+    one_by_one = np.concatenate([history.attend(alone, kv, [(0, at, at + 1)]) for at in range(230, 270)])
+    for threads in THREADS:
+        same_bits(history.attend(NativeOps(threads=threads), kv, [(0, 230, 270)]), one_by_one)
+
+
+@every_kv_type
+@pytest.mark.parametrize("seed", range(15))
+def test_ragged_batches_by_chance(seed: int, dtype: KVDType) -> None:
+    """Any chunks of several sequences at once, of any shape: each token's bits are those it has alone."""
+    rng = np.random.default_rng(seed)
+    heads = Heads(int(rng.integers(1, 13)), 1, 8 * int(rng.integers(1, 33)))
+    lengths = rng.integers(1, 700, 4).tolist()
+    history = random_history(heads, lengths, rng, sharpness=2.0)
+    window = [None, 1, 31, 256, 300][int(rng.integers(5))]
+    alone = NativeOps(threads=1)
+    kv = history.allocate(alone, dtype)
+    history.write(alone, kv, history.everything)
+    chunks = [(index, int(rng.integers(max(0, length - 100), length)), length) for index, length in enumerate(lengths)]
+    wanted = np.concatenate(
+        [history.attend(alone, kv, [(index, at, at + 1)], window) for index, a, b in chunks for at in range(a, b)]
+    )
+    for threads in THREADS:
+        same_bits(history.attend(NativeOps(threads=threads), kv, chunks, window), wanted)
+
+
+@every_kv_type
+def test_a_later_token_that_is_no_number_leaves_earlier_ones_their_bits(dtype: KVDType) -> None:
+    """Rows of a tile share what is loaded, and zero times NaN is NaN: it must not be added even so."""
+    history = random_history(Heads(6, 2, 16), [64], np.random.default_rng(19), sharpness=2.0)
+    ops = NativeOps(threads=2)
+    kv = history.allocate(ops, dtype)
+    history.write(ops, kv, history.everything)
+    before = history.attend(ops, kv, [(0, 0, 64)])
+    for cut in (62, 33, 31, 1):
+        history.k[0][cut] = history.v[0][cut] = np.nan
+        history.write(ops, kv, [(0, cut, cut + 1)])
+        outs = history.attend(ops, kv, [(0, 0, 64)])
+        same_bits(outs[:cut], before[:cut])
+        assert np.isnan(outs[cut:]).all()
 
 
 def test_a_batch_is_its_tokens_one_by_one() -> None:

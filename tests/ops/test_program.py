@@ -91,7 +91,7 @@ class Layer:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_recorded_and_eager_fused_and_small_ops_give_the_same_bits(
     activations: Activations, kv_dtype: KVDType, threads: int
@@ -129,7 +129,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return native, load_model(native.path, ReferenceOps(request.param))
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
 def test_each_op_of_a_step_is_near_the_reference(pair: tuple[LoadedModel, LoadedModel], kv_dtype: KVDType) -> None:
     """Step-by-step replay: the reference computes each op from what the native op was given.
 
@@ -224,7 +224,7 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
         ("gate and up differ", lambda: program.norm_gated(x, norm, eps, layer.gate, layer.head)),
         (
             "query heads must be a multiple",
-            lambda: program.attend(program.norm_linear(x, norm, eps, layer.head), layer.kv, 1.0),
+            lambda: program.attend(program.norm_linear(x, norm, eps, layer.head), layer.kv, 1.0, None),
         ),
         ("k or v has a wrong shape", lambda: program.write_kv(layer.kv, x, x)),
         ("the table does not fit", lambda: program.rope(x, layer.rope.turns, True, 8)),

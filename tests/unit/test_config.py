@@ -57,7 +57,7 @@ BAD_SAMPLING: dict[str, list[Any]] = {
 }
 GOOD_ENGINE: dict[str, list[Any]] = {
     "activations": ["int8", "int16"],
-    "kv_dtype": ["f16", "f32"],
+    "kv_dtype": ["f16", "f32", "int8"],
     "context": [None, 2, 4096, MOST_TOKENS],
     "threads": [None, 1, 256],
     "token_budget": [1, 512, 1 << 20],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
 from kvik import _native
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
 from kvik.config import KVDType
+from kvik.errors import InvalidInput
 
 SMOLLM2 = KVCacheSpec(num_layers=30, num_kv_heads=3, head_dim=64, dtype="f16")
 LLAMA_3_8B = KVCacheSpec(num_layers=32, num_kv_heads=8, head_dim=128, dtype="f16")
@@ -27,6 +29,18 @@ def test_float32_takes_twice_the_bytes_of_float16() -> None:
     assert wide.block_bytes == 2 * SMOLLM2.block_bytes
 
 
+def test_int8_counts_its_scales() -> None:
+    small = dataclasses.replace(SMOLLM2, dtype="int8")
+    assert small.token_bytes == 30 * 3 * 2 * (64 + 4)
+    assert small.block_bytes == 32 * small.token_bytes
+
+
+def test_int8_refuses_heads_whose_integer_scores_could_overflow() -> None:
+    assert KVCacheSpec(1, 1, 512, "int8").token_bytes == 2 * 516
+    with pytest.raises(InvalidInput, match="a head_dim up to 512, the model has 520"):
+        KVCacheSpec(1, 1, 520, "int8")
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "blocks", "pool_blocks"),
     [(0, 0, 0), (1, 1, 8), (31, 1, 8), (32, 1, 8), (33, 2, 8), (256, 8, 8), (257, 9, 16), (8192, 256, 256)],
@@ -41,7 +55,7 @@ def test_the_block_size_is_the_kernels_own() -> None:
     assert SMOLLM2.pool_blocks_for(1) * BLOCK_SIZE == _native.SEGMENT
 
 
-@pytest.mark.parametrize("dtype", ["f16", "f32"])
+@pytest.mark.parametrize("dtype", get_args(KVDType))
 @pytest.mark.parametrize("shape", [(1, 1, 8), (2, 3, 40), (30, 3, 64), (4, 8, 128)])
 @pytest.mark.parametrize("num_tokens", [1, 256, 300, 2048])
 def test_the_figure_is_what_the_engine_allocates(num_tokens: int, shape: tuple[int, int, int], dtype: KVDType) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvik.config import KVDType
+from kvik.errors import InvalidInput
 
 BLOCK_SIZE = 32
 """Tokens of a block."""
@@ -12,7 +13,11 @@ BLOCK_SIZE = 32
 BLOCKS_PER_SUPERBLOCK = 8
 """Blocks whose keys and values lie together, so arrays grow by this many."""
 
-_ITEM_BYTES: dict[KVDType, int] = {"f32": 4, "f16": 2}
+_ITEM_BYTES: dict[KVDType, int] = {"f32": 4, "f16": 2, "int8": 1}
+_SCALE_BYTES: dict[KVDType, int] = {"f32": 0, "f16": 0, "int8": 4}  # of each key and each value of a head
+
+MOST_INT8_HEAD_DIM = 512
+"""Above it the integer sums of a score could pass 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +30,18 @@ class KVCacheSpec:
     dtype: KVDType
     block_size: int = BLOCK_SIZE
 
+    def __post_init__(self) -> None:
+        if self.dtype == "int8" and self.head_dim > MOST_INT8_HEAD_DIM:
+            raise InvalidInput(
+                f"an int8 cache takes a head_dim up to {MOST_INT8_HEAD_DIM}, the model has {self.head_dim}",
+                hint="choose f16 for the keys and values",
+            )
+
     @property
     def token_bytes(self) -> int:
         """Bytes one token occupies across all layers, key and value together."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * _ITEM_BYTES[self.dtype]
+        head_bytes = self.head_dim * _ITEM_BYTES[self.dtype] + _SCALE_BYTES[self.dtype]
+        return 2 * self.num_layers * self.num_kv_heads * head_bytes
 
     @property
     def block_bytes(self) -> int:

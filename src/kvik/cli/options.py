@@ -98,7 +98,9 @@ class EngineOptions:
     activations: Annotated[
         Activations, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
     ] = "int8"
-    kv_dtype: Annotated[KVDType, value(ENGINE, "f16|f32", "Keys and values in the cache.", show_default=True)] = "f16"
+    kv_dtype: Annotated[KVDType, value(ENGINE, "f16|f32|int8", "Keys and values in the cache.", show_default=True)] = (
+        "f16"
+    )
     context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None
     threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None
 

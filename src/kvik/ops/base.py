@@ -123,11 +123,18 @@ class Ops(ABC):
 
     @abstractmethod
     def write_kv(self, kv: LayerKV, k: Array, v: Array, slot_mapping: IntArray) -> None:
-        """Store k, v (T, num_kv_heads, head_dim) at their slots, in place."""
+        """Store k, v (T, num_kv_heads, head_dim) at their slots, in place.
+
+        int8 has one float32 scale for each token's key and one for its value, by KV head: what is stored is a whole
+        multiple, -127 ... 127, of the largest magnitude / 127. NaN or infinity makes all of that key or value NaN.
+        """
 
     @abstractmethod
-    def attend(self, q: Array, kv: LayerKV, batch: Batch) -> Array:
-        """Causal attention of q (T, num_heads, head_dim) over each token's own sequence, scores / sqrt(head_dim)."""
+    def attend(self, q: Array, kv: LayerKV, batch: Batch, window: int | None = None) -> Array:
+        """Causal attention of q (T, num_heads, head_dim) over each token's own sequence, scores / sqrt(head_dim).
+
+        With a window, position p sees max(0, p - window + 1) ... p; block table entries before that are not read.
+        """
 
     @abstractmethod
     def silu_multiply(self, gate: Array, up: Array) -> Array:

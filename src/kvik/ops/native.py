@@ -78,10 +78,10 @@ class NativeOps(Ops):
     def write_kv(self, kv: _native.LayerKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
         _native.write_kv(self._pool, kv, k, v, slot_mapping)
 
-    def attend(self, q: FloatArray, kv: _native.LayerKV, batch: Batch) -> FloatArray:
+    def attend(self, q: FloatArray, kv: _native.LayerKV, batch: Batch, window: int | None = None) -> FloatArray:
         out = np.empty_like(q)
         scale = 1.0 / float(np.sqrt(q.shape[2]))
-        _native.attend(self._pool, q, kv, batch.block_tables, batch.sequence_index, batch.positions, scale, out)
+        _native.attend(self._pool, q, kv, batch.block_tables, batch.sequence_index, batch.positions, scale, out, window)
         return out
 
     def silu_multiply(self, gate: FloatArray, up: FloatArray) -> FloatArray:

@@ -159,8 +159,8 @@ def _append(program: _native.Program, ids: dict[int, int], call: Call) -> list[i
         case "write_kv", (kv, k, v, _):
             program.write_kv(kv, k, v)
             return []
-        case "attend", (q, kv, _):
-            return [program.attend(q, kv, 1.0 / math.sqrt(call.results[0].shape[-1]))]
+        case "attend", (q, kv, _, window):
+            return [program.attend(q, kv, 1.0 / math.sqrt(call.results[0].shape[-1]), window)]
         case "embed" | "take_rows", (first, _):
             return [getattr(program, call.name)(first)]
         case "linear" | "silu_multiply" | "add", _:

@@ -49,18 +49,31 @@ class ReferenceKV:
 
     keys: npt.NDArray[np.floating]
     values: npt.NDArray[np.floating]
+    int8: bool  # float32 arrays hold what int8 would: whole multiples of a scale
 
 
 def quantize_activations(x: FloatArray, activations: Activations) -> FloatArray:
     """x as the integer kernels see it: whole multiples of max|group| / 127 (int8) or / 32384 (int16)."""
     groups = x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
-    levels = np.float32(_LEVELS[activations])
+    return _whole_multiples(groups, _LEVELS[activations]).reshape(x.shape)
+
+
+def quantize_kv(x: FloatArray) -> FloatArray:
+    """Keys or values (..., head_dim) as an int8 cache keeps them: whole multiples of max|row| / 127."""
+    seen = _whole_multiples(x, 127.0)
+    seen[~np.isfinite(x).all(axis=-1)] = np.nan
+    return seen
+
+
+def _whole_multiples(groups: FloatArray, most: float) -> FloatArray:
+    levels = np.float32(most)
     largest = np.abs(groups).max(axis=-1, keepdims=True)
     usable = ~(largest <= 1e-30)  # NaN is not too small
     # The quotient first, then the product: which way a value near the middle of two levels goes is part of the meaning.
     inverse = np.divide(levels, largest, out=np.zeros_like(largest), where=usable)
-    quants = np.clip(np.rint(groups * inverse), -levels, levels)
-    seen: FloatArray = (quants * np.where(usable, largest / levels, 0)).astype(np.float32).reshape(x.shape)
+    with np.errstate(invalid="ignore"):  # infinity times its inverse
+        quants = np.clip(np.rint(groups * inverse), -levels, levels)
+        seen: FloatArray = (quants * np.where(usable, largest / levels, 0)).astype(np.float32)
     return seen
 
 
@@ -82,7 +95,8 @@ class ReferenceOps(Ops):
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[ReferenceKV]:
         shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
         dtype = np.float16 if spec.dtype == "f16" else np.float32
-        return [ReferenceKV(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(spec.num_layers)]
+        int8 = spec.dtype == "int8"
+        return [ReferenceKV(np.zeros(shape, dtype), np.zeros(shape, dtype), int8) for _ in range(spec.num_layers)]
 
     def embed(self, table: Weight, token_ids: IntArray) -> FloatArray:
         return _values(table)[token_ids]
@@ -119,19 +133,20 @@ class ReferenceOps(Ops):
 
     def write_kv(self, kv: ReferenceKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
         blocks, offsets = np.divmod(slot_mapping, kv.keys.shape[1])
-        kv.keys[blocks, offsets] = k
-        kv.values[blocks, offsets] = v
+        kv.keys[blocks, offsets] = quantize_kv(k) if kv.int8 else k
+        kv.values[blocks, offsets] = quantize_kv(v) if kv.int8 else v
 
-    def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch) -> FloatArray:
+    def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch, window: int | None = None) -> FloatArray:
         num_heads, head_dim = q.shape[1:]
-        group = num_heads // kv.keys.shape[2]
+        block_size, group = kv.keys.shape[1], num_heads // kv.keys.shape[2]
         out = np.empty_like(q)
         for token, (sequence, position) in enumerate(zip(batch.sequence_index, batch.positions, strict=True)):
-            blocks = batch.block_tables[sequence]
+            first = 0 if window is None else max(0, position - window + 1)
+            seen = np.arange(first, position + 1)
+            places = batch.block_tables[sequence][seen // block_size], seen % block_size
             keys, values = (
-                stored[blocks].reshape(-1, *stored.shape[2:])[: position + 1].astype(np.float64).repeat(group, axis=1)
-                for stored in (kv.keys, kv.values)
-            )  # (position + 1, num_heads, head_dim)
+                stored[places].astype(np.float64).repeat(group, axis=1) for stored in (kv.keys, kv.values)
+            )  # (tokens seen, num_heads, head_dim)
             scores = np.einsum("hd,thd->ht", q[token].astype(np.float64), keys) / np.sqrt(head_dim)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)

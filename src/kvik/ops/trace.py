@@ -97,8 +97,8 @@ class _Tracer(Ops):
     def write_kv(self, kv: LayerKV, k: Value, v: Value, slot_mapping: IntArray) -> None:
         self._note("write_kv", (kv, k, v, slot_mapping))
 
-    def attend(self, q: Value, kv: LayerKV, batch: Batch) -> Value:
-        return self._one("attend", (q, kv, batch), q.shape)
+    def attend(self, q: Value, kv: LayerKV, batch: Batch, window: int | None = None) -> Value:
+        return self._one("attend", (q, kv, batch, window), q.shape)
 
     def silu_multiply(self, gate: Value, up: Value) -> Value:
         return self._one("silu_multiply", (gate, up), up.shape)
