@@ -26,6 +26,13 @@
 #define KVIK_SIMD_AVX512 0
 #endif
 
+// Before a loop over an array that should live in registers: for that every index must be a constant.
+#if defined(__clang__)
+#define KVIK_UNROLL _Pragma("unroll")
+#else
+#define KVIK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace {
 
 constexpr int kLanes = 8;
@@ -330,7 +337,10 @@ template <int bits> struct Dot;
 template <> struct Dot<4> {
   __m512i sum = _mm512_setzero_si512();
   explicit Dot(int32_t = 0) {}
-  void add(WideBytes w, WideBytes a) { sum = _mm512_dpbusd_epi32(sum, w.v, a.v); }
+  void add(WideBytes w, WideBytes a) {
+    sum = _mm512_dpbusd_epi32(sum, w.v, a.v);
+    asm("" : "+v"(sum));
+  }
   WideInt total() const { return {sum}; }
 };
 // The instruction multiplies unsigned by signed bytes: w + 128 is unsigned, and the sum starts at -128 times the sum of
@@ -340,6 +350,7 @@ template <> struct Dot<8> {
   explicit Dot(int32_t excess = 0) : sum(_mm512_set1_epi32(excess)) {}
   void add(WideBytes w, WideBytes a) {
     sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(w.v, _mm512_set1_epi8(-128)), a.v);
+    asm("" : "+v"(sum));
   }
   WideInt total() const { return {sum}; }
 };
