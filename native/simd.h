@@ -395,24 +395,44 @@ template <> struct Dot<8> {
 
 #endif
 
-// Reductions across lanes happen only where an op needs one number per row; the tree is fixed.
+// Reductions across lanes happen only where an op needs one number per row. The tree is fixed: lanes 4 apart, then 2
+// apart, then neighbours.
+#if KVIK_SIMD_AVX2
+
 inline float add_lanes(Float8 a) {
-  float v[kLanes];
-  store(v, a);
+  const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
+  return _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos)));
+}
+inline int32_t add_lanes(Int32x8 a) {
+  const __m128i fours = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  const __m128i twos = _mm_add_epi32(fours, _mm_unpackhi_epi64(fours, fours));
+  return _mm_cvtsi128_si32(_mm_add_epi32(twos, _mm_shuffle_epi32(twos, 1)));
+}
+inline float max_lanes(Float8 a) {
+  const __m128 fours = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 twos = _mm_max_ps(fours, _mm_movehl_ps(fours, fours));
+  return _mm_cvtss_f32(_mm_max_ss(twos, _mm_movehdup_ps(twos)));
+}
+
+#else
+
+inline float add_lanes(Float8 a) {
+  const float *v = a.v;
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 inline int32_t add_lanes(Int32x8 a) {
-  int32_t v[kLanes];
-  store(v, a);
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  int32_t sum = 0;
+  for (int32_t lane : a.v) sum += lane;
+  return sum;
 }
 inline float max_lanes(Float8 a) {
-  float v[kLanes];
-  store(v, a);
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  float best = a.v[0];
+  for (int i = 1; i < kLanes; ++i) best = a.v[i] > best ? a.v[i] : best;
   return best;
 }
+
+#endif
 
 // e**x to about one unit in the last place; below -87.3 it stays at the smallest normal number, about 1e-38.
 // Range reduction by ln 2 in two parts (Cody and Waite), then the Taylor polynomial to degree 6 on |r| <= ln(2)/2.
