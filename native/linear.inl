@@ -56,27 +56,25 @@ inline int64_t to_next(const Place &place, int b, int64_t row_block_size) {
   return place.row_block + b * kWideBlocks + 1 < place.end ? row_block_size : 0;
 }
 
-template <int wides, int tokens>
-inline void store_tile(const LinearArgs &args, const Place &place, const Wide (&y)[wides][tokens]) {
-  for (int b = 0; b < wides; ++b) {
-    for (int t = 0; t < tokens; ++t) {
-      float lanes[kWideLanes];
-      store(lanes, y[b][t]);
-      for (int i = 0; i < kWideBlocks; ++i) {
-        const int64_t row_block = place.row_block + b * kWideBlocks + i;
-        if (row_block < place.end) store_rows(args, row_block, place.token + t, load(lanes + i * kLanes));
-      }
+template <int wides, int tokens> inline void store_tile(const LinearArgs &args, const Place &place, const float *sums) {
+  const int64_t end = smaller(place.end, place.row_block + wides * kWideBlocks);
+  for (int t = 0; t < tokens; ++t) {
+    for (int64_t block = place.row_block; block < end; ++block) {
+      const int64_t i = block - place.row_block;
+      const float *lanes = sums + (i / kWideBlocks * tokens + t) * kWideLanes + i % kWideBlocks * kLanes;
+      store_rows(args, block, place.token + t, load(lanes));
     }
   }
 }
 
-// The products of `tokens` tokens with `wides` wide vectors of rows whose weights are quantised.
+// One tile of products with quantised weights, all columns: sums is (wides, tokens, kWideLanes).
 template <BlockFormat format, bool fine> struct QuantizedTile {
   // With two wide vectors the sums of a tile, float and integer, take 24 of 32 registers, or 12 of 16.
   static constexpr int kTokens = (KVIK_SIMD_AVX512 ? 12 : 6) / (fine ? 3 : 2);
 
-  // Not inline: so that every tile has a name in a profile, and registers of its own.
-  template <int wides, int tokens> [[gnu::noinline]] static void run(const LinearArgs &args, const Place &place) {
+  // Not inline: a call in the same function, as of memcpy, would have gcc keep the sums on the stack throughout.
+  template <int wides, int tokens>
+  [[gnu::noinline]] static void run(const LinearArgs &args, const Place &place, float *sums) {
     constexpr int kVectors = format.quant_bytes() / 32 / format.groups(); // of a group, as they lie in memory
     constexpr int kPacked = 8 / format.bits;                              // weights in a byte
     const Activations a = args.quantized;
@@ -84,44 +82,55 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
     const int64_t row_block_bytes = groups * format.block_bytes(), wide_bytes = kWideBlocks * row_block_bytes;
     const uint8_t *weight = args.weight + place.row_block * row_block_bytes;
     int64_t next[wides];
+    KVIK_UNROLL
     for (int b = 0; b < wides; ++b) next[b] = to_next(place, b, row_block_bytes);
 
     Wide y[wides][tokens];
-    for (auto &row : y)
-      for (Wide &lane : row) lane = wide_zero();
+    KVIK_UNROLL
+    for (int b = 0; b < wides; ++b) KVIK_UNROLL
+    for (int t = 0; t < tokens; ++t) y[b][t] = wide_zero();
     for (int64_t group = 0; group < groups; ++group, weight += format.block_bytes()) {
       for (int part = 0; part < format.groups(); ++part) {
         const int64_t at = place.token * groups + group;     // of the first token's scale
         const int sum = format.groups() == 1 ? 0 : 1 + part; // which of an activation group's three sums
         Dot<format.bits> high[wides][tokens], low[wides][tokens];
-        for (int b = 0; b < wides; ++b)
-          for (int t = 0; t < tokens; ++t)
-            (fine ? low : high)[b][t] = Dot<format.bits>(a.excess[3 * (at + t * groups) + sum]);
+        KVIK_UNROLL
+        for (int b = 0; b < wides; ++b) KVIK_UNROLL
+        for (int t = 0; t < tokens; ++t)
+          (fine ? low : high)[b][t] = Dot<format.bits>(a.excess[3 * (at + t * groups) + sum]);
 
         for (int v = part * kVectors; v < (part + 1) * kVectors; ++v) {
           WideBytes packed[wides];
+          KVIK_UNROLL
           for (int b = 0; b < wides; ++b) {
             const uint8_t *p = weight + b * wide_bytes + 32 * v;
             if (tokens < kTokens && v % 2 == 0) { // full tiles wait for arithmetic, not for memory
+              KVIK_UNROLL
               for (int i = 0; i < kWideBlocks; ++i) prefetch(p + wides * wide_bytes + i * row_block_bytes); // next tile
             }
             packed[b] = wide_load_bytes(p, next[b]);
           }
+          KVIK_UNROLL
           for (int nibble = 0; nibble < kPacked; ++nibble) {
             WideBytes w[wides];
+            KVIK_UNROLL
             for (int b = 0; b < wides; ++b) w[b] = unpack<format.bits>(packed[b], nibble);
             const int64_t column = group * kGroup + 16 * nibble + 4 * v;
+            KVIK_UNROLL
             for (int t = 0; t < tokens; ++t) {
               const WideBytes q = wide_broadcast4(a.high + (place.token + t) * columns + column);
+              KVIK_UNROLL
               for (int b = 0; b < wides; ++b) high[b][t].add(w[b], q);
               if constexpr (fine) {
                 const WideBytes rest = wide_broadcast4(a.low + (place.token + t) * columns + column);
+                KVIK_UNROLL
                 for (int b = 0; b < wides; ++b) low[b][t].add(w[b], rest);
               }
             }
           }
         }
 
+        KVIK_UNROLL
         for (int b = 0; b < wides; ++b) {
           const uint8_t *scales =
               weight + b * wide_bytes + format.quant_bytes() + part * kRowBlock * format.scale_bytes;
@@ -130,6 +139,7 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
           if constexpr (format.minimum == Minimum::implied) minimum = scale * wide_broadcast(-8.0f);
           if constexpr (format.minimum == Minimum::stored)
             minimum = wide_scales<format.scale_bytes>(scales + format.scales_bytes(), next[b]);
+          KVIK_UNROLL
           for (int t = 0; t < tokens; ++t) {
             WideInt dot = high[b][t].total();
             if constexpr (fine) dot = scale_int(dot, 254) + low[b][t].total();
@@ -140,7 +150,9 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
         }
       }
     }
-    store_tile<wides, tokens>(args, place, y);
+    KVIK_UNROLL
+    for (int b = 0; b < wides; ++b) KVIK_UNROLL
+    for (int t = 0; t < tokens; ++t) store(sums + (b * tokens + t) * kWideLanes, y[b][t]);
   }
 };
 
@@ -148,32 +160,44 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
 template <class Weight> struct FloatTile {
   static constexpr int kTokens = KVIK_SIMD_AVX512 ? 12 : 6; // sums in 24 of 32 registers, or 12 of 16
 
-  template <int wides, int tokens> [[gnu::noinline]] static void run(const LinearArgs &args, const Place &place) {
+  template <int wides, int tokens>
+  [[gnu::noinline]] static void run(const LinearArgs &args, const Place &place, float *sums) {
     const int64_t columns = args.columns, row_block_size = columns * kRowBlock;
     const Weight *weight = reinterpret_cast<const Weight *>(args.weight) + place.row_block * row_block_size;
     const float *x = args.x + place.token * columns;
     int64_t next[wides];
+    KVIK_UNROLL
     for (int b = 0; b < wides; ++b) next[b] = to_next(place, b, row_block_size);
     Wide y[wides][tokens];
-    for (auto &row : y)
-      for (Wide &lane : row) lane = wide_zero();
+    KVIK_UNROLL
+    for (int b = 0; b < wides; ++b) KVIK_UNROLL
+    for (int t = 0; t < tokens; ++t) y[b][t] = wide_zero();
     for (int64_t k = 0; k < columns; ++k) {
       Wide w[wides];
+      KVIK_UNROLL
       for (int b = 0; b < wides; ++b)
         w[b] = wide_load(weight + b * kWideBlocks * row_block_size + k * kRowBlock, next[b]);
+      KVIK_UNROLL
       for (int t = 0; t < tokens; ++t) {
         const Wide value = wide_broadcast(x[t * columns + k]);
+        KVIK_UNROLL
         for (int b = 0; b < wides; ++b) y[b][t] = fma(w[b], value, y[b][t]);
       }
     }
-    store_tile<wides, tokens>(args, place, y);
+    KVIK_UNROLL
+    for (int b = 0; b < wides; ++b) KVIK_UNROLL
+    for (int t = 0; t < tokens; ++t) store(sums + (b * tokens + t) * kWideLanes, y[b][t]);
   }
 };
 
 // Tokens [place.token, end) in tiles of `tokens`, and one smaller tile for the rest.
 template <class Tile, int wides, int tokens>
 inline void cover_tokens(const LinearArgs &args, Place place, int64_t end) {
-  for (; place.token + tokens <= end; place.token += tokens) Tile::template run<wides, tokens>(args, place);
+  for (; place.token + tokens <= end; place.token += tokens) {
+    alignas(64) float sums[wides * tokens * kWideLanes];
+    Tile::template run<wides, tokens>(args, place, sums);
+    store_tile<wides, tokens>(args, place, sums);
+  }
   if constexpr (tokens > 1) cover_tokens<Tile, wides, tokens - 1>(args, place, end);
 }
 

@@ -26,6 +26,13 @@
 #define KVIK_SIMD_AVX512 0
 #endif
 
+// Before a loop over an array that should live in registers: for that every index must be a constant.
+#if defined(__clang__)
+#define KVIK_UNROLL _Pragma("unroll")
+#else
+#define KVIK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace {
 
 constexpr int kLanes = 8;
@@ -349,7 +356,10 @@ template <int bits> struct Dot;
 template <> struct Dot<4> {
   __m512i sum = _mm512_setzero_si512();
   explicit Dot(int32_t = 0) {}
-  void add(WideBytes w, WideBytes a) { sum = _mm512_dpbusd_epi32(sum, w.v, a.v); }
+  void add(WideBytes w, WideBytes a) {
+    sum = _mm512_dpbusd_epi32(sum, w.v, a.v);
+    asm("" : "+v"(sum));
+  }
   WideInt total() const { return {sum}; }
 };
 // The instruction multiplies unsigned by signed bytes: w + 128 is unsigned, and the sum starts at -128 times the sum of
@@ -359,6 +369,7 @@ template <> struct Dot<8> {
   explicit Dot(int32_t excess = 0) : sum(_mm512_set1_epi32(excess)) {}
   void add(WideBytes w, WideBytes a) {
     sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(w.v, _mm512_set1_epi8(-128)), a.v);
+    asm("" : "+v"(sum));
   }
   WideInt total() const { return {sum}; }
 };
@@ -431,24 +442,45 @@ template <class V> inline Float8 add_eights(Float8 sum, V a) {
   else
     return (sum + low_half(a)) + high_half(a);
 }
-// Reductions across lanes happen only where an op needs one number per row; the tree is fixed.
+
+// Reductions across lanes happen only where an op needs one number per row. The tree is fixed: lanes 4 apart, then 2
+// apart, then neighbours.
+#if KVIK_SIMD_AVX2
+
 inline float add_lanes(Float8 a) {
-  float v[kLanes];
-  store(v, a);
+  const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
+  return _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos)));
+}
+inline int32_t add_lanes(Int32x8 a) {
+  const __m128i fours = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  const __m128i twos = _mm_add_epi32(fours, _mm_unpackhi_epi64(fours, fours));
+  return _mm_cvtsi128_si32(_mm_add_epi32(twos, _mm_shuffle_epi32(twos, 1)));
+}
+inline float max_lanes(Float8 a) {
+  const __m128 fours = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 twos = _mm_max_ps(fours, _mm_movehl_ps(fours, fours));
+  return _mm_cvtss_f32(_mm_max_ss(twos, _mm_movehdup_ps(twos)));
+}
+
+#else
+
+inline float add_lanes(Float8 a) {
+  const float *v = a.v;
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 inline int32_t add_lanes(Int32x8 a) {
-  int32_t v[kLanes];
-  store(v, a);
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  int32_t sum = 0;
+  for (int32_t lane : a.v) sum += lane;
+  return sum;
 }
 inline float max_lanes(Float8 a) {
-  float v[kLanes];
-  store(v, a);
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  float best = a.v[0];
+  for (int i = 1; i < kLanes; ++i) best = a.v[i] > best ? a.v[i] : best;
   return best;
 }
+
+#endif
 
 // For what does not depend on the order of lanes.
 template <class V> inline float max_of(V a) {
