@@ -20,6 +20,9 @@ public:
     memory_ = mmap(nullptr, static_cast<std::size_t>(num_bytes()), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
+    // Decode walks all of a long context once a token: large pages save it most of the address translation. A short
+    // context would only commit more memory than it fills.
+    if (layer_bytes_ >= kLongLayerBytes) madvise(memory_, static_cast<std::size_t>(num_bytes()), MADV_HUGEPAGE);
   }
   ~KVArrays() { munmap(memory_, static_cast<std::size_t>(num_bytes())); }
   KVArrays(const KVArrays &) = delete;
@@ -39,6 +42,7 @@ private:
     return kBlockSize * head_dim * (type == KVType::f16 ? 2 : 4);
   }
 
+  static constexpr int64_t kLongLayerBytes = int64_t{4} << 20;
   int64_t num_layers_, layer_bytes_ = 0;
   LayerKV shape_;
   void *memory_ = nullptr;
