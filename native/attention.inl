@@ -17,12 +17,11 @@ enum Side { kKey = 0, kValue = 1 };
 
 inline uint8_t *tile_of(const LayerKV &kv, int64_t block, int64_t head, Side side) {
   const int64_t superblock = block / kSuperblock, within = block % kSuperblock;
-  const int64_t index = ((superblock * kv.num_kv_heads + head) * 2 + side) * kSuperblock + within;
-  return static_cast<uint8_t *>(kv.data) + index * kv.tile_bytes;
+  const int64_t tile = (head * 2 + side) * kSuperblock + within;
+  return static_cast<uint8_t *>(kv.data) + superblock * kv.superblock_bytes + tile * kv.tile_bytes;
 }
 
 // ---- Writing
-// ---------------------------------------------------------------------------------------------------------
 
 // One head's key or value, converted eight at a time; `put(d, x)` stores dimension d.
 template <class Stored, class Put> inline void convert(const float *x, int64_t head_dim, Put put) {
@@ -101,7 +100,6 @@ void write_kv(const LayerKV &kv, const float *k, const float *v, int64_t slot) {
 }
 
 // ---- What is common to every format
-// ----------------------------------------------------------------------------------
 
 // Rows that one pass over a tile serves: with four vectors a row they fill the registers.
 #if KVIK_SIMD_AVX512
@@ -231,7 +229,6 @@ inline void softmax_row(float *scores, Span seen, float *max_out, float *sum_out
 }
 
 // ---- float32 and float16
-// ---------------------------------------------------------------------------------------------
 
 // Scores of some rows against the keys of some blocks: scores (rows, 256), from the first block's column.
 template <class Stored, int rows, int blocks> inline void score_blocks(const float *const *q,
@@ -356,7 +353,6 @@ inline void widen(const LayerKV &kv, Work &work, float *floats) {
 }
 
 // ---- int8
-// ------------------------------------------------------------------------------------------------------------
 
 constexpr int kQuads = kSegment / 4;
 constexpr int kQueryQuads = kvik::kMostInt8HeadDim / 4;
@@ -497,7 +493,6 @@ void attend_bytes(const LayerKV &kv, const Work &work, float *scratch, const Par
 }
 
 // ---- The table's functions
-// -------------------------------------------------------------------------------------------
 
 void attend_segment(const AttendArgs &args, const SegmentTask &task, const SegmentTask *next, float *scratch,
                     const Partial &out) {

@@ -45,14 +45,15 @@ constexpr int kSegment = kBlockSize * kSuperblock; // tokens whose attention is 
 constexpr int kMostInt8HeadDim = 512;              // 32639 * 127 * 512 is the largest integer score: it fits 32 bits
 constexpr int64_t kNoWindow = int64_t{1} << 40;
 
-// One layer's keys and values: (superblocks, num_kv_heads, 2, 8, tile). A block's K tile is [head_dim][32 tokens], its
-// V tile [32 tokens][head_dim]. With int8 they are [head_dim / 4][32 tokens][4] and [32 / 4 tokens][head_dim][4], each
-// byte 128 above its value, and a float scale for each of the 32 tokens follows.
+// One layer's keys and values: (num_kv_heads, 2, 8, tile) in each superblock. A block's K tile is [head_dim][32
+// tokens], its V tile [32 tokens][head_dim]. With int8 they are [head_dim / 4][32 tokens][4] and [32 / 4
+// tokens][head_dim][4], each byte 128 above its value, and a float scale for each of the 32 tokens follows.
 struct LayerKV {
   void *data;
   KVType type;
   int64_t num_blocks, num_kv_heads, head_dim;
   int64_t tile_bytes;
+  int64_t superblock_bytes; // from one superblock to the next: all layers'
 
   // Bytes that one token's key and value take.
   int64_t token_bytes() const { return 2 * num_kv_heads * tile_bytes / kBlockSize; }

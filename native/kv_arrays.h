@@ -10,23 +10,29 @@
 
 namespace kvik {
 
+// Superblock after superblock, and in each layer after layer: a context that grows fills memory from one end.
 class KVArrays {
 public:
   // Throws std::bad_alloc where the address space cannot be had.
   KVArrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KVType type)
       : num_layers_(num_layers), shape_{nullptr, type, num_blocks, num_kv_heads, head_dim, tile_bytes(type, head_dim)} {
-    const int64_t superblocks = (num_blocks + kSuperblock - 1) / kSuperblock;
-    layer_bytes_ = superblocks * kSuperblock * num_kv_heads * 2 * shape_.tile_bytes;
-    memory_ = mmap(nullptr, static_cast<std::size_t>(num_bytes()), PROT_READ | PROT_WRITE,
+    layer_bytes_ = kSuperblock * num_kv_heads * 2 * shape_.tile_bytes;
+    shape_.superblock_bytes = num_layers * layer_bytes_;
+    num_bytes_ = (num_blocks + kSuperblock - 1) / kSuperblock * shape_.superblock_bytes;
+    memory_ = mmap(nullptr, static_cast<std::size_t>(num_bytes_), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
+    // Decode walks all of a long context once a token: large pages save it most of the address translation.
+#ifdef MADV_HUGEPAGE
+    madvise(memory_, static_cast<std::size_t>(num_bytes_), MADV_HUGEPAGE);
+#endif
   }
-  ~KVArrays() { munmap(memory_, static_cast<std::size_t>(num_bytes())); }
+  ~KVArrays() { munmap(memory_, static_cast<std::size_t>(num_bytes_)); }
   KVArrays(const KVArrays &) = delete;
   KVArrays &operator=(const KVArrays &) = delete;
 
   int64_t num_layers() const { return num_layers_; }
-  int64_t num_bytes() const { return num_layers_ * layer_bytes_; }
+  int64_t num_bytes() const { return num_bytes_; }
   LayerKV layer(int64_t index) const {
     LayerKV kv = shape_;
     kv.data = static_cast<uint8_t *>(memory_) + index * layer_bytes_;
@@ -39,7 +45,7 @@ private:
     return kBlockSize * head_dim * (type == KVType::f16 ? 2 : 4);
   }
 
-  int64_t num_layers_, layer_bytes_ = 0;
+  int64_t num_layers_, layer_bytes_ = 0, num_bytes_ = 0;
   LayerKV shape_;
   void *memory_ = nullptr;
 };
