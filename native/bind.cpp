@@ -89,7 +89,7 @@ const Kernels *choose_kernels() {
 }
 
 PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> source, int64_t rows, int64_t columns,
-                         ThreadPool &pool) {
+                         WeightArena &arena, ThreadPool &pool) {
   const GgufType *type = find_gguf_type(type_name);
   if (!type) throw nb::value_error(("pack: no packed format for type " + std::string(type_name)).c_str());
   constexpr int64_t kMost = int64_t{1} << 31;
@@ -97,7 +97,7 @@ PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> sou
           "pack: rows and columns must be in 1 ... 2**31-1");
   require(columns % columns_multiple(*type) == 0, "pack: columns must be a multiple of the type's block");
   require(size(source, 0) == rows * row_bytes(*type, columns), "pack: source has the wrong number of bytes");
-  return pack(*type, source.data(), rows, columns, pool);
+  return pack(*type, source.data(), rows, columns, arena, pool);
 }
 
 // Each weight times x; x is quantised once for all of them.
@@ -238,6 +238,7 @@ NB_MODULE(_native, m) {
   nb::class_<ThreadPool>(m, "ThreadPool", "Threads that share the work of one op at a time.")
       .def(nb::init<int>(), "num_threads"_a)
       .def_prop_ro("num_threads", &ThreadPool::num_threads);
+  nb::class_<WeightArena>(m, "WeightArena", "Memory for packed weights, in large pages.").def(nb::init<>());
   nb::class_<PackedWeight>(m, "PackedWeight", "A weight matrix (rows, columns) in kvik's packed layout.")
       .def_ro("rows", &PackedWeight::rows)
       .def_ro("columns", &PackedWeight::columns)
@@ -250,7 +251,7 @@ NB_MODULE(_native, m) {
       .def("layer", &layer_of, "index"_a, nb::keep_alive<0, 1>());
 
   // noconvert: a quiet copy of an input would cost, and of an output lose, what the caller meant.
-  m.def("pack", &pack_tensor, Unlocked(), "type"_a, "source"_a.noconvert(), "rows"_a, "columns"_a, "pool"_a,
+  m.def("pack", &pack_tensor, Unlocked(), "type"_a, "source"_a.noconvert(), "rows"_a, "columns"_a, "arena"_a, "pool"_a,
         "Packs a GGUF tensor's bytes without loss.");
   m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "weights"_a.noconvert(),
         "outs"_a.noconvert(), "fine"_a, "outs[i] = x @ weights[i].T; activations in int16 where `fine`, else int8.");

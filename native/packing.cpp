@@ -1,8 +1,6 @@
 #include "packing.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "half.h"
 
@@ -240,17 +238,13 @@ const GgufType *find_gguf_type(std::string_view name) {
 int64_t row_bytes(const GgufType &type, int64_t columns) { return columns / type.block_columns * type.block_bytes; }
 int64_t columns_multiple(const GgufType &type) { return type.block_columns; }
 
-void FreeDeleter::operator()(void *p) const { std::free(p); }
-
-PackedWeight pack(const GgufType &type, const uint8_t *source, int64_t rows, int64_t columns, ThreadPool &pool) {
+PackedWeight pack(const GgufType &type, const uint8_t *source, int64_t rows, int64_t columns, WeightArena &arena,
+                  ThreadPool &pool) {
   PackedWeight weight{rows, columns, type.block_format, type.float_format, 0, nullptr};
   const int64_t row_block_bytes = weight.quantized() ? columns / kGroup * kBlockFormats[type.block_format].block_bytes()
                                                      : columns * kRowBlock * type.block_bytes;
   weight.num_bytes = weight.row_blocks() * row_block_bytes;
-  constexpr std::size_t kLine = 64;
-  const std::size_t size = (static_cast<std::size_t>(weight.num_bytes) + kLine) / kLine * kLine;
-  weight.data.reset(static_cast<uint8_t *>(std::aligned_alloc(kLine, size)));
-  if (!weight.data) throw std::bad_alloc();
+  weight.data = arena.allocate(weight.num_bytes);
   pool.for_ranges(weight.row_blocks(), 1, [&](int64_t first, int64_t last) {
     for (int64_t row_block = first; row_block < last; ++row_block) {
       uint8_t *out = weight.data.get() + row_block * row_block_bytes;

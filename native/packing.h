@@ -9,6 +9,7 @@
 
 #include "format.h"
 #include "thread_pool.h"
+#include "weight_arena.h"
 
 namespace kvik {
 
@@ -19,23 +20,20 @@ const GgufType *find_gguf_type(std::string_view name);
 int64_t row_bytes(const GgufType &type, int64_t columns);
 int64_t columns_multiple(const GgufType &type);
 
-struct FreeDeleter {
-  void operator()(void *p) const;
-};
-
 // A weight matrix (rows, columns), owned.
 struct PackedWeight {
   int64_t rows, columns;
   int block_format;         // index into kBlockFormats, or -1
   FloatFormat float_format; // where block_format is -1
   int64_t num_bytes;
-  std::unique_ptr<uint8_t[], FreeDeleter> data;
+  std::shared_ptr<uint8_t> data;
 
   bool quantized() const { return block_format >= 0; }
   int64_t row_blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
 };
 
 // `source` holds `rows` rows of row_bytes(type, columns) bytes. Throws std::bad_alloc.
-PackedWeight pack(const GgufType &type, const uint8_t *source, int64_t rows, int64_t columns, ThreadPool &pool);
+PackedWeight pack(const GgufType &type, const uint8_t *source, int64_t rows, int64_t columns, WeightArena &arena,
+                  ThreadPool &pool);
 
 } // namespace kvik

@@ -22,6 +22,11 @@ class ThreadPool:
     @property
     def num_threads(self) -> int: ...
 
+class WeightArena:
+    """Memory for packed weights, in large pages."""
+
+    def __init__(self) -> None: ...
+
 class PackedWeight:
     """A weight matrix (rows, columns) in kvik's packed layout."""
 
@@ -51,6 +56,7 @@ def pack(
     source: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)],
     rows: int,
     columns: int,
+    arena: WeightArena,
     pool: ThreadPool,
 ) -> PackedWeight:
     """Packs a GGUF tensor's bytes without loss."""

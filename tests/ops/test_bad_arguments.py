@@ -15,6 +15,7 @@ Call = Callable[..., Any]
 REFUSALS = (ValueError, TypeError, IndexError, MemoryError, OverflowError)
 
 POOL = _native.ThreadPool(2)
+ARENA = _native.WeightArena()
 TOKENS, COLUMNS, ROWS = 3, 64, 10
 HEADS, KV_HEADS, HEAD_DIM, BLOCKS, SEQUENCES, WIDTH = 4, 2, 16, 8, 2, 3
 
@@ -29,7 +30,7 @@ def integers(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 def weight(type_name: str = "Q8_0") -> _native.PackedWeight:
     item_bytes = {"Q8_0": COLUMNS // 32 * 34, "F32": COLUMNS * 4}[type_name]
-    return _native.pack(type_name, np.zeros(ROWS * item_bytes, np.uint8), ROWS, COLUMNS, POOL)
+    return _native.pack(type_name, np.zeros(ROWS * item_bytes, np.uint8), ROWS, COLUMNS, ARENA, POOL)
 
 
 def layer(dtype: str = "f32") -> _native.LayerKV:
@@ -50,6 +51,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "source": lambda: np.zeros(ROWS * 68, np.uint8),
             "rows": lambda: ROWS,
             "columns": lambda: COLUMNS,
+            "arena": lambda: ARENA,
             "pool": lambda: POOL,
         },
     ),
@@ -298,7 +300,7 @@ def test_none_among_the_weights_is_refused(weights: str) -> None:
 import numpy as np
 from kvik import _native
 pool = _native.ThreadPool(1)
-weight = _native.pack("F32", np.zeros(8 * 32 * 4, np.uint8), 8, 32, pool)
+weight = _native.pack("F32", np.zeros(8 * 32 * 4, np.uint8), 8, 32, _native.WeightArena(), pool)
 weights = {weights}
 outs = [np.zeros((1, 8), np.float32) for _ in weights]
 try:

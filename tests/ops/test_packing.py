@@ -36,7 +36,9 @@ quantized_types = pytest.mark.parametrize("kind", FLOAT16_OFFSETS, ids=lambda ki
 def unpacked(
     kind: GGMLQuantizationType, blocks: npt.NDArray[np.uint8], columns: int, *, threads: int = 1
 ) -> npt.NDArray[np.float32]:
-    weight = _native.pack(kind.name, blocks.reshape(-1), len(blocks), columns, _native.ThreadPool(threads))
+    weight = _native.pack(
+        kind.name, blocks.reshape(-1), len(blocks), columns, _native.WeightArena(), _native.ThreadPool(threads)
+    )
     out = np.full((len(blocks), columns), np.nan, np.float32)
     _native.take_rows(weight, np.arange(len(blocks), dtype=np.int32), out)
     return out
@@ -67,7 +69,7 @@ def test_the_narrowest_matrix(kind: GGMLQuantizationType) -> None:
 def test_rows_come_in_the_order_asked_for_and_as_often(kind: GGMLQuantizationType) -> None:
     columns = 256
     blocks = random_blocks(kind, 33, columns, np.random.default_rng(2))
-    weight = _native.pack(kind.name, blocks.reshape(-1), 33, columns, _native.ThreadPool(1))
+    weight = _native.pack(kind.name, blocks.reshape(-1), 33, columns, _native.WeightArena(), _native.ThreadPool(1))
     row_ids = np.asarray([32, 0, 8, 8, 31, 7, 32], np.int32)
     out = np.empty((len(row_ids), columns), np.float32)
     _native.take_rows(weight, row_ids, out)
@@ -135,7 +137,7 @@ def test_floats_of_any_bits(kind: GGMLQuantizationType) -> None:
 def test_bytes_are_those_of_the_format_for_whole_row_blocks(kind: GGMLQuantizationType, rows: int) -> None:
     columns = 256
     blocks = random_blocks(kind, rows, columns, np.random.default_rng(7))
-    weight = _native.pack(kind.name, blocks.reshape(-1), rows, columns, _native.ThreadPool(1))
+    weight = _native.pack(kind.name, blocks.reshape(-1), rows, columns, _native.WeightArena(), _native.ThreadPool(1))
     assert (weight.rows, weight.columns) == (rows, columns)
     assert weight.num_bytes == -(-rows // 8) * 8 * columns // 32 * BLOCK_BYTES[kind.name]
 
@@ -146,4 +148,20 @@ def test_bytes_are_those_of_the_format_for_whole_row_blocks(kind: GGMLQuantizati
 def test_a_type_without_a_packed_format_is_refused(kind: GGMLQuantizationType) -> None:
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
     with pytest.raises(ValueError, match=kind.name):
-        _native.pack(kind.name, np.zeros(block_bytes, np.uint8), 1, block_size, _native.ThreadPool(1))
+        _native.pack(
+            kind.name, np.zeros(block_bytes, np.uint8), 1, block_size, _native.WeightArena(), _native.ThreadPool(1)
+        )
+
+
+def test_matrices_outlive_their_arena_and_each_other() -> None:
+    """Laid out one after the other, each stays what it was when the others and the arena are gone."""
+    rng = np.random.default_rng(31)
+    arena, pool = _native.WeightArena(), _native.ThreadPool(1)
+    blocks = [random_blocks(GGMLQuantizationType.Q8_0, 9, 64, rng) for _ in range(5)]
+    weights = [_native.pack("Q8_0", block.reshape(-1), 9, 64, arena, pool) for block in blocks]
+    del arena
+    kept, wanted = weights[2], dequantize(blocks[2], GGMLQuantizationType.Q8_0)
+    weights.clear()
+    out = np.empty((9, 64), np.float32)
+    _native.take_rows(kept, np.arange(9, dtype=np.int32), out)
+    np.testing.assert_array_equal(out, wanted.reshape(9, 64))

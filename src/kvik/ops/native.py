@@ -26,6 +26,7 @@ class NativeOps(Ops):
         self.activations: Activations = activations
         self._fine = activations == "int16"
         self._pool = _native.ThreadPool(threads or available_threads())
+        self._arena = _native.WeightArena()
 
     @property
     def num_threads(self) -> int:
@@ -41,7 +42,7 @@ class NativeOps(Ops):
         )
 
     def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> _native.PackedWeight:
-        return _native.pack(type_name, data, rows, columns, self._pool)
+        return _native.pack(type_name, data, rows, columns, self._arena, self._pool)
 
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[_native.LayerKV]:
         assert spec.block_size == _native.BLOCK_SIZE
