@@ -247,8 +247,16 @@ LayerKV layer_of(const KVArrays &arrays, int64_t index) {
   return arrays.layer(index);
 }
 
+std::string compiler() {
+#if defined(__clang__)
+  return std::string("clang ") + __clang_version__;
+#else
+  return std::string("g++ ") + __VERSION__;
+#endif
+}
+
 double checked_read_bandwidth(ThreadPool &pool, int64_t num_bytes) {
-  require(num_bytes > 0 && num_bytes <= int64_t{1} << 34, "read_bandwidth: num_bytes must be in 1 ... 2**34");
+  require(num_bytes > 0 && num_bytes <= int64_t{1} << 30, "read_bandwidth: num_bytes must be in 1 ... 2**30");
   return read_bandwidth(pool, num_bytes);
 }
 
@@ -263,6 +271,7 @@ NB_MODULE(_native, m) {
   m.doc() = "kvik's native core: packed weights, thread pool and kernels.";
   m.attr("isa") = kernels->isa;
   m.def("usable_isas", &usable_instruction_sets, "Names of the instruction sets that this processor has, best first.");
+  m.def("compiler", &compiler, "What compiled this module.");
   m.attr("BLOCK_SIZE") = kBlockSize;
   m.attr("SEGMENT") = kSegment;
 
