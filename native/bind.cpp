@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <memory>
@@ -83,6 +84,12 @@ void require(bool holds, const char *what) {
   if (!holds) throw nb::value_error(what);
 }
 
+// An array of NumPy's may begin at any byte; no kernel may.
+void require_aligned(const auto &array, const char *op, const char *argument) {
+  if (reinterpret_cast<std::uintptr_t>(array.data()) % sizeof(*array.data()) != 0)
+    throw nb::value_error((std::string(op) + ": " + argument + " is not aligned to its item size").c_str());
+}
+
 int64_t size(const auto &array, std::size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
 
 PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> source, int64_t rows, int64_t columns,
@@ -102,6 +109,8 @@ void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const Pack
                      const std::vector<FloatsOut<2>> &outs, bool fine) {
   const int64_t num_tokens = size(x, 0), columns = size(x, 1);
   require(weights.size() == outs.size(), "project: one output a weight");
+  require_aligned(x, "project", "x");
+  for (const auto &out : outs) require_aligned(out, "project", "outs");
   std::vector<Projection> projections;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     require(weights[i] != nullptr, "project: a weight is None");
@@ -126,6 +135,8 @@ float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
 
 // Rows of the weight as floats: out (T, columns).
 void take_rows(const PackedWeight &weight, Integers row_ids, FloatsOut<2> out) {
+  require_aligned(row_ids, "take_rows", "row_ids");
+  require_aligned(out, "take_rows", "out");
   require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "take_rows: wrong output shape");
   for (int64_t i = 0; i < size(row_ids, 0); ++i)
     require(row_ids(i) >= 0 && row_ids(i) < weight.rows, "take_rows: a row id is outside the weight");
@@ -140,6 +151,9 @@ void take_rows(const PackedWeight &weight, Integers row_ids, FloatsOut<2> out) {
 }
 
 void rms_norm(ThreadPool &pool, Floats<2> x, Floats<1> weight, float eps, FloatsOut<2> out) {
+  require_aligned(x, "rms_norm", "x");
+  require_aligned(weight, "rms_norm", "weight");
+  require_aligned(out, "rms_norm", "out");
   const int64_t columns = size(x, 1);
   require(size(weight, 0) == columns, "rms_norm: the weight has another width than x");
   require(size(out, 0) == size(x, 0) && size(out, 1) == columns, "rms_norm: wrong output shape");
@@ -150,6 +164,9 @@ void rms_norm(ThreadPool &pool, Floats<2> x, Floats<1> weight, float eps, Floats
 }
 
 void silu_multiply(ThreadPool &pool, Floats<2> gate, Floats<2> up, FloatsOut<2> out) {
+  require_aligned(gate, "silu_multiply", "gate");
+  require_aligned(up, "silu_multiply", "up");
+  require_aligned(out, "silu_multiply", "out");
   require(size(gate, 0) == size(up, 0) && size(gate, 1) == size(up, 1), "silu_multiply: gate and up differ in shape");
   require(size(out, 0) == size(up, 0) && size(out, 1) == size(up, 1), "silu_multiply: wrong output shape");
   const int64_t columns = size(up, 1);
@@ -161,6 +178,10 @@ void silu_multiply(ThreadPool &pool, Floats<2> gate, Floats<2> up, FloatsOut<2> 
 
 // Turns pairs of dimensions by position * frequency; table (positions, pairs, 2) holds cosine and sine.
 void rope(Floats<3> x, Integers positions, Floats<3> table, bool adjacent_pairs, FloatsOut<3> out) {
+  require_aligned(x, "rope", "x");
+  require_aligned(positions, "rope", "positions");
+  require_aligned(table, "rope", "table");
+  require_aligned(out, "rope", "out");
   const int64_t heads = size(x, 1), head_dim = size(x, 2), pairs = size(table, 1);
   require(size(table, 2) == 2 && 2 * pairs <= head_dim, "rope: the table does not fit head_dim");
   require(size(positions, 0) == size(x, 0), "rope: one position a token");
@@ -184,6 +205,9 @@ void rope(Floats<3> x, Integers positions, Floats<3> table, bool adjacent_pairs,
 }
 
 void checked_write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3> v, Integers slots) {
+  require_aligned(k, "write_kv", "k");
+  require_aligned(v, "write_kv", "v");
+  require_aligned(slots, "write_kv", "slots");
   const int64_t num_tokens = size(slots, 0);
   for (const auto &array : {k, v}) {
     require(size(array, 0) == num_tokens, "write_kv: one slot a token");
@@ -214,6 +238,11 @@ void check_attention(const AttendArgs &args, int64_t num_sequences) {
 
 void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_t, 2> block_tables,
                     Integers sequence_index, Integers positions, float scale, FloatsOut<3> out) {
+  require_aligned(q, "attend", "q");
+  require_aligned(block_tables, "attend", "block_tables");
+  require_aligned(sequence_index, "attend", "sequence_index");
+  require_aligned(positions, "attend", "positions");
+  require_aligned(out, "attend", "out");
   const int64_t num_tokens = size(q, 0), num_heads = size(q, 1), head_dim = kv.head_dim;
   require(size(q, 2) == head_dim, "attend: q has another head_dim than the cache");
   require(num_heads % kv.num_kv_heads == 0, "attend: query heads must be a multiple of KV heads");
