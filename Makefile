@@ -5,6 +5,9 @@ VENV := .venv
 ORACLE_VENV := .venv-oracle
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 CPP := $(wildcard native/*.h native/*.cpp native/*.inl)
+# llama-cpp-python comes as source: AVX2 and no more, because its AMX code dies when compiled by gcc 12.
+LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
+, := ,
 say = @printf '\n== %s\n' "$(1)"
 
 .PHONY: help demo test check test-oracle sanitize bench bench-peers format stubs clean
@@ -45,7 +48,7 @@ check: $(VENV)/.check-installed
 	diff src/kvik/_native.pyi build/stubs/_native.pyi
 
 test-oracle: $(ORACLE_VENV)/.installed
-	$(call say,Compare with transformers in float32)
+	$(call say,Compare with transformers in float32 and with llama.cpp)
 	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
 
 bench: $(VENV)/.installed
@@ -99,7 +102,7 @@ $(VENV)/.check-installed: $(VENV)/.installed
 	@touch $@
 
 $(ORACLE_VENV)/.installed: $(SOURCES)
-	$(call say,Make $(ORACLE_VENV) with torch and transformers)
+	$(call say,Make $(ORACLE_VENV) with torch$(,) transformers and llama.cpp$(,) which is compiled (some minutes))
 	$(PYTHON) -m venv $(ORACLE_VENV)
-	$(ORACLE_VENV)/bin/pip install -q -e '.[oracle]'
+	CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" $(ORACLE_VENV)/bin/pip install -q -e '.[oracle]'
 	@touch $@

@@ -81,7 +81,7 @@ def spoiled(array: np.ndarray[Any, Any], chance: random.Random) -> Any:
     broadcast = np.broadcast_to(np.zeros((), array.dtype), array.shape)
     return chance.choice(
         (wide[..., ::2], array[::-1], array.T, array[None], array.reshape(-1), read_only, other, unaligned, swapped,
-         broadcast, array.tolist(), memoryview(array), np.asfortranarray(array))
+         broadcast, array.tolist(), array.data, np.asfortranarray(array))
     )  # fmt: skip
 
 
@@ -251,7 +251,8 @@ def test_random_combinations(name: str) -> None:
         share = chance.choice((0.1, 0.3, 1.0))
         good = GOOD[name][1] if name in GOOD else {}
         arguments = {
-            key: good[key]() if key in good and chance.random() > share else make(chance) for key, make in makers.items()
+            key: good[key]() if key in good and chance.random() > share else make(chance)
+            for key, make in makers.items()
         }
         if chance.random() < 0.05:
             arguments[chance.choice(list(makers))] = chance.choice(ODDITIES)
