@@ -5,16 +5,21 @@ VENV := .venv
 ORACLE_VENV := .venv-oracle
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 CPP := $(wildcard native/*.h native/*.cpp native/*.inl)
+# llama-cpp-python comes as source: AVX2 and no more, because its AMX code dies when compiled by gcc 12.
+LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
+, := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test check test-oracle bench format stubs clean
+.PHONY: help demo test check test-oracle sanitize bench bench-peers format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
 	@echo "make test         all tests that need no torch"
 	@echo "make check        formats, lint, types, import rules, stubs"
 	@echo "make test-oracle  the comparisons with transformers, in a venv of their own"
+	@echo "make sanitize     the native core's tests under ASan and UBSan, and under TSan"
 	@echo "make bench        tokens per second of prefill and decode on this machine"
+	@echo "make bench-peers  build llama.cpp and compare with it, case by case (an hour)"
 	@echo "make format       reformat Python and C++; make stubs rewrites the native module's stub"
 
 demo: $(VENV)/.installed
@@ -43,12 +48,24 @@ check: $(VENV)/.check-installed
 	diff src/kvik/_native.pyi build/stubs/_native.pyi
 
 test-oracle: $(ORACLE_VENV)/.installed
-	$(call say,Compare with transformers in float32)
+	$(call say,Compare with transformers in float32 and with llama.cpp)
 	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
 
 bench: $(VENV)/.installed
 	$(call say,Prefill and decode of the default model)
 	$(VENV)/bin/python bench/speed.py
+
+bench-peers: $(VENV)/.installed
+	$(call say,Build llama.cpp)
+	PYTHON=$(VENV)/bin/python bench/peers/build_llama_cpp.sh
+	$(call say,Fetch the default model once)
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,Compare; --only and --rounds of bench/against_llama_cpp.py make it shorter)
+	$(VENV)/bin/python bench/against_llama_cpp.py --json build/peers/results.json
+
+sanitize: $(VENV)/.tests-installed
+	$(call say,Native code under sanitizers)
+	PYTHON=$(VENV)/bin/python tests/sanitize.sh
 
 format: $(VENV)/.check-installed
 	$(VENV)/bin/ruff format .
@@ -85,7 +102,7 @@ $(VENV)/.check-installed: $(VENV)/.installed
 	@touch $@
 
 $(ORACLE_VENV)/.installed: $(SOURCES)
-	$(call say,Make $(ORACLE_VENV) with torch and transformers)
+	$(call say,Make $(ORACLE_VENV) with torch$(,) transformers and llama.cpp$(,) which is compiled (some minutes))
 	$(PYTHON) -m venv $(ORACLE_VENV)
-	$(ORACLE_VENV)/bin/pip install -q -e '.[oracle]'
+	CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" $(ORACLE_VENV)/bin/pip install -q -e '.[oracle]'
 	@touch $@

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <memory>
@@ -105,6 +106,8 @@ void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const Pack
                      const std::vector<FloatsOut<2>> &outs, bool fine) {
   const int64_t num_tokens = size(x, 0), columns = size(x, 1);
   require(weights.size() == outs.size(), "project: one output a weight");
+  require_aligned(x, "project", "x");
+  for (const auto &out : outs) require_aligned(out, "project", "outs");
   std::vector<Projection> projections;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     require(weights[i] != nullptr, "project: a weight is None");
@@ -118,6 +121,8 @@ void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const Pack
 
 // Rows of the weight as floats: out (T, columns).
 void checked_take_rows(const PackedWeight &weight, Integers row_ids, FloatsOut<2> out) {
+  require_aligned(row_ids, "take_rows", "row_ids");
+  require_aligned(out, "take_rows", "out");
   require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "take_rows: wrong output shape");
   for (int64_t i = 0; i < size(row_ids, 0); ++i)
     require(row_ids(i) >= 0 && row_ids(i) < weight.rows, "take_rows: a row id is outside the weight");
@@ -125,6 +130,9 @@ void checked_take_rows(const PackedWeight &weight, Integers row_ids, FloatsOut<2
 }
 
 void checked_rms_norm(ThreadPool &pool, Floats<2> x, Floats<1> weight, float eps, FloatsOut<2> out) {
+  require_aligned(x, "rms_norm", "x");
+  require_aligned(weight, "rms_norm", "weight");
+  require_aligned(out, "rms_norm", "out");
   const int64_t columns = size(x, 1);
   require(size(weight, 0) == columns, "rms_norm: the weight has another width than x");
   require(size(out, 0) == size(x, 0) && size(out, 1) == columns, "rms_norm: wrong output shape");
@@ -132,6 +140,9 @@ void checked_rms_norm(ThreadPool &pool, Floats<2> x, Floats<1> weight, float eps
 }
 
 void checked_silu_multiply(ThreadPool &pool, Floats<2> gate, Floats<2> up, FloatsOut<2> out) {
+  require_aligned(gate, "silu_multiply", "gate");
+  require_aligned(up, "silu_multiply", "up");
+  require_aligned(out, "silu_multiply", "out");
   require(size(gate, 0) == size(up, 0) && size(gate, 1) == size(up, 1), "silu_multiply: gate and up differ in shape");
   require(size(out, 0) == size(up, 0) && size(out, 1) == size(up, 1), "silu_multiply: wrong output shape");
   silu_multiply(pool, gate.data(), up.data(), size(up, 0), size(up, 1), out.data());
@@ -140,6 +151,9 @@ void checked_silu_multiply(ThreadPool &pool, Floats<2> gate, Floats<2> up, Float
 // Turns pairs of dimensions by position * frequency; table (positions, pairs, 2) holds cosine and sine.
 void checked_rope(ThreadPool &pool, Floats<3> x, Integers positions, Floats<3> table, bool adjacent_pairs,
                   FloatsOut<3> out) {
+  require_aligned(x, "rope", "x");
+  require_aligned(positions, "rope", "positions");
+  require_aligned(out, "rope", "out");
   check_rope(table, size(x, 2));
   require(size(positions, 0) == size(x, 0), "rope: one position a token");
   for (std::size_t axis = 0; axis < 3; ++axis) require(size(out, axis) == size(x, axis), "rope: wrong output shape");
@@ -151,6 +165,9 @@ void checked_rope(ThreadPool &pool, Floats<3> x, Integers positions, Floats<3> t
 }
 
 void checked_write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3> v, Integers slots) {
+  require_aligned(k, "write_kv", "k");
+  require_aligned(v, "write_kv", "v");
+  require_aligned(slots, "write_kv", "slots");
   const int64_t num_tokens = size(slots, 0);
   for (const auto &array : {k, v}) {
     require(size(array, 0) == num_tokens, "write_kv: one slot a token");
@@ -164,6 +181,11 @@ void checked_write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3
 void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_t, 2> block_tables,
                     Integers sequence_index, Integers positions, float scale, FloatsOut<3> out,
                     std::optional<int64_t> window) {
+  require_aligned(q, "attend", "q");
+  require_aligned(block_tables, "attend", "block_tables");
+  require_aligned(sequence_index, "attend", "sequence_index");
+  require_aligned(positions, "attend", "positions");
+  require_aligned(out, "attend", "out");
   const int64_t num_tokens = size(q, 0), num_heads = size(q, 1), head_dim = kv.head_dim;
   require(size(q, 2) == head_dim, "attend: q has another head_dim than the cache");
   require(num_heads % kv.num_kv_heads == 0, "attend: query heads must be a multiple of KV heads");
@@ -215,8 +237,16 @@ LayerKV layer_of(const KVArrays &arrays, int64_t index) {
   return arrays.layer(index);
 }
 
+std::string compiler() {
+#if defined(__clang__)
+  return std::string("clang ") + __clang_version__;
+#else
+  return std::string("g++ ") + __VERSION__;
+#endif
+}
+
 double checked_read_bandwidth(ThreadPool &pool, int64_t num_bytes) {
-  require(num_bytes > 0 && num_bytes <= int64_t{1} << 34, "read_bandwidth: num_bytes must be in 1 ... 2**34");
+  require(num_bytes > 0 && num_bytes <= int64_t{1} << 30, "read_bandwidth: num_bytes must be in 1 ... 2**30");
   return read_bandwidth(pool, num_bytes);
 }
 
@@ -231,6 +261,7 @@ NB_MODULE(_native, m) {
   m.doc() = "kvik's native core: packed weights, thread pool and kernels.";
   m.attr("isa") = kernels->isa;
   m.def("usable_isas", &usable_instruction_sets, "Names of the instruction sets that this processor has, best first.");
+  m.def("compiler", &compiler, "What compiled this module.");
   m.attr("BLOCK_SIZE") = kBlockSize;
   m.attr("SEGMENT") = kSegment;
 

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "ops.h"
 
@@ -23,10 +24,17 @@ inline void require(bool holds, const char *what) {
   if (!holds) throw nb::value_error(what);
 }
 
+// An array of NumPy's may begin at any byte; no kernel may.
+inline void require_aligned(const auto &array, const char *op, const char *argument) {
+  if (reinterpret_cast<std::uintptr_t>(array.data()) % sizeof(*array.data()) != 0)
+    throw nb::value_error((std::string(op) + ": " + argument + " is not aligned to its item size").c_str());
+}
+
 inline int64_t size(const auto &array, std::size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
 
 // A cosine and a sine for each pair of dimensions, by position: (positions, pairs, 2).
 inline void check_rope(const Floats<3> &table, int64_t head_dim) {
+  require_aligned(table, "rope", "table");
   require(size(table, 2) == 2 && 2 * size(table, 1) <= head_dim, "rope: the table does not fit head_dim");
 }
 

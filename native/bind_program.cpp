@@ -57,6 +57,7 @@ Cost product_cost(int64_t num_rows, const std::vector<const PackedWeight *> &wei
 int64_t rows_of(const Step &step, bool of_logits) { return of_logits ? step.num_logits : step.num_tokens; }
 
 void check_norm(const Floats<1> &norm, int64_t width) {
+  require_aligned(norm, "rms_norm", "the weight");
   require(size(norm, 0) == width, "rms_norm: the weight has another width than x");
 }
 
@@ -297,6 +298,10 @@ Step checked_step(const Program &program, const StepArrays &arrays) {
                   arrays.slots.data(),        arrays.sequence_index.data(), arrays.block_tables.data(),
                   arrays.logit_rows.data()};
   require(program.finished(), "Program: it is not finished");
+  for (const Integers *array :
+       {&arrays.token_ids, &arrays.positions, &arrays.slots, &arrays.sequence_index, &arrays.logit_rows})
+    require_aligned(*array, "Program", "an array of the step");
+  require_aligned(arrays.block_tables, "Program", "block_tables");
   for (const Integers *array : {&arrays.positions, &arrays.slots, &arrays.sequence_index})
     require(size(*array, 0) == step.num_tokens, "Program: positions, slots and sequence_index need one item a token");
   const auto all_below = [](const int32_t *items, int64_t count, int64_t limit) {
@@ -316,6 +321,7 @@ Step checked_step(const Program &program, const StepArrays &arrays) {
 
 std::vector<double> run(Program &program, const StepArrays &arrays, FloatsOut<2> out, int first, int last, bool timed) {
   const Step step = checked_step(program, arrays);
+  require_aligned(out, "Program", "out");
   require(size(out, 0) == step.num_logits && size(out, 1) == program.value(program.output()).width,
           "Program: wrong output shape");
   const int count = static_cast<int>(program.ops().size());
@@ -353,6 +359,7 @@ bool is_of_logits(const Program &program, int id) {
 
 void copy_value(Program &program, int id, FloatsOut<2> out) {
   require(id >= 0 && id < program.num_values() && program.finished(), "Program: no such value");
+  require_aligned(out, "Program", "out");
   require(id != program.output(), "Program: the output is where the run has put it");
   require(size(out, 1) == program.value(id).width, "Program: wrong output shape");
   require(program.copy_value(id, size(out, 0), out.data()), "Program: the last run had fewer rows");

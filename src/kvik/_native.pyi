@@ -11,6 +11,9 @@ isa: str = "avx512"
 def usable_isas() -> list[str]:
     """Names of the instruction sets that this processor has, best first."""
 
+def compiler() -> str:
+    """What compiled this module."""
+
 BLOCK_SIZE: int = 32
 
 SEGMENT: int = 256

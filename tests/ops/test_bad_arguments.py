@@ -232,6 +232,8 @@ def variants(value: Any) -> list[Any]:
     other_types = [value.astype(kind) for kind in (np.float64, np.float16, np.int64, np.int8, np.uint32, np.bool_)]
     swapped = value.astype(value.dtype.newbyteorder(">")) if value.dtype.itemsize > 1 else value.astype(np.int16)
     result = [*other_types, swapped, wide[..., ::2], value[None], value.reshape(-1)[0], value.tolist()]
+    if value.dtype.itemsize > 1:
+        result.append(np.zeros(value.nbytes + 1, np.uint8)[1:].view(value.dtype).reshape(value.shape))  # not aligned
     if value.ndim > 1:
         result += [np.asfortranarray(value), value.reshape(-1), value[..., ::-1], value[:0][:, :0]]
     return result

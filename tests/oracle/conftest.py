@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from kvik import LLM
@@ -16,8 +19,9 @@ from kvik.config import Activations, KVDType
 if TYPE_CHECKING:
     from oracle.hf_llama import Continuation
 
-NUM_NEW_TOKENS = 64
+NUM_NEW_TOKENS = 96
 CONTEXT = 2048
+NUM_WINDOWS, WINDOW = 2, 1024  # 2,048 tokens, each window a sequence of its own
 
 PROMPTS = (
     "Once upon a time",
@@ -30,6 +34,7 @@ PROMPTS = (
 
 LLMFactory: TypeAlias = Callable[[Activations, KVDType], LLM]
 Report: TypeAlias = Callable[[object], None]
+Window: TypeAlias = tuple[list[int], npt.NDArray[np.float32]]
 
 # Without torch there is nothing to compare with; the summary says that these tests were left out.
 HAS_TORCH = find_spec("torch") is not None and find_spec("transformers") is not None
@@ -67,6 +72,19 @@ def hf_continuations(hf_model: Any, prompts: list[list[int]]) -> list[Continuati
     from oracle.hf_llama import continue_greedily
 
     return [continue_greedily(hf_model, prompt, NUM_NEW_TOKENS) for prompt in prompts]
+
+
+@pytest.fixture(scope="session")
+def windows(llm_of: LLMFactory, hf_model: Any) -> list[Window]:
+    """Stretches of Python's manual far apart, as token ids, and the reference's logits."""
+    from oracle.hf_llama import logits
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    token_ids = llm_of("int8", "f16").encode(text)
+    starts = [len(token_ids) * index // NUM_WINDOWS for index in range(NUM_WINDOWS)]
+    stretches = [token_ids[start : start + WINDOW] for start in starts]
+    assert [len(stretch) for stretch in stretches] == [WINDOW] * NUM_WINDOWS
+    return [(stretch, logits(hf_model, stretch)) for stretch in stretches]
 
 
 @pytest.fixture
