@@ -38,6 +38,8 @@ check: $(VENV)/.check-installed
 	$(VENV)/bin/ruff check .
 	$(call say,C++: format)
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(call say,C++: the hot loops keep their sums in registers)
+	$(VENV)/bin/python .ci/disassembly.py build/cp*/_native*.so
 	$(call say,Types)
 	$(VENV)/bin/mypy
 	$(call say,Imports point downward only)

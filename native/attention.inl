@@ -241,22 +241,28 @@ template <class Stored, int rows, int blocks> inline void score_blocks(const flo
     ahead[b] = fetch_ahead ? tiles[b + 2] : tiles[b];
   }
   Wide sum[rows][blocks * kTileVectors];
-  for (auto &row : sum)
-    for (Wide &lane : row) lane = wide_zero();
+  KVIK_UNROLL
+  for (int r = 0; r < rows; ++r) KVIK_UNROLL
+  for (int i = 0; i < blocks * kTileVectors; ++i) sum[r][i] = wide_zero();
   for (int64_t d = 0; d < head_dim; ++d) {
     Wide x[rows];
+    KVIK_UNROLL
     for (int r = 0; r < rows; ++r) x[r] = wide_broadcast(q[r][d]);
+    KVIK_UNROLL
     for (int b = 0; b < blocks; ++b) {
       prefetch_bytes<kBlockSize * sizeof(Stored)>(ahead[b] + d * kBlockSize * sizeof(Stored));
+      KVIK_UNROLL
       for (int i = 0; i < kTileVectors; ++i) {
         const Wide k = pinned(wide_load(keys[b] + d * kBlockSize + i * kWideLanes));
+        KVIK_UNROLL
         for (int r = 0; r < rows; ++r) sum[r][b * kTileVectors + i] = fma(k, x[r], sum[r][b * kTileVectors + i]);
       }
     }
   }
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < blocks * kTileVectors; ++i)
-      store(scores + r * kSegment + i * kWideLanes, sum[r][i] * wide_broadcast(scale));
+  KVIK_UNROLL
+  for (int r = 0; r < rows; ++r) KVIK_UNROLL
+  for (int i = 0; i < blocks * kTileVectors; ++i)
+    store(scores + r * kSegment + i * kWideLanes, sum[r][i] * wide_broadcast(scale));
 }
 
 // value[r][d ...) += sum over tokens of p[r][token] * V[token][d ...), token after token.
@@ -265,8 +271,9 @@ inline void add_values(const uint8_t *const *tiles, bool fetch_ahead, Span token
                        int64_t d, float *value) {
   constexpr int kVectorLanes = sizeof(V) / sizeof(float);
   V sum[rows][vectors];
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < vectors; ++i) sum[r][i] = load_as<V>(value + r * head_dim + d + i * kVectorLanes);
+  KVIK_UNROLL
+  for (int r = 0; r < rows; ++r) KVIK_UNROLL
+  for (int i = 0; i < vectors; ++i) sum[r][i] = load_as<V>(value + r * head_dim + d + i * kVectorLanes);
   for (int token = tokens.first; token < tokens.last;) {
     const int block = token / kBlockSize, end = smaller_int(tokens.last, (block + 1) * kBlockSize);
     const Stored *row = reinterpret_cast<const Stored *>(tiles[block]) + token % kBlockSize * head_dim + d;
@@ -275,15 +282,19 @@ inline void add_values(const uint8_t *const *tiles, bool fetch_ahead, Span token
     for (; token < end; ++token, row += head_dim, ahead += head_dim * sizeof(Stored)) {
       prefetch_bytes<vectors * kVectorLanes * sizeof(Stored)>(ahead);
       V v[vectors];
+      KVIK_UNROLL
       for (int i = 0; i < vectors; ++i) v[i] = load_as<V>(row + i * kVectorLanes);
+      KVIK_UNROLL
       for (int r = 0; r < rows; ++r) {
         const V weight = spread<V>(p[r * kSegment + token]);
+        KVIK_UNROLL
         for (int i = 0; i < vectors; ++i) sum[r][i] = fma(v[i], weight, sum[r][i]);
       }
     }
   }
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < vectors; ++i) store(value + r * head_dim + d + i * kVectorLanes, sum[r][i]);
+  KVIK_UNROLL
+  for (int r = 0; r < rows; ++r) KVIK_UNROLL
+  for (int i = 0; i < vectors; ++i) store(value + r * head_dim + d + i * kVectorLanes, sum[r][i]);
 }
 
 template <class Stored, int rows> inline void add_all_values(const uint8_t *const *tiles, bool fetch_ahead, Span tokens,
