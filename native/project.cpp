@@ -7,7 +7,7 @@
 namespace kvik {
 namespace {
 
-constexpr int64_t kRowGrain = 2;   // row blocks: 16 rows, one cache line of outputs
+constexpr int64_t kRowGrain = 4;   // row blocks: a tile of the widest vectors, two cache lines of outputs
 constexpr int64_t kTokenGrain = 8; // tokens that are worth another thread's while
 
 // The rows as the kernels read them: as floats, and quantised where a weight asks for it.

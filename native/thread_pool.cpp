@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <thread>
 #include <vector>
 
@@ -19,7 +20,9 @@ namespace kvik {
 
 namespace {
 
-constexpr int kSpins = 4000; // some tens of microseconds: longer than the gap between two ops of a step
+// Longer than what Python does between two steps: waking a thread that sleeps costs a tenth of a decode step.
+constexpr std::chrono::microseconds kSpinTime{400};
+constexpr int kSpinsBetweenLooks = 64; // at the clock
 constexpr int kYields = 50;
 constexpr int64_t kChunksPerThread = 4; // of a range: enough to even out what the system takes from one thread
 
@@ -31,13 +34,18 @@ void pause() {
 
 // Returns the value once it differs from `old`, sleeping in the kernel only after a while.
 uint32_t wait_for_change(const std::atomic<uint32_t> &value, uint32_t old) {
-  for (int i = 0; i < kSpins + kYields; ++i) {
+  const auto spin_end = std::chrono::steady_clock::now() + kSpinTime;
+  do {
+    for (int i = 0; i < kSpinsBetweenLooks; ++i) {
+      const uint32_t now = value.load(std::memory_order_acquire);
+      if (now != old) return now;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < spin_end);
+  for (int i = 0; i < kYields; ++i) {
     const uint32_t now = value.load(std::memory_order_acquire);
     if (now != old) return now;
-    if (i < kSpins)
-      pause();
-    else
-      std::this_thread::yield();
+    std::this_thread::yield();
   }
   value.wait(old, std::memory_order_acquire);
   return value.load(std::memory_order_acquire);
