@@ -81,54 +81,73 @@ def cases(ours: KvikRuns, theirs: LlamaCppRuns, model: Path) -> Iterator[Case]:
         return {f"fa {on}": partial(theirs.decode, of, count, on, depth=depth) for on in flash}
 
     def ours_decode(
-        name: str, count: int, depth: int, peers: Mapping[str, Measure], acts: Activations = "int8", kv: str = "f16"
+        name: str,
+        count: int,
+        depth: int,
+        peers: Mapping[str, Measure],
+        acts: Activations = "int8",
+        kv: str = "f16",
+        *,
+        target: float,
     ) -> Case:
         return Case(
             name,
             partial(ours.decode, model, count, depth=max(depth, 1), activations=acts, kv_dtype=kv),
             peers,
+            target=target,
             step_bytes=partial(ours.step_bytes, model, depth + count / 2, 1, acts, kv),
         )
 
-    yield ours_decode("decode 128 from empty", 128, 0, decode(128))
-    yield ours_decode("decode 128 from empty, int16 activations", 128, 0, decode(128), "int16")
-    for depth in (2048, 8000):
-        yield ours_decode(f"decode 32 at {depth:,}, f16 KV", 32, depth, decode(32, depth))
+    yield ours_decode("decode 128 from empty", 128, 0, decode(128), target=2.6)
+    yield ours_decode("decode 128 from empty, int16 activations", 128, 0, decode(128), "int16", target=2.2)
+    for depth, target in ((2048, 3.0), (8000, 3.5)):
+        yield ours_decode(f"decode 32 at {depth:,}, f16 KV", 32, depth, decode(32, depth), target=target)
     any_kv = decode(32, 8000) | {
         "q8_0 KV, fa on": partial(theirs.decode, model, 32, "on", depth=8000, kv_type="q8_0"),
     }
-    yield ours_decode("decode 32 at 8,000, int8 KV", 32, 8000, any_kv, kv="int8")
+    yield ours_decode("decode 32 at 8,000, int8 KV", 32, 8000, any_kv, kv="int8", target=4.3)
     f16_kv = {"kvik, f16 KV": partial(ours.decode, model, 32, depth=8000)}
-    yield ours_decode("decode 32 at 8,000, int8 KV, against kvik's f16 KV", 32, 8000, f16_kv, kv="int8")
+    yield ours_decode("decode 32 at 8,000, int8 KV, against kvik's f16 KV", 32, 8000, f16_kv, kv="int8", target=1.15)
 
-    for count in (512, 2048):
-        yield Case(f"prefill {count:,}", partial(ours.prefill, model, count), prefill(count))
-    yield Case("prefill 512, int16 activations", partial(ours.prefill, model, 512, "int16"), prefill(512))
+    for count, target in ((512, 4.5), (2048, 4.0)):
+        yield Case(f"prefill {count:,}", partial(ours.prefill, model, count), prefill(count), target=target)
+    of_int16 = partial(ours.prefill, model, 512, "int16")
+    yield Case("prefill 512, int16 activations", of_int16, prefill(512), target=2.5)
 
     for count in (8, 16, 32):
         yield Case(
             f"decode 64 after 128, {count} sequences",
             partial(ours.batched_decode, model, count, 128, 64),
             {f"fa {on}": partial(theirs.batched_decode, model, count, 128, 64, on) for on in flash},
+            target=4.0,
             step_bytes=partial(ours.step_bytes, model, 128 + 32, count),
             tokens_of_step=count,
         )
 
-    for kind in ("Q4_0", "Q8_0", "F16", "Q4_K_M"):
+    targets = {"Q4_0": (1.7, 2.2), "Q8_0": (1.5, 1.8), "F16": (1.2, 1.1), "Q4_K_M": (1.5, 2.0)}
+    for kind, (decode_target, prefill_target) in targets.items():
         file = theirs.folder / "models" / f"{model.stem}.{kind}.gguf"
-        for name, mine, peers in (
-            (f"{kind}: decode 128 from empty", partial(ours.decode, file, 128), decode(128, of=file)),
-            (f"{kind}: prefill 512", partial(ours.prefill, file, 512), prefill(512, file)),
-        ):
-            bytes_read = partial(ours.step_bytes, file, 64) if "decode" in name else None
-            yield Case(name, partial(with_file, theirs, model, kind, mine), peers, step_bytes=bytes_read)
+        yield Case(
+            f"{kind}: decode 128 from empty",
+            partial(with_file, theirs, model, kind, partial(ours.decode, file, 128)),
+            decode(128, of=file),
+            target=decode_target,
+            step_bytes=partial(ours.step_bytes, file, 64),
+        )
+        yield Case(
+            f"{kind}: prefill 512",
+            partial(with_file, theirs, model, kind, partial(ours.prefill, file, 512)),
+            prefill(512, file),
+            target=prefill_target,
+        )
 
     peers = {f"fa {on}": partial(theirs.peak_memory, model, on) for on in flash}
     memory = partial(ours.peak_memory, model)
     yield Case("peak memory, context of 8,192, f16 KV", memory, peers, MEMORY, once=True,
                most=partial(ours.memory_target, model))  # fmt: skip
     cold = {"llama-completion": partial(theirs.cold_start, model, COLD_PROMPT)}
-    yield Case("cold start to first token", partial(ours.cold_start, model, COLD_PROMPT), cold, SECONDS)
+    mine = partial(ours.cold_start, model, COLD_PROMPT)
+    yield Case("cold start to first token", mine, cold, SECONDS, most=lambda: 0.7)
 
 
 def with_file(theirs: LlamaCppRuns, model: Path, kind: str, measure: Measure) -> float:

@@ -90,18 +90,18 @@ class KvikRuns:
         engine = self.llm(model).engine
         decoder, kv_spec = engine.decoder, engine.kv_spec
         blocks = kv_spec.num_blocks_for(num_prompt_tokens + num_tokens)
-        kv_cache = decoder.ops.allocate_kv(kv_spec, num_sequences * blocks)
+        forward = decoder.record(decoder.ops.allocate_kv(kv_spec, num_sequences * blocks))
         tables = np.arange(num_sequences * blocks, dtype=np.int32).reshape(num_sequences, blocks)
         latest = []
         for table in tables:
             prompt = np.asarray(random_tokens(engine, num_prompt_tokens), np.int32)
             batch = _batch(prompt, np.arange(num_prompt_tokens, dtype=np.int32), table[None])
-            latest.append(int(decoder.ops.to_numpy(decoder.forward(batch, kv_cache))[-1].argmax()))
+            latest.append(int(decoder.ops.to_numpy(forward(batch))[-1].argmax()))
         started_s = time.perf_counter()
         for step in range(num_tokens):
             positions = np.full(num_sequences, num_prompt_tokens + step, np.int32)
             batch = _batch(np.asarray(latest, np.int32), positions, tables)
-            latest = decoder.ops.to_numpy(decoder.forward(batch, kv_cache)).argmax(axis=1).tolist()
+            latest = decoder.ops.to_numpy(forward(batch)).argmax(axis=1).tolist()
         return num_sequences * num_tokens / (time.perf_counter() - started_s)
 
     def step_bytes(
