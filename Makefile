@@ -18,7 +18,7 @@ help:
 	@echo "make check        formats, lint, types, import rules, stubs"
 	@echo "make test-oracle  the comparisons with transformers, in a venv of their own"
 	@echo "make sanitize     the native core's tests under ASan and UBSan, and under TSan"
-	@echo "make bench        tokens per second of prefill and decode on this machine"
+	@echo "make bench        tokens per second of prefill and decode on this machine, and where the time goes"
 	@echo "make bench-peers  build llama.cpp and compare with it, case by case (an hour)"
 	@echo "make format       reformat Python and C++; make stubs rewrites the native module's stub"
 
@@ -45,7 +45,7 @@ check: $(VENV)/.check-installed
 	$(call say,Imports point downward only)
 	$(VENV)/bin/lint-imports
 	$(call say,The stub of the native module is current)
-	$(VENV)/bin/python -m nanobind.stubgen -q -m kvik._native -O build/stubs
+	KVIK_ISA=generic $(VENV)/bin/python -m nanobind.stubgen -q -m kvik._native -O build/stubs
 	$(VENV)/bin/ruff format -q build/stubs/_native.pyi
 	diff src/kvik/_native.pyi build/stubs/_native.pyi
 
@@ -54,8 +54,15 @@ test-oracle: $(ORACLE_VENV)/.installed
 	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
 
 bench: $(VENV)/.installed
-	$(call say,Prefill and decode of the default model)
-	$(VENV)/bin/python bench/speed.py
+	$(call say,Fetch the default model once)
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,Prefill and decode with int8 activations$(,) and where a step's time goes)
+	$(VENV)/bin/kvik bench --profile
+	$(call say,The same with int16 activations)
+	$(VENV)/bin/kvik bench --activations int16
+	$(call say,Behind 2$(,)048 tokens$(,) float16 and int8 KV cache)
+	$(VENV)/bin/kvik bench --depth 2048
+	$(VENV)/bin/kvik bench --depth 2048 --kv-dtype int8
 
 bench-peers: $(VENV)/.installed
 	$(call say,Build llama.cpp)
@@ -75,7 +82,7 @@ format: $(VENV)/.check-installed
 	$(VENV)/bin/clang-format -i $(CPP)
 
 stubs: $(VENV)/.check-installed
-	$(VENV)/bin/python -m nanobind.stubgen -q -m kvik._native -o src/kvik/_native.pyi
+	KVIK_ISA=generic $(VENV)/bin/python -m nanobind.stubgen -q -m kvik._native -o src/kvik/_native.pyi
 	$(VENV)/bin/ruff format -q src/kvik/_native.pyi
 
 clean:

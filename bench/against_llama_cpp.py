@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -30,10 +31,9 @@ from llama_cpp_runs import FlashAttention, LlamaCppRuns
 
 COLD_PROMPT = "one two three four five six seven eight nine ten"  # ten tokens
 BANDWIDTH_BYTES = 1 << 29
-HOPELESS = 0.7  # a peer's variant slower than this share of its best, ROUNDS_TO_TRY rounds long, is not run again
-ROUNDS_TO_TRY = 2
+HOPELESS = 0.7  # a peer's variant slower than this share of its best is not run again: some take minutes
 
-Measure = Callable[[], float]
+Measure = partial[float]
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def cases(ours: KvikRuns, theirs: LlamaCppRuns, model: Path) -> Iterator[Case]:
     yield Case("cold start to first token", mine, cold, SECONDS, most=lambda: 0.7)
 
 
-def with_file(theirs: LlamaCppRuns, model: Path, kind: str, measure: Measure) -> float:
+def with_file(theirs: LlamaCppRuns, model: Path, kind: str, measure: Callable[[], float]) -> float:
     """Measure with a file that llama-quantize makes first, if it is not there."""
     theirs.make_file(model, kind)
     return measure()
@@ -164,6 +164,12 @@ class Results:
         self.missing: dict[str, str] = {}  # case and whose, why there is no figure
         self.failed = False  # something that should have worked did not
         self.bandwidth: list[float] = []
+        self._of_this_round: dict[Any, float] = {}  # several cases may compare with one measurement
+
+    def start_round(self, bandwidth: float) -> None:
+        """Nothing measured before counts as measured."""
+        self._of_this_round.clear()
+        self.bandwidth.append(bandwidth)
 
     def measure(self, case: Case, whose: str, measure: Measure) -> None:
         """Add one figure, or note why there is none."""
@@ -171,7 +177,9 @@ class Results:
         if key in self.missing:
             return
         try:
-            value = measure()
+            what = (measure.func, measure.args, tuple(measure.keywords.items()))
+            value = self._of_this_round[what] if what in self._of_this_round else measure()
+            self._of_this_round[what] = value
             self.values.setdefault(case.name, {}).setdefault(whose, []).append(value)
         except NotAvailable as reason:
             self.missing[key] = str(reason).partition("\n")[0]
@@ -204,8 +212,8 @@ class Results:
 
     def is_hopeless(self, case: Case, variant: str) -> bool:
         """Whether a variant has been shown to be far behind."""
-        best, mine = self.best(case), self.values.get(case.name, {}).get(variant, [])
-        if best is None or len(mine) < ROUNDS_TO_TRY or not case.unit.more_is_better:
+        best, mine = self.best(case), self.values.get(case.name, {}).get(variant)
+        if best is None or not mine or not case.unit.more_is_better:
             return False
         top = self.median(case, best)
         return top is not None and max(mine) < HOPELESS * top
@@ -281,7 +289,7 @@ def main() -> int:
         task = progress.add_task("", total=args.rounds * len(chosen))
         try:
             for round_number in range(args.rounds):
-                results.bandwidth.append(_native.read_bandwidth(pool, BANDWIDTH_BYTES))
+                results.start_round(_native.read_bandwidth(pool, BANDWIDTH_BYTES))
                 for case in chosen:
                     progress.update(task, description=f"round {round_number + 1}: {case.name}")
                     results.run(case, round_number)

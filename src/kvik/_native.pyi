@@ -6,7 +6,7 @@ from typing import Annotated
 import numpy
 from numpy.typing import NDArray
 
-isa: str = "avx512"
+isa: str = "generic"
 
 def usable_isas() -> list[str]:
     """Names of the instruction sets that this processor has, best first."""

@@ -52,4 +52,9 @@ def test_int8_is_no_farther_from_float32_than_llama_cpp(
     report(f"kvik: {found}")
     report(f"llama.cpp {llama_cpp.__version__}: {llama_distance}")
     assert llama_distance.mean_kl < 0.05  # the same text, model and tokens
-    assert found.mean_kl <= llama_distance.mean_kl
+    # Both round to int8 in groups of 32, so their means are nearly one: farther is what chance alone does not explain,
+    # two standard errors of the mean difference of the same tokens.
+    difference = found.kl - llama_distance.kl
+    standard_error = float(difference.std() / np.sqrt(len(difference)))
+    report(f"mean difference {difference.mean():.1e}, its standard error {standard_error:.1e}")
+    assert difference.mean() <= 2 * standard_error
