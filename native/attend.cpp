@@ -15,31 +15,12 @@ constexpr int64_t kTileRows = 96;
 // Chunks of a thread: enough to even out what the system takes from one thread, few enough to know the next task.
 constexpr int64_t kChunksPerThread = 4;
 
-// Neighbouring queries of a sequence at one KV head, and the segments that some of them see.
-struct Tile {
-  int64_t first_token, num_tokens, kv_head;
-  int64_t first_segment, num_segments;
-  int64_t slot; // of its first segment's result where several chunks share the tile, else -1
-};
-
-struct Unit {
-  int64_t tile, segment;
-};
-
-// One for each calling thread: a caller waits for its call to end, so no two calls share it.
-struct Space {
-  std::vector<Tile> tiles;
-  std::vector<Unit> units;
-  std::vector<int64_t> chunk_ends;                    // units
-  std::vector<int64_t> costs;                         // of each unit
-  std::unique_ptr<std::atomic<int64_t>[]> unfinished; // units of each tile
-  int64_t unfinished_size = 0;
-  Buffer scratch, totals, slots;
-};
+using Tile = AttentionSpace::Tile;
+using Unit = AttentionSpace::Unit;
 
 class Attention {
 public:
-  Attention(ThreadPool &pool, const AttendArgs &args, Space &space)
+  Attention(ThreadPool &pool, const AttendArgs &args, AttentionSpace &space)
       : pool_(pool), args_(args), space_(space), threads_(pool.num_threads()),
         group_(args.num_heads / args.kv.num_kv_heads), head_dim_(args.kv.head_dim) {}
 
@@ -228,7 +209,7 @@ private:
 
   ThreadPool &pool_;
   const AttendArgs &args_;
-  Space &space_;
+  AttentionSpace &space_;
   const int64_t threads_, group_, head_dim_;
   int64_t most_tokens_ = 1, num_slots_ = 0, partial_stride_ = 0, scratch_stride_ = 0;
   float *scratch_ = nullptr, *totals_ = nullptr, *slots_ = nullptr;
@@ -245,9 +226,8 @@ void write_kv(ThreadPool &pool, const LayerKV &kv, const float *k, const float *
   });
 }
 
-void attend(ThreadPool &pool, const AttendArgs &args) {
-  thread_local Space space;
-  if (args.num_tokens > 0) Attention(pool, args, space).run();
+void attend(ThreadPool &pool, Workspace &workspace, const AttendArgs &args) {
+  if (args.num_tokens > 0) Attention(pool, args, workspace.attention).run();
 }
 
 } // namespace kvik

@@ -32,7 +32,8 @@ void check_block_tables(const int32_t *tables, int64_t num_sequences, int64_t ta
   for (int64_t i = 0; i < num_tokens; ++i) {
     const int32_t sequence = sequence_index[i], position = positions[i];
     require(sequence >= 0 && sequence < num_sequences, "attend: a sequence index has no block table");
-    require(position >= 0 && position < table_width * kBlockSize, "attend: a position is past its block table");
+    require(position >= 0 && position < table_width * kBlockSize && position < INT32_MAX,
+            "attend: a position is past its block table");
     const int64_t first = std::max<int64_t>(0, position + 1 - window) / kBlockSize, last = position / kBlockSize;
     // Neighbouring tokens see nearly the same blocks.
     if (sequence != checked_sequence || first < checked_first || first > checked_last + 1)
@@ -97,7 +98,9 @@ PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> sou
   require(rows > 0 && columns > 0 && rows < kMost && columns < kMost,
           "pack: rows and columns must be in 1 ... 2**31-1");
   require(columns % columns_multiple(*type) == 0, "pack: columns must be a multiple of the type's block");
-  require(size(source, 0) == rows * row_bytes(*type, columns), "pack: source has the wrong number of bytes");
+  const int64_t bytes = row_bytes(*type, columns);
+  require(size(source, 0) % bytes == 0 && size(source, 0) / bytes == rows,
+          "pack: source has the wrong number of bytes");
   return pack(*type, source.data(), rows, columns, arena, pool);
 }
 
@@ -124,9 +127,9 @@ void checked_take_rows(const PackedWeight &weight, Integers row_ids, FloatsOut<2
   require_aligned(row_ids, "take_rows", "row_ids");
   require_aligned(out, "take_rows", "out");
   require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "take_rows: wrong output shape");
-  for (int64_t i = 0; i < size(row_ids, 0); ++i)
-    require(row_ids(i) >= 0 && row_ids(i) < weight.rows, "take_rows: a row id is outside the weight");
-  take_weight_rows(weight, row_ids.data(), size(row_ids, 0), out.data());
+  const std::vector<int32_t> ids = copied(row_ids);
+  for (const int32_t id : ids) require(id >= 0 && id < weight.rows, "take_rows: a row id is outside the weight");
+  take_weight_rows(weight, ids.data(), size(row_ids, 0), out.data());
 }
 
 void checked_rms_norm(ThreadPool &pool, Floats<2> x, Floats<1> weight, float eps, FloatsOut<2> out) {
@@ -137,6 +140,15 @@ void checked_rms_norm(ThreadPool &pool, Floats<2> x, Floats<1> weight, float eps
   require(size(weight, 0) == columns, "rms_norm: the weight has another width than x");
   require(size(out, 0) == size(x, 0) && size(out, 1) == columns, "rms_norm: wrong output shape");
   rms_norm(pool, {x.data(), size(x, 0), columns, weight.data(), eps}, out.data());
+}
+
+void checked_add(ThreadPool &pool, Floats<2> x, Floats<2> y, FloatsOut<2> out) {
+  require_aligned(x, "add", "x");
+  require_aligned(y, "add", "y");
+  require_aligned(out, "add", "out");
+  require(size(x, 0) == size(y, 0) && size(x, 1) == size(y, 1), "add: x and y differ in shape");
+  require(size(out, 0) == size(x, 0) && size(out, 1) == size(x, 1), "add: wrong output shape");
+  add(pool, x.data(), y.data(), size(x, 0), size(x, 1), out.data());
 }
 
 void checked_silu_multiply(ThreadPool &pool, Floats<2> gate, Floats<2> up, FloatsOut<2> out) {
@@ -157,10 +169,10 @@ void checked_rope(ThreadPool &pool, Floats<3> x, Integers positions, Floats<3> t
   check_rope(table, size(x, 2));
   require(size(positions, 0) == size(x, 0), "rope: one position a token");
   for (std::size_t axis = 0; axis < 3; ++axis) require(size(out, axis) == size(x, axis), "rope: wrong output shape");
-  for (int64_t i = 0; i < size(x, 0); ++i)
-    require(positions(i) >= 0 && positions(i) < size(table, 0), "rope: a position is outside the table");
+  const std::vector<int32_t> rows = copied(positions);
+  for (const int32_t row : rows) require(row >= 0 && row < size(table, 0), "rope: a position is outside the table");
   std::copy_n(x.data(), x.size(), out.data());
-  rope(pool, out.data(), positions.data(), size(x, 0), size(x, 1), size(x, 2),
+  rope(pool, out.data(), rows.data(), size(x, 0), size(x, 1), size(x, 2),
        {table.data(), size(table, 1), adjacent_pairs});
 }
 
@@ -173,9 +185,10 @@ void checked_write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3
     require(size(array, 0) == num_tokens, "write_kv: one slot a token");
     require(size(array, 1) == kv.num_kv_heads && size(array, 2) == kv.head_dim, "write_kv: k or v has a wrong shape");
   }
-  for (int64_t i = 0; i < num_tokens; ++i)
-    require(slots(i) >= 0 && slots(i) < kv.num_blocks * kBlockSize, "write_kv: a slot is outside the cache");
-  write_kv(pool, kv, k.data(), v.data(), slots.data(), num_tokens);
+  const std::vector<int32_t> places = copied(slots);
+  for (const int32_t slot : places)
+    require(slot >= 0 && slot < kv.num_blocks * kBlockSize, "write_kv: a slot is outside the cache");
+  write_kv(pool, kv, k.data(), v.data(), places.data(), num_tokens);
 }
 
 void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_t, 2> block_tables,
@@ -188,17 +201,18 @@ void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<cons
   require_aligned(out, "attend", "out");
   const int64_t num_tokens = size(q, 0), num_heads = size(q, 1), head_dim = kv.head_dim;
   require(size(q, 2) == head_dim, "attend: q has another head_dim than the cache");
-  require(num_heads % kv.num_kv_heads == 0, "attend: query heads must be a multiple of KV heads");
+  require(num_heads > 0 && num_heads % kv.num_kv_heads == 0, "attend: query heads must be a multiple of KV heads");
   require(size(sequence_index, 0) == num_tokens && size(positions, 0) == num_tokens, "attend: one index a token");
   for (std::size_t axis = 0; axis < 3; ++axis) require(size(out, axis) == size(q, axis), "attend: wrong output shape");
   require(!window || *window > 0, "attend: the window must be 1 or more");
+  const std::vector<int32_t> tables = copied(block_tables), index = copied(sequence_index), own = copied(positions);
   AttendArgs args{};
   args.q = q.data();
   args.kv = kv;
-  args.block_tables = block_tables.data();
+  args.block_tables = tables.data();
   args.table_width = size(block_tables, 1);
-  args.sequence_index = sequence_index.data();
-  args.positions = positions.data();
+  args.sequence_index = index.data();
+  args.positions = own.data();
   args.num_tokens = num_tokens;
   args.num_heads = num_heads;
   args.scale = scale;
@@ -206,7 +220,8 @@ void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<cons
   args.out = out.data();
   check_block_tables(args.block_tables, size(block_tables, 0), args.table_width, args.sequence_index, args.positions,
                      num_tokens, kv.num_blocks, args.window);
-  attend(pool, args);
+  Workspace workspace;
+  attend(pool, workspace, args);
 }
 
 KVType kv_type_of(std::string_view name) {
@@ -292,6 +307,8 @@ NB_MODULE(_native, m) {
         "out"_a.noconvert(), "out = x / sqrt(mean(x**2) + eps) * weight, row by row.");
   m.def("silu_multiply", &checked_silu_multiply, Unlocked(), "pool"_a, "gate"_a.noconvert(), "up"_a.noconvert(),
         "out"_a.noconvert(), "out = gate * sigmoid(gate) * up.");
+  m.def("add", &checked_add, Unlocked(), "pool"_a, "x"_a.noconvert(), "y"_a.noconvert(), "out"_a.noconvert(),
+        "out = x + y.");
   m.def("rope", &checked_rope, Unlocked(), "pool"_a, "x"_a.noconvert(), "positions"_a.noconvert(),
         "table"_a.noconvert(), "adjacent_pairs"_a, "out"_a.noconvert(),
         "Rotary position embedding of x (T, heads, head_dim).");

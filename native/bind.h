@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "ops.h"
 
@@ -29,6 +30,9 @@ inline void require_aligned(const auto &array, const char *op, const char *argum
   if (reinterpret_cast<std::uintptr_t>(array.data()) % sizeof(*array.data()) != 0)
     throw nb::value_error((std::string(op) + ": " + argument + " is not aligned to its item size").c_str());
 }
+
+// Checked indices are a copy: no op's output and no other thread can change them between the check and their use.
+inline std::vector<int32_t> copied(const auto &array) { return {array.data(), array.data() + array.size()}; }
 
 inline int64_t size(const auto &array, std::size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
 

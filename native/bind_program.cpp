@@ -62,6 +62,7 @@ void check_norm(const Floats<1> &norm, int64_t width) {
 }
 
 int record_embed(Program &program, const PackedWeight &table) {
+  require(!program.finished(), "Program: it is finished");
   program.limits.token_ids = std::min(program.limits.token_ids, table.rows);
   return append(
       program, "embed", {}, table.columns, false,
@@ -242,8 +243,9 @@ int record_attend(Program &program, int q, const LayerKV &kv, float scale, std::
       program, "attend", {q}, in.width, false,
       [=](const Frame &frame, int out) {
         const Step &step = frame.step;
-        attend(frame.pool(), {frame[q], kv, step.block_tables, step.table_width, step.sequence_index, step.positions,
-                              step.num_tokens, in.width / kv.head_dim, scale, window, frame[out]});
+        attend(frame.pool(), frame.workspace(),
+               {frame[q], kv, step.block_tables, step.table_width, step.sequence_index, step.positions, step.num_tokens,
+                in.width / kv.head_dim, scale, window, frame[out]});
       },
       [=](const Step &step) { return attend_cost(step, kv, in.width, window); });
 }
@@ -292,35 +294,49 @@ struct StepArrays {
   Integers logit_rows;
 };
 
-Step checked_step(const Program &program, const StepArrays &arrays) {
-  const Step step{size(arrays.token_ids, 0),  size(arrays.block_tables, 0), size(arrays.block_tables, 1),
-                  size(arrays.logit_rows, 0), arrays.token_ids.data(),      arrays.positions.data(),
-                  arrays.slots.data(),        arrays.sequence_index.data(), arrays.block_tables.data(),
-                  arrays.logit_rows.data()};
-  require(program.finished(), "Program: it is not finished");
-  for (const Integers *array :
-       {&arrays.token_ids, &arrays.positions, &arrays.slots, &arrays.sequence_index, &arrays.logit_rows})
-    require_aligned(*array, "Program", "an array of the step");
-  require_aligned(arrays.block_tables, "Program", "block_tables");
-  for (const Integers *array : {&arrays.positions, &arrays.slots, &arrays.sequence_index})
-    require(size(*array, 0) == step.num_tokens, "Program: positions, slots and sequence_index need one item a token");
-  const auto all_below = [](const int32_t *items, int64_t count, int64_t limit) {
-    return std::all_of(items, items + count, [=](int32_t item) { return item >= 0 && item < limit; });
-  };
-  require(all_below(step.token_ids, step.num_tokens, program.limits.token_ids),
-          "Program: a token id is outside the embedding");
-  require(all_below(step.positions, step.num_tokens, program.limits.positions),
-          "Program: a position is outside the rope table");
-  require(all_below(step.slots, step.num_tokens, program.limits.blocks * kBlockSize),
-          "Program: a slot is outside the cache");
-  require(all_below(step.logit_rows, step.num_logits, step.num_tokens), "Program: a logit row is no token of the step");
-  check_block_tables(step.block_tables, step.num_sequences, step.table_width, step.sequence_index, step.positions,
-                     step.num_tokens, program.limits.blocks, program.limits.window);
-  return step;
-}
+// A copy of them that was checked; `step` refers to it.
+struct CheckedStep {
+  std::vector<int32_t> token_ids, positions, slots, sequence_index, block_tables, logit_rows;
+  Step step;
+
+  CheckedStep(const Program &program, const StepArrays &arrays) {
+    require(program.finished(), "Program: it is not finished");
+    for (const Integers *array :
+         {&arrays.token_ids, &arrays.positions, &arrays.slots, &arrays.sequence_index, &arrays.logit_rows})
+      require_aligned(*array, "Program", "an array of the step");
+    require_aligned(arrays.block_tables, "Program", "block_tables");
+    token_ids = copied(arrays.token_ids), positions = copied(arrays.positions), slots = copied(arrays.slots);
+    sequence_index = copied(arrays.sequence_index), block_tables = copied(arrays.block_tables);
+    logit_rows = copied(arrays.logit_rows);
+    step = {size(arrays.token_ids, 0),
+            size(arrays.block_tables, 0),
+            size(arrays.block_tables, 1),
+            size(arrays.logit_rows, 0),
+            token_ids.data(),
+            positions.data(),
+            slots.data(),
+            sequence_index.data(),
+            block_tables.data(),
+            logit_rows.data()};
+    for (const Integers *array : {&arrays.positions, &arrays.slots, &arrays.sequence_index})
+      require(size(*array, 0) == step.num_tokens, "Program: positions, slots and sequence_index need one item a token");
+    const auto all_below = [](const std::vector<int32_t> &items, int64_t limit) {
+      return std::all_of(items.begin(), items.end(), [=](int32_t item) { return item >= 0 && item < limit; });
+    };
+    require(all_below(token_ids, program.limits.token_ids), "Program: a token id is outside the embedding");
+    require(all_below(positions, program.limits.positions), "Program: a position is outside the rope table");
+    require(all_below(slots, program.limits.blocks * kBlockSize), "Program: a slot is outside the cache");
+    require(all_below(logit_rows, step.num_tokens), "Program: a logit row is no token of the step");
+    check_block_tables(step.block_tables, step.num_sequences, step.table_width, step.sequence_index, step.positions,
+                       step.num_tokens, program.limits.blocks, program.limits.window);
+  }
+  CheckedStep(const CheckedStep &) = delete;
+  CheckedStep &operator=(const CheckedStep &) = delete;
+};
 
 std::vector<double> run(Program &program, const StepArrays &arrays, FloatsOut<2> out, int first, int last, bool timed) {
-  const Step step = checked_step(program, arrays);
+  const CheckedStep checked(program, arrays);
+  const Step &step = checked.step;
   require_aligned(out, "Program", "out");
   require(size(out, 0) == step.num_logits && size(out, 1) == program.value(program.output()).width,
           "Program: wrong output shape");
@@ -343,7 +359,8 @@ std::vector<double> run_arrays(Program &program, Integers token_ids, Integers po
 std::vector<std::tuple<std::string, double, double>> costs(const Program &program, Integers token_ids,
                                                            Integers positions, Integers slots, Integers sequence_index,
                                                            Array<const int32_t, 2> block_tables, Integers logit_rows) {
-  const Step step = checked_step(program, {token_ids, positions, slots, sequence_index, block_tables, logit_rows});
+  const CheckedStep checked(program, {token_ids, positions, slots, sequence_index, block_tables, logit_rows});
+  const Step &step = checked.step;
   std::vector<std::tuple<std::string, double, double>> rows;
   for (const Program::Op &op : program.ops()) {
     const Cost cost = op.cost(step);
@@ -362,7 +379,14 @@ void copy_value(Program &program, int id, FloatsOut<2> out) {
   require_aligned(out, "Program", "out");
   require(id != program.output(), "Program: the output is where the run has put it");
   require(size(out, 1) == program.value(id).width, "Program: wrong output shape");
-  require(program.copy_value(id, size(out, 0), out.data()), "Program: the last run had fewer rows");
+  const int64_t rows = size(out, 0);
+  float *to = out.data();
+  bool had_rows = false;
+  {
+    const nb::gil_scoped_release unlocked; // another thread may be in the middle of a step
+    had_rows = program.copy_value(id, rows, to);
+  }
+  require(had_rows, "Program: the last run had fewer rows");
 }
 
 } // namespace

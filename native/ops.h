@@ -68,6 +68,6 @@ void write_kv(ThreadPool &pool, const LayerKV &kv, const float *k, const float *
               int64_t num_tokens);
 
 // Causal attention of each token over its own sequence.
-void attend(ThreadPool &pool, const AttendArgs &args);
+void attend(ThreadPool &pool, Workspace &workspace, const AttendArgs &args);
 
 } // namespace kvik

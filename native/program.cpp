@@ -51,9 +51,11 @@ void Program::finish(int output) {
 
 void Program::run(const Step &step, float *out, int first, int last, double *seconds) {
   const std::lock_guard lock(one_run_at_a_time_);
-  last_rows_ = std::max(step.num_tokens, step.num_logits);
+  const int64_t rows = std::max(step.num_tokens, step.num_logits);
+  last_rows_ = 0; // should a buffer not be had
   for (std::size_t i = 0; i < buffers_.size(); ++i)
-    if (i != value(output_).buffer) buffers_[i].get<float>(last_rows_ * buffer_widths_[i]);
+    if (i != value(output_).buffer) buffers_[i].get<float>(rows * buffer_widths_[i]);
+  last_rows_ = rows;
   const Frame frame(*this, step, out);
   auto before = std::chrono::steady_clock::now();
   for (int index = first; index < last; ++index) {

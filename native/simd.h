@@ -269,7 +269,8 @@ inline Int32x8 scale_int(Int32x8 a, int32_t factor) {
 inline void store(int32_t *p, Int32x8 a) { std::memcpy(p, a.v, sizeof a.v); }
 inline Int32x8 operator-(Int32x8 a, Int32x8 b) {
   Int32x8 out;
-  for (int i = 0; i < kLanes; ++i) out.v[i] = a.v[i] - b.v[i];
+  for (int i = 0; i < kLanes; ++i) // modulo 2**32, as the instruction
+    out.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - static_cast<uint32_t>(b.v[i]));
   return out;
 }
 // 32 integers that fit into bytes.

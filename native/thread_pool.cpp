@@ -51,13 +51,14 @@ uint32_t wait_for_change(const std::atomic<uint32_t> &value, uint32_t old) {
   return value.load(std::memory_order_acquire);
 }
 
-// Threads started while it lives get no signals: those are for Python's threads, and one that a worker takes would not
-// wake the main thread.
+// Threads started while it lives get no signals but those of their own faults: the others are for Python's threads, and
+// one that a worker takes would not wake the main thread.
 class NoSignals {
 public:
   NoSignals() {
     sigset_t all;
     sigfillset(&all);
+    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&all, fault);
     pthread_sigmask(SIG_BLOCK, &all, &before_);
   }
   ~NoSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
@@ -96,30 +97,36 @@ struct ThreadPool::Shared {
 ThreadPool::ThreadPool(int num_threads) : num_threads_(std::max(1, num_threads)) {}
 
 ThreadPool::~ThreadPool() {
-  if (process_id_ == getpid()) stop();
+  if (process_id_ == getpid()) stop(shared_);
 }
 
 void ThreadPool::start() {
-  process_id_ = getpid();
-  shared_ = new Shared;
-  const NoSignals inherited;
-  for (int index = 1; index < num_threads_; ++index) {
-    shared_->threads.emplace_back([shared = shared_, index] {
-      const FloatMode mode;
-      for (uint32_t generation = 0; !shared->stopping.load(std::memory_order_acquire);) {
-        generation = wait_for_change(shared->generation, generation);
-        shared->work(index, generation);
-      }
-    });
+  Shared *made = new Shared;
+  try {
+    const NoSignals inherited;
+    for (int index = 1; index < num_threads_; ++index) {
+      made->threads.emplace_back([made, index] {
+        const FloatMode mode;
+        for (uint32_t generation = 0; !made->stopping.load(std::memory_order_acquire);) {
+          generation = wait_for_change(made->generation, generation);
+          made->work(index, generation);
+        }
+      });
+    }
+  } catch (...) { // the system has no more threads to give: the next job tries again
+    stop(made);
+    throw;
   }
+  shared_ = made;
+  process_id_ = getpid();
 }
 
-void ThreadPool::stop() {
-  shared_->stopping.store(true, std::memory_order_release);
-  shared_->generation.fetch_add(1, std::memory_order_release);
-  shared_->generation.notify_all();
-  for (std::thread &thread : shared_->threads) thread.join();
-  delete shared_;
+void ThreadPool::stop(Shared *shared) {
+  shared->stopping.store(true, std::memory_order_release);
+  shared->generation.fetch_add(1, std::memory_order_release);
+  shared->generation.notify_all();
+  for (std::thread &thread : shared->threads) thread.join();
+  delete shared;
 }
 
 void ThreadPool::for_each(int64_t count, const Job &job) {

@@ -35,7 +35,7 @@ private:
   // their handles can be neither joined nor destroyed. The child leaks it and makes its own.
   struct Shared;
   void start();
-  void stop();
+  static void stop(Shared *shared);
 
   int num_threads_;
   int64_t process_id_ = 0;

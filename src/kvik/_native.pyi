@@ -99,6 +99,14 @@ def silu_multiply(
 ) -> None:
     """out = gate * sigmoid(gate) * up."""
 
+def add(
+    pool: ThreadPool,
+    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    y: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+) -> None:
+    """out = x + y."""
+
 def rope(
     pool: ThreadPool,
     x: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],

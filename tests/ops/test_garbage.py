@@ -257,6 +257,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         _native.silu_multiply,
         {"pool": pool, "gate": matrices(33), "up": matrices(33), "out": matrices(33)},
     ),
+    "add": (_native.add, {"pool": pool, "x": matrices(33), "y": matrices(33), "out": matrices(33)}),
     "rope": (
         _native.rope,
         {
@@ -449,3 +450,24 @@ def test_no_tokens_at_all(name: str) -> None:
     }
     arguments = {key: make(chance) for key, make in CALLS[name][1].items() if key not in special[name]}
     CALLS[name][0](**arguments, **special[name])
+
+
+def test_what_garbage_found_stays_refused() -> None:
+    """No query heads, outputs that lie over indices which were checked, the last position of all."""
+    table, layer_kv = np.zeros((1, 1), np.int32), _native.KVArrays(1, BLOCKS, 1, 8, "f16").layer(0)
+    ids = np.zeros(1, np.int32)
+    none = np.zeros((1, 0, 8), np.float32)
+    with pytest.raises(ValueError, match="query heads"):
+        _native.attend(POOL, none, layer_kv, table, ids, ids, 1.0, none)
+    memory = np.zeros(8, np.int32)
+    over = memory.view(np.float32).reshape(1, 1, 8)
+    x = np.full((1, 1, 8), 1e30, np.float32)
+    _native.rope(POOL, x, memory[:1], np.ones((4, 4, 2), np.float32), True, over)
+    rows = np.zeros(64, np.int32)
+    weights = np.full((2, 32), 1e30, np.float32).view(np.uint8).reshape(-1)
+    packed = _native.pack("F32", weights, 2, 32, ARENA, POOL)
+    _native.take_rows(packed, rows[:2], rows.view(np.float32).reshape(2, 32))
+    far = np.array([2**31 - 1], np.int32)
+    q = np.zeros((1, 1, 8), np.float32)
+    with pytest.raises(ValueError, match="past its block table"):
+        _native.attend(POOL, q, layer_kv, np.zeros((1, 1 << 26), np.int32), ids, far, 1.0, q.copy())

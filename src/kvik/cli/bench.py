@@ -67,7 +67,11 @@ def bench(
         profiles: list[StepProfile] = []
         if profile:
             profiles.append(measure.profile_prefill(llm.engine, prompt_tokens, rounds=rounds))
+            if interrupted():
+                raise KeyboardInterrupt
             profiles.append(measure.profile_decode(llm.engine, depth=depth, rounds=8 * rounds))
+            if interrupted():
+                raise KeyboardInterrupt
     if as_json:
         write_report(
             {

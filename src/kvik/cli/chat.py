@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from kvik.cli.options import check_text
 from kvik.cli.terminal import (
     Interrupt,
-    PromptInterrupt,
     is_terminal,
     note,
+    prompt_interrupt,
     show_error,
     show_problem,
     stats_line,
@@ -97,7 +97,7 @@ def take_turn(session: Session, text: str, params: SamplingParams) -> None:
 
 
 def _read_line(prompt: str) -> str:
-    with PromptInterrupt():
+    with prompt_interrupt():
         if is_terminal(sys.stdout):
             return input(prompt)
         sys.stderr.write(prompt)  # stdout is the result, and goes elsewhere

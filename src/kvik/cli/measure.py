@@ -42,8 +42,7 @@ def sequence_at(engine: Engine, num_tokens: int) -> Iterator[Sequence]:
     sequence = engine.new_sequence(random_prompt(engine, max(1, num_tokens)), params)
     engine.add(sequence)
     try:
-        while num_tokens and sequence.num_completion_tokens == 0:
-            engine.step()
+        _step_to(engine, sequence, min(num_tokens, 1))
         yield sequence
     finally:
         engine.abort(sequence)
@@ -62,9 +61,16 @@ def decode_rate(engine: Engine, num_tokens: int, *, depth: int) -> float:
     with sequence_at(engine, max(1, depth)) as sequence:
         written = sequence.num_completion_tokens
         start_s = time.perf_counter()
-        while sequence.num_completion_tokens < written + num_tokens:
-            engine.step()
+        _step_to(engine, sequence, written + num_tokens)
         return num_tokens / (time.perf_counter() - start_s)
+
+
+def _step_to(engine: Engine, sequence: Sequence, num_completion_tokens: int) -> None:
+    """Step until so many tokens are written; raises what ended the sequence before."""
+    while sequence.num_completion_tokens < num_completion_tokens:
+        engine.step()
+        if sequence.error is not None:
+            raise sequence.error
 
 
 def check_room(engine: Engine, num_tokens: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -130,40 +131,39 @@ class Interrupt:
         self._noted = True
 
 
-class PromptInterrupt:
+@contextlib.contextmanager
+def prompt_interrupt() -> Iterator[None]:
     """While it is open, Ctrl-C raises KeyboardInterrupt in the main thread even when that waits in input().
 
     input() looks for signals only when one ends its wait, so that one which comes just before, or which the system
     gives to another thread, would lie there until the next key. A watcher sends it again until it was seen.
     """
+    done = threading.Event()
 
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="kvik-prompt", daemon=True)
-
-    def __enter__(self) -> PromptInterrupt:
-        self._read_end, self._write_end = os.pipe()
-        os.set_blocking(self._write_end, False)
-        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        self._previous_handler = signal.signal(signal.SIGINT, self._raise)
-        self._watcher.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._done.set()
-        signal.set_wakeup_fd(self._previous_fd)
-        os.close(self._write_end)  # ends the watcher's wait
-        self._watcher.join()
-        os.close(self._read_end)
-        signal.signal(signal.SIGINT, self._previous_handler)
-
-    def _raise(self, signal_number: int, frame: FrameType | None) -> None:
-        if not self._done.is_set():  # the same key, sent again
-            self._done.set()
+    def interrupt(signal_number: int, frame: FrameType | None) -> None:
+        if not done.is_set():  # else it is the same key, sent again
+            done.set()
             raise KeyboardInterrupt
 
-    def _watch(self) -> None:
-        while signals := os.read(self._read_end, 64):
+    def watch() -> None:
+        while signals := os.read(read_end, 64):
             if signal.SIGINT in signals:
-                while not self._done.wait(0.05):
+                while not done.wait(0.05):
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    watcher = threading.Thread(target=watch, name="kvik-prompt", daemon=True)
+    watcher.start()
+    previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    previous_handler = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, interrupt)
+        yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(previous_fd)
+        os.close(write_end)  # ends the watcher's wait
+        watcher.join()
+        os.close(read_end)
+        signal.signal(signal.SIGINT, previous_handler)

@@ -84,7 +84,10 @@ class RecordedStep:
         ]
 
     def replay(self, batch: Batch) -> Iterator[OpReplay]:
-        """Run the step op by op and show each one's inputs and outputs, to be compared with another backend's."""
+        """Run the step op by op and show each one's inputs and outputs, to be compared with another backend's.
+
+        Unlike a run this takes many turns: no other thread may use the step meanwhile.
+        """
         out = self._new_output(batch)
         for index, call in enumerate(self.ops):
             arguments = tuple(self._resolve(argument, batch, out) for argument in call.arguments)
