@@ -1,6 +1,21 @@
-"""Who owns which block, and how large a block is. No arrays here."""
+"""Who owns which block, how large a block is, and which blocks hold what others need. No arrays here."""
 
 from kvik.cache.block_pool import BlockPool
-from kvik.cache.spec import BLOCK_SIZE, KVCacheSpec
+from kvik.cache.manager import BlockCopy, BlockTable, CacheManager, CacheStats
+from kvik.cache.radix import Match, Namespace, RadixTree, Stop
+from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 
-__all__ = ["BLOCK_SIZE", "BlockPool", "KVCacheSpec"]
+__all__ = [
+    "BLOCKS_PER_SUPERBLOCK",
+    "BLOCK_SIZE",
+    "BlockCopy",
+    "BlockPool",
+    "BlockTable",
+    "CacheManager",
+    "CacheStats",
+    "KVCacheSpec",
+    "Match",
+    "Namespace",
+    "RadixTree",
+    "Stop",
+]

@@ -1,0 +1,299 @@
+"""Find the blocks whose keys and values a new request would compute again: an index by tokens."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+MOST_EVICTED = 1 << 16
+"""Evicted blocks that are remembered, so that a miss can be explained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """Whose keys and values, and how they are kept: nothing is ever matched across two of these."""
+
+    format: str
+    salt: str | None = None
+
+
+class Stop(StrEnum):
+    """Why a match went no further."""
+
+    ALL = "all tokens are cached"
+    SHORT = "what is left is shorter than a block"
+    DIFFERS = "the tokens differ from what is cached"
+    UNSEEN = "nothing cached goes on from here"
+    EVICTED = "the block was evicted"
+    OTHER_SALT = "cached under another salt"
+    OTHER_FORMAT = "cached in another format"
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest cached beginning of some tokens, and why it is no longer."""
+
+    block_ids: list[int]  # whole blocks, in order
+    stop: Stop
+    num_tokens: int  # in those blocks
+    tail: tuple[int, int] | None  # the block that agrees longest with what follows, and for how many tokens: at least 1
+    next_hash: int | None  # names the tokens up to the end of the next block; None where they fill no block
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens that need not be computed, those of the tail among them."""
+        return self.num_tokens + (self.tail[1] if self.tail else 0)
+
+
+class _Node:
+    """An edge: a run of whole blocks, and what follows its end."""
+
+    __slots__ = ("block_ids", "children", "depth", "hashes", "keys", "namespace", "parent", "tokens")
+
+    def __init__(self, namespace: Namespace, parent: _Node | None, depth: int) -> None:
+        self.namespace = namespace
+        self.parent = parent  # None: a root, which has no blocks itself
+        self.depth = depth  # blocks before this node's
+        self.tokens = b""
+        self.block_ids: list[int] = []
+        self.hashes: list[int] = []  # of all tokens up to the end of each block
+        self.children: dict[bytes, _Node] = {}  # by the tokens of their first block
+        self.keys: list[bytes] = []  # the same, sorted: neighbours agree longest
+
+    def add_child(self, child: _Node, key: bytes) -> None:
+        self.children[key] = child
+        insort(self.keys, key)
+
+    def remove_child(self, key: bytes) -> None:
+        del self.children[key]
+        del self.keys[bisect_left(self.keys, key)]
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A node as others may see it."""
+
+    depth: int  # nodes above it
+    first_token: int  # its first token's position
+    tokens: bytes  # int32 each
+    block_ids: list[int] = field(default_factory=list)
+
+
+class RadixTree:
+    """Names blocks by all tokens up to their end.
+
+    Tokens are bytes, an int32 each. `match` finds, `append` inserts; a *lock* is a hold in the pool on a block and on all
+    before it; `evict` takes one block, and only the last of a branch.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._key_bytes = 4 * block_size
+        self._roots: dict[Namespace, _Node] = {}
+        self._node_of: dict[int, _Node] = {}
+        self._depth_of: dict[int, int] = {}
+        self._beginnings: dict[bytes, Counter[Namespace]] = {}  # first blocks, and where they are found
+        self._evicted: OrderedDict[int, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Blocks in the tree."""
+        return len(self._node_of)
+
+    def match(self, tokens: bytes, namespace: Namespace) -> Match:
+        """The longest run of whole blocks that begin with `tokens`; changes nothing."""
+        key_bytes = self._key_bytes
+        node = self._roots.get(namespace)
+        block_ids: list[int] = []
+        at, last_hash = 0, hash(namespace)
+        following: bytes | None = None  # where the match ended inside an edge: the edge's next block
+        following_id = -1
+        while node is not None and len(tokens) - at >= key_bytes:
+            child = node.children.get(tokens[at : at + key_bytes])
+            if child is None:
+                break
+            count = len(child.block_ids)
+            if not tokens.startswith(child.tokens, at):
+                count = _common_bytes(tokens, at, child.tokens) // key_bytes
+            block_ids += child.block_ids[:count]
+            at += count * key_bytes
+            last_hash = child.hashes[count - 1]
+            node = child
+            if count < len(child.block_ids):
+                following = child.tokens[count * key_bytes : (count + 1) * key_bytes]
+                following_id = child.block_ids[count]
+                break
+        rest = tokens[at : at + key_bytes]
+        next_hash = hash((last_hash, rest)) if len(rest) == key_bytes else None
+        tail = None
+        if rest and following is not None:
+            tail = _tail_of(rest, [(following, following_id)])
+        elif rest and node is not None:
+            tail = _tail_of(rest, _neighbours(node, rest))
+        stop = self._why(rest, next_hash, tail, namespace, is_beginning=at == 0)
+        return Match(block_ids, stop, at // 4, tail, next_hash)
+
+    def append(self, namespace: Namespace, previous: int | None, key: bytes, block_id: int) -> int:
+        """The block that holds `key`'s tokens behind block `previous`: `block_id`, now in the tree, or one that was."""
+        assert len(key) == self._key_bytes
+        if previous is None:
+            node, index = self._root(namespace), 0
+        else:
+            node = self._node_of[previous]
+            index = self._depth_of[previous] - node.depth + 1
+        if index < len(node.block_ids):
+            if node.tokens.startswith(key, index * self._key_bytes):
+                return node.block_ids[index]
+            self._split(node, index)
+        else:
+            known = node.children.get(key)
+            if known is not None:
+                return known.block_ids[0]
+        if node.parent is None or node.children:
+            child = _Node(namespace, node, node.depth + len(node.block_ids))
+            node.add_child(child, key)
+            if node.parent is None:
+                self._beginnings.setdefault(key, Counter())[namespace] += 1
+            previous_hash = node.hashes[-1] if node.hashes else hash(namespace)
+            node = child
+        else:
+            previous_hash = node.hashes[-1]
+        node.tokens += key
+        node.block_ids.append(block_id)
+        node.hashes.append(hash((previous_hash, key)))
+        self._evicted.pop(node.hashes[-1], None)
+        self._node_of[block_id] = node
+        self._depth_of[block_id] = node.depth + len(node.block_ids) - 1
+        return block_id
+
+    def evict(self, block_id: int) -> None:
+        """Take a block out. It must be the last of its branch: nothing may be left that cannot be found."""
+        node = self._node_of.pop(block_id)
+        del self._depth_of[block_id]
+        assert node.block_ids[-1] == block_id, f"block {block_id} is not the last of its edge"
+        assert not node.children, f"block {block_id} has others behind it"
+        node.block_ids.pop()
+        self._evicted[node.hashes.pop()] = None
+        if len(self._evicted) > MOST_EVICTED:
+            self._evicted.popitem(last=False)
+        key = node.tokens[-self._key_bytes :]
+        node.tokens = node.tokens[: -self._key_bytes]
+        if not node.block_ids:
+            self._unlink(node, key)
+
+    def edges(self) -> Iterator[tuple[Namespace, Edge]]:
+        """All edges, each after the one above it."""
+        for namespace, root in self._roots.items():
+            stack = [(root, -1)]
+            while stack:
+                node, level = stack.pop()
+                if node is not root:
+                    first_token = node.depth * (self._key_bytes // 4)
+                    yield namespace, Edge(level, first_token, node.tokens, list(node.block_ids))
+                stack += [(node.children[key], level + 1) for key in reversed(node.keys)]
+
+    def check(self) -> None:
+        """Prove that nodes, indexes and tokens agree."""
+        seen: set[int] = set()
+        for namespace, root in self._roots.items():
+            assert root.children, f"an empty root is kept: {namespace}"
+            stack = [root]
+            while stack:
+                node = stack.pop()
+                assert node.keys == sorted(node.children), "the sorted keys are not the children's"
+                assert len(node.tokens) == len(node.block_ids) * self._key_bytes, "an edge of other length than its run"
+                assert len(node.hashes) == len(node.block_ids), "an edge with other hashes than blocks"
+                assert (node is root) == (not node.block_ids), "a node without blocks"
+                for index, block_id in enumerate(node.block_ids):
+                    assert block_id not in seen, f"block {block_id} stands twice in the tree"
+                    seen.add(block_id)
+                    assert self._node_of[block_id] is node, f"block {block_id} is looked for elsewhere"
+                    assert self._depth_of[block_id] == node.depth + index, f"block {block_id} has another depth"
+                for key, child in node.children.items():
+                    assert child.parent is node, "a child of another parent"
+                    assert child.depth == node.depth + len(node.block_ids), "a child at another depth"
+                    assert child.tokens.startswith(key), "a child that begins with other tokens"
+                    stack.append(child)
+        assert seen == self._node_of.keys() == self._depth_of.keys(), "the index knows other blocks than the tree"
+
+    def _why(
+        self,
+        rest: bytes,
+        next_hash: int | None,
+        tail: tuple[int, int] | None,
+        namespace: Namespace,
+        *,
+        is_beginning: bool,
+    ) -> Stop:
+        if not rest:
+            return Stop.ALL
+        if next_hash is None:
+            return Stop.SHORT
+        if next_hash in self._evicted:
+            return Stop.EVICTED
+        if is_beginning:
+            elsewhere = self._beginnings.get(rest, Counter[Namespace]())
+            if any(other.format == namespace.format for other in elsewhere):
+                return Stop.OTHER_SALT
+            if elsewhere:
+                return Stop.OTHER_FORMAT
+        return Stop.DIFFERS if tail else Stop.UNSEEN
+
+    def _root(self, namespace: Namespace) -> _Node:
+        root = self._roots.get(namespace)
+        if root is None:
+            root = self._roots[namespace] = _Node(namespace, None, 0)
+        return root
+
+    def _split(self, node: _Node, index: int) -> None:
+        """Make two nodes of one, the second from block `index` on."""
+        at = index * self._key_bytes
+        lower = _Node(node.namespace, node, node.depth + index)
+        lower.tokens, node.tokens = node.tokens[at:], node.tokens[:at]
+        lower.block_ids, node.block_ids = node.block_ids[index:], node.block_ids[:index]
+        lower.hashes, node.hashes = node.hashes[index:], node.hashes[:index]
+        lower.children, lower.keys = node.children, node.keys
+        node.children, node.keys = {}, []
+        for child in lower.children.values():
+            child.parent = lower
+        for block_id in lower.block_ids:
+            self._node_of[block_id] = lower
+        node.add_child(lower, lower.tokens[: self._key_bytes])
+
+    def _unlink(self, node: _Node, key: bytes) -> None:
+        parent = node.parent
+        assert parent is not None
+        parent.remove_child(key)
+        if parent.parent is not None:
+            return
+        namespaces = self._beginnings[key]
+        del namespaces[parent.namespace]
+        if not namespaces:
+            del self._beginnings[key]
+        if not parent.children:
+            del self._roots[parent.namespace]
+
+
+def _neighbours(node: _Node, rest: bytes) -> list[tuple[bytes, int]]:
+    """First blocks of the children that may agree longest with `rest`: those beside its place in their order."""
+    at = bisect_left(node.keys, rest)
+    return [(key, node.children[key].block_ids[0]) for key in node.keys[max(0, at - 1) : at + 1]]
+
+
+def _tail_of(rest: bytes, candidates: list[tuple[bytes, int]]) -> tuple[int, int] | None:
+    """The candidate that agrees longest with `rest`, and for how many tokens, if for any."""
+    best = max(((_common_bytes(rest, 0, key) // 4, block_id) for key, block_id in candidates), default=(0, -1))
+    return (best[1], best[0]) if best[0] else None
+
+
+def _common_bytes(tokens: bytes, start: int, other: bytes) -> int:
+    """How many bytes of `other` agree with `tokens` from `start` on."""
+    low, high = 0, min(len(tokens) - start, len(other))
+    while low < high:  # the first `low` agree
+        middle = (low + high + 1) // 2
+        if tokens[start + low : start + middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
