@@ -18,14 +18,21 @@ from kvik.errors import (
 )
 
 if TYPE_CHECKING:
-    from kvik.engine.llm import LLM, Session
+    from kvik.engine.async_llm import AsyncLLM
+    from kvik.engine.beams import Beam
+    from kvik.engine.cache_view import CacheView
+    from kvik.engine.llm import LLM
     from kvik.engine.output import Completion, Piece, Stats, TokenLogprobs
+    from kvik.engine.session import Session, TurnStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "Beam",
     "CacheTooSmall",
+    "CacheView",
     "Completion",
     "DownloadError",
     "InvalidInput",
@@ -39,13 +46,18 @@ __all__ = [
     "Session",
     "Stats",
     "TemplateError",
+    "TurnStats",
     "TokenLogprobs",
     "__version__",
 ]
 
 _LAZY = {
     "LLM": "llm",
-    "Session": "llm",
+    "Session": "session",
+    "TurnStats": "session",
+    "AsyncLLM": "async_llm",
+    "Beam": "beams",
+    "CacheView": "cache_view",
     "Completion": "output",
     "Piece": "output",
     "Stats": "output",

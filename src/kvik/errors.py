@@ -58,3 +58,7 @@ class CacheTooSmall(InvalidInput):
 
 class NotEnoughMemory(KvikError):
     """The machine has less memory than the request needs."""
+
+
+class SlowReader(KvikError):
+    """A stream was not read while tokens kept coming."""

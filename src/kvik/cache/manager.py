@@ -106,6 +106,12 @@ class CacheManager:
         """Blocks that the table lacks for so many tokens."""
         return max(0, self.spec.num_blocks_for(num_tokens) - len(table.block_ids))
 
+    def has_room(self, match: Match, num_tokens: int, num_promised: int) -> bool:
+        """Whether `num_tokens` tokens that match so far find blocks, without taking those promised to others."""
+        wanted = [*match.block_ids, *([match.tail[0]] if match.tail else [])]
+        num_available = self.pool.num_available - sum(self.pool.ref_count(block_id) == 0 for block_id in wanted)
+        return self.spec.num_blocks_for(num_tokens) - len(match.block_ids) + num_promised <= num_available
+
     def reserve(self, table: BlockTable, num_tokens: int, num_computed_tokens: int) -> list[BlockCopy] | None:
         """Blocks for `num_tokens` tokens, of which those after the computed ones can be written; `None`: not now.
 

@@ -3,54 +3,77 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from kvik.cache import BLOCK_SIZE
+from kvik.cache import BLOCK_SIZE, BlockCopy
 from kvik.engine.sequence import Sequence
 from kvik.ops.base import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """What a step computes of one sequence: tokens it has, and behind them its drafts."""
+
+    sequence: Sequence
+    num_tokens: int  # without drafts
+    copies: list[BlockCopy]  # to be made before
+    closes_gap: bool  # a token is sampled from what the step computes
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits, those of its last tokens."""
+        if self.sequence.wants_prompt_logprobs and self.sequence.num_completion_tokens == 0:
+            return self.num_tokens
+        return 1 + len(self.sequence.draft_ids) if self.closes_gap else 0
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
     """Which sequences a step advances, by how many tokens, and the same as arrays."""
 
-    sequences: list[Sequence]
-    num_scheduled: list[int]  # tokens of each
+    items: list[Scheduled]
     arrays: Batch
 
     @property
-    def sampling(self) -> list[Sequence]:
-        """The sequences whose gap this step closes: one row of logits each, in this order."""
-        return [
-            sequence
-            for sequence, count in zip(self.sequences, self.num_scheduled, strict=True)
-            if count == sequence.num_missing_tokens
-        ]
+    def copies(self) -> list[BlockCopy]:
+        """Blocks to be copied before the step, in this order."""
+        return list(chain.from_iterable(item.copies for item in self.items))
 
 
-def build_batch(sequences: list[Sequence], num_scheduled: list[int]) -> ScheduledBatch:
-    """Flatten the next `num_scheduled` tokens of each sequence; their block tables already reach that far."""
-    tables = np.zeros((len(sequences), max(len(sequence.block_table) for sequence in sequences)), np.int32)
+def build_batch(items: list[Scheduled]) -> ScheduledBatch:
+    """Flatten the next tokens of each sequence; their block tables already reach that far.
+
+    Sequences whose tables begin alike come one after the other, so that attention can read what they share once.
+    """
+    items.sort(key=lambda item: item.sequence.table.block_ids)
+    tables = np.zeros((len(items), max(len(item.sequence.table.block_ids) for item in items)), np.int32)
     token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
+    starts: list[int] = []
+    counts: list[int] = []
     logit_rows: list[int] = []
-    for row, (sequence, count) in enumerate(zip(sequences, num_scheduled, strict=True)):
-        table = sequence.block_table
-        tables[row, : len(table)] = table
-        start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + count
-        token_ids += sequence.token_ids[start:end]
-        positions += range(start, end)
-        slots += [table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in range(start, end)]
-        if end == sequence.num_tokens:
-            logit_rows.append(len(token_ids) - 1)
+    for row, item in enumerate(items):
+        sequence = item.sequence
+        block_ids = sequence.table.block_ids
+        tables[row, : len(block_ids)] = block_ids
+        start = sequence.num_computed_tokens
+        token_ids += sequence.token_ids[start : start + item.num_tokens]
+        if item.closes_gap:
+            token_ids += sequence.draft_ids
+        starts.append(start)
+        counts.append(len(token_ids) - sum(counts))
+        logit_rows += range(len(token_ids) - item.num_logits, len(token_ids))
+    sequence_index = np.repeat(np.arange(len(items), dtype=np.int32), counts)
+    ends = np.cumsum(counts)
+    positions = np.arange(len(token_ids)) - np.repeat(ends - counts - starts, counts)
+    slots = tables[sequence_index, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     arrays = Batch(
         token_ids=np.array(token_ids, np.int32),
-        positions=np.array(positions, np.int32),
-        slot_mapping=np.array(slots, np.int32),
-        sequence_index=np.repeat(np.arange(len(sequences), dtype=np.int32), num_scheduled),
+        positions=positions.astype(np.int32),
+        slot_mapping=slots.astype(np.int32),
+        sequence_index=sequence_index,
         block_tables=tables,
         logit_rows=np.array(logit_rows, np.int32),
     )
-    return ScheduledBatch(sequences, num_scheduled, arrays)
+    return ScheduledBatch(items, arrays)

@@ -8,27 +8,39 @@ import threading
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from kvik.cache import BlockPool
+from kvik.cache import BLOCKS_PER_SUPERBLOCK, BlockTable, CacheManager, KVCacheSpec
 from kvik.config import KVDType, SamplingParams
+from kvik.engine.batch import ScheduledBatch
+from kvik.engine.drafts import NgramDrafts
 from kvik.engine.output import Completion, TextStream
-from kvik.engine.sampler import Sampler
+from kvik.engine.sampler import StepLogits, choose, prompt_logprobs
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
-from kvik.errors import InvalidInput, ModelError, PromptTooLong
+from kvik.errors import CacheTooSmall, InvalidInput, ModelError, NotEnoughMemory, PromptTooLong
+from kvik.machine import available_memory_bytes
 from kvik.models.loader import LoadedModel
+
+AUTO_CONTEXTS = 16
+"""Whole contexts that a cache of automatic size holds, memory permitting."""
+
+LONG_CHUNK = 32
+"""Tokens from which on a step tells what a prompt token costs."""
+
+MOST_SALT_BYTES = 256
+MOST_PRIORITY = 100
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step brought: the sequences that got a token, and the logits each was sampled from."""
+    """What one step brought: a sequence for each token that was chosen, and the logits it was chosen from."""
 
     sequences: list[Sequence]
-    logits: npt.NDArray[np.float32]  # (sequences, vocab_size)
+    logits: npt.NDArray[np.float32]  # (tokens, vocab_size)
 
 
 class Engine:
@@ -38,16 +50,29 @@ class Engine:
     read a sequence that another thread may be stepping.
     """
 
-    def __init__(self, model: LoadedModel, *, kv_dtype: KVDType = "f16", token_budget: int = 512) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        kv_dtype: KVDType = "f16",
+        token_budget: int = 512,
+        kv_memory: int | str = "auto",
+        prefix_cache: bool = True,
+        max_running: int = 64,
+        max_waiting: int = 1024,
+    ) -> None:
         self.model = model
         self.decoder = model.decoder
         self.kv_spec = model.decoder.spec.kv_spec(kv_dtype)
-        num_blocks = self.kv_spec.pool_blocks_for(model.context)
-        self.pool = BlockPool(num_blocks)
-        self.forward = model.decoder.record(model.decoder.ops.allocate_kv(self.kv_spec, num_blocks))
-        self.scheduler = Scheduler(self.pool, self.kv_spec, token_budget=token_budget, context=model.context)
-        self.sampler = Sampler()
+        num_blocks = num_pool_blocks(self.kv_spec, model.context, kv_memory)
+        self.cache = CacheManager(self.kv_spec, num_blocks, prefix_cache=prefix_cache)
+        self.kv_arrays = model.decoder.ops.allocate_kv(self.kv_spec, num_blocks)
+        self.forward = model.decoder.record(self.kv_arrays)
+        self.scheduler = Scheduler(
+            self.cache, token_budget=token_budget, max_running=max_running, max_waiting=max_waiting
+        )
         self.lock = threading.RLock()
+        self.prefill_token_s: float | None = None  # a prompt token's share of a step's time, of the newest long chunk
         weights = model.decoder.weights
         self._step_bytes = {wanted: weights.step_bytes(with_logits=wanted) for wanted in (False, True)}
 
@@ -57,35 +82,56 @@ class Engine:
         params: SamplingParams,
         *,
         keep_cache: bool = True,
+        park: bool = False,
         previous: Sequence | None = None,
+        priority: int = 0,
+        salt: str | None = None,
     ) -> Sequence:
         """A checked request, to be given to `add`.
 
-        `previous` is a sequence of this engine, aborted here if it still runs: its blocks pass to the new one, and the
-        tokens that both begin with are not computed again. Raises `InvalidInput`, `PromptTooLong`.
+        `park` keeps its blocks after its end, for a turn that follows. `previous` is such a turn, aborted here if it
+        still runs: the tokens that both begin with are not computed again. A higher `priority` is served earlier. With a
+        `salt` nothing is shared with requests of another salt, or of none. Raises `InvalidInput`, `PromptTooLong`,
+        `CacheTooSmall`.
         """
         if not isinstance(params, SamplingParams):
             raise InvalidInput(f"params is {reprlib.repr(params)}", hint="give SamplingParams(...)")
         self._check_prompt(token_ids)
+        _check_route(priority, salt)
         stop_token_ids = self._stop_token_ids(params)
-        sequence = Sequence(
-            token_ids=list(token_ids),
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            seed=secrets.randbits(64) if params.seed is None else params.seed,
-            stop_token_ids=stop_token_ids,
-            text=TextStream(self.model.tokenizer, params.stop),
-            keep_cache=keep_cache,
-        )
-        if previous is not None:
-            with self.lock:
-                self._take_over(sequence, previous)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        prompt_text = self.model.tokenizer.decode(list(token_ids)) if params.echo else ""
+        branches = [
+            Sequence(
+                token_ids=list(token_ids),
+                num_prompt_tokens=len(token_ids),
+                params=params,
+                seed=(seed + index) % 2**64,
+                stop_token_ids=stop_token_ids,
+                text=TextStream(self.model.tokenizer, params.stop, prompt_text),
+                table=self.cache.new_table(salt),
+                most_tokens=min(len(token_ids) + params.max_tokens, self.model.context),
+                priority=priority,
+                keep_cache=keep_cache,
+                park=park,
+                drafts=NgramDrafts() if params.speculate == "ngram" and keep_cache else None,
+            )
+            for index in range(params.n)
+        ]
+        sequence = branches[0]
+        sequence.branches = branches[1:]
+        with self.lock:
+            self._check_room(sequence)
+            if previous is not None:
+                self.scheduler.abort(previous)
+                sequence.previous = previous
         return sequence
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence and start its clock; the blocks that it comes to hold are the caller's to `release`."""
+        """Queue a sequence and start its clock. Raises `QueueFull`."""
         with self.lock:
-            sequence.started_s = time.perf_counter()
+            for branch in sequence.all_branches():
+                branch.started_s = time.perf_counter()
             self.scheduler.add(sequence)
 
     def step(self) -> StepResult | None:
@@ -93,14 +139,13 @@ class Engine:
         with self.lock:
             batch = self.scheduler.schedule()
             if batch is None:
+                self._trim()
                 return None
-            logits = self.decoder.ops.to_numpy(self.forward(batch.arrays))
-            if not np.isfinite(logits.max(initial=0.0)):
-                self._refuse_logits(batch.sampling)
-                return None
-            token_ids = self.sampler.sample(logits, batch.sampling)
-            weight_bytes = self._step_bytes[len(token_ids) > 0]
-            return StepResult(self.scheduler.record(batch, token_ids, weight_bytes=weight_bytes), logits)
+            logits = self._run(batch)
+            result = self._sample(batch, logits)
+            self.scheduler.record(batch, weight_bytes=self._step_bytes[len(logits.rows) > 0])
+            self._trim()
+            return result
 
     def abort(self, sequence: Sequence) -> None:
         """Stop a sequence that is not finished; a finished one stays as it is."""
@@ -108,21 +153,128 @@ class Engine:
             self.scheduler.abort(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Give back a sequence's blocks."""
+        """Give back the blocks of a parked sequence."""
         with self.lock:
             self.scheduler.release(sequence)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A finished sequence once more, parked beside the first if that one is: it costs no block until it goes on."""
+        with self.lock:
+            assert sequence.finish_reason is not None
+            copy = replace(
+                sequence, token_ids=list(sequence.token_ids), table=self.cache.new_table(sequence.table.namespace.salt)
+            )
+            copy.num_computed_tokens = 0
+            self.scheduler.fork(sequence, copy)
+            return copy
+
+    def pin(self, sequence: Sequence) -> BlockTable:
+        """Keep the full blocks of a parked sequence until `unpin`. Raises `CacheTooSmall`.
+
+        It is refused where a request that waits or runs could no longer be served.
+        """
+        with self.lock:
+            pin = self.cache.pin(sequence.table)
+            for other in (*self.scheduler.waiting, *self.scheduler.running):
+                try:
+                    self._check_room(other)
+                except CacheTooSmall as error:
+                    self.cache.unpin(pin)
+                    raise CacheTooSmall(
+                        f"with {len(pin.block_ids):,} blocks pinned, a request under way no longer fits:"
+                        f" {error.message}",
+                        hint="pin when it is done, or give the cache more memory",
+                    ) from None
+            return pin
+
+    def unpin(self, pin: BlockTable) -> None:
+        """Let go what `pin` kept."""
+        with self.lock:
+            self.cache.unpin(pin)
+
+    def clear_cache(self) -> None:
+        """Forget every block that nobody holds, and give the memory of free ones back."""
+        with self.lock:
+            self.cache.clear()
+            self._give_back(self.cache.take_idle(at_once=True))
 
     def completion(self, sequence: Sequence) -> Completion:
         """The result of a finished sequence."""
         assert sequence.finish_reason is not None
+        wants_logprobs = sequence.params.logprobs is not None
         return Completion(
             text=sequence.text.text,
             token_ids=sequence.completion_ids,
             finish_reason=sequence.finish_reason,
             stats=sequence.stats(block_bytes=self.kv_spec.block_bytes),
             seed=sequence.seed,
-            logprobs=sequence.logprobs if sequence.params.logprobs is not None else None,
+            logprobs=sequence.logprobs if wants_logprobs else None,
+            prompt_logprobs=[None, *sequence.prompt_logprobs] if sequence.wants_prompt_logprobs else None,
         )
+
+    # The four statements of a step.
+
+    def _run(self, batch: ScheduledBatch) -> StepLogits:
+        try:
+            if batch.copies:
+                self.decoder.ops.copy_blocks(self.kv_arrays, batch.copies)
+            started_s = time.perf_counter()
+            logits = StepLogits(self.decoder.ops.to_numpy(self.forward(batch.arrays)))
+            num_tokens = len(batch.arrays.token_ids)
+            if num_tokens >= LONG_CHUNK:
+                self.prefill_token_s = (time.perf_counter() - started_s) / num_tokens
+            return logits
+        except BaseException as error:
+            # Blocks may be half written: nobody may go on from them. The caller learns of it, and so do those who wait.
+            self.cache.end_copies()
+            for item in batch.items:
+                cause = error if isinstance(error, Exception) else RuntimeError(f"the step was interrupted: {error!r}")
+                item.sequence.park = False
+                self.scheduler.abort(item.sequence, cause)
+            raise
+
+    def _sample(self, batch: ScheduledBatch, logits: StepLogits) -> StepResult:
+        """Choose tokens, a draft's successor only where the draft was chosen itself."""
+        chosen: list[Sequence] = []
+        rows: list[int] = []
+        first = 0
+        for item in batch.items:
+            sequence, end = item.sequence, first + item.num_logits
+            try:
+                if not all(map(logits.is_finite, range(first, end))):
+                    raise self._no_numbers(sequence)
+                if sequence.wants_prompt_logprobs and item.num_logits:
+                    _note_prompt(sequence, logits.rows[first:end])
+                if item.closes_gap:
+                    at = end - 1 - len(sequence.draft_ids)
+                    for branch in sequence.branches:
+                        branch.accept(choose(logits, at, branch))
+                        chosen.append(branch)
+                        rows.append(at)
+                    for draft_id in (*sequence.draft_ids, None):
+                        token_id = choose(logits, at, sequence)
+                        sequence.accept(token_id)
+                        chosen.append(sequence)
+                        rows.append(at)
+                        if token_id != draft_id or sequence.finish_reason is not None:
+                            break
+                        at += 1
+            except Exception as error:  # whatever it was, it is this request's alone
+                for branch in sequence.all_branches():
+                    branch.finish("abort", error)
+            first = end
+        whole = len(rows) == len(logits.rows) and rows == list(range(len(rows)))
+        return StepResult(chosen, logits.rows if whole else logits.rows[rows])
+
+    def _trim(self) -> None:
+        """Memory that stays unused goes back to the system: after a while, or at once when nothing runs."""
+        self._give_back(self.cache.take_idle(at_once=not self.scheduler.has_work))
+
+    def _give_back(self, superblocks: list[int]) -> None:
+        if superblocks:
+            self.decoder.ops.discard_blocks(self.kv_arrays, superblocks)
+
+    # What is refused.
 
     def _check_prompt(self, token_ids: SequenceOf[int]) -> None:
         if not token_ids:
@@ -134,19 +286,34 @@ class Engine:
                 hint=self._context_hint(),
             )
 
+    def _check_room(self, sequence: Sequence) -> None:
+        """Refuse what could never fit, whatever the others give back. The last token of all needs no place."""
+        spec = self.kv_spec
+        needed = spec.num_blocks_for(sequence.most_tokens - 1)
+        match = self.cache.match(sequence.token_ids, sequence.table.namespace.salt)
+        has = self.cache.num_blocks_within_reach(match)
+        if needed <= has:
+            return
+        room = has * spec.block_size + 1 - sequence.num_prompt_tokens
+        advice = f"lower max_tokens to {room:,} or less, or " if room > 0 else ""
+        wanted = spec.pool_blocks_for(sequence.most_tokens) * spec.block_bytes
+        raise CacheTooSmall(
+            f"prompt and answer need {needed:,} blocks ({sequence.most_tokens:,} tokens), the cache has {has:,}"
+            + (f" besides {self.cache.num_pinned:,} pinned ones" if self.cache.num_pinned else ""),
+            hint=f"{advice}raise kv_memory (`--kv-memory`) to {-(-wanted // 2**20):,} MiB or more",
+        )
+
     def _context_hint(self) -> str:
         limit = self.decoder.spec.context_length
         return (
             f"shorten the prompt, or raise the context, up to {limit}" if self.model.context < limit else "shorten it"
         )
 
-    def _refuse_logits(self, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
-            sequence.error = ModelError(
-                f"{self.model.path.name}: the logits after {sequence.num_tokens:,} tokens are no finite numbers",
-                hint="the file's weights are damaged; download it again",
-            )
-            self.scheduler.abort(sequence)
+    def _no_numbers(self, sequence: Sequence) -> ModelError:
+        return ModelError(
+            f"{self.model.path.name}: the logits after {sequence.num_tokens:,} tokens are no finite numbers",
+            hint="the file's weights are damaged; download it again",
+        )
 
     def _check_token_ids(self, what: str, token_ids: Iterable[int]) -> None:
         vocab_size = self.decoder.spec.vocab_size
@@ -167,16 +334,56 @@ class Engine:
             )
         return stop_token_ids
 
-    def _take_over(self, sequence: Sequence, previous: Sequence) -> None:
-        """The last prompt token is always computed: its logits choose the first new token."""
-        self.scheduler.abort(previous)
-        computed = previous.token_ids[: previous.num_computed_tokens]
-        num_shared = 0
-        for mine, other in zip(sequence.token_ids[:-1], computed, strict=False):
-            if mine != other:
-                break
-            num_shared += 1
-        self.scheduler.release(previous, num_shared)
-        sequence.block_table, previous.block_table = previous.block_table, []
-        previous.num_computed_tokens = 0
-        sequence.num_computed_tokens = sequence.num_cached_tokens = num_shared
+
+def num_pool_blocks(spec: KVCacheSpec, context: int, kv_memory: int | str) -> int:
+    """Blocks of a cache of `kv_memory` bytes, or of "auto": some whole contexts, in half of the memory that is free.
+
+    Raises `NotEnoughMemory` where one context does not fit ("auto") or the machine has less than was asked for.
+    """
+    available = available_memory_bytes()
+    one_context = spec.pool_blocks_for(context)
+    if isinstance(kv_memory, int):
+        num_blocks = spec.num_blocks_within(kv_memory)
+        least = BLOCKS_PER_SUPERBLOCK * spec.block_bytes
+        if num_blocks == 0:
+            raise InvalidInput(
+                f"kv_memory is {kv_memory:,} bytes, less than the least of {least:,}",
+                hint=f"set it to {-(-least // 2**20):,} MiB or more",
+            )
+    else:
+        most = spec.num_blocks_within(available // 2)
+        num_blocks = max(one_context, min(AUTO_CONTEXTS * one_context, most))
+    if num_blocks * spec.block_bytes > available:
+        fits = available * 3 // 4
+        raise NotEnoughMemory(
+            f"a cache of {num_blocks:,} blocks takes {num_blocks * spec.block_bytes / 2**30:,.1f} GiB,"
+            f" the machine has {available / 2**30:,.1f} GiB available",
+            hint=f"set the context to {fits // spec.token_bytes:,} or less (`--context`), or kv_memory"
+            f" to {fits // 2**20:,} MiB or less",
+        )
+    return num_blocks
+
+
+def _note_prompt(sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
+    """Logprobs of the prompt's tokens that follow the rows' positions; some are known if the prompt begins again."""
+    start = sequence.num_computed_tokens
+    skipped = max(0, len(sequence.prompt_logprobs) - start)
+    next_ids = sequence.token_ids[start + skipped + 1 : sequence.num_prompt_tokens][: len(rows) - skipped]
+    num_top = sequence.params.logprobs
+    assert num_top is not None
+    if next_ids:
+        sequence.prompt_logprobs += prompt_logprobs(rows[skipped : skipped + len(next_ids)], next_ids, num_top)
+
+
+def _check_route(priority: int, salt: str | None) -> None:
+    if type(priority) is not int or abs(priority) > MOST_PRIORITY:
+        raise InvalidInput(
+            f"priority is {reprlib.repr(priority)}",
+            hint=f"give a whole number from {-MOST_PRIORITY} to {MOST_PRIORITY}; more is earlier",
+        )
+    if salt is None:
+        return
+    if not isinstance(salt, str) or not salt.isprintable() or not 1 <= len(salt.encode()) <= MOST_SALT_BYTES:
+        raise InvalidInput(
+            f"the salt is {reprlib.repr(salt)}", hint=f"give 1 to {MOST_SALT_BYTES} bytes of printable text"
+        )

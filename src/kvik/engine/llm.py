@@ -5,18 +5,22 @@ from __future__ import annotations
 import operator
 import os
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, TypeAlias
 
 from kvik.config import Activations, Backend, EngineConfig, KVDType, SamplingParams
-from kvik.engine.engine import Engine
+from kvik.engine.beams import Beam, search_beams
+from kvik.engine.cache_view import CacheView
+from kvik.engine.engine import Engine, num_pool_blocks
 from kvik.engine.output import Completion, Piece
 from kvik.engine.sequence import Sequence
+from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.models.loader import load_model
-from kvik.models.progress import terminal_progress
+from kvik.models.progress import counted_progress, terminal_progress
 from kvik.models.spec import DecoderSpec
 from kvik.models.store import resolve
 from kvik.ops.base import Ops
@@ -47,6 +51,10 @@ class LLM:
         context: int | None = None,
         threads: int | None = None,
         token_budget: int = 512,
+        kv_memory: int | str = "auto",
+        prefix_cache: bool = True,
+        max_running: int = 64,
+        max_waiting: int = 1024,
         backend: Backend = "native",
     ) -> None:
         self.config = EngineConfig(
@@ -55,6 +63,10 @@ class LLM:
             context=context,
             threads=threads,
             token_budget=token_budget,
+            kv_memory=kv_memory,
+            prefix_cache=prefix_cache,
+            max_running=max_running,
+            max_waiting=max_waiting,
             backend=backend,
         )
         with terminal_progress() as report:
@@ -63,30 +75,77 @@ class LLM:
         self.engine = self.new_engine()
 
     def generate(
-        self, prompts: Prompt | SequenceOf[Prompt], params: SamplingParams = GREEDY, *, use_cache: bool = True
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: SamplingParams = GREEDY,
+        *,
+        use_cache: bool = True,
+        priority: int = 0,
+        salt: str | None = None,
     ) -> list[Completion]:
-        """Completes each prompt, text or token ids; one prompt gives a list of one. All are checked before any runs."""
-        sequences = [self._new_sequence(prompt, params, use_cache) for prompt in _as_list(prompts)]
-        return [self._run(sequence) for sequence in sequences]
+        """Completes each prompt, text or token ids, all in one batch; one prompt gives a list of one.
 
-    def stream(self, prompt: Prompt, params: SamplingParams = GREEDY, *, use_cache: bool = True) -> Iterator[Piece]:
+        With `params.n` above 1 there are so many completions for each prompt, one after the other. All prompts are
+        checked before any runs; where a request fails while it runs, the others end before its error is raised. A higher
+        `priority` is served earlier; requests of different `salt` share nothing. A terminal shows the progress.
+        """
+        route: dict[str, Any] = {"keep_cache": use_cache, "priority": priority, "salt": salt}
+        sequences = [self.engine.new_sequence(self.encode(prompt), params, **route) for prompt in _as_list(prompts)]
+        branches = [branch for sequence in sequences for branch in sequence.all_branches()]
+        self._run_all(sequences, branches)
+        for branch in branches:
+            if branch.error is not None:
+                raise branch.error
+        return [self.engine.completion(branch) for branch in branches]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams = GREEDY,
+        *,
+        use_cache: bool = True,
+        priority: int = 0,
+        salt: str | None = None,
+    ) -> Iterator[Piece]:
         """Completes one prompt piece by piece, a token each; the last piece carries the `Completion`.
 
         Closing the iterator early stops the request. The prompt is checked before this returns.
         """
-        return self._stream(self._new_sequence(prompt, params, use_cache))
+        if isinstance(params, SamplingParams) and params.n > 1:
+            raise InvalidInput(f"n is {params.n}", hint="a stream has one completion; `generate` gives several")
+        token_ids = self.encode(prompt)
+        return stream_sequence(
+            self.engine,
+            self.engine.new_sequence(token_ids, params, keep_cache=use_cache, priority=priority, salt=salt),
+        )
 
     def chat(
         self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, *, use_cache: bool = True
     ) -> Completion:
-        """Answers a conversation of messages like {"role": "user", "content": "..."}."""
-        return self._run(self._new_sequence(self.render_chat(messages), params, use_cache))
+        """Answers a conversation of messages like {"role": "user", "content": "..."}; of several answers, the first."""
+        return self.generate(self.render_chat(messages), params, use_cache=use_cache)[0]
 
     def stream_chat(
         self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, *, use_cache: bool = True
     ) -> Iterator[Piece]:
         """Answers a conversation piece by piece; see `stream`."""
         return self.stream(self.render_chat(messages), params, use_cache=use_cache)
+
+    def beam_search(
+        self, prompt: Prompt, *, width: int = 4, max_tokens: int = 64, length_penalty: float = 1.0
+    ) -> list[Beam]:
+        """The `width` likeliest completions that a search over so many beams finds, the best first.
+
+        The beams are branches of one sequence: what they have in common is computed and kept once.
+        """
+        return search_beams(
+            self.engine, self.encode(prompt), width=width, max_tokens=max_tokens, length_penalty=length_penalty
+        )
+
+    @property
+    def cache(self) -> CacheView:
+        """The KV cache to look at: blocks by state, bytes, hits, and the prefix tree with its text."""
+        return CacheView(self.engine)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ids pass unchanged."""
@@ -123,154 +182,45 @@ class LLM:
 
     def new_engine(self) -> Engine:
         """Another engine over the same weights, with a cache of its own."""
-        return Engine(self.model, kv_dtype=self.config.kv_dtype, token_budget=self.config.token_budget)
+        config = self.config
+        return Engine(
+            self.model,
+            kv_dtype=config.kv_dtype,
+            token_budget=config.token_budget,
+            kv_memory=config.kv_memory,
+            prefix_cache=config.prefix_cache,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+        )
 
     def _check_memory(self, spec: DecoderSpec, context: int) -> None:
-        kv_spec = spec.kv_spec(self.config.kv_dtype)
-        token_bytes = kv_spec.token_bytes + spec.rope.token_bytes
-        available = available_memory_bytes()
-        if context * token_bytes > available:
-            fits = available * 3 // 4 // token_bytes
+        """Before the weights are loaded: whether the cache will find its memory."""
+        num_pool_blocks(spec.kv_spec(self.config.kv_dtype), context, self.config.kv_memory)
+        turn_bytes, available = context * spec.rope.token_bytes, available_memory_bytes()
+        if turn_bytes > available:
             raise NotEnoughMemory(
-                f"a cache of {context:,} tokens takes {context * token_bytes / 2**30:,.1f} GiB,"
+                f"the angles of {context:,} positions take {turn_bytes / 2**30:,.1f} GiB,"
                 f" the machine has {available / 2**30:,.1f} GiB available",
-                hint=f"set the context to {fits} or less (`--context {fits}`)",
+                hint=f"set the context to {available // 2 // spec.rope.token_bytes} or less (`--context`)",
             )
 
-    def _new_sequence(self, prompt: Prompt, params: SamplingParams, use_cache: bool) -> Sequence:
-        return self.engine.new_sequence(self.encode(prompt), params, keep_cache=use_cache)
-
-    def _run(self, sequence: Sequence) -> Completion:
-        completion = None
-        for piece in self._stream(sequence):
-            completion = piece.completion
-        assert completion is not None
-        return completion
-
-    def _stream(self, sequence: Sequence) -> Iterator[Piece]:
-        try:
-            yield from stream_sequence(self.engine, sequence)
-        finally:
-            self.engine.release(sequence)
-
-
-class Session:
-    """A conversation that keeps its cache: each turn computes only what the turns before it have not.
-
-    Its blocks are its own until it is closed, left (`with`) or forgotten.
-
-    >>> with Session(LLM("smollm2")) as session:
-    ...     session.append("user", "Why is the sky blue?")
-    ...     for piece in session.stream():
-    ...         print(piece.text, end="")
-    """
-
-    def __init__(self, llm: LLM, *, system: str | None = None, use_cache: bool = True) -> None:
-        self.llm = llm
-        self.use_cache = use_cache
-        self.messages: list[dict[str, str]] = []
-        self._sequence: Sequence | None = None
-        if system is not None:
-            self.append("system", system)
-
-    def append(self, role: str, content: str) -> None:
-        """Add a message."""
-        for value in (role, content):
-            if not isinstance(value, str):
-                raise InvalidInput(f"a message has {reprlib.repr(value)}", hint="role and content are text")
-        self.messages.append({"role": role, "content": content})
-
-    def stream(
-        self, params: SamplingParams = GREEDY, *, should_stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[Piece]:
-        """Answers the messages so far, piece by piece, and appends the answer, whole or as far as it came.
-
-        `should_stop` is asked between steps, and ends the answer as closing the iterator does.
-        """
-        engine = self.llm.engine
-        token_ids = self.llm.render_chat(self.messages)
-        self._sequence = engine.new_sequence(token_ids, params, keep_cache=self.use_cache, previous=self._sequence)
-        return self._stream(engine, self._sequence, should_stop)
-
-    @property
-    def completion(self) -> Completion | None:
-        """The newest answer and what it cost; `None` before the first and while one is being written."""
-        if self._sequence is None or self._sequence.finish_reason is None:
-            return None
-        return self.llm.engine.completion(self._sequence)
-
-    def close(self) -> None:
-        """Stop what is being written and give back the session's blocks; a later turn computes all anew."""
-        if self._sequence is not None:
-            self.llm.engine.abort(self._sequence)
-            self.llm.engine.release(self._sequence)
-            self._sequence = None
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # A constructor that raised has left no sequence behind.
-        if getattr(self, "_sequence", None) is not None:
-            self.close()
-
-    def _stream(self, engine: Engine, sequence: Sequence, should_stop: Callable[[], bool]) -> Iterator[Piece]:
-        try:
-            yield from stream_sequence(engine, sequence, should_stop)
-        finally:
-            if sequence is self._sequence:
-                self.append("assistant", sequence.text.text)
-            else:  # a newer turn, or the session's end, has left this one behind
-                engine.release(sequence)
-
-
-def stream_sequence(
-    engine: Engine, sequence: Sequence, should_stop: Callable[[], bool] = lambda: False
-) -> Iterator[Piece]:
-    """Queues the sequence and steps the engine until it is finished, giving its tokens as they come.
-
-    Closing the iterator aborts the sequence, and so does `should_stop`, asked before each step.
-    """
-    engine.add(sequence)
-    feed = _PieceFeed(engine, sequence)
-    try:
-        while True:
-            yield from feed.take()
-            if sequence.error is not None:
-                raise sequence.error
-            if feed.is_done or should_stop():
-                return
-            engine.step()
-    finally:
-        engine.abort(sequence)
-
-
-class _PieceFeed:
-    """What a sequence has written since the last look; another stream's steps may have brought it several tokens."""
-
-    def __init__(self, engine: Engine, sequence: Sequence) -> None:
-        self._engine = engine
-        self._sequence = sequence
-        self._num_tokens = self._num_chars = 0
-        self.is_done = False
-
-    def take(self) -> list[Piece]:
-        """The new pieces; with the last of all, `is_done` becomes true."""
-        pieces = []
-        sequence = self._sequence
-        with self._engine.lock:
-            self.is_done = sequence.finish_reason is not None
-            while self._num_tokens < sequence.num_completion_tokens:
-                token_id = sequence.token_ids[sequence.num_prompt_tokens + self._num_tokens]
-                text = sequence.text.text[self._num_chars :]
-                self._num_tokens += 1
-                self._num_chars += len(text)
-                is_last = self.is_done and self._num_tokens == sequence.num_completion_tokens
-                pieces.append(Piece(text, token_id, self._engine.completion(sequence) if is_last else None))
-        return pieces
+    def _run_all(self, sequences: SequenceOf[Sequence], branches: SequenceOf[Sequence]) -> None:
+        """Step until all are finished, queueing as many as the engine takes."""
+        engine, queue = self.engine, deque(sequences)
+        unfinished = list(branches)
+        with counted_progress("completions", len(branches)) as advance:
+            try:
+                while unfinished:
+                    with engine.lock:
+                        while queue and not engine.scheduler.is_full:
+                            engine.add(queue.popleft())
+                    engine.step()
+                    left = [branch for branch in unfinished if branch.finish_reason is None]
+                    advance(len(unfinished) - len(left))
+                    unfinished = left
+            finally:
+                for sequence in unfinished:
+                    engine.abort(sequence)
 
 
 def _make_ops(config: EngineConfig) -> Ops:

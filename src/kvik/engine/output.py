@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvik.cache import Stop
 from kvik.models.detokenizer import Detokenizer
 from kvik.models.tokenizer import Tokenizer
 
@@ -21,6 +22,10 @@ class Stats:
     decode_s: float  # from the first token to the last
     kv_bytes: int  # of the blocks held at the end
     weight_bytes: int  # that the steps went over, each weight counted once a step
+    num_drafted_tokens: int = 0  # guessed ahead and computed
+    num_accepted_tokens: int = 0  # of those, right
+    num_preemptions: int = 0  # times that others needed its blocks
+    cache_stop: Stop | None = None  # why no more of the prompt was found in the cache; None where it was not asked
 
     @property
     def time_per_output_token_s(self) -> float:
@@ -57,6 +62,7 @@ class Completion:
     stats: Stats
     seed: int  # repeats the text with the same params and prompt
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with `echo`; the first token has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +80,11 @@ class Piece:
 class TextStream:
     """Turns tokens into text as they come: whole characters only, and nothing that a stop string may yet swallow."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: str = "") -> None:
         self._detokenizer = Detokenizer(tokenizer, continues_text=True)
         self._stop = stop
         self._pending = ""  # decoded, and perhaps the beginning of a stop string
-        self.text = ""  # certain
+        self.text = before  # certain
         self.stopped = False
 
     def add(self, token_id: int, *, may_stop: bool = True) -> None:

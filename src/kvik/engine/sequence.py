@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvik.cache import BlockTable, Stop
 from kvik.config import SamplingParams
+from kvik.engine.drafts import NgramDrafts
 from kvik.engine.output import Stats, TextStream, TokenLogprobs
 from kvik.errors import KvikError
 
@@ -27,15 +30,29 @@ class Sequence:
     seed: int  # of this request's draws
     stop_token_ids: frozenset[int]  # the caller's, and the model's own unless they are ignored
     text: TextStream
+    table: BlockTable
+    most_tokens: int  # of prompt and completion
+    priority: int = 0
     keep_cache: bool = True  # False: forget everything computed after each token, as naive decoding does
+    park: bool = False  # keep the blocks after the end, for a turn that follows
+    previous: Sequence | None = None  # a parked turn before this one, whose blocks it takes over when it begins
+    branches: list[Sequence] = field(default_factory=list)  # others of the same prompt, which begin with its first token
+    place: tuple[int, int] = (0, 0)  # in the queue, the least first
     num_computed_tokens: int = 0
-    num_cached_tokens: int = 0  # of the prompt, found in the cache when the request came
-    block_table: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0  # of the prompt, found in the cache when the request began
+    cache_stop: Stop | None = None  # why not more of it was found
+    drafts: NgramDrafts | None = None
+    draft_ids: list[int] = field(default_factory=list)  # guesses behind the last token, computed in the same step
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's second token and on
     finish_reason: FinishReason | None = None
-    error: KvikError | None = None  # why it was aborted, where it was not the caller who did
+    error: Exception | None = None  # why it was aborted, where it was not the caller who did
     # What it cost.
     total_computed_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0  # of those, chosen
+    num_preemptions: int = 0
+    num_blocks: int = 0  # held when it last computed
     weight_bytes: int = 0
     started_s: float = 0.0  # when it was queued
     first_token_s: float | None = None
@@ -49,24 +66,47 @@ class Sequence:
     @property
     def num_missing_tokens(self) -> int:
         """Tokens whose keys and values are not in the cache: the gap that steps close."""
-        return self.num_tokens - self.num_computed_tokens
+        return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def num_completion_tokens(self) -> int:
         """Tokens that were sampled."""
-        return self.num_tokens - self.num_prompt_tokens
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def completion_ids(self) -> list[int]:
         """The tokens that were sampled."""
         return self.token_ids[self.num_prompt_tokens :]
 
-    def append(self, token_id: int) -> None:
-        """Add a sampled token and note the time."""
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether each prompt token's logits are asked for, so that none can come from the prefix cache."""
+        return self.params.echo and self.params.logprobs is not None
+
+    def accept(self, token_id: int) -> None:
+        """Add a sampled token, note the time, and see whether it ends the sequence."""
         self.token_ids.append(token_id)
         self.last_token_s = time.perf_counter()
         if self.first_token_s is None:
             self.first_token_s = self.last_token_s
+        ended = token_id in self.stop_token_ids
+        if not ended:  # the text of an end-of-text token is not part of the completion
+            self.text.add(token_id, may_stop=self.num_completion_tokens >= self.params.min_tokens)
+        if ended or self.text.stopped:
+            self.finish("stop")
+        elif self.num_tokens >= self.most_tokens:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """No more tokens will come."""
+        if self.finish_reason is None:
+            self.finish_reason, self.error = reason, error
+            self.text.finish()
+
+    def all_branches(self) -> Iterator[Sequence]:
+        """The sequence itself, then the branches that have not begun."""
+        yield self
+        yield from self.branches
 
     def stats(self, *, block_bytes: int) -> Stats:
         """What the request cost so far."""
@@ -78,6 +118,10 @@ class Sequence:
             num_completion_tokens=self.num_completion_tokens,
             time_to_first_token_s=0.0 if first is None else first - self.started_s,
             decode_s=0.0 if first is None or last is None else last - first,
-            kv_bytes=len(self.block_table) * block_bytes,
+            kv_bytes=self.num_blocks * block_bytes,
             weight_bytes=self.weight_bytes,
+            num_drafted_tokens=self.num_drafted_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            num_preemptions=self.num_preemptions,
+            cache_stop=self.cache_stop,
         )

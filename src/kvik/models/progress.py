@@ -44,6 +44,21 @@ def terminal_progress() -> Iterator[Progress]:
 
 
 @contextmanager
+def counted_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that counts to `total` as it is told of so many more; nothing where that is no terminal."""
+    if total < 2 or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich import progress as parts
+    from rich.console import Console
+
+    columns = (parts.TextColumn("{task.description}"), parts.BarColumn(), parts.MofNCompleteColumn())
+    with parts.Progress(*columns, parts.TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
 def _bars() -> Iterator[Progress]:
     """Bars by rich, which is imported only once there is something to show."""
     bars: rich.progress.Progress | None = None

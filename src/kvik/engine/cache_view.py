@@ -1,0 +1,106 @@
+"""The cache, to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvik.cache import CacheStats
+from kvik.engine.engine import Engine
+
+TEXT_WIDTH = 60
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRow:
+    """A run of blocks that some sequences begin or go on with."""
+
+    level: int  # runs above it
+    first_token: int
+    num_tokens: int
+    num_holders: int  # sequences that use its last block now
+    block_ids: list[int]
+    text: str
+    salt: str | None
+
+
+class CacheView:
+    """What is in an engine's KV cache at this moment, and what it was good for; `str()` of it is a small report."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in all."""
+        return self._engine.cache.pool.num_blocks
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that sequences use or keep."""
+        return self._engine.cache.pool.num_held
+
+    @property
+    def num_reusable(self) -> int:
+        """Blocks that nobody holds, kept for requests that begin alike."""
+        return self._engine.cache.pool.num_reusable
+
+    @property
+    def num_free(self) -> int:
+        """Blocks with nothing worth keeping."""
+        return self._engine.cache.pool.num_free
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the cache may come to use."""
+        return self.num_blocks * self._engine.kv_spec.block_bytes
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes of memory that it uses now."""
+        return self._engine.cache.committed_bytes
+
+    @property
+    def stats(self) -> CacheStats:
+        """Tokens asked for and found, blocks evicted and copied, since the engine began."""
+        return self._engine.cache.stats
+
+    def tree(self) -> list[TreeRow]:
+        """The prefix tree, each run below the one it goes on from."""
+        engine = self._engine
+        decode = engine.model.tokenizer.decode
+        with engine.lock:
+            return [
+                TreeRow(
+                    level=edge.depth,
+                    first_token=edge.first_token,
+                    num_tokens=len(edge.tokens) // 4,
+                    num_holders=engine.cache.pool.ref_count(edge.block_ids[-1]),
+                    block_ids=edge.block_ids,
+                    text=decode(np.frombuffer(edge.tokens, np.int32).tolist(), skip_special=False),
+                    salt=namespace.salt,
+                )
+                for namespace, edge in engine.cache.tree.edges()
+            ]
+
+    def clear(self) -> None:
+        """Forget every block that nobody holds, and give the memory back."""
+        self._engine.clear_cache()
+
+    def __str__(self) -> str:
+        spec, stats = self._engine.kv_spec, self.stats
+        lines = [
+            f"{self.num_blocks:,} blocks of {spec.block_size} tokens: {self.num_held:,} held, {self.num_reusable:,}"
+            f" reusable, {self.num_free:,} free",
+            f"{self.committed_bytes / 2**20:,.1f} MiB in use of {self.num_bytes / 2**20:,.1f}; {spec.dtype} keys and"
+            f" values, {spec.token_bytes:,} bytes a token",
+            f"{stats.num_cached_tokens:,} of {stats.num_queried_tokens:,} prompt tokens found ({stats.hit_rate:.0%});"
+            f" {stats.num_evicted_blocks:,} blocks evicted, {stats.num_copied_blocks:,} copied",
+        ]
+        for row in self.tree():
+            text = row.text if len(row.text) <= TEXT_WIDTH else f"{row.text[: TEXT_WIDTH - 2]} …"
+            held = f" ×{row.num_holders}" if row.num_holders else ""  # noqa: RUF001
+            salt = f" [{row.salt}]" if row.salt is not None else ""
+            lines.append(f"{'  ' * row.level}{row.first_token:,}–{row.first_token + row.num_tokens:,}{held}{salt} {text!r}")  # noqa: RUF001
+        return "\n".join(lines)

@@ -1,0 +1,158 @@
+"""A model that tells on the cache: each next token is a hash of all tokens that were read through the block table.
+
+Its "keys and values" are the token ids themselves, with their position and the salt of who wrote them. The real engine,
+scheduler, cache and sampler run on it; one block that is wrong, stale, freed or another tenant's changes what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvik.cache import BLOCKS_PER_SUPERBLOCK, BLOCK_SIZE, KVCacheSpec
+from kvik.config import SamplingParams
+from kvik.engine.batch import ScheduledBatch
+from kvik.engine.engine import Engine
+from kvik.engine.output import TextStream
+from kvik.engine.sampler import StepLogits, choose
+from kvik.engine.sequence import Sequence
+from kvik.ops.base import Batch
+
+VOCAB = 11
+CONTEXT = 400
+SPEC = KVCacheSpec(num_layers=1, num_kv_heads=1, head_dim=1, dtype="f32")
+UNWRITTEN = -1
+_POWERS = np.array([pow(0x9E3779B97F4A7C15, i + 1, 2**64) for i in range(CONTEXT)], np.uint64)
+_COLUMNS = np.array([pow(0xD1342543DE82EF95, i + 1, 2**64) for i in range(VOCAB)], np.uint64)
+
+
+def logits_after(tokens: npt.NDArray[np.int64], salt: int) -> npt.NDArray[np.float32]:
+    """Of what follows these tokens: a row (VOCAB,) that any change of any token, or of the salt, changes."""
+    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * _POWERS[: len(tokens)]
+    total = mixed.sum(dtype=np.uint64) + np.uint64(salt) * np.uint64(0xA0761D6478BD642F)
+    total ^= total >> np.uint64(29)
+    rows = (total * np.uint64(0xBF58476D1CE4E5B9)) ^ _COLUMNS
+    rows = (rows ^ (rows >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
+    return ((rows >> np.uint64(40)).astype(np.float32) / np.float32(2**22)).astype(np.float32)
+
+
+@dataclass
+class Slots:
+    """The memory of the fake cache: what was written to each slot."""
+
+    tokens: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    salts: npt.NDArray[np.int64]
+
+    def arrays(self) -> tuple[npt.NDArray[np.int64], ...]:
+        return self.tokens, self.positions, self.salts
+
+
+@dataclass
+class FakeOps:
+    """What the engine asks of ops, and nothing else."""
+
+    name: str = "fake"
+    batch_salts: list[int] = field(default_factory=list)  # of the sequences of the step that is about to run
+
+    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Slots:
+        shape = num_blocks * BLOCK_SIZE
+        return Slots(*(np.full(shape, UNWRITTEN, np.int64) for _ in range(3)))
+
+    def copy_blocks(self, kv: Slots, copies: SequenceOf[tuple[int, int]]) -> None:
+        for source, target in copies:
+            for array in kv.arrays():
+                array[target * BLOCK_SIZE : (target + 1) * BLOCK_SIZE] = array[
+                    source * BLOCK_SIZE : (source + 1) * BLOCK_SIZE
+                ]
+
+    def discard_blocks(self, kv: Slots, superblocks: SequenceOf[int]) -> None:
+        size = BLOCKS_PER_SUPERBLOCK * BLOCK_SIZE
+        for superblock in superblocks:
+            for array in kv.arrays():
+                array[superblock * size : (superblock + 1) * size] = UNWRITTEN
+
+    def to_numpy(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return x
+
+    def forward(self, kv: Slots, batch: Batch) -> npt.NDArray[np.float32]:
+        assert len(set(batch.slot_mapping.tolist())) == len(batch.slot_mapping), "two tokens in one slot"
+        kv.tokens[batch.slot_mapping] = batch.token_ids
+        kv.positions[batch.slot_mapping] = batch.positions
+        kv.salts[batch.slot_mapping] = np.array(self.batch_salts)[batch.sequence_index]
+        rows = np.empty((len(batch.logit_rows), VOCAB), np.float32)
+        for index, token in enumerate(batch.logit_rows):
+            sequence, position = batch.sequence_index[token], batch.positions[token]
+            seen = np.arange(position + 1)
+            slots = batch.block_tables[sequence, seen // BLOCK_SIZE] * BLOCK_SIZE + seen % BLOCK_SIZE
+            assert (kv.positions[slots] == seen).all(), "a slot holds another position"
+            salts = kv.salts[slots]
+            assert (salts == self.batch_salts[sequence]).all(), "a slot was written under another salt"
+            rows[index] = logits_after(kv.tokens[slots], self.batch_salts[sequence])
+        return rows
+
+
+class FakeTokenizer:
+    """Token i is the letter i."""
+
+    add_space_prefix = False
+    eos_token_ids = frozenset({VOCAB - 1})
+
+    def decode(self, token_ids: list[int], *, skip_special: bool = True) -> str:
+        return "".join(chr(ord("a") + token_id) for token_id in token_ids)
+
+    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
+        return bytes([ord("a") + token_id])
+
+
+def fake_model(ops: FakeOps) -> Any:
+    """As much of a `LoadedModel` as an engine uses."""
+    spec = SimpleNamespace(kv_spec=lambda dtype: SPEC, vocab_size=VOCAB, context_length=CONTEXT)
+    decoder = SimpleNamespace(
+        spec=spec,
+        ops=ops,
+        record=lambda kv: lambda batch: ops.forward(kv, batch),
+        weights=SimpleNamespace(step_bytes=lambda *, with_logits: 1),
+    )
+    return SimpleNamespace(decoder=decoder, context=CONTEXT, tokenizer=FakeTokenizer(), path=Path("fake.gguf"))
+
+
+def salt_number(salt: str | None) -> int:
+    return 0 if salt is None else 1 + sum(salt.encode())
+
+
+class SimulatedEngine(Engine):
+    """The real engine; the fake ops are told whose tokens they compute."""
+
+    def __init__(self, *, num_blocks: int, **options: Any) -> None:
+        self.ops = FakeOps()
+        super().__init__(fake_model(self.ops), kv_dtype="f32", kv_memory=num_blocks * SPEC.block_bytes, **options)
+
+    def _run(self, batch: ScheduledBatch) -> StepLogits:
+        self.ops.batch_salts = [salt_number(item.sequence.table.namespace.salt) for item in batch.items]
+        return super()._run(batch)
+
+
+def expected_sequence(engine: Engine, prompt: list[int], params: SamplingParams, seed: int, salt: str | None) -> Sequence:
+    """The same request, written by nothing but the model's definition: no cache, no batch, no engine."""
+    tokenizer: Any = FakeTokenizer()
+    sequence = Sequence(
+        token_ids=list(prompt),
+        num_prompt_tokens=len(prompt),
+        params=params,
+        seed=seed,
+        stop_token_ids=engine._stop_token_ids(params),
+        text=TextStream(tokenizer, params.stop),
+        table=engine.cache.new_table(salt),
+        most_tokens=min(len(prompt) + params.max_tokens, CONTEXT),
+    )
+    while sequence.finish_reason is None:
+        row = logits_after(np.array(sequence.token_ids, np.int64), salt_number(salt))
+        sequence.accept(choose(StepLogits(row[None]), 0, sequence))
+    return sequence

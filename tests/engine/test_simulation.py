@@ -1,0 +1,188 @@
+"""Thousands of random workloads on the real engine with the model of `simulation.py`; each replays from its seed.
+
+KVIK_SIMULATION_SEED=n runs that one alone, KVIK_SIMULATIONS=n so many from 0 on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from kvik.cache import BLOCK_SIZE, BlockTable
+from kvik.config import SamplingParams
+from kvik.engine.sequence import Sequence
+from kvik.errors import CacheTooSmall, QueueFull
+from simulation import CONTEXT, VOCAB, SimulatedEngine, expected_sequence
+
+NUM_SIMULATIONS = int(os.environ.get("KVIK_SIMULATIONS", "2000"))
+GROUP = 100
+SALTS = (None, None, None, "ada", "bob")
+
+
+@dataclass
+class Workload:
+    """A random engine, and what random clients do to it."""
+
+    seed: int
+    rng: random.Random = field(init=False)
+    engine: SimulatedEngine = field(init=False)
+    requests: list[tuple[Sequence, list[int], str | None]] = field(default_factory=list)  # each branch, prompt and salt
+    parked: list[Sequence] = field(default_factory=list)
+    pins: list[BlockTable] = field(default_factory=list)
+    num_refused: int = 0
+
+    def __post_init__(self) -> None:
+        self.rng = rng = random.Random(self.seed)
+        self.engine = SimulatedEngine(
+            num_blocks=8 * rng.choice((1, 2, 2, 3, 4, 8)),
+            token_budget=rng.choice((1, 5, 16, 33, 64, 200)),
+            prefix_cache=rng.random() < 0.9,
+            max_running=rng.choice((1, 2, 4, 8)),
+            max_waiting=rng.choice((2, 50)),
+        )
+        self.beginnings = [self._tokens(rng.randrange(1, 200)) for _ in range(3)]
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self.rng.randrange(VOCAB) for _ in range(count)]
+
+    def run(self) -> None:
+        rng = self.rng
+        for _ in range(rng.randrange(5, 25)):
+            action = rng.choices(
+                (self.submit, self.step, self.abort, self.fork, self.release, self.pin, self.unpin, self.clear),
+                (10, 12, 2, 2, 2, 1, 1, 1),
+            )[0]
+            action()
+            self.engine.scheduler.check()
+        while self.pins:
+            self.unpin()
+        for _ in range(20_000):
+            if not self.engine.scheduler.has_work:
+                break
+            self.step()
+        self.finish()
+
+    def submit(self) -> None:
+        rng, engine = self.rng, self.engine
+        beginning = rng.choice(self.beginnings)
+        previous = rng.choice(self.parked) if self.parked and rng.random() < 0.4 else None
+        if previous is not None:
+            beginning = previous.token_ids
+        prompt = beginning[: rng.randrange(1, len(beginning) + 1)] if rng.random() < 0.5 else list(beginning)
+        prompt = (prompt + self._tokens(rng.choice((0, 0, 1, 5, 40))))[: CONTEXT - 1]
+        salt = previous.table.namespace.salt if previous else rng.choice(SALTS)
+        params = SamplingParams(
+            max_tokens=rng.choice((1, 2, 10, 40, 80)),
+            temperature=rng.choice((0.0, 0.0, 1.0)),
+            seed=rng.randrange(1000),
+            n=rng.choice((1, 1, 1, 2, 3)),
+            ignore_eos=rng.random() < 0.7,
+            stop=rng.choice(((), (), ("aba",))),
+            speculate=rng.choice((None, "ngram")),
+            logprobs=rng.choice((None, 2)),
+            echo=rng.random() < 0.2,
+        )
+        park = params.n == 1 and rng.random() < 0.4
+        if previous is not None:
+            self.parked.remove(previous)
+        try:
+            sequence = engine.new_sequence(
+                prompt,
+                params,
+                keep_cache=rng.random() < 0.95,
+                park=park,
+                previous=previous,
+                priority=rng.choice((0, 0, 0, 1, -1)),
+                salt=salt,
+            )
+            branches = list(sequence.all_branches())
+            engine.add(sequence)
+        except (CacheTooSmall, QueueFull):
+            self.num_refused += 1
+            if previous is not None:
+                engine.release(previous)
+            return
+        self.requests += [(branch, prompt, salt) for branch in branches]
+
+    def step(self) -> None:
+        engine = self.engine
+        result = engine.step()
+        engine.scheduler.check()
+        if result is not None:
+            for sequence in result.sequences:
+                if sequence.finish_reason is not None and sequence in engine.scheduler.parked:
+                    self.parked.append(sequence)
+        self.parked = [sequence for sequence in dict.fromkeys(self.parked) if sequence in engine.scheduler.parked]
+
+    def abort(self) -> None:
+        if self.requests:
+            self.engine.abort(self.rng.choice(self.requests)[0])
+
+    def fork(self) -> None:
+        if self.parked:
+            self.parked.append(self.engine.fork(self.rng.choice(self.parked)))
+            self.parked = [sequence for sequence in self.parked if sequence in self.engine.scheduler.parked]
+
+    def release(self) -> None:
+        if self.parked:
+            self.engine.release(self.parked.pop(self.rng.randrange(len(self.parked))))
+
+    def pin(self) -> None:
+        if self.parked:
+            try:
+                self.pins.append(self.engine.pin(self.rng.choice(self.parked)))
+            except CacheTooSmall:
+                self.num_refused += 1
+
+    def unpin(self) -> None:
+        if self.pins:
+            self.engine.unpin(self.pins.pop())
+
+    def clear(self) -> None:
+        self.engine.clear_cache()
+
+    def finish(self) -> None:
+        engine = self.engine
+        assert not engine.scheduler.has_work, "it never ends"
+        for sequence, prompt, salt in self.requests:
+            assert sequence.error is None, sequence.error
+            wanted = expected_sequence(engine, prompt, sequence.params, sequence.seed, salt)
+            if sequence.finish_reason == "abort":
+                assert wanted.token_ids[: sequence.num_tokens] == sequence.token_ids
+                continue
+            assert sequence.token_ids == wanted.token_ids
+            assert sequence.finish_reason == wanted.finish_reason
+            assert sequence.text.text.removeprefix("" if not sequence.params.echo else self._text(prompt)) == wanted.text.text
+            if sequence.params.logprobs is not None:
+                assert sequence.logprobs == wanted.logprobs
+        for sequence in list(engine.scheduler.parked):
+            engine.release(sequence)
+        engine.clear_cache()
+        engine.scheduler.check()
+        assert engine.cache.pool.num_free == engine.cache.pool.num_blocks, "blocks were lost"
+        assert engine.cache.committed_bytes == 0, "memory was kept"
+        assert not engine.cache._claimed, "a claim was left"
+
+    def _text(self, prompt: list[int]) -> str:
+        return str(self.engine.model.tokenizer.decode(prompt))
+
+
+def seeds() -> list[range]:
+    if "KVIK_SIMULATION_SEED" in os.environ:
+        seed = int(os.environ["KVIK_SIMULATION_SEED"])
+        return [range(seed, seed + 1)]
+    return [range(start, min(start + GROUP, NUM_SIMULATIONS)) for start in range(0, NUM_SIMULATIONS, GROUP)]
+
+
+@pytest.mark.parametrize("group", seeds(), ids=lambda group: f"{group.start}-{group.stop - 1}")
+def test_every_workload_writes_what_the_model_defines(group: range) -> None:
+    for seed in group:
+        try:
+            Workload(seed).run()
+        except BaseException:
+            print(f"replay with KVIK_SIMULATION_SEED={seed}")  # noqa: T201
+            raise
