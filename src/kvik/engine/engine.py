@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kvik.cache import BlockPool
 from kvik.config import KVDType, SamplingParams
 from kvik.engine.output import Completion, TextStream
-from kvik.engine.sampler import Sampler
+from kvik.engine.sampler import StepLogits, choose
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput, ModelError, PromptTooLong
@@ -46,7 +46,6 @@ class Engine:
         self.pool = BlockPool(num_blocks)
         self.forward = model.decoder.record(model.decoder.ops.allocate_kv(self.kv_spec, num_blocks))
         self.scheduler = Scheduler(self.pool, self.kv_spec, token_budget=token_budget, context=model.context)
-        self.sampler = Sampler()
         self.lock = threading.RLock()
         weights = model.decoder.weights
         self._step_bytes = {wanted: weights.step_bytes(with_logits=wanted) for wanted in (False, True)}
@@ -95,10 +94,11 @@ class Engine:
             if batch is None:
                 return None
             logits = self.decoder.ops.to_numpy(self.forward(batch.arrays))
-            if not np.isfinite(logits.max(initial=0.0)):
+            step = StepLogits(logits)
+            if not all(step.is_finite(row) for row in range(len(logits))):
                 self._refuse_logits(batch.sampling)
                 return None
-            token_ids = self.sampler.sample(logits, batch.sampling)
+            token_ids = [choose(step, row, sequence) for row, sequence in enumerate(batch.sampling)]
             weight_bytes = self._step_bytes[len(token_ids) > 0]
             return StepResult(self.scheduler.record(batch, token_ids, weight_bytes=weight_bytes), logits)
 
