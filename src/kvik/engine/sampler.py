@@ -1,73 +1,97 @@
-"""From logits to a token: vectorised over the vocabulary, random only through (seed, position)."""
+"""From logits to a token: vectorised over the vocabulary, random only through (seed, position).
+
+The vocabulary is large (tens or hundreds of thousands of tokens), so nothing here sorts it where that can be helped: of
+most rows the filters keep a few dozen tokens, and those are found first. What is chosen is what a stable sort of the
+whole vocabulary would give: most likely first, of equals the lowest id.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import numpy.typing as npt
 
+from kvik.config import SamplingParams
 from kvik.engine.output import TokenLogprobs
 from kvik.engine.sequence import Sequence
 
 FloatArray = npt.NDArray[np.float32]
+WideArray = npt.NDArray[np.float64]
+IdArray = npt.NDArray[np.int64]
+
+PRESELECTED = (64, 1024)  # most likely tokens among which top_p and min_p nearly always end
+SUMMED = 256  # weights of neighbouring ids, summed as one before they are looked at singly
+MOST_ROWS_FOLDED = 64
 
 
-class Sampler:
-    """Chooses the next token of each sequence."""
+class StepLogits:
+    """The logits of one step, with the most likely token of each row found once for all."""
 
-    def sample(self, logits: FloatArray, sequences: SequenceOf[Sequence]) -> list[int]:
-        """One token id for each row of logits (R, vocab_size), noting logprobs where they were asked for."""
-        return [self._choose(row, sequence) for row, sequence in zip(logits, sequences, strict=True)]
+    def __init__(self, logits: FloatArray) -> None:
+        self.rows = logits  # (R, vocab_size), never written to
+        self.most_likely: list[int] = logits.argmax(axis=1).tolist()  # the lowest id of equals
 
-    def _choose(self, logits: FloatArray, sequence: Sequence) -> int:
-        adjusted = apply_penalties(logits, sequence)
-        token_id = draw(adjusted, sequence)
-        if sequence.params.logprobs is not None:
-            sequence.logprobs.append(token_logprobs(logits, token_id, sequence.params.logprobs))
-        return token_id
+    def is_finite(self, row: int) -> bool:
+        """Whether a token can be chosen: no NaN, no +inf, and not -inf alone."""
+        # argmax gives the first NaN where there is one.
+        return math.isfinite(self.rows[row, self.most_likely[row]])
+
+
+def choose(step: StepLogits, row: int, sequence: Sequence) -> int:
+    """The token after those that `sequence` now has, from a row that is finite; notes logprobs where asked for."""
+    logits = step.rows[row]
+    adjusted = apply_penalties(logits, sequence)
+    token_id = draw(adjusted, sequence, step.most_likely[row] if adjusted is logits else None)
+    if sequence.params.logprobs is not None:
+        sequence.logprobs.append(token_logprobs(logits, token_id, sequence.params.logprobs))
+    return token_id
 
 
 def apply_penalties(logits: FloatArray, sequence: Sequence) -> FloatArray:
-    """The logits after penalties, with forbidden end tokens at -inf; the given array stays as it is."""
+    """The logits after penalties, with forbidden end tokens at -inf; the given array itself where nothing is to do."""
     params = sequence.params
-    adjusted = logits
-    if params.repetition_penalty != 1.0:
-        seen = np.unique(sequence.token_ids)
-        adjusted = adjusted.copy()
+    repeats = params.repetition_penalty != 1.0
+    counts = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    forbids = sequence.num_completion_tokens < params.min_tokens and len(sequence.stop_token_ids) > 0
+    if not (repeats or counts or forbids):
+        return logits
+    adjusted = logits.copy()
+    if repeats:
+        seen = _ids_of(sequence.token_ids)
         values = adjusted[seen]
-        adjusted[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if params.presence_penalty or params.frequency_penalty:
-        used, counts = np.unique(np.asarray(sequence.completion_ids, np.int64), return_counts=True)
-        adjusted = adjusted.copy()
-        adjusted[used] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
-    if sequence.num_completion_tokens < params.min_tokens and sequence.stop_token_ids:
-        adjusted = adjusted.copy()
+        with np.errstate(over="ignore"):
+            values = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        # A token seen twice is written twice, with the same value.
+        adjusted[seen] = np.minimum(values, np.finfo(np.float32).max)
+    if counts:
+        completion = seen[sequence.num_prompt_tokens :] if repeats else _ids_of(sequence.completion_ids)
+        times = np.bincount(completion)
+        used = np.flatnonzero(times)
+        adjusted[used] -= (params.presence_penalty + params.frequency_penalty * times[used]).astype(np.float32)
+    if forbids:
         adjusted[list(sequence.stop_token_ids)] = -np.inf
     return adjusted
 
 
-def draw(logits: FloatArray, sequence: Sequence) -> int:
-    """The most likely token at temperature 0 (the lowest id of equals), else one draw from what the filters leave."""
+def draw(logits: FloatArray, sequence: Sequence, most_likely: int | None = None) -> int:
+    """The most likely token at temperature 0 (the lowest id of equals), else one draw from what the filters leave.
+
+    The draw inverts the cumulative distribution: over token ids in order where no filter is set, over tokens from the
+    most likely down where one is. `most_likely` is the argmax of `logits`, where the caller has it.
+    """
+    if most_likely is None:
+        most_likely = int(logits.argmax())
     params = sequence.params
-    if params.temperature == 0.0:
-        return int(logits.argmax())
-    with np.errstate(over="ignore"):  # next to no temperature: all but the most likely end at -inf
-        scaled = (logits.astype(np.float64) - float(logits.max())) / params.temperature
-    order = np.argsort(-scaled, kind="stable")
-    if params.top_k:
-        order = order[: params.top_k]
-    weights = np.exp(scaled[order])  # most likely first, so weights[0] is 1
-    if params.top_p < 1.0:
-        mass_before = np.cumsum(weights) - weights
-        kept = int(np.count_nonzero(mass_before < params.top_p * weights.sum()))
-        order, weights = order[:kept], weights[:kept]
-    if params.min_p > 0.0:
-        kept = int(np.count_nonzero(weights >= params.min_p))
-        order, weights = order[:kept], weights[:kept]
-    cumulative = np.cumsum(weights)
-    chosen = np.searchsorted(cumulative, uniform(sequence.seed, sequence.num_tokens) * cumulative[-1], side="right")
-    return int(order[min(int(chosen), len(order) - 1)])
+    highest = float(logits[most_likely])
+    if params.temperature == 0.0 or highest == -math.inf:
+        return most_likely
+    number = uniform(sequence.seed, sequence.num_tokens)
+    if not 0 < params.top_k < len(logits) and params.top_p == 1.0 and params.min_p == 0.0:
+        return _pick(_weights(logits, highest, params.temperature), number)
+    kept, weights = _filtered(logits, highest, params)
+    return _token_at(logits, kept, _pick(weights, number))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -77,8 +101,115 @@ def uniform(seed: int, position: int) -> float:
 
 def token_logprobs(logits: FloatArray, token_id: int, num_top: int) -> TokenLogprobs:
     """Log-softmax of the raw logits: at the chosen token and at the `num_top` most likely."""
-    wide = logits.astype(np.float64)
-    top = wide.max()
-    logprobs = wide - (top + np.log(np.exp(wide - top).sum()))
-    most_likely = np.argsort(-logprobs, kind="stable")[:num_top]
-    return TokenLogprobs(token_id, float(logprobs[token_id]), {int(i): float(logprobs[i]) for i in most_likely})
+    below_highest = _below(logits, float(logits.max()))
+    log_sum = math.log(np.exp(below_highest).sum())
+    top = _most_likely(logits, num_top).tolist() if num_top else []
+    return TokenLogprobs(
+        token_id,
+        float(below_highest[token_id]) - log_sum,
+        {other: float(below_highest[other]) - log_sum for other in top},
+    )
+
+
+def prompt_logprobs(rows: FloatArray, next_ids: SequenceOf[int], num_top: int) -> list[TokenLogprobs]:
+    """Of each row (R, vocab_size), the logprobs of the token that does follow and of the `num_top` most likely.
+
+    Bit for bit those of `token_logprobs`: a row is long enough to be worth its own calls, and still in the processor's
+    cache from one to the next, which a matrix of rows is not.
+    """
+    return [token_logprobs(row, token_id, num_top) for row, token_id in zip(rows, next_ids, strict=True)]
+
+
+def _filtered(logits: FloatArray, highest: float, params: SamplingParams) -> tuple[FloatArray, WideArray]:
+    """What top_k, then top_p, then min_p leave: logits from the highest down, and their weights.
+
+    Each keeps a beginning of the same order, so the shortest counts. The mass that top_p is a part of is that of all
+    tokens, or of the `top_k` where that is set.
+    """
+    vocab_size = len(logits)
+    has_top_k = 0 < params.top_k < vocab_size
+    wanted_mass = math.inf
+    if params.top_p < 1.0 and not has_top_k:
+        wanted_mass = params.top_p * _weights(logits, highest, params.temperature).sum()
+    for count in (params.top_k,) if has_top_k else (*PRESELECTED, vocab_size):
+        kept = _highest(logits, count)
+        weights = _weights(kept, highest, params.temperature)
+        cumulative = np.cumsum(weights)
+        if cumulative[-1] >= wanted_mass or weights[-1] < params.min_p:
+            break
+    if params.top_p < 1.0 and has_top_k:
+        wanted_mass = params.top_p * weights.sum()
+    num_for_top_p = 1 + int(np.searchsorted(cumulative[:-1], wanted_mass, side="left"))  # the fewest that reach it
+    num_for_min_p = int(np.count_nonzero(weights >= params.min_p))  # the first weight is 1
+    num_kept = min(num_for_top_p, num_for_min_p)
+    return kept[:num_kept], weights[:num_kept]
+
+
+def _token_at(logits: FloatArray, from_highest: FloatArray, rank: int) -> int:
+    """The token at a rank, of which `from_highest` has the logit; equals rank by their ids."""
+    equals = np.flatnonzero(logits == from_highest[rank])
+    return int(equals[rank - int(np.argmax(from_highest == from_highest[rank]))])
+
+
+def _highest(logits: FloatArray, count: int) -> FloatArray:
+    """The `count` highest logits (all, where there are fewer), from the highest down."""
+    if (bound := _bound(logits, count)) is not None:
+        logits = logits[logits >= bound]
+    return np.sort(logits)[::-1][:count]
+
+
+def _most_likely(logits: FloatArray, count: int) -> IdArray:
+    """The ids of the `count` highest logits (of all, where there are fewer), highest first, of equals the lowest id."""
+    bound = _bound(logits, count)
+    candidates = np.arange(len(logits)) if bound is None else np.flatnonzero(logits >= bound)
+    return candidates[np.argsort(-logits[candidates], kind="stable")[:count]]
+
+
+def _bound(logits: FloatArray, count: int) -> np.float32 | None:
+    """A number that at least `count` and hardly more of the logits reach; `None` where all may be sorted as well.
+
+    Folded into rows, a column's maximum is one of its logits, so the `count`-th highest maximum is such a number.
+    """
+    num_rows = min(MOST_ROWS_FOLDED, len(logits) // (4 * count))
+    if num_rows < 2:
+        return None
+    num_columns = len(logits) // num_rows
+    maxima = logits[: num_rows * num_columns].reshape(num_rows, num_columns).max(axis=0)
+    bound: np.float32 = np.partition(maxima, num_columns - count)[num_columns - count]
+    return bound
+
+
+def _weights(logits: FloatArray, highest: float, temperature: float) -> WideArray:
+    """Probabilities times a constant: 1 for the most likely token."""
+    scaled = _below(logits, highest)
+    with np.errstate(over="ignore"):  # next to no temperature: all but the most likely end at -inf
+        np.divide(scaled, temperature, out=scaled)
+    return np.exp(scaled, out=scaled)
+
+
+def _below(logits: FloatArray, highest: float) -> WideArray:
+    return np.subtract(logits, highest, dtype=np.float64)
+
+
+def _pick(weights: WideArray, number: float) -> int:
+    """The index at which the cumulative weights pass `number` (in [0, 1)) of their sum; never one of weight 0.
+
+    In two steps, since adding up one after the other is the slowest that can be done to a row.
+    """
+    starts = np.arange(0, len(weights), SUMMED)
+    ends = np.cumsum(np.add.reduceat(weights, starts))
+    target = number * ends[-1]
+    part = _first_above(ends, target)
+    if part > 0:
+        target -= ends[part - 1]
+    return part * SUMMED + _first_above(np.cumsum(weights[part * SUMMED : (part + 1) * SUMMED]), target)
+
+
+def _first_above(cumulative: WideArray, target: float) -> int:
+    """The first index above `target`; where rounding left none, the last that added something."""
+    index = int(np.searchsorted(cumulative, target, side="right"))
+    return index if index < len(cumulative) else int(np.searchsorted(cumulative, cumulative[-1], side="left"))
+
+
+def _ids_of(token_ids: list[int]) -> IdArray:
+    return np.fromiter(token_ids, np.int64, len(token_ids))
