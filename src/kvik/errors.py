@@ -62,3 +62,11 @@ class NotEnoughMemory(KvikError):
 
 class SlowReader(KvikError):
     """A stream was not read while tokens kept coming."""
+
+
+class QueueFull(KvikError):
+    """More requests wait than the engine takes."""
+
+
+class EngineDead(KvikError):
+    """The engine's thread has ended; nothing more will come."""

@@ -103,10 +103,10 @@ class Scheduler:
                 self.cache.release(sequence.table, sequence.num_computed_tokens)
             if sequence.keep_cache:
                 self.cache.seal(sequence.table, sequence.token_ids, sequence.num_computed_tokens)
-            elif item.closes_gap:
-                sequence.num_computed_tokens = 0
-            if sequence.branches and sequence.num_completion_tokens:
+            if sequence.branches and item.closes_gap:
                 self._begin_branches(sequence)
+            if item.closes_gap and not sequence.keep_cache:
+                self._drop_blocks(sequence)
             if sequence.finish_reason is not None:
                 self._leave(sequence)
 
@@ -278,7 +278,7 @@ class Scheduler:
         """A finished sequence leaves the queue; its blocks are parked or given back."""
         if sequence in self.running:
             self.running.remove(sequence)
-            sequence.num_blocks = len(sequence.table.block_ids)
+            sequence.num_blocks = max(sequence.num_blocks, len(sequence.table.block_ids))
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         sequence.previous = None
@@ -298,10 +298,9 @@ class Scheduler:
         for branch in sequence.branches:
             if branch.finish_reason is not None:
                 continue
-            branch.num_computed_tokens = branch.num_prompt_tokens
-            branch.table = self.cache.fork(sequence.table, branch.num_computed_tokens)
-            branch.num_cached_tokens = branch.num_computed_tokens
-            branch.num_blocks = len(branch.table.block_ids)
+            if branch.keep_cache:
+                branch.table = self.cache.fork(sequence.table, sequence.num_computed_tokens)
+                branch.num_computed_tokens = branch.num_cached_tokens = sequence.num_computed_tokens
             if len(self.running) < self.max_running:
                 self.running.append(branch)
             else:

@@ -35,9 +35,9 @@ _COLUMNS = np.array([pow(0xD1342543DE82EF95, i + 1, 2**64) for i in range(VOCAB)
 def logits_after(tokens: npt.NDArray[np.int64], salt: int) -> npt.NDArray[np.float32]:
     """Of what follows these tokens: a row (VOCAB,) that any change of any token, or of the salt, changes."""
     mixed = (tokens.astype(np.uint64) + np.uint64(1)) * _POWERS[: len(tokens)]
-    total = mixed.sum(dtype=np.uint64) + np.uint64(salt) * np.uint64(0xA0761D6478BD642F)
-    total ^= total >> np.uint64(29)
-    rows = (total * np.uint64(0xBF58476D1CE4E5B9)) ^ _COLUMNS
+    total = (int(mixed.sum(dtype=np.uint64)) + salt * 0xA0761D6478BD642F) % 2**64
+    total = (total ^ total >> 29) * 0xBF58476D1CE4E5B9 % 2**64
+    rows = np.uint64(total) ^ _COLUMNS
     rows = (rows ^ (rows >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
     return ((rows >> np.uint64(40)).astype(np.float32) / np.float32(2**22)).astype(np.float32)
 
