@@ -1,5 +1,6 @@
 // The Python module kvik._native: arguments are checked here, once a call; kernels trust them.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -13,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind.h"
@@ -252,6 +254,26 @@ LayerKV layer_of(const KVArrays &arrays, int64_t index) {
   return arrays.layer(index);
 }
 
+// Each layer's copies in order: one may read what an earlier one wrote.
+void checked_copy_blocks(ThreadPool &pool, KVArrays &arrays, const std::vector<std::pair<int64_t, int64_t>> &copies) {
+  for (const auto &[source, target] : copies) {
+    for (const int64_t block : {source, target})
+      require(block >= 0 && block < arrays.num_blocks(), "copy_blocks: a block id is outside the cache");
+    require(source != target, "copy_blocks: a block cannot be copied to itself");
+  }
+  if (copies.empty()) return;
+  pool.for_each(arrays.num_layers(), [&](int, int64_t layer) {
+    for (const auto &[source, target] : copies) arrays.copy_block(layer, source, target);
+  });
+}
+
+void checked_discard_superblocks(KVArrays &arrays, const std::vector<int64_t> &superblocks) {
+  for (const int64_t superblock : superblocks)
+    require(superblock >= 0 && superblock < arrays.num_superblocks(),
+            "discard_superblocks: a superblock is outside the cache");
+  for (const int64_t superblock : superblocks) arrays.discard(superblock);
+}
+
 std::string compiler() {
 #if defined(__clang__)
   return std::string("clang ") + __clang_version__;
@@ -318,6 +340,10 @@ NB_MODULE(_native, m) {
         "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "out"_a.noconvert(),
         "window"_a.none() = nb::none(),
         "Causal attention of q (T, num_heads, head_dim) over each token's own sequence, or its last `window` tokens.");
+  m.def("copy_blocks", &checked_copy_blocks, Unlocked(), "pool"_a, "arrays"_a, "copies"_a,
+        "Copies keys and values of all layers from block to block: (source, target) pairs, in order.");
+  m.def("discard_superblocks", &checked_discard_superblocks, Unlocked(), "arrays"_a, "superblocks"_a,
+        "Gives the memory of superblocks (8 blocks, all layers) back to the system; what they held is lost.");
   m.def("read_bandwidth", &checked_read_bandwidth, Unlocked(), "pool"_a, "num_bytes"_a,
         "Bytes a second that the threads read from an array of num_bytes, in whole MiB.");
   m.def("integer_throughput", &integer_throughput, Unlocked(), "pool"_a,

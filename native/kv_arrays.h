@@ -2,8 +2,10 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
+#include <cstring>
 #include <new>
 
 #include "kernels.h"
@@ -18,7 +20,7 @@ public:
       : num_layers_(num_layers), shape_{nullptr, type, num_blocks, num_kv_heads, head_dim, tile_bytes(type, head_dim)} {
     layer_bytes_ = kSuperblock * num_kv_heads * 2 * shape_.tile_bytes;
     shape_.superblock_bytes = num_layers * layer_bytes_;
-    num_bytes_ = (num_blocks + kSuperblock - 1) / kSuperblock * shape_.superblock_bytes;
+    num_bytes_ = num_superblocks() * shape_.superblock_bytes;
     memory_ = mmap(nullptr, static_cast<std::size_t>(num_bytes_), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
@@ -32,11 +34,36 @@ public:
   KVArrays &operator=(const KVArrays &) = delete;
 
   int64_t num_layers() const { return num_layers_; }
+  int64_t num_blocks() const { return shape_.num_blocks; }
+  int64_t num_superblocks() const { return (shape_.num_blocks + kSuperblock - 1) / kSuperblock; }
   int64_t num_bytes() const { return num_bytes_; }
   LayerKV layer(int64_t index) const {
     LayerKV kv = shape_;
     kv.data = static_cast<uint8_t *>(memory_) + index * layer_bytes_;
     return kv;
+  }
+
+  // All keys and values of one layer: whole tiles, so no format matters.
+  void copy_block(int64_t index, int64_t source, int64_t target) {
+    const LayerKV kv = layer(index);
+    const auto first_tile = [&kv](int64_t block) {
+      return static_cast<uint8_t *>(kv.data) + block / kSuperblock * kv.superblock_bytes +
+             block % kSuperblock * kv.tile_bytes;
+    };
+    const uint8_t *from = first_tile(source);
+    uint8_t *to = first_tile(target);
+    const int64_t stride = kSuperblock * kv.tile_bytes; // from K to V, and from a head's V to the next head's K
+    for (int64_t i = 0; i < 2 * kv.num_kv_heads; ++i, from += stride, to += stride)
+      std::memcpy(to, from, static_cast<std::size_t>(kv.tile_bytes));
+  }
+
+  // Gives a superblock's memory back to the system. Only whole pages go: what lies beside it keeps its content.
+  void discard(int64_t superblock) {
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    const int64_t first = (superblock * shape_.superblock_bytes + page - 1) / page * page;
+    const int64_t last = (superblock + 1) * shape_.superblock_bytes / page * page;
+    if (first < last)
+      madvise(static_cast<uint8_t *>(memory_) + first, static_cast<std::size_t>(last - first), MADV_DONTNEED);
   }
 
 private:

@@ -141,6 +141,16 @@ def attend(
     Causal attention of q (T, num_heads, head_dim) over each token's own sequence, or its last `window` tokens.
     """
 
+def copy_blocks(pool: ThreadPool, arrays: KVArrays, copies: Sequence[tuple[int, int]]) -> None:
+    """
+    Copies keys and values of all layers from block to block: (source, target) pairs, in order.
+    """
+
+def discard_superblocks(arrays: KVArrays, superblocks: Sequence[int]) -> None:
+    """
+    Gives the memory of superblocks (8 blocks, all layers) back to the system; what they held is lost.
+    """
+
 def read_bandwidth(pool: ThreadPool, num_bytes: int) -> float:
     """
     Bytes a second that the threads read from an array of num_bytes, in whole MiB.

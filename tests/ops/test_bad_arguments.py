@@ -37,6 +37,11 @@ def layer(dtype: str = "f32") -> _native.LayerKV:
     return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, dtype).layer(0)
 
 
+def arrays() -> _native.KVArrays:
+    """One superblock that is full, and one that is not."""
+    return _native.KVArrays(2, BLOCKS + 1, KV_HEADS, HEAD_DIM, "int8")
+
+
 def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     array.flags.writeable = False
     return array
@@ -137,6 +142,11 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "dtype": lambda: "f16",
         },
     ),
+    "copy_blocks": (
+        _native.copy_blocks,
+        {"pool": lambda: POOL, "arrays": arrays, "copies": lambda: [(0, BLOCKS - 1), (3, 2)]},
+    ),
+    "discard_superblocks": (_native.discard_superblocks, {"arrays": arrays, "superblocks": lambda: [1, 0, 0]}),
     "layer": (_native.KVArrays(2, BLOCKS, KV_HEADS, HEAD_DIM, "f16").layer, {"index": lambda: 1}),
     "ThreadPool": (_native.ThreadPool, {"num_threads": lambda: 2}),
 }
@@ -217,6 +227,23 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "head_dim": [*HUGE, 4, 12, 1032, 2**40],
         "dtype": ["", "f64", "F16", "q8", "f16\0"],
     },
+    "copy_blocks": {
+        "copies": [
+            [(0, 0)],
+            [(0, BLOCKS + 1)],
+            [(-1, 0)],
+            [(1, 2), (3, 3)],
+            [(0, 2**62)],
+            [(0, 2**70)],
+            [(0, 1, 2)],
+            [0, 1],
+            [(0,)],
+            [None],
+            [(0.0, 1.0)],
+            [("0", "1")],
+        ],
+    },
+    "discard_superblocks": {"superblocks": [[2], [-1], [0, 2], [2**62], [2**70], [(0,)], [None], [0.0], ["0"]]},
     "layer": {"index": [-1, 2, 2**31, 2**62, 2**70]},
     "ThreadPool": {"num_threads": [2**31, 2**70, -(2**40)]},
 }

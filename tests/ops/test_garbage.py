@@ -102,8 +102,12 @@ def list_of(maker: Maker) -> Maker:
     return lambda chance: [maker(chance) for _ in range(chance.choice((0, 1, 1, 2, 3)))]
 
 
+def arrays(chance: random.Random) -> Any:
+    return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, chance.choice(("f16", "f32", "int8")))
+
+
 def layer(chance: random.Random) -> Any:
-    return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, chance.choice(("f16", "f32", "int8"))).layer(0)
+    return arrays(chance).layer(0)
 
 
 def matrices(*widths: int) -> Maker:
@@ -286,6 +290,20 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "out": heads_of(HEADS),
             "window": one_of(None, 1, 2, 33, *INTEGERS),
         },
+    ),
+    "copy_blocks": (
+        _native.copy_blocks,
+        {
+            "pool": pool,
+            "arrays": arrays,
+            "copies": list_of(
+                one_of((0, 1), (3, 2), [1, 0], (1, 1), (1, 2, 3), (1,), 2, *zip(INTEGERS, INTEGERS[::-1], strict=True))
+            ),
+        },
+    ),
+    "discard_superblocks": (
+        _native.discard_superblocks,
+        {"arrays": arrays, "superblocks": list_of(one_of(0, 0, 0, *INTEGERS))},
     ),
     "WeightArena": (_native.WeightArena, {}),
     "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "fine": one_of(True, False, None, 2)}),

@@ -93,6 +93,20 @@ class Ops(ABC):
         """Room for the keys and values of `num_blocks` blocks, one entry a layer."""
 
     @abstractmethod
+    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks in every layer: (source, target) pairs, in order; `kv_cache` is what `allocate_kv` gave.
+
+        A block outside the cache, or one that is its own target, raises ValueError before anything is copied.
+        """
+
+    @abstractmethod
+    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int]) -> None:
+        """Give the memory of superblocks (8 blocks, in every layer) back; what they held is undefined until written.
+
+        `kv_cache` is what `allocate_kv` gave; a superblock outside it raises ValueError.
+        """
+
+    @abstractmethod
     def embed(self, table: Weight, token_ids: IntArray) -> Array:
         """Rows of the table: (T, hidden_size)."""
 

@@ -17,6 +17,14 @@ from kvik.ops.program import MachineLimits, RecordedStep
 FloatArray = npt.NDArray[np.float32]
 
 
+class NativeKVCache(list[_native.LayerKV]):
+    """The layers of one allocation, and the arrays that they are parts of."""
+
+    def __init__(self, arrays: _native.KVArrays, num_layers: int) -> None:
+        super().__init__(arrays.layer(index) for index in range(num_layers))
+        self.arrays = arrays
+
+
 class NativeOps(Ops):
     """Packed weights, integer kernels, own threads: the same bits for any chunks, batches, threads, instruction set."""
 
@@ -44,10 +52,16 @@ class NativeOps(Ops):
     def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> _native.PackedWeight:
         return _native.pack(type_name, data, rows, columns, self._arena, self._pool)
 
-    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[_native.LayerKV]:
+    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> NativeKVCache:
         assert spec.block_size == _native.BLOCK_SIZE
         arrays = _native.KVArrays(spec.num_layers, num_blocks, spec.num_kv_heads, spec.head_dim, spec.dtype)
-        return [arrays.layer(index) for index in range(spec.num_layers)]
+        return NativeKVCache(arrays, spec.num_layers)
+
+    def copy_blocks(self, kv_cache: Sequence[_native.LayerKV], copies: Sequence[tuple[int, int]]) -> None:
+        _native.copy_blocks(self._pool, _arrays_of(kv_cache), copies)
+
+    def discard_blocks(self, kv_cache: Sequence[_native.LayerKV], superblocks: Sequence[int]) -> None:
+        _native.discard_superblocks(_arrays_of(kv_cache), superblocks)
 
     def embed(self, table: Weight, token_ids: IntArray) -> FloatArray:
         out = np.empty((len(token_ids), table.columns), np.float32)
@@ -108,3 +122,8 @@ class NativeOps(Ops):
 def _packed(weight: Weight) -> _native.PackedWeight:
     assert isinstance(weight, _native.PackedWeight)
     return weight
+
+
+def _arrays_of(kv_cache: Sequence[_native.LayerKV]) -> _native.KVArrays:
+    assert isinstance(kv_cache, NativeKVCache)
+    return kv_cache.arrays

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from kvik.cache import KVCacheSpec
+from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.config import Activations
 from kvik.ops.base import Batch, IntArray, Norm, Ops, RopeTable, Weight
 
@@ -98,6 +98,22 @@ class ReferenceOps(Ops):
         int8 = spec.dtype == "int8"
         return [ReferenceKV(np.zeros(shape, dtype), np.zeros(shape, dtype), int8) for _ in range(spec.num_layers)]
 
+    def copy_blocks(self, kv_cache: Sequence[ReferenceKV], copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies:
+            _require_ids("block", (source, target), len(kv_cache[0].keys))
+            if source == target:
+                raise ValueError("a block cannot be copied to itself")
+        for kv in kv_cache:
+            for source, target in copies:
+                kv.keys[target], kv.values[target] = kv.keys[source], kv.values[source]
+
+    def discard_blocks(self, kv_cache: Sequence[ReferenceKV], superblocks: Sequence[int]) -> None:
+        _require_ids("superblock", superblocks, -(-len(kv_cache[0].keys) // BLOCKS_PER_SUPERBLOCK))
+        for kv in kv_cache:
+            for superblock in superblocks:
+                blocks = slice(superblock * BLOCKS_PER_SUPERBLOCK, (superblock + 1) * BLOCKS_PER_SUPERBLOCK)
+                kv.keys[blocks] = kv.values[blocks] = np.nan  # whoever reads them is found out
+
     def embed(self, table: Weight, token_ids: IntArray) -> FloatArray:
         return _values(table)[token_ids]
 
@@ -172,3 +188,9 @@ class ReferenceOps(Ops):
 def _values(weight: Weight) -> FloatArray:
     assert isinstance(weight, ReferenceWeight)
     return weight.values
+
+
+def _require_ids(kind: str, ids: Sequence[int], count: int) -> None:
+    for number in ids:
+        if not 0 <= number < count:
+            raise ValueError(f"{kind} {number} is outside the cache, which has {count}")

@@ -73,6 +73,12 @@ class _Tracer(Ops):
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> NoReturn:
         raise AssertionError("KV arrays are allocated before a step is traced")
 
+    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]]) -> NoReturn:
+        raise AssertionError("blocks are copied before a step, not in it")
+
+    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int]) -> NoReturn:
+        raise AssertionError("memory is given back between steps, not in one")
+
     def embed(self, table: Weight, token_ids: IntArray) -> Value:
         return self._one("embed", (table, token_ids), (table.columns,))
 
