@@ -12,10 +12,13 @@ from kvik.errors import InvalidInput
 Activations = Literal["int8", "int16"]
 KVDType = Literal["f32", "f16", "int8"]
 Backend = Literal["native", "reference"]
+Speculation = Literal["ngram"]
 
 MOST_STOP_STRINGS = 16
 MOST_STOP_BYTES = 1024
 MOST_LOGPROBS = 20
+MOST_COMPLETIONS = 128
+MOST_BEAM_WIDTH = 16
 MOST_SEED = 2**64 - 1
 MOST_TOKENS = 2**31 - 1
 
@@ -28,7 +31,8 @@ class SamplingParams:
     alone, so the same seed gives the same text whatever else the engine does. Raises `InvalidInput`.
     """
 
-    max_tokens: int = 256
+    n: int = 1  # completions of one prompt; the i-th draws with seed + i (modulo 2**64)
+    max_tokens: int = 256  # of each completion; n * max_tokens stays below 2**31
     min_tokens: int = 0  # no end-of-text token and no stop before this many
     temperature: float = 0.0  # 0 takes the most likely token
     top_k: int = 0  # 0: all
@@ -44,13 +48,21 @@ class SamplingParams:
     seed: int | None = None  # None: one is drawn and reported
     logprobs: int | None = None  # this many of the most likely tokens beside each chosen one
     ignore_eos: bool = False
+    echo: bool = False  # the text begins with the prompt's; with logprobs, the prompt's tokens have theirs too
+    speculate: Speculation | None = None  # "ngram": guess from what followed the same tokens; never changes a token
 
     def __post_init__(self) -> None:
         # A string or a list is what callers have at hand; a tuple cannot change afterwards.
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _tuple_of("stop", stop, str))
         object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))
+        _check_int("n", self.n, 1, MOST_COMPLETIONS)
         _check_int("max_tokens", self.max_tokens, 1, MOST_TOKENS)
+        if self.n * self.max_tokens > MOST_TOKENS:
+            raise InvalidInput(
+                f"n is {self.n} and max_tokens {self.max_tokens:,}: together {self.n * self.max_tokens:,} tokens",
+                hint=f"lower n, or max_tokens to {MOST_TOKENS // self.n:,} or less",
+            )
         _check_int("min_tokens", self.min_tokens, 0, MOST_TOKENS)
         if self.min_tokens > self.max_tokens:
             raise InvalidInput(
@@ -78,6 +90,9 @@ class SamplingParams:
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         _check_bool("ignore_eos", self.ignore_eos)
+        _check_bool("echo", self.echo)
+        if self.speculate is not None:
+            _check_choice("speculate", self.speculate, get_args(Speculation), otherwise=" or None")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +140,9 @@ def _check_bool(name: str, value: Any) -> None:
         raise InvalidInput(f"{name} is {_shown(value)}", hint="give True or False")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[str, ...], *, otherwise: str = "") -> None:
     if value not in choices:
-        raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give one of {', '.join(choices)}")
+        raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give one of {', '.join(choices)}{otherwise}")
 
 
 def _shown(value: Any) -> str:
