@@ -198,6 +198,13 @@ def test_what_is_impossible_is_never_drawn(
     assert drawn == {700, 1500, 2100}
 
 
+def test_where_rounding_leaves_nothing_the_last_possible_token_is_taken() -> None:
+    """Sums in two steps may differ in the last bit from the sum in one, so a target may lie a little too high."""
+    cumulative = np.cumsum([0.5, 0.25, 0.25, 0.0, 0.0])
+    found = [sampler_module._first_above(cumulative, target) for target in (0.0, 0.5, 0.75, 1.0, 1.0 + 1e-15)]
+    assert found == [0, 1, 2, 2, 2]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_where_everything_is_impossible_the_first_token_is_taken(text: TextStream, temperature: float) -> None:
     logits = np.full(VOCAB, -np.inf, np.float32)

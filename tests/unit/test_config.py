@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvik.config import MOST_SEED, MOST_STOP_STRINGS, MOST_TOKENS, EngineConfig, SamplingParams
+from kvik.config import MOST_COMPLETIONS, MOST_SEED, MOST_STOP_STRINGS, MOST_TOKENS, EngineConfig, SamplingParams
 from kvik.errors import InvalidInput, KvikError
 
 NAN, INF = math.nan, math.inf
@@ -24,6 +24,7 @@ class Integer(int):
 
 
 GOOD_SAMPLING: dict[str, list[Any]] = {
+    "n": [1, 2, MOST_COMPLETIONS],
     "max_tokens": [1, 2, MOST_TOKENS],
     "min_tokens": [0, 1, 256],
     "temperature": [0, 0.0, -0.0, TINIEST, 1, 0.7, 100.0],
@@ -38,8 +39,11 @@ GOOD_SAMPLING: dict[str, list[Any]] = {
     "seed": [None, 0, 1, MOST_SEED],
     "logprobs": [None, 0, 20],
     "ignore_eos": [True, False],
+    "echo": [True, False],
+    "speculate": [None, "ngram"],
 }
 BAD_SAMPLING: dict[str, list[Any]] = {
+    "n": [0, -1, MOST_COMPLETIONS + 1, Integer(3), *NOT_INTEGERS],
     "max_tokens": [0, -1, Integer(3), *NOT_INTEGERS],
     "min_tokens": [-1, 257, *NOT_INTEGERS],
     "temperature": [-0.001, -1, 100.5, *NOT_NUMBERS],
@@ -54,6 +58,8 @@ BAD_SAMPLING: dict[str, list[Any]] = {
     "seed": [-1, True, 1.0, "1", MOST_SEED + 1, 10**100, NAN],
     "logprobs": [-1, 21, True, 1.0, "1", 10**100],
     "ignore_eos": [None, 0, 1, "yes"],
+    "echo": [None, 0, 1, "yes"],
+    "speculate": ["", "NGRAM", "draft", False, True, 0, 3, b"ngram", ["ngram"], {"ngram"}, UNPRINTABLE],
 }
 GOOD_ENGINE: dict[str, list[Any]] = {
     "activations": ["int8", "int16"],
@@ -125,6 +131,22 @@ def test_min_tokens_above_max_tokens_names_both() -> None:
     with pytest.raises(InvalidInput, match=r"min_tokens is 9, more than max_tokens, 8"):
         SamplingParams(max_tokens=8, min_tokens=9)
     assert SamplingParams(max_tokens=9, min_tokens=9).min_tokens == 9
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 127, MOST_COMPLETIONS])
+def test_all_completions_together_are_bounded(n: int) -> None:
+    most = (2**31 - 1) // n
+    assert SamplingParams(n=n, max_tokens=most).max_tokens == most
+    if n > 1:
+        with pytest.raises(InvalidInput, match=rf"n is {n} and max_tokens {most + 1:,}: together") as caught:
+            SamplingParams(n=n, max_tokens=most + 1)
+        assert f"{most:,}" in caught.value.hint
+
+
+def test_a_wrong_way_to_speculate_is_told_the_right_ones() -> None:
+    with pytest.raises(InvalidInput, match="speculate is 'beam'") as caught:
+        SamplingParams(speculate="beam")  # type: ignore[arg-type]
+    assert caught.value.hint == "give one of ngram or None"
 
 
 @pytest.mark.parametrize("config", [SamplingParams, EngineConfig])
