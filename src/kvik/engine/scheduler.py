@@ -166,8 +166,8 @@ class Scheduler:
     def _propose(self, sequence: Sequence, most: int) -> list[int]:
         if sequence.drafts is None or sequence.num_completion_tokens == 0:
             return []
-        most = min(most, sequence.drafts.num_wanted, sequence.most_tokens - sequence.num_tokens - 1)
-        return sequence.drafts.propose(sequence.token_ids, most) if most > 0 else []
+        most = min(most, sequence.most_tokens - sequence.num_tokens - 1)
+        return sequence.drafts.propose(sequence.token_ids, max(0, most))
 
     def _make_room(self, sequence: Sequence, items: dict[Sequence, Scheduled]) -> bool:
         """Take blocks from whoever is least entitled to them; False where that is the sequence itself."""
