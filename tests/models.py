@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -51,11 +52,13 @@ def with_ops(model: LoadedModel, activations: Activations, threads: int) -> Load
 
 
 def shuffle_free_blocks(engine: Engine, seed: int) -> None:
-    """Leave the pool as a long life would: the blocks that come next are neither neighbours nor in order."""
-    blocks = engine.pool.allocate(engine.pool.num_free)
-    assert blocks is not None
-    for index in np.random.default_rng(seed).permutation(len(blocks)):
-        engine.pool.release([blocks[index]])
+    """Let blocks come as a long life would have it: neither neighbours nor in order."""
+    pool, rng = engine.cache.pool, random.Random(seed)
+
+    def any_free(after: int | None) -> int:
+        return rng.choice([block_id for block_id, is_free in enumerate(pool._is_free) if is_free])
+
+    pool._next_free = any_free  # type: ignore[method-assign]
 
 
 def altered(
@@ -89,24 +92,22 @@ class Run:
 
 
 def run_sequence(engine: Engine, sequence: Sequence) -> Run:
-    """Queue the sequence and step to its end, proving the accounts after each step; its blocks stay its own."""
+    """Queue the sequence and step to its end, proving the accounts after each step."""
     engine.add(sequence)
     rows: list[FloatArray] = []
     while sequence.finish_reason is None:
         result = engine.step()
         assert result is not None
-        engine.scheduler.check([sequence])
-        if sequence in result.sequences:
-            rows.append(result.logits[result.sequences.index(sequence)])
+        engine.scheduler.check()
+        rows += [row for owner, row in zip(result.sequences, result.logits, strict=True) if owner is sequence]
+    if sequence.error is not None:
+        raise sequence.error
     return Run(sequence, sequence.completion_ids, np.stack(rows))
 
 
 def run(engine: Engine, prompt: SequenceOf[int], params: SamplingParams = GREEDY, *, keep_cache: bool = True) -> Run:
-    """Complete one prompt on an engine that nobody else uses, and give its blocks back."""
-    result = run_sequence(engine, engine.new_sequence(prompt, params, keep_cache=keep_cache))
-    engine.release(result.sequence)
-    engine.scheduler.check([])
-    return result
+    """Complete one prompt on an engine that nobody else uses."""
+    return run_sequence(engine, engine.new_sequence(prompt, params, keep_cache=keep_cache))
 
 
 def num_common_tokens(first: SequenceOf[int], second: SequenceOf[int]) -> int:
@@ -116,10 +117,10 @@ def num_common_tokens(first: SequenceOf[int], second: SequenceOf[int]) -> int:
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing runs, and every block is free."""
-    engine.scheduler.check([])
-    assert engine.scheduler.running == []
-    assert engine.pool.num_free == engine.pool.num_blocks
+    """Nothing runs, nothing waits, and nobody holds a block."""
+    engine.scheduler.check()
+    assert not engine.scheduler.has_work
+    assert engine.cache.pool.num_held == 0
     assert engine.step() is None
 
 

@@ -30,7 +30,7 @@ class BlockPool:
         starts = range(0, num_blocks, BLOCKS_PER_SUPERBLOCK)
         self._sizes = [min(BLOCKS_PER_SUPERBLOCK, num_blocks - start) for start in starts]
         self._free_counts = list(self._sizes)  # free blocks of each superblock
-        self._untouched = list(range(len(self._sizes) - 1, -1, -1))  # idle and not committed, the lowest on top
+        self._untouched = dict.fromkeys(range(len(self._sizes) - 1, -1, -1))  # idle and not committed, the lowest on top
         self._idle: OrderedDict[int, int] = OrderedDict()  # idle and committed: the clock when it became so
         self._broken: dict[int, None] = {}  # some blocks free, others not
         self._clock = 0
@@ -129,7 +129,7 @@ class BlockPool:
             if self._clock - since < age:
                 break
             del self._idle[superblock]
-            self._untouched.append(superblock)
+            self._untouched[superblock] = None
             taken.append(superblock)
         return taken
 
@@ -154,7 +154,7 @@ class BlockPool:
         for superblock, size in enumerate(self._sizes):
             start, count = superblock * BLOCKS_PER_SUPERBLOCK, self._free_counts[superblock]
             assert count == sum(self._is_free[start : start + size]), f"superblock {superblock} is miscounted"
-            idle = (superblock in self._idle) + self._untouched.count(superblock)
+            idle = (superblock in self._idle) + (superblock in self._untouched)
             assert idle == (count == size), f"superblock {superblock} of {count} free blocks is idle {idle} times"
             assert (superblock in self._broken) == (0 < count < size), f"superblock {superblock}: wrong list"
 
@@ -167,7 +167,7 @@ class BlockPool:
         if self._idle:  # the newest: the likeliest to lie in the processor's caches
             return next(reversed(self._idle)) * BLOCKS_PER_SUPERBLOCK
         if self._untouched:
-            return self._untouched[-1] * BLOCKS_PER_SUPERBLOCK
+            return next(reversed(self._untouched)) * BLOCKS_PER_SUPERBLOCK
         superblock = next(reversed(self._broken))
         return self._is_free.index(True, superblock * BLOCKS_PER_SUPERBLOCK)
 
@@ -177,8 +177,7 @@ class BlockPool:
             if superblock in self._idle:
                 del self._idle[superblock]
             else:
-                assert self._untouched[-1] == superblock
-                self._untouched.pop()
+                del self._untouched[superblock]
             self._broken[superblock] = None
         self._free_counts[superblock] -= 1
         if self._free_counts[superblock] == 0:

@@ -22,7 +22,8 @@ from kvik.config import SamplingParams
 from kvik.errors import KvikError, ModelError, PromptTooLong
 
 if TYPE_CHECKING:
-    from kvik.engine.llm import LLM, Session
+    from kvik.engine.llm import LLM
+from kvik.engine.session import Session
 
 HELP = """\
 /reset  forget the conversation and start a new one
@@ -33,7 +34,7 @@ Ctrl-C stops an answer; what was written of it stays in the conversation."""
 
 def chat(llm: LLM, params: SamplingParams, *, name: str, system: str | None, use_cache: bool) -> None:
     """Talk until the end of input."""
-    from kvik.engine.llm import Session
+    from kvik.engine.session import Session
 
     if not llm.is_chat_model:
         raise ModelError(
