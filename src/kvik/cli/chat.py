@@ -23,7 +23,7 @@ from kvik.errors import KvikError, ModelError, PromptTooLong
 
 if TYPE_CHECKING:
     from kvik.engine.llm import LLM
-from kvik.engine.session import Session
+    from kvik.engine.session import Session
 
 HELP = """\
 /reset  forget the conversation and start a new one
