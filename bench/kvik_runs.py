@@ -51,7 +51,7 @@ class KvikRuns:
     def llm(self, model: Path, activations: Activations = "int8", kv_dtype: str = "f16") -> LLM:
         """A loaded model; a KV format that this version does not know raises `NotAvailable`."""
         try:
-            return LLM(model, activations=activations, kv_dtype=kv_dtype, threads=self.threads)  # type: ignore[arg-type]
+            return LLM(model, activations=activations, kv_dtype=kv_dtype, threads=self.threads, prefix_cache=False)  # type: ignore[arg-type]
         except InvalidInput as error:
             raise NotAvailable(str(error)) from error
 
@@ -61,9 +61,7 @@ class KvikRuns:
         sequence = engine.new_sequence(random_tokens(engine, num_tokens), _params(1))
         started_s = time.perf_counter()
         _finish(engine, sequence)
-        elapsed_s = time.perf_counter() - started_s
-        engine.release(sequence)
-        return num_tokens / elapsed_s
+        return num_tokens / (time.perf_counter() - started_s)
 
     def decode(
         self, model: Path, num_tokens: int, *, depth: int = 1, activations: Activations = "int8", kv_dtype: str = "f16"
@@ -72,7 +70,7 @@ class KvikRuns:
         key = (model, activations, kv_dtype, depth)
         engine, previous = self._deep.get(key) or (self.llm(model, activations, kv_dtype).new_engine(), None)
         # A later round takes over what the first one computed, and computes the last prompt token only.
-        sequence = engine.new_sequence(random_tokens(engine, depth), _params(num_tokens + 1), previous=previous)
+        sequence = engine.new_sequence(random_tokens(engine, depth), _params(num_tokens + 1), park=True, previous=previous)
         engine.add(sequence)
         while sequence.num_completion_tokens == 0:
             engine.step()

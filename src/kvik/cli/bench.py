@@ -47,7 +47,7 @@ def bench(
             raise InvalidInput(f"{name} is {number}", hint=f"give a whole number from {least}")
     from kvik.cli import measure
 
-    llm = engine.load()
+    llm = engine.load(prefix_cache=False)  # each round computes all of its prompt
     measure.check_room(llm.engine, max(prompt_tokens + 1, max(1, depth) + tokens + 1))
     cases: dict[str, Callable[[Engine], float]] = {
         f"prefill, {prompt_tokens:,} tokens": lambda engine: measure.prefill_rate(engine, prompt_tokens),

@@ -89,7 +89,7 @@ def make_lanes(llm: LLM, prompt_ids: list[int], params: SamplingParams) -> tuple
     lanes = []
     for name, keep_cache in (("without the cache", False), ("with the cache", True)):
         engine = llm.new_engine()
-        sequence = engine.new_sequence(prompt_ids, params, keep_cache=keep_cache)
+        sequence = engine.new_sequence(prompt_ids, params, keep_cache=keep_cache, park=True)
         _warm_up(engine, prompt_ids[:1])
         engine.add(sequence)
         lanes.append(RaceLane(name, engine, sequence))
@@ -136,4 +136,3 @@ def _warm_up(engine: Engine, token_ids: list[int]) -> None:
     engine.add(sequence)
     while sequence.finish_reason is None:
         engine.step()
-    engine.release(sequence)

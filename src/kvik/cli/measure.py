@@ -46,7 +46,6 @@ def sequence_at(engine: Engine, num_tokens: int) -> Iterator[Sequence]:
         yield sequence
     finally:
         engine.abort(sequence)
-        engine.release(sequence)
 
 
 def prefill_rate(engine: Engine, num_tokens: int) -> float:
@@ -92,7 +91,6 @@ def profile_prefill(engine: Engine, num_tokens: int, *, rounds: int) -> StepProf
         return _profile_next(engine, f"prefill, {num_tokens:,} tokens", rounds)
     finally:
         engine.abort(sequence)
-        engine.release(sequence)
 
 
 def profile_decode(engine: Engine, *, depth: int, rounds: int) -> StepProfile:

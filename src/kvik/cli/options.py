@@ -104,8 +104,8 @@ class EngineOptions:
     context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None
     threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None
 
-    def load(self) -> LLM:
-        """The model, ready to write."""
+    def load(self, **others: Any) -> LLM:
+        """The model, ready to write; `others` are arguments of `LLM` that have no option here."""
         from kvik.engine.llm import LLM
 
         return LLM(
@@ -114,6 +114,7 @@ class EngineOptions:
             kv_dtype=self.kv_dtype,
             context=self.context,
             threads=self.threads,
+            **others,
         )
 
 

@@ -82,7 +82,7 @@ def run(
 
 def answer(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, use_cache: bool, show: bool) -> Completion:
     """Complete the prompt, showing the text as it comes where `show`; Ctrl-C ends it early."""
-    from kvik.engine.llm import stream_sequence
+    from kvik.engine.stream import stream_sequence
 
     with Interrupt() as interrupted:
         sequence = llm.engine.new_sequence(prompt_ids, params, keep_cache=use_cache)
@@ -93,7 +93,6 @@ def answer(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, use_cache
             for _ in pieces:
                 pass
             completion = llm.engine.completion(sequence)
-        llm.engine.release(sequence)
     return completion
 
 
