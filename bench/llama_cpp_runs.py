@@ -45,11 +45,17 @@ class LlamaCppRuns:
         self, model: Path, num_sequences: int, num_prompt_tokens: int, num_tokens: int, flash: FlashAttention
     ) -> float:
         """Tokens a second of all sequences together."""
+        return float(self.batched(model, num_sequences, num_prompt_tokens, num_tokens, flash)["speed_tg"])
+
+    def batched(
+        self, model: Path, num_sequences: int, num_prompt_tokens: int, num_tokens: int, flash: FlashAttention
+    ) -> dict[str, Any]:
+        """What llama-batched-bench says of such a run: t_pp and t_tg in seconds, speed_tg in tokens a second, and more."""
         context = num_sequences * (num_prompt_tokens + num_tokens)
         counts = ["-npp", num_prompt_tokens, "-ntg", num_tokens, "-npl", num_sequences, "-c", context]
         command = [self._program("llama-batched-bench"), "-m", str(model), *map(str, counts)]
         command += ["-t", str(self.threads), "-tb", str(self.threads), "-fa", flash, "--output-format", "jsonl"]
-        return float(_last_json(_run(command))["speed_tg"])
+        return _last_json(_run(command))
 
     def peak_memory(self, model: Path, flash: FlashAttention) -> float:
         """Bytes: the peak of a process that computes a context of 8,192 tokens."""
