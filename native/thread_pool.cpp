@@ -71,25 +71,51 @@ private:
 
 } // namespace
 
+// A thread's share of a job: neighbouring chunks, of which it takes the first and others the last.
+struct alignas(64) Share {
+  // Generation, first chunk and the one behind the last: 32, 16 and 16 bits, so that one exchange takes a chunk.
+  std::atomic<uint64_t> chunks{0};
+
+  static uint64_t packed(uint32_t generation, int64_t first, int64_t last) {
+    return static_cast<uint64_t>(generation) << 32 | static_cast<uint64_t>(first) << 16 | static_cast<uint64_t>(last);
+  }
+};
+constexpr int64_t kMostChunks = 65535; // of one job
+
 // What different threads write lies on different cache lines.
 struct ThreadPool::Shared {
+  explicit Shared(int num_threads) : shares(static_cast<std::size_t>(num_threads)) {}
+
   alignas(64) std::atomic<uint32_t> generation{0};   // counts jobs; sleepers wait for it
-  alignas(64) std::atomic<uint64_t> free{0};         // generation in the high half, chunks nobody took in the low
   alignas(64) std::atomic<uint32_t> unfinished{0};   // chunks
   alignas(64) std::atomic<const Job *> job{nullptr}; // of the current generation
   std::atomic<bool> stopping{false};
+  std::vector<Share> shares; // one for each thread
   std::vector<std::thread> threads;
 
-  // Takes and runs chunks of one generation until none is left, the last chunk first. While a chunk is free or running
-  // its job can't be replaced, so a pointer read before a successful exchange is the right one.
+  // Runs the chunks of one generation: the thread's own, neighbours one after the other as their data lie in memory,
+  // then what is left of others' shares.
   void work(int thread, uint32_t current) {
-    uint64_t seen = free.load(std::memory_order_acquire);
-    while (static_cast<uint32_t>(seen >> 32) == current && static_cast<uint32_t>(seen) > 0) {
+    const int num_threads = static_cast<int>(shares.size());
+    run_chunks(thread, shares[static_cast<std::size_t>(thread)], current, true);
+    for (int step = 1; step < num_threads; ++step)
+      run_chunks(thread, shares[static_cast<std::size_t>((thread + step) % num_threads)], current, false);
+  }
+
+  // While a chunk is free or running its job can't be replaced, so a pointer read before a successful exchange is the
+  // right one.
+  void run_chunks(int thread, Share &share, uint32_t current, bool from_front) {
+    uint64_t seen = share.chunks.load(std::memory_order_acquire);
+    for (;;) {
+      const int64_t first = seen >> 16 & 0xffff, last = seen & 0xffff;
+      if (static_cast<uint32_t>(seen >> 32) != current || first == last) return;
       const Job *task = job.load(std::memory_order_relaxed);
-      if (!free.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-      (*task)(thread, static_cast<uint32_t>(seen) - 1);
+      const uint64_t rest = from_front ? Share::packed(current, first + 1, last) : Share::packed(current, first, last - 1);
+      if (!share.chunks.compare_exchange_weak(seen, rest, std::memory_order_acq_rel, std::memory_order_acquire))
+        continue;
+      (*task)(thread, from_front ? first : last - 1);
       if (unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished.notify_one();
-      seen = free.load(std::memory_order_acquire);
+      seen = share.chunks.load(std::memory_order_acquire);
     }
   }
 };
@@ -101,7 +127,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::start() {
-  Shared *made = new Shared;
+  Shared *made = new Shared(num_threads_);
   try {
     const NoSignals inherited;
     for (int index = 1; index < num_threads_; ++index) {
@@ -136,11 +162,24 @@ void ThreadPool::for_each(int64_t count, const Job &job) {
   }
   const std::lock_guard lock(one_job_at_a_time_);
   if (process_id_ != getpid()) start();
+  for (int64_t first = 0; first < count; first += kMostChunks) {
+    const int64_t some = std::min(count - first, kMostChunks);
+    if (first == 0 && some == count) {
+      run_job(count, job);
+    } else {
+      run_job(some, [&](int thread, int64_t chunk) { job(thread, first + chunk); });
+    }
+  }
+}
+
+void ThreadPool::run_job(int64_t count, const Job &job) {
   const uint32_t generation = shared_->generation.load(std::memory_order_relaxed) + 1;
   shared_->job.store(&job, std::memory_order_relaxed);
   shared_->unfinished.store(static_cast<uint32_t>(count), std::memory_order_relaxed);
-  shared_->free.store(static_cast<uint64_t>(generation) << 32 | static_cast<uint32_t>(count),
-                      std::memory_order_release);
+  for (int64_t thread = 0; thread < num_threads_; ++thread)
+    shared_->shares[static_cast<std::size_t>(thread)].chunks.store(
+        Share::packed(generation, count * thread / num_threads_, count * (thread + 1) / num_threads_),
+        std::memory_order_release);
   shared_->generation.store(generation, std::memory_order_release);
   shared_->generation.notify_all();
   shared_->work(0, generation);
