@@ -55,3 +55,7 @@ class KVCacheSpec:
     def pool_blocks_for(self, num_tokens: int) -> int:
         """Blocks to allocate so that one sequence of `num_tokens` fits: whole superblocks."""
         return -(-self.num_blocks_for(num_tokens) // BLOCKS_PER_SUPERBLOCK) * BLOCKS_PER_SUPERBLOCK
+
+    def num_blocks_within(self, num_bytes: int) -> int:
+        """Blocks that fit into so many bytes: whole superblocks."""
+        return num_bytes // (self.block_bytes * BLOCKS_PER_SUPERBLOCK) * BLOCKS_PER_SUPERBLOCK
