@@ -8,12 +8,14 @@ from kvik.config import SamplingParams
 from kvik.errors import (
     CacheTooSmall,
     DownloadError,
+    EngineDead,
     InvalidInput,
     KvikError,
     ModelError,
     ModelNotFound,
     NotEnoughMemory,
     PromptTooLong,
+    QueueFull,
     TemplateError,
 )
 
@@ -28,6 +30,7 @@ __all__ = [
     "CacheTooSmall",
     "Completion",
     "DownloadError",
+    "EngineDead",
     "InvalidInput",
     "KvikError",
     "ModelError",
@@ -35,6 +38,7 @@ __all__ = [
     "NotEnoughMemory",
     "Piece",
     "PromptTooLong",
+    "QueueFull",
     "SamplingParams",
     "Session",
     "Stats",

@@ -8,7 +8,9 @@
     ├── InvalidInput            a value the caller chose (also a ValueError)
     │   ├── PromptTooLong       more tokens than the context holds
     │   └── CacheTooSmall       more blocks than the cache has free
-    └── NotEnoughMemory         the machine cannot hold what was asked for
+    ├── NotEnoughMemory         the machine cannot hold what was asked for
+    ├── QueueFull               more requests wait than the engine takes
+    └── EngineDead              the engine's thread has ended; nothing more will come
 
 Each carries one line that names the thing with its numbers, and a `hint` that says what to do about it.
 """
@@ -58,3 +60,11 @@ class CacheTooSmall(InvalidInput):
 
 class NotEnoughMemory(KvikError):
     """The machine has less memory than the request needs."""
+
+
+class QueueFull(KvikError):
+    """More requests wait than the engine takes."""
+
+
+class EngineDead(KvikError):
+    """The engine's thread has ended; nothing more will come."""
