@@ -47,6 +47,7 @@ class LLM:
         context: int | None = None,
         threads: int | None = None,
         token_budget: int = 512,
+        kv_memory: int | str = "auto",
         backend: Backend = "native",
     ) -> None:
         self.config = EngineConfig(
@@ -55,6 +56,7 @@ class LLM:
             context=context,
             threads=threads,
             token_budget=token_budget,
+            kv_memory=kv_memory,
             backend=backend,
         )
         with terminal_progress() as report:
