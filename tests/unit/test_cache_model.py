@@ -292,6 +292,6 @@ def common(one: list[int], other: tuple[int, ...]) -> int:
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=350, stateful_step_count=50, deadline=None, print_blob=True, derandomize=True
+    max_examples=250, stateful_step_count=50, deadline=None, print_blob=True, derandomize=True
 )
 TestCache = CacheMachine.TestCase
