@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,14 @@ MOST_COMPLETIONS = 128
 MOST_BEAM_WIDTH = 10
 MOST_SEED = 2**64 - 1
 MOST_TOKENS = 2**31 - 1
+MOST_BYTES = 2**50
+
+_UNITS = {"": 1} | {
+    letter + ending: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"(\d{1,16})(?:\.(\d{1,16}))? ?([kmgt]i?b|[kmgt]?)", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +113,11 @@ class EngineConfig:
     context: int | None = None  # most tokens of a sequence, prompt and completion; None: the model's own limit
     threads: int | None = None  # None: the processors this process may use
     token_budget: int = 512  # most tokens one step computes; never changes a result
+    kv_memory: int | str = "auto"  # for keys and values: bytes, or text like "2GiB", which is turned into bytes
+    prefix_cache: bool = True  # keep what was computed, for requests that begin alike
+    max_running: int = 64  # sequences that run at once
+    max_waiting: int = 1024  # requests that wait; more are refused
     backend: Backend = "native"
-    kv_memory: int | str = "auto"
-    prefix_cache: bool = True
-    max_running: int = 64
-    max_waiting: int = 1024
 
     def __post_init__(self) -> None:
         _check_choice("activations", self.activations, get_args(Activations))
@@ -119,6 +128,27 @@ class EngineConfig:
         if self.threads is not None:
             _check_int("threads", self.threads, 1, 256)
         _check_int("token_budget", self.token_budget, 1, 1 << 20)
+        if self.kv_memory != "auto":
+            object.__setattr__(self, "kv_memory", parse_bytes("kv_memory", self.kv_memory))
+        _check_bool("prefix_cache", self.prefix_cache)
+        _check_int("max_running", self.max_running, 1, 4096)
+        _check_int("max_waiting", self.max_waiting, 1, 1 << 20)
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Bytes from a number or from text such as "512MiB", "1.5GB" or "800M"; a unit without i counts in thousands.
+
+    Fractions of a byte are dropped. Raises `InvalidInput`, which calls the value `name`.
+    """
+    num_bytes: Any = value
+    if type(value) is str and (match := _SIZE.fullmatch(value)):
+        whole, decimals, unit = match[1], match[2] or "", match[3].lower()
+        num_bytes = int(whole + decimals) * _UNITS[unit] // 10 ** len(decimals)
+    if type(num_bytes) is not int or not 1 <= num_bytes <= MOST_BYTES:
+        raise InvalidInput(
+            f"{name} is {_shown(value)}", hint="give bytes or a size like 512MiB, 2GiB or 1.5GB, up to 1024TiB"
+        )
+    return num_bytes
 
 
 def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:

@@ -8,7 +8,10 @@
     ├── InvalidInput            a value the caller chose (also a ValueError)
     │   ├── PromptTooLong       more tokens than the context holds
     │   └── CacheTooSmall       more blocks than the cache has free
-    └── NotEnoughMemory         the machine cannot hold what was asked for
+    ├── NotEnoughMemory         the machine cannot hold what was asked for
+    ├── QueueFull               more requests wait than the engine takes
+    ├── SlowReader              a stream was not read while its tokens kept coming
+    └── EngineDead              the engine's thread has ended; nothing more will come
 
 Each carries one line that names the thing with its numbers, and a `hint` that says what to do about it.
 """

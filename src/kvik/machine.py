@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -18,31 +19,57 @@ def cgroup_quotas(root: Path = Path("/")) -> list[float]:
     Source: the kernel's cgroup-v2 document (cpu.max: quota and period in microseconds) and, for version 1, sched-bwc.
     """
     quotas = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        group = top / path.strip("/")
-        for folder in (group, *group.parents):
-            if controllers:
-                limit = [_read(folder / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
-            else:
-                limit = _read(folder / "cpu.max").split()
-            if len(limit) == 2 and limit[0].isdigit() and limit[1].isdigit():
-                quotas.append(int(limit[0]) / int(limit[1]))
-            if folder == top:
-                break
+    for folder, version in _control_groups("cpu", root):
+        if version == 1:
+            limit = [_read(folder / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+        else:
+            limit = _read(folder / "cpu.max").split()
+        if len(limit) == 2 and limit[0].isdigit() and limit[1].isdigit():
+            quotas.append(int(limit[0]) / int(limit[1]))
     return quotas
 
 
-def available_memory_bytes() -> int:
-    """Memory that can be had without swapping, where the system tells; else all of the machine's."""
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be had without swapping, where the system tells; else all of the machine's.
+
+    Nor more than this process's control group and each one above it leave: limit less usage, of which file pages that
+    were not used lately do not count, as the kernel takes them back. Source: the kernel's cgroup-v2 document and, for
+    version 1, memory.rst.
+    """
+    least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (available := _value_of("MemAvailable:", _read(root / "proc/meminfo"))) is not None:
+        least = available * 1024
+    for folder, version in _control_groups("memory", root):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+        limit, usage = (_read(folder / name).strip() for name in names)
+        if limit.isdigit() and usage.isdigit():
+            reclaimable = "total_inactive_file" if version == 1 else "inactive_file"
+            unused = _value_of(reclaimable, _read(folder / "memory.stat")) or 0
+            least = min(least, int(limit) - max(0, int(usage) - unused))
+    return max(0, least)
+
+
+def _control_groups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
+    """Folders of this process's control group and of each one above it, with the version of their files."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / (controller if controllers else "")
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            yield folder, 1 if controllers else 2
+            if folder == top:
+                break
+
+
+def _value_of(name: str, text: str) -> int | None:
+    """The number behind a name at the beginning of a line."""
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] == [name] and len(words) > 1 and words[1].isdigit():
+            return int(words[1])
+    return None
 
 
 def _read(path: Path) -> str:

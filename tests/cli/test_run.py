@@ -76,7 +76,18 @@ def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
         "stats",
     ]
     assert values["model"] == {"name": str(tiny), "path": str(tiny)}
-    assert set(values["engine"]) == {"activations", "kv_dtype", "context", "threads", "token_budget", "backend"}
+    assert set(values["engine"]) == {
+        "activations",
+        "kv_dtype",
+        "context",
+        "threads",
+        "token_budget",
+        "backend",
+        "kv_memory",
+        "prefix_cache",
+        "max_running",
+        "max_waiting",
+    }
     assert values["engine"]["context"] == 1 << 17
     assert set(values["prompt"]) == {"text", "token_ids", "raw", "system"}
     assert values["prompt"]["text"] == "hello"
@@ -143,11 +154,13 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
     arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     arguments += ["--stop", "one", "--stop", "two", "--stop-token-id", "5", "--stop-token-id", "6", "--ignore-eos"]
     engine = ["--activations", "int16", "--kv-dtype", "f32", "--context", "300", "--threads", "1", "--no-cache"]
+    engine += ["--kv-memory", "512MiB"]
     values = report(kvik, "hello", *arguments, *engine)
     others = {"stop": ["one", "two"], "stop_token_ids": [5, 6], "ignore_eos": True}
     assert values["params"] == options | others
-    config = {"activations": "int16", "kv_dtype": "f32", "context": 300, "threads": 1}
-    assert values["engine"] == config | {"token_budget": 512, "backend": "native"}
+    config = {"activations": "int16", "kv_dtype": "f32", "context": 300, "threads": 1, "kv_memory": 512 << 20}
+    config |= {"token_budget": 512, "backend": "native", "prefix_cache": True, "max_running": 64, "max_waiting": 1024}
+    assert values["engine"] == config
     assert values["use_cache"] is False
 
 

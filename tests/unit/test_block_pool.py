@@ -1,4 +1,4 @@
-"""The pool of blocks: its three states, its refusals, and any order of calls against a dict of states."""
+"""The pool of blocks: states, refusals, neighbours, idle superblocks, and any order of calls against a plain model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,110 @@ def test_all_blocks_are_free_at_first() -> None:
     pool.check([])
 
 
-def test_a_sequence_gets_neighbours() -> None:
-    pool = BlockPool(10)
-    assert pool.allocate(4) == [0, 1, 2, 3]
-    assert pool.allocate(2) == [4, 5]
-    pool.release([0, 1, 2, 3])
-    assert pool.allocate(4) == [0, 1, 2, 3]
+def test_an_empty_pool_has_nothing() -> None:
+    pool = BlockPool(0)
+    assert pool.allocate(0) == []
+    assert pool.allocate(1) is None
+    assert pool.take_idle(0) == []
+    pool.check([])
+
+
+def test_a_sequence_gets_neighbours_and_each_its_own_superblock() -> None:
+    pool = BlockPool(24)
+    assert pool.allocate(3) == [0, 1, 2]
+    assert pool.allocate(2) == [8, 9]
+    assert pool.allocate(2, after=2) == [3, 4]
+    assert pool.allocate(5, after=4) == [5, 6, 7, 16, 17], "a superblock ends, another begins"
+    assert pool.allocate(1, after=9) == [10]
+    pool.check([[0, 1, 2, 3, 4, 5, 6, 7, 16, 17], [8, 9, 10]])
+
+
+def test_a_neighbour_that_is_not_free_is_passed_over() -> None:
+    pool = BlockPool(16)
+    pool.allocate(3)
+    pool.release([1])
+    assert pool.allocate(1, after=1 - 1) == [1]
+    assert pool.allocate(1, after=1) == [8], "block 2 is held"
+
+
+def test_broken_superblocks_are_used_when_no_idle_one_is_left() -> None:
+    pool = BlockPool(20)
+    assert pool.allocate(20) == list(range(20))
+    pool.release([1, 13, 18])
+    taken = pool.allocate(3)
+    assert taken is not None
+    assert sorted(taken) == [1, 13, 18]
+    pool.release(range(16, 20))
+    pool.release([5])
+    assert pool.allocate(5) == [16, 17, 18, 19, 5], "the last superblock is shorter, and idle all the same"
+    pool.check([list(range(20))])
+
+
+def test_the_newest_idle_superblock_is_used_first_and_an_untouched_one_last() -> None:
+    pool = BlockPool(40)
+    for superblock in range(4):
+        assert pool.allocate(8) == list(range(8 * superblock, 8 * superblock + 8))
+    pool.release(range(16, 24))
+    pool.release(range(8))
+    assert pool.allocate(1) == [0]
+    assert pool.allocate(1) == [16]
+    assert pool.allocate(1) == [32]
+    assert pool.num_committed == 40
+
+
+def test_memory_is_committed_when_taken_and_given_back_when_idle_for_long() -> None:
+    pool = BlockPool(20)
+    assert pool.num_committed == 0
+    pool.allocate(1)
+    assert pool.num_committed == 8
+    pool.allocate(1, after=0)
+    assert pool.num_committed == 8
+    assert pool.allocate(12) == [*range(8, 16), *range(16, 20)]
+    assert pool.num_committed == 20, "the last superblock has four blocks"
+    pool.tick()
+    pool.release(range(16, 20))
+    pool.tick()
+    pool.release(range(8, 15))
+    assert pool.take_idle(2) == []
+    assert pool.take_idle(1) == [2]
+    assert pool.num_committed == 16
+    assert pool.take_idle(0) == [], "one block of superblock 1 is still held"
+    pool.release([15])
+    assert pool.num_committed == 16
+    pool.check([[0, 1]])
+    assert pool.take_idle(1) == []
+    assert pool.take_idle(0) == [1]
+    assert pool.take_idle(0) == []
+    assert pool.num_committed == 8
+    pool.check([[0, 1]])
+    assert pool.allocate(1) == [8]
+    assert pool.num_committed == 16
+
+
+def test_a_superblock_that_is_used_again_is_as_young_as_its_last_use() -> None:
+    pool = BlockPool(16)
+    pool.allocate(8)
+    pool.allocate(8)
+    pool.release(range(8))
+    pool.tick()
+    pool.release(range(8, 16))
+    assert pool.allocate(1) == [8]
+    pool.tick()
+    pool.release([8])
+    assert pool.take_idle(1) == [0]
+    assert pool.take_idle(1) == []
+    pool.tick()
+    assert pool.take_idle(1) == [1]
+
+
+def test_a_superblock_with_a_reusable_block_is_not_idle() -> None:
+    pool = BlockPool(8)
+    pool.allocate(2)
+    pool.name(1)
+    pool.release([0, 1])
+    assert pool.take_idle(0) == []
+    pool.forget(1)
+    assert pool.take_idle(0) == [0]
 
 
 def test_all_or_none() -> None:
@@ -125,10 +223,52 @@ def test_check_refuses_tables_that_are_not_those_held(tables: list[list[int]]) -
         pool.check(tables)
 
 
+HARM: list[Callable[[BlockPool], object]] = [
+    lambda pool: pool._ref_counts.__setitem__(0, 2),
+    lambda pool: pool._named.__setitem__(9, False),
+    lambda pool: pool._reusable.update({3: None}),
+    lambda pool: pool._reusable.pop(9),
+    lambda pool: pool._is_free.__setitem__(0, True),
+    lambda pool: pool._is_free.__setitem__(3, False),
+    lambda pool: setattr(pool, "num_free", pool.num_free + 1),
+    lambda pool: pool._free_counts.__setitem__(slice(0, 2), [5, 8]),
+    lambda pool: pool._idle.pop(2),
+    lambda pool: pool._idle.update({0: 0}),
+    lambda pool: pool._idle.update({2: 9}),
+    lambda pool: pool._untouched.append(2),
+    lambda pool: pool._untouched.append(3),
+    lambda pool: pool._untouched.pop(),
+    lambda pool: pool._broken.pop(0),
+    lambda pool: pool._broken.update({2: None}),
+    lambda pool: setattr(pool, "num_committed", 24),
+]
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_check_finds_corruption(harm: Callable[[BlockPool], object]) -> None:
+    """One superblock is in use, one has a reusable block, two are idle, one is untouched."""
+    pool = BlockPool(40)
+    table = pool.allocate(3)
+    other = pool.allocate(2)
+    assert table == [0, 1, 2]
+    assert other == [8, 9]
+    for superblock in (2, 3):
+        assert pool.allocate(8) == list(range(8 * superblock, 8 * superblock + 8))
+    pool.release(range(16, 24))
+    pool.tick()
+    pool.release(range(24, 32))
+    pool.name(9)
+    pool.release(other)
+    pool.check([table])
+    harm(pool)
+    with pytest.raises(AssertionError):
+        pool.check([table])
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Sequences that take, share, name and give back blocks, and an owner of names that forgets some."""
 
-    NUM_BLOCKS = 7
+    NUM_BLOCKS = 19
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,20 +276,27 @@ class PoolMachine(RuleBasedStateMachine):
         self.tables: list[list[int]] = []
         self.named: set[int] = set()
         self.released: list[int] = []  # reusable blocks, oldest first
+        self.clock = 0
+        self.idle_since: dict[int, int] = {}  # idle superblocks that are committed
+        self.committed: set[int] = set()
 
     def held(self) -> set[int]:
         return {block_id for table in self.tables for block_id in table}
 
-    @rule(count=st.integers(0, NUM_BLOCKS + 1))
-    def allocate(self, count: int) -> None:
+    @rule(count=st.integers(0, 6) | st.integers(0, NUM_BLOCKS + 1), data=st.data())
+    def allocate(self, count: int, data: st.DataObject) -> None:
         num_free = self.NUM_BLOCKS - len(self.held() | self.named)
-        blocks = self.pool.allocate(count)
+        after = data.draw(st.none() | st.sampled_from(sorted(self.held()))) if self.held() else None
+        blocks = self.pool.allocate(count, after)
         if count > num_free:
             assert blocks is None
             return
         assert blocks is not None
         assert len(set(blocks)) == count
         assert not set(blocks) & (self.held() | self.named)
+        if after is not None and blocks and (after + 1) % 8 and after + 1 not in {*self.held(), *self.named, 19}:
+            assert blocks[0] == after + 1
+        self.committed.update(block_id // 8 for block_id in blocks)
         self.tables.append(blocks)
 
     @precondition(lambda self: self.held() | self.named)
@@ -188,6 +335,29 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.forget(block_id)
         self.named.remove(block_id)
         self.released = [other for other in self.released if other != block_id]
+
+    @rule()
+    def tick(self) -> None:
+        self.pool.tick()
+        self.clock += 1
+
+    @rule(age=st.integers(0, 3))
+    def take_idle(self, age: int) -> None:
+        old = {superblock for superblock, since in self.idle_since.items() if self.clock - since >= age}
+        assert set(self.pool.take_idle(age)) == old
+        self.committed -= old
+        for superblock in old:
+            del self.idle_since[superblock]
+
+    @invariant()
+    def idle_superblocks_are_known(self) -> None:
+        for superblock in range(3):
+            blocks = set(range(8 * superblock, min(8 * superblock + 8, self.NUM_BLOCKS)))
+            if blocks & (self.held() | self.named):
+                self.idle_since.pop(superblock, None)
+            elif superblock in self.committed:
+                self.idle_since.setdefault(superblock, self.clock)
+        assert self.pool.num_committed == sum(3 if superblock == 2 else 8 for superblock in self.committed)
 
     @invariant()
     def agrees(self) -> None:

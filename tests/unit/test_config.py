@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from kvik.config import MOST_COMPLETIONS, MOST_SEED, MOST_STOP_STRINGS, MOST_TOKENS, EngineConfig, SamplingParams
+from kvik.config import (
+    MOST_BYTES,
+    MOST_COMPLETIONS,
+    MOST_SEED,
+    MOST_STOP_STRINGS,
+    MOST_TOKENS,
+    EngineConfig,
+    SamplingParams,
+    parse_bytes,
+)
 from kvik.errors import InvalidInput, KvikError
 
 NAN, INF = math.nan, math.inf
@@ -22,6 +31,60 @@ NOT_NUMBERS: list[Any] = [None, True, "1", b"1", [1.0], NAN, INF, -INF, 1e308, 1
 class Integer(int):
     """A subclass is not taken for a number: it may compare as it likes."""
 
+
+SIZES = {
+    "1": 1,
+    "4096": 4096,
+    "007": 7,
+    "1k": 1000,
+    "1KB": 1000,
+    "1kib": 1024,
+    "800M": 800_000_000,
+    "800MB": 800_000_000,
+    "512MiB": 512 << 20,
+    "27 MiB": 27 << 20,
+    "2GiB": 2 << 30,
+    "2gib": 2 << 30,
+    "1.5GB": 1_500_000_000,
+    "0.1GB": 100_000_000,
+    "0.5GiB": 1 << 29,
+    "1.00001k": 1000,
+    "1T": 10**12,
+    "1024TiB": MOST_BYTES,
+}
+BAD_SIZES = [
+    "",
+    "Auto",
+    "auto ",
+    "0",
+    "0.9",
+    "0GiB",
+    "0.0001k",
+    "-1GiB",
+    "+1GiB",
+    "1e9",
+    "1,5GB",
+    "1.GB",
+    ".5GB",
+    "1  GB",
+]
+BAD_SIZES += [
+    " 1GB",
+    "1GB ",
+    "1GB\n",
+    "GiB",
+    "1PiB",
+    "1Gb/s",
+    "1GiBB",
+    "1iB",
+    "1_000",
+    "0x10",
+    "inf",
+    "nan",
+    "\u0661GB",
+    "1K\u212a",
+]
+BAD_SIZES += ["1 B", "1025TiB", "9" * 17, "9" * 5000, "1." + "0" * 17 + "GB", "1GB" * 1000, "1\u212a"]
 
 GOOD_SAMPLING: dict[str, list[Any]] = {
     "n": [1, 2, MOST_COMPLETIONS],
@@ -67,6 +130,10 @@ GOOD_ENGINE: dict[str, list[Any]] = {
     "context": [None, 2, 4096, MOST_TOKENS],
     "threads": [None, 1, 256],
     "token_budget": [1, 512, 1 << 20],
+    "kv_memory": ["auto", 1, 1 << 30, MOST_BYTES],
+    "prefix_cache": [True, False],
+    "max_running": [1, 64, 4096],
+    "max_waiting": [1, 1024, 1 << 20],
     "backend": ["native", "reference"],
 }
 BAD_ENGINE: dict[str, list[Any]] = {
@@ -75,6 +142,24 @@ BAD_ENGINE: dict[str, list[Any]] = {
     "context": [-1, 0, 1, *NOT_INTEGERS[1:]],
     "threads": [-1, 0, 257, *NOT_INTEGERS[1:]],
     "token_budget": [-1, 0, (1 << 20) + 1, *NOT_INTEGERS],
+    "kv_memory": [
+        *BAD_SIZES,
+        -1,
+        0,
+        MOST_BYTES + 1,
+        Integer(3),
+        None,
+        True,
+        1.0,
+        2e9,
+        b"1GB",
+        ["1GB"],
+        NAN,
+        UNPRINTABLE,
+    ],
+    "prefix_cache": [None, 0, 1, "yes"],
+    "max_running": [-1, 0, 4097, *NOT_INTEGERS],
+    "max_waiting": [-1, 0, (1 << 20) + 1, *NOT_INTEGERS],
     "backend": ["", "torch", "Native", None, 1, {"native"}],
 }
 
@@ -125,6 +210,20 @@ def test_other_values_are_refused_by_name(config: Config, field: str, value: Any
     assert str(error) == f"{error.message}\nhint: {error.hint}"
     assert "\n" not in error.message
     assert len(str(error)) < 400, "a huge value is not printed whole"
+
+
+@pytest.mark.parametrize(("text", "num_bytes"), SIZES.items())
+def test_sizes_are_read_once(text: str, num_bytes: int) -> None:
+    config = EngineConfig(kv_memory=text)
+    assert config.kv_memory == parse_bytes("--size", text) == num_bytes
+    assert type(config.kv_memory) is int
+    assert dataclasses.replace(config, threads=1).kv_memory == num_bytes
+
+
+def test_a_bad_size_is_called_by_the_name_it_was_given() -> None:
+    with pytest.raises(InvalidInput, match="--size is '2 apples'") as caught:
+        parse_bytes("--size", "2 apples")
+    assert "2GiB" in caught.value.hint
 
 
 def test_min_tokens_above_max_tokens_names_both() -> None:

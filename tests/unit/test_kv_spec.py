@@ -50,6 +50,15 @@ def test_blocks_for_a_number_of_tokens(num_tokens: int, blocks: int, pool_blocks
     assert SMOLLM2.pool_blocks_for(num_tokens) == pool_blocks
 
 
+@pytest.mark.parametrize(
+    ("superblocks", "spare_bytes", "blocks"), [(0, 0, 0), (1, -1, 0), (1, 0, 8), (1, 1, 8), (2, -1, 8), (1000, 5, 8000)]
+)
+def test_blocks_within_a_number_of_bytes(superblocks: int, spare_bytes: int, blocks: int) -> None:
+    num_bytes = superblocks * 8 * SMOLLM2.block_bytes + spare_bytes
+    assert SMOLLM2.num_blocks_within(num_bytes) == blocks
+    assert SMOLLM2.num_blocks_within(num_bytes) * SMOLLM2.block_bytes <= num_bytes
+
+
 def test_the_block_size_is_the_kernels_own() -> None:
     assert SMOLLM2.block_size == BLOCK_SIZE == _native.BLOCK_SIZE
     assert SMOLLM2.pool_blocks_for(1) * BLOCK_SIZE == _native.SEGMENT

@@ -49,6 +49,104 @@ def test_quotas_of_control_groups(tmp_path: Path, files: dict[str, str], quotas:
     assert machine.cgroup_quotas(write(tmp_path, files)) == quotas
 
 
+MEMINFO = {"proc/meminfo": "MemTotal:  4000 kB\nMemFree:  100 kB\nMemAvailable:  2000 kB\n"}
+MACHINE = 2000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, MACHINE),
+        ({"proc/self/cgroup": "0::/\n"}, MACHINE),
+        ({"sys/fs/cgroup/memory.max": "1000\n", "sys/fs/cgroup/memory.current": "1\n"}, MACHINE),
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "max\n",
+                "sys/fs/cgroup/memory.current": "5000\n",
+            },
+            MACHINE,
+        ),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "1000\n"}, MACHINE),
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "900000\n",
+                "sys/fs/cgroup/memory.current": "600000\n",
+            },
+            300_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/user/app\n",
+                "sys/fs/cgroup/user/app/memory.max": "900000\n",
+                "sys/fs/cgroup/user/app/memory.current": "600000\n",
+                "sys/fs/cgroup/user/app/memory.stat": "anon 5\nactive_file 70000\ninactive_file 50000\nslab 3\n",
+            },
+            350_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/user/app\n",
+                "sys/fs/cgroup/user/app/memory.max": "900000\n",
+                "sys/fs/cgroup/user/app/memory.current": "600000\n",
+                "sys/fs/cgroup/user/memory.max": "1000000\n",
+                "sys/fs/cgroup/user/memory.current": "990000\n",
+                "sys/fs/cgroup/user/memory.stat": "inactive_file 40000\n",
+            },
+            50_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "1000\n",
+                "sys/fs/cgroup/memory.current": "5000\n",
+                "sys/fs/cgroup/memory.stat": "inactive_file 100\n",
+            },
+            0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "1000\n",
+                "sys/fs/cgroup/memory.current": "100\n",
+                "sys/fs/cgroup/memory.stat": "inactive_file 500\n",
+            },
+            1000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "9223372036854775807\n",
+                "sys/fs/cgroup/memory.current": "100\n",
+            },
+            MACHINE,
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:memory:/job\n3:cpu,cpuacct:/x\n",
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "800000\n",
+                "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "500000\n",
+                "sys/fs/cgroup/memory/job/memory.stat": "inactive_file 9\ntotal_inactive_file 100000\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "900000\n",
+                "sys/fs/cgroup/cpu/x/memory.limit_in_bytes": "1\n",
+                "sys/fs/cgroup/cpu/x/memory.usage_in_bytes": "1\n",
+            },
+            400_000,
+        ),
+    ],
+)
+def test_memory_that_control_groups_leave(tmp_path: Path, files: dict[str, str], available: int) -> None:
+    assert machine.available_memory_bytes(write(tmp_path, MEMINFO | files)) == available
+
+
+def test_memory_of_a_machine_that_does_not_tell(tmp_path: Path) -> None:
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert machine.available_memory_bytes(tmp_path) == physical
+    assert 0 < machine.available_memory_bytes() <= physical
+
+
 @pytest.mark.parametrize(("quotas", "threads"), [([], 3), ([2.0], 2), ([2.9, 1.5], 1), ([0.5], 1), ([64.0], 3)])
 def test_threads_keep_to_quota_and_affinity(monkeypatch: pytest.MonkeyPatch, quotas: list[float], threads: int) -> None:
     monkeypatch.setattr(machine, "cgroup_quotas", lambda: quotas)

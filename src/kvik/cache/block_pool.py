@@ -16,8 +16,8 @@ class BlockPool:
         held      ref_count > 0
         reusable  ref_count == 0, but someone named it: its content may be wanted again
 
-    A superblock, 8 blocks that lie together in memory, is *idle* when all of its blocks are free: its memory can be given
-    back. The pool counts as committed every superblock that was allocated from since it was last given back.
+    A superblock, 8 blocks that lie together in memory, is *idle* when all of its blocks are free: its memory can be
+    given back. The pool counts as committed every superblock that was allocated from since it was last given back.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -34,6 +34,7 @@ class BlockPool:
         self._idle: OrderedDict[int, int] = OrderedDict()  # idle and committed: the clock when it became so
         self._broken: dict[int, None] = {}  # some blocks free, others not
         self._clock = 0
+        self.num_committed = 0  # blocks whose memory may have been written since it was last given back
 
     @property
     def num_reusable(self) -> int:
@@ -50,11 +51,6 @@ class BlockPool:
         """Blocks that can be had: the free ones, and the reusable ones once their content is given up."""
         return self.num_free + len(self._reusable)
 
-    @property
-    def num_committed(self) -> int:
-        """Blocks whose memory may have been written since it was last given back."""
-        return self.num_blocks - sum(self._sizes[superblock] for superblock in self._untouched)
-
     def ref_count(self, block_id: int) -> int:
         """How many hold the block."""
         return self._ref_counts[block_id]
@@ -66,7 +62,7 @@ class BlockPool:
     def allocate(self, count: int, after: int | None = None) -> list[int] | None:
         """Take `count` free blocks, or none at all: `None` means "not now".
 
-        They are neighbours where that can be, the first one the neighbour of `after`.
+        They are neighbours where that can be, the first one the neighbour of `after`, a held block.
         """
         if count > self.num_free:
             return None
@@ -121,15 +117,19 @@ class BlockPool:
         """Let time pass, for `take_idle`."""
         self._clock += 1
 
-    def take_idle(self, age: int) -> list[int]:
-        """Committed superblocks that have been idle for `age` ticks; from now on they count as not committed."""
+    def take_idle(self, age: int, most_kept: int | None = None) -> list[int]:
+        """Committed superblocks that have been idle for `age` ticks, and the oldest of those above `most_kept`.
+
+        From now on they count as not committed.
+        """
         taken = []
         while self._idle:
             superblock, since = next(iter(self._idle.items()))
-            if self._clock - since < age:
+            if self._clock - since < age and (most_kept is None or len(self._idle) <= most_kept):
                 break
             del self._idle[superblock]
             self._untouched[superblock] = None
+            self.num_committed -= self._sizes[superblock]
             taken.append(superblock)
         return taken
 
@@ -151,12 +151,18 @@ class BlockPool:
         self._check_superblocks()
 
     def _check_superblocks(self) -> None:
+        untouched = set(self._untouched)
+        assert len(untouched) == len(self._untouched), "a superblock is untouched twice"
+        since = list(self._idle.values())
+        assert since == sorted(since), "idle superblocks are out of order"
         for superblock, size in enumerate(self._sizes):
             start, count = superblock * BLOCKS_PER_SUPERBLOCK, self._free_counts[superblock]
             assert count == sum(self._is_free[start : start + size]), f"superblock {superblock} is miscounted"
-            idle = (superblock in self._idle) + (superblock in self._untouched)
+            idle = (superblock in self._idle) + (superblock in untouched)
             assert idle == (count == size), f"superblock {superblock} of {count} free blocks is idle {idle} times"
             assert (superblock in self._broken) == (0 < count < size), f"superblock {superblock}: wrong list"
+        committed = self.num_blocks - sum(self._sizes[superblock] for superblock in untouched)
+        assert self.num_committed == committed, "committed blocks are miscounted"
 
     def _next_free(self, after: int | None) -> int:
         """The free block to take next; there is one."""
@@ -178,6 +184,7 @@ class BlockPool:
                 del self._idle[superblock]
             else:
                 del self._untouched[superblock]
+                self.num_committed += self._sizes[superblock]
             self._broken[superblock] = None
         self._free_counts[superblock] -= 1
         if self._free_counts[superblock] == 0:

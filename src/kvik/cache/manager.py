@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
 from kvik.cache.block_pool import BlockPool
-from kvik.cache.radix import Match, Namespace, RadixTree
+from kvik.cache.radix import Match, Namespace, RadixTree, Stop
 from kvik.cache.spec import KVCacheSpec
 
 IDLE_TICKS = 256
@@ -53,9 +54,9 @@ class CacheManager:
     """Blocks for sequences: found by their tokens, taken, copied before a shared one is written, sealed, given back.
 
     A block is *sealed* when all of its tokens are computed: from then on it is in the prefix tree, is never written
-    again, and may be shared. Where two sequences compute the same block, both end up with the one that was sealed first.
-    So whoever holds a block of the tree holds all blocks before it, and the block released longest ago is always the
-    end of a branch: that one is evicted first.
+    again, and may be shared. Where two sequences compute the same block, both end up with the one sealed first. So
+    whoever holds a block of the tree holds all blocks before it, and the block released longest ago is always the end
+    of a branch: that one is evicted first.
     """
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, *, prefix_cache: bool = True) -> None:
@@ -65,8 +66,9 @@ class CacheManager:
         self.prefix_cache = prefix_cache
         self.stats = CacheStats()
         self._claimed: dict[int, BlockTable] = {}
-        self._being_copied: list[int] = []  # sources, held until the copies are made
+        self._being_copied: list[list[int]] = []  # sources, each at the end of its path: held until the copies are made
         self._pins: list[BlockTable] = []
+        self._pin_counts: Counter[int] = Counter()  # of each pinned block
 
     # A sequence's life, in order.
 
@@ -75,9 +77,11 @@ class CacheManager:
         return BlockTable(Namespace(self.spec.dtype, salt))
 
     def match(self, token_ids: Sequence[int], salt: str | None = None) -> Match:
-        """The cached beginning of the tokens, the last one left out: its logits are wanted, so it is always computed."""
-        tokens = _packed(token_ids[:-1]) if self.prefix_cache else b""
-        return self.tree.match(tokens, Namespace(self.spec.dtype, salt))
+        """The cached beginning of the tokens but the last: its logits are wanted, so it is always computed."""
+        namespace = Namespace(self.spec.dtype, salt)
+        if not self.prefix_cache:
+            return Match(namespace, [], Stop.OFF, 0, None, None)
+        return self.tree.match(_packed(token_ids[:-1]), namespace)
 
     def is_being_computed(self, match: Match) -> bool:
         """Whether a sequence is about to seal the very block at which the match stopped."""
@@ -90,6 +94,8 @@ class CacheManager:
         What the table will seal itself it claims, so that others may wait for it.
         """
         assert not table.block_ids
+        assert not table.claims
+        assert match.namespace == table.namespace, "a match in another namespace"
         self.stats.num_queries += 1
         self.stats.num_queried_tokens += len(token_ids) - 1
         self.stats.num_cached_tokens += match.num_cached_tokens
@@ -116,34 +122,25 @@ class CacheManager:
         """Blocks for `num_tokens` tokens, of which those after the computed ones can be written; `None`: not now.
 
         Reusable blocks are evicted where free ones are too few. The copies must be made before the step; their sources
-        stay held until `end_copies`.
+        stay held until `end_copies`. A table that goes back to fewer computed tokens tells so with `release`.
         """
         block_ids = table.block_ids
         index, offset = divmod(num_computed_tokens, self.spec.block_size)
-        is_shared = bool(offset) and not self._is_writable(block_ids[index])
-        num_missing = self.spec.num_blocks_for(num_tokens) - len(block_ids) + is_shared
-        if num_missing <= 0:
-            return []
-        kept = index if is_shared else len(block_ids)
-        taken = self._take(num_missing, block_ids[kept - 1] if kept else None)
+        assert table.num_sealed <= index, "a sealed block is never written"
+        if offset and not self._is_writable(block_ids[index]):
+            assert len(block_ids) == index + 1, "blocks behind one that is shared"
+            return self._reserve_with_copy(table, num_tokens)
+        taken = self._take(self.num_missing(table, num_tokens), block_ids[-1] if block_ids else None)
         if taken is None:
             return None
-        if not is_shared:
-            block_ids += taken
-            return []
-        assert len(block_ids) == index + 1, "blocks behind one that is shared"
-        source = block_ids[index]
-        block_ids[index:] = taken
-        table.num_sealed = min(table.num_sealed, index)
-        self._being_copied.append(source)
-        self.stats.num_copied_blocks += 1
-        return [BlockCopy(source, taken[0])]
+        block_ids += taken
+        return []
 
     def end_copies(self) -> None:
         """The copies that `reserve` asked for are made, or nobody wants them any more."""
-        if self._being_copied:
-            self.pool.release(self._being_copied)
-            self._being_copied.clear()
+        for path in self._being_copied:
+            self.pool.release(path)
+        self._being_copied.clear()
 
     def seal(self, table: BlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         """Put blocks that have become full into the tree, or take over those that somebody else sealed before."""
@@ -191,6 +188,7 @@ class CacheManager:
     def pin(self, table: BlockTable) -> BlockTable:
         """Hold the table's sealed blocks until `unpin`, whatever becomes of the table."""
         self.pool.hold(table.block_ids[: table.num_sealed])
+        self._pin_counts.update(table.block_ids[: table.num_sealed])
         pin = BlockTable(table.namespace, table.block_ids[: table.num_sealed], table.num_sealed)
         self._pins.append(pin)
         return pin
@@ -198,26 +196,31 @@ class CacheManager:
     def unpin(self, pin: BlockTable) -> None:
         """Let the blocks of a pin go."""
         self._pins.remove(pin)
+        for block_id in pin.block_ids:
+            self._pin_counts[block_id] -= 1
+            if not self._pin_counts[block_id]:
+                del self._pin_counts[block_id]
         self.release(pin)
 
     @property
     def num_pinned(self) -> int:
         """Blocks that some pin holds."""
-        return len(self._pinned())
+        return len(self._pin_counts)
 
     def num_blocks_within_reach(self, match: Match) -> int:
         """The most blocks that a sequence with this match could come to hold: all that are not pinned by others."""
-        return self.pool.num_blocks - len(self._pinned().difference(match.block_ids))
+        num_shared = sum(block_id in self._pin_counts for block_id in match.block_ids)
+        return self.pool.num_blocks - (self.num_pinned - num_shared)
 
     def clear(self) -> None:
         """Forget every block that nobody holds."""
         while (block_id := self.pool.oldest_reusable()) is not None:
             self._evict(block_id)
 
-    def take_idle(self, *, at_once: bool) -> list[int]:
-        """Superblocks whose memory can be given back now: idle for `IDLE_TICKS` steps, or all that are idle."""
+    def take_idle(self, most_kept: int | None = None) -> list[int]:
+        """Superblocks whose memory can be given back now: idle for `IDLE_TICKS` calls, or more than `most_kept`."""
         self.pool.tick()
-        return self.pool.take_idle(0 if at_once else IDLE_TICKS)
+        return self.pool.take_idle(IDLE_TICKS, most_kept)
 
     @property
     def committed_bytes(self) -> int:
@@ -227,17 +230,45 @@ class CacheManager:
     def check(self, tables: Iterable[BlockTable]) -> None:
         """Prove that pool, tree and these tables, which are all that live, agree."""
         tables = [*tables, *self._pins]
-        self.pool.check(chain((table.block_ids for table in tables), ([block] for block in self._being_copied)))
+        self.pool.check(chain((table.block_ids for table in tables), self._being_copied))
         self.tree.check()
         named = [block_id for block_id in range(self.pool.num_blocks) if self.pool.is_named(block_id)]
         assert len(named) == len(self.tree), "the pool keeps other blocks than the tree names"
         for table in tables:
             assert all(self.pool.is_named(block_id) for block_id in table.block_ids[: table.num_sealed])
+            for before, block_id in zip([None, *table.block_ids], table.block_ids, strict=False):
+                if self.pool.is_named(block_id):
+                    assert self.tree.place_of(block_id) == (table.namespace, before), (
+                        f"block {block_id} without its path"
+                    )
+        assert self._pin_counts == Counter(chain.from_iterable(pin.block_ids for pin in self._pins)), "pins miscounted"
         claimed = {claim: table for table in tables for claim in table.claims if self._claimed.get(claim) is table}
         assert claimed.keys() == self._claimed.keys(), "a claim of a table that is gone"
 
     def _is_writable(self, block_id: int) -> bool:
         return self.pool.ref_count(block_id) == 1 and not self.pool.is_named(block_id)
+
+    def _reserve_with_copy(self, table: BlockTable, num_tokens: int) -> list[BlockCopy] | None:
+        """The same where the table's last block is to be written, and others need it as it is."""
+        *path, source = table.block_ids
+        num_more = self.num_missing(table, num_tokens)
+        taken = self._take(1 + num_more, path[-1] if path else None)
+        if taken is not None:
+            table.block_ids[-1:] = taken
+            # The table may go before the copy is made, and none of these blocks may then be older than the source.
+            self.pool.hold(path)
+            self._being_copied.append([*path, source])
+            self.stats.num_copied_blocks += 1
+            return [BlockCopy(source, taken[0])]
+        if self.pool.ref_count(source) > 1:
+            return None
+        # Nobody but the tree needs it, and with the whole pool in use no copy may ever fit: then it leaves the tree.
+        taken = self._take(num_more, source)
+        if taken is None:
+            return None
+        self._evict(source)  # whatever was behind it was reusable, and is evicted by now
+        table.block_ids += taken
+        return []
 
     def _take(self, count: int, after: int | None) -> list[int] | None:
         if count > self.pool.num_available:
@@ -252,9 +283,6 @@ class CacheManager:
         self.tree.evict(block_id)
         self.pool.forget(block_id)
         self.stats.num_evicted_blocks += 1
-
-    def _pinned(self) -> set[int]:
-        return {block_id for pin in self._pins for block_id in pin.block_ids}
 
     def _claim(self, table: BlockTable, token_ids: Sequence[int], match: Match) -> None:
         size, name = self.spec.block_size, match.next_hash

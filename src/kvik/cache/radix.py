@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 MOST_EVICTED = 1 << 16
@@ -30,12 +30,14 @@ class Stop(StrEnum):
     EVICTED = "the block was evicted"
     OTHER_SALT = "cached under another salt"
     OTHER_FORMAT = "cached in another format"
+    OFF = "the prefix cache is off"
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
     """The longest cached beginning of some tokens, and why it is no longer."""
 
+    namespace: Namespace
     block_ids: list[int]  # whole blocks, in order
     stop: Stop
     num_tokens: int  # in those blocks
@@ -44,7 +46,7 @@ class Match:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens that need not be computed, those of the tail among them."""
+        """Tokens that need not be computed, those of the tail among them: where it differs, the first that does."""
         return self.num_tokens + (self.tail[1] if self.tail else 0)
 
 
@@ -57,7 +59,7 @@ class _Node:
         self.namespace = namespace
         self.parent = parent  # None: a root, which has no blocks itself
         self.depth = depth  # blocks before this node's
-        self.tokens = b""
+        self.tokens = bytearray()  # grows and shrinks at its end, a block at a time
         self.block_ids: list[int] = []
         self.hashes: list[int] = []  # of all tokens up to the end of each block
         self.children: dict[bytes, _Node] = {}  # by the tokens of their first block
@@ -79,14 +81,15 @@ class Edge:
     depth: int  # nodes above it
     first_token: int  # its first token's position
     tokens: bytes  # int32 each
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: list[int]
 
 
 class RadixTree:
     """Names blocks by all tokens up to their end.
 
-    Tokens are bytes, an int32 each. `match` finds, `append` inserts; a *lock* is a hold in the pool on a block and on all
-    before it; `evict` takes one block, and only the last of a branch.
+    Tokens are bytes, an int32 each. `match` finds, `append` inserts; a *lock* is a hold in the pool on a block and on
+    all before it; `evict` takes one block, and only the last of a branch. Time is that of comparing tokens, a block of
+    them at once; a split costs no more than the match that led to it.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -94,7 +97,7 @@ class RadixTree:
         self._roots: dict[Namespace, _Node] = {}
         self._node_of: dict[int, _Node] = {}
         self._depth_of: dict[int, int] = {}
-        self._beginnings: dict[bytes, Counter[Namespace]] = {}  # first blocks, and where they are found
+        self._beginnings: dict[bytes, set[Namespace]] = {}  # first blocks, and where they are found
         self._evicted: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -121,18 +124,25 @@ class RadixTree:
             last_hash = child.hashes[count - 1]
             node = child
             if count < len(child.block_ids):
-                following = child.tokens[count * key_bytes : (count + 1) * key_bytes]
+                following = bytes(child.tokens[count * key_bytes : (count + 1) * key_bytes])
                 following_id = child.block_ids[count]
                 break
         rest = tokens[at : at + key_bytes]
         next_hash = hash((last_hash, rest)) if len(rest) == key_bytes else None
-        tail = None
-        if rest and following is not None:
-            tail = _tail_of(rest, [(following, following_id)])
-        elif rest and node is not None:
-            tail = _tail_of(rest, _neighbours(node, rest))
-        stop = self._why(rest, next_hash, tail, namespace, is_beginning=at == 0)
-        return Match(block_ids, stop, at // 4, tail, next_hash)
+        candidates: list[tuple[bytes, int]] = []
+        if following is not None:
+            candidates = [(following, following_id)]
+        elif node is not None:
+            candidates = _neighbours(node, rest)
+        tail = _tail_of(rest, candidates)
+        if len(rest) == 4 * (tail[1] if tail else 0):
+            stop = Stop.ALL
+        elif next_hash is None:
+            stop = Stop.SHORT
+        else:
+            reason = Stop.DIFFERS if candidates else Stop.UNSEEN
+            stop = self._whereabouts(rest, next_hash, namespace, is_beginning=at == 0) or reason
+        return Match(namespace, block_ids, stop, at // 4, tail, next_hash)
 
     def append(self, namespace: Namespace, previous: int | None, key: bytes, block_id: int) -> int:
         """The block that holds `key`'s tokens behind block `previous`: `block_id`, now in the tree, or one that was."""
@@ -145,7 +155,7 @@ class RadixTree:
         if index < len(node.block_ids):
             if node.tokens.startswith(key, index * self._key_bytes):
                 return node.block_ids[index]
-            self._split(node, index)
+            node = self._split(node, index)
         else:
             known = node.children.get(key)
             if known is not None:
@@ -154,7 +164,7 @@ class RadixTree:
             child = _Node(namespace, node, node.depth + len(node.block_ids))
             node.add_child(child, key)
             if node.parent is None:
-                self._beginnings.setdefault(key, Counter())[namespace] += 1
+                self._beginnings.setdefault(key, set()).add(namespace)
             previous_hash = node.hashes[-1] if node.hashes else hash(namespace)
             node = child
         else:
@@ -169,18 +179,27 @@ class RadixTree:
 
     def evict(self, block_id: int) -> None:
         """Take a block out. It must be the last of its branch: nothing may be left that cannot be found."""
-        node = self._node_of.pop(block_id)
-        del self._depth_of[block_id]
+        node = self._node_of[block_id]
         assert node.block_ids[-1] == block_id, f"block {block_id} is not the last of its edge"
         assert not node.children, f"block {block_id} has others behind it"
         node.block_ids.pop()
+        del self._node_of[block_id], self._depth_of[block_id]
         self._evicted[node.hashes.pop()] = None
         if len(self._evicted) > MOST_EVICTED:
             self._evicted.popitem(last=False)
-        key = node.tokens[-self._key_bytes :]
-        node.tokens = node.tokens[: -self._key_bytes]
+        key = bytes(node.tokens[-self._key_bytes :])
+        del node.tokens[-self._key_bytes :]
         if not node.block_ids:
             self._unlink(node, key)
+
+    def place_of(self, block_id: int) -> tuple[Namespace, int | None]:
+        """Where a block of the tree stands: its namespace, and the block before it."""
+        node = self._node_of[block_id]
+        index = self._depth_of[block_id] - node.depth
+        if index:
+            return node.namespace, node.block_ids[index - 1]
+        assert node.parent is not None
+        return node.namespace, node.parent.block_ids[-1] if node.parent.block_ids else None
 
     def edges(self) -> Iterator[tuple[Namespace, Edge]]:
         """All edges, each after the one above it."""
@@ -190,7 +209,7 @@ class RadixTree:
                 node, level = stack.pop()
                 if node is not root:
                     first_token = node.depth * (self._key_bytes // 4)
-                    yield namespace, Edge(level, first_token, node.tokens, list(node.block_ids))
+                    yield namespace, Edge(level, first_token, bytes(node.tokens), list(node.block_ids))
                 stack += [(node.children[key], level + 1) for key in reversed(node.keys)]
 
     def check(self) -> None:
@@ -208,37 +227,29 @@ class RadixTree:
                 for index, block_id in enumerate(node.block_ids):
                     assert block_id not in seen, f"block {block_id} stands twice in the tree"
                     seen.add(block_id)
-                    assert self._node_of[block_id] is node, f"block {block_id} is looked for elsewhere"
-                    assert self._depth_of[block_id] == node.depth + index, f"block {block_id} has another depth"
+                    assert self._node_of.get(block_id) is node, f"block {block_id} is looked for elsewhere"
+                    assert self._depth_of.get(block_id) == node.depth + index, f"block {block_id} has another depth"
                 for key, child in node.children.items():
                     assert child.parent is node, "a child of another parent"
+                    assert child.namespace == namespace, "a child in another namespace"
                     assert child.depth == node.depth + len(node.block_ids), "a child at another depth"
                     assert child.tokens.startswith(key), "a child that begins with other tokens"
                     stack.append(child)
+        beginnings = {(key, namespace) for namespace, root in self._roots.items() for key in root.children}
+        assert beginnings == {(key, at) for key, places in self._beginnings.items() for at in places}, (
+            "other beginnings"
+        )
         assert seen == self._node_of.keys() == self._depth_of.keys(), "the index knows other blocks than the tree"
 
-    def _why(
-        self,
-        rest: bytes,
-        next_hash: int | None,
-        tail: tuple[int, int] | None,
-        namespace: Namespace,
-        *,
-        is_beginning: bool,
-    ) -> Stop:
-        if not rest:
-            return Stop.ALL
-        if next_hash is None:
-            return Stop.SHORT
-        if next_hash in self._evicted:
+    def _whereabouts(self, key: bytes, name: int, namespace: Namespace, *, is_beginning: bool) -> Stop | None:
+        """What is known of a block that is not where it was looked for."""
+        if name in self._evicted:
             return Stop.EVICTED
-        if is_beginning:
-            elsewhere = self._beginnings.get(rest, Counter[Namespace]())
-            if any(other.format == namespace.format for other in elsewhere):
-                return Stop.OTHER_SALT
-            if elsewhere:
-                return Stop.OTHER_FORMAT
-        return Stop.DIFFERS if tail else Stop.UNSEEN
+        elsewhere = self._beginnings.get(key) if is_beginning else None
+        if not elsewhere:
+            return None
+        same_format = any(other.format == namespace.format for other in elsewhere)
+        return Stop.OTHER_SALT if same_format else Stop.OTHER_FORMAT
 
     def _root(self, namespace: Namespace) -> _Node:
         root = self._roots.get(namespace)
@@ -246,20 +257,23 @@ class RadixTree:
             root = self._roots[namespace] = _Node(namespace, None, 0)
         return root
 
-    def _split(self, node: _Node, index: int) -> None:
-        """Make two nodes of one, the second from block `index` on."""
+    def _split(self, node: _Node, index: int) -> _Node:
+        """Move the node's blocks before `index` to a new node above it, and give that.
+
+        Whoever splits holds those blocks; those behind may be any number, and stay as they are.
+        """
         at = index * self._key_bytes
-        lower = _Node(node.namespace, node, node.depth + index)
-        lower.tokens, node.tokens = node.tokens[at:], node.tokens[:at]
-        lower.block_ids, node.block_ids = node.block_ids[index:], node.block_ids[:index]
-        lower.hashes, node.hashes = node.hashes[index:], node.hashes[:index]
-        lower.children, lower.keys = node.children, node.keys
-        node.children, node.keys = {}, []
-        for child in lower.children.values():
-            child.parent = lower
-        for block_id in lower.block_ids:
-            self._node_of[block_id] = lower
-        node.add_child(lower, lower.tokens[: self._key_bytes])
+        parent = node.parent
+        assert parent is not None
+        upper = _Node(node.namespace, parent, node.depth)
+        upper.tokens, upper.block_ids, upper.hashes = node.tokens[:at], node.block_ids[:index], node.hashes[:index]
+        del node.tokens[:at], node.block_ids[:index], node.hashes[:index]
+        parent.children[bytes(upper.tokens[: self._key_bytes])] = upper
+        node.parent, node.depth = upper, node.depth + index
+        for block_id in upper.block_ids:
+            self._node_of[block_id] = upper
+        upper.add_child(node, bytes(node.tokens[: self._key_bytes]))
+        return upper
 
     def _unlink(self, node: _Node, key: bytes) -> None:
         parent = node.parent
@@ -268,7 +282,7 @@ class RadixTree:
         if parent.parent is not None:
             return
         namespaces = self._beginnings[key]
-        del namespaces[parent.namespace]
+        namespaces.remove(parent.namespace)
         if not namespaces:
             del self._beginnings[key]
         if not parent.children:
@@ -287,7 +301,7 @@ def _tail_of(rest: bytes, candidates: list[tuple[bytes, int]]) -> tuple[int, int
     return (best[1], best[0]) if best[0] else None
 
 
-def _common_bytes(tokens: bytes, start: int, other: bytes) -> int:
+def _common_bytes(tokens: bytes, start: int, other: bytes | bytearray) -> int:
     """How many bytes of `other` agree with `tokens` from `start` on."""
     low, high = 0, min(len(tokens) - start, len(other))
     while low < high:  # the first `low` agree

@@ -103,6 +103,9 @@ class EngineOptions:
     )
     context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None
     threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None
+    kv_memory: Annotated[str, value(ENGINE, "SIZE", "For keys and values, like 512MiB or 2GiB.", show_default=True)] = (
+        "auto"
+    )
 
     def load(self, **others: Any) -> LLM:
         """The model, ready to write; `others` are arguments of `LLM` that have no option here."""
@@ -114,6 +117,7 @@ class EngineOptions:
             kv_dtype=self.kv_dtype,
             context=self.context,
             threads=self.threads,
+            kv_memory=self.kv_memory,
             **others,
         )
 

@@ -31,6 +31,9 @@ AUTO_CONTEXTS = 16
 LONG_CHUNK = 32
 """Tokens from which on a step tells what a prompt token costs."""
 
+KEPT_SUPERBLOCKS = 2
+"""Unused ones whose memory an idle engine keeps, so that the next request need not have it made anew."""
+
 MOST_SALT_BYTES = 256
 MOST_PRIORITY = 100
 
@@ -196,7 +199,7 @@ class Engine:
         """Forget every block that nobody holds, and give the memory of free ones back."""
         with self.lock:
             self.cache.clear()
-            self._give_back(self.cache.take_idle(at_once=True))
+            self._give_back(self.cache.take_idle(most_kept=0))
 
     def completion(self, sequence: Sequence) -> Completion:
         """The result of a finished sequence."""
@@ -267,8 +270,8 @@ class Engine:
         return StepResult(chosen, logits.rows if whole else logits.rows[rows])
 
     def _trim(self) -> None:
-        """Memory that stays unused goes back to the system: after a while, or at once when nothing runs."""
-        self._give_back(self.cache.take_idle(at_once=not self.scheduler.has_work))
+        """Memory that stays unused goes back to the system; little is kept once nothing runs."""
+        self._give_back(self.cache.take_idle(None if self.scheduler.has_work else KEPT_SUPERBLOCKS))
 
     def _give_back(self, superblocks: list[int]) -> None:
         if superblocks:
