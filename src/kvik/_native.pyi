@@ -253,6 +253,12 @@ class Program:
     ) -> list[tuple[str, float, float]]:
         """Name, bytes and operations of each op in such a step."""
 
+    @property
+    def attend_plans(self) -> list[tuple[int, int, int]]:
+        """
+        How the last run cut its attention, for each shape of layer: units (a segment for the rows of one KV head), those that several sequences share, and chunks.
+        """
+
     def is_of_logits(self, value: int) -> bool:
         """Whether a value has a row for each logit row, not each token."""
 
