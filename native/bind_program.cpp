@@ -452,10 +452,8 @@ void bind_program(nb::module_ &m) {
       .def("costs", &costs, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "sequence_index"_a.noconvert(), "block_tables"_a.noconvert(), "logit_rows"_a.noconvert(),
            "Name, bytes and operations of each op in such a step.")
-      .def_prop_ro(
-          "attend_plans", &attend_plans,
-          "How the last run cut its attention, for each shape of layer: units (a segment for the rows of one KV "
-          "head), those that several sequences share, and chunks.")
+      .def_prop_ro("attend_plans", &attend_plans,
+                   "How the last run cut its attention, by shape of layer: units, those that are shared, chunks.")
       .def("is_of_logits", &is_of_logits, "value"_a, "Whether a value has a row for each logit row, not each token.")
       .def("copy_value", &copy_value, "value"_a, "out"_a.noconvert(),
            "Copies the first rows of a value of the last run, if no later op has reused its memory.");

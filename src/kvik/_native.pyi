@@ -256,7 +256,7 @@ class Program:
     @property
     def attend_plans(self) -> list[tuple[int, int, int]]:
         """
-        How the last run cut its attention, for each shape of layer: units (a segment for the rows of one KV head), those that several sequences share, and chunks.
+        How the last run cut its attention, by shape of layer: units, those that are shared, chunks.
         """
 
     def is_of_logits(self, value: int) -> bool:
