@@ -93,12 +93,12 @@ class KvikRuns:
         latest = []
         for table in tables:
             prompt = np.asarray(random_tokens(engine, num_prompt_tokens), np.int32)
-            batch = _batch(prompt, np.arange(num_prompt_tokens, dtype=np.int32), table[None])
+            batch = one_step(prompt, np.arange(num_prompt_tokens, dtype=np.int32), table[None])
             latest.append(int(decoder.ops.to_numpy(forward(batch))[-1].argmax()))
         started_s = time.perf_counter()
         for step in range(num_tokens):
             positions = np.full(num_sequences, num_prompt_tokens + step, np.int32)
-            batch = _batch(np.asarray(latest, np.int32), positions, tables)
+            batch = one_step(np.asarray(latest, np.int32), positions, tables)
             latest = decoder.ops.to_numpy(forward(batch)).argmax(axis=1).tolist()
         return num_sequences * num_tokens / (time.perf_counter() - started_s)
 
@@ -176,7 +176,7 @@ def _raise(sequence: Sequence) -> None:
         raise sequence.error
 
 
-def _batch(token_ids: IntArray, positions: IntArray, tables: IntArray) -> Batch:
+def one_step(token_ids: IntArray, positions: IntArray, tables: IntArray) -> Batch:
     """One sequence's tokens, or one token of each sequence."""
     alone = len(tables) == 1
     rows = np.zeros(len(token_ids), np.int32) if alone else np.arange(len(tables), dtype=np.int32)

@@ -1,48 +1,41 @@
-// Attention of a step: which queries share a tile, what is a task, and in which order segments merge.
+// Attention of a step: units are computed chunk by chunk, and their rows merge in the order of segments.
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
-#include <memory>
-#include <vector>
 
 #include "ops.h"
 
 namespace kvik {
 namespace {
 
-// Rows of a tile: enough that loading and widening K and V is little beside the sums.
-constexpr int64_t kTileRows = 96;
-// Chunks of a thread: enough to even out what the system takes from one thread, few enough to know the next task.
-constexpr int64_t kChunksPerThread = 4;
-
-using Tile = AttentionSpace::Tile;
-using Unit = AttentionSpace::Unit;
+using Tile = AttendPlan::Tile;
+using Unit = AttendPlan::Unit;
 
 class Attention {
 public:
   Attention(ThreadPool &pool, const AttendArgs &args, AttentionSpace &space)
-      : pool_(pool), args_(args), space_(space), threads_(pool.num_threads()),
+      : pool_(pool), args_(args), space_(space), plan_(space.plan(args, pool.num_threads())),
         group_(args.num_heads / args.kv.num_kv_heads), head_dim_(args.kv.head_dim) {}
 
   void run() {
-    make_tiles();
-    make_chunks();
-    const int64_t rows = most_tokens_ * group_;
-    partial_stride_ = (rows * (head_dim_ + 2) + 15) / 16 * 16;
-    scratch_stride_ = scratch_floats(rows);
-    scratch_ = space_.scratch.get<float>(threads_ * scratch_stride_);
-    totals_ = space_.totals.get<float>(threads_ * 2 * partial_stride_);
-    slots_ = space_.slots.get<float>(num_slots_ * partial_stride_);
-    pool_.for_each(static_cast<int64_t>(space_.chunk_ends.size()),
+    const int64_t threads = pool_.num_threads(), total_rows = plan_.most_run_tokens * group_;
+    total_stride_ = (total_rows * (head_dim_ + 2) + 15) / 16 * 16;
+    scratch_stride_ = scratch_floats(plan_.most_unit_tokens * group_);
+    scratch_ = space_.scratch.get<float>(threads * scratch_stride_);
+    totals_ = space_.totals.get<float>(threads * 2 * total_stride_);
+    slots_ = space_.slots.get<float>(plan_.slot_floats);
+    pool_.for_each(static_cast<int64_t>(plan_.chunk_ends.size()),
                    [this](int thread, int64_t chunk) { run_chunk(thread, chunk); });
   }
 
 private:
-  // Segments of a token's first and last position.
+  const Tile &tile_at(int64_t index) const { return plan_.tiles[static_cast<std::size_t>(index)]; }
+  const Unit &unit_at(int64_t index) const { return plan_.units[static_cast<std::size_t>(index)]; }
+
+  // Of a token: the first that it sees something of.
   int64_t first_segment(int64_t token) const {
     return std::max<int64_t>(0, args_.positions[token] + 1 - args_.window) / kSegment;
   }
-  int64_t last_segment(int64_t token) const { return args_.positions[token] / kSegment; }
 
   // Scores, then widened tiles or the integer kernels' factors.
   int64_t scratch_floats(int64_t rows) const {
@@ -50,132 +43,55 @@ private:
     return (rows * kSegment + std::max(tiles, factors) + 15) / 16 * 16;
   }
 
-  void make_tiles() {
-    space_.tiles.clear();
-    const int64_t most = std::max<int64_t>(1, kTileRows / group_);
-    most_tokens_ = 1;
-    for (int64_t first = 0, last; first < args_.num_tokens; first = last) {
-      for (last = first + 1; last < args_.num_tokens && last - first < most; ++last)
-        if (args_.sequence_index[last] != args_.sequence_index[first] ||
-            args_.positions[last] != args_.positions[last - 1] + 1 || args_.positions[last] % kSegment == 0)
-          break;
-      most_tokens_ = std::max(most_tokens_, last - first);
-      const int64_t begin = first_segment(first), segments = last_segment(last - 1) + 1 - begin;
-      for (int64_t head = 0; head < args_.kv.num_kv_heads; ++head)
-        space_.tiles.push_back({first, last - first, head, begin, segments, -1});
-    }
-  }
-
-  // Loading keys costs about what a row's arithmetic does, and a unit costs something in itself.
-  int64_t cost(const Tile &tile, int64_t segment) const {
-    const int64_t last = args_.positions[tile.first_token + tile.num_tokens - 1];
-    const int64_t keys = std::min<int64_t>(kSegment, last + 1 - segment * kSegment);
-    return (keys + 16) * (tile.num_tokens * group_ + 4);
-  }
-
-  // Cuts all units, in order, into chunks of about equal cost. With tiles enough each stays with one chunk.
-  void make_chunks() {
-    space_.units.clear();
-    space_.costs.clear();
-    space_.chunk_ends.clear();
-    int64_t total = 0;
-    const int64_t num_tiles = static_cast<int64_t>(space_.tiles.size());
-    for (int64_t t = 0; t < num_tiles; ++t) {
-      const Tile &tile = space_.tiles[static_cast<std::size_t>(t)];
-      for (int64_t s = 0; s < tile.num_segments; ++s) {
-        space_.units.push_back({t, tile.first_segment + s});
-        space_.costs.push_back(cost(tile, tile.first_segment + s));
-        total += space_.costs.back();
-      }
-    }
-    const int64_t wanted = threads_ == 1 ? 1 : threads_ * kChunksPerThread;
-    const bool keep_whole = most_tokens_ > 1 && num_tiles >= 2 * wanted;
-    int64_t so_far = 0;
-    num_slots_ = 0;
-    std::size_t tile_begin = 0, chunk_begin = 0;
-    for (std::size_t u = 0; u < space_.units.size(); ++u) {
-      const std::size_t next = u + 1;
-      so_far += space_.costs[u];
-      const bool tile_ends = next == space_.units.size() || space_.units[next].tile != space_.units[u].tile;
-      const int64_t chunks = static_cast<int64_t>(space_.chunk_ends.size());
-      const bool full = so_far * wanted >= total * (chunks + 1) && (tile_ends || !keep_whole);
-      if (tile_ends) {
-        Tile &tile = space_.tiles[static_cast<std::size_t>(space_.units[u].tile)];
-        if (chunk_begin > tile_begin) {
-          tile.slot = num_slots_;
-          num_slots_ += tile.num_segments;
-        }
-        tile_begin = next;
-      }
-      if (full || next == space_.units.size()) {
-        space_.chunk_ends.push_back(static_cast<int64_t>(next));
-        chunk_begin = next;
-      }
-    }
-    if (num_slots_ == 0) return;
-    if (num_tiles > space_.unfinished_size) {
-      space_.unfinished = std::make_unique<std::atomic<int64_t>[]>(static_cast<std::size_t>(num_tiles));
-      space_.unfinished_size = num_tiles;
-    }
-    for (int64_t t = 0; t < num_tiles; ++t)
-      space_.unfinished[static_cast<std::size_t>(t)].store(space_.tiles[static_cast<std::size_t>(t)].num_segments,
-                                                           std::memory_order_relaxed);
-  }
-
-  // The tokens of a tile that see a segment: all but those at its ends that come before it or look past it.
-  SegmentTask task_of(const Unit &unit) const {
-    const Tile &tile = space_.tiles[static_cast<std::size_t>(unit.tile)];
-    int64_t first = tile.first_token, last = first + tile.num_tokens;
-    while (last_segment(first) < unit.segment) ++first;
-    while (first_segment(last - 1) > unit.segment) --last;
-    return {first, last - first, tile.kv_head, unit.segment};
-  }
-
-  Partial partial(float *base, int64_t index, int64_t token = 0) const {
-    float *start = base + index * partial_stride_;
-    const int64_t rows = most_tokens_ * group_, row = token * group_;
+  // Of all rows that lie at `start`, those from `row` on.
+  Partial partial(float *start, int64_t rows, int64_t row = 0) const {
     return {start + row, start + rows + row, start + 2 * rows + row * head_dim_};
+  }
+  // A thread's sums so far (0), or its latest segment (1).
+  Partial thread_rows(int thread, int which, int64_t token = 0) const {
+    return partial(totals_ + (2 * thread + which) * total_stride_, plan_.most_run_tokens * group_, token * group_);
+  }
+  // Of a unit's tokens, from one on.
+  Partial slot_rows(const Unit &unit, int64_t token) const {
+    const int64_t rows = unit.task.num_tokens * group_;
+    return partial(slots_ + unit.slot, rows, (token - unit.task.first_token) * group_);
   }
 
   void run_chunk(int thread, int64_t chunk) {
-    const std::size_t begin =
-        chunk == 0 ? 0 : static_cast<std::size_t>(space_.chunk_ends[static_cast<std::size_t>(chunk - 1)]);
-    const std::size_t end = static_cast<std::size_t>(space_.chunk_ends[static_cast<std::size_t>(chunk)]);
+    const int64_t begin = chunk == 0 ? 0 : plan_.chunk_ends[static_cast<std::size_t>(chunk - 1)];
+    const int64_t end = plan_.chunk_ends[static_cast<std::size_t>(chunk)];
     float *scratch = scratch_ + thread * scratch_stride_;
-    SegmentTask task = task_of(space_.units[begin]), next{};
-    for (std::size_t u = begin; u < end; ++u, task = next) {
-      const bool more = u + 1 < end;
-      if (more) next = task_of(space_.units[u + 1]);
-      const int64_t index = space_.units[u].tile;
-      const Tile &tile = space_.tiles[static_cast<std::size_t>(index)];
-      const bool last = !more || space_.units[u + 1].tile != index;
-      if (tile.slot >= 0) {
-        const int64_t slot = tile.slot + task.segment - tile.first_segment;
-        kernels->attend_segment(args_, task, more ? &next : nullptr, scratch, partial(slots_, slot));
-        // Whoever ends a tile's last segment merges them all.
-        auto &unfinished = space_.unfinished[static_cast<std::size_t>(index)];
-        if (unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) merge_slots(thread, index);
+    for (int64_t u = begin; u < end; ++u) {
+      const Unit &unit = unit_at(u);
+      const Unit *next = u + 1 < end ? &unit_at(u + 1) : nullptr;
+      const SegmentTask &task = unit.task, *next_task = next ? &next->task : nullptr;
+      if (unit.slot >= 0) {
+        kernels->attend_segment(args_, task, next_task, scratch, slot_rows(unit, task.first_token));
+        // Whoever ends a tile's last unit merges all of them.
+        for (int64_t tile = unit.first_tile; tile < unit.first_tile + unit.num_tiles; ++tile) {
+          auto &unfinished = plan_.unfinished[static_cast<std::size_t>(tile)];
+          if (unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) merge_slots(thread, tile);
+        }
       } else {
-        const int64_t total = 2 * thread;
+        const Tile &tile = tile_at(unit.first_tile);
         const bool direct = task.segment == tile.first_segment && task.num_tokens == tile.num_tokens;
-        const Partial out = partial(totals_, direct ? total : total + 1);
-        kernels->attend_segment(args_, task, more ? &next : nullptr, scratch, out);
-        if (!direct) fold(thread, tile, task, out);
-        if (last) write_output(thread, tile);
+        const Partial rows = thread_rows(thread, direct ? 0 : 1);
+        kernels->attend_segment(args_, task, next_task, scratch, rows);
+        if (!direct) fold(thread, tile, task.segment, task.first_token, task.first_token + task.num_tokens, rows);
+        if (!next || next->first_tile != unit.first_tile) write_output(thread, tile);
       }
     }
   }
 
-  // Adds a segment's rows to the thread's totals; a token's first segment begins them.
-  void fold(int thread, const Tile &tile, const SegmentTask &task, const Partial &rows) {
-    int64_t token = task.first_token;
-    const int64_t end = token + task.num_tokens;
+  // Adds rows of tokens [token, end) at a segment to the thread's sums; a token's first segment begins them.
+  void fold(int thread, const Tile &tile, int64_t segment, int64_t token, int64_t end, const Partial &rows) {
+    const int64_t first = token;
     while (token < end) {
       int64_t stop = token + 1;
-      const bool begins = first_segment(token) == task.segment;
-      while (stop < end && (first_segment(stop) == task.segment) == begins) ++stop;
-      const Partial total = partial(totals_, 2 * thread, token - tile.first_token);
-      const int64_t skipped = (token - task.first_token) * group_, count = (stop - token) * group_;
+      const bool begins = first_segment(token) == segment;
+      while (stop < end && (first_segment(stop) == segment) == begins) ++stop;
+      const Partial total = thread_rows(thread, 0, token - tile.first_token);
+      const int64_t skipped = (token - first) * group_, count = (stop - token) * group_;
       const Partial next{rows.max + skipped, rows.sum + skipped, rows.value + skipped * head_dim_};
       if (begins) {
         std::copy_n(next.max, count, total.max);
@@ -189,14 +105,21 @@ private:
   }
 
   void merge_slots(int thread, int64_t index) {
-    const Tile &tile = space_.tiles[static_cast<std::size_t>(index)];
-    for (int64_t s = 0; s < tile.num_segments; ++s)
-      fold(thread, tile, task_of({index, tile.first_segment + s}), partial(slots_, tile.slot + s));
+    const Tile &tile = tile_at(index);
+    for (int64_t s = 0; s < tile.num_segments; ++s) {
+      const Unit &unit = unit_at(plan_.parts[static_cast<std::size_t>(tile.first_part + s)]);
+      const SegmentTask &task = unit.task;
+      const int64_t first = std::max(tile.first_token, task.first_token);
+      const int64_t end = std::min(tile.first_token + tile.num_tokens, task.first_token + task.num_tokens);
+      fold(thread, tile, task.segment, first, end, slot_rows(unit, first));
+    }
     write_output(thread, tile);
+    // For the next layer; nobody else looks at it before.
+    plan_.unfinished[static_cast<std::size_t>(index)].store(tile.num_segments, std::memory_order_relaxed);
   }
 
   void write_output(int thread, const Tile &tile) const {
-    const Partial total = partial(totals_, 2 * thread);
+    const Partial total = thread_rows(thread, 0);
     for (int64_t token = 0; token < tile.num_tokens; ++token) {
       float *out = args_.out + ((tile.first_token + token) * args_.num_heads + tile.kv_head * group_) * head_dim_;
       for (int64_t h = 0; h < group_; ++h) {
@@ -210,8 +133,9 @@ private:
   ThreadPool &pool_;
   const AttendArgs &args_;
   AttentionSpace &space_;
-  const int64_t threads_, group_, head_dim_;
-  int64_t most_tokens_ = 1, num_slots_ = 0, partial_stride_ = 0, scratch_stride_ = 0;
+  AttendPlan &plan_;
+  const int64_t group_, head_dim_;
+  int64_t total_stride_ = 0, scratch_stride_ = 0;
   float *scratch_ = nullptr, *totals_ = nullptr, *slots_ = nullptr;
 };
 

@@ -159,8 +159,8 @@ inline Work work_of(const AttendArgs &args, const SegmentTask &task, const Segme
   work.head_dim = kv.head_dim;
   work.token_stride = args.num_heads * kv.head_dim;
   work.q = args.q + task.first_token * work.token_stride + task.kv_head * work.group * kv.head_dim;
-  work.first_count = args.positions[task.first_token] + 1 - start;
-  work.window = args.window;
+  work.first_count = task.whole ? kSegment : args.positions[task.first_token] + 1 - start;
+  work.window = task.whole ? kvik::kNoWindow : args.window;
   work.scale = args.scale;
   work.all = {work.seen(0).first, work.seen(work.num_rows - 1).last};
 

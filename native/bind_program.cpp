@@ -218,15 +218,35 @@ int record_norm_qkv(Program &program, int x, Floats<1> norm, float eps, const Pa
       [=, &query, &key, &value](const Step &step) { return product_cost(step.num_tokens, {&query, &key, &value}); });
 }
 
-// Keys and values of a sequence are read once for all of its neighbouring tokens.
+AttendArgs attend_args(const Step &step, const LayerKV &kv, int64_t query_width, int64_t window) {
+  AttendArgs args{};
+  args.kv = kv;
+  args.block_tables = step.block_tables;
+  args.table_width = step.table_width;
+  args.sequence_index = step.sequence_index;
+  args.positions = step.positions;
+  args.num_tokens = step.num_tokens;
+  args.num_heads = query_width / kv.head_dim;
+  args.window = window;
+  return args;
+}
+
+// Keys and values are read once for neighbouring tokens: all of one sequence's, and what several sequences share.
 Cost attend_cost(const Step &step, const LayerKV &kv, int64_t query_width, int64_t window) {
+  const AttendArgs args = attend_args(step, kv, query_width, window);
   double keys = 0, read = 0;
   for (int64_t i = 0; i < step.num_tokens; ++i) {
     const int64_t seen = std::min<int64_t>(window, step.positions[i] + 1);
     const bool goes_on =
         i > 0 && step.sequence_index[i] == step.sequence_index[i - 1] && step.positions[i] == step.positions[i - 1] + 1;
     keys += static_cast<double>(seen);
-    read += static_cast<double>(goes_on ? 1 : seen);
+    if (goes_on) {
+      read += 1;
+      continue;
+    }
+    read += static_cast<double>(seen);
+    for (int64_t segment = 0; i > 0 && segment <= step.positions[i] / kSegment; ++segment)
+      if (shares_segment(args, i - 1, i, segment)) read -= kSegment;
   }
   return {read * static_cast<double>(kv.token_bytes()), 4 * keys * static_cast<double>(query_width)};
 }
@@ -242,10 +262,11 @@ int record_attend(Program &program, int q, const LayerKV &kv, float scale, std::
   return append(
       program, "attend", {q}, in.width, false,
       [=](const Frame &frame, int out) {
-        const Step &step = frame.step;
-        attend(frame.pool(), frame.workspace(),
-               {frame[q], kv, step.block_tables, step.table_width, step.sequence_index, step.positions, step.num_tokens,
-                in.width / kv.head_dim, scale, window, frame[out]});
+        AttendArgs args = attend_args(frame.step, kv, in.width, window);
+        args.q = frame[q];
+        args.scale = scale;
+        args.out = frame[out];
+        attend(frame.pool(), frame.workspace(), args);
       },
       [=](const Step &step) { return attend_cost(step, kv, in.width, window); });
 }
@@ -369,6 +390,17 @@ std::vector<std::tuple<std::string, double, double>> costs(const Program &progra
   return rows;
 }
 
+// (units, those that several runs share, chunks) of each plan that the last run made.
+std::vector<std::tuple<int64_t, int64_t, int64_t>> attend_plans(Program &program) {
+  const nb::gil_scoped_release unlocked; // another thread may be in the middle of a step
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> rows;
+  program.visit_attention([&rows](const AttentionSpace &space) {
+    for (std::size_t i = 0; i < space.num_plans; ++i)
+      rows.emplace_back(space.plans[i].units.size(), space.plans[i].num_shared_units, space.plans[i].chunk_ends.size());
+  });
+  return rows;
+}
+
 bool is_of_logits(const Program &program, int id) {
   require(id >= 0 && id < program.num_values(), "Program: no such value");
   return program.value(id).of_logits;
@@ -420,6 +452,8 @@ void bind_program(nb::module_ &m) {
       .def("costs", &costs, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "sequence_index"_a.noconvert(), "block_tables"_a.noconvert(), "logit_rows"_a.noconvert(),
            "Name, bytes and operations of each op in such a step.")
+      .def_prop_ro("attend_plans", &attend_plans,
+                   "How the last run cut its attention, by shape of layer: units, those that are shared, chunks.")
       .def("is_of_logits", &is_of_logits, "value"_a, "Whether a value has a row for each logit row, not each token.")
       .def("copy_value", &copy_value, "value"_a, "out"_a.noconvert(),
            "Copies the first rows of a value of the last run, if no later op has reused its memory.");

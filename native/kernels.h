@@ -72,10 +72,12 @@ struct AttendArgs {
   float *out;     // (T, num_heads, head_dim)
 };
 
-// Neighbouring tokens of one sequence, at neighbouring positions, that all see something of a segment. A row is the
-// query of a token and a head, so with the heads that share a KV head there are num_tokens * group rows.
+// Neighbouring tokens that all see something of a segment: of one sequence and at neighbouring positions, or of any,
+// where `whole` says that each sees all of it and in the same blocks. A row is the query of a token and a head, so with
+// the heads that share a KV head there are num_tokens * group rows.
 struct SegmentTask {
   int64_t first_token, num_tokens, kv_head, segment;
+  bool whole;
 };
 
 // The running softmax of some rows: value[i] / sum is the attention output so far.

@@ -56,6 +56,7 @@ void Program::run(const Step &step, float *out, int first, int last, double *sec
   for (std::size_t i = 0; i < buffers_.size(); ++i)
     if (i != value(output_).buffer) buffers_[i].get<float>(rows * buffer_widths_[i]);
   last_rows_ = rows;
+  workspace_.attention.begin_step();
   const Frame frame(*this, step, out);
   auto before = std::chrono::steady_clock::now();
   for (int index = first; index < last; ++index) {

@@ -81,6 +81,12 @@ public:
   // guess. False where the last run had fewer.
   bool copy_value(int value, int64_t rows, float *out);
 
+  // Shows what attention keeps, when no run is in progress.
+  template <class Function> void visit_attention(const Function &function) {
+    const std::lock_guard lock(one_run_at_a_time_);
+    function(workspace_.attention);
+  }
+
   const std::vector<Op> &ops() const { return ops_; }
   const Value &value(int index) const { return values_[static_cast<std::size_t>(index)]; }
   int num_values() const { return static_cast<int>(values_.size()); }

@@ -1,13 +1,13 @@
 // Memory that ops use while they run.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <memory>
 #include <new>
 #include <vector>
+
+#include "attend_plan.h"
 
 namespace kvik {
 
@@ -39,22 +39,21 @@ private:
 
 // What attention plans and what it has computed so far.
 struct AttentionSpace {
-  // Neighbouring queries of a sequence at one KV head, and the segments that some of them see.
-  struct Tile {
-    int64_t first_token, num_tokens, kv_head;
-    int64_t first_segment, num_segments;
-    int64_t slot; // of its first segment's result where several chunks share the tile, else -1
-  };
-  struct Unit {
-    int64_t tile, segment;
-  };
+  // The step's plan for such args: layers of one shape have the same.
+  AttendPlan &plan(const AttendArgs &args, int64_t num_threads) {
+    for (std::size_t i = 0; i < num_plans; ++i)
+      if (plans[i].fits(args)) return plans[i];
+    if (num_plans == plans.size()) plans.emplace_back();
+    AttendPlan &made = plans[num_plans];
+    made.make(args, num_threads);
+    ++num_plans;
+    return made;
+  }
+  // Tokens, positions or block tables are others now.
+  void begin_step() { num_plans = 0; }
 
-  std::vector<Tile> tiles;
-  std::vector<Unit> units;
-  std::vector<int64_t> chunk_ends;                    // units
-  std::vector<int64_t> costs;                         // of each unit
-  std::unique_ptr<std::atomic<int64_t>[]> unfinished; // units of each tile
-  int64_t unfinished_size = 0;
+  std::vector<AttendPlan> plans; // those behind num_plans are old ones, for their memory
+  std::size_t num_plans = 0;
   Buffer scratch, totals, slots;
 };
 

@@ -67,14 +67,15 @@ for kind in "${kinds[@]}"; do
     run address asan tests/ops tests/engine/test_several_sequences.py
     say "The same ops in plain C++"
     KVIK_ISA=generic run address asan tests/ops/test_bits.py tests/ops/test_program.py tests/ops/test_packing.py \
+      tests/ops/test_shared_prefix.py tests/ops/test_blocks.py \
       tests/ops/test_garbage.py tests/ops/test_bad_arguments.py -k 'not reference and not instruction_set'
     ;;
   thread)
     build thread thread
     ! setarch "$(uname -m)" -R true 2>/dev/null || without_aslr=(setarch "$(uname -m)" -R)
     say "TSan: the pool, every op shared out among threads, several engines, a fork"
-    run thread tsan tests/ops/test_threads.py tests/ops/test_program.py tests/ops/test_bits.py tests/ops/test_machine_limits.py \
-      tests/engine/test_several_sequences.py
+    run thread tsan tests/ops/test_threads.py tests/ops/test_program.py tests/ops/test_bits.py tests/ops/test_shared_prefix.py \
+      tests/ops/test_machine_limits.py tests/engine/test_several_sequences.py
     ;;
   *)
     echo "unknown: $kind; there are address and thread" >&2

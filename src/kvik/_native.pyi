@@ -253,6 +253,12 @@ class Program:
     ) -> list[tuple[str, float, float]]:
         """Name, bytes and operations of each op in such a step."""
 
+    @property
+    def attend_plans(self) -> list[tuple[int, int, int]]:
+        """
+        How the last run cut its attention, by shape of layer: units, those that are shared, chunks.
+        """
+
     def is_of_logits(self, value: int) -> bool:
         """Whether a value has a row for each logit row, not each token."""
 

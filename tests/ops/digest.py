@@ -17,6 +17,7 @@ from kvik.models.spec import RopeSpec
 from kvik.ops.base import Norm
 from kvik.ops.native import NativeOps
 from ops.arrangement import FloatArray, Heads, random_history, random_weights
+from ops.sharing import filled, random_sharers
 
 
 def outputs(threads: int = 2) -> Iterator[FloatArray]:
@@ -56,6 +57,10 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
             history.write(ops, kv, history.everything)
             yield history.attend(ops, kv, [(0, 490, 530), (1, 0, 40)], window)
             yield history.attend(ops, kv, [(0, 529, 530)], window)
+    for dtype in every_type:  # segments that several sequences share
+        for group, head_dim in ((1, 8), (3, 64), (8, 40)):
+            sharers = random_sharers(Heads(2 * group, 2, head_dim), 9, 4, rng)
+            yield sharers.together(ops, filled(ops, sharers.heads, dtype, sharers.num_blocks, rng))
 
 
 def digest(threads: int = 2) -> str:

@@ -83,6 +83,15 @@ class RecordedStep:
             for call, (name, num_bytes, operations), op_seconds in zip(self.ops, costs, seconds, strict=True)
         ]
 
+    @property
+    def attend_plans(self) -> list[tuple[int, int, int]]:
+        """How the last run cut its attention, one entry for each shape of layer: units, those shared, chunks.
+
+        A unit is a segment for the rows of one KV head; several neighbouring sequences share it where they hold the
+        same blocks there.
+        """
+        return self._program.attend_plans
+
     def replay(self, batch: Batch) -> Iterator[OpReplay]:
         """Run the step op by op and show each one's inputs and outputs, to be compared with another backend's.
 
