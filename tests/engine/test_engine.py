@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvik.config import SamplingParams
@@ -97,7 +99,7 @@ def test_a_request_that_may_never_end_is_refused(engine: Engine, prompt: list[in
     params = dataclasses.replace(PARAMS, min_tokens=1, stop_token_ids=tuple(range(VOCAB)))
     with pytest.raises(InvalidInput):
         run(engine, prompt, params)
-    engine.scheduler.running.clear()
+    assert_idle(engine)
 
 
 def test_a_stop_token_outside_the_vocabulary_is_refused(engine: Engine, prompt: list[int]) -> None:
@@ -115,6 +117,7 @@ def test_counts_with_the_cache(tiny: LoadedModel, length: int, count: int, token
     engine = Engine(tiny, token_budget=token_budget)
     params = dataclasses.replace(PARAMS, max_tokens=count)
     sequence = run_sequence(engine, engine.new_sequence(random_prompt(tiny, length, 23), params)).sequence
+    assert_idle(engine)
     stats = engine.completion(sequence).stats
     computed = length + count - 1
     assert (stats.num_prompt_tokens, stats.num_cached_tokens, stats.num_completion_tokens) == (length, 0, count)
@@ -127,8 +130,6 @@ def test_counts_with_the_cache(tiny: LoadedModel, length: int, count: int, token
     assert stats.weight_bytes == (chunks - 1) * without + count * with_logits
     assert stats.time_to_first_token_s > 0
     assert (stats.decode_s > 0) == (count > 1)
-    engine.release(sequence)
-    assert_idle(engine)
 
 
 @pytest.mark.parametrize("token_budget", [7, 512])
@@ -145,8 +146,8 @@ def test_counts_without_the_cache(tiny: LoadedModel, length: int, count: int, to
     assert stats.weight_bytes == steps * weights.step_bytes(with_logits=False) + count * (
         weights.step_bytes(with_logits=True) - weights.step_bytes(with_logits=False)
     )
-    engine.release(sequence)
     assert_idle(engine)
+    assert engine.cache.pool.num_reusable == 0, "nobody finds what was to be forgotten"
 
 
 def test_logprobs_and_seed_come_with_the_completion(engine: Engine, prompt: list[int]) -> None:
@@ -159,7 +160,6 @@ def test_logprobs_and_seed_come_with_the_completion(engine: Engine, prompt: list
     for entry, row in zip(completion.logprobs, result.logits, strict=True):
         assert next(iter(entry.top)) == entry.token_id == row.argmax()
         assert len(entry.top) == 2
-    engine.release(sequence)
     seeds = {engine.new_sequence(prompt, PARAMS).seed for _ in range(5)}
     assert len(seeds) == 5, "a seed of its own is drawn for each request"
 
@@ -194,30 +194,40 @@ def test_a_token_outside_the_vocabulary_is_refused(engine: Engine, token_id: int
 # Blocks.
 
 
-def test_a_sequence_holds_the_blocks_its_tokens_need_and_no_more(engine: Engine, prompt: list[int]) -> None:
-    sequence = engine.new_sequence(prompt, dataclasses.replace(PARAMS, max_tokens=40))
+@pytest.mark.parametrize("park", [False, True])
+def test_a_sequence_holds_the_blocks_its_tokens_need_and_no_more(engine: Engine, prompt: list[int], park: bool) -> None:
+    """At its end they go back, full ones to be found again; a parked one holds them until it is released."""
+    sequence = engine.new_sequence(prompt, dataclasses.replace(PARAMS, max_tokens=40), park=park)
     engine.add(sequence)
-    assert engine.pool.num_held == 0
+    pool = engine.cache.pool
+    assert pool.num_held == 0
     while sequence.finish_reason is None:
         engine.step()
-        engine.scheduler.check([sequence])
-        assert len(sequence.block_table) == -(-sequence.num_computed_tokens // 32)
+        engine.scheduler.check()
+        if sequence.finish_reason is None or park:
+            assert len(sequence.table.block_ids) == pool.num_held == -(-sequence.num_computed_tokens // 32)
+    assert (pool.num_held, pool.num_reusable) == ((3, 0) if park else (0, 2))
+    assert (sequence in engine.scheduler.parked) == park
     engine.release(sequence)
     engine.release(sequence)  # nothing is left to give back
+    assert sequence.table.block_ids == []
+    assert (pool.num_held, pool.num_reusable) == (0, 2), "79 tokens have a key and a value"
     assert_idle(engine)
 
 
-def test_abort_at_every_step(engine: Engine, tiny: LoadedModel) -> None:
-    prompt = random_prompt(tiny, 130, seed=25)
+@pytest.mark.parametrize("park", [False, True])
+def test_abort_at_every_step(tiny: LoadedModel, park: bool) -> None:
+    engine, prompt = Engine(tiny, token_budget=50, prefix_cache=False), random_prompt(tiny, 130, seed=25)
     for num_steps in range(8):
-        sequence = engine.new_sequence(prompt, PARAMS)
+        sequence = engine.new_sequence(prompt, PARAMS, park=park)
         engine.add(sequence)
         for _ in range(num_steps):
             engine.step()
         engine.abort(sequence)
         assert sequence.finish_reason == "abort"
         assert sequence.num_completion_tokens == max(0, num_steps - 2)
-        engine.scheduler.check([sequence])
+        engine.scheduler.check()
+        assert engine.cache.pool.num_held == (-(-sequence.num_computed_tokens // 32) if park else 0)
         engine.release(sequence)
         assert_idle(engine)
 
@@ -227,63 +237,86 @@ def test_abort_of_a_finished_sequence_changes_nothing(engine: Engine, prompt: li
     text = sequence.text.text
     engine.abort(sequence)
     assert (sequence.finish_reason, sequence.text.text) == ("length", text)
-    engine.release(sequence)
     assert_idle(engine)
 
 
-def test_an_exception_in_a_step_leaves_the_accounts_right(
-    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("park", [False, True])
+def test_an_exception_in_a_step_ends_its_sequences_and_leaves_the_accounts_right(
+    engine: Engine, prompt: list[int], park: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = run(engine, prompt, PARAMS)
-    sequence = engine.new_sequence(prompt, PARAMS)
+    engine.clear_cache()
+    sequence = engine.new_sequence(prompt, PARAMS, park=park)
     engine.add(sequence)
     engine.step()
     with monkeypatch.context() as patch:
         patch.setattr(engine, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
-    engine.scheduler.check([sequence])
-    engine.abort(sequence)
-    engine.release(sequence)
+    assert sequence.finish_reason == "abort"
+    assert isinstance(sequence.error, ZeroDivisionError)
+    assert_idle(engine)  # nothing is parked either: its blocks may be half written
+    np.testing.assert_array_equal(run(engine, prompt, PARAMS).logits.view(np.uint32), wanted.logits.view(np.uint32))
+
+
+# Too few blocks: what could never fit is refused at once; what fits waits, or is preempted, and comes to its end.
+
+
+@pytest.mark.parametrize("max_tokens", [30, 2000])
+def test_what_could_never_fit_is_refused_with_both_numbers_and_a_hint_that_works(
+    tiny: LoadedModel, max_tokens: int
+) -> None:
+    block_bytes = Engine(tiny).kv_spec.block_bytes
+    engine = Engine(tiny, kv_memory=8 * block_bytes)
+    prompt, params = random_prompt(tiny, 250, seed=1), dataclasses.replace(PARAMS, max_tokens=max_tokens)
+    with pytest.raises(CacheTooSmall) as caught:
+        engine.new_sequence(prompt, params)
+    most = min(250 + max_tokens, 512)
+    assert f"{-(-(most - 1) // 32)} blocks ({most:,} tokens), the cache has 8" in caught.value.message
+    found = re.fullmatch(r"lower max_tokens to (\d+) or less, or raise kv_memory .* to (\d+) MiB or more", caught.value.hint)
+    assert found is not None, caught.value.hint
     assert_idle(engine)
-    assert run(engine, prompt, PARAMS).token_ids == wanted.token_ids
+    lower, more = int(found[1]), int(found[2])
+    for larger in (Engine(tiny, kv_memory=more << 20), engine):
+        count = lower if larger is engine else max_tokens
+        result = run(larger, prompt, dataclasses.replace(params, max_tokens=count))
+        assert len(result.token_ids) == min(count, 262)
+    with pytest.raises(CacheTooSmall):
+        engine.new_sequence(prompt, dataclasses.replace(params, max_tokens=lower + 1))
 
 
-def test_too_few_blocks_is_an_error_with_numbers_and_takes_nothing(tiny: LoadedModel) -> None:
-    engine = Engine(tiny)
-    held = [engine.new_sequence(random_prompt(tiny, 250, seed), PARAMS) for seed in (1, 2)]
-    for sequence in held[:1]:
-        run_sequence(engine, sequence)
-    blocks = engine.pool.allocate(engine.pool.num_free - 3)  # another holder leaves three
+def test_a_prompt_that_could_never_fit_is_not_told_to_lower_max_tokens(tiny: LoadedModel) -> None:
+    engine = Engine(tiny, kv_memory=8 * Engine(tiny).kv_spec.block_bytes)
+    with pytest.raises(CacheTooSmall) as caught:
+        engine.new_sequence(random_prompt(tiny, 300, seed=1), PARAMS)
+    assert caught.value.hint.startswith("raise kv_memory")
+
+
+def test_blocks_that_nobody_gives_back_are_an_error_with_numbers(tiny: LoadedModel) -> None:
+    """It can only happen to what was promised room before: here another holder takes it away."""
+    engine = Engine(tiny, kv_memory=16 * Engine(tiny).kv_spec.block_bytes)
+    waiting = engine.new_sequence(random_prompt(tiny, 250, seed=2), PARAMS)
+    running = engine.new_sequence(random_prompt(tiny, 60, seed=26), dataclasses.replace(PARAMS, max_tokens=100))
+    blocks = engine.cache.pool.allocate(13)
     assert blocks is not None
-    engine.add(held[1])
+    holder = _holder(engine, blocks)
+    engine.add(waiting)
     assert engine.step() is None
-    assert isinstance(held[1].error, CacheTooSmall)
-    assert held[1].error.message == "250 tokens need 8 more blocks, the cache has 3 of 16 free"
-    assert held[1].finish_reason == "abort"
-    assert held[1].block_table == []
-    engine.pool.release(blocks)
-    for sequence in held:
-        engine.release(sequence)
-    assert_idle(engine)
-
-
-def test_too_few_blocks_in_the_middle_of_a_completion(tiny: LoadedModel) -> None:
-    engine = Engine(tiny)
-    sequence = engine.new_sequence(random_prompt(tiny, 60, seed=26), dataclasses.replace(PARAMS, max_tokens=100))
-    blocks = engine.pool.allocate(engine.pool.num_free - 2)
-    engine.add(sequence)
-    for _ in range(5):
+    assert isinstance(waiting.error, CacheTooSmall)
+    assert waiting.error.message == "250 tokens need 8 blocks, of the cache's 16 others hold 13"
+    assert (waiting.finish_reason, waiting.table.block_ids) == ("abort", [])
+    engine.add(running)
+    while running.finish_reason is None:
         engine.step()
-    assert engine.step() is None
-    assert isinstance(sequence.error, CacheTooSmall)
-    assert sequence.error.message.startswith("65 tokens need 1 more blocks")
-    assert sequence.num_completion_tokens == 5
-    assert blocks is not None
-    engine.scheduler.check([_holder(engine, blocks)])  # what it held is free again
+        engine.scheduler.check([holder])
+    assert isinstance(running.error, CacheTooSmall)
+    assert running.error.message == "97 tokens need 4 blocks, of the cache's 16 others hold 13"
+    assert running.num_completion_tokens == 37, "what it had written stays"
+    engine.cache.pool.release(blocks)
+    assert_idle(engine)
 
 
 def _holder(engine: Engine, blocks: list[int]) -> Sequence:
     sequence = engine.new_sequence([1], PARAMS)
-    sequence.block_table = blocks
+    sequence.table.block_ids = blocks
     return sequence

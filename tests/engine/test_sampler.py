@@ -12,6 +12,8 @@ import pytest
 
 from kvik.config import MOST_SEED, SamplingParams
 from kvik.engine import sampler as sampler_module
+from kvik.cache import BlockTable
+from kvik.cache.radix import Namespace
 from kvik.engine.output import TextStream
 from kvik.engine.sampler import StepLogits, apply_penalties, choose, draw, prompt_logprobs, token_logprobs, uniform
 from kvik.engine.sequence import Sequence
@@ -42,6 +44,8 @@ def sequence_of(
         seed=seed,
         stop_token_ids=frozenset(stop_token_ids),
         text=text,
+        table=BlockTable(Namespace("f16")),
+        most_tokens=1 << 20,
     )
 
 
