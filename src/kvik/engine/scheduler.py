@@ -53,7 +53,9 @@ class Scheduler:
         return len(self.waiting) >= self.max_waiting
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises `QueueFull`."""
+        """Queue a sequence, unless it was aborted before it came. Raises `QueueFull`."""
+        if sequence.finish_reason is not None:
+            return
         if self.is_full:
             raise QueueFull(
                 f"{len(self.waiting):,} requests wait, the engine takes {self.max_waiting:,}",
