@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+import kvik.engine.engine as engine_module
 import kvik.engine.llm as llm_module
 from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
-from kvik.engine.output import Completion, Piece
-from kvik.errors import CacheTooSmall, InvalidInput, ModelError, ModelNotFound, NotEnoughMemory, PromptTooLong
+from kvik.engine.output import Completion, Piece, TextStream
+from kvik.errors import InvalidInput, ModelError, ModelNotFound, NotEnoughMemory, PromptTooLong
 from kvik.models.loader import LoadedModel
 from kvik.models.spec import RopeSpec
 from models import altered, assert_idle, random_prompt
@@ -94,7 +96,8 @@ def test_closing_a_stream_early_gives_everything_back(llm: LLM, num_pieces: int,
     stream = llm.stream(TEXT, PARAMS, use_cache=use_cache)
     for _ in range(num_pieces):
         next(stream)
-    assert llm.engine.pool.num_held > 0
+    assert llm.engine.scheduler.has_work
+    assert (llm.engine.cache.pool.num_held > 0) == use_cache, "without the cache, nothing is kept from step to step"
     stream.close()  # type: ignore[attr-defined]
     assert_idle(llm.engine)
     assert content(llm.generate(TEXT, PARAMS)[0]) == wanted
@@ -179,34 +182,39 @@ def test_a_stream_closed_beside_another(llm: LLM) -> None:
     assert_idle(llm.engine)
 
 
-def test_a_stream_that_fails_does_not_touch_the_other(tiny_path: Path) -> None:
-    """Two prompts that only fit one after the other: the second alone is told so, and the first is whole."""
-    llm = LLM(str(tiny_path), threads=1, context=256)
+def test_streams_that_only_fit_one_after_the_other_are_both_complete_and_right(tiny_path: Path) -> None:
+    """The second waits until the first is done, whichever of them is asked for its piece."""
+    spec = LLM(str(tiny_path), threads=1).engine.kv_spec
+    llm = LLM(str(tiny_path), threads=1, kv_memory=8 * spec.block_bytes)
     prompts = [random_prompt(llm.model, 200, seed) for seed in (1, 2)]
-    wanted = content(llm.generate(prompts[0], PARAMS)[0])
-    first, second = (llm.stream(prompt, PARAMS) for prompt in prompts)
-    pieces = [next(first)]
-    with pytest.raises(CacheTooSmall):
-        next(second)
-    pieces += first
-    assert content(collect(pieces)) == wanted
+    wanted = [content(llm.generate(prompt, PARAMS)[0]) for prompt in prompts]
+    for order in ([0, 1], [1, 0], [1] * 30):
+        streams = [llm.stream(prompt, PARAMS) for prompt in prompts]
+        assert [content(collect(pieces)) for pieces in alternate(streams, order)] == wanted
     assert_idle(llm.engine)
 
 
-def test_a_failure_is_told_to_the_stream_that_it_belongs_to(tiny_path: Path) -> None:
-    """The first stream's next block is not there; it is the second that happens to be asked for its piece."""
-    llm = LLM(str(tiny_path), threads=1, context=256)
-    long, short = random_prompt(llm.model, 60, seed=1), random_prompt(llm.model, 5, seed=2)
-    wanted = content(llm.generate(short, PARAMS)[0])
-    first, second = llm.stream(long, dataclasses.replace(PARAMS, max_tokens=100)), llm.stream(short, PARAMS)
+def test_a_failure_is_told_to_the_stream_that_it_belongs_to(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the second that happens to be asked for its piece when the first one's text goes wrong."""
+    wanted = content(llm.generate("Another story", PARAMS)[0])
+    first, second = llm.stream(TEXT, PARAMS), llm.stream("Another story", PARAMS)
+    pieces = [next(second)]
     next(first)
-    others = llm.engine.pool.allocate(llm.engine.pool.num_free - 1)  # room for the second's five tokens
-    assert others is not None
-    pieces = list(second)
+    with monkeypatch.context() as patch:
+        add = TextStream.add
+        assert len(llm.engine.scheduler.running) == 2
+        broken = next(each for each in llm.engine.scheduler.running if each.num_prompt_tokens > 60).text
+
+        def fail(text: TextStream, token_id: int, *, may_stop: bool = True) -> None:
+            if text is broken:
+                raise ZeroDivisionError
+            add(text, token_id, may_stop=may_stop)
+
+        patch.setattr(TextStream, "add", fail)
+        pieces += second
     assert content(collect(pieces)) == wanted
-    with pytest.raises(CacheTooSmall):
+    with pytest.raises(ZeroDivisionError):
         list(first)
-    llm.engine.pool.release(others)
     assert_idle(llm.engine)
 
 
@@ -241,9 +249,16 @@ def test_options_reach_the_engine(tiny_path: Path) -> None:
     llm = LLM(str(tiny_path), activations="int16", kv_dtype="f32", context=100, threads=3, token_budget=9)
     assert (llm.engine.kv_spec.dtype, llm.model.context, llm.engine.scheduler.token_budget) == ("f32", 100, 9)
     assert (llm.model.decoder.ops.activations, llm.model.decoder.ops.num_threads) == ("int16", 3)  # type: ignore[attr-defined]
-    assert llm.engine.pool.num_blocks == 8
+    assert llm.engine.cache.pool.num_blocks == 16 * 8, "sixteen contexts, each in whole superblocks"
+    assert (llm.engine.scheduler.max_running, llm.engine.scheduler.max_waiting) == (9, 1024)
     other = llm.new_engine()
-    assert other.pool is not llm.engine.pool
+    assert other.cache.pool is not llm.engine.cache.pool
+    options = {"kv_memory": 1 << 20, "prefix_cache": False, "max_running": 3, "max_waiting": 5}
+    llm = LLM(str(tiny_path), threads=1, **options)  # type: ignore[arg-type]
+    for engine in (llm.engine, llm.new_engine()):
+        assert engine.cache.pool.num_blocks == (1 << 20) // (8 * engine.kv_spec.block_bytes) * 8
+        assert (engine.cache.prefix_cache, engine.scheduler.max_running, engine.scheduler.max_waiting) == (False, 3, 5)
+    other = llm.new_engine()
     assert other.kv_spec == llm.engine.kv_spec
 
 
@@ -270,11 +285,22 @@ def test_a_context_past_the_model_s_is_refused_before_anything_is_made_for_it(
 def test_a_cache_larger_than_the_memory_is_refused_with_what_fits(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm_module, "available_memory_bytes", lambda: 100_000)
-    with pytest.raises(NotEnoughMemory, match="512 tokens") as caught:
+    with_room = LLM(str(tiny_path)).engine.kv_spec
+    context_bytes = 16 * with_room.block_bytes
+    for module in (engine_module, llm_module):
+        monkeypatch.setattr(module, "available_memory_bytes", lambda: context_bytes - 1)
+    with pytest.raises(NotEnoughMemory, match="a cache of 16 blocks") as caught:
         LLM(str(tiny_path))
-    fits = next(int(word) for word in caught.value.hint.split() if word.isdigit())
-    assert LLM(str(tiny_path), context=fits).model.context == fits
+    found = re.search(r"context to (\d+) or less .*kv_memory to (\d+) MiB or less", caught.value.hint)
+    assert found is not None
+    assert LLM(str(tiny_path), context=int(found[1])).model.context == int(found[1])
+    for module in (engine_module, llm_module):
+        monkeypatch.setattr(module, "available_memory_bytes", lambda: 100 << 20)
+    with pytest.raises(NotEnoughMemory) as caught:
+        LLM(str(tiny_path), kv_memory=200 << 20)
+    found = re.search(r"kv_memory to (\d+) MiB or less", caught.value.hint)
+    assert found is not None
+    LLM(str(tiny_path), kv_memory=int(found[1]) << 20)
 
 
 def test_chat(llm: LLM, tiny_path: Path, tmp_path: Path) -> None:

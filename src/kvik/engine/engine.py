@@ -358,11 +358,12 @@ def num_pool_blocks(spec: KVCacheSpec, context: int, kv_memory: int | str) -> in
         num_blocks = max(one_context, min(AUTO_CONTEXTS * one_context, most))
     if num_blocks * spec.block_bytes > available:
         fits = available * 3 // 4
+        context = spec.num_blocks_within(fits) * spec.block_size
+        advice = f"the context to {context} or less (`--context`), or " if kv_memory == "auto" else ""
         raise NotEnoughMemory(
             f"a cache of {num_blocks:,} blocks takes {num_blocks * spec.block_bytes / 2**30:,.1f} GiB,"
             f" the machine has {available / 2**30:,.1f} GiB available",
-            hint=f"set the context to {fits // spec.token_bytes:,} or less (`--context`), or kv_memory"
-            f" to {fits // 2**20:,} MiB or less",
+            hint=f"set {advice}kv_memory to {fits // 2**20:,} MiB or less",
         )
     return num_blocks
 
