@@ -64,10 +64,10 @@ def test_more_tokens_than_the_context_are_refused(kvik: Kvik) -> None:
 
 
 def test_measuring_leaves_no_block_behind(tiny: Path) -> None:
-    engine = LLM(str(tiny), context=200).engine
+    engine = LLM(str(tiny), context=200, prefix_cache=False).engine
     measure.prefill_rate(engine, 50)
     measure.decode_rate(engine, 5, depth=40)
     measure.profile_prefill(engine, 30, rounds=1)
     measure.profile_decode(engine, depth=0, rounds=1)
-    assert engine.pool.num_free == engine.pool.num_blocks
+    assert engine.cache.pool.num_free == engine.cache.pool.num_blocks
     assert engine.step() is None

@@ -10,13 +10,14 @@ from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput
 from kvik.models.loader import LoadedModel
-from models import assert_idle, num_common_tokens, random_prompt, run, run_sequence, shuffle_free_blocks
+from models import FloatArray, assert_idle, num_common_tokens, random_prompt, run, run_sequence, shuffle_free_blocks
 
 PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
 VOCAB = 320
 
 
-def test_sequences_run_in_order_of_arrival_and_do_not_touch_each_other(tiny: LoadedModel) -> None:
+def test_sequences_run_together_and_do_not_touch_each_other(tiny: LoadedModel) -> None:
+    """Prompts share the steps' tokens in order of arrival; whoever has computed its own writes a token a step."""
     prompts = [random_prompt(tiny, length, seed=27 + length) for length in (33, 90, 64, 7)]
     alone = [run(Engine(tiny), prompt, PARAMS) for prompt in prompts]
     engine = Engine(tiny, token_budget=20)
@@ -24,17 +25,24 @@ def test_sequences_run_in_order_of_arrival_and_do_not_touch_each_other(tiny: Loa
     sequences = [engine.new_sequence(prompt, PARAMS) for prompt in prompts]
     for sequence in sequences:
         engine.add(sequence)
-    finished: list[Sequence] = []
-    while engine.scheduler.running:
+    rows: dict[Sequence, list[FloatArray]] = {sequence: [] for sequence in sequences}
+    begun: dict[Sequence, None] = {}
+    most_at_once = 0
+    while engine.scheduler.has_work:
         result = engine.step()
         assert result is not None
-        engine.scheduler.check(sequences)
-        assert len(result.sequences) == len(result.logits) <= 1
-        finished += [sequence for sequence in result.sequences if sequence.finish_reason is not None]
-    assert finished == sequences
+        engine.scheduler.check()
+        assert len(result.sequences) == len(result.logits)
+        most_at_once = max(most_at_once, len(result.sequences))
+        for sequence, row in zip(result.sequences, result.logits, strict=True):
+            begun[sequence] = None
+            rows[sequence].append(row)
+    assert list(begun) == sequences
+    assert most_at_once > 1
     for sequence, other in zip(sequences, alone, strict=True):
         assert sequence.completion_ids == other.token_ids
-        engine.release(sequence)
+        np.testing.assert_array_equal(np.stack(rows[sequence]).view(np.uint32), other.logits.view(np.uint32))
+        assert sequence.total_computed_tokens == sequence.num_tokens - 1
     assert_idle(engine)
 
 
@@ -55,45 +63,65 @@ def test_a_previous_sequence_hands_its_blocks_on(tiny: LoadedModel) -> None:
         [(first[0] + 1) % VOCAB, *first[1:]],
         first[:1],
     ):
-        engine = Engine(tiny, token_budget=30)
-        previous = run_sequence(engine, engine.new_sequence(first, PARAMS)).sequence
-        shared = num_common_tokens(previous.token_ids[:-1], second)  # the last token has no key and value
-        turn = run_sequence(engine, engine.new_sequence(second, PARAMS, previous=previous))
-        assert previous.block_table == []
         fresh = run(Engine(tiny), second, PARAMS)
-        assert turn.token_ids == fresh.token_ids
-        np.testing.assert_array_equal(turn.logits.view(np.uint32), fresh.logits.view(np.uint32))
-        stats = engine.completion(turn.sequence).stats
-        assert stats.num_cached_tokens == min(shared, len(second) - 1)
-        assert stats.num_computed_tokens == len(second) + 9 - stats.num_cached_tokens
-        engine.release(turn.sequence)
-        assert_idle(engine)
+        for prefix_cache in (False, True):
+            engine = Engine(tiny, token_budget=30, prefix_cache=prefix_cache)
+            previous = run_sequence(engine, engine.new_sequence(first, PARAMS, park=True)).sequence
+            assert previous.table.block_ids
+            shared = num_common_tokens(previous.token_ids[:-1], second)  # the last token has no key and value
+            turn = run_sequence(engine, engine.new_sequence(second, PARAMS, park=True, previous=previous))
+            assert previous.table.block_ids == []
+            assert list(engine.scheduler.parked) == [turn.sequence]
+            assert turn.token_ids == fresh.token_ids
+            np.testing.assert_array_equal(turn.logits.view(np.uint32), fresh.logits.view(np.uint32))
+            stats = engine.completion(turn.sequence).stats
+            assert stats.num_cached_tokens == min(shared, len(second) - 1)
+            assert stats.num_computed_tokens == len(second) + 9 - stats.num_cached_tokens
+            engine.release(turn.sequence)
+            assert_idle(engine)
 
 
-def test_blocks_of_an_aborted_sequence_can_be_handed_on(tiny: LoadedModel) -> None:
-    """Only what was computed counts, wherever the abort came."""
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_blocks_of_an_aborted_sequence_can_be_handed_on(tiny: LoadedModel, prefix_cache: bool) -> None:
+    """Only what was computed counts, wherever the abort came; one that was not parked leaves its full blocks."""
     prompt = random_prompt(tiny, 100, seed=29)
     fresh = run(Engine(tiny), [*prompt, 9], PARAMS)
     for num_steps in range(6):
-        engine = Engine(tiny, token_budget=30)
-        previous = engine.new_sequence(prompt, PARAMS)
-        engine.add(previous)
-        for _ in range(num_steps):
-            engine.step()
-        engine.abort(previous)
-        turn = run_sequence(engine, engine.new_sequence([*prompt, 9], PARAMS, previous=previous))
-        assert turn.sequence.num_cached_tokens == min(30 * num_steps, 100)
-        np.testing.assert_array_equal(turn.logits.view(np.uint32), fresh.logits.view(np.uint32))
-        engine.release(turn.sequence)
-        assert_idle(engine)
+        for park in (True, False):
+            engine = Engine(tiny, token_budget=30, prefix_cache=prefix_cache)
+            previous = engine.new_sequence(prompt, PARAMS, park=park)
+            engine.add(previous)
+            for _ in range(num_steps):
+                engine.step()
+            engine.abort(previous)
+            turn = run_sequence(engine, engine.new_sequence([*prompt, 9], PARAMS, previous=previous))
+            computed = min(30 * num_steps, 100)
+            left = computed if park else computed // 32 * 32 * prefix_cache
+            assert turn.sequence.num_cached_tokens == left
+            np.testing.assert_array_equal(turn.logits.view(np.uint32), fresh.logits.view(np.uint32))
+            assert_idle(engine)
 
 
 def test_a_refused_prompt_leaves_the_previous_sequence_as_it_was(tiny: LoadedModel) -> None:
-    engine, prompt = Engine(tiny), random_prompt(tiny, 40, seed=21)
-    previous = run_sequence(engine, engine.new_sequence(prompt, PARAMS)).sequence
-    for bad in ([], [VOCAB], [1] * 512):
+    engine, prompt = Engine(tiny, kv_memory=8 * Engine(tiny).kv_spec.block_bytes), random_prompt(tiny, 40, seed=21)
+    previous = run_sequence(engine, engine.new_sequence(prompt, PARAMS, park=True)).sequence
+    for bad in ([], [VOCAB], [1] * 512, [1] * 300):
         with pytest.raises(InvalidInput):
             engine.new_sequence(bad, PARAMS, previous=previous)
-    engine.scheduler.check([previous])
-    turn = engine.new_sequence([*prompt, 1], PARAMS, previous=previous)
+    with pytest.raises(InvalidInput):
+        engine.new_sequence(prompt, PARAMS, previous=previous, salt="")
+    engine.scheduler.check()
+    turn = run_sequence(engine, engine.new_sequence([*prompt, 1], PARAMS, previous=previous)).sequence
     assert turn.num_cached_tokens == len(prompt)
+
+
+def test_a_previous_sequence_that_still_runs_is_aborted(tiny: LoadedModel) -> None:
+    engine, prompt = Engine(tiny), random_prompt(tiny, 40, seed=21)
+    previous = engine.new_sequence(prompt, PARAMS, park=True)
+    engine.add(previous)
+    for _ in range(3):
+        engine.step()
+    turn = engine.new_sequence([*prompt, *previous.completion_ids, 7], PARAMS, previous=previous)
+    assert previous.finish_reason == "abort"
+    assert run_sequence(engine, turn).sequence.num_cached_tokens == 42, "the third token has no key and value"
+    assert_idle(engine)
