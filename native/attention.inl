@@ -195,6 +195,38 @@ template <int bytes> inline void prefetch_bytes(const uint8_t *p) {
   for (int i = 0; i < bytes; i += 64) prefetch(p + i);
 }
 
+// What a thread reads next, fetched a little at a time while there is arithmetic enough to hide it.
+struct Ahead {
+  const uint8_t *tiles[2 * kSuperblock];
+  int num_tiles = 0, tile = 0;
+  int64_t lines = 0, line = 0; // cache lines of a tile, and the next one of them
+  int64_t share = 0;           // lines of one call
+
+  void fetch() {
+    for (int64_t left = share; left > 0 && tile < num_tiles;) {
+      const int64_t end = smaller(lines, line + left);
+      left -= end - line;
+      for (; line < end; ++line) prefetch(tiles[tile] + line * 64);
+      if (line == lines) ++tile, line = 0;
+    }
+  }
+};
+
+inline Ahead ahead_of(const AttendArgs &args, const SegmentTask *next, int64_t num_calls) {
+  Ahead ahead;
+  if (!next) return ahead;
+  const int64_t start = next->segment * kSegment;
+  const int64_t last = smaller(kSegment, args.positions[next->first_token] + 1 - start);
+  const int64_t first = args.positions[next->first_token] + 1 - start - args.window;
+  const int32_t *table = args.block_tables + args.sequence_index[next->first_token] * args.table_width;
+  for (const Side side : {kKey, kValue})
+    for (int64_t i = (first > 0 ? first : 0) / kBlockSize; i * kBlockSize < last; ++i)
+      ahead.tiles[ahead.num_tiles++] = tile_of(args.kv, table[start / kBlockSize + i], next->kv_head, side);
+  ahead.lines = args.kv.tile_bytes / 64;
+  ahead.share = ahead.num_tiles * ahead.lines / num_calls + 1;
+  return ahead;
+}
+
 // Calls function(i, edge) for the vectors of a row that hold columns it sees; `edge` is Count<1> where they hold others
 // too, so that only those pay for telling them apart.
 template <class Function> inline void for_vectors(Span seen, const Function &function) {
@@ -309,7 +341,7 @@ template <class Stored, int rows> inline void add_all_values(const uint8_t *cons
     add_values<Float8, Stored, rows, 1>(tiles, fetch_ahead, tokens, p, head_dim, d, value);
 }
 
-template <class Stored> void attend_floats(const Work &work, float *scores, const Partial &out) {
+template <class Stored> void attend_floats(const Work &work, float *scores, const Partial &out, Ahead &ahead) {
   const int64_t head_dim = work.head_dim;
   const Span all = work.all;
   for (int column = all.first / kBlockSize * kBlockSize; column < all.last;) {
@@ -321,6 +353,7 @@ template <class Stored> void attend_floats(const Work &work, float *scores, cons
       for (int r = 0; r < rows; ++r) q[r] = work.query(row + r);
       const auto *tiles = work.keys + column / kBlockSize;
       float *slice = scores + row * kSegment + column;
+      ahead.fetch();
       if (blocks == 2)
         score_blocks<Stored, rows, 2>(q, tiles, row == 0, head_dim, work.scale, slice);
       else
@@ -328,8 +361,10 @@ template <class Stored> void attend_floats(const Work &work, float *scores, cons
     });
     column += blocks * kBlockSize;
   }
-  for (int64_t row = 0; row < work.num_rows; ++row)
+  for (int64_t row = 0; row < work.num_rows; ++row) {
+    ahead.fetch();
     softmax_row(scores + row * kSegment, work.seen(row), out.max + row, out.sum + row);
+  }
   for (int64_t i = 0; i < work.num_rows * head_dim; i += kLanes) store(out.value + i, zero8());
   for_slices(work.num_rows, [&](int64_t row, auto count) {
     constexpr int rows = decltype(count)::value;
@@ -466,7 +501,7 @@ inline void value_quads(const uint8_t *const *tiles, bool fetch_ahead, Span toke
 }
 
 // Integer sums are exact, so rows may go over tokens that they don't see: those have the factor zero.
-void attend_bytes(const LayerKV &kv, const Work &work, float *scratch, const Partial &out) {
+[[gnu::noinline]] void attend_bytes(const LayerKV &kv, const Work &work, float *scratch, const Partial &out) {
   const int64_t head_dim = work.head_dim, num_rows = work.num_rows;
   const Span all = work.all;
   float *scores = scratch;
@@ -508,17 +543,20 @@ void attend_bytes(const LayerKV &kv, const Work &work, float *scratch, const Par
 void attend_segment(const AttendArgs &args, const SegmentTask &task, const SegmentTask *next, float *scratch,
                     const Partial &out) {
   Work work = work_of(args, task, next);
+  Ahead ahead;
   switch (args.kv.type) {
   case kvik::KVType::int8:
     return attend_bytes(args.kv, work, scratch, out);
   case kvik::KVType::f16:
     if (work.num_rows > 2 * kRowsAtOnce) {
       widen(args.kv, work, scratch + work.num_rows * kSegment);
-      return attend_floats<float>(work, scratch, out);
+      // The tiles' own prefetching sees the widened ones only.
+      ahead = ahead_of(args, next, work.num_rows + (work.num_rows + kRowsAtOnce - 1) / kRowsAtOnce * kSuperblock / 2);
+      return attend_floats<float>(work, scratch, out, ahead);
     }
-    return attend_floats<Half>(work, scratch, out);
+    return attend_floats<Half>(work, scratch, out, ahead);
   default:
-    return attend_floats<float>(work, scratch, out);
+    return attend_floats<float>(work, scratch, out, ahead);
   }
 }
 
