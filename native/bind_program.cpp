@@ -25,14 +25,16 @@ const Program::Value &checked_value(const Program &program, int id) {
 }
 
 int append(Program &program, std::string name, std::vector<int> inputs, int64_t width, bool of_logits,
-           std::function<void(const Frame &, int)> run, std::function<Cost(const Step &)> cost) {
+           std::function<void(const Frame &, int)> run, std::function<Cost(const Step &)> cost,
+           std::vector<const PackedWeight *> weights = {}) {
   require(!program.finished(), "Program: it is finished");
   const int out = program.new_value(width, of_logits);
   program.add_op({std::move(name),
                   std::move(inputs),
                   {out},
                   [run = std::move(run), out](const Frame &frame) { run(frame, out); },
-                  std::move(cost)});
+                  std::move(cost),
+                  std::move(weights)});
   return out;
 }
 
@@ -128,7 +130,8 @@ int record_product(Program &program, const char *name, int x, const PackedWeight
         const Projection projection{&weight, frame[out], residual ? frame[*residual] : nullptr};
         project(frame.pool(), frame.workspace(), rows, {&projection, 1}, fine);
       },
-      [=, &weight](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&weight}); });
+      [=, &weight](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&weight}); },
+      {&weight});
 }
 
 int record_linear(Program &program, int x, const PackedWeight &weight, std::optional<int> residual) {
@@ -151,7 +154,8 @@ int record_norm_gated(Program &program, int x, Floats<1> norm, float eps, const 
         project_gated(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width, norm.data(), eps}, gate, up,
                       frame[out], fine);
       },
-      [=, &gate, &up](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&gate, &up}); });
+      [=, &gate, &up](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&gate, &up}); },
+      {&gate});
 }
 
 void check_tokens(const Program::Value &value, const char *what) { require(!value.of_logits, what); }
@@ -215,7 +219,8 @@ int record_norm_qkv(Program &program, int x, Floats<1> norm, float eps, const Pa
         project_qkv(frame.pool(), frame.workspace(), {frame[x], frame.step.num_tokens, in.width, norm.data(), eps},
                     args, frame[out], fine);
       },
-      [=, &query, &key, &value](const Step &step) { return product_cost(step.num_tokens, {&query, &key, &value}); });
+      [=, &query, &key, &value](const Step &step) { return product_cost(step.num_tokens, {&query, &key, &value}); },
+      {&query, &key, &value});
 }
 
 AttendArgs attend_args(const Step &step, const LayerKV &kv, int64_t query_width, int64_t window) {

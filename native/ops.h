@@ -39,6 +39,9 @@ struct RopeArgs {
 void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span<const Projection> projections,
              bool fine);
 
+// Where in these weights, whose products are computed together, a thread of the pool begins.
+const uint8_t *first_weights(const ThreadPool &pool, std::span<const PackedWeight *const> weights, int thread);
+
 // out = silu(gate(x)) * up(x): (T, rows of each weight).
 void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const PackedWeight &gate,
                    const PackedWeight &up, float *out, bool fine);

@@ -5,6 +5,10 @@
 
 namespace kvik {
 
+namespace {
+constexpr int64_t kFewTokens = 4;
+} // namespace
+
 float *Frame::operator[](int value) const {
   if (value == program_.output_) return out_;
   return program_.buffers_[program_.value(value).buffer].get<float>(0);
@@ -49,6 +53,16 @@ void Program::finish(int output) {
   buffers_ = std::vector<Buffer>(holder.size());
 }
 
+void Program::announce_after(std::size_t index) {
+  for (std::size_t next = 1; next <= ops_.size(); ++next) {
+    const Op &op = ops_[(index + next) % ops_.size()];
+    if (op.weights.empty()) continue;
+    for (int thread = 0; thread < pool_.num_threads(); ++thread)
+      pool_.announce(thread, first_weights(pool_, op.weights, thread));
+    return;
+  }
+}
+
 void Program::run(const Step &step, float *out, int first, int last, double *seconds) {
   const std::lock_guard lock(one_run_at_a_time_);
   const int64_t rows = std::max(step.num_tokens, step.num_logits);
@@ -60,6 +74,8 @@ void Program::run(const Step &step, float *out, int first, int last, double *sec
   const Frame frame(*this, step, out);
   auto before = std::chrono::steady_clock::now();
   for (int index = first; index < last; ++index) {
+    // With more tokens the time goes into arithmetic, and memory keeps up.
+    if (step.num_tokens <= kFewTokens) announce_after(static_cast<std::size_t>(index));
     ops_[static_cast<std::size_t>(index)].run(frame);
     if (!seconds) continue;
     const auto now = std::chrono::steady_clock::now();

@@ -58,6 +58,7 @@ public:
     std::vector<int> inputs, outputs;
     std::function<void(const Frame &)> run;
     std::function<Cost(const Step &)> cost;
+    std::vector<const PackedWeight *> weights{}; // whose rows are shared out together
   };
 
   // Bounds that every step must keep, gathered from the ops.
@@ -98,6 +99,9 @@ public:
 
 private:
   friend class Frame;
+
+  // Tells the pool's threads what they read after an op: the weights of the next one that has any.
+  void announce_after(std::size_t index);
 
   ThreadPool &pool_;
   bool fine_;

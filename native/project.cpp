@@ -76,6 +76,18 @@ void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span
   });
 }
 
+const uint8_t *first_weights(const ThreadPool &pool, std::span<const PackedWeight *const> weights, int thread) {
+  int64_t row_blocks = 0;
+  for (const PackedWeight *weight : weights) row_blocks += weight->row_blocks();
+  int64_t first = pool.first_of_ranges(row_blocks, kRowGrain, thread);
+  for (const PackedWeight *weight : weights) {
+    const int64_t count = weight->row_blocks();
+    if (first < count) return weight->data.get() + weight->num_bytes / count * first;
+    first -= count;
+  }
+  return nullptr;
+}
+
 void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const PackedWeight &gate,
                    const PackedWeight &up, float *out, bool fine) {
   if (in.num_tokens == 0) return;

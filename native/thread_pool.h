@@ -31,7 +31,16 @@ public:
   // Ranges that cover [0, count), cut at multiples of `grain`.
   void for_ranges(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)> &job);
 
+  // Where the range begins that `for_ranges` of so much will give this thread first.
+  int64_t first_of_ranges(int64_t count, int64_t grain, int thread) const;
+
+  // Says what a thread will read after the present job. It fetches the beginning as soon as it has nothing else to do:
+  // memory would stand idle while a job ends and the next is prepared. Any address will do, nothing is read through it.
+  void announce(int thread, const uint8_t *data);
+
 private:
+  int64_t num_range_chunks(int64_t pieces) const;
+
   // Apart from the pool, because a forked child has no use for its copy: the threads exist in the parent only, and
   // their handles can be neither joined nor destroyed. The child leaks it and makes its own.
   struct Shared;
