@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -101,7 +100,9 @@ class Bench:
         sequences = [self._queue(engine, self.new_prompt(PROMPT), ANSWER) for _ in range(NUM_REQUESTS)]
         rate, share = self._decode(engine, clock, sequences)
         self.figures.add("32 requests, decode, tok/s", rate)
-        self.figures.add("32 requests, whole run, generated tok/s", NUM_REQUESTS * ANSWER / (time.perf_counter() - started_s))
+        self.figures.add(
+            "32 requests, whole run, generated tok/s", NUM_REQUESTS * ANSWER / (time.perf_counter() - started_s)
+        )
         self.figures.add("Python's share of a step, batch 32", share)
 
     def peer_many_requests(self) -> None:
@@ -122,12 +123,12 @@ class Bench:
             engine = self.llm.new_engine()
             clock = Clock(engine)
             started_s = time.perf_counter()
-            sequences = [
-                self._queue(engine, prompt, ANSWER, salt) for prompt, salt in zip(prompts, salts, strict=True)
-            ]
+            sequences = [self._queue(engine, prompt, ANSWER, salt) for prompt, salt in zip(prompts, salts, strict=True)]
             rate, _ = self._decode(engine, clock, sequences)
             self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: decode step, ms", 1e3 * NUM_SHARERS / rate)
-            self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: whole run, s", time.perf_counter() - started_s)
+            self.figures.add(
+                f"16 requests of 1,520 tokens, prefix {name}: whole run, s", time.perf_counter() - started_s
+            )
             computed = sum(sequence.total_computed_tokens for sequence in sequences) - NUM_SHARERS * (ANSWER - 1)
             self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: prompt tokens computed", computed)
 
@@ -175,7 +176,12 @@ def table(figures: Figures) -> str:
     shared, unshared = ("16 requests of 1,520 tokens, prefix " + name for name in ("shared", "unshared"))
     for name, above, below, asked in (
         ("32 requests to one, decode", "32 requests, decode, tok/s", "decode alone, tok/s", 4),
-        ("32 requests to llama.cpp's, decode", "32 requests, decode, tok/s", "llama.cpp, 32 requests, decode, tok/s", 3),
+        (
+            "32 requests to llama.cpp's, decode",
+            "32 requests, decode, tok/s",
+            "llama.cpp, 32 requests, decode, tok/s",
+            3,
+        ),
         (
             "32 requests to llama.cpp's, whole run",
             "32 requests, whole run, generated tok/s",
@@ -202,19 +208,23 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="where llama.cpp was built")
     parser.add_argument("--threads", type=int, default=min(2, available_threads()))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="measurements with TEXT in their name")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="measurements with TEXT in their name"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every round")
     args = parser.parse_args()
 
     bench = Bench(resolve(args.model), args.threads, LlamaCppRuns(args.peers.resolve(), args.threads))
-    measurements = {
+    measurements: dict[str, Callable[[], None]] = {
         "decode alone": bench.decode_alone,
         "many requests": bench.many_requests,
-        "many requests by llama.cpp": partial(bench.peer_many_requests),
+        "many requests by llama.cpp": bench.peer_many_requests,
         "sharing": bench.sharing,
         "seen before": bench.seen_before,
     }
-    chosen = {name: run for name, run in measurements.items() if not args.only or any(text in name for text in args.only)}
+    chosen = {
+        name: run for name, run in measurements.items() if not args.only or any(text in name for text in args.only)
+    }
     missing: dict[str, str] = {}
     interrupted = False
     with Progress(console=Console(stderr=True)) as progress:

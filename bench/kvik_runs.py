@@ -70,7 +70,9 @@ class KvikRuns:
         key = (model, activations, kv_dtype, depth)
         engine, previous = self._deep.get(key) or (self.llm(model, activations, kv_dtype).new_engine(), None)
         # A later round takes over what the first one computed, and computes the last prompt token only.
-        sequence = engine.new_sequence(random_tokens(engine, depth), _params(num_tokens + 1), park=True, previous=previous)
+        sequence = engine.new_sequence(
+            random_tokens(engine, depth), _params(num_tokens + 1), park=True, previous=previous
+        )
         engine.add(sequence)
         while sequence.num_completion_tokens == 0:
             engine.step()

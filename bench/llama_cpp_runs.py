@@ -50,7 +50,7 @@ class LlamaCppRuns:
     def batched(
         self, model: Path, num_sequences: int, num_prompt_tokens: int, num_tokens: int, flash: FlashAttention
     ) -> dict[str, Any]:
-        """What llama-batched-bench says of such a run: t_pp and t_tg in seconds, speed_tg in tokens a second, and more."""
+        """What llama-batched-bench says of such a run: t_pp and t_tg in seconds, speed_tg in tokens a second."""
         context = num_sequences * (num_prompt_tokens + num_tokens)
         counts = ["-npp", num_prompt_tokens, "-ntg", num_tokens, "-npl", num_sequences, "-c", context]
         command = [self._program("llama-batched-bench"), "-m", str(model), *map(str, counts)]

@@ -130,8 +130,7 @@ int record_product(Program &program, const char *name, int x, const PackedWeight
         const Projection projection{&weight, frame[out], residual ? frame[*residual] : nullptr};
         project(frame.pool(), frame.workspace(), rows, {&projection, 1}, fine);
       },
-      [=, &weight](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&weight}); },
-      {&weight});
+      [=, &weight](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&weight}); }, {&weight});
 }
 
 int record_linear(Program &program, int x, const PackedWeight &weight, std::optional<int> residual) {
@@ -154,8 +153,7 @@ int record_norm_gated(Program &program, int x, Floats<1> norm, float eps, const 
         project_gated(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width, norm.data(), eps}, gate, up,
                       frame[out], fine);
       },
-      [=, &gate, &up](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&gate, &up}); },
-      {&gate});
+      [=, &gate, &up](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&gate, &up}); }, {&gate});
 }
 
 void check_tokens(const Program::Value &value, const char *what) { require(!value.of_logits, what); }

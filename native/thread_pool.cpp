@@ -103,7 +103,8 @@ struct ThreadPool::Shared {
     run_chunks(thread, shares[static_cast<std::size_t>(thread)], current, true);
     for (int step = 1; step < num_threads; ++step)
       run_chunks(thread, shares[static_cast<std::size_t>((thread + step) % num_threads)], current, false);
-    if (const uint8_t *ahead = shares[static_cast<std::size_t>(thread)].ahead.exchange(nullptr, std::memory_order_relaxed))
+    if (const uint8_t *ahead =
+            shares[static_cast<std::size_t>(thread)].ahead.exchange(nullptr, std::memory_order_relaxed))
       for (int at = 0; at < kAheadBytes; at += 64) __builtin_prefetch(ahead + at, 0, 2);
   }
 
@@ -115,7 +116,8 @@ struct ThreadPool::Shared {
       const int64_t first = seen >> 16 & 0xffff, last = seen & 0xffff;
       if (static_cast<uint32_t>(seen >> 32) != current || first == last) return;
       const Job *task = job.load(std::memory_order_relaxed);
-      const uint64_t rest = from_front ? Share::packed(current, first + 1, last) : Share::packed(current, first, last - 1);
+      const uint64_t rest =
+          from_front ? Share::packed(current, first + 1, last) : Share::packed(current, first, last - 1);
       if (!share.chunks.compare_exchange_weak(seen, rest, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
       (*task)(thread, from_front ? first : last - 1);
@@ -200,7 +202,8 @@ int64_t ThreadPool::first_of_ranges(int64_t count, int64_t grain, int thread) co
 }
 
 void ThreadPool::announce(int thread, const uint8_t *data) {
-  if (process_id_ == getpid()) shared_->shares[static_cast<std::size_t>(thread)].ahead.store(data, std::memory_order_relaxed);
+  if (process_id_ == getpid())
+    shared_->shares[static_cast<std::size_t>(thread)].ahead.store(data, std::memory_order_relaxed);
 }
 
 void ThreadPool::for_ranges(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)> &job) {

@@ -10,9 +10,9 @@ namespace kvik {
 // Runs one job at a time on up to `num_threads` threads, the caller's among them. A job is cut into chunks. Each thread
 // has neighbouring ones for its own, takes them one by one, and then those that others have not come to; the caller
 // waits only for chunks that another thread has taken. So data are read in the order they lie in, and a thread that the
-// system does not schedule costs its share of speed, and nothing more. Idle threads spin for some tens of microseconds, yield,
-// then sleep. After a fork the child starts its own threads at the next job; only a fork in the middle of another
-// thread's job leaves it a pool that is locked for ever.
+// system does not schedule costs its share of speed, and nothing more. Idle threads spin for some tens of microseconds,
+// yield, then sleep. After a fork the child starts its own threads at the next job; only a fork in the middle of
+// another thread's job leaves it a pool that is locked for ever.
 class ThreadPool {
 public:
   // Called with (thread index, chunk) for each chunk; must not throw.

@@ -1,7 +1,8 @@
 """A model that tells on the cache: each next token is a hash of all tokens that were read through the block table.
 
-Its "keys and values" are the token ids themselves, with their position and the salt of who wrote them. The real engine,
-scheduler, cache and sampler run on it; one block that is wrong, stale, freed or another tenant's changes what is written.
+Its "keys and values" are the token ids themselves, with their position and the salt of who wrote them. The real
+engine, scheduler, cache and sampler run on it; one block that is wrong, stale, freed or another tenant's changes what
+is written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvik.cache import BLOCKS_PER_SUPERBLOCK, BLOCK_SIZE, KVCacheSpec
+from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.config import SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
@@ -139,7 +140,9 @@ class SimulatedEngine(Engine):
         return super()._run(batch)
 
 
-def expected_sequence(engine: Engine, prompt: list[int], params: SamplingParams, seed: int, salt: str | None) -> Sequence:
+def expected_sequence(
+    engine: Engine, prompt: list[int], params: SamplingParams, seed: int, salt: str | None
+) -> Sequence:
     """The same request, written by nothing but the model's definition: no cache, no batch, no engine."""
     tokenizer: Any = FakeTokenizer()
     sequence = Sequence(

@@ -52,8 +52,8 @@ __all__ = [
     "SlowReader",
     "Stats",
     "TemplateError",
-    "TurnStats",
     "TokenLogprobs",
+    "TurnStats",
     "__version__",
 ]
 

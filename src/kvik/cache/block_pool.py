@@ -30,7 +30,8 @@ class BlockPool:
         starts = range(0, num_blocks, BLOCKS_PER_SUPERBLOCK)
         self._sizes = [min(BLOCKS_PER_SUPERBLOCK, num_blocks - start) for start in starts]
         self._free_counts = list(self._sizes)  # free blocks of each superblock
-        self._untouched = dict.fromkeys(range(len(self._sizes) - 1, -1, -1))  # idle and not committed, the lowest on top
+        # Idle and not committed, at first the lowest on top.
+        self._untouched: dict[int, None] = dict.fromkeys(reversed(range(len(self._sizes))))
         self._idle: OrderedDict[int, int] = OrderedDict()  # idle and committed: the clock when it became so
         self._broken: dict[int, None] = {}  # some blocks free, others not
         self._clock = 0
@@ -151,17 +152,15 @@ class BlockPool:
         self._check_superblocks()
 
     def _check_superblocks(self) -> None:
-        untouched = set(self._untouched)
-        assert len(untouched) == len(self._untouched), "a superblock is untouched twice"
         since = list(self._idle.values())
         assert since == sorted(since), "idle superblocks are out of order"
         for superblock, size in enumerate(self._sizes):
             start, count = superblock * BLOCKS_PER_SUPERBLOCK, self._free_counts[superblock]
             assert count == sum(self._is_free[start : start + size]), f"superblock {superblock} is miscounted"
-            idle = (superblock in self._idle) + (superblock in untouched)
+            idle = (superblock in self._idle) + (superblock in self._untouched)
             assert idle == (count == size), f"superblock {superblock} of {count} free blocks is idle {idle} times"
             assert (superblock in self._broken) == (0 < count < size), f"superblock {superblock}: wrong list"
-        committed = self.num_blocks - sum(self._sizes[superblock] for superblock in untouched)
+        committed = self.num_blocks - sum(self._sizes[superblock] for superblock in self._untouched)
         assert self.num_committed == committed, "committed blocks are miscounted"
 
     def _next_free(self, after: int | None) -> int:

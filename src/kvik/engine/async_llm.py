@@ -24,8 +24,8 @@ MOST_PIECES = 4096
 class AsyncLLM:
     """An `LLM` that many tasks of an event loop share; requests are batched as they come.
 
-    Leaving an iterator, or cancelling the task that reads it, aborts the request within a step. When the engine's thread
-    ends, for whatever reason, every request gets `EngineDead`.
+    Leaving an iterator, or cancelling the task that reads it, aborts the request within a step. When the engine's
+    thread ends, for whatever reason, every request gets `EngineDead`.
 
     >>> async with AsyncLLM(LLM("smollm2")) as llm:
     ...     async for piece in llm.stream("Once upon a time"):
@@ -177,7 +177,7 @@ class AsyncLLM:
                 self._beat_s = time.monotonic()
                 self._engine.step()
                 self._deliver()
-        except BaseException as error:  # everyone who waits must hear of it, whatever it was
+        except BaseException as error:  # noqa: BLE001  # all who wait must hear of it, whatever it was
             death = error
         finally:
             with self._lock:

@@ -64,7 +64,7 @@ def search_beams(
                 for token_id, logprob in sequence.logprobs[0].top.items()
             ]
             candidates.sort(key=lambda each: -each[0])
-            going_on = []
+            going_on: list[_Branch] = []
             for logprob, index, token_id in candidates[: 2 * width]:
                 token_ids = [*beams[index].token_ids, token_id]
                 if token_id in ends:
@@ -89,9 +89,7 @@ def search_beams(
     return sorted(found, key=lambda beam: -beam.score)[:width]
 
 
-def _compute(
-    engine: Engine, prompt: SequenceOf[int], beams: list[_Branch], params: SamplingParams
-) -> list[Sequence]:
+def _compute(engine: Engine, prompt: SequenceOf[int], beams: list[_Branch], params: SamplingParams) -> list[Sequence]:
     """One more token for each beam, all in one batch: parked sequences with the logprobs of what may follow."""
     sequences = [
         engine.new_sequence([*prompt, *beam.token_ids], params, park=True, previous=beam.parked) for beam in beams

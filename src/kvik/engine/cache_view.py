@@ -102,5 +102,6 @@ class CacheView:
             text = row.text if len(row.text) <= TEXT_WIDTH else f"{row.text[: TEXT_WIDTH - 2]} …"
             held = f" ×{row.num_holders}" if row.num_holders else ""  # noqa: RUF001
             salt = f" [{row.salt}]" if row.salt is not None else ""
-            lines.append(f"{'  ' * row.level}{row.first_token:,}–{row.first_token + row.num_tokens:,}{held}{salt} {text!r}")  # noqa: RUF001
+            first, end = f"{row.first_token:,}", f"{row.first_token + row.num_tokens:,}"
+            lines.append(f"{'  ' * row.level}{first} … {end}{held}{salt} {text!r}")
         return "\n".join(lines)

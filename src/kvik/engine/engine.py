@@ -93,8 +93,8 @@ class Engine:
         """A checked request, to be given to `add`.
 
         `park` keeps its blocks after its end, for a turn that follows. `previous` is such a turn, aborted here if it
-        still runs: the tokens that both begin with are not computed again. A higher `priority` is served earlier. With a
-        `salt` nothing is shared with requests of another salt, or of none. Raises `InvalidInput`, `PromptTooLong`,
+        still runs: the tokens that both begin with are not computed again. A higher `priority` is served earlier. With
+        a `salt` nothing is shared with requests of another salt, or of none. Raises `InvalidInput`, `PromptTooLong`,
         `CacheTooSmall`.
         """
         if not isinstance(params, SamplingParams):
@@ -262,7 +262,7 @@ class Engine:
                         if token_id != draft_id or sequence.finish_reason is not None:
                             break
                         at += 1
-            except Exception as error:  # whatever it was, it is this request's alone
+            except Exception as error:  # noqa: BLE001  # whatever it was, it is this request's alone
                 for branch in sequence.all_branches():
                     branch.finish("abort", error)
             first = end

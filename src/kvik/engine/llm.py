@@ -86,8 +86,8 @@ class LLM:
         """Completes each prompt, text or token ids, all in one batch; one prompt gives a list of one.
 
         With `params.n` above 1 there are so many completions for each prompt, one after the other. All prompts are
-        checked before any runs; where a request fails while it runs, the others end before its error is raised. A higher
-        `priority` is served earlier; requests of different `salt` share nothing. A terminal shows the progress.
+        checked before any runs; where a request fails while it runs, the others end before its error is raised. A
+        higher `priority` is served earlier; requests of different `salt` share nothing. A terminal shows the progress.
         """
         route: dict[str, Any] = {"keep_cache": use_cache, "priority": priority, "salt": salt}
         sequences = [self.engine.new_sequence(self.encode(prompt), params, **route) for prompt in _as_list(prompts)]

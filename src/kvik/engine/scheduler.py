@@ -69,7 +69,7 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """Choose how many tokens each sequence computes in this step; `None` when nothing is to do.
 
-        Short gaps first, for somebody waits for each token; then the prompts, in order, share what is left of the budget.
+        Short gaps first, for somebody waits for each token; then the prompts, in order, share what is left.
         """
         self._num_steps += 1
         items: dict[Sequence, Scheduled] = {}
@@ -296,7 +296,7 @@ class Scheduler:
         sequence.draft_ids = []
 
     def _begin_branches(self, sequence: Sequence) -> None:
-        """The prompt is computed: the others of the same prompt, which have a first token each by now, go their ways."""
+        """The prompt is computed, and each of its other branches has a first token by now: they go their ways."""
         for branch in sequence.branches:
             if branch.finish_reason is not None:
                 continue

@@ -11,7 +11,6 @@ from kvik.cache import BlockTable, Stop
 from kvik.config import SamplingParams
 from kvik.engine.drafts import NgramDrafts
 from kvik.engine.output import Stats, TextStream, TokenLogprobs
-from kvik.errors import KvikError
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -36,7 +35,9 @@ class Sequence:
     keep_cache: bool = True  # False: forget everything computed after each token, as naive decoding does
     park: bool = False  # keep the blocks after the end, for a turn that follows
     previous: Sequence | None = None  # a parked turn before this one, whose blocks it takes over when it begins
-    branches: list[Sequence] = field(default_factory=list)  # others of the same prompt, which begin with its first token
+    branches: list[Sequence] = field(
+        default_factory=list
+    )  # others of the same prompt, which begin with its first token
     place: tuple[int, int] = (0, 0)  # in the queue, the least first
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, found in the cache when the request began

@@ -71,7 +71,9 @@ class Session:
         `should_stop` is asked between steps, and ends the answer as closing the iterator does.
         """
         if isinstance(params, SamplingParams) and (params.n > 1 or params.echo):
-            raise InvalidInput("a session has one answer a turn", hint="leave n and echo as they are, or use LLM.generate")
+            raise InvalidInput(
+                "a session has one answer a turn", hint="leave n and echo as they are, or use LLM.generate"
+            )
         engine = self.llm.engine
         token_ids = self.llm.render_chat(self.messages)
         self._sequence = engine.new_sequence(
@@ -80,12 +82,14 @@ class Session:
         return self._stream(engine, self._sequence, should_stop)
 
     def fork(self) -> Session:
-        """Another session with the same past, which shares its blocks: only what they come to differ in costs anything."""
+        """Another session with the same past and the same blocks: only what they come to differ in costs anything."""
         fork = Session(self.llm, use_cache=self.use_cache, salt=self.salt)
         fork.messages = [dict(message) for message in self.messages]
         if self._sequence is not None:
             if self._sequence.finish_reason is None:
-                raise InvalidInput("the session is writing", hint="fork it when its answer is whole, or close the stream")
+                raise InvalidInput(
+                    "the session is writing", hint="fork it when its answer is whole, or close the stream"
+                )
             fork._sequence = self.llm.engine.fork(self._sequence)
         return fork
 
