@@ -106,6 +106,9 @@ def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
         "seed",
         "logprobs",
         "ignore_eos",
+        "n",
+        "echo",
+        "speculate",
     }
     assert set(values["stats"]) == {
         "num_prompt_tokens",
@@ -116,6 +119,10 @@ def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
         "decode_s",
         "kv_bytes",
         "weight_bytes",
+        "num_drafted_tokens",
+        "num_accepted_tokens",
+        "num_preemptions",
+        "cache_stop",
         "time_per_output_token_s",
         "tokens_per_s",
         "total_s",
@@ -150,13 +157,14 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
         "frequency_penalty": 0.25,
         "seed": 11,
         "logprobs": 0,
+        "speculate": "ngram",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     arguments += ["--stop", "one", "--stop", "two", "--stop-token-id", "5", "--stop-token-id", "6", "--ignore-eos"]
     engine = ["--activations", "int16", "--kv-dtype", "f32", "--context", "300", "--threads", "1", "--no-cache"]
     engine += ["--kv-memory", "512MiB"]
     values = report(kvik, "hello", *arguments, *engine)
-    others = {"stop": ["one", "two"], "stop_token_ids": [5, 6], "ignore_eos": True}
+    others = {"stop": ["one", "two"], "stop_token_ids": [5, 6], "ignore_eos": True, "n": 1, "echo": False}
     assert values["params"] == options | others
     config = {"activations": "int16", "kv_dtype": "f32", "context": 300, "threads": 1, "kv_memory": 512 << 20}
     config |= {"token_budget": 512, "backend": "native", "prefix_cache": True, "max_running": 64, "max_waiting": 1024}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from kvik.config import Activations, KVDType, SamplingParams
+from kvik.config import Activations, KVDType, SamplingParams, Speculation
 from kvik.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ class SamplingOptions:
     stop: Annotated[list[str] | None, value(SAMPLING, "TEXT", "End before this text; may be repeated.")] = None
     stop_token_id: Annotated[list[int] | None, value(SAMPLING, "ID", "End with this token; may be repeated.")] = None
     seed: Annotated[int | None, value(SAMPLING, "N", "Makes what is drawn repeatable.")] = None
+    speculate: Annotated[
+        Speculation | None, value(SAMPLING, "ngram", "Guess from what followed the same tokens before; same text.")
+    ] = None
 
     def params(self, **others: Any) -> SamplingParams:
         """The checked parameters; `others` are those that a command has options of its own for."""

@@ -100,6 +100,8 @@ def stats_line(stats: Stats, finish_reason: str, *, use_cache: bool) -> str:
         f"{rate(stats.tokens_per_s)} tok/s",
         f"KV {mebibytes(stats.kv_bytes)}",
     ]
+    if stats.num_drafted_tokens:
+        parts.append(f"guessed right {stats.num_accepted_tokens:,} of {stats.num_drafted_tokens:,}")
     if not use_cache:
         parts.append(f"no cache: {stats.num_computed_tokens:,} tokens computed")
     if finish_reason == "length":
