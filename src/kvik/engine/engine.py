@@ -6,8 +6,10 @@ import reprlib
 import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,6 +77,8 @@ class Engine:
             self.cache, token_budget=token_budget, max_running=max_running, max_waiting=max_waiting
         )
         self.lock = threading.RLock()
+        self._depth = 0  # of calls that change something, by the thread that holds the lock
+        self._forgotten: deque[tuple[Sequence | None, BlockTable | None]] = deque()
         self.prefill_token_s: float | None = None  # a prompt token's share of a step's time, of the newest long chunk
         weights = model.decoder.weights
         self._step_bytes = {wanted: weights.step_bytes(with_logits=wanted) for wanted in (False, True)}
@@ -123,7 +127,7 @@ class Engine:
         ]
         sequence = branches[0]
         sequence.branches = branches[1:]
-        with self.lock:
+        with self._exclusive():
             self._check_room(sequence)
             if previous is not None:
                 self.scheduler.abort(previous)
@@ -132,14 +136,14 @@ class Engine:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence and start its clock. Raises `QueueFull`."""
-        with self.lock:
+        with self._exclusive():
             for branch in sequence.all_branches():
                 branch.started_s = time.perf_counter()
             self.scheduler.add(sequence)
 
     def step(self) -> StepResult | None:
         """Advance by one step; `None` when nothing is to do."""
-        with self.lock:
+        with self._exclusive():
             batch = self.scheduler.schedule()
             if batch is None:
                 self._trim()
@@ -152,17 +156,30 @@ class Engine:
 
     def abort(self, sequence: Sequence) -> None:
         """Stop a sequence that is not finished; a finished one stays as it is."""
-        with self.lock:
+        with self._exclusive():
             self.scheduler.abort(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Give back the blocks of a parked sequence."""
-        with self.lock:
+        with self._exclusive():
             self.scheduler.release(sequence)
+
+    def forget(self, sequence: Sequence | None, pin: BlockTable | None) -> None:
+        """Abort and release a sequence and its pin, now or after the step that is going on.
+
+        For finalisers: Python may run one anywhere, in the middle of a step too.
+        """
+        self._forgotten.append((sequence, pin))
+        if self._depth == 0 and self.lock.acquire(blocking=False):
+            try:
+                with self._exclusive():
+                    pass
+            finally:
+                self.lock.release()
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A finished sequence once more, parked beside the first if that one is: it costs no block until it goes on."""
-        with self.lock:
+        with self._exclusive():
             assert sequence.finish_reason is not None
             copy = replace(
                 sequence, token_ids=list(sequence.token_ids), table=self.cache.new_table(sequence.table.namespace.salt)
@@ -176,7 +193,7 @@ class Engine:
 
         It is refused where a request that waits or runs could no longer be served.
         """
-        with self.lock:
+        with self._exclusive():
             pin = self.cache.pin(sequence.table)
             for other in (*self.scheduler.waiting, *self.scheduler.running):
                 try:
@@ -192,12 +209,12 @@ class Engine:
 
     def unpin(self, pin: BlockTable) -> None:
         """Let go what `pin` kept."""
-        with self.lock:
+        with self._exclusive():
             self.cache.unpin(pin)
 
     def clear_cache(self) -> None:
         """Forget every block that nobody holds, and give the memory of free ones back."""
-        with self.lock:
+        with self._exclusive():
             self.cache.clear()
             self._give_back(self.cache.take_idle(most_kept=0))
 
@@ -214,6 +231,23 @@ class Engine:
             logprobs=sequence.logprobs if wants_logprobs else None,
             prompt_logprobs=[None, *sequence.prompt_logprobs] if sequence.wants_prompt_logprobs else None,
         )
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Hold the lock to change something; what finalisers wanted meanwhile is done at the end."""
+        with self.lock:
+            self._depth += 1
+            try:
+                yield
+                while self._depth == 1 and self._forgotten:
+                    sequence, pin = self._forgotten.popleft()
+                    if pin is not None:
+                        self.cache.unpin(pin)
+                    if sequence is not None:
+                        self.scheduler.abort(sequence)
+                        self.scheduler.release(sequence)
+            finally:
+                self._depth -= 1
 
     # The four statements of a step.
 

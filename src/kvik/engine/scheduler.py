@@ -15,7 +15,7 @@ PRIORITY_STEPS = 1000
 """Steps by which one level of priority comes earlier: low priorities wait longer, but not for ever."""
 
 LOGIT_ROWS = 64
-"""Most rows of logits that a prompt's chunk may ask for: a row is as long as the vocabulary."""
+"""Most rows of logits that prompts may ask for in a step: a row is as long as the vocabulary."""
 
 
 class Scheduler:
@@ -40,6 +40,7 @@ class Scheduler:
         self.parked: dict[Sequence, None] = {}  # the oldest first
         self.num_preemptions = 0
         self._num_steps = 0
+        self._num_rows_left = LOGIT_ROWS
         self._num_added = 0
 
     @property
@@ -72,6 +73,7 @@ class Scheduler:
         Short gaps first, for somebody waits for each token; then the prompts, in order, share what is left.
         """
         self._num_steps += 1
+        self._num_rows_left = LOGIT_ROWS
         items: dict[Sequence, Scheduled] = {}
         budget = self.token_budget
         for sequence in sorted(self.running, key=lambda each: (each.num_missing_tokens > 1, each.place)):
@@ -148,7 +150,12 @@ class Scheduler:
     def _schedule_one(self, sequence: Sequence, budget: int, items: dict[Sequence, Scheduled]) -> int:
         """Give a running sequence its tokens of this step, and the blocks; returns what of the budget it takes."""
         missing = sequence.num_missing_tokens
-        count = min(missing, budget, LOGIT_ROWS if sequence.wants_prompt_logprobs else budget)
+        count = min(missing, budget)
+        if sequence.wants_prompt_logprobs:
+            count = min(count, self._num_rows_left)
+            self._num_rows_left -= count
+            if count == 0:
+                return 0
         num_computed = sequence.num_computed_tokens
         end = num_computed + count
         closes_gap = count == missing

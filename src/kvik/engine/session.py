@@ -145,8 +145,9 @@ class Session:
 
     def __del__(self) -> None:
         # A constructor that raised has left no sequence behind.
-        if getattr(self, "_sequence", None) is not None or getattr(self, "_pin", None) is not None:
-            self.close()
+        sequence, pin = getattr(self, "_sequence", None), getattr(self, "_pin", None)
+        if sequence is not None or pin is not None:
+            self.llm.engine.forget(sequence, pin)
 
     def _stream(self, engine: Engine, sequence: Sequence, should_stop: Callable[[], bool]) -> Iterator[Piece]:
         try:
