@@ -120,16 +120,30 @@ class LLM:
         )
 
     def chat(
-        self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, *, use_cache: bool = True
+        self,
+        messages: SequenceOf[Message],
+        params: SamplingParams = GREEDY,
+        *,
+        use_cache: bool = True,
+        priority: int = 0,
+        salt: str | None = None,
     ) -> Completion:
         """Answers a conversation of messages like {"role": "user", "content": "..."}; of several answers, the first."""
-        return self.generate(self.render_chat(messages), params, use_cache=use_cache)[0]
+        token_ids = self.render_chat(messages)
+        return self.generate(token_ids, params, use_cache=use_cache, priority=priority, salt=salt)[0]
 
     def stream_chat(
-        self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, *, use_cache: bool = True
+        self,
+        messages: SequenceOf[Message],
+        params: SamplingParams = GREEDY,
+        *,
+        use_cache: bool = True,
+        priority: int = 0,
+        salt: str | None = None,
     ) -> Iterator[Piece]:
         """Answers a conversation piece by piece; see `stream`."""
-        return self.stream(self.render_chat(messages), params, use_cache=use_cache)
+        token_ids = self.render_chat(messages)
+        return self.stream(token_ids, params, use_cache=use_cache, priority=priority, salt=salt)
 
     def beam_search(
         self, prompt: Prompt, *, width: int = 4, max_tokens: int = 64, length_penalty: float = 1.0
