@@ -9,7 +9,13 @@
 #include "simd.h"
 #include "simd_quads.h"
 
+// clang-format off: each builds on those before it.
+#include "kv_tiles.inl"
+#include "attention_work.inl"
+#include "attention_floats.inl"
+#include "attention_bytes.inl"
 #include "attention.inl"
+// clang-format on
 #include "elementwise.inl"
 #include "linear.inl"
 

@@ -1,0 +1,141 @@
+// Attention over float32 and float16 keys and values.
+
+namespace {
+
+// Scores of some rows against the keys of some blocks: scores (rows, 256), from the first block's column.
+template <class Stored, int rows, int blocks> inline void score_blocks(const float *const *q,
+                                                                       const uint8_t *const *tiles, bool fetch_ahead,
+                                                                       int64_t head_dim, float scale, float *scores) {
+  const Stored *keys[blocks];
+  const uint8_t *ahead[blocks];
+  for (int b = 0; b < blocks; ++b) {
+    keys[b] = reinterpret_cast<const Stored *>(tiles[b]);
+    ahead[b] = fetch_ahead ? tiles[b + 2] : tiles[b];
+  }
+  Wide sum[rows][blocks * kTileVectors];
+  KVIK_UNROLL
+  for (int r = 0; r < rows; ++r) KVIK_UNROLL
+  for (int i = 0; i < blocks * kTileVectors; ++i) sum[r][i] = wide_zero();
+  for (int64_t d = 0; d < head_dim; ++d) {
+    Wide x[rows];
+    KVIK_UNROLL
+    for (int r = 0; r < rows; ++r) x[r] = wide_broadcast(q[r][d]);
+    KVIK_UNROLL
+    for (int b = 0; b < blocks; ++b) {
+      prefetch_bytes<kBlockSize * sizeof(Stored)>(ahead[b] + d * kBlockSize * sizeof(Stored));
+      KVIK_UNROLL
+      for (int i = 0; i < kTileVectors; ++i) {
+        const Wide k = pinned(wide_load(keys[b] + d * kBlockSize + i * kWideLanes));
+        KVIK_UNROLL
+        for (int r = 0; r < rows; ++r) sum[r][b * kTileVectors + i] = fma(k, x[r], sum[r][b * kTileVectors + i]);
+      }
+    }
+  }
+  KVIK_UNROLL
+  for (int r = 0; r < rows; ++r) KVIK_UNROLL
+  for (int i = 0; i < blocks * kTileVectors; ++i)
+    store(scores + r * kSegment + i * kWideLanes, sum[r][i] * wide_broadcast(scale));
+}
+
+// value[r][d ...) += sum over tokens of p[r][token] * V[token][d ...), token after token.
+template <class V, class Stored, int rows, int vectors>
+inline void add_values(const uint8_t *const *tiles, bool fetch_ahead, Span tokens, const float *p, int64_t head_dim,
+                       int64_t d, float *value) {
+  constexpr int kVectorLanes = sizeof(V) / sizeof(float);
+  V sum[rows][vectors];
+  KVIK_UNROLL
+  for (int r = 0; r < rows; ++r) KVIK_UNROLL
+  for (int i = 0; i < vectors; ++i) sum[r][i] = load_as<V>(value + r * head_dim + d + i * kVectorLanes);
+  for (int token = tokens.first; token < tokens.last;) {
+    const int block = token / kBlockSize, end = smaller_int(tokens.last, (block + 1) * kBlockSize);
+    const Stored *row = reinterpret_cast<const Stored *>(tiles[block]) + token % kBlockSize * head_dim + d;
+    const uint8_t *ahead = fetch_ahead ? tiles[block + 2] : tiles[block];
+    ahead += (token % kBlockSize * head_dim + d) * sizeof(Stored);
+    for (; token < end; ++token, row += head_dim, ahead += head_dim * sizeof(Stored)) {
+      prefetch_bytes<vectors * kVectorLanes * sizeof(Stored)>(ahead);
+      V v[vectors];
+      KVIK_UNROLL
+      for (int i = 0; i < vectors; ++i) v[i] = load_as<V>(row + i * kVectorLanes);
+      KVIK_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        const V weight = spread<V>(p[r * kSegment + token]);
+        KVIK_UNROLL
+        for (int i = 0; i < vectors; ++i) sum[r][i] = fma(v[i], weight, sum[r][i]);
+      }
+    }
+  }
+  KVIK_UNROLL
+  for (int r = 0; r < rows; ++r) KVIK_UNROLL
+  for (int i = 0; i < vectors; ++i) store(value + r * head_dim + d + i * kVectorLanes, sum[r][i]);
+}
+
+template <class Stored, int rows> inline void add_all_values(const uint8_t *const *tiles, bool fetch_ahead, Span tokens,
+                                                             const float *p, int64_t head_dim, float *value) {
+  if (tokens.first >= tokens.last) return;
+  int64_t d = 0;
+  for (; d + 4 * kWideLanes <= head_dim; d += 4 * kWideLanes)
+    add_values<Wide, Stored, rows, 4>(tiles, fetch_ahead, tokens, p, head_dim, d, value);
+  for (; d + kWideLanes <= head_dim; d += kWideLanes)
+    add_values<Wide, Stored, rows, 1>(tiles, fetch_ahead, tokens, p, head_dim, d, value);
+  for (; d < head_dim; d += kLanes)
+    add_values<Float8, Stored, rows, 1>(tiles, fetch_ahead, tokens, p, head_dim, d, value);
+}
+
+template <class Stored> void attend_floats(const Work &work, float *scores, const Partial &out, Ahead &ahead) {
+  const int64_t head_dim = work.head_dim;
+  const Span all = work.all;
+  for (int column = all.first / kBlockSize * kBlockSize; column < all.last;) {
+    // Two blocks at once give the sums that are needed to keep wide multipliers busy.
+    const int blocks = kWideLanes > kLanes && column + kBlockSize < all.last ? 2 : 1;
+    for_slices(work.num_rows, [&](int64_t row, auto count) {
+      constexpr int rows = decltype(count)::value;
+      const float *q[rows];
+      for (int r = 0; r < rows; ++r) q[r] = work.query(row + r);
+      const auto *tiles = work.keys + column / kBlockSize;
+      float *slice = scores + row * kSegment + column;
+      ahead.fetch();
+      if (blocks == 2)
+        score_blocks<Stored, rows, 2>(q, tiles, row == 0, head_dim, work.scale, slice);
+      else
+        score_blocks<Stored, rows, 1>(q, tiles, row == 0, head_dim, work.scale, slice);
+    });
+    column += blocks * kBlockSize;
+  }
+  for (int64_t row = 0; row < work.num_rows; ++row) {
+    ahead.fetch();
+    softmax_row(scores + row * kSegment, work.seen(row), out.max + row, out.sum + row);
+  }
+  for (int64_t i = 0; i < work.num_rows * head_dim; i += kLanes) store(out.value + i, zero8());
+  for_slices(work.num_rows, [&](int64_t row, auto count) {
+    constexpr int rows = decltype(count)::value;
+    // A token that a row doesn't see must not be added with weight zero: zero times what lies there may be NaN. So the
+    // rows go together over what all of them see, and each alone before and after.
+    const Span shared = overlap(work.seen(row), work.seen(row + rows - 1));
+    float *p = scores + row * kSegment, *value = out.value + row * head_dim;
+    const auto alone = [&](int r, Span tokens) {
+      add_all_values<Stored, 1>(work.values, false, tokens, p + r * kSegment, head_dim, value + r * head_dim);
+    };
+    if (shared.first >= shared.last) {
+      for (int r = 0; r < rows; ++r) alone(r, work.seen(row + r));
+      return;
+    }
+    for (int r = 0; r < rows; ++r) alone(r, {work.seen(row + r).first, shared.first});
+    add_all_values<Stored, rows>(work.values, row == 0, shared, p, head_dim, value);
+    for (int r = 0; r < rows; ++r) alone(r, {shared.last, work.seen(row + r).last});
+  });
+}
+
+// Tiles of halves as tiles of floats, for many rows to read.
+inline void widen(const LayerKV &kv, Work &work, float *floats) {
+  const int64_t count = kBlockSize * kv.head_dim;
+  const int first = work.all.first / kBlockSize, last = (work.all.last + kBlockSize - 1) / kBlockSize;
+  for (auto *tiles : {work.keys, work.values}) {
+    for (int block = first; block < last; ++block, floats += count) {
+      const Half *halves = reinterpret_cast<const Half *>(tiles[block]);
+      for (int64_t i = 0; i < count; i += kWideLanes) store(floats + i, wide_load(halves + i));
+      tiles[block] = reinterpret_cast<const uint8_t *>(floats);
+    }
+  }
+}
+
+} // namespace

@@ -1,0 +1,97 @@
+// Where keys and values lie, and how they are written there.
+
+namespace {
+
+using kvik::AttendArgs;
+using kvik::kBlockSize;
+using kvik::kSegment;
+using kvik::kSuperblock;
+using kvik::LayerKV;
+using kvik::Partial;
+using kvik::SegmentTask;
+
+enum Side { kKey = 0, kValue = 1 };
+
+inline uint8_t *tile_of(const LayerKV &kv, int64_t block, int64_t head, Side side) {
+  const int64_t superblock = block / kSuperblock, within = block % kSuperblock;
+  const int64_t tile = (head * 2 + side) * kSuperblock + within;
+  return static_cast<uint8_t *>(kv.data) + superblock * kv.superblock_bytes + tile * kv.tile_bytes;
+}
+
+// One head's key or value, converted eight at a time; `put(d, x)` stores dimension d.
+template <class Stored, class Put> inline void convert(const float *x, int64_t head_dim, Put put) {
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    Stored eight[kLanes];
+    store(eight, load(x + d));
+    for (int i = 0; i < kLanes; ++i) put(d + i, eight[i]);
+  }
+}
+
+template <class Stored> void write_token(const LayerKV &kv, const float *k, const float *v, int64_t slot) {
+  const int64_t block = slot / kBlockSize, token = slot % kBlockSize, head_dim = kv.head_dim;
+  for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
+    Stored *keys = reinterpret_cast<Stored *>(tile_of(kv, block, head, kKey)) + token;
+    Stored *values = reinterpret_cast<Stored *>(tile_of(kv, block, head, kValue)) + token * head_dim;
+    convert<Stored>(k + head * head_dim, head_dim, [&](int64_t d, Stored x) { keys[d * kBlockSize] = x; });
+    for (int64_t d = 0; d < head_dim; d += kLanes) store(values + d, load(v + head * head_dim + d));
+  }
+}
+
+// What an array is multiplied with to become whole numbers of at most `levels`, and the value of 1 afterwards. NaN and
+// infinity have no such number: the unit becomes NaN, and with it everything that the array takes part in.
+struct Unit {
+  float inverse, value;
+};
+inline Unit unit_of(float top, Float8 defect, float levels, float least) {
+  const bool usable = top > least;
+  return {usable ? levels / top : 0.0f, (usable ? top / levels : 0.0f) + add_lanes(defect)};
+}
+inline Unit unit_of(const float *x, int64_t count, float levels, float least) {
+  Float8 largest = zero8(), defect = zero8(); // x - x: NaN where x is NaN or infinite, else zero
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Float8 v = load(x + i);
+    largest = max(abs(v), largest);
+    defect = defect + (v - v);
+  }
+  return unit_of(max_lanes(largest), defect, levels, least);
+}
+
+// Writes the bytes through `put(d, byte)` and gives the scale.
+template <class Put> inline float quantize_head(const float *x, int64_t head_dim, Put put) {
+  const Unit unit = unit_of(x, head_dim, 127.0f, 1e-30f);
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const Float8 scaled = load(x + d) * broadcast(unit.inverse);
+    int32_t quants[kLanes];
+    store(quants, to_int(max(min(scaled, broadcast(127.0f)), broadcast(-127.0f))));
+    for (int i = 0; i < kLanes; ++i) put(d + i, static_cast<uint8_t>(quants[i] + 128));
+  }
+  return unit.value;
+}
+
+inline float *scales_of(const LayerKV &kv, uint8_t *tile) {
+  return reinterpret_cast<float *>(tile + kBlockSize * kv.head_dim);
+}
+inline const float *scales_of(const LayerKV &kv, const uint8_t *tile) {
+  return reinterpret_cast<const float *>(tile + kBlockSize * kv.head_dim);
+}
+
+void write_quantized_token(const LayerKV &kv, const float *k, const float *v, int64_t slot) {
+  const int64_t block = slot / kBlockSize, token = slot % kBlockSize, head_dim = kv.head_dim;
+  for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
+    uint8_t *keys = tile_of(kv, block, head, kKey), *values = tile_of(kv, block, head, kValue);
+    scales_of(kv, keys)[token] = quantize_head(k + head * head_dim, head_dim, [&](int64_t d, uint8_t byte) {
+      keys[(d / 4 * kBlockSize + token) * 4 + d % 4] = byte;
+    });
+    scales_of(kv, values)[token] = quantize_head(v + head * head_dim, head_dim, [&](int64_t d, uint8_t byte) {
+      values[(token / 4 * head_dim + d) * 4 + token % 4] = byte;
+    });
+  }
+}
+
+void write_kv(const LayerKV &kv, const float *k, const float *v, int64_t slot) {
+  if (kv.type == kvik::KVType::int8) return write_quantized_token(kv, k, v, slot);
+  if (kv.type == kvik::KVType::f16) return write_token<Half>(kv, k, v, slot);
+  write_token<float>(kv, k, v, slot);
+}
+
+} // namespace
