@@ -285,6 +285,7 @@ class Engine:
                 if item.closes_gap:
                     at = end - 1 - len(sequence.draft_ids)
                     for branch in sequence.branches:
+                        branch.prompt_logprobs = sequence.prompt_logprobs
                         branch.accept(choose(logits, at, branch))
                         chosen.append(branch)
                         rows.append(at)
@@ -406,7 +407,7 @@ def _note_prompt(sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
     """Logprobs of the prompt's tokens that follow the rows' positions; some are known if the prompt begins again."""
     start = sequence.num_computed_tokens
     skipped = max(0, len(sequence.prompt_logprobs) - start)
-    next_ids = sequence.token_ids[start + skipped + 1 : sequence.num_prompt_tokens][: len(rows) - skipped]
+    next_ids = sequence.token_ids[start + skipped + 1 : sequence.num_prompt_tokens][: max(0, len(rows) - skipped)]
     num_top = sequence.params.logprobs
     assert num_top is not None
     if next_ids:
