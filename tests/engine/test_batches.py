@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 from collections.abc import Sequence as SequenceOf
 from typing import Any, get_args
@@ -156,9 +155,7 @@ def test_preemption(tiny: LoadedModel, num_blocks: int, prefix_cache: bool, toke
     params = dataclasses.replace(PARAMS, max_tokens=100)
     prompts = prompts_of(tiny, 7)
     block_bytes = Engine(tiny).kv_spec.block_bytes
-    engine = Engine(
-        tiny, token_budget=token_budget, prefix_cache=prefix_cache, kv_memory=num_blocks * block_bytes
-    )
+    engine = Engine(tiny, token_budget=token_budget, prefix_cache=prefix_cache, kv_memory=num_blocks * block_bytes)
     runs = run_batch(engine, prompts, params)
     assert engine.cache.pool.num_blocks == num_blocks
     assert engine.scheduler.num_preemptions > 0
@@ -284,7 +281,8 @@ def test_random_crowds(tiny: LoadedModel, seed: int) -> None:
             speculate=rng.choice((None, "ngram")),
         )
         waiting.append(engine.new_sequence(prompt, params, salt=rng.choice((None, None, "ada"))))
-    sequences, rows = list(waiting), {sequence: [] for sequence in waiting}  # type: dict[Sequence, list[FloatArray]]
+    sequences = list(waiting)
+    rows: dict[Sequence, list[FloatArray]] = {sequence: [] for sequence in waiting}
     while waiting or engine.scheduler.has_work:
         while waiting and (rng.random() < 0.4 or not engine.scheduler.has_work):
             engine.add(waiting.pop(0))
@@ -297,7 +295,9 @@ def test_random_crowds(tiny: LoadedModel, seed: int) -> None:
     for index, sequence in enumerate(sequences):
         prompt = sequence.token_ids[: sequence.num_prompt_tokens]
         other = run(fresh, prompt, dataclasses.replace(sequence.params, speculate=None))
-        assert_same([Run(sequence, sequence.completion_ids, np.stack(rows[sequence]))], [other], f"seed {seed}, {index}")
+        assert_same(
+            [Run(sequence, sequence.completion_ids, np.stack(rows[sequence]))], [other], f"seed {seed}, {index}"
+        )
     assert_idle(engine)
 
 

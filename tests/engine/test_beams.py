@@ -27,7 +27,7 @@ class Plain:
 
     @property
     def score(self) -> float:
-        return self.logprob / len(self.token_ids) ** self.penalty
+        return float(self.logprob / len(self.token_ids) ** self.penalty)
 
 
 class PlainSearch:

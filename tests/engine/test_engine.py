@@ -273,7 +273,9 @@ def test_what_could_never_fit_is_refused_with_both_numbers_and_a_hint_that_works
         engine.new_sequence(prompt, params)
     most = min(250 + max_tokens, 512)
     assert f"{-(-(most - 1) // 32)} blocks ({most:,} tokens), the cache has 8" in caught.value.message
-    found = re.fullmatch(r"lower max_tokens to (\d+) or less, or raise kv_memory .* to (\d+) MiB or more", caught.value.hint)
+    found = re.fullmatch(
+        r"lower max_tokens to (\d+) or less, or raise kv_memory .* to (\d+) MiB or more", caught.value.hint
+    )
     assert found is not None, caught.value.hint
     assert_idle(engine)
     lower, more = int(found[1]), int(found[2])

@@ -21,6 +21,7 @@ from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
 from kvik.engine.output import Completion, Piece, TextStream
+from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput, ModelError, ModelNotFound, NotEnoughMemory, PromptTooLong
 from kvik.models.loader import LoadedModel
 from kvik.models.spec import RopeSpec
@@ -326,7 +327,7 @@ def test_the_default_model_answers(trained: LoadedModel) -> None:
     engine = Engine(trained)
     token_ids = trained.tokenizer.encode("The capital of France is")
     sequence = engine.new_sequence(token_ids, SamplingParams(max_tokens=4))
-    completion = collect(list(llm_module.stream_sequence(engine, sequence)))
+    completion = collect(list(stream_sequence(engine, sequence)))
     assert "Paris" in completion.text
     assert completion.stats.num_computed_tokens == len(token_ids) + 3
 

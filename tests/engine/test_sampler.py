@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvik.config import MOST_SEED, SamplingParams
-from kvik.engine import sampler as sampler_module
 from kvik.cache import BlockTable
 from kvik.cache.radix import Namespace
+from kvik.config import MOST_SEED, SamplingParams
+from kvik.engine import sampler as sampler_module
 from kvik.engine.output import TextStream
 from kvik.engine.sampler import StepLogits, apply_penalties, choose, draw, prompt_logprobs, token_logprobs, uniform
 from kvik.engine.sequence import Sequence

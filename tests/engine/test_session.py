@@ -12,8 +12,8 @@ import pytest
 from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
-from kvik.engine.session import Session
 from kvik.engine.output import Completion, Piece
+from kvik.engine.session import Session
 from kvik.errors import InvalidInput, PromptTooLong
 from models import FloatArray, assert_idle, num_common_tokens, run
 

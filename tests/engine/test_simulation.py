@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvik.cache import BLOCK_SIZE, BlockTable
+from kvik.cache import BlockTable
 from kvik.config import SamplingParams
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
@@ -21,6 +21,20 @@ from simulation import CONTEXT, VOCAB, SimulatedEngine, expected_sequence
 NUM_SIMULATIONS = int(os.environ.get("KVIK_SIMULATIONS", "2000"))
 GROUP = 100
 SALTS = (None, None, None, "ada", "bob")
+
+
+@dataclass
+class Happened:
+    """What makes a workload worth running, counted over many."""
+
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    num_copied_blocks: int = 0
+    num_evicted_blocks: int = 0
+    num_accepted_tokens: int = 0
+    num_refused: int = 0
+    num_reclaimed: int = 0  # parked sequences that lost their blocks to others
+    num_aborted: int = 0
 
 
 @dataclass
@@ -34,17 +48,18 @@ class Workload:
     parked: list[Sequence] = field(default_factory=list)
     pins: list[BlockTable] = field(default_factory=list)
     num_refused: int = 0
+    num_reclaimed: int = 0
 
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(self.seed)
         self.engine = SimulatedEngine(
-            num_blocks=8 * rng.choice((1, 2, 2, 3, 4, 8)),
+            num_blocks=8 * rng.choice((1, 1, 2, 2, 3, 8)),
             token_budget=rng.choice((1, 5, 16, 33, 64, 200)),
             prefix_cache=rng.random() < 0.9,
             max_running=rng.choice((1, 2, 4, 8)),
             max_waiting=rng.choice((2, 50)),
         )
-        self.beginnings = [self._tokens(rng.randrange(1, 200)) for _ in range(3)]
+        self.beginnings = [self._tokens(rng.randrange(1, 120)) for _ in range(3)]
 
     def _tokens(self, count: int) -> list[int]:
         return [self.rng.randrange(VOCAB) for _ in range(count)]
@@ -76,7 +91,7 @@ class Workload:
         prompt = (prompt + self._tokens(rng.choice((0, 0, 1, 5, 40))))[: CONTEXT - 1]
         salt = previous.table.namespace.salt if previous else rng.choice(SALTS)
         params = SamplingParams(
-            max_tokens=rng.choice((1, 2, 10, 40, 80)),
+            max_tokens=rng.choice((1, 2, 10, 40, 80, 120)),
             temperature=rng.choice((0.0, 0.0, 1.0)),
             seed=rng.randrange(1000),
             n=rng.choice((1, 1, 1, 2, 3)),
@@ -118,7 +133,9 @@ class Workload:
             for sequence in result.sequences:
                 if sequence.finish_reason is not None and sequence in engine.scheduler.parked:
                     self.parked.append(sequence)
-        self.parked = [sequence for sequence in dict.fromkeys(self.parked) if sequence in engine.scheduler.parked]
+        kept = [sequence for sequence in dict.fromkeys(self.parked) if sequence in engine.scheduler.parked]
+        self.num_reclaimed += len(self.parked) - len(kept)
+        self.parked = kept
 
     def abort(self) -> None:
         if self.requests:
@@ -158,7 +175,10 @@ class Workload:
                 continue
             assert sequence.token_ids == wanted.token_ids
             assert sequence.finish_reason == wanted.finish_reason
-            assert sequence.text.text.removeprefix("" if not sequence.params.echo else self._text(prompt)) == wanted.text.text
+            assert (
+                sequence.text.text.removeprefix("" if not sequence.params.echo else self._text(prompt))
+                == wanted.text.text
+            )
             if sequence.params.logprobs is not None:
                 assert sequence.logprobs == wanted.logprobs
         for sequence in list(engine.scheduler.parked):
@@ -168,6 +188,18 @@ class Workload:
         assert engine.cache.pool.num_free == engine.cache.pool.num_blocks, "blocks were lost"
         assert engine.cache.committed_bytes == 0, "memory was kept"
         assert not engine.cache._claimed, "a claim was left"
+
+    def count(self, happened: Happened) -> None:
+        """Add up what this workload saw."""
+        stats = self.engine.cache.stats
+        happened.num_preemptions += self.engine.scheduler.num_preemptions
+        happened.num_cached_tokens += stats.num_cached_tokens
+        happened.num_copied_blocks += stats.num_copied_blocks
+        happened.num_evicted_blocks += stats.num_evicted_blocks
+        happened.num_accepted_tokens += sum(sequence.num_accepted_tokens for sequence, _, _ in self.requests)
+        happened.num_aborted += sum(sequence.finish_reason == "abort" for sequence, _, _ in self.requests)
+        happened.num_refused += self.num_refused
+        happened.num_reclaimed += self.num_reclaimed
 
     def _text(self, prompt: list[int]) -> str:
         return str(self.engine.model.tokenizer.decode(prompt))
@@ -188,3 +220,13 @@ def test_every_workload_writes_what_the_model_defines(group: range) -> None:
         except BaseException:
             print(f"replay with KVIK_SIMULATION_SEED={seed}")  # noqa: T201
             raise
+
+
+def test_everything_that_can_go_on_does() -> None:
+    """A simulation in which nobody is ever preempted, say, would prove nothing about preemption."""
+    happened = Happened()
+    for seed in range(150):
+        workload = Workload(seed)
+        workload.run()
+        workload.count(happened)
+    assert all(count >= 10 for count in dataclasses.asdict(happened).values()), happened
