@@ -28,6 +28,17 @@ def finish(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(work, timeout=60))
 
 
+def slow_down(llm: LLM) -> None:
+    """Steps that take a while, so that what is to come in the middle of a request does."""
+    step = llm.engine.step
+
+    def slow_step() -> object:
+        time.sleep(0.002)
+        return step()
+
+    llm.engine.step = slow_step  # type: ignore[method-assign, assignment]
+
+
 async def text_of(llm: AsyncLLM, prompt: str, params: SamplingParams = PARAMS) -> str:
     return "".join([piece.text async for piece in llm.stream(prompt, params)])
 
@@ -86,6 +97,8 @@ def test_chat(llm: LLM) -> None:
 
 
 def test_leaving_a_stream_gives_its_blocks_back(llm: LLM) -> None:
+    slow_down(llm)
+
     async def work() -> None:
         async with AsyncLLM(llm) as engine:
             stream = engine.stream("Once upon a time", LONG)
@@ -98,6 +111,8 @@ def test_leaving_a_stream_gives_its_blocks_back(llm: LLM) -> None:
 
 
 def test_a_cancelled_task_gives_its_blocks_back_and_the_others_go_on(llm: LLM) -> None:
+    slow_down(llm)
+
     async def work() -> str:
         async with AsyncLLM(llm) as engine:
             tasks = [asyncio.create_task(engine.generate(prompt, LONG)) for prompt in PROMPTS[:3]]
@@ -147,6 +162,8 @@ def test_a_full_queue_is_told_to_the_one_who_came_too_late(tiny_path: Path) -> N
 
 
 def test_everybody_hears_of_the_engine_s_death(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_down(llm)
+
     async def work() -> list[Any]:
         engine = AsyncLLM(llm)
         tasks = [asyncio.create_task(engine.generate(prompt, LONG)) for prompt in PROMPTS[:4]]
@@ -171,6 +188,8 @@ def test_everybody_hears_of_the_engine_s_death(llm: LLM, monkeypatch: pytest.Mon
 
 
 def test_closing_ends_what_runs(llm: LLM) -> None:
+    slow_down(llm)
+
     async def work() -> BaseException | None:
         engine = AsyncLLM(llm)
         task = asyncio.create_task(engine.generate("Once", LONG))
@@ -212,6 +231,20 @@ def test_an_idle_engine_sleeps(llm: LLM) -> None:
             return time.process_time() - before
 
     assert finish(work()) < 0.05
+
+
+def test_a_caller_who_steps_the_engine_too_takes_nothing_away(llm: LLM) -> None:
+    """Whoever's step ends a request: its reader gets the pieces."""
+    wanted = llm.generate(PROMPTS[1], PARAMS)[0].text
+
+    async def work() -> list[str]:
+        async with AsyncLLM(llm) as engine:
+            others = asyncio.to_thread(lambda: [llm.generate(prompt, PARAMS) for prompt in PROMPTS * 3])
+            texts = asyncio.gather(*(text_of(engine, PROMPTS[1]) for _ in range(20)))
+            await others
+            return await texts
+
+    assert finish(work()) == [wanted] * 20
 
 
 def test_two_engines_of_one_program(llm: LLM, tiny_path: Path) -> None:

@@ -163,6 +163,18 @@ def test_nothing_is_shared_across_salts(tiny: LoadedModel) -> None:
     assert cached == [0, 0, 0, 96, 96]  # the last block of each is not full
 
 
+def test_a_turn_of_another_salt_takes_nothing_over(tiny: LoadedModel) -> None:
+    engine, prompt = Engine(tiny), random_prompt(tiny, 100, seed=4)
+    previous = queue(engine, prompt, park=True, salt="ada")
+    while engine.step() is not None:
+        pass
+    turn = queue(engine, [*prompt, 5], salt="bob", previous=previous)
+    engine.step()
+    assert turn.num_cached_tokens == 0
+    assert turn.table.namespace.salt == "bob"
+    assert_idle_after(engine)
+
+
 def test_a_request_that_fails_while_it_is_sampled_fails_alone(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

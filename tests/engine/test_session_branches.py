@@ -69,8 +69,9 @@ def test_a_session_that_writes_is_not_forked(llm: LLM) -> None:
     session.append("user", "Hello")
     stream = session.stream(PARAMS)
     next(stream)
-    with pytest.raises(InvalidInput, match="writing"):
-        session.fork()
+    for forbidden in (session.fork, session.rewind):
+        with pytest.raises(InvalidInput, match="while it writes"):
+            forbidden()
 
 
 def test_rewinding_forgets_messages_and_keeps_what_was_computed_before(llm: LLM) -> None:

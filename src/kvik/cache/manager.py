@@ -44,6 +44,12 @@ class CacheStats:
     num_evicted_blocks: int = 0
     num_copied_blocks: int = 0
 
+    def note(self, num_asked: int, num_found: int) -> None:
+        """One more query, for so many tokens."""
+        self.num_queries += 1
+        self.num_queried_tokens += num_asked
+        self.num_cached_tokens += num_found
+
     @property
     def hit_rate(self) -> float:
         """Share of the tokens asked for that were found."""
@@ -96,9 +102,7 @@ class CacheManager:
         assert not table.block_ids
         assert not table.claims
         assert match.namespace == table.namespace, "a match in another namespace"
-        self.stats.num_queries += 1
-        self.stats.num_queried_tokens += len(token_ids) - 1
-        self.stats.num_cached_tokens += match.num_cached_tokens
+        self.stats.note(len(token_ids) - 1, match.num_cached_tokens)
         table.block_ids = list(match.block_ids)
         table.num_sealed = len(match.block_ids)
         if match.tail:

@@ -31,7 +31,7 @@ AUTO_CONTEXTS = 16
 """Whole contexts that a cache of automatic size holds, memory permitting."""
 
 LONG_CHUNK = 32
-"""Tokens from which on a step tells what a prompt token costs."""
+"""Tokens of one prompt from which on a step tells what a prompt token costs."""
 
 KEPT_SUPERBLOCKS = 2
 """Unused ones whose memory an idle engine keeps, so that the next request need not have it made anew."""
@@ -257,9 +257,8 @@ class Engine:
                 self.decoder.ops.copy_blocks(self.kv_arrays, batch.copies)
             started_s = time.perf_counter()
             logits = StepLogits(self.decoder.ops.to_numpy(self.forward(batch.arrays)))
-            num_tokens = len(batch.arrays.token_ids)
-            if num_tokens >= LONG_CHUNK:
-                self.prefill_token_s = (time.perf_counter() - started_s) / num_tokens
+            if any(item.num_tokens >= LONG_CHUNK for item in batch.items):
+                self.prefill_token_s = (time.perf_counter() - started_s) / len(batch.arrays.token_ids)
             return logits
         except BaseException as error:
             # Blocks may be half written: nobody may go on from them. The caller learns of it, and so do those who wait.

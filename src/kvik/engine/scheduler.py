@@ -6,7 +6,7 @@ from bisect import insort
 from collections.abc import Iterable
 from itertools import chain
 
-from kvik.cache import CacheManager, Match
+from kvik.cache import CacheManager, Match, Stop
 from kvik.engine.batch import Scheduled, ScheduledBatch, build_batch
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
@@ -229,20 +229,26 @@ class Scheduler:
         return budget
 
     def _match(self, sequence: Sequence) -> Match:
-        nothing = sequence.wants_prompt_logprobs or not sequence.keep_cache
-        return self.cache.match([] if nothing else sequence.token_ids, sequence.table.namespace.salt)
+        token_ids = sequence.token_ids if self._may_reuse(sequence) else []
+        return self.cache.match(token_ids, sequence.table.namespace.salt)
+
+    def _may_reuse(self, sequence: Sequence) -> bool:
+        return sequence.keep_cache and not sequence.wants_prompt_logprobs
 
     def _begin(self, sequence: Sequence, match: Match) -> None:
         """Let a waiting sequence run, with what is computed of it: by the turn before it, or by whoever sealed it."""
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        stop: Stop | None = None
         num_shared = self._take_over(sequence, match.num_cached_tokens)
-        if num_shared is None:
-            num_shared = self.cache.adopt(sequence.table, sequence.token_ids, match) if sequence.keep_cache else 0
-        sequence.num_computed_tokens = num_shared
+        if num_shared is not None:
+            stop = Stop.ALL if num_shared == sequence.num_tokens - 1 else Stop.DIFFERS
+        elif self._may_reuse(sequence):
+            num_shared, stop = self.cache.adopt(sequence.table, sequence.token_ids, match), match.stop
+        sequence.num_computed_tokens = num_shared or 0
         if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = min(num_shared, sequence.num_prompt_tokens)
-            sequence.cache_stop = match.stop if sequence.keep_cache else None
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            sequence.cache_stop = stop
 
     def _take_over(self, sequence: Sequence, num_matched: int) -> int | None:
         """The blocks of the parked turn before pass on, if they hold more than the prefix tree found."""
@@ -256,13 +262,15 @@ class Scheduler:
             if mine != other:
                 break
             num_shared += 1
-        if num_shared <= num_matched or not sequence.keep_cache:
+        is_other = previous.table.namespace != sequence.table.namespace or not self._may_reuse(sequence)
+        if num_shared <= num_matched or is_other:
             self.release(previous)
             return None
         del self.parked[previous]
         self.cache.release(previous.table, num_shared)
         sequence.table, previous.table = previous.table, sequence.table
         previous.num_computed_tokens = 0
+        self.cache.stats.note(sequence.num_tokens - 1, num_shared)
         return num_shared
 
     def _num_promised(self, sequence: Sequence) -> int:

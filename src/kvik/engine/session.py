@@ -83,18 +83,16 @@ class Session:
 
     def fork(self) -> Session:
         """Another session with the same past and the same blocks: only what they come to differ in costs anything."""
+        self._check_not_writing("fork")
         fork = Session(self.llm, use_cache=self.use_cache, salt=self.salt)
         fork.messages = [dict(message) for message in self.messages]
         if self._sequence is not None:
-            if self._sequence.finish_reason is None:
-                raise InvalidInput(
-                    "the session is writing", hint="fork it when its answer is whole, or close the stream"
-                )
             fork._sequence = self.llm.engine.fork(self._sequence)
         return fork
 
     def rewind(self, num_messages: int = 1) -> None:
         """Forget the last messages; what was computed of those before them is still in the cache."""
+        self._check_not_writing("rewind")
         if type(num_messages) is not int or not 0 <= num_messages <= len(self.messages):
             raise InvalidInput(
                 f"cannot rewind {reprlib.repr(num_messages)} messages",
@@ -148,6 +146,12 @@ class Session:
         sequence, pin = getattr(self, "_sequence", None), getattr(self, "_pin", None)
         if sequence is not None or pin is not None:
             self.llm.engine.forget(sequence, pin)
+
+    def _check_not_writing(self, what: str) -> None:
+        if self._sequence is not None and self._sequence.finish_reason is None:
+            raise InvalidInput(
+                f"cannot {what} a session while it writes", hint="wait until its answer is whole, or close the stream"
+            )
 
     def _stream(self, engine: Engine, sequence: Sequence, should_stop: Callable[[], bool]) -> Iterator[Piece]:
         try:
