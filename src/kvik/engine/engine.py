@@ -158,11 +158,13 @@ class Engine:
         """Stop a sequence that is not finished; a finished one stays as it is."""
         with self._exclusive():
             self.scheduler.abort(sequence)
+            self._trim_idle()
 
     def release(self, sequence: Sequence) -> None:
         """Give back the blocks of a parked sequence."""
         with self._exclusive():
             self.scheduler.release(sequence)
+            self._trim_idle()
 
     def forget(self, sequence: Sequence | None, pin: BlockTable | None) -> None:
         """Abort and release a sequence and its pin, now or after the step that is going on.
@@ -307,6 +309,11 @@ class Engine:
         """Memory that stays unused goes back to the system; little is kept once nothing runs."""
         self._give_back(self.cache.take_idle(None if self.scheduler.has_work else KEPT_SUPERBLOCKS))
 
+    def _trim_idle(self) -> None:
+        """The same where no step may follow that would do it."""
+        if not self.scheduler.has_work:
+            self._trim()
+
     def _give_back(self, superblocks: list[int]) -> None:
         if superblocks:
             self.decoder.ops.discard_blocks(self.kv_arrays, superblocks)
@@ -379,25 +386,31 @@ def num_pool_blocks(spec: KVCacheSpec, context: int, kv_memory: int | str) -> in
     """
     available = available_memory_bytes()
     one_context = spec.pool_blocks_for(context)
+    least = BLOCKS_PER_SUPERBLOCK * spec.block_bytes
+    least_mib = -(-least // 2**20)
     if isinstance(kv_memory, int):
         num_blocks = spec.num_blocks_within(kv_memory)
-        least = BLOCKS_PER_SUPERBLOCK * spec.block_bytes
         if num_blocks == 0:
             raise InvalidInput(
                 f"kv_memory is {kv_memory:,} bytes, less than the least of {least:,}",
-                hint=f"set it to {-(-least // 2**20):,} MiB or more",
+                hint=f"set it to {least_mib:,} MiB or more",
             )
     else:
         most = spec.num_blocks_within(available // 2)
         num_blocks = max(one_context, min(AUTO_CONTEXTS * one_context, most))
     if num_blocks * spec.block_bytes > available:
-        fits = available * 3 // 4
-        context = spec.num_blocks_within(fits) * spec.block_size
-        advice = f"the context to {context} or less (`--context`), or " if kv_memory == "auto" else ""
+        fits = max(available * 3 // 4, least)
+        fits_mib = max(fits // 2**20, least_mib)
+        advice = []
+        if kv_memory == "auto" and fits <= available:
+            context = spec.num_blocks_within(fits) * spec.block_size
+            advice.append(f"the context to {context} or less (`--context`)")
+        if fits_mib * 2**20 <= available:
+            advice.append(f"kv_memory to {fits_mib:,} MiB or less")
         raise NotEnoughMemory(
             f"a cache of {num_blocks:,} blocks takes {num_blocks * spec.block_bytes / 2**30:,.1f} GiB,"
             f" the machine has {available / 2**30:,.1f} GiB available",
-            hint=f"set {advice}kv_memory to {fits // 2**20:,} MiB or less",
+            hint=f"set {', or '.join(advice)}" if advice else f"free some: the least cache takes {least_mib:,} MiB",
         )
     return num_blocks
 
