@@ -10,7 +10,7 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test check test-oracle sanitize bench bench-peers format stubs clean
+.PHONY: help demo test check test-oracle sanitize bench bench-engine bench-peers soak format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
@@ -19,6 +19,8 @@ help:
 	@echo "make test-oracle  the comparisons with transformers, in a venv of their own"
 	@echo "make sanitize     the native core's tests under ASan and UBSan, and under TSan"
 	@echo "make bench        tokens per second of prefill and decode on this machine, and where the time goes"
+	@echo "make bench-engine what batches, shared prefixes and prompts seen before bring, and the prefix cache's own speed"
+	@echo "make soak         20 minutes of random requests: nothing wrong, nothing held for ever, no growth"
 	@echo "make bench-peers  build llama.cpp and compare with it, case by case (an hour)"
 	@echo "make format       reformat Python and C++; make stubs rewrites the native module's stub"
 
@@ -63,6 +65,20 @@ bench: $(VENV)/.installed
 	$(call say,Behind 2$(,)048 tokens$(,) float16 and int8 KV cache)
 	$(VENV)/bin/kvik bench --depth 2048
 	$(VENV)/bin/kvik bench --depth 2048 --kv-dtype int8
+
+bench-engine: $(VENV)/.installed
+	$(call say,Fetch the default model once)
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,Many requests$(,) shared prefixes and prompts seen before; llama.cpp too where make bench-peers built it)
+	$(VENV)/bin/python bench/engine.py --json build/engine.json
+	$(call say,The prefix cache without a model)
+	$(VENV)/bin/python bench/radix.py
+
+soak: $(VENV)/.installed
+	$(call say,Fetch the default model once)
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,Random requests for 20 minutes; --minutes and --seed of bench/soak.py make it another run)
+	$(VENV)/bin/python bench/soak.py
 
 bench-peers: $(VENV)/.installed
 	$(call say,Build llama.cpp)

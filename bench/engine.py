@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+import kvik
 from kvik import LLM, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
@@ -53,7 +55,7 @@ class Figures:
 
 
 class Clock:
-    """Counts the time inside an engine's forward passes, so that what is left of a step is Python's own."""
+    """Counts the time inside forward passes: what is left of a step is scheduling, sampling and accounts."""
 
     def __init__(self, engine: Engine) -> None:
         self.forward_s = 0.0
@@ -90,7 +92,7 @@ class Bench:
         sequence = self._queue(engine, self.new_prompt(PROMPT), 128)
         rate, share = self._decode(engine, clock, [sequence])
         self.figures.add("decode alone, tok/s", rate)
-        self.figures.add("Python's share of a step, batch 1", share)
+        self.figures.add("share of a step outside the forward pass, batch 1", share)
 
     def many_requests(self) -> None:
         """32 requests with prompts of 128 tokens that write 64 each."""
@@ -99,11 +101,10 @@ class Bench:
         started_s = time.perf_counter()
         sequences = [self._queue(engine, self.new_prompt(PROMPT), ANSWER) for _ in range(NUM_REQUESTS)]
         rate, share = self._decode(engine, clock, sequences)
+        whole_s = time.perf_counter() - started_s
         self.figures.add("32 requests, decode, tok/s", rate)
-        self.figures.add(
-            "32 requests, whole run, generated tok/s", NUM_REQUESTS * ANSWER / (time.perf_counter() - started_s)
-        )
-        self.figures.add("Python's share of a step, batch 32", share)
+        self.figures.add("32 requests, whole run, generated tok/s", NUM_REQUESTS * ANSWER / whole_s)
+        self.figures.add("share of a step outside the forward pass, batch 32", share)
 
     def peer_many_requests(self) -> None:
         """The same by llama-batched-bench, the better of flash attention on and off."""
@@ -125,21 +126,20 @@ class Bench:
             started_s = time.perf_counter()
             sequences = [self._queue(engine, prompt, ANSWER, salt) for prompt, salt in zip(prompts, salts, strict=True)]
             rate, _ = self._decode(engine, clock, sequences)
+            whole_s = time.perf_counter() - started_s
             self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: decode step, ms", 1e3 * NUM_SHARERS / rate)
-            self.figures.add(
-                f"16 requests of 1,520 tokens, prefix {name}: whole run, s", time.perf_counter() - started_s
-            )
+            self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: whole run, s", whole_s)
             computed = sum(sequence.total_computed_tokens for sequence in sequences) - NUM_SHARERS * (ANSWER - 1)
             self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: prompt tokens computed", computed)
 
     def seen_before(self) -> None:
-        """Time to the first token of a 500-token prompt, cold and the second time."""
+        """Time to the first token of a 500-token prompt, cold and again, on an engine that another one has warmed."""
         engine = self.llm.new_engine()
         prompt = self.new_prompt(SEEN_PROMPT)
+        self._finish(engine, [self._queue(engine, self.new_prompt(SEEN_PROMPT), ANSWER)])
         for name in ("cold", "seen before"):
             sequence = self._queue(engine, prompt, ANSWER)
-            while sequence.finish_reason is None:
-                engine.step()
+            self._finish(engine, [sequence])
             first_token_s = sequence.stats(block_bytes=1).time_to_first_token_s
             self.figures.add(f"first token of a 500-token prompt, {name}, ms", 1e3 * first_token_s)
 
@@ -150,9 +150,9 @@ class Bench:
         return sequence
 
     def _decode(self, engine: Engine, clock: Clock, sequences: list[Sequence]) -> tuple[float, float]:
-        """Step to the end; tokens a second, and Python's share, of the steps in which all sequences decode."""
-        while any(sequence.num_completion_tokens == 0 for sequence in sequences):
-            engine.step()
+        """Step to the end; of the steps in which all decode: tokens a second, and the share outside forward passes."""
+        while any(sequence.num_completion_tokens == 0 for sequence in sequences) and engine.step() is not None:
+            pass
         done = sum(sequence.num_completion_tokens for sequence in sequences)
         forward_s, started_s = clock.forward_s, time.perf_counter()
         while all(sequence.finish_reason is None for sequence in sequences):
@@ -160,16 +160,27 @@ class Bench:
         elapsed_s = time.perf_counter() - started_s
         num_tokens = sum(sequence.num_completion_tokens for sequence in sequences) - done
         share = 1 - (clock.forward_s - forward_s) / elapsed_s
+        self._finish(engine, sequences)
+        if not num_tokens:
+            raise NotAvailable("there was no step in which all sequences decode")
+        return num_tokens / elapsed_s, share
+
+    def _finish(self, engine: Engine, sequences: list[Sequence]) -> None:
+        """Step to the end; what was not as the figure's name says is no figure."""
         while engine.step() is not None:
             pass
-        return num_tokens / elapsed_s, share
+        for sequence in sequences:
+            if sequence.error is not None:
+                raise sequence.error
+            if sequence.num_preemptions:
+                raise NotAvailable("the memory is too small for all sequences at once")
 
 
 def table(figures: Figures) -> str:
     """Markdown: each figure, then what is asked of their ratios."""
     lines = ["| figure | median (lowest … highest) |", "|---|---|"]
     for name, values in figures.rounds.items():
-        scale, unit, digits = (100, " %", 1) if name.startswith("Python's") else (1, "", 1 if max(values) < 100 else 0)
+        scale, unit, digits = (100, " %", 1) if name.startswith("share") else (1, "", 1 if max(values) < 100 else 0)
         low, middle, high = (f"{scale * f(values):,.{digits}f}" for f in (min, statistics.median, max))
         lines.append(f"| {name} | {middle} ({low} … {high}){unit} |")
     lines += ["", "| ratio, median of the rounds' own | measured | asked |", "|---|---|---|"]
@@ -245,7 +256,14 @@ def main() -> int:
     for name, why in missing.items():
         print(f"\nnot available: {name}: {why}")
     if args.json:
-        args.json.write_text(json.dumps({"rounds": bench.figures.rounds, "missing": missing}, indent=1))
+        settings = {
+            "model": args.model,
+            "threads": args.threads,
+            "kvik": kvik.__version__,
+            "machine": platform.platform(),
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(settings | {"rounds": bench.figures.rounds, "missing": missing}, indent=1))
     return 130 if interrupted else 0
 
 

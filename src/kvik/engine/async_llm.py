@@ -173,8 +173,8 @@ class AsyncLLM:
         death: BaseException = _Closed()
         try:
             while not self._is_closing:
-                # Somebody else's step may have ended what is still to be delivered.
-                self._obey(wait=not self._engine.scheduler.has_work and not self._readers)
+                # Another thread's step may have ended what readers here still wait for.
+                self._obey(wait=not (self._engine.scheduler.has_work or self._readers))
                 self._beat_s = time.monotonic()
                 self._engine.step()
                 self._deliver()
