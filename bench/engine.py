@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -55,12 +56,14 @@ class Figures:
 
 
 class Clock:
-    """Counts the time inside forward passes: what is left of a step is scheduling, sampling and accounts."""
+    """Counts the time inside forward passes, and in the scheduler: what is left is sampling and text."""
 
     def __init__(self, engine: Engine) -> None:
-        self.forward_s = 0.0
+        self.forward_s = self.scheduler_s = 0.0
         self._forward: Callable[[Batch], Array] = engine.forward
         engine.forward = self
+        for name in ("schedule", "record"):
+            setattr(engine.scheduler, name, self._timed(getattr(engine.scheduler, name)))
 
     def __call__(self, batch: Batch) -> Array:
         """Run a step."""
@@ -68,6 +71,15 @@ class Clock:
         logits = self._forward(batch)
         self.forward_s += time.perf_counter() - started_s
         return logits
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            started_s = time.perf_counter()
+            result = method(*arguments, **named)
+            self.scheduler_s += time.perf_counter() - started_s
+            return result
+
+        return timed
 
 
 class Bench:
@@ -90,9 +102,7 @@ class Bench:
         engine = self.llm.new_engine()
         clock = Clock(engine)
         sequence = self._queue(engine, self.new_prompt(PROMPT), 128)
-        rate, share = self._decode(engine, clock, [sequence])
-        self.figures.add("decode alone, tok/s", rate)
-        self.figures.add("share of a step outside the forward pass, batch 1", share)
+        self.figures.add("decode alone, tok/s", self._decode(engine, clock, [sequence], "batch 1"))
 
     def many_requests(self) -> None:
         """32 requests with prompts of 128 tokens that write 64 each."""
@@ -100,11 +110,10 @@ class Bench:
         clock = Clock(engine)
         started_s = time.perf_counter()
         sequences = [self._queue(engine, self.new_prompt(PROMPT), ANSWER) for _ in range(NUM_REQUESTS)]
-        rate, share = self._decode(engine, clock, sequences)
+        rate = self._decode(engine, clock, sequences, "batch 32")
         whole_s = time.perf_counter() - started_s
         self.figures.add("32 requests, decode, tok/s", rate)
         self.figures.add("32 requests, whole run, generated tok/s", NUM_REQUESTS * ANSWER / whole_s)
-        self.figures.add("share of a step outside the forward pass, batch 32", share)
 
     def peer_many_requests(self) -> None:
         """The same by llama-batched-bench, the better of flash attention on and off."""
@@ -125,7 +134,7 @@ class Bench:
             clock = Clock(engine)
             started_s = time.perf_counter()
             sequences = [self._queue(engine, prompt, ANSWER, salt) for prompt, salt in zip(prompts, salts, strict=True)]
-            rate, _ = self._decode(engine, clock, sequences)
+            rate = self._decode(engine, clock, sequences)
             whole_s = time.perf_counter() - started_s
             self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: decode step, ms", 1e3 * NUM_SHARERS / rate)
             self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: whole run, s", whole_s)
@@ -149,21 +158,26 @@ class Bench:
         engine.add(sequence)
         return sequence
 
-    def _decode(self, engine: Engine, clock: Clock, sequences: list[Sequence]) -> tuple[float, float]:
-        """Step to the end; of the steps in which all decode: tokens a second, and the share outside forward passes."""
+    def _decode(self, engine: Engine, clock: Clock, sequences: list[Sequence], batch: str = "") -> float:
+        """Step to the end; tokens a second of the steps in which all decode; their shares where `batch` names it."""
         while any(sequence.num_completion_tokens == 0 for sequence in sequences) and engine.step() is not None:
             pass
         done = sum(sequence.num_completion_tokens for sequence in sequences)
-        forward_s, started_s = clock.forward_s, time.perf_counter()
+        forward_s, scheduler_s, started_s = clock.forward_s, clock.scheduler_s, time.perf_counter()
         while all(sequence.finish_reason is None for sequence in sequences):
             engine.step()
         elapsed_s = time.perf_counter() - started_s
         num_tokens = sum(sequence.num_completion_tokens for sequence in sequences) - done
-        share = 1 - (clock.forward_s - forward_s) / elapsed_s
+        forward_s, scheduler_s = clock.forward_s - forward_s, clock.scheduler_s - scheduler_s
         self._finish(engine, sequences)
         if not num_tokens:
             raise NotAvailable("there was no step in which all sequences decode")
-        return num_tokens / elapsed_s, share
+        if batch:
+            self.figures.add(f"share of a step for the scheduler and its accounts, {batch}", scheduler_s / elapsed_s)
+            self.figures.add(
+                f"share of a step for sampling and text, {batch}", 1 - (forward_s + scheduler_s) / elapsed_s
+            )
+        return num_tokens / elapsed_s
 
     def _finish(self, engine: Engine, sequences: list[Sequence]) -> None:
         """Step to the end; what was not as the figure's name says is no figure."""

@@ -100,7 +100,7 @@ class TextStream:
             self._pending = ""
 
     def _accept(self, text: str, *, may_stop: bool) -> None:
-        if not may_stop:
+        if not may_stop or not self._stop:
             self.text += text
             return
         self._pending += text
