@@ -69,7 +69,7 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
         sequence_index += [row] * (end - start)
         tables.append(table + [0] * (most_blocks - len(table)))
         logit_rows += range(len(token_ids) - item.num_logits, len(token_ids))
-    # Between two decode steps the processor's caches hold weights, no code: few kinds of calls are quicker than few calls.
+    # After a decode step the caches hold weights and no code: few kinds of calls are quicker than few calls.
     arrays = Batch(
         token_ids=np.array(token_ids, np.int32),
         positions=np.array(positions, np.int32),
