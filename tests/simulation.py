@@ -20,8 +20,8 @@ from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.config import SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
-from kvik.engine.output import TextStream
-from kvik.engine.sampler import StepLogits, choose
+from kvik.engine.output import TextStream, TokenLogprobs
+from kvik.engine.sampler import StepLogits, choose, token_logprobs
 from kvik.engine.sequence import Sequence
 from kvik.ops.base import Batch
 
@@ -159,3 +159,13 @@ def expected_sequence(
         row = logits_after(np.array(sequence.token_ids, np.int64), salt_number(salt))
         sequence.accept(choose(StepLogits(row[None]), 0, sequence))
     return sequence
+
+
+def expected_prompt_logprobs(prompt: list[int], sequence: Sequence, salt: str | None) -> list[TokenLogprobs | None]:
+    """Of each token of the prompt, by the model's definition; nothing stands before the first."""
+    num_top = sequence.params.logprobs
+    assert num_top is not None
+    return [None] + [
+        token_logprobs(logits_after(np.array(prompt[:at], np.int64), salt_number(salt)), prompt[at], num_top)
+        for at in range(1, len(prompt))
+    ]

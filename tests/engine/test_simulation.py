@@ -16,9 +16,9 @@ from kvik.cache import BlockTable
 from kvik.config import SamplingParams
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
-from simulation import CONTEXT, VOCAB, SimulatedEngine, expected_sequence
+from simulation import CONTEXT, VOCAB, SimulatedEngine, expected_prompt_logprobs, expected_sequence
 
-NUM_SIMULATIONS = int(os.environ.get("KVIK_SIMULATIONS", "2000"))
+NUM_SIMULATIONS = int(os.environ.get("KVIK_SIMULATIONS", "1200"))
 GROUP = 100
 SALTS = (None, None, None, "ada", "bob")
 
@@ -181,6 +181,8 @@ class Workload:
             )
             if sequence.params.logprobs is not None:
                 assert sequence.logprobs == wanted.logprobs
+            if sequence.wants_prompt_logprobs:
+                assert engine.completion(sequence).prompt_logprobs == expected_prompt_logprobs(prompt, sequence, salt)
         for sequence in list(engine.scheduler.parked):
             engine.release(sequence)
         engine.clear_cache()
