@@ -18,7 +18,7 @@ from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
 from simulation import CONTEXT, VOCAB, SimulatedEngine, expected_prompt_logprobs, expected_sequence
 
-NUM_SIMULATIONS = int(os.environ.get("KVIK_SIMULATIONS", "1200"))
+NUM_SIMULATIONS = int(os.environ.get("KVIK_SIMULATIONS", "2000"))
 GROUP = 100
 SALTS = (None, None, None, "ada", "bob")
 
