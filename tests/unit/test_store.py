@@ -382,7 +382,8 @@ def test_unknown_name_lists_what_exists(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["missing.gguf", "models/missing.gguf", "./no-such-model", "/nowhere/x", "~/no-such-model", "../no-such-model"]
+    "name",
+    ["missing.gguf", "models/missing.gguf", "./no-such-model", "/nowhere/x", "~/no-such-model", "../no-such-model"],
 )
 def test_missing_path(folder: Path, name: str) -> None:
     with pytest.raises(ModelNotFound, match="does not exist"):
