@@ -55,12 +55,17 @@ class Slots:
         return self.tokens, self.positions, self.salts
 
 
+class StepFailed(Exception):
+    """What a simulation asked for."""
+
+
 @dataclass
 class FakeOps:
     """What the engine asks of ops, and nothing else."""
 
     name: str = "fake"
     batch_salts: list[int] = field(default_factory=list)  # of the sequences of the step that is about to run
+    fails: bool = False  # the next step stops half way
 
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Slots:
         shape = num_blocks * BLOCK_SIZE
@@ -84,6 +89,10 @@ class FakeOps:
 
     def forward(self, kv: Slots, batch: Batch) -> npt.NDArray[np.float32]:
         assert len(set(batch.slot_mapping.tolist())) == len(batch.slot_mapping), "two tokens in one slot"
+        if self.fails:
+            self.fails = False
+            kv.positions[batch.slot_mapping[::2]] = UNWRITTEN
+            raise StepFailed
         kv.tokens[batch.slot_mapping] = batch.token_ids
         kv.positions[batch.slot_mapping] = batch.positions
         kv.salts[batch.slot_mapping] = np.array(self.batch_salts)[batch.sequence_index]

@@ -87,6 +87,32 @@ def assert_idle_after(engine: Engine) -> None:
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("park", [False, True])
+def test_a_prompt_that_was_left_half_way_keeps_nobody_waiting(tiny: LoadedModel, park: bool) -> None:
+    """While it is computed, others that begin alike wait for its blocks."""
+    engine, prompt = Engine(tiny, token_budget=40), random_prompt(tiny, 200, seed=6)
+    first = queue(engine, prompt, park=park)
+    engine.step()
+    second = queue(engine, prompt)
+    engine.step()
+    assert (len(engine.scheduler.waiting), first.num_computed_tokens) == (1, 80)
+    engine.abort(first)
+    assert order_of_ends(engine) == [second]
+    assert second.num_cached_tokens == 64
+    engine.release(first)
+    assert_idle(engine)
+
+
+def test_nobody_begins_on_the_block_that_another_needs_next(tiny: LoadedModel) -> None:
+    """Else a long prompt would be computed only to make room again a few steps later."""
+    engine = small(tiny, 1)
+    writer = queue(engine, random_prompt(tiny, 31, seed=1), dataclasses.replace(PARAMS, max_tokens=40))
+    engine.step()
+    long = queue(engine, random_prompt(tiny, 210, seed=2))  # seven blocks: all that are left
+    assert order_of_ends(engine) == [writer, long]
+    assert engine.scheduler.num_preemptions == 0
+
+
 def test_a_full_queue_is_refused(tiny: LoadedModel) -> None:
     engine = Engine(tiny, max_running=1, max_waiting=2)
     for index in range(2):

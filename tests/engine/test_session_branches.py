@@ -144,9 +144,9 @@ def test_a_pin_that_would_strand_a_request_is_refused(tiny_path: Path) -> None:
     ask(session, "Why is the sky blue? " * 6)
     stream = llm.stream([5, 6] * 100, SamplingParams(max_tokens=300, ignore_eos=True))
     next(stream)
-    if session._sequence in llm.engine.scheduler.parked:
-        with pytest.raises(CacheTooSmall, match="no longer fits"):
-            session.pin()
+    assert session._sequence in llm.engine.scheduler.parked
+    with pytest.raises(CacheTooSmall, match="no longer fits"):
+        session.pin()
     assert llm.engine.cache.num_pinned == 0
     assert len(list(stream)) == 299
 

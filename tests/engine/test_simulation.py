@@ -16,7 +16,7 @@ from kvik.cache import BlockTable
 from kvik.config import SamplingParams
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
-from simulation import CONTEXT, VOCAB, SimulatedEngine, expected_prompt_logprobs, expected_sequence
+from simulation import CONTEXT, VOCAB, SimulatedEngine, StepFailed, expected_prompt_logprobs, expected_sequence
 
 NUM_SIMULATIONS = int(os.environ.get("KVIK_SIMULATIONS", "2000"))
 GROUP = 100
@@ -35,6 +35,7 @@ class Happened:
     num_refused: int = 0
     num_reclaimed: int = 0  # parked sequences that lost their blocks to others
     num_aborted: int = 0
+    num_failed: int = 0  # steps
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Workload:
     pins: list[BlockTable] = field(default_factory=list)
     num_refused: int = 0
     num_reclaimed: int = 0
+    num_failed: int = 0
 
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(self.seed)
@@ -68,8 +70,11 @@ class Workload:
         rng = self.rng
         for _ in range(rng.randrange(5, 25)):
             action = rng.choices(
-                (self.submit, self.step, self.abort, self.fork, self.release, self.pin, self.unpin, self.clear),
-                (10, 12, 2, 2, 2, 1, 1, 1),
+                (
+                    self.submit, self.step, self.abort, self.fork, self.release,
+                    self.pin, self.unpin, self.clear, self.fail,
+                ),
+                (20, 24, 4, 4, 4, 2, 2, 2, 1),
             )[0]
             action()
             self.engine.scheduler.check()
@@ -89,7 +94,7 @@ class Workload:
             beginning = previous.token_ids
         prompt = beginning[: rng.randrange(1, len(beginning) + 1)] if rng.random() < 0.5 else list(beginning)
         prompt = (prompt + self._tokens(rng.choice((0, 0, 1, 5, 40))))[: CONTEXT - 1]
-        salt = previous.table.namespace.salt if previous else rng.choice(SALTS)
+        salt = previous.table.namespace.salt if previous and rng.random() < 0.8 else rng.choice(SALTS)
         params = SamplingParams(
             max_tokens=rng.choice((1, 2, 10, 40, 80, 120)),
             temperature=rng.choice((0.0, 0.0, 1.0)),
@@ -127,7 +132,11 @@ class Workload:
 
     def step(self) -> None:
         engine = self.engine
-        result = engine.step()
+        try:
+            result = engine.step()
+        except StepFailed:
+            self.num_failed += 1
+            result = None
         engine.scheduler.check()
         if result is not None:
             for sequence in result.sequences:
@@ -138,7 +147,13 @@ class Workload:
         self.parked = kept
 
     def abort(self) -> None:
-        if self.requests:
+        unfinished = [sequence for sequence, _, _ in self.requests if sequence.finish_reason is None]
+        if unfinished and self.rng.random() < 0.8:
+            aborted = self.rng.choice(unfinished)
+            self.engine.abort(aborted)
+            if aborted in self.engine.scheduler.parked:
+                self.parked.append(aborted)
+        elif self.requests:
             self.engine.abort(self.rng.choice(self.requests)[0])
 
     def fork(self) -> None:
@@ -161,6 +176,10 @@ class Workload:
         if self.pins:
             self.engine.unpin(self.pins.pop())
 
+    def fail(self) -> None:
+        """The next step stops half way; what it ran has ended."""
+        self.engine.ops.fails = True
+
     def clear(self) -> None:
         self.engine.clear_cache()
 
@@ -168,7 +187,7 @@ class Workload:
         engine = self.engine
         assert not engine.scheduler.has_work, "it never ends"
         for sequence, prompt, salt in self.requests:
-            assert sequence.error is None, sequence.error
+            assert sequence.error is None or isinstance(sequence.error, StepFailed), sequence.error
             wanted = expected_sequence(engine, prompt, sequence.params, sequence.seed, salt)
             if sequence.finish_reason == "abort":
                 assert wanted.token_ids[: sequence.num_tokens] == sequence.token_ids
@@ -202,6 +221,7 @@ class Workload:
         happened.num_aborted += sum(sequence.finish_reason == "abort" for sequence, _, _ in self.requests)
         happened.num_refused += self.num_refused
         happened.num_reclaimed += self.num_reclaimed
+        happened.num_failed += self.num_failed
 
     def _text(self, prompt: list[int]) -> str:
         return str(self.engine.model.tokenizer.decode(prompt))

@@ -141,6 +141,10 @@ class Scheduler:
         holders = list(dict.fromkeys(chain(self.running, self.parked, others)))
         self.cache.check(sequence.table for sequence in holders)
         assert not any(sequence.table.block_ids for sequence in self.waiting), "a waiting sequence holds blocks"
+        for sequence in chain(self.running, self.parked):
+            wanted = self.cache.spec.num_blocks_for(sequence.num_computed_tokens)
+            assert len(sequence.table.block_ids) == wanted, "between steps a sequence holds what it computed, no more"
+        assert not any(sequence.table.claims for sequence in self.parked), "others wait for what nobody computes"
         assert self.waiting == sorted(self.waiting, key=_place), "the queue is out of order"
         assert len(self.running) <= self.max_running, "more sequences run than may"
         assert all(sequence.finish_reason is None for sequence in chain(self.waiting, self.running))
