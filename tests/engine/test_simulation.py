@@ -71,8 +71,15 @@ class Workload:
         for _ in range(rng.randrange(5, 25)):
             action = rng.choices(
                 (
-                    self.submit, self.step, self.abort, self.fork, self.release,
-                    self.pin, self.unpin, self.clear, self.fail,
+                    self.submit,
+                    self.step,
+                    self.abort,
+                    self.fork,
+                    self.release,
+                    self.pin,
+                    self.unpin,
+                    self.clear,
+                    self.fail,
                 ),
                 (20, 24, 4, 4, 4, 2, 2, 2, 1),
             )[0]
