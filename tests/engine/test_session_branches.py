@@ -192,3 +192,18 @@ def test_one_answer_a_turn(llm: LLM) -> None:
     for params in (SamplingParams(n=2), SamplingParams(echo=True)):
         with pytest.raises(InvalidInput, match="one answer a turn"):
             session.stream(params)
+
+
+def test_pinned_blocks_are_no_room_for_a_request_that_may_not_reuse_them(tiny_path: Path) -> None:
+    """One that wants all logits of its prompt computes it anew: it must be refused at once, not in the middle."""
+    llm = small_llm(tiny_path, 2)
+    session = Session(llm)
+    ask(session, "Why is the sky blue? " * 6)
+    session.pin()
+    sequence = session._sequence
+    assert sequence is not None
+    prompt = (sequence.token_ids[: 32 * llm.engine.cache.num_pinned] + [5, 6] * 300)[:440]
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    assert llm.generate(prompt, params)[0].stats.num_cached_tokens >= 32 * 3
+    with pytest.raises(CacheTooSmall, match="prompt and answer need 14 blocks"):
+        llm.engine.new_sequence(prompt, SamplingParams(max_tokens=8, echo=True, logprobs=1))

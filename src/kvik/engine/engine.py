@@ -334,8 +334,7 @@ class Engine:
         """Refuse what could never fit, whatever the others give back. The last token of all needs no place."""
         spec = self.kv_spec
         needed = spec.num_blocks_for(sequence.most_tokens - 1)
-        match = self.cache.match(sequence.token_ids, sequence.table.namespace.salt)
-        has = self.cache.num_blocks_within_reach(match)
+        has = self.cache.num_blocks_within_reach(self.scheduler.match(sequence))
         if needed <= has:
             return
         room = has * spec.block_size + 1 - sequence.num_prompt_tokens

@@ -217,7 +217,7 @@ class Scheduler:
         for sequence in self.waiting[: self.max_running]:
             if budget <= 0 or len(self.running) >= self.max_running:
                 break
-            match = self._match(sequence)
+            match = self.match(sequence)
             if sequence.previous is None and self.cache.is_being_computed(match):
                 continue
             while self.parked and not self.cache.has_room(match, sequence.num_tokens, promised):
@@ -232,7 +232,8 @@ class Scheduler:
             promised += self._num_promised(sequence)
         return budget
 
-    def _match(self, sequence: Sequence) -> Match:
+    def match(self, sequence: Sequence) -> Match:
+        """What the prefix cache has of a sequence; nothing for one that must compute all of its tokens."""
         token_ids = sequence.token_ids if self._may_reuse(sequence) else []
         return self.cache.match(token_ids, sequence.table.namespace.salt)
 
