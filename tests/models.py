@@ -18,7 +18,6 @@ from gguf_files import tiny_llama, write_gguf
 from kvik.config import Activations, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
-from kvik.models.decoder import Decoder
 from kvik.models.gguf import read_gguf
 from kvik.models.loader import LoadedModel, load_model
 from kvik.ops.native import NativeOps
@@ -45,10 +44,7 @@ def tiny_reference_model(folder: Path, *, activations: Activations = "int8", **o
 
 def with_ops(model: LoadedModel, activations: Activations, threads: int) -> LoadedModel:
     """The same weights, run by other native ops: neither setting shows in how a weight is packed."""
-    decoder = model.decoder
-    return dataclasses.replace(
-        model, decoder=Decoder(decoder.spec, decoder.weights, NativeOps(activations, threads), decoder.rope)
-    )
+    return dataclasses.replace(model, decoder=model.decoder.with_ops(NativeOps(activations, threads)))
 
 
 def shuffle_free_blocks(engine: Engine, seed: int) -> None:

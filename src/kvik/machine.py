@@ -1,10 +1,32 @@
-"""What this process may use of the machine."""
+"""What this process may use of the machine, what it is called, and where kvik keeps files on it."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
+
+from kvik.errors import InvalidInput
+
+
+def user_folder() -> Path:
+    """Where kvik keeps its own files: $KVIK_HOME, or the user's cache folder."""
+    home = os.environ.get("KVIK_HOME")
+    if home:
+        try:
+            return Path(home).expanduser()
+        except RuntimeError as error:
+            raise InvalidInput(f"KVIK_HOME is {home}: {error}", hint="set it to a folder of yours") from None
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("kvik", appauthor=False))
+
+
+def processor_name() -> str:
+    """What the processor calls itself, or else its architecture."""
+    name = _value_text("model name", _read(Path("/proc/cpuinfo")))
+    return name or platform.processor() or platform.machine()
 
 
 def available_threads() -> int:
@@ -61,6 +83,15 @@ def _control_groups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
             yield folder, 1 if controllers else 2
             if folder == top:
                 break
+
+
+def _value_text(name: str, text: str) -> str:
+    """What follows the first `name:` at the beginning of a line, or nothing."""
+    for line in text.splitlines():
+        key, _, content = line.partition(":")
+        if key.strip() == name:
+            return content.strip()
+    return ""
 
 
 def _value_of(name: str, text: str) -> int | None:

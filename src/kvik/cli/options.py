@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -83,8 +85,8 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """Which model, and how it is run, as in `EngineConfig`."""
+class ModelOptions:
+    """Which model, and how it is run whatever else varies, as in `EngineConfig`."""
 
     model: Annotated[
         str,
@@ -101,11 +103,7 @@ class EngineOptions:
     activations: Annotated[
         Activations, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
     ] = "int8"
-    kv_dtype: Annotated[KVDType, value(ENGINE, "f16|f32|int8", "Keys and values in the cache.", show_default=True)] = (
-        "f16"
-    )
     context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None
-    threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None
     kv_memory: Annotated[str, value(ENGINE, "SIZE", "For keys and values, like 512MiB or 2GiB.", show_default=True)] = (
         "auto"
     )
@@ -114,15 +112,18 @@ class EngineOptions:
         """The model, ready to write; `others` are arguments of `LLM` that have no option here."""
         from kvik.engine.llm import LLM
 
-        return LLM(
-            self.model,
-            activations=self.activations,
-            kv_dtype=self.kv_dtype,
-            context=self.context,
-            threads=self.threads,
-            kv_memory=self.kv_memory,
-            **others,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return LLM(values.pop("model"), **values, **others)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions(ModelOptions):
+    """Those, and which keys and values are kept, by how many threads."""
+
+    kv_dtype: Annotated[KVDType, value(ENGINE, "f16|f32|int8", "Keys and values in the cache.", show_default=True)] = (
+        "f16"
+    )
+    threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None
 
 
 def spell_out(command: Callable[..., None]) -> Callable[..., None]:
@@ -169,6 +170,44 @@ def check_utf8(name: str, data: bytes) -> str:
 def check_text(name: str, text: str) -> str:
     """The text itself; raises `InvalidInput` where the bytes that it came from were not UTF-8."""
     return check_utf8(name, text.encode("utf-8", "surrogateescape"))
+
+
+def check_output_path(option: str, path: Path) -> None:
+    """Raise `InvalidInput` before any work where the file could not be written in the end."""
+    where = path.absolute()
+    if where.is_dir():
+        raise InvalidInput(f"{option} is {path}, a folder", hint="give the name of a file")
+    if not where.parent.is_dir():
+        raise InvalidInput(f"{option} is {path}: there is no folder {where.parent}", hint="make it, or give another")
+    if not os.access(where if where.exists() else where.parent, os.W_OK):
+        raise InvalidInput(f"{option} is {path}, which may not be written", hint="give a file in a folder of yours")
+
+
+def check_count(option: str, number: int, least: int, most: int) -> int:
+    """The number itself; raises `InvalidInput` outside of the bounds."""
+    if not least <= number <= most:
+        raise InvalidInput(f"{option} is {number:,}", hint=f"give a whole number from {least:,} to {most:,}")
+    return number
+
+
+def parse_list(option: str, text: str) -> list[str]:
+    """The parts of a list like `128,512`, none empty and none twice."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts) or len(set(parts)) < len(parts):
+        raise InvalidInput(f"{option} is {text!r:.60}", hint="give values with commas between them, each once")
+    return parts
+
+
+def parse_counts(option: str, text: str, least: int, most: int) -> list[int]:
+    """The numbers of a list like `128,512`."""
+    numbers = []
+    for part in parse_list(option, text):
+        if not (part.isascii() and part.isdigit()) or len(part) > 18:
+            raise InvalidInput(
+                f"{option} has {part!r:.40} in it", hint=f"give whole numbers from {least:,} to {most:,}, like 128,512"
+            )
+        numbers.append(check_count(option, int(part), least, most))
+    return numbers
 
 
 def check_prompt(text: str) -> None:

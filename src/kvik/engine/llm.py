@@ -8,6 +8,7 @@ import reprlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from kvik.config import Activations, Backend, EngineConfig, KVDType, SamplingParams
@@ -194,11 +195,20 @@ class LLM:
         """Whether the model brings a chat template."""
         return self.model.chat_template is not None
 
-    def new_engine(self) -> Engine:
-        """Another engine over the same weights, with a cache of its own."""
-        config = self.config
+    def new_engine(self, **changes: Any) -> Engine:
+        """Another engine over the same weights, with a cache of its own.
+
+        `changes` are fields of `EngineConfig` in which it differs; model and backend, and so context and activations,
+        stay.
+        """
+        config = replace(self.config, **changes)
+        fixed = ("context", "activations", "backend")
+        assert all(getattr(config, name) == getattr(self.config, name) for name in fixed)
+        model = self.model
+        if config.threads != self.config.threads:
+            model = replace(model, decoder=model.decoder.with_ops(_make_ops(config)))
         return Engine(
-            self.model,
+            model,
             kv_dtype=config.kv_dtype,
             token_budget=config.token_budget,
             kv_memory=config.kv_memory,

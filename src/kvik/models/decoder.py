@@ -22,12 +22,16 @@ class LayerWeights:
     down_proj: Weight  # (hidden_size, intermediate_size)
 
     @property
+    def matrices(self) -> tuple[Weight, ...]:
+        """All that a token is multiplied with."""
+        qkv = (self.qkv.query, self.qkv.key, self.qkv.value)
+        return (*qkv, self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the matrices and norms."""
-        qkv = (self.qkv.query, self.qkv.key, self.qkv.value)
-        matrices = (*qkv, self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
         norms = (self.attn_norm, self.mlp_norm)
-        return sum(matrix.num_bytes for matrix in matrices) + sum(norm.weight.nbytes for norm in norms)
+        return sum(matrix.num_bytes for matrix in self.matrices) + sum(norm.weight.nbytes for norm in norms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,11 @@ class DecoderWeights:
         layers = sum(layer.num_bytes for layer in self.layers)
         return layers + (self.norm.weight.nbytes + self.lm_head.num_bytes if with_logits else 0)
 
+    @property
+    def layer_multiply_adds(self) -> int:
+        """Multiply-adds of one token with the matrices of all layers."""
+        return sum(matrix.rows * matrix.columns for layer in self.layers for matrix in layer.matrices)
+
 
 class Decoder:
     """A decoder-only transformer."""
@@ -54,6 +63,10 @@ class Decoder:
         self.weights = weights
         self.ops = ops
         self.rope = rope
+
+    def with_ops(self, ops: Ops) -> Decoder:
+        """The same weights, run by other ops of the same backend, which pack weights alike."""
+        return Decoder(self.spec, self.weights, ops, self.rope)
 
     def record(self, kv_cache: Sequence[LayerKV]) -> Callable[[Batch], Array]:
         """The forward pass over these KV arrays as one function of the batch, its ops noted where the backend can."""

