@@ -7,14 +7,19 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 
 from command_line import CTRL_C, Kvik, Terminal
 from kvik import LLM, SamplingParams
 from kvik.cli.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
+from kvik.cli.lengths import LengthCost, whole_text_s
 from kvik.cli.race import DEFAULT_PROMPT
+from work_formulas import TinyShape
 
+SCHEMA = Path(__file__).parents[2] / "docs/schemas/race-1.json"
+SHAPE = TinyShape()
 PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 SHORT = ("--max-tokens", "30")
 
@@ -86,24 +91,117 @@ def test_a_race_that_is_stopped_compares_what_both_have(llm: LLM) -> None:
 def test_the_result_is_on_stdout(kvik: Kvik) -> None:
     result = kvik("race", *SHORT)
     assert result.exit_code == 0
-    lines = result.stdout.splitlines()
-    assert lines[0] == "both lanes wrote:"
-    assert lines[-1] == "same tokens: yes (30/30), same logits: bit for bit"
-    assert re.fullmatch(r"ratio: [\d.]+ × faster, [\d.]+ × fewer tokens computed", lines[-2])  # noqa: RUF001
-    heading, without, with_cache = lines[-6:-3]
+    parts = result.stdout.split("\n\n")
+    assert parts[0].startswith("both lanes wrote:\n")
+    table, curve, growth, lengths, verdict = (part.splitlines() for part in parts[-5:])
+    heading, without, with_cache = table
     assert heading.split("  ")[0] == "lane"
     assert re.match(r"without the cache +30 +\d+\.\d\d s +\S+ +\S+ m?s +[\d,]+ +0 B$", without)
     assert re.match(r"with the cache +30 +\d+\.\d\d s +\S+ +\S+ m?s +\d+ +[\d.]+ KiB$", with_cache)
     assert len(heading) == len(without) == len(with_cache)
-    assert result.stderr.splitlines() == [line for line in result.stderr.splitlines() if DEFAULT_PROMPT in line]
+    assert [line.split()[0] for line in curve[2:-1]] == ["1", "2", "4", "8", "16", "30"]
+    assert curve[-1].startswith("without the cache, ")
+    assert len(growth) == 5
+    assert all(line.count("n^") == 2 for line in growth[1:])
+    assert [line.split()[0] for line in lengths[3:]] == ["64", "128", "256", "512", "1,024", "2,048"]
+    assert re.fullmatch(r"ratio: [\d.]+ × faster, [\d.]+ × fewer tokens computed", verdict[0])  # noqa: RUF001
+    assert verdict[1] == "same tokens: yes (30/30), same logits: bit for bit"
+    first, *others = result.stderr.splitlines()
+    assert DEFAULT_PROMPT in first
+    assert others == ["timing one token at 6 lengths up to 2,048"]
+
+
+def test_work_is_that_of_closed_formulas(kvik: Kvik) -> None:
+    report = json.loads(kvik("race", "--raw", "q" * 600, "--json", "--max-tokens", "6", "--lengths", "5,700").stdout)
+    prompt, kv = len(report["prompt"]["token_ids"]), SHAPE.kv_token_bytes("f16")
+    assert prompt > 512  # the first token takes two steps
+    without, with_cache = report["lanes"]
+    for lane in (without, with_cache):
+        assert lane["num_cached_prompt_tokens"] == 0
+        assert [one["length"] for one in lane["tokens"]] == list(range(prompt, prompt + 6))
+        for index, one in enumerate(lane["tokens"]):
+            first = 0 if index == 0 or not lane["use_cache"] else one["length"] - 1
+            assert_is_work(one, first, one["length"], kv)
+    total = sum(range(prompt, prompt + 6))
+    assert without["num_computed_tokens"] == total
+    assert without["num_repeated_tokens"] == total - (prompt + 5)
+    assert with_cache["num_repeated_tokens"] == with_cache["repeated_multiply_adds"] == 0
+    repeats = [(0, length - 1) for length in range(prompt + 1, prompt + 6)]
+    assert without["repeated_multiply_adds"] == sum(
+        SHAPE.multiply_adds(last - first, 0) + SHAPE.attention(first, last) for first, last in repeats
+    )
+    assert [one["length"] for one in report["lengths"]] == [1, 5, 700]
+    for one in report["lengths"]:
+        assert_is_work(one["first_token"], 0, one["length"], kv)
+        assert_is_work(one["later_token"], one["length"], one["length"] + 1, kv)
+
+
+def assert_is_work(counts: dict[str, int], first: int, last: int, kv_token_bytes: int) -> None:
+    """Of tokens at positions `first` ... `last` - 1, in steps of 512, and one row of logits."""
+    ends = [*range(first + 512, last, 512), last]
+    head = SHAPE.vocab * SHAPE.hidden * 34 // 32 + SHAPE.hidden * 4
+    assert counts["num_steps"] == len(ends)
+    assert counts["num_computed_tokens"] == last - first
+    assert counts["weight_multiply_adds"] == SHAPE.multiply_adds(last - first, 1)
+    assert counts["attention_multiply_adds"] == SHAPE.attention(first, last)
+    assert counts["weight_bytes"] == len(ends) * SHAPE.step_bytes() - (len(ends) - 1) * head
+    assert counts["kv_bytes"] == kv_token_bytes * sum(ends)
+
+
+def test_multiply_adds_grow_as_they_must(kvik: Kvik) -> None:
+    report = json.loads(kvik("race", "hello", "--raw", "--json", "--max-tokens", "200", "--lengths", "none").stdout)
+    assert report["lengths"] == []
+    fits = {(fit["cost"], fit["lane"]): fit for fit in report["growth"]}
+    assert len(fits) == 4
+    without, with_cache = (fits["its multiply-adds", name] for name in ("without the cache", "with the cache"))
+    assert 0.9 < without["low"] <= without["exponent"] <= without["high"] < 1.7
+    assert 0.0 < with_cache["low"] <= with_cache["exponent"] <= with_cache["high"] < 0.6
+    assert without["num_points"] == 199
+
+
+def test_a_length_is_timed_so_often_as_asked(kvik: Kvik) -> None:
+    report = json.loads(kvik("race", "--json", "--max-tokens", "2", "--lengths", "40", "--rounds", "2").stdout)
+    for one in report["lengths"]:
+        assert len(one["first_token_s"]) == len(one["later_token_s"]) == 2
+        assert min(one["first_token_s"] + one["later_token_s"]) > 0
+
+
+def test_a_text_is_summed_over_costs_between_the_lengths() -> None:
+    costs = [LengthCost(1, [1.0], [0.5]), LengthCost(3, [5.0], [0.5]), LengthCost(5, [9.0], [1.5])]
+    assert whole_text_s(costs, 1) == (1.0, 0.5)
+    assert whole_text_s(costs, 5) == (1.0 + 3 + 5 + 7 + 9, 0.5 + 0.5 + 0.5 + 1 + 1.5)
+
+
+def test_lengths_beyond_a_small_context_are_left_out_unless_asked_for(kvik: Kvik) -> None:
+    result = kvik("race", "--raw", "hello", "--context", "300", "--max-tokens", "3")
+    assert result.exit_code == 0
+    assert "timing one token at 3 lengths up to 256" in result.stderr
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_curves_are_drawn(kvik: Kvik, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"race.{suffix}"
+    result = kvik("race", *SHORT, "--plot", str(path))
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[-1] == f"drawn: {path}"
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+    assert len(content) > 10_000
+
+
+def test_no_curves_without_matplotlib(kvik: Kvik, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = kvik("race", "--plot", str(tmp_path / "race.png"))
+    assert result.exit_code == 2
+    assert result.stderr == "InvalidInput: --plot needs matplotlib\nhint: install it: pip install 'kvik[plot]'\n"
 
 
 def test_a_log_gets_a_line_now_and_then(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvik.cli.race_view.LINE_S", 0.0)
     lines = kvik("race", *SHORT).stderr.splitlines()
-    assert len(lines) == 1 + 60  # a line after each step of both lanes
+    assert len(lines) == 1 + 60 + 1  # a line after each step of both lanes
     assert re.fullmatch(r"without the cache: 1/30 tokens, [\d.]+ s · with the cache: 0/30 tokens, 0\.0 s", lines[1])
-    assert re.fullmatch(r"without the cache: 30/30 tokens, .* with the cache: 30/30 tokens, [\d.]+ s", lines[-1])
+    assert re.fullmatch(r"without the cache: 30/30 tokens, .* with the cache: 30/30 tokens, [\d.]+ s", lines[-2])
 
 
 def test_a_prompt_of_several_chunks(kvik: Kvik) -> None:
@@ -117,39 +215,13 @@ def test_json_is_complete(kvik: Kvik) -> None:
     assert result.exit_code == 0
     assert result.stdout.count("\n") == 1
     values = json.loads(result.stdout)
-    assert list(values) == [
-        "model",
-        "engine",
-        "prompt",
-        "params",
-        "lanes",
-        "num_compared_tokens",
-        "same_tokens",
-        "same_logits",
-        "first_token_difference",
-        "first_logits_difference",
-        "is_interrupted",
-    ]
+    jsonschema.validate(values, json.loads(SCHEMA.read_text(encoding="utf-8")))
     assert values["prompt"]["raw"] is True
     assert values["params"]["max_tokens"] == values["num_compared_tokens"] == 30
     assert (values["same_tokens"], values["same_logits"], values["is_interrupted"]) == (True, True, False)
     assert (values["first_token_difference"], values["first_logits_difference"]) == (None, None)
     assert [lane["use_cache"] for lane in values["lanes"]] == [False, True]
     for lane in values["lanes"]:
-        assert set(lane) == {
-            "name",
-            "use_cache",
-            "text",
-            "token_ids",
-            "seed",
-            "num_completion_tokens",
-            "num_computed_tokens",
-            "total_s",
-            "time_to_first_token_s",
-            "tokens_per_s",
-            "kv_kept_bytes",
-            "weight_bytes",
-        }
         assert len(lane["token_ids"]) == lane["num_completion_tokens"] == 30
         assert lane["total_s"] >= lane["time_to_first_token_s"] > 0
 
@@ -208,6 +280,12 @@ def test_ctrl_c_before_the_first_token(kvik: Kvik, interrupt_at: Callable[[int],
         (["--max-tokens", "0"], "InvalidInput: max_tokens is 0"),
         (["--context", "20", "x" * 30], "PromptTooLong: the prompt has "),
         (["-m", "nothing"], "ModelNotFound: "),
+        (["--lengths", "0"], "InvalidInput: --lengths is 0"),
+        (["--lengths", "many"], "InvalidInput: --lengths has 'many' in it"),
+        (["--lengths", "900", "--context", "800"], "InvalidInput: --lengths has 900 in it, the context holds 800"),
+        (["--rounds", "0"], "InvalidInput: --rounds is 0"),
+        (["--plot", "race.pdf"], "InvalidInput: --plot is race.pdf"),
+        (["--plot", "/nowhere/at/all.png"], "InvalidInput: --plot is /nowhere/at/all.png: there is no folder"),
     ],
 )
 def test_bad_input_is_refused(kvik: Kvik, arguments: list[str], said: str) -> None:

@@ -1,139 +1,152 @@
-"""`kvik bench`: tokens per second of prefill and decode, and where a step's time goes."""
+"""`kvik bench`: prefill and decode on this machine, and where a step's time goes."""
 
 from __future__ import annotations
 
-import statistics
-import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+import difflib
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
-from kvik.cli.options import EngineOptions, flag, spell_out, value
+import typer
+
+from kvik.cli.options import (
+    ModelOptions,
+    check_count,
+    check_output_path,
+    flag,
+    parse_counts,
+    parse_list,
+    spell_out,
+    value,
+)
 from kvik.cli.report import write_report
-from kvik.cli.terminal import Interrupt, is_terminal, note, rate, write
+from kvik.cli.terminal import Interrupt, note, write
+from kvik.config import MOST_TOKENS, KVDType
 from kvik.errors import InvalidInput
+from kvik.models.progress import counted_progress
 
 if TYPE_CHECKING:
+    from kvik.cli.bench_cases import Bench, Case
     from kvik.cli.measure import StepProfile
-    from kvik.engine.engine import Engine
+    from kvik.engine.llm import LLM
 
-CASES = "What is measured"
+CASES, OUTPUT = "What is measured", "Output"
+MOST_BATCH = 4096
+MOST_THREADS = 256
 
 
 @spell_out
 def bench(
     *,
-    prompt_tokens: Annotated[int, value(CASES, "N", "Length of the prompt.", show_default=True)] = 512,
-    tokens: Annotated[int, value(CASES, "N", "Tokens to write.", show_default=True)] = 128,
-    depth: Annotated[int, value(CASES, "N", "Tokens in the cache before them.", show_default=True)] = 0,
+    prompt: Annotated[str, value(CASES, "N,N,…", "Lengths of prompts.", show_default=True)] = "512",
+    gen: Annotated[int, value(CASES, "N", "Tokens that each sequence writes.", show_default=True)] = 64,
+    depth: Annotated[str, value(CASES, "N,N,…", "Tokens in the cache before them.", show_default=True)] = "0",
+    batch: Annotated[str, value(CASES, "N,N,…", "Sequences that write at once.", show_default=True)] = "1",
+    kv: Annotated[str, value(CASES, "TYPE,…", "Keys and values: f16, f32, int8.", show_default=True)] = "f16",
+    threads: Annotated[str | None, value(CASES, "N,N,…", "Else one for each processor.")] = None,
     rounds: Annotated[int, value(CASES, "N", "Measure so often; the median counts.", show_default=True)] = 5,
     profile: Annotated[
         bool, flag(CASES, "--profile", "Show each op's time, and how near the machine's limit.")
     ] = False,
-    as_json: Annotated[bool, flag(CASES, "--json", "Print one JSON object when done.")] = False,
-    engine: EngineOptions,
+    fresh_limits: Annotated[
+        bool, flag(CASES, "--fresh-limits", "Measure anew what the machine can do, some seconds.")
+    ] = False,
+    as_json: Annotated[bool, flag(OUTPUT, "--json", "Print one JSON object when done.")] = False,
+    as_csv: Annotated[bool, flag(OUTPUT, "--csv", "Print comma-separated values.")] = False,
+    as_markdown: Annotated[bool, flag(OUTPUT, "--markdown", "Print a Markdown table.")] = False,
+    save: Annotated[Path | None, value(OUTPUT, "FILE", "Keep the JSON in a file too.")] = None,
+    compare: Annotated[Path | None, value(OUTPUT, "FILE", "Show what moved against such a file.")] = None,
+    model: ModelOptions,
 ) -> None:
     """Measure prefill and decode on this machine, with random tokens.
 
-    Every round measures each case once, so that a slow spell of the machine hits all alike.
+    Every round measures each case once, so that a slow spell of the machine hits all alike. A prompt is measured cold,
+    which is asserted, and again when it was seen before. Ctrl-C ends it; what was measured is shown and saved.
     """
-    for name, number, least in (
-        ("--prompt-tokens", prompt_tokens, 1),
-        ("--tokens", tokens, 1),
-        ("--depth", depth, 0),
-        ("--rounds", rounds, 1),
-    ):
-        if number < least:
-            raise InvalidInput(f"{name} is {number}", hint=f"give a whole number from {least}")
+    from kvik.cli import bench_report
+    from kvik.cli.bench_cases import Bench, Interrupted, check_cases
+    from kvik.ops.limits import measured_limits
+
+    if as_json + as_csv + as_markdown > 1:
+        raise InvalidInput("more than one of --json, --csv and --markdown is given", hint="give one, and --save FILE")
+    check_count("--rounds", rounds, 1, 10_000)
+    cases = _cases(prompt, gen, depth, batch, kv, threads)
+    if save is not None:
+        check_output_path("--save", save)
+    old = bench_report.read_report(compare) if compare is not None else None
+    llm = model.load()
+    check_cases(cases, llm.model.context)
+    profiles: list[StepProfile] = []
+    with Interrupt() as interrupted:
+        bench = Bench(llm, cases, interrupted)
+        if fresh_limits:
+            note("measuring what the machine can do")
+        limits = {case.threads: measured_limits(case.threads, fresh=fresh_limits) for case in cases}
+        with suppress(Interrupted):
+            _run(bench, rounds)
+            if profile:
+                profiles = _profiles(llm, cases, rounds)
+        is_whole = not interrupted()
+    report = bench_report.bench_report(model.model, llm, bench.rows, limits, rounds, profiles, is_whole=is_whole)
+    if as_json:
+        write_report(report)
+    elif as_csv:
+        write(bench_report.csv_text(report))
+    else:
+        lines = bench_report.table_lines(report, markdown=as_markdown)
+        for one in profiles:
+            lines += ["", *(["```"] if as_markdown else []), *bench_report.profile_lines(one)]
+            lines += ["```"] if as_markdown else []
+        write("\n".join(lines) + "\n")
+    if save is not None:
+        bench_report.save_report(save, report)
+    if old is not None:
+        text = "\n".join(bench_report.compare_lines(old, report, str(compare)))
+        if as_json or as_csv:
+            note(text)
+        else:
+            write(f"\n{text}\n")
+    if not is_whole:
+        note("interrupted; shown is what was measured")
+        raise typer.Exit(1)
+
+
+def _cases(prompt: str, gen: int, depth: str, batch: str, kv: str, threads: str | None) -> list[Case]:
+    from kvik.cli.bench_cases import make_cases
+    from kvik.machine import available_threads
+
+    kv_dtypes = parse_list("--kv", kv)
+    for kv_dtype in kv_dtypes:
+        if kv_dtype not in get_args(KVDType):
+            near = difflib.get_close_matches(kv_dtype, get_args(KVDType), 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise InvalidInput(
+                f"--kv has {kv_dtype!r:.40} in it", hint=f"{meant}give some of {', '.join(get_args(KVDType))}"
+            )
+    return make_cases(
+        threads=[available_threads()] if threads is None else parse_counts("--threads", threads, 1, MOST_THREADS),
+        kv_dtypes=cast(list[KVDType], kv_dtypes),
+        prompts=parse_counts("--prompt", prompt, 1, MOST_TOKENS),
+        depths=parse_counts("--depth", depth, 0, MOST_TOKENS),
+        batches=parse_counts("--batch", batch, 1, MOST_BATCH),
+        num_tokens=check_count("--gen", gen, 1, MOST_TOKENS),
+    )
+
+
+def _run(bench: Bench, rounds: int) -> None:
+    with counted_progress("measurements", rounds * len(bench.rows)) as advance:
+        for _ in range(rounds):
+            bench.run_round(advance)
+
+
+def _profiles(llm: LLM, cases: list[Case], rounds: int) -> list[StepProfile]:
+    """Of the first prompt and the first depth, with the first number of threads and KV type."""
     from kvik.cli import measure
 
-    llm = engine.load(prefix_cache=False)  # each round computes all of its prompt
-    measure.check_room(llm.engine, max(prompt_tokens + 1, max(1, depth) + tokens + 1))
-    cases: dict[str, Callable[[Engine], float]] = {
-        f"prefill, {prompt_tokens:,} tokens": lambda engine: measure.prefill_rate(engine, prompt_tokens),
-        f"decode, {tokens:,} tokens at depth {depth:,}": lambda engine: measure.decode_rate(
-            engine, tokens, depth=depth
-        ),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in cases}
-    with Interrupt() as interrupted:
-        for index in range(rounds):
-            for name, case in cases.items():
-                if is_terminal(sys.stderr):
-                    note(f"round {index + 1} of {rounds}: {name}")
-                rates[name].append(case(llm.engine))
-                if interrupted():
-                    raise KeyboardInterrupt
-        profiles: list[StepProfile] = []
-        if profile:
-            profiles.append(measure.profile_prefill(llm.engine, prompt_tokens, rounds=rounds))
-            if interrupted():
-                raise KeyboardInterrupt
-            profiles.append(measure.profile_decode(llm.engine, depth=depth, rounds=8 * rounds))
-            if interrupted():
-                raise KeyboardInterrupt
-    if as_json:
-        write_report(
-            {
-                "model": {"name": engine.model, "path": str(llm.model.path)},
-                "engine": asdict(llm.config) | {"context": llm.model.context},
-                "tokens_per_s": {name: {"median": statistics.median(of), "rounds": of} for name, of in rates.items()},
-                "profiles": [profile_report(one) for one in profiles],
-            }
-        )
-        return
-    width = max(map(len, rates))
-    for name, of in rates.items():
-        spread = f"({rate(min(of))} … {rate(max(of))})"
-        write(f"{name:<{width}}  {rate(statistics.median(of)):>6} tok/s  {spread}\n")
-    for one in profiles:
-        write("\n" + "\n".join(profile_lines(one)) + "\n")
-
-
-def profile_lines(profile: StepProfile) -> list[str]:
-    """A table: each kind of op, its time and share, what it moved and computed, how near the limit it came."""
-    limits, total_s = profile.limits, sum(op.seconds for op in profile.ops)
-    rows = [("op", "in → out", "times", "ms", "share", "GB/s", "GOP/s", "of the limit")]
-    for op, count in zip(profile.ops, profile.counts, strict=True):
-        rows.append(
-            (
-                op.name,
-                " → ".join(f"{width:,}" if width else "·" for width in op.widths),
-                f"{count}",
-                f"{op.seconds * 1e3:.3f}",
-                f"{op.seconds / total_s:.1%}",
-                f"{op.bytes / op.seconds / 1e9:.1f}",
-                f"{op.operations / op.seconds / 1e9:.0f}",
-                f"{op.least_seconds(limits) / op.seconds:.0%}",
-            )
-        )
-    least_s = sum(op.least_seconds(limits) for op in profile.ops)
-    rows.append(
-        ("all", "", f"{sum(profile.counts)}", f"{total_s * 1e3:.3f}", "100.0%", "", "", f"{least_s / total_s:.0%}")
-    )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [profile.title]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.append(
-        f"limits, measured now: {limits.bytes_per_s / 1e9:.1f} GB/s read from an array as large as the weights, "
-        f"{limits.integer_operations_per_s / 1e9:,.0f} GOP/s of int8, "
-        f"{limits.float_operations_per_s / 1e9:,.0f} GFLOP/s of float32"
-    )
-    return lines
-
-
-def profile_report(profile: StepProfile) -> dict[str, Any]:
-    """The same for machines."""
-    return {
-        "title": profile.title,
-        "limits": asdict(profile.limits),
-        "ops": [
-            asdict(op) | {"count": count, "least_seconds": op.least_seconds(profile.limits)}
-            for op, count in zip(profile.ops, profile.counts, strict=True)
-        ],
-    }
+    prefill = next(case for case in cases if case.kind == "prefill")
+    decode = next(case for case in cases if case.kind == "decode")
+    engine = llm.new_engine(threads=prefill.threads, kv_dtype=prefill.kv_dtype, prefix_cache=False)
+    return [
+        measure.profile_prefill(engine, prefill.length, rounds=rounds),
+        measure.profile_decode(engine, depth=decode.length, rounds=8 * rounds),
+    ]

@@ -9,15 +9,30 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from kvik.cli.meter import Meter
 from kvik.config import SamplingParams
+from kvik.models.work import StepWork
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     from kvik.engine.engine import Engine
     from kvik.engine.llm import LLM
     from kvik.engine.sequence import Sequence
+    from kvik.ops.base import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCost:
+    """What it took to write a token, or several that were guessed: the first one's cost is that of the whole prompt."""
+
+    length: int  # tokens of the sequence that it was chosen after
+    num_tokens: int
+    seconds: float
+    work: StepWork
+    repeated: StepWork  # the part of it that had been computed before
 
 
 @dataclass(slots=True, eq=False)
@@ -27,9 +42,15 @@ class RaceLane:
     name: str
     engine: Engine
     sequence: Sequence
+    meter: Meter
     elapsed_s: float = 0.0  # in steps of its own
     time_to_first_token_s: float | None = None
     digests: list[bytes] = field(default_factory=list)  # of the logits' bits, 32 bytes in place of a row for each token
+    costs: list[TokenCost] = field(default_factory=list)
+    _seconds: float = 0.0  # since the last token, and the work
+    _work: StepWork = field(default_factory=StepWork)
+    _repeated: StepWork = field(default_factory=StepWork)
+    _num_known: int = 0  # tokens that were computed at some time
 
     @property
     def is_done(self) -> bool:
@@ -56,12 +77,22 @@ class RaceLane:
         """Advance by one step, on this lane's clock."""
         started_s = time.perf_counter()
         result = self.engine.step()
-        self.elapsed_s += time.perf_counter() - started_s
+        step_s = time.perf_counter() - started_s
+        self.elapsed_s += step_s
         assert result is not None
+        self._seconds += step_s
+        for batch in self.meter.take():
+            self._work += self.meter.count(batch)
+            self._repeated += self.meter.count(_computed_before(batch, self._num_known))
+            self._num_known = max(self._num_known, int(batch.positions.max()) + 1)
         for row in result.logits:
             self.digests.append(digest(row))
             if self.time_to_first_token_s is None:
                 self.time_to_first_token_s = self.elapsed_s
+        if result.sequences:
+            length = self.sequence.num_tokens - len(result.sequences)
+            self.costs.append(TokenCost(length, len(result.sequences), self._seconds, self._work, self._repeated))
+            self._seconds, self._work, self._repeated = 0.0, StepWork(), StepWork()
 
     def close(self) -> None:
         """Stop where it is."""
@@ -91,8 +122,9 @@ def make_lanes(llm: LLM, prompt_ids: list[int], params: SamplingParams) -> tuple
         engine = llm.new_engine()
         sequence = engine.new_sequence(prompt_ids, params, keep_cache=keep_cache, park=True)
         _warm_up(engine, prompt_ids[:1])
+        _assert_cold(engine)
         engine.add(sequence)
-        lanes.append(RaceLane(name, engine, sequence))
+        lanes.append(RaceLane(name, engine, sequence, Meter(engine)))
     return lanes[0], lanes[1]
 
 
@@ -136,3 +168,23 @@ def _warm_up(engine: Engine, token_ids: list[int]) -> None:
     engine.add(sequence)
     while sequence.finish_reason is None:
         engine.step()
+
+
+def _assert_cold(engine: Engine) -> None:
+    """Nothing that the race will ask for is there already."""
+    pool, stats = engine.cache.pool, engine.cache.stats
+    assert pool.num_free == pool.num_blocks, f"{pool.num_blocks - pool.num_free} blocks hold something"
+    assert stats.num_cached_tokens == 0, f"{stats.num_cached_tokens} tokens came from the cache"
+
+
+def _computed_before(batch: Batch, num_known: int) -> Batch:
+    """The tokens of the batch among the sequence's first `num_known`, without their logits."""
+    known = batch.positions < num_known
+    return replace(
+        batch,
+        token_ids=batch.token_ids[known],
+        positions=batch.positions[known],
+        slot_mapping=batch.slot_mapping[known],
+        sequence_index=batch.sequence_index[known],
+        logit_rows=np.empty(0, np.int32),
+    )

@@ -1,9 +1,8 @@
-"""What `kvik bench` measures: the speed of prefill and decode, and where a step's time goes."""
+"""Where a step's time goes: each op of a prefill or decode step, beside what the machine could do."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import numpy as np
 from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
-from kvik.errors import InvalidInput
 from kvik.ops.base import Batch
 from kvik.ops.native import NativeOps
 from kvik.ops.program import MachineLimits, OpProfile, RecordedStep
@@ -48,37 +46,12 @@ def sequence_at(engine: Engine, num_tokens: int) -> Iterator[Sequence]:
         engine.abort(sequence)
 
 
-def prefill_rate(engine: Engine, num_tokens: int) -> float:
-    """Prompt tokens per second, of one prompt."""
-    start_s = time.perf_counter()
-    with sequence_at(engine, num_tokens):
-        return num_tokens / (time.perf_counter() - start_s)
-
-
-def decode_rate(engine: Engine, num_tokens: int, *, depth: int) -> float:
-    """New tokens per second behind `depth` tokens that are in the cache."""
-    with sequence_at(engine, max(1, depth)) as sequence:
-        written = sequence.num_completion_tokens
-        start_s = time.perf_counter()
-        _step_to(engine, sequence, written + num_tokens)
-        return num_tokens / (time.perf_counter() - start_s)
-
-
 def _step_to(engine: Engine, sequence: Sequence, num_completion_tokens: int) -> None:
     """Step until so many tokens are written; raises what ended the sequence before."""
     while sequence.num_completion_tokens < num_completion_tokens:
         engine.step()
         if sequence.error is not None:
             raise sequence.error
-
-
-def check_room(engine: Engine, num_tokens: int) -> None:
-    """Raise `InvalidInput` where so many tokens are more than the context holds."""
-    if num_tokens > engine.model.context:
-        raise InvalidInput(
-            f"the longest case has {num_tokens:,} tokens, the context holds {engine.model.context:,}",
-            hint="lower --depth, --prompt-tokens or --tokens",
-        )
 
 
 def profile_prefill(engine: Engine, num_tokens: int, *, rounds: int) -> StepProfile:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -79,6 +79,17 @@ def mebibytes(num_bytes: int) -> str:
         if num_bytes < size * 1023.95:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Rows as lines of one table, the first `left` columns aligned left and the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        aligned = [cell.ljust(width) if at < left else cell.rjust(width) for at, (cell, width) in enumerate(cells)]
+        lines.append("  ".join(aligned).rstrip())
+    return lines
 
 
 def rate(tokens_per_s: float) -> str:

@@ -56,6 +56,6 @@ def count_work(decoder: Decoder, kv_spec: KVCacheSpec, batch: Batch) -> StepWork
         num_tokens=num_tokens,
         weight_multiply_adds=num_tokens * weights.layer_multiply_adds + num_logits * head,
         attention_multiply_adds=2 * spec.num_layers * spec.num_heads * spec.head_dim * int(keys.sum()),
-        weight_bytes=weights.step_bytes(with_logits=num_logits > 0),
+        weight_bytes=weights.step_bytes(with_logits=num_logits > 0) if num_tokens else 0,
         kv_bytes=int(seen.sum()) * kv_spec.token_bytes,
     )

@@ -24,8 +24,8 @@ FORMAT = 1
 def measured_limits(threads: int | None = None, *, fresh: bool = False) -> MachineLimits:
     """The machine's limits with so many threads (None: those this process may use), reading from memory, not caches.
 
-    The best of some seconds of measuring, since other work only ever lessens it; kept in the user's folder, by processor, instruction set and threads, until
-    `fresh` asks to measure again.
+    The best of some seconds of measuring, since other work only ever lessens it; kept in the user's folder, by
+    processor, instruction set and threads, until `fresh` asks to measure again.
     """
     threads = threads or available_threads()
     path = user_folder() / "limits.json"
