@@ -16,6 +16,7 @@ from kvik import LLM, SamplingParams
 from kvik.cli.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
 from kvik.cli.lengths import LengthCost, whole_text_s
 from kvik.cli.race import DEFAULT_PROMPT
+from kvik.cli.race_report import cost_of_token
 from work_formulas import TinyShape
 
 SCHEMA = Path(__file__).parents[2] / "docs/schemas/race-1.json"
@@ -146,6 +147,21 @@ def assert_is_work(counts: dict[str, int], first: int, last: int, kv_token_bytes
     assert counts["attention_multiply_adds"] == SHAPE.attention(first, last)
     assert counts["weight_bytes"] == len(ends) * SHAPE.step_bytes() - (len(ends) - 1) * head
     assert counts["kv_bytes"] == kv_token_bytes * sum(ends)
+
+
+def test_tokens_of_guesses_are_counted_with_their_step(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=60, ignore_eos=True, speculate="ngram")
+    lanes = make_lanes(llm, llm.encode("ab ab ab ab ab ab"), params)
+    assert run_race(lanes, lambda: None)
+    without, with_cache = lanes
+    assert all(cost.num_tokens == 1 for cost in without.costs)
+    assert max(cost.num_tokens for cost in with_cache.costs) > 1  # some guesses are right
+    for lane in lanes:
+        assert sum(cost.num_tokens for cost in lane.costs) == lane.num_tokens == 60
+        last, so_far_s = cost_of_token(lane, 60)
+        assert last is lane.costs[-1]
+        assert so_far_s == pytest.approx(lane.elapsed_s)
+        assert cost_of_token(lane, 1) == (lane.costs[0], lane.costs[0].seconds)
 
 
 def test_multiply_adds_grow_as_they_must(kvik: Kvik) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 VERSION = 1
 """Of the JSON: docs/schemas/race-1.json."""
 
-SMOOTHED_TOKENS = 8  # newest ones, the median of whose times is shown
+SMOOTHED_STEPS = 8  # newest ones, the median of whose times is shown
 
 Lanes = tuple[RaceLane, RaceLane]
 
@@ -68,24 +68,34 @@ def curve_lines(lanes: Lanes) -> list[str]:
     rows: list[tuple[str, ...]] = [
         ("token", "length", "ms", "·", "multiply-adds", "·", "weights+KV read", "·", "time so far")
     ]
-    together = [list(accumulate(cost.seconds for cost in lane.costs)) for lane in lanes]
-    count = min(len(lane.costs) for lane in lanes)
+    count = min(lane.num_tokens for lane in lanes)
     shown = sorted({1 << power for power in range(count.bit_length()) if 1 << power <= count} | {count})
     for number in shown:
-        without, with_cache = (lane.costs[number - 1] for lane in lanes)
+        (without, without_s), (with_cache, with_s) = (cost_of_token(lane, number) for lane in lanes)
         cells = [f"{number:,}", f"{without.length:,}"]
         cells += [f"{smoothed_s(lane, number) * 1e3:,.1f}" for lane in lanes]
-        cells += [big(one.work.multiply_adds) for one in (without, with_cache)]
-        cells += [big(one.work.read_bytes, "B") for one in (without, with_cache)]
-        rows.append((*cells, f"{together[0][number - 1] / together[1][number - 1]:.1f}:1"))
+        cells += [big(one.work.multiply_adds / one.num_tokens) for one in (without, with_cache)]
+        cells += [big(one.work.read_bytes / one.num_tokens, "B") for one in (without, with_cache)]
+        rows.append((*cells, f"{without_s / with_s:.1f}:1"))
     return [f"one token of the text, {lanes[0].name} · {lanes[1].name}:", *columns(rows)]
 
 
+def cost_of_token(lane: RaceLane, number: int) -> tuple[TokenCost, float]:
+    """The cost that the token's step had, for all tokens that it brought, and the lane's seconds when it was there."""
+    num_tokens, so_far_s = 0, 0.0
+    for cost in lane.costs:
+        num_tokens += cost.num_tokens
+        so_far_s += cost.seconds
+        if num_tokens >= number:
+            return cost, so_far_s
+    raise AssertionError(f"the lane has {num_tokens} tokens")
+
+
 def smoothed_s(lane: RaceLane, number: int) -> float:
-    """Seconds of one token, by the newest few; the first is the prompt's and stands alone."""
-    if number == 1:
-        return lane.costs[0].seconds
-    newest = lane.costs[max(1, number - SMOOTHED_TOKENS) : number]
+    """Seconds of one token, by the newest few steps; the first is the prompt's and stands alone."""
+    cost, _ = cost_of_token(lane, number)
+    at = lane.costs.index(cost) + 1
+    newest = lane.costs[max(1, at - SMOOTHED_STEPS) : at] or [cost]
     return statistics.median(cost.seconds / cost.num_tokens for cost in newest)
 
 
