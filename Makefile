@@ -10,7 +10,7 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test check test-oracle sanitize bench bench-engine bench-peers soak format stubs clean
+.PHONY: help demo test check test-oracle sanitize sanitize-address sanitize-thread benchmarks bench bench-engine bench-peers soak format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-oracle  the comparisons with transformers, in a venv of their own"
 	@echo "make sanitize     the native core's tests under ASan and UBSan, and under TSan"
 	@echo "make bench        tokens per second of prefill and decode on this machine, and where the time goes"
+	@echo "make benchmarks   what docs/benchmarks.md shows of kvik race and kvik bench, measured again"
 	@echo "make bench-engine what batches, shared prefixes and prompts seen before bring, and the prefix cache's own speed"
 	@echo "make soak         20 minutes of random requests: nothing wrong, nothing held for ever, no growth"
 	@echo "make bench-peers  build llama.cpp and compare with it, case by case (an hour)"
@@ -59,12 +60,9 @@ bench: $(VENV)/.installed
 	$(call say,Fetch the default model once)
 	$(VENV)/bin/kvik models pull smollm2
 	$(call say,Prefill and decode with int8 activations$(,) and where a step's time goes)
-	$(VENV)/bin/kvik bench --profile
+	$(VENV)/bin/kvik bench --depth 0,2048 --kv f16,int8 --profile
 	$(call say,The same with int16 activations)
 	$(VENV)/bin/kvik bench --activations int16
-	$(call say,Behind 2$(,)048 tokens$(,) float16 and int8 KV cache)
-	$(VENV)/bin/kvik bench --depth 2048
-	$(VENV)/bin/kvik bench --depth 2048 --kv-dtype int8
 
 bench-engine: $(VENV)/.installed
 	$(call say,Fetch the default model once)
@@ -88,9 +86,19 @@ bench-peers: $(VENV)/.installed
 	$(call say,Compare; --only and --rounds of bench/against_llama_cpp.py make it shorter)
 	$(VENV)/bin/python bench/against_llama_cpp.py --json build/peers/results.json
 
+# Both at once: each of them leaves a processor half idle.
 sanitize: $(VENV)/.tests-installed
-	$(call say,Native code under sanitizers)
-	PYTHON=$(VENV)/bin/python tests/sanitize.sh
+	$(call say,Native code under sanitizers$(,) two at a time)
+	$(MAKE) -j2 --output-sync=target sanitize-address sanitize-thread
+
+sanitize-address sanitize-thread: $(VENV)/.tests-installed
+	PYTHON=$(VENV)/bin/python tests/sanitize.sh $(subst sanitize-,,$@)
+
+benchmarks: $(VENV)/.tests-installed
+	$(call say,Fetch the default model once)
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,kvik race and kvik bench$(,) as docs/benchmarks.md shows them (half an hour))
+	$(VENV)/bin/python bench/write_benchmarks.py
 
 format: $(VENV)/.check-installed
 	$(VENV)/bin/ruff format .

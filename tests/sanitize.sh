@@ -18,12 +18,15 @@ say() { printf '\n== %s\n' "$1"; }
 build() {
   local folder=$root/$1
   say "Compile with -fsanitize=$2"
-  # cmake and ninja where the system has them, else from pip.
+  # cmake and ninja where the system has them, else from pip; installed by one of several that run at once.
+  exec 9>"$root/lock"
+  flock 9
   if ! command -v cmake >/dev/null || ! command -v ninja >/dev/null; then
     [[ -x $root/venv/bin/ninja ]] || { "$python" -m venv "$root/venv" && "$root/venv/bin/pip" install -q cmake ninja; }
     export PATH=$root/venv/bin:$PATH
   fi
   "$python" -c 'import nanobind' 2>/dev/null || "$python" -m pip install -q 'nanobind>=2.8'
+  exec 9>&-
   cmake -S . -B "$folder/cmake" -G Ninja -DPython_EXECUTABLE="$python" -DKVIK_SANITIZE="$2" >"$folder.log" 2>&1 ||
     { cat "$folder.log"; exit 1; }
   ninja -C "$folder/cmake" >"$folder.log" 2>&1 || { cat "$folder.log"; exit 1; }
