@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -72,6 +71,8 @@ def bench(
             profiles.append(measure.profile_decode(llm.engine, depth=depth, rounds=8 * rounds))
             if interrupted():
                 raise KeyboardInterrupt
+    import statistics  # slow to load, and every command imports this module
+
     if as_json:
         write_report(
             {
