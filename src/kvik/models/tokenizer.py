@@ -215,8 +215,9 @@ class Tokenizer:
                 hint="kvik supports it for the model 'llama' only",
             )
         vocabulary = self._ordinary_tokens()
-        pairs = self._merges(fields, vocabulary)
-        self._bpe = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=rule.whole_words))
+        self._bpe = tokenizers.Tokenizer(
+            models.BPE(vocabulary, self._merges(fields, vocabulary), ignore_merges=rule.whole_words)
+        )
         self._bpe.pre_tokenizer = rule.pre_tokenizer()
         self._prepare: Callable[[str], str] = normalizers.NFC().normalize_str if rule.nfc else str
         self._byte_level = True
@@ -254,13 +255,24 @@ class Tokenizer:
 
     def _merges(self, fields: _Metadata, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
         merges = fields.items("merges", {str})
+        own = dict(zip(vocabulary, vocabulary, strict=True))  # so that no token's text is in memory once more
+        try:
+            pairs = [(own[left], own[right]) for left, right in (merge.split(" ") for merge in merges)]
+        except (ValueError, KeyError):
+            return self._some_merges(fields, merges, vocabulary)
+        if all(map(vocabulary.__contains__, map("".join, pairs))):
+            return pairs
+        return self._some_merges(fields, merges, vocabulary)
+
+    def _some_merges(
+        self, fields: _Metadata, merges: list[str], vocabulary: Mapping[str, int]
+    ) -> list[tuple[str, str]]:
+        """Of merges that are not all made of ordinary tokens, those that are."""
         for index, merge in enumerate(merges):
             if merge.count(" ") != 1:
                 raise fields.error(f"tokenizer.ggml.merges[{index}] is {merge!r:.80}, not two tokens")
         parts = " ".join(merges).split(" ")
         pairs = list(zip(parts[::2], parts[1::2], strict=True))
-        if all(map(vocabulary.__contains__, parts)) and all(map(vocabulary.__contains__, map("".join, pairs))):
-            return pairs
         known = set(self._tokens)
         for index, (left, right) in enumerate(pairs):
             if not {left, right, left + right} <= known:
