@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, overload
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
@@ -166,15 +168,16 @@ class Tokenizer:
         model = fields.get("model", str, "")
         if model not in ("gpt2", "llama"):
             raise fields.error(f"tokenizer.ggml.model is {model!r}", hint="kvik reads the models 'gpt2' and 'llama'")
-        self._tokens: list[str] = fields.items("tokens", {str})
+        self._tokens: Sequence[str] = fields.items("tokens", {str})
         self.vocab_size = len(self._tokens)
         try:
             "".join(self._tokens).encode()
         except UnicodeEncodeError as error:
             raise fields.error("tokenizer.ggml.tokens has text that is not Unicode") from error
-        self._types: list[int] = fields.items("token_type", {int}, self.vocab_size)
-        if not set(self._types) <= set(TokenType):
+        types = fields.items("token_type", {int}, self.vocab_size)
+        if not set(types) <= set(TokenType):
             raise fields.error("tokenizer.ggml.token_type has values outside 1 to 6")
+        self._types = bytes(types)
         self.special_token_ids = frozenset(
             token_id for token_id, kind in enumerate(self._types) if kind in _SPECIAL_TYPES
         )
@@ -194,6 +197,7 @@ class Tokenizer:
         if self._add_eos and self._eos_token_id is None:
             raise fields.error("tokenizer.ggml.add_eos_token is set, but there is no eos_token_id")
         self.add_bos = fields.get("add_bos_token", bool, self._bos_by_default) and self.bos_token_id is not None
+        self._tokens = _Texts(self._tokens)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], name: str) -> Tokenizer:
@@ -333,9 +337,9 @@ class Tokenizer:
 
     def _added_tokens(self, kinds: frozenset[TokenType]) -> _AddedTokens:
         token_ids: dict[str, int] = {}
-        for token_id, (text, kind) in enumerate(zip(self._tokens, self._types, strict=True)):
+        for token_id, kind in enumerate(self._types):
             if kind in kinds:
-                token_ids.setdefault(self._literal(text), token_id)
+                token_ids.setdefault(self._literal(self._tokens[token_id]), token_id)
         token_ids.pop("", None)
         longest_first = sorted(token_ids, key=len, reverse=True)
         # Without any token: a pattern that matches nowhere.
@@ -377,6 +381,27 @@ class Tokenizer:
                 hint="use the token ids of this model's own tokenizer",
             )
         return self._tokens[token_id], self._types[token_id]
+
+
+class _Texts(Sequence[str]):
+    """A list of strings in a fifth of its memory: one text, and where each of them ends in it."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._text = "".join(texts)
+        self._ends = array("L", accumulate(map(len, texts)))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        end = self._ends[index]
+        return self._text[self._ends[index - 1] if index % len(self) else 0 : end]
 
 
 @dataclass(frozen=True, slots=True)
