@@ -1,6 +1,7 @@
 #include "packing.h"
 
 #include <cstring>
+#include <vector>
 
 #include "half.h"
 
@@ -20,6 +21,7 @@ struct GgufType {
   int block_format; // index into kBlockFormats, or -1
   FloatFormat float_format;
   void (*unpack)(const uint8_t *block, int part, Group &out); // columns 32*part ... of a block
+  int quants_at = -1; // where a block's quants begin that the container holds byte for byte, behind half scales
 };
 
 namespace {
@@ -143,8 +145,8 @@ constexpr int find_format(BlockFormat wanted) {
 }
 
 constexpr GgufType quantized(std::string_view name, int columns, int bytes, BlockFormat format,
-                             void (*unpack)(const uint8_t *, int, Group &)) {
-  return {name, columns, bytes, find_format(format), FloatFormat::f32, unpack};
+                             void (*unpack)(const uint8_t *, int, Group &), int quants_at = -1) {
+  return {name, columns, bytes, find_format(format), FloatFormat::f32, unpack, quants_at};
 }
 constexpr GgufType plain(std::string_view name, int bytes, FloatFormat format) {
   return {name, 1, bytes, -1, format, nullptr};
@@ -154,11 +156,11 @@ constexpr GgufType kTypes[] = {
     plain("F32", 4, FloatFormat::f32),
     plain("F16", 2, FloatFormat::f16),
     plain("BF16", 2, FloatFormat::bf16),
-    quantized("Q4_0", 32, 18, {4, 32, Minimum::implied, 2}, unpack_q4_0),
-    quantized("Q4_1", 32, 20, {4, 32, Minimum::stored, 2}, unpack_q4_1),
+    quantized("Q4_0", 32, 18, {4, 32, Minimum::implied, 2}, unpack_q4_0, 2),
+    quantized("Q4_1", 32, 20, {4, 32, Minimum::stored, 2}, unpack_q4_1, 4),
     quantized("Q5_0", 32, 22, {8, 32, Minimum::none, 2}, unpack_q5_0),
     quantized("Q5_1", 32, 24, {8, 32, Minimum::stored, 2}, unpack_q5_1),
-    quantized("Q8_0", 32, 34, {8, 32, Minimum::none, 2}, unpack_q8_0),
+    quantized("Q8_0", 32, 34, {8, 32, Minimum::none, 2}, unpack_q8_0, 2),
     quantized("Q2_K", 256, 84, {8, 16, Minimum::stored, 4}, unpack_q2_k),
     quantized("Q3_K", 256, 110, {8, 16, Minimum::none, 4}, unpack_q3_k),
     quantized("Q4_K", 256, 144, {4, 32, Minimum::stored, 4}, unpack_q4_k),
@@ -201,11 +203,34 @@ void interleave(const Group (&rows)[kRowBlock], const BlockFormat &format, uint8
   }
 }
 
+// The same for blocks whose quants, and halves before them, are in the container as they are: only their places differ.
+void interleave_bytes(const uint8_t *const (&blocks)[kRowBlock], const GgufType &type, uint8_t *out) {
+  const BlockFormat &format = kBlockFormats[type.block_format];
+  uint8_t *halves = out + format.quant_bytes();
+  for (int r = 0; r < kRowBlock; ++r) {
+    for (int at = 0; at < format.quant_bytes() / kRowBlock; at += 4)
+      std::memcpy(out + kRowBlock * at + 4 * r, blocks[r] + type.quants_at + at, 4);
+    for (int at = 0; at < type.quants_at; at += 2) std::memcpy(halves + kRowBlock * at + 2 * r, blocks[r] + at, 2);
+  }
+}
+
 void pack_quantized_rows(const GgufType &type, const uint8_t *source, int64_t rows, int64_t columns, int64_t row_block,
                          uint8_t *out) {
   const BlockFormat &format = kBlockFormats[type.block_format];
   const int64_t source_row = row_bytes(type, columns);
   const int parts = type.block_columns / kGroup;
+  if (type.quants_at >= 0) {
+    const std::vector<uint8_t> zeros(static_cast<std::size_t>(type.block_bytes)); // rows past the end
+    for (int64_t group = 0; group < columns / kGroup; ++group, out += format.block_bytes()) {
+      const uint8_t *blocks[kRowBlock];
+      for (int r = 0; r < kRowBlock; ++r) {
+        const int64_t row = row_block * kRowBlock + r;
+        blocks[r] = row < rows ? source + row * source_row + group * type.block_bytes : zeros.data();
+      }
+      interleave_bytes(blocks, type, out);
+    }
+    return;
+  }
   for (int64_t group = 0; group < columns / kGroup; ++group, out += format.block_bytes()) {
     Group unpacked[kRowBlock] = {}; // rows past the end stay zero
     for (int r = 0; r < kRowBlock && row_block * kRowBlock + r < rows; ++r) {

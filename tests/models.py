@@ -69,7 +69,8 @@ def altered(
     file = read_gguf(source)
     without = set(without)
     all_tensors: dict[str, Tensor] = {
-        name: (tensor.data.reshape(*tensor.shape[:-1], -1), tensor.type) for name, tensor in file.tensors.items()
+        name: (tensor.data.reshape(*tensor.shape[:-1], -1), GGMLQuantizationType(tensor.type))
+        for name, tensor in file.tensors.items()
     }
     return write_gguf(
         target,

@@ -11,13 +11,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGUF_MAGIC,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+)
 from gguf.gguf_writer import GGUFValue
 from gguf.quants import dequantize as library_dequantize
 
 from gguf_files import K_QUANTS, WEIGHT_TYPES, random_blocks, tiny_llama, write_gguf
 from kvik.errors import ModelError, ModelNotFound
 from kvik.models.gguf import GGUFFile, dequantize, parse_gguf, read_gguf
+from kvik.models.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
 
 F32, Q4_0, Q4_K = GGMLQuantizationType.F32, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_K
 UINT8, UINT32, UINT64 = GGUFValueType.UINT8, GGUFValueType.UINT32, GGUFValueType.UINT64
@@ -62,12 +70,19 @@ def assert_equals_library(path: Path) -> GGUFFile:
     for tensor in theirs.tensors:
         mine = ours.tensors[tensor.name]
         assert mine.name == tensor.name
-        assert mine.type is tensor.tensor_type
+        assert int(mine.type) == int(tensor.tensor_type)
         assert mine.shape == tuple(reversed(tensor.shape.tolist()))
         assert (mine.num_bytes, mine.offset) == (tensor.n_bytes, tensor.data_offset)
         assert mine.data.shape == (mine.num_bytes,)
         assert np.array_equal(mine.data, tensor.data.reshape(-1).view(np.uint8))
     return ours
+
+
+def test_the_tables_of_types_are_the_librarys() -> None:
+    assert {kind.name: int(kind) for kind in ValueType} == {kind.name: int(kind) for kind in GGUFValueType}
+    assert {kind.name: int(kind) for kind in TensorType} == {kind.name: int(kind) for kind in GGML_QUANT_SIZES}
+    assert {int(kind): sizes for kind, sizes in BLOCKS.items()} == GGML_QUANT_SIZES
+    assert (int.from_bytes(MAGIC, "little"), DEFAULT_ALIGNMENT) == (GGUF_MAGIC, GGUF_DEFAULT_ALIGNMENT)
 
 
 def every_type_of_tensor() -> dict[str, tuple[npt.NDArray[Any], GGMLQuantizationType]]:
@@ -483,11 +498,12 @@ class TestTheHelper:
         types = {"attn_q": Q4_K, "blk.1.attn_q.weight": F32, "output": Q4_0}
         file = read_gguf(tiny_llama(tmp_path / "tiny.gguf", head_dim=64, tied=False, weight_type=types))
         found = {
-            name: file.tensors[name].type for name in ("blk.0.attn_q.weight", "blk.1.attn_q.weight", "output.weight")
+            name: int(file.tensors[name].type)
+            for name in ("blk.0.attn_q.weight", "blk.1.attn_q.weight", "output.weight")
         }
         assert list(found.values()) == [Q4_K, F32, Q4_0]
-        assert file.tensors["token_embd.weight"].type is GGMLQuantizationType.Q8_0
-        assert file.tensors["blk.0.attn_norm.weight"].type is F32
+        assert file.tensors["token_embd.weight"].type == TensorType.Q8_0
+        assert file.tensors["blk.0.attn_norm.weight"].type == TensorType.F32
 
     def test_odd_sizes(self, tmp_path: Path) -> None:
         path = tiny_llama(tmp_path / "odd.gguf", hidden_size=50, head_dim=6, intermediate_size=77, weight_type=F32)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import kvik
+from gguf_files import tiny_llama
 from subprocesses import python
 
 HEAVY = (
@@ -49,6 +52,27 @@ def test_the_engine_never_imports_torch(statement: str) -> None:
     modules = imported_by(statement)
     assert {"numpy", "kvik.engine.llm"} <= modules
     assert not modules.intersection({"torch", "transformers", "typer", "kvik.cli"})
+
+
+def test_a_prompt_answered_brings_only_what_it_needs(tmp_path: Path) -> None:
+    """`kvik run --raw` of a file on disk: no template engine, no downloads, no terminal art, no library of formats."""
+    path = tiny_llama(tmp_path / "tiny.gguf")
+    arguments = ["kvik", "run", "--raw", "--max-tokens", "1", "--threads", "1", "-m", str(path), "a"]
+    modules = imported_by(
+        f"from kvik.cli.app import main\nsys.argv = {arguments}\ntry:\n    main()\nexcept SystemExit as end:\n"
+        "    assert not end.code"
+    )
+    assert {"kvik.engine.llm", "kvik.ops.native", "typer"} <= modules
+    others = {"jinja2", "huggingface_hub", "safetensors", "rich", "gguf", "yaml", "statistics", "asyncio"}
+    # Of kvik's own: what other commands need.
+    others |= {"kvik.ops.reference", "kvik.cli.chat", "kvik.cli.measure", "kvik.cli.race_view"}
+    assert not modules.intersection(others)
+
+
+def test_the_engine_brings_no_library_of_formats_and_no_openssl() -> None:
+    """40 ms and 10 MB, for a model that needs neither."""
+    modules = imported_by("import kvik.engine.llm, kvik.ops.native")
+    assert not modules.intersection({"gguf", "yaml", "_hashlib", "jinja2", "huggingface_hub", "asyncio"})
 
 
 @pytest.mark.parametrize("name", kvik.__all__)

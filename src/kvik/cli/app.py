@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import sys
@@ -98,6 +99,10 @@ app.add_typer(models.app, name="models")
 
 def main() -> None:
     """Run `kvik`."""
+    # For a quick start: modules and a vocabulary are 10^5 objects without a cycle among them to look for, and kvik's
+    # own threads do all that NumPy's would be for.
+    gc.set_threshold(100_000)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if sys.stderr is None:
         sys.stderr = io.StringIO()  # closed by the caller: nobody wants to hear
     if sys.stdout is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import secrets
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -116,7 +115,7 @@ class Verdict:
 def make_lanes(llm: LLM, prompt_ids: list[int], params: SamplingParams) -> tuple[RaceLane, RaceLane]:
     """Two lanes at the start, without and with the cache, each with an engine of its own; they draw with one seed."""
     if params.seed is None:
-        params = replace(params, seed=secrets.randbits(64))
+        params = replace(params, seed=int.from_bytes(os.urandom(8)))
     lanes = []
     for name, keep_cache in (("without the cache", False), ("with the cache", True)):
         engine = llm.new_engine()
@@ -147,6 +146,8 @@ def run_race(
 
 def digest(logits: npt.NDArray[np.float32]) -> bytes:
     """A cryptographic hash of the bits: two rows with the same one are the same."""
+    import hashlib
+
     return hashlib.blake2b(logits.tobytes(), digest_size=32).digest()
 
 

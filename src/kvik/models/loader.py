@@ -250,7 +250,7 @@ def _vector(file: GGUFFile, name: str, length: int) -> npt.NDArray[np.float32]:
     tensor = _tensor(file, name)
     _check_shape(file, tensor, (length,))
     _check_type(file, tensor, PLAIN_TYPES)
-    return np.ascontiguousarray(dequantize(tensor))
+    return np.array(dequantize(tensor))  # a view would keep the file mapped, a run of pages for each vector
 
 
 def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:

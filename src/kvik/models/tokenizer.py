@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, overload
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
@@ -166,15 +168,16 @@ class Tokenizer:
         model = fields.get("model", str, "")
         if model not in ("gpt2", "llama"):
             raise fields.error(f"tokenizer.ggml.model is {model!r}", hint="kvik reads the models 'gpt2' and 'llama'")
-        self._tokens: list[str] = fields.items("tokens", {str})
+        self._tokens: Sequence[str] = fields.items("tokens", {str})
         self.vocab_size = len(self._tokens)
         try:
             "".join(self._tokens).encode()
         except UnicodeEncodeError as error:
             raise fields.error("tokenizer.ggml.tokens has text that is not Unicode") from error
-        self._types: list[int] = fields.items("token_type", {int}, self.vocab_size)
-        if not set(self._types) <= set(TokenType):
+        types = fields.items("token_type", {int}, self.vocab_size)
+        if not set(types) <= set(TokenType):
             raise fields.error("tokenizer.ggml.token_type has values outside 1 to 6")
+        self._types = bytes(types)
         self.special_token_ids = frozenset(
             token_id for token_id, kind in enumerate(self._types) if kind in _SPECIAL_TYPES
         )
@@ -194,6 +197,7 @@ class Tokenizer:
         if self._add_eos and self._eos_token_id is None:
             raise fields.error("tokenizer.ggml.add_eos_token is set, but there is no eos_token_id")
         self.add_bos = fields.get("add_bos_token", bool, self._bos_by_default) and self.bos_token_id is not None
+        self._tokens = _Texts(self._tokens)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], name: str) -> Tokenizer:
@@ -215,8 +219,9 @@ class Tokenizer:
                 hint="kvik supports it for the model 'llama' only",
             )
         vocabulary = self._ordinary_tokens()
-        pairs = self._merges(fields, vocabulary)
-        self._bpe = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=rule.whole_words))
+        self._bpe = tokenizers.Tokenizer(
+            models.BPE(vocabulary, self._merges(fields, vocabulary), ignore_merges=rule.whole_words)
+        )
         self._bpe.pre_tokenizer = rule.pre_tokenizer()
         self._prepare: Callable[[str], str] = normalizers.NFC().normalize_str if rule.nfc else str
         self._byte_level = True
@@ -254,13 +259,24 @@ class Tokenizer:
 
     def _merges(self, fields: _Metadata, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
         merges = fields.items("merges", {str})
+        own = dict(zip(vocabulary, vocabulary, strict=True))  # so that no token's text is in memory once more
+        try:
+            pairs = [(own[left], own[right]) for left, right in (merge.split(" ") for merge in merges)]
+        except (ValueError, KeyError):
+            return self._some_merges(fields, merges, vocabulary)
+        if all(map(vocabulary.__contains__, map("".join, pairs))):
+            return pairs
+        return self._some_merges(fields, merges, vocabulary)
+
+    def _some_merges(
+        self, fields: _Metadata, merges: list[str], vocabulary: Mapping[str, int]
+    ) -> list[tuple[str, str]]:
+        """Of merges that are not all made of ordinary tokens, those that are."""
         for index, merge in enumerate(merges):
             if merge.count(" ") != 1:
                 raise fields.error(f"tokenizer.ggml.merges[{index}] is {merge!r:.80}, not two tokens")
         parts = " ".join(merges).split(" ")
         pairs = list(zip(parts[::2], parts[1::2], strict=True))
-        if all(map(vocabulary.__contains__, parts)) and all(map(vocabulary.__contains__, map("".join, pairs))):
-            return pairs
         known = set(self._tokens)
         for index, (left, right) in enumerate(pairs):
             if not {left, right, left + right} <= known:
@@ -321,9 +337,9 @@ class Tokenizer:
 
     def _added_tokens(self, kinds: frozenset[TokenType]) -> _AddedTokens:
         token_ids: dict[str, int] = {}
-        for token_id, (text, kind) in enumerate(zip(self._tokens, self._types, strict=True)):
+        for token_id, kind in enumerate(self._types):
             if kind in kinds:
-                token_ids.setdefault(self._literal(text), token_id)
+                token_ids.setdefault(self._literal(self._tokens[token_id]), token_id)
         token_ids.pop("", None)
         longest_first = sorted(token_ids, key=len, reverse=True)
         # Without any token: a pattern that matches nowhere.
@@ -365,6 +381,27 @@ class Tokenizer:
                 hint="use the token ids of this model's own tokenizer",
             )
         return self._tokens[token_id], self._types[token_id]
+
+
+class _Texts(Sequence[str]):
+    """A list of strings in a fifth of its memory: one text, and where each of them ends in it."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._text = "".join(texts)
+        self._ends = array("L", accumulate(map(len, texts)))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        end = self._ends[index]
+        return self._text[self._ends[index - 1] if index % len(self) else 0 : end]
 
 
 @dataclass(frozen=True, slots=True)
