@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kvik.engine.llm import LLM
     from kvik.engine.output import Completion, Piece, Stats, TokenLogprobs
     from kvik.engine.session import Session, TurnStats
+    from kvik.planner.plan import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "ModelNotFound",
     "NotEnoughMemory",
     "Piece",
+    "Plan",
     "PromptTooLong",
     "QueueFull",
     "SamplingParams",
@@ -55,19 +57,22 @@ __all__ = [
     "TokenLogprobs",
     "TurnStats",
     "__version__",
+    "plan",
 ]
 
 _LAZY = {
-    "LLM": "llm",
-    "Session": "session",
-    "TurnStats": "session",
-    "AsyncLLM": "async_llm",
-    "Beam": "beams",
-    "CacheView": "cache_view",
-    "Completion": "output",
-    "Piece": "output",
-    "Stats": "output",
-    "TokenLogprobs": "output",
+    "LLM": "engine.llm",
+    "Session": "engine.session",
+    "TurnStats": "engine.session",
+    "AsyncLLM": "engine.async_llm",
+    "Beam": "engine.beams",
+    "CacheView": "engine.cache_view",
+    "Completion": "engine.output",
+    "Piece": "engine.output",
+    "Stats": "engine.output",
+    "TokenLogprobs": "engine.output",
+    "Plan": "planner.plan",
+    "plan": "planner.plan",
 }
 
 
@@ -77,7 +82,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'kvik' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"kvik.engine.{_LAZY[name]}"), name)
+    return getattr(import_module(f"kvik.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:

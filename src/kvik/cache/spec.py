@@ -20,6 +20,11 @@ MOST_INT8_HEAD_DIM = 512
 """Above it the integer sums of a score could pass 32 bits."""
 
 
+def vector_bytes(num_items: int, dtype: KVDType) -> int:
+    """Bytes of one stored vector, its scale included where it has one."""
+    return num_items * _ITEM_BYTES[dtype] + _SCALE_BYTES[dtype]
+
+
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
     """Keys and values of every layer: the one source of every memory figure."""
@@ -40,8 +45,7 @@ class KVCacheSpec:
     @property
     def token_bytes(self) -> int:
         """Bytes one token occupies across all layers, key and value together."""
-        head_bytes = self.head_dim * _ITEM_BYTES[self.dtype] + _SCALE_BYTES[self.dtype]
-        return 2 * self.num_layers * self.num_kv_heads * head_bytes
+        return 2 * self.num_layers * self.num_kv_heads * vector_bytes(self.head_dim, self.dtype)
 
     @property
     def block_bytes(self) -> int:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from kvik import __version__
 from kvik.cli import models
 from kvik.cli.bench import bench
+from kvik.cli.plan import plan
 from kvik.cli.race import race
 from kvik.cli.run import run
 from kvik.cli.terminal import note, show_error, show_problem
@@ -94,6 +95,7 @@ def root(
 app.command()(run)
 app.command()(race)
 app.command()(bench)
+app.command()(plan)
 app.add_typer(models.app, name="models")
 
 

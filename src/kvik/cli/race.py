@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvik.cli.lanes import compare, make_lanes, run_race
 from kvik.cli.options import (
     PROMPT,
     SAMPLING,
@@ -23,7 +22,6 @@ from kvik.cli.options import (
     value,
 )
 from kvik.cli.plot import check_plot_path, save_plot
-from kvik.cli.race_report import plot_panels, race_report, result_lines
 from kvik.cli.report import request_report, write_report
 from kvik.cli.terminal import Interrupt, note, write
 from kvik.config import MOST_TOKENS
@@ -60,8 +58,6 @@ def race(
 
     Both write on past the end of the text. Exit code 1 where any token or any bit of the logits differs.
     """
-    from kvik.cli.lengths import LATER_TOKENS, measure_lengths
-
     params = sampling.params(max_tokens=max_tokens, ignore_eos=True)
     prompt_options.check()
     check_prompt(prompt)
@@ -69,6 +65,11 @@ def race(
     wanted = [] if lengths == "none" else parse_counts("--lengths", lengths, 1, MOST_TOKENS)
     if plot is not None:
         check_plot_path("--plot", plot)
+    # Not before: these bring NumPy and the engine with them, and --help of any command imports this file.
+    from kvik.cli.lanes import compare, make_lanes, run_race
+    from kvik.cli.lengths import LATER_TOKENS, measure_lengths
+    from kvik.cli.race_report import plot_panels, race_report, result_lines
+
     llm = engine.load()
     wanted = _within_context(llm, wanted, LATER_TOKENS + 2, is_default=lengths == DEFAULT_LENGTHS)
     prompt_ids = prompt_options.token_ids(llm, prompt)

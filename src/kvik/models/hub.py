@@ -73,6 +73,17 @@ def pull_from_hub(name: HubName, *, force: bool, progress: Progress) -> Path:
     return Path(path)
 
 
+def config_file(name: HubName) -> Path:
+    """The repository's config.json: the cached copy, else downloaded."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    with _hub_errors(name):
+        cached = try_to_load_from_cache(name.repo, "config.json", revision=name.revision)
+        return Path(
+            cached if isinstance(cached, str) else hf_hub_download(name.repo, "config.json", revision=name.revision)
+        )
+
+
 def choose(name: HubName, files: Iterable[str]) -> str:
     """The file that the name stands for; kvik never picks one of several by itself."""
     ggufs = sorted(file for file in files if is_safe_gguf(file))

@@ -1,0 +1,253 @@
+"""`kvik plan` in a terminal: tables of at most 80 columns and sentences."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from kvik.cli.terminal import columns, rate
+from kvik.planner.advice import advice
+from kvik.planner.catalogue import device_entries, device_of, model_entries, shape_of
+from kvik.planner.plan import Plan
+from kvik.planner.shape import ModelShape
+from kvik.planner.speed import PhaseSpeed
+from kvik.planner.units import amount, count, duration, params, percent
+
+WIDTH = 80
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """One model."""
+    sections = (_title(plan), _memory(plan), _kv(plan), _weights(plan), _what_ifs(plan), _speeds(plan), _advice(plan))
+    lines: list[str] = []
+    for section in sections:
+        found = list(section)
+        if found:
+            lines += [*([""] if lines else []), *found]
+    return lines
+
+
+def comparison_lines(plans: Sequence[Plan]) -> list[str]:
+    """Several models side by side."""
+    first = plans[0]
+    has_fit = first.fit is not None
+    head = ("model", "heads", "KV", "kind", "layers", "B/token", "one user", count(first.users, "user"), "weights")
+    rows = [(*head, "fits") if has_fit else head]
+    for plan in plans:
+        row = (
+            _marked(plan.model),
+            f"{plan.model.num_heads}",
+            f"{plan.model.num_kv_heads}",
+            plan.model.attention,
+            f"{plan.model.num_layers}",
+            f"{plan.kv.token_bytes:,}",
+            amount(plan.kv.sequence_bytes),
+            amount(plan.kv.num_bytes),
+            amount(plan.weights.held_bytes) if plan.weights else "unknown",
+        )
+        rows.append((*row, "yes" if plan.fit and plan.fit.fits else "no") if has_fit else row)
+    if first.users == 1:
+        rows = [(*row[:7], *row[8:]) for row in rows]
+    title = f"{first.kv.dtype} keys and values at {first.context:,} tokens"
+    if first.fit is not None:
+        title += f", in {first.fit.where} ({amount(first.fit.memory_bytes)})"
+    lines = [title, *columns(rows)]
+    if any(plan.speeds for plan in plans):
+        lines += ["", *_speed_comparison(plans)]
+    if any(plan.model.uncertain for plan in plans):
+        lines += ["", "? some of its figures are uncertain: `kvik plan MODEL` tells which"]
+    return lines
+
+
+def listing_lines(what: Literal["models", "devices"]) -> list[str]:
+    """The catalogue."""
+    if what == "models":
+        rows = [("model", "kind", "layers", "B/token, f16", "context", "parameters")]
+        for entry in model_entries().values():
+            shape = shape_of(entry)
+            rows.append(
+                (
+                    _marked(shape),
+                    shape.attention,
+                    f"{shape.num_layers}",
+                    f"{shape.token_bytes('f16'):,}",
+                    f"{shape.max_context:,}",
+                    params(shape.num_params),
+                )
+            )
+    else:
+        rows = [("device", "memory", "GB/s", "TFLOP/s", "", "")]
+        for entry in device_entries().values():
+            device = device_of(entry)
+            memory = "-" if device.memory_bytes is None else amount(device.memory_bytes)
+            read = "-" if device.bytes_per_s is None else f"{device.bytes_per_s / 1e9:,.0f}"
+            compute = "-" if device.operations_per_s is None else f"{device.operations_per_s / 1e12:,.0f}"
+            rows.append((f"{device.name}{' ?' if device.uncertain else ''}", memory, read, compute, "", ""))
+    return [*columns(rows), "", "? some of its figures are uncertain"]
+
+
+def _title(plan: Plan) -> Iterator[str]:
+    model = plan.model
+    kinds = ", ".join(f"{group.num_layers} {group.name}" for group in model.groups)
+    heads = f"{model.num_heads} heads, {model.num_kv_heads} KV heads of {model.head_dim} ({model.attention})"
+    if model.attention == "MLA":
+        (rank, rope), *_ = (group.latent_dims for group in model.groups if group.kind == "latent")
+        heads = f"{model.num_heads} heads, a latent of {rank} + {rope} (MLA)"
+    yield f"{model.name}: {model.num_layers} layers ({kinds}), {heads}"
+    weights = f"{params(model.num_params)} parameters"
+    if model.is_mixture:
+        weights += f", {params(model.num_active_params)} active"
+    yield from textwrap.wrap(f"{weights}, context {model.max_context:,}; from {_origin(model)}", WIDTH)
+    if model.uncertain:
+        what = "all figures" if "all" in model.uncertain else ", ".join(model.uncertain)
+        yield from textwrap.wrap(f"uncertain: {what}", WIDTH)
+    if model.note:
+        yield from textwrap.wrap(f"note: {model.note}", WIDTH)
+
+
+def _origin(model: ModelShape) -> str:
+    return f"the catalogue ({model.source})" if model.origin == "catalogue" else model.source
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    kv = f"{count(plan.users, 'user')} with {plan.context:,} tokens, {plan.kv.dtype}"
+    if plan.prefix:
+        kv += f", {plan.prefix:,} shared"
+    rows = [
+        ("weights", amount(plan.weights.held_bytes) if plan.weights else "unknown", _weights_note(plan)),
+        ("keys and values", amount(plan.kv.num_bytes), kv),
+        ("a step's results", amount(plan.activation_bytes), "about"),
+        ("all", amount(plan.needed_bytes) if plan.weights else "-", _fit_note(plan)),
+    ]
+    lines = columns([(name, size) for name, size, _ in rows])
+    width = max(map(len, lines))
+    for line, (_, _, remark) in zip(lines, rows, strict=True):
+        yield from textwrap.wrap(f"{line:<{width}}  {remark}".rstrip(), WIDTH, subsequent_indent=" " * (width + 2))
+
+
+def _weights_note(plan: Plan) -> str:
+    if plan.weights is None:
+        return ""
+    return f"{plan.weights.format}, as the file's tensors" if plan.model.tensors else plan.weights.format
+
+
+def _fit_note(plan: Plan) -> str:
+    fit = plan.fit
+    if fit is None:
+        return ""
+    where = f"{fit.where} ({amount(fit.memory_bytes)})"
+    if plan.device and plan.device.uncertain:
+        where += " ?"
+    if fit.fits:
+        return f"fits into {where}, {amount(fit.spare_bytes)} left"
+    return f"does not fit into {where}: {amount(-fit.spare_bytes)} too much"
+
+
+def _kv(plan: Plan) -> Iterator[str]:
+    head = ["keys and values", "B/token", "one user"]
+    rows = [[*head, f"{plan.users:,} users"] if plan.users > 1 else head]
+    for dtype, kv in plan.kv_by_dtype.items():
+        row = [dtype + (" *" if dtype == plan.kv.dtype else ""), f"{kv.token_bytes:,}", amount(kv.sequence_bytes)]
+        rows.append([*row, amount(kv.num_bytes)] if plan.users > 1 else row)
+    yield from columns(rows)
+    if len(plan.kv.layers) > 1 or plan.kv.layers[0].kind != "full":
+        yield ""
+        rows = [["by layers, " + plan.kv.dtype, "layers", "B/token", "tokens kept", "all"]]
+        rows += [
+            [
+                layer.name,
+                f"{layer.num_layers}",
+                f"{layer.token_bytes:,}",
+                f"{layer.sequence_tokens:,}",
+                amount(layer.num_bytes),
+            ]
+            for layer in plan.kv.layers
+        ]
+        yield from columns(rows)
+
+
+def _weights(plan: Plan) -> Iterator[str]:
+    if not plan.weights_by_format:
+        return
+    rows = [["weights", "in kvik", "file"]]
+    chosen = plan.weights.format if plan.weights and not plan.model.tensors else ""
+    for name, one in plan.weights_by_format.items():
+        rows.append([name + (" *" if name == chosen else ""), amount(one.held_bytes), amount(one.file_bytes)])
+    yield from columns(rows)
+
+
+def _what_ifs(plan: Plan) -> Iterator[str]:
+    rows = [["were it", "KV heads", "B/token", count(plan.users, "user"), "of MHA"]]
+    for row in plan.what_ifs:
+        heads = "latent" if row.attention == "MLA" else f"{row.num_kv_heads}"
+        name = row.attention + (" *" if row.as_it_is else "")
+        rows.append([name, heads, f"{row.token_bytes:,}", amount(row.num_bytes), percent(row.of_mha)])
+    yield from columns(rows)
+    yield "* as it is"
+
+
+def _speeds(plan: Plan) -> Iterator[str]:
+    roofline = plan.roofline
+    if roofline is None or plan.speeds is None:
+        return
+    doubt = " ?" if plan.device and plan.device.uncertain else ""
+    rows = [[f"speed, {count(plan.users, 'user')}", "time", "tok/s", "reads", "GFLOP", "binds"]]
+    for phase in plan.speeds:
+        what = "a decode step" if phase.phase == "decode" else f"prefill of {phase.num_tokens:,}"
+        rows.append(
+            [
+                what,
+                duration(phase.seconds),
+                rate(phase.tokens_per_s or 0),
+                amount(phase.read_bytes),
+                f"{phase.operations / 1e9:,.1f}",
+                phase.binds or "-",
+            ]
+        )
+    yield from columns(rows)
+    limits = [
+        f"{roofline.bytes_per_s / 1e9:,.0f} GB/s" if roofline.bytes_per_s else "bandwidth unknown",
+        f"{roofline.operations_per_s / 1e12:,.3g} TFLOP/s" if roofline.operations_per_s else "arithmetic unknown",
+    ]
+    how = "measured here" if roofline.is_measured else "assumed"
+    yield from textwrap.wrap(
+        f"{roofline.name}{doubt}: {', '.join(limits)}; of these {percent(roofline.read_efficiency)} in decode and"
+        f" {percent(roofline.compute_efficiency)} in prefill ({how})",
+        WIDTH,
+    )
+    if plan.device and plan.device.uncertain:
+        doubts = ", ".join(plan.device.uncertain)
+        yield f"? uncertain: {'all its figures' if doubts == 'all' else doubts}"
+
+
+def _speed_comparison(plans: Sequence[Plan]) -> list[str]:
+    rows = [["model", "decode, tok/s", "binds", "prefill", "binds"]]
+    for plan in plans:
+        if plan.speeds is None:
+            rows.append([plan.model.name, "-", "-", "-", "-"])
+            continue
+        decode, prefill = plan.speeds
+        rows.append(
+            [
+                plan.model.name,
+                rate(decode.tokens_per_s or 0),
+                _binds(decode),
+                duration(prefill.seconds),
+                _binds(prefill),
+            ]
+        )
+    return columns(rows)
+
+
+def _binds(phase: PhaseSpeed) -> str:
+    return phase.binds or "-"
+
+
+def _advice(plan: Plan) -> Iterator[str]:
+    for sentence in advice(plan):
+        yield from textwrap.wrap(f"- {sentence}", WIDTH, subsequent_indent="  ")
+
+
+def _marked(shape: ModelShape) -> str:
+    return f"{shape.name} ?" if shape.uncertain else shape.name

@@ -1,0 +1,183 @@
+"""A model's shape from its config.json, which nobody vouches for: every figure is checked before it is used.
+
+Source: configuration classes of transformers 5 (field names and defaults of each model_type).
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvik.errors import ModelError
+from kvik.planner.shape import LayerGroup, LayerKind, ModelShape
+
+MOST_CONFIG_BYTES = 1 << 20
+MOST_WIDTH = 1 << 24  # of any width or count: far above every published model
+MOST_LAYERS = 1 << 14
+MOST_HEAD_DIM = 1 << 12
+MOST_CONTEXT = 1 << 31
+
+_HINT = "it must be the config.json of a decoder, as transformers writes it"
+_OTHER_NAMES = {
+    "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "max_position_embeddings": ("n_positions", "n_ctx", "max_seq_len", "seq_length"),
+    "intermediate_size": ("ffn_hidden_size", "n_inner"),
+}
+_LAYER_TYPES: dict[str, LayerKind] = {
+    "full_attention": "full",
+    "attention": "full",
+    "sliding_attention": "sliding",
+    "chunked_attention": "chunked",
+    "linear_attention": "none",
+    "mamba": "none",
+    "conv": "none",
+}
+_GATED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text")
+"""model_types of a gated MLP of three matrices, whose weights can be counted from the config alone."""
+
+
+def read_config(path: Path, name: str) -> ModelShape:
+    """The shape that a config.json describes. Raises `ModelError`, which names the field."""
+    try:
+        if path.stat().st_size > MOST_CONFIG_BYTES:
+            raise ModelError(f"{path} has more than {MOST_CONFIG_BYTES:,} bytes", hint=_HINT)
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", hint="check its name and permissions") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {str(error)[:80]}", hint=_HINT) from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds no JSON object", hint=_HINT)
+    inner = config.get("text_config")
+    if isinstance(inner, dict):  # of a model that sees or hears too
+        config = config | inner
+    return _Config(config, path).shape(name)
+
+
+class _Config:
+    """The fields of one file, each taken by name and checked."""
+
+    def __init__(self, fields: Mapping[str, Any], path: Path) -> None:
+        self.fields = fields
+        self.path = path
+
+    def shape(self, name: str) -> ModelShape:
+        num_layers = self.count("num_hidden_layers", most=MOST_LAYERS)
+        hidden_size = self.count("hidden_size")
+        num_heads = self.count("num_attention_heads")
+        num_kv_heads = self.kv_heads(num_heads)
+        if num_heads % num_kv_heads:
+            raise self.error(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
+        if self.fields.get("head_dim") is None and hidden_size % num_heads:
+            raise self.error(f"hidden_size {hidden_size:,} does not divide among {num_heads} heads")
+        head_dim = self.count("head_dim", max(1, hidden_size // num_heads), most=MOST_HEAD_DIM)
+        groups = self.groups(num_layers, num_kv_heads, head_dim)
+        if groups[0].kind == "latent":
+            head_dim = sum(self.count(key, most=MOST_HEAD_DIM) for key in ("qk_nope_head_dim", "qk_rope_head_dim"))
+        is_mixture = any(self.optional(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+        shape = ModelShape(
+            name=name,
+            origin="config.json",
+            source=str(self.path),
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            groups=groups,
+            max_context=self.count("max_position_embeddings", most=MOST_CONTEXT),
+            vocab_size=self.count("vocab_size"),
+            num_params=None,
+            is_mixture=is_mixture,
+            intermediate_size=self.optional("intermediate_size"),
+        )
+        return _with_params(shape, self.fields)
+
+    def kv_heads(self, num_heads: int) -> int:
+        """Falcon says it in two other ways."""
+        if self.fields.get("multi_query") is True and not self.fields.get("new_decoder_architecture"):
+            return 1
+        return self.count("num_key_value_heads", self.optional("num_kv_heads") or num_heads, most=num_heads)
+
+    def groups(self, num_layers: int, num_kv_heads: int, head_dim: int) -> tuple[LayerGroup, ...]:
+        if self.optional("kv_lora_rank"):
+            dims = (self.count("kv_lora_rank"), self.count("qk_rope_head_dim", most=MOST_HEAD_DIM))
+            return (LayerGroup("latent", num_layers, latent_dims=dims),)
+        kinds = self.kinds(num_layers)
+        made = []
+        for kind in dict.fromkeys(kinds):
+            number = kinds.count(kind)
+            if kind == "none":
+                made.append(LayerGroup("none", number))
+                continue
+            key = "attention_chunk_size" if kind == "chunked" else "sliding_window"
+            window = self.count(key, most=MOST_CONTEXT) if kind in ("sliding", "chunked") else None
+            made.append(LayerGroup(kind, number, num_kv_heads, head_dim, window))
+        return tuple(made)
+
+    def kinds(self, num_layers: int) -> list[LayerKind]:
+        """What each layer remembers."""
+        types = self.fields.get("layer_types")
+        if types is not None:
+            if not isinstance(types, list) or len(types) != num_layers:
+                raise self.error(f"layer_types must be a list of {num_layers:,} names")
+            for one in types:
+                if not isinstance(one, str) or one not in _LAYER_TYPES:
+                    raise self.error(f"layer_types has {reprlib.repr(one)} in it, a kind that kvik does not know")
+            return [_LAYER_TYPES[one] for one in types]
+        window = self.optional("sliding_window")
+        if window is None or self.fields.get("use_sliding_window") is False:
+            return ["full"] * num_layers
+        every = self.optional("sliding_window_pattern")  # Gemma 3: each so-many-th layer sees all
+        if every is None:
+            every = 2 if self.fields.get("model_type") == "gemma2" else num_layers + 1
+        return ["sliding" if (index + 1) % every else "full" for index in range(num_layers)]
+
+    def optional(self, key: str) -> int | None:
+        """A count that may be missing, null or 0."""
+        found = self.find(key)
+        return None if found in (None, 0) and found is not False else self.checked(key, found, MOST_CONTEXT)
+
+    def count(self, key: str, default: int | None = None, *, most: int = MOST_WIDTH) -> int:
+        """A count from 1 to `most`."""
+        found = self.find(key)
+        if found is None:
+            if default is None:
+                raise self.error(f"has no {key}")
+            return default
+        return self.checked(key, found, most)
+
+    def find(self, key: str) -> Any:
+        return next(
+            (self.fields[one] for one in (key, *_OTHER_NAMES.get(key, ())) if self.fields.get(one) is not None), None
+        )
+
+    def checked(self, key: str, found: Any, most: int) -> int:
+        if type(found) is not int or not 1 <= found <= most:
+            shown = (
+                f"a number of {len(str(found)[:400])}+ digits"
+                if type(found) is int and found > 10**18
+                else reprlib.repr(found)
+            )
+            raise self.error(f"{key} is {shown}; it must be a whole number from 1 to {most:,}")
+        return found
+
+    def error(self, what: str) -> ModelError:
+        return ModelError(f"{self.path}: {what}", hint=_HINT)
+
+
+def _with_params(shape: ModelShape, fields: Mapping[str, Any]) -> ModelShape:
+    """The shape with its weights counted, where the family's matrices follow from the config."""
+    if fields.get("model_type") not in _GATED or shape.is_mixture or shape.intermediate_size is None:
+        return shape
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    table = shape.vocab_size * shape.hidden_size
+    is_tied = fields.get("tie_word_embeddings", fields["model_type"].startswith("gemma"))
+    layers = shape.num_layers * shape.hidden_size * (2 * queries + 2 * keys + 3 * shape.intermediate_size)
+    return replace(shape, num_params=layers + (1 if is_tied else 2) * table, num_table_params=0 if is_tied else table)

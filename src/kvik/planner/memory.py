@@ -1,0 +1,118 @@
+"""Keys and values, weights and a step's intermediate results in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK
+from kvik.config import KVDType
+from kvik.planner.shape import LayerKind, ModelShape
+from kvik.planner.weights import WeightFormat, file_bytes, held_bytes
+
+STEP_TOKENS = 512
+"""Most tokens that one step computes: the engine's default token budget."""
+
+MLP_WIDTH = 4
+"""The MLP's width in hidden sizes, where the facts do not tell it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMemory:
+    """What one kind of layers remembers."""
+
+    kind: LayerKind
+    name: str
+    num_layers: int
+    token_bytes: int  # of one token, in all of these layers
+    window: int | None
+    sequence_tokens: int  # remembered of one sequence
+    num_blocks: int  # of all sequences, in whole superblocks as the engine allocates them
+    num_bytes: int  # of those
+
+
+@dataclass(frozen=True, slots=True)
+class KVMemory:
+    """What the cache takes, in one type of keys and values."""
+
+    dtype: KVDType
+    token_bytes: int  # one more token, while no window is full
+    token_bytes_at_context: int  # one more token, behind `context` of them
+    sequence_bytes: int  # one sequence alone, in whole blocks
+    num_bytes: int  # all sequences, as the engine allocates it
+    layers: tuple[LayerMemory, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMemory:
+    """What the weights take."""
+
+    format: str
+    held_bytes: int  # as kvik holds them
+    file_bytes: int
+    step_bytes: int | None  # of these, what a decode step of one sequence reads; None: not known
+
+
+def kv_memory(shape: ModelShape, dtype: KVDType, context: int, *, users: int = 1, prefix: int = 0) -> KVMemory:
+    """The cache of `users` sequences of `context` tokens, the first `prefix` of which are the same for all.
+
+    Only whole blocks are shared, and none in layers whose window the context exceeds.
+    """
+    layers, sequence_bytes = [], 0
+    for group in shape.groups:
+        tokens = group.num_tokens(context)
+        blocks = -(-tokens // BLOCK_SIZE)
+        shared = min(prefix, tokens) // BLOCK_SIZE if tokens == context else 0
+        wanted = shared + users * (blocks - shared)
+        num_blocks = -(-wanted // BLOCKS_PER_SUPERBLOCK) * BLOCKS_PER_SUPERBLOCK
+        block_bytes = BLOCK_SIZE * group.token_bytes(dtype)
+        sequence_bytes += blocks * block_bytes
+        layers.append(
+            LayerMemory(
+                kind=group.kind,
+                name=group.name,
+                num_layers=group.num_layers,
+                token_bytes=group.token_bytes(dtype),
+                window=group.window,
+                sequence_tokens=tokens,
+                num_blocks=num_blocks,
+                num_bytes=num_blocks * block_bytes,
+            )
+        )
+    return KVMemory(
+        dtype=dtype,
+        token_bytes=shape.token_bytes(dtype),
+        token_bytes_at_context=shape.token_bytes_at(context, dtype),
+        sequence_bytes=sequence_bytes,
+        num_bytes=sum(layer.num_bytes for layer in layers),
+        layers=tuple(layers),
+    )
+
+
+def weight_memory(shape: ModelShape, form: WeightFormat | None) -> WeightMemory | None:
+    """The weights in a format, or (None) as the model's file has them; `None` where their number is not known."""
+    tensors = shape.tensors
+    if form is None and tensors is not None:
+        return WeightMemory(tensors.format, tensors.held_bytes, tensors.file_bytes, tensors.step_bytes)
+    if form is None or shape.num_params is None:
+        return None
+    active = shape.active_params
+    return WeightMemory(
+        format=form.name,
+        held_bytes=held_bytes(shape.num_params, form),
+        file_bytes=file_bytes(shape.num_params, form),
+        step_bytes=None if active is None else held_bytes(active, form),
+    )
+
+
+def activation_bytes(shape: ModelShape, context: int, users: int) -> int:
+    """Intermediate results of the largest step: hidden states, queries, the MLP's width, in float32 and quantised.
+
+    Also the logits that each sequence ends with, and the rotary table of a model that kvik runs. An estimate, checked
+    against the engine's own growth by tests/planner/test_growth.py.
+    """
+    queries = shape.num_heads * shape.head_dim
+    width = shape.intermediate_size or MLP_WIDTH * shape.hidden_size
+    floats = 2 * shape.hidden_size + 2 * queries + width
+    quantized = max(shape.hidden_size, queries, width)
+    num_tokens = max(min(STEP_TOKENS, context), users)
+    return num_tokens * (4 * floats + quantized) + 4 * users * shape.vocab_size + context * shape.rope_token_bytes

@@ -1,0 +1,164 @@
+"""The plan of a model: what it needs, what fits, how fast it can be, and what follows from that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from kvik.config import MOST_BYTES, KVDType, parse_bytes
+from kvik.errors import InvalidInput
+from kvik.machine import available_memory_bytes
+from kvik.planner.catalogue import Device, find_device
+from kvik.planner.fit import MOST_USERS, Fit, Load, fit
+from kvik.planner.memory import KVMemory, WeightMemory, activation_bytes, kv_memory, weight_memory
+from kvik.planner.shape import ModelShape
+from kvik.planner.sources import find_shape
+from kvik.planner.speed import COMPUTE_EFFICIENCY, READ_EFFICIENCY, PhaseSpeed, Roofline, speeds
+from kvik.planner.weights import FORMATS, SHOWN, WeightFormat, find_format
+from kvik.planner.what_if import WhatIf, what_ifs
+
+HERE = "here"
+"""The name of this machine as a device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What serving a model takes. Bytes are whole numbers, those of keys and values as the engine allocates them."""
+
+    model: ModelShape
+    context: int
+    users: int
+    prefix: int  # tokens that all users' sequences begin with
+    kv: KVMemory  # in the chosen type
+    kv_by_dtype: dict[KVDType, KVMemory]  # in every type that the model's heads allow
+    weights: WeightMemory | None  # None: not known how many
+    weights_by_format: dict[str, WeightMemory]
+    activation_bytes: int
+    what_ifs: tuple[WhatIf, ...]
+    fit: Fit | None  # None: no memory was named
+    device: Device | None
+    roofline: Roofline | None
+    speeds: tuple[PhaseSpeed, PhaseSpeed] | None  # decode, prefill
+    unshared_kv_bytes: int  # of keys and values, were the prefix not shared
+
+    @property
+    def needed_bytes(self) -> int:
+        """Weights (where known), keys and values, and a step's intermediate results."""
+        return (self.weights.held_bytes if self.weights else 0) + self.kv.num_bytes + self.activation_bytes
+
+
+def plan(
+    model: str = "smollm2",
+    *,
+    context: int | None = None,
+    users: int = 1,
+    kv: KVDType = "f16",
+    weights: str | None = None,
+    memory: int | str | None = None,
+    device: str | None = None,
+    prefix: int = 0,
+) -> Plan:
+    """What a model needs and what fits, before any of it is loaded.
+
+    `model` is a name of the catalogue, a .gguf path, a folder or file with a config.json, or a Hub id. `context` None
+    means the model's own, `weights` None those of the file, or bf16. `device` is a name of the catalogue, or "here":
+    this machine, whose speed is measured then. `memory` goes before the device's own. Raises `ModelError`,
+    `InvalidInput`.
+    """
+    shape = find_shape(model)
+    return plan_shape(
+        shape, context=context, users=users, kv=kv, weights=weights, memory=memory, device=device, prefix=prefix
+    )
+
+
+def plan_shape(
+    shape: ModelShape,
+    *,
+    context: int | None = None,
+    users: int = 1,
+    kv: KVDType = "f16",
+    weights: str | None = None,
+    memory: int | str | None = None,
+    device: str | None = None,
+    prefix: int = 0,
+) -> Plan:
+    """The same of a shape that is known."""
+    context = shape.max_context if context is None else context
+    _check_int("context", context, 1, shape.max_context, of=f"{shape.name} was made for {shape.max_context:,} tokens")
+    _check_int("users", users, 1, MOST_USERS)
+    _check_int("prefix", prefix, 0, context - 1, of=f"a sequence has {context:,} tokens, one of its own at least")
+    if kv not in get_args(KVDType):
+        raise InvalidInput(f"kv is {kv!r:.40}", hint=f"give one of {', '.join(get_args(KVDType))}")
+    if kv not in shape.kv_dtypes:
+        raise InvalidInput(
+            f"{shape.name} has heads that are too wide for {kv} keys and values",
+            hint=f"give one of {', '.join(shape.kv_dtypes)}",
+        )
+    form = _format(shape, weights)
+    load = Load(shape, context, users, prefix, kv, form)
+    found = None if device is None or device == HERE else find_device(device)
+    fitting = _fit(load, memory, device, found)
+    roofline = _roofline(load, device, found, fitting)
+    shown = {name: weight_memory(shape, FORMATS[name]) for name in SHOWN}
+    return Plan(
+        model=shape,
+        context=context,
+        users=users,
+        prefix=prefix,
+        kv=kv_memory(shape, kv, context, users=users, prefix=prefix),
+        kv_by_dtype={dtype: kv_memory(shape, dtype, context, users=users, prefix=prefix) for dtype in shape.kv_dtypes},
+        weights=weight_memory(shape, form),
+        weights_by_format={name: one for name, one in shown.items() if one is not None},
+        activation_bytes=activation_bytes(shape, context, users),
+        what_ifs=what_ifs(shape, kv, context, users, prefix),
+        fit=fitting,
+        device=found,
+        roofline=roofline,
+        speeds=None if roofline is None else speeds(load, roofline),
+        unshared_kv_bytes=kv_memory(shape, kv, context, users=users).num_bytes,
+    )
+
+
+def _format(shape: ModelShape, weights: str | None) -> WeightFormat | None:
+    """The format asked for; by default a file's own (None), else bf16."""
+    if weights is not None:
+        return find_format(weights)
+    return None if shape.tensors is not None else FORMATS["bf16"]
+
+
+def _fit(load: Load, memory: int | str | None, device: str | None, found: Device | None) -> Fit | None:
+    if memory is not None:
+        num_bytes = parse_bytes("memory", memory)
+        return fit(load, f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB", num_bytes)
+    if device == HERE:
+        return fit(load, "this machine, available now", available_memory_bytes())
+    if found is None or found.memory_bytes is None:
+        return None
+    return fit(load, found.name, found.memory_bytes)
+
+
+def _roofline(load: Load, device: str | None, found: Device | None, fitting: Fit | None) -> Roofline | None:
+    if device == HERE:
+        if weight_memory(load.shape, load.weights) is None or (fitting is not None and not fitting.fits):
+            return None  # nothing to measure with
+        from kvik.planner.here import roofline_here
+
+        return roofline_here(load)
+    if found is None:
+        return None
+    return Roofline(
+        name=found.name,
+        bytes_per_s=found.bytes_per_s,
+        operations_per_s=found.operations_per_s,
+        attention_operations_per_s=found.operations_per_s,
+        read_efficiency=READ_EFFICIENCY,
+        compute_efficiency=COMPUTE_EFFICIENCY,
+        is_measured=False,
+    )
+
+
+def _check_int(name: str, value: Any, least: int, most: int, *, of: str = "") -> None:
+    if type(value) is not int or not least <= value <= most:
+        shown = f"{value:,}" if type(value) is int and abs(value) <= MOST_BYTES else f"{value!r:.40}"
+        reason = f"; {of}" if of and type(value) is int and value > most else ""
+        raise InvalidInput(f"{name} is {shown}{reason}", hint=f"give a whole number from {least} to {most:,}")

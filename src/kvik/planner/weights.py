@@ -1,0 +1,81 @@
+"""Weights in bytes: as a file has them and as kvik holds them, packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from kvik.errors import InvalidInput
+from kvik.planner.near import near
+
+ROWS_TOGETHER = 8
+"""Rows that kvik packs together; the last ones of a matrix are filled up."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """One type of weights."""
+
+    name: str
+    file_bits: Fraction  # a weight
+    packed_bits: Fraction  # the same as kvik holds it: docs/kernels.md, Weights
+
+    @property
+    def quantized(self) -> bool:
+        """Whether kvik multiplies it in integers."""
+        return self.name not in ("f32", "f16", "bf16")
+
+
+def _format(name: str, file_block_bytes: int, file_block: int, packed_bytes: int) -> WeightFormat:
+    """`packed_bytes` are those of 8 rows and 32 columns."""
+    return WeightFormat(name, Fraction(8 * file_block_bytes, file_block), Fraction(8 * packed_bytes, 256))
+
+
+# Best first: what is lost grows from one to the next.
+FORMATS: dict[str, WeightFormat] = {
+    one.name: one
+    for one in (
+        _format("f32", 4, 1, 1024),
+        _format("bf16", 2, 1, 512),
+        _format("f16", 2, 1, 512),
+        _format("q8_0", 34, 32, 272),
+        _format("q6_k", 210, 256, 320),
+        _format("q5_k", 176, 256, 320),
+        _format("q5_1", 24, 32, 288),
+        _format("q5_0", 22, 32, 272),
+        _format("q4_k", 144, 256, 192),
+        _format("q4_1", 20, 32, 160),
+        _format("q4_0", 18, 32, 144),
+        _format("q3_k", 110, 256, 320),
+        _format("q2_k", 84, 256, 384),
+    )
+}
+
+SHOWN = ("bf16", "q8_0", "q6_k", "q4_k", "q4_1", "q4_0")
+"""One of each size, for tables."""
+
+
+def find_format(name: str) -> WeightFormat:
+    """The format of that name. Raises `InvalidInput`."""
+    wanted = name.strip().lower().removesuffix("_m").removesuffix("_s")
+    if wanted not in FORMATS:
+        close = near(wanted, FORMATS)
+        suggestion = f"did you mean {close[0]}? " if close else ""
+        raise InvalidInput(f"weights is {name!r:.60}", hint=f"{suggestion}give one of {', '.join(FORMATS)}")
+    return FORMATS[wanted]
+
+
+def held_bytes(num_params: int, form: WeightFormat) -> int:
+    """Bytes that kvik takes to hold so many weights of one format."""
+    return int(num_params * form.packed_bits / 8)
+
+
+def file_bytes(num_params: int, form: WeightFormat) -> int:
+    """Bytes of a file of them."""
+    return int(num_params * form.file_bits / 8)
+
+
+def packed_matrix_bytes(rows: int, columns: int, form: WeightFormat) -> int:
+    """Bytes of one packed matrix, to the byte what `native/packing.cpp` allocates."""
+    whole_rows = -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER
+    return int(whole_rows * columns * form.packed_bits / 8)
