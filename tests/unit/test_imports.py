@@ -70,7 +70,7 @@ def test_a_prompt_answered_brings_only_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_the_engine_brings_no_library_of_formats_and_no_openssl() -> None:
-    """40 ms and 10 MB, for a model that needs neither."""
+    """40 ms and 7 MB, for a model that needs neither."""
     modules = imported_by("import kvik.engine.llm, kvik.ops.native")
     assert not modules.intersection({"gguf", "yaml", "_hashlib", "jinja2", "huggingface_hub", "asyncio"})
 

@@ -101,8 +101,8 @@ app.add_typer(models.app, name="models")
 
 def main() -> None:
     """Run `kvik`."""
-    # For a quick start: modules and a vocabulary are 10^5 objects without a cycle among them to look for, and kvik's
-    # own threads do all that NumPy's would be for.
+    # For a quick start: modules and a vocabulary are 10^5 objects that stay, among which there is no garbage to look
+    # for; and NumPy's own threads would have nothing to do.
     gc.set_threshold(100_000)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if sys.stderr is None:

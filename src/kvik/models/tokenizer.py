@@ -384,7 +384,7 @@ class Tokenizer:
 
 
 class _Texts(Sequence[str]):
-    """A list of strings in a fifth of its memory: one text, and where each of them ends in it."""
+    """A list of strings in a quarter of its memory: one text, and where each of them ends in it."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._text = "".join(texts)
