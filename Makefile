@@ -10,7 +10,7 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test check test-oracle sanitize sanitize-address sanitize-thread benchmarks bench bench-engine bench-peers soak format stubs clean
+.PHONY: help demo test check test-oracle sanitize sanitize-address sanitize-thread benchmarks bench bench-engine bench-peers bench-llama-cpp soak format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
@@ -22,7 +22,8 @@ help:
 	@echo "make benchmarks   what docs/benchmarks.md shows of kvik race and kvik bench, measured again"
 	@echo "make bench-engine what batches, shared prefixes and prompts seen before bring, and the prefix cache's own speed"
 	@echo "make soak         20 minutes of random requests: nothing wrong, nothing held for ever, no growth"
-	@echo "make bench-peers  build llama.cpp and compare with it, case by case (an hour)"
+	@echo "make bench-peers  the same file through llama-cpp-python, transformers and OpenVINO GenAI (half an hour)"
+	@echo "make bench-llama-cpp  build llama.cpp and compare with its own benchmark programs (an hour)"
 	@echo "make format       reformat Python and C++; make stubs rewrites the native module's stub"
 
 demo: $(VENV)/.installed
@@ -78,13 +79,21 @@ soak: $(VENV)/.installed
 	$(call say,Random requests for 20 minutes; --minutes and --seed of bench/soak.py make it another run)
 	$(VENV)/bin/python bench/soak.py
 
-bench-peers: $(VENV)/.installed
+bench-llama-cpp: $(VENV)/.installed
 	$(call say,Build llama.cpp)
 	PYTHON=$(VENV)/bin/python bench/peers/build_llama_cpp.sh
 	$(call say,Fetch the default model once)
 	$(VENV)/bin/kvik models pull smollm2
 	$(call say,Compare; --only and --rounds of bench/against_llama_cpp.py make it shorter)
-	$(VENV)/bin/python bench/against_llama_cpp.py --json build/peers/results.json
+	$(VENV)/bin/python bench/against_llama_cpp.py --json build/peers/llama_cpp.json
+
+bench-peers: $(VENV)/.installed
+	$(call say,Make a virtual environment for each of the others)
+	PYTHON=$(VENV)/bin/python bench/peers/build.sh
+	$(call say,Fetch the default model once)
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,Compare$(,) and write docs/benchmarks.md; --only and --rounds of bench/against_peers.py make it shorter)
+	$(VENV)/bin/python bench/against_peers.py --json build/peers/peers.json --markdown docs/benchmarks.md
 
 # Both at once: each of them leaves a processor half idle.
 sanitize: $(VENV)/.tests-installed
