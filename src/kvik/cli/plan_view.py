@@ -94,7 +94,7 @@ def _title(plan: Plan) -> Iterator[str]:
     if model.attention == "MLA":
         (rank, rope), *_ = (group.latent_dims for group in model.groups if group.kind == "latent")
         heads = f"{model.num_heads} heads, a latent of {rank} + {rope} (MLA)"
-    yield f"{model.name}: {model.num_layers} layers ({kinds}), {heads}"
+    yield from textwrap.wrap(f"{model.name}: {model.num_layers} layers ({kinds}), {heads}", WIDTH)
     weights = f"{params(model.num_params)} parameters"
     if model.is_mixture:
         weights += f", {params(model.num_active_params)} active"
@@ -118,6 +118,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         ("weights", amount(plan.weights.held_bytes) if plan.weights else "unknown", _weights_note(plan)),
         ("keys and values", amount(plan.kv.num_bytes), kv),
         ("a step's results", amount(plan.activation_bytes), "about"),
+        *([("tables", amount(plan.table_bytes), "rotary positions, vocabulary; about")] if plan.table_bytes else []),
         ("all", amount(plan.needed_bytes) if plan.weights else "-", _fit_note(plan)),
     ]
     lines = columns([(name, size) for name, size, _ in rows])
