@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
+
+_SEPARATOR = re.compile(r"(?<!\d)\.|\.(?!\d)|[^\w.]|_")
 
 
 def plain(name: str) -> str:
-    """The name without case and separators: `Llama 3-8B` and `llama_3_8b` are one."""
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
+    """The name without case and separators: `Llama 3-8B` and `llama_3_8b` are one; a decimal point counts."""
+    return _SEPARATOR.sub("", name.casefold())
 
 
 def near(name: str, known: Mapping[str, str], *, most: int = 5) -> list[str]:
