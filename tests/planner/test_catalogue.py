@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ OTHER_WIDTH = (
     "palm-540b", "nemotron-3-nano-30b-a3b",
 )  # fmt: skip
 
-FULL_LAYERS = {
+FULL_LAYERS: dict[str, Callable[[int], int]] = {
     "full": lambda layers: layers,
     "full (MLA)": lambda layers: layers,
     "all sliding": lambda layers: 0,

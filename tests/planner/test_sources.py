@@ -42,6 +42,7 @@ def test_a_config_gives_the_catalogues_shape(tmp_path: Path) -> None:
     shape = find_shape(str(config(tmp_path)))
     assert same_memory(shape, "llama-3-8b")
     assert shape.num_params == pytest.approx(8.03e9, rel=1e-3)
+    assert shape.num_params is not None
     assert shape.active_params == shape.num_params - 128_256 * 4096  # rows of the embedding are looked up
     assert find_shape(str(tmp_path)).groups == shape.groups
 
