@@ -11,7 +11,7 @@ from kvik.planner.advice import advice
 from kvik.planner.catalogue import device_entries, device_of, model_entries, shape_of
 from kvik.planner.plan import Plan
 from kvik.planner.shape import ModelShape
-from kvik.planner.speed import PhaseSpeed
+from kvik.planner.speed import PhaseSpeed, Roofline
 from kvik.planner.units import amount, count, duration, params, percent
 
 WIDTH = 80
@@ -31,30 +31,18 @@ def plan_lines(plan: Plan) -> list[str]:
 def comparison_lines(plans: Sequence[Plan]) -> list[str]:
     """Several models side by side."""
     first = plans[0]
-    has_fit = first.fit is not None
-    head = ("model", "heads", "KV", "kind", "layers", "B/token", "one user", count(first.users, "user"), "weights")
-    rows = [(*head, "fits") if has_fit else head]
+    users = [f"{first.users:,} users"] if first.users > 1 else []
+    rows = [["model", "heads", "kind", "layers", "B/token", "one user", *users]]
     for plan in plans:
-        row = (
-            _marked(plan.model),
-            f"{plan.model.num_heads}",
-            f"{plan.model.num_kv_heads}",
-            plan.model.attention,
-            f"{plan.model.num_layers}",
-            f"{plan.kv.token_bytes:,}",
-            amount(plan.kv.sequence_bytes),
-            amount(plan.kv.num_bytes),
-            amount(plan.weights.held_bytes) if plan.weights else "unknown",
-        )
-        rows.append((*row, "yes" if plan.fit and plan.fit.fits else "no") if has_fit else row)
-    if first.users == 1:
-        rows = [(*row[:7], *row[8:]) for row in rows]
-    title = f"{first.kv.dtype} keys and values at {first.context:,} tokens"
-    if first.fit is not None:
-        title += f", in {first.fit.where} ({amount(first.fit.memory_bytes)})"
-    lines = [title, *columns(rows)]
-    if any(plan.speeds for plan in plans):
-        lines += ["", *_speed_comparison(plans)]
+        model, all_users = plan.model, [amount(plan.kv.num_bytes)] if users else []
+        heads = f"{model.num_heads}/{model.num_kv_heads}"
+        row = [_marked(model), heads, model.attention, f"{model.num_layers}", f"{plan.kv.token_bytes:,}"]
+        rows.append([*row, amount(plan.kv.sequence_bytes), *all_users])
+    lines = [
+        f"{first.kv.dtype} keys and values at {first.context:,} tokens; heads: queries/KV",
+        *columns(rows),
+    ]
+    lines += ["", *_needs_comparison(plans)]
     if any(plan.model.uncertain for plan in plans):
         lines += ["", "? some of its figures are uncertain: `kvik plan MODEL` tells which"]
     return lines
@@ -63,7 +51,7 @@ def comparison_lines(plans: Sequence[Plan]) -> list[str]:
 def listing_lines(what: Literal["models", "devices"]) -> list[str]:
     """The catalogue."""
     if what == "models":
-        rows = [("model", "kind", "layers", "B/token, f16", "context", "parameters")]
+        rows = [("model", "kind", "layers", "B/token", "context", "parameters")]
         for entry in model_entries().values():
             shape = shape_of(entry)
             rows.append(
@@ -84,7 +72,8 @@ def listing_lines(what: Literal["models", "devices"]) -> list[str]:
             read = "-" if device.bytes_per_s is None else f"{device.bytes_per_s / 1e9:,.0f}"
             compute = "-" if device.operations_per_s is None else f"{device.operations_per_s / 1e12:,.0f}"
             rows.append((f"{device.name}{' ?' if device.uncertain else ''}", memory, read, compute, "", ""))
-    return [*columns(rows), "", "? some of its figures are uncertain"]
+    last = "; B/token in f16" if what == "models" else ""
+    return [*columns(rows), "", f"? some of its figures are uncertain{last}"]
 
 
 def _title(plan: Plan) -> Iterator[str]:
@@ -94,7 +83,7 @@ def _title(plan: Plan) -> Iterator[str]:
     if model.attention == "MLA":
         (rank, rope), *_ = (group.latent_dims for group in model.groups if group.kind == "latent")
         heads = f"{model.num_heads} heads, a latent of {rank} + {rope} (MLA)"
-    yield f"{model.name}: {model.num_layers} layers ({kinds}), {heads}"
+    yield from textwrap.wrap(f"{model.name}: {model.num_layers} layers ({kinds}), {heads}", WIDTH)
     weights = f"{params(model.num_params)} parameters"
     if model.is_mixture:
         weights += f", {params(model.num_active_params)} active"
@@ -118,6 +107,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         ("weights", amount(plan.weights.held_bytes) if plan.weights else "unknown", _weights_note(plan)),
         ("keys and values", amount(plan.kv.num_bytes), kv),
         ("a step's results", amount(plan.activation_bytes), "about"),
+        *([("tables", amount(plan.table_bytes), "rotary positions, vocabulary; about")] if plan.table_bytes else []),
         ("all", amount(plan.needed_bytes) if plan.weights else "-", _fit_note(plan)),
     ]
     lines = columns([(name, size) for name, size, _ in rows])
@@ -191,7 +181,6 @@ def _speeds(plan: Plan) -> Iterator[str]:
     roofline = plan.roofline
     if roofline is None or plan.speeds is None:
         return
-    doubt = " ?" if plan.device and plan.device.uncertain else ""
     rows = [[f"speed, {count(plan.users, 'user')}", "time", "tok/s", "reads", "GFLOP", "binds"]]
     for phase in plan.speeds:
         what = "a decode step" if phase.phase == "decode" else f"prefill of {phase.num_tokens:,}"
@@ -206,38 +195,52 @@ def _speeds(plan: Plan) -> Iterator[str]:
             ]
         )
     yield from columns(rows)
-    limits = [
-        f"{roofline.bytes_per_s / 1e9:,.0f} GB/s" if roofline.bytes_per_s else "bandwidth unknown",
-        f"{roofline.operations_per_s / 1e12:,.3g} TFLOP/s" if roofline.operations_per_s else "arithmetic unknown",
-    ]
-    how = "measured here" if roofline.is_measured else "assumed"
-    yield from textwrap.wrap(
-        f"{roofline.name}{doubt}: {', '.join(limits)}; of these {percent(roofline.read_efficiency)} in decode and"
-        f" {percent(roofline.compute_efficiency)} in prefill ({how})",
-        WIDTH,
-    )
+    yield from textwrap.wrap(_roofline_line(plan, roofline), WIDTH)
     if plan.device and plan.device.uncertain:
         doubts = ", ".join(plan.device.uncertain)
         yield f"? uncertain: {'all its figures' if doubts == 'all' else doubts}"
 
 
-def _speed_comparison(plans: Sequence[Plan]) -> list[str]:
-    rows = [["model", "decode, tok/s", "binds", "prefill", "binds"]]
+def _roofline_line(plan: Plan, roofline: Roofline) -> str:
+    doubt = " ?" if plan.device and plan.device.uncertain else ""
+    limits = [
+        f"{roofline.bytes_per_s / 1e9:,.0f} GB/s" if roofline.bytes_per_s else "bandwidth unknown",
+        f"{roofline.operations_per_s / 1e12:,.3g} TFLOP/s" if roofline.operations_per_s else "arithmetic unknown",
+    ]
+    how = "measured here" if roofline.is_measured else "assumed"
+    return (
+        f"{roofline.name}{doubt}: {', '.join(limits)}; of these {percent(roofline.read_efficiency)} in decode and"
+        f" {percent(roofline.compute_efficiency)} in prefill ({how})"
+    )
+
+
+def _needs_comparison(plans: Sequence[Plan]) -> Iterator[str]:
+    """What each needs in all, whether it fits, and how fast it would be."""
+    has_fit, has_speed = (any(getattr(plan, name) is not None for plan in plans) for name in ("fit", "roofline"))
+    head = ["model", "weights", "all"]
+    rows = [[*head, *(["fits"] if has_fit else []), *(["decode", "binds", "prefill", "binds"] if has_speed else [])]]
     for plan in plans:
-        if plan.speeds is None:
-            rows.append([plan.model.name, "-", "-", "-", "-"])
-            continue
-        decode, prefill = plan.speeds
-        rows.append(
-            [
-                plan.model.name,
-                rate(decode.tokens_per_s or 0),
+        row = [_marked(plan.model), amount(plan.weights.held_bytes) if plan.weights else "unknown"]
+        row.append(amount(plan.needed_bytes) if plan.weights else "-")
+        if has_fit:
+            row.append("yes" if plan.fit and plan.fit.fits else "no")
+        if has_speed and plan.speeds is not None:
+            decode, prefill = plan.speeds
+            row += [
+                f"{rate(decode.tokens_per_s or 0)} tok/s",
                 _binds(decode),
                 duration(prefill.seconds),
                 _binds(prefill),
             ]
-        )
-    return columns(rows)
+        elif has_speed:
+            row += ["-"] * 4
+        rows.append(row)
+    yield from columns(rows)
+    fit, roofline = plans[0].fit, plans[0].roofline
+    if fit is not None:
+        yield f"fits: into {fit.where} ({amount(fit.memory_bytes)})"
+    if roofline is not None:
+        yield from textwrap.wrap(_roofline_line(plans[0], roofline), WIDTH)
 
 
 def _binds(phase: PhaseSpeed) -> str:

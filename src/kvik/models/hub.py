@@ -75,13 +75,14 @@ def pull_from_hub(name: HubName, *, force: bool, progress: Progress) -> Path:
 
 def config_file(name: HubName) -> Path:
     """The repository's config.json: the cached copy, else downloaded."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     with _hub_errors(name):
         cached = try_to_load_from_cache(name.repo, "config.json", revision=name.revision)
-        return Path(
-            cached if isinstance(cached, str) else hf_hub_download(name.repo, "config.json", revision=name.revision)
-        )
+        if isinstance(cached, str):
+            return Path(cached)
+        HfApi().model_info(name.repo, revision=name.revision)  # fails at once where a download would try on and on
+        return Path(hf_hub_download(name.repo, "config.json", revision=name.revision))
 
 
 def choose(name: HubName, files: Iterable[str]) -> str:

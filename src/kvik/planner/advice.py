@@ -18,13 +18,16 @@ MQA_EXAMPLE_HEADS = 16
 
 def advice(plan: Plan) -> list[str]:
     """Sentences, the most important first."""
-    parts = (_fitting, _kv_type, _heads, _prefix, _doubling, _crossing, _doubts)
+    parts = (_fitting, _own_choice, _kv_type, _heads, _prefix, _doubling, _crossing, _doubts)
     return [sentence for part in parts for sentence in part(plan)]
 
 
 def _fitting(plan: Plan) -> Iterator[str]:
     fit = plan.fit
     if fit is None:
+        if plan.kv.num_bytes:
+            each = f"{amount(plan.kv.sequence_bytes)} at {plan.context:,} tokens"
+            yield f"Users: each takes {each}; `--memory` or `--device` tells how many fit."
         return
     if not fit.fits:
         missing = f"{amount(-fit.spare_bytes)} are missing"
@@ -41,6 +44,13 @@ def _fitting(plan: Plan) -> Iterator[str]:
     )
     if fit.largest_context < plan.model.max_context:
         yield f"Context: {count(plan.users, 'user')} can have {fit.largest_context:,} tokens each."
+
+
+def _own_choice(plan: Plan) -> Iterator[str]:
+    if plan.auto_kv_bytes is not None:
+        contexts = plan.auto_kv_bytes / kv_memory(plan.model, plan.kv.dtype, plan.context).num_bytes
+        size = amount(plan.auto_kv_bytes)
+        yield f"kvik's own choice of a cache here (`--kv-memory auto`): {size}, {contexts:.1f} contexts."
 
 
 def _kv_type(plan: Plan) -> Iterator[str]:
@@ -76,10 +86,11 @@ def _heads(plan: Plan) -> Iterator[str]:
             f" (MHA) would, {amount(mha_bytes)} a token."
         )
     if model.num_kv_heads > 1 and model.attention != "MLA":
+        usual = percent(1 - 1 / MQA_EXAMPLE_HEADS)
+        example = f"; its usual {usual} is 1 - 1/{MQA_EXAMPLE_HEADS}, of a model with {MQA_EXAMPLE_HEADS} heads"
         yield (
-            f"MQA would save 1 - 1/{model.num_heads} of MHA's cache here, {percent(1 - 1 / model.num_heads)}; its usual"
-            f" {percent(1 - 1 / MQA_EXAMPLE_HEADS)} is 1 - 1/{MQA_EXAMPLE_HEADS}, of a model with"
-            f" {MQA_EXAMPLE_HEADS} heads."
+            f"MQA would save 1 - 1/{model.num_heads} of MHA's cache here, {percent(1 - 1 / model.num_heads)}"
+            + ("." if model.num_heads == MQA_EXAMPLE_HEADS else f"{example}.")
         )
 
 
@@ -88,6 +99,9 @@ def _prefix(plan: Plan) -> Iterator[str]:
         return
     if plan.prefix:
         saved = plan.unshared_kv_bytes - plan.kv.num_bytes
+        if plan.users > 1 and not saved:
+            yield f"Prefix: {plan.prefix:,} shared tokens save no memory here: no whole block is common."
+            return
         blocks = plan.prefix // BLOCK_SIZE
         computed = (plan.users - 1) * blocks * BLOCK_SIZE
         yield (
@@ -109,12 +123,15 @@ def _doubling(plan: Plan) -> Iterator[str]:
         yield f"Twice the context is beyond the model's {model.max_context:,} tokens."
         return
     after = kv_memory(model, plan.kv.dtype, doubled, users=plan.users, prefix=plan.prefix)
-    rows = [
-        f"{amount(new.num_bytes - old.num_bytes)} in {new.num_layers} {new.name} layers"
+    grown = [
+        (new.num_bytes - old.num_bytes, f"{new.num_layers} {new.name} layers")
         for old, new in zip(plan.kv.layers, after.layers, strict=True)
-        if new.kind != "none"
     ]
-    yield f"Doubling the context to {doubled:,} takes {' and '.join(rows)}."
+    takes = [f"{amount(num_bytes)} in {layers}" for num_bytes, layers in grown if num_bytes]
+    nothing = [layers for num_bytes, layers in grown if not num_bytes]
+    more = f"takes another {' and '.join(takes)}" if takes else "takes no more memory"
+    rest = f"; {' and '.join(nothing)} need nothing for it" if takes and nothing else ""
+    yield f"Doubling the context to {doubled:,} {more}{rest}."
 
 
 def _crossing(plan: Plan) -> Iterator[str]:
@@ -129,6 +146,6 @@ def _crossing(plan: Plan) -> Iterator[str]:
 
 def _doubts(plan: Plan) -> Iterator[str]:
     if plan.model.is_mixture and plan.model.num_active_params is None:
-        yield "A mixture of experts whose active parameters the facts do not tell: no speed is estimated."
+        yield "A mixture of experts whose active parameters the facts do not tell: its speed is not estimated."
     if plan.weights is None:
         yield "The number of weights is not known here: they are not counted."

@@ -54,7 +54,7 @@ def find_model(name: str) -> ModelShape | None:
 
 def near_models(name: str) -> list[str]:
     """Names of the catalogue's models that are like this one."""
-    return near(name.rpartition("/")[2], model_entries())
+    return near(name.rpartition("/")[2], _keys(model_entries().values()))
 
 
 def find_device(name: str) -> Device:
@@ -64,8 +64,8 @@ def find_device(name: str) -> Device:
     if found is None:
         parts = [one for one in entries if wanted and wanted in plain(one)]
         if len(parts) != 1:
-            close = parts or near(name, entries)
-            what = "stands for several devices" if parts else "is not a device that kvik knows"
+            close = parts or near(name, _keys(entries.values()))
+            what = "stands for several devices" if parts else "is no device of the catalogue"
             hint = f"take one of: {', '.join(close)}" if close else "`kvik plan --list devices` shows all"
             raise InvalidInput(f"{_shown(name)} {what}", hint=hint)
         found = parts[0]
@@ -130,7 +130,7 @@ def _groups(entry: Mapping[str, Any]) -> Iterable[LayerGroup]:
 
 def _keys(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Every way to write a name or an alias, and the name."""
-    return {plain(one): entry["name"] for entry in entries for one in (*entry["aliases"], entry["name"])}
+    return {plain(one): entry["name"] for entry in entries for one in (entry["name"], *entry["aliases"])}
 
 
 def _shown(name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvik.config import KVDType
-from kvik.planner.memory import activation_bytes, kv_memory, weight_memory
+from kvik.planner.memory import activation_bytes, kv_memory, table_bytes, weight_memory
 from kvik.planner.shape import ModelShape
 from kvik.planner.weights import FORMATS, WeightFormat
 
@@ -27,8 +27,9 @@ class Load:
 
     @property
     def num_bytes(self) -> int:
-        """Weights (where known), keys and values, and a step's intermediate results."""
-        return self.weight_bytes + self.kv_bytes + activation_bytes(self.shape, self.context, self.users)
+        """Weights (where known), keys and values, a step's intermediate results and tables."""
+        rest = activation_bytes(self.shape, self.context, self.users) + table_bytes(self.shape, self.context)
+        return self.weight_bytes + self.kv_bytes + rest
 
     @property
     def weight_bytes(self) -> int:

@@ -15,6 +15,9 @@ STEP_TOKENS = 512
 MLP_WIDTH = 4
 """The MLP's width in hidden sizes, where the facts do not tell it."""
 
+VOCABULARY_ENTRY_BYTES = 480
+"""What a vocabulary of 49,152 tokens and as many merges was measured to take in the tokenizer, for each token."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:
@@ -105,14 +108,23 @@ def weight_memory(shape: ModelShape, form: WeightFormat | None) -> WeightMemory 
 
 
 def activation_bytes(shape: ModelShape, context: int, users: int) -> int:
-    """Intermediate results of the largest step: hidden states, queries, the MLP's width, in float32 and quantised.
+    """Intermediate results of the largest step, and the logits that each sequence ends with.
 
-    Also the logits that each sequence ends with, and the rotary table of a model that kvik runs. An estimate, checked
-    against the engine's own growth by tests/planner/test_growth.py.
+    Per token in float32: hidden states, queries, what was attended and its sums (native/program.cpp shares places of
+    equal width), both halves of the MLP, new keys and values; and the widest row once more in 8 bits with the scales
+    and sums of its groups of 32. An estimate, which tests/planner/test_growth.py checks against the engine's growth.
     """
     queries = shape.num_heads * shape.head_dim
     width = shape.intermediate_size or MLP_WIDTH * shape.hidden_size
-    floats = 2 * shape.hidden_size + 2 * queries + width
-    quantized = max(shape.hidden_size, queries, width)
+    rows = 4 * queries if queries == shape.hidden_size else 2 * shape.hidden_size + 3 * queries
+    floats = rows + 2 * width + 2 * shape.num_kv_heads * shape.head_dim
+    widest = max(shape.hidden_size, queries, width)
     num_tokens = max(min(STEP_TOKENS, context), users)
-    return num_tokens * (4 * floats + quantized) + 4 * users * shape.vocab_size + context * shape.rope_token_bytes
+    return num_tokens * (4 * floats + widest + 28 * widest // 32) + 4 * users * shape.vocab_size
+
+
+def table_bytes(shape: ModelShape, context: int) -> int:
+    """What kvik holds beside the weights of a model that it runs: each position's rotation, and the vocabulary."""
+    if not shape.runs:
+        return 0
+    return context * shape.rope_token_bytes + VOCABULARY_ENTRY_BYTES * shape.vocab_size

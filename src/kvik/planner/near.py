@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping
+
+_SEPARATOR = re.compile(r"(?<!\d)\.|\.(?!\d)|[^\w.]|_")
 
 
 def plain(name: str) -> str:
-    """The name without case and separators: `Llama 3-8B` and `llama_3_8b` are one."""
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
+    """The name without case and separators: `Llama 3-8B` and `llama_3_8b` are one; a decimal point counts."""
+    return _SEPARATOR.sub("", name.casefold())
 
 
-def near(name: str, known: Iterable[str], *, most: int = 5) -> list[str]:
-    """Known names like this one, the likest first: those that contain it, then those that are spelled alike."""
-    by_plain: dict[str, str] = {}
-    for one in known:
-        by_plain.setdefault(plain(one), one)
+def near(name: str, known: Mapping[str, str], *, most: int = 5) -> list[str]:
+    """Known names like this one: those that begin with it, that contain it, that are spelled alike.
+
+    `known` has each name and alias as `plain` writes it, and the name that it stands for.
+    """
     wanted = plain(name)
-    inside = [key for key in by_plain if wanted and (wanted in key or (len(key) > 3 and key in wanted))]
-    alike = difflib.get_close_matches(wanted, by_plain, n=most, cutoff=0.6)
-    return [by_plain[key] for key in dict.fromkeys([*inside, *alike])][:most]
+    begins = [key for key in known if wanted and key.startswith(wanted)]
+    contains = [key for key in known if wanted and (wanted in key or (len(key) > 3 and key in wanted))]
+    alike = difflib.get_close_matches(wanted, known, n=most, cutoff=0.6)
+    return list(dict.fromkeys(known[key] for key in (*begins, *contains, *alike)))[:most]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from kvik.cache import KVCacheSpec
 from kvik.config import MOST_BYTES, KVDType, parse_bytes
-from kvik.errors import InvalidInput
+from kvik.errors import InvalidInput, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.planner.catalogue import Device, find_device
 from kvik.planner.fit import MOST_USERS, Fit, Load, fit
-from kvik.planner.memory import KVMemory, WeightMemory, activation_bytes, kv_memory, weight_memory
+from kvik.planner.memory import KVMemory, WeightMemory, activation_bytes, kv_memory, table_bytes, weight_memory
 from kvik.planner.shape import ModelShape
 from kvik.planner.sources import find_shape
 from kvik.planner.speed import COMPUTE_EFFICIENCY, READ_EFFICIENCY, PhaseSpeed, Roofline, speeds
@@ -33,18 +34,21 @@ class Plan:
     kv_by_dtype: dict[KVDType, KVMemory]  # in every type that the model's heads allow
     weights: WeightMemory | None  # None: not known how many
     weights_by_format: dict[str, WeightMemory]
-    activation_bytes: int
+    activation_bytes: int  # about
+    table_bytes: int  # of rotary positions and the vocabulary, about; 0 for a model that kvik does not run
     what_ifs: tuple[WhatIf, ...]
     fit: Fit | None  # None: no memory was named
     device: Device | None
     roofline: Roofline | None
     speeds: tuple[PhaseSpeed, PhaseSpeed] | None  # decode, prefill
+    auto_kv_bytes: int | None  # of the cache that the engine would make on this machine, where it would run the model
     unshared_kv_bytes: int  # of keys and values, were the prefix not shared
 
     @property
     def needed_bytes(self) -> int:
-        """Weights (where known), keys and values, and a step's intermediate results."""
-        return (self.weights.held_bytes if self.weights else 0) + self.kv.num_bytes + self.activation_bytes
+        """Weights (where known), keys and values, a step's intermediate results and tables."""
+        weights = self.weights.held_bytes if self.weights else 0
+        return weights + self.kv.num_bytes + self.activation_bytes + self.table_bytes
 
 
 def plan(
@@ -110,11 +114,13 @@ def plan_shape(
         weights=weight_memory(shape, form),
         weights_by_format={name: one for name, one in shown.items() if one is not None},
         activation_bytes=activation_bytes(shape, context, users),
+        table_bytes=table_bytes(shape, context),
         what_ifs=what_ifs(shape, kv, context, users, prefix),
         fit=fitting,
         device=found,
         roofline=roofline,
         speeds=None if roofline is None else speeds(load, roofline),
+        auto_kv_bytes=_auto_kv_bytes(shape, kv, context) if device == HERE and shape.runs else None,
         unshared_kv_bytes=kv_memory(shape, kv, context, users=users).num_bytes,
     )
 
@@ -129,7 +135,7 @@ def _format(shape: ModelShape, weights: str | None) -> WeightFormat | None:
 def _fit(load: Load, memory: int | str | None, device: str | None, found: Device | None) -> Fit | None:
     if memory is not None:
         num_bytes = parse_bytes("memory", memory)
-        return fit(load, f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB", num_bytes)
+        return fit(load, "the memory given", num_bytes)
     if device == HERE:
         return fit(load, "this machine, available now", available_memory_bytes())
     if found is None or found.memory_bytes is None:
@@ -155,6 +161,17 @@ def _roofline(load: Load, device: str | None, found: Device | None, fitting: Fit
         compute_efficiency=COMPUTE_EFFICIENCY,
         is_measured=False,
     )
+
+
+def _auto_kv_bytes(shape: ModelShape, dtype: KVDType, context: int) -> int | None:
+    """What the engine would take for keys and values; `None` where it would refuse."""
+    from kvik.engine.engine import num_pool_blocks
+
+    spec = KVCacheSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
+    try:
+        return num_pool_blocks(spec, context, "auto") * spec.block_bytes
+    except NotEnoughMemory:
+        return None
 
 
 def _check_int(name: str, value: Any, least: int, most: int, *, of: str = "") -> None:

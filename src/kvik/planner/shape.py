@@ -50,6 +50,8 @@ class LayerGroup:
     @property
     def name(self) -> str:
         """The kind, with the window where there is one."""
+        if self.kind == "none":
+            return "no KV"
         return f"{self.kind} {self.window:,}" if self.window else self.kind
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kvik.errors import InvalidInput
-from kvik.planner.near import near
+from kvik.planner.near import near, plain
 
 ROWS_TOGETHER = 8
 """Rows that kvik packs together; the last ones of a matrix are filled up."""
@@ -59,7 +59,7 @@ def find_format(name: str) -> WeightFormat:
     """The format of that name. Raises `InvalidInput`."""
     wanted = name.strip().lower().removesuffix("_m").removesuffix("_s")
     if wanted not in FORMATS:
-        close = near(wanted, FORMATS)
+        close = near(wanted, {plain(one): one for one in FORMATS})
         suggestion = f"did you mean {close[0]}? " if close else ""
         raise InvalidInput(f"weights is {name!r:.60}", hint=f"{suggestion}give one of {', '.join(FORMATS)}")
     return FORMATS[wanted]

@@ -1,0 +1,104 @@
+"""The plan is what the engine allocates: to the byte for keys and values, for random models, types and loads."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from gguf_files import tiny_llama
+from kvik import LLM, SamplingParams, plan
+from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK
+from kvik.config import KVDType
+from kvik.engine.engine import num_pool_blocks
+from kvik.ops.native import NativeKVCache
+from kvik.planner import plan as plan_module
+
+
+def random_model(path: Path, rng: random.Random) -> dict[str, int]:
+    num_kv_heads = rng.choice([1, 2, 3])
+    shape = {
+        "num_layers": rng.randint(1, 5),
+        "num_kv_heads": num_kv_heads,
+        "num_heads": num_kv_heads * rng.choice([1, 2, 4]),
+        "head_dim": rng.choice([8, 16, 24, 64]),
+        "hidden_size": rng.choice([32, 64, 160]),
+        "intermediate_size": rng.choice([32, 96]),
+        "context_length": rng.choice([300, 512, 1024]),
+    }
+    # Columns come in groups of 32: the attended heads are those of the output matrix.
+    while shape["num_heads"] * shape["head_dim"] % 32:
+        shape["num_heads"] *= 2
+    tiny_llama(path, **shape, seed=rng.randrange(2**32))  # type: ignore[arg-type]
+    return shape
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_cache_has_the_planned_bytes_and_serves_the_planned_load(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    path = tmp_path / "tiny.gguf"
+    shape = random_model(path, rng)
+    dtype: KVDType = rng.choice(get_args(KVDType))
+    users, context = rng.randint(1, 4), rng.randint(2, shape["context_length"])
+    prefix = rng.choice([0, rng.randint(0, context - 1)])
+    print(f"seed {seed}: {shape}, {dtype}, {users} users, context {context}, prefix {prefix}")  # noqa: T201  # shown where it fails
+    planned = plan(str(path), context=context, users=users, kv=dtype, prefix=prefix)
+    (layers,) = planned.kv.layers
+
+    llm = LLM(str(path), threads=1, kv_dtype=dtype, kv_memory=planned.kv.num_bytes)
+    arrays = llm.engine.kv_arrays
+    assert isinstance(arrays, NativeKVCache)
+    assert arrays.arrays.num_bytes == planned.kv.num_bytes == llm.cache.num_bytes
+    assert llm.cache.num_blocks == layers.num_blocks
+    assert llm.engine.kv_spec.token_bytes == planned.kv.token_bytes
+    assert llm.engine.kv_spec.num_blocks_for(context) * llm.engine.kv_spec.block_bytes == planned.kv.sequence_bytes
+
+    common = [3 + index % 200 for index in range(prefix)]
+    prompts = [
+        [*common, *(3 + (index * 7 + user) % 200 for index in range(context - 1 - prefix))] for user in range(users)
+    ]
+    done = llm.generate([prompt or [3] for prompt in prompts], SamplingParams(max_tokens=1, ignore_eos=True))
+    assert len(done) == users
+    assert llm.cache.stats.num_evicted_blocks == 0, "all had room at once"
+    shared = prefix // BLOCK_SIZE * BLOCK_SIZE
+    cached = sum(one.stats.num_cached_tokens for one in done)
+    assert (users - 1) * shared <= cached <= (users - 1) * prefix  # of a block in part, a copy is made
+
+
+@pytest.mark.parametrize("dtype", get_args(KVDType))
+@pytest.mark.parametrize("num_superblocks", [1, 2, 7])
+def test_a_memory_holds_as_many_tokens_as_the_engine_makes_of_it(
+    tmp_path: Path, dtype: KVDType, num_superblocks: int
+) -> None:
+    """The largest context that is said to fit has just the engine's blocks; one token more would need others."""
+    path = tiny_llama(tmp_path / "tiny.gguf", context_length=1 << 16)
+    small = plan(str(path), context=2, kv=dtype)
+    spec = LLM(str(path), threads=1, kv_dtype=dtype).engine.kv_spec
+    superblock = BLOCKS_PER_SUPERBLOCK * BLOCK_SIZE
+    whole = plan(str(path), context=superblock * num_superblocks, kv=dtype)
+    assert whole.kv.num_bytes == num_superblocks * BLOCKS_PER_SUPERBLOCK * spec.block_bytes
+    assert num_pool_blocks(spec, 2, whole.kv.num_bytes) == num_superblocks * BLOCKS_PER_SUPERBLOCK
+    fit = plan(str(path), context=2, kv=dtype, memory=whole.needed_bytes).fit
+    assert fit is not None
+    assert fit.largest_context == superblock * num_superblocks
+    assert small.kv.num_bytes == BLOCKS_PER_SUPERBLOCK * spec.block_bytes
+
+
+def test_the_default_model_from_its_header(default_model_path: Path) -> None:
+    planned = plan("smollm2", context=1000)
+    llm = LLM("smollm2", context=1000, kv_memory=planned.kv.num_bytes)
+    weights = llm.model.decoder.weights
+    assert planned.model.origin == "gguf"
+    assert planned.model.source == str(default_model_path)
+    assert planned.weights is not None
+    assert planned.weights.held_bytes == weights.step_bytes(with_logits=True)
+    assert planned.kv.num_bytes == llm.cache.num_bytes == 32 * llm.engine.kv_spec.block_bytes
+
+
+def test_on_this_machine_the_engine_chooses_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "_roofline", lambda *_: None)
+    path = tiny_llama(tmp_path / "tiny.gguf")
+    planned = plan(str(path), device="here", context=400)
+    assert planned.auto_kv_bytes == LLM(str(path), threads=1, context=400).cache.num_bytes
