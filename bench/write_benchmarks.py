@@ -1,6 +1,6 @@
 """Measures what docs/benchmarks.md shows of `kvik race` and `kvik bench`, and writes it there.
 
-python bench/write_benchmarks.py [--only race|bench|long]; bench/against_peers.py writes the comparison with others
+python bench/write_benchmarks.py [--only race|long|bench|deep]; bench/against_peers.py writes the comparison with others
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from document import replace_part
 DOCUMENT = Path("docs/benchmarks.md")
 PARTS = {
     "race": ["race", "--plot", "docs/race.svg"],
-    "long": ["race", "--raw", "--max-tokens", "1024", "--lengths", "none", "Once upon a time"],
+    "long": ["race", "--raw", "--max-tokens", "512", "--lengths", "none", "Once upon a time"],
     "bench": [
-        "bench", "--prompt", "128,512,2048", "--gen", "64", "--batch", "1,4,16", "--depth", "0,2048,8000",
-        "--kv", "f16,f32,int8", "--markdown", "--save", "build/bench.json",
+        "bench", "--prompt", "128,512,2048", "--batch", "1,4,16", "--depth", "0,2048", "--kv", "f16,int8",
+        "--markdown", "--save", "build/bench.json",
     ],
+    "deep": ["bench", "--depth", "8000", "--gen", "32", "--kv", "f16,f32,int8", "--markdown"],
 }  # fmt: skip
 
 
