@@ -48,8 +48,9 @@ def check_growth(warm: Path, path: str, kv: str, context: int, users: int) -> No
     done = python("-c", SCRIPT, str(warm), path, kv, str(context), str(users))
     assert done.returncode == 0, done.stderr
     planned, grown, kv_bytes, committed = json.loads(done.stdout)
+    print(f"planned {planned / 1e6:.1f} MB, grown by {grown / 1e6:.1f} MB")  # noqa: T201  # shown where it fails
     assert committed == kv_bytes
-    assert abs(grown - planned) <= planned / 100, f"planned {planned / 1e6:.1f} MB, grown by {grown / 1e6:.1f} MB"
+    assert abs(grown - planned) <= planned / 100
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_random_models_grow_as_planned(tmp_path: Path, warm: Path, seed: int, kv
     token_bytes = {"f32": 4 * 64, "f16": 2 * 64, "int8": 64 + 4}[kv]
     num_layers, num_kv_heads = rng.randint(12, 20), rng.choice([24, 32])
     users = rng.randint(4, 8)
-    context = 600 * 10**6 // (2 * num_layers * num_kv_heads * token_bytes * users)
+    context = 500 * 10**6 // (2 * num_layers * num_kv_heads * token_bytes * users)
     shape = {"num_layers": num_layers, "num_heads": num_kv_heads, "num_kv_heads": num_kv_heads, "head_dim": 64}
     widths = {"hidden_size": 64, "intermediate_size": rng.choice([64, 256]), "context_length": 1 << 15}
     print(f"seed {seed}: {shape}, {widths}, {kv}, {users} users, context {context}")  # noqa: T201  # shown where it fails

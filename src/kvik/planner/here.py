@@ -18,7 +18,7 @@ from kvik.ops.limits import measured_limits
 from kvik.ops.native import NativeOps
 from kvik.ops.program import MachineLimits
 from kvik.planner.fit import Load
-from kvik.planner.memory import MLP_WIDTH, weight_memory
+from kvik.planner.memory import MLP_WIDTH, STEP_TOKENS, weight_memory
 from kvik.planner.speed import Roofline
 from kvik.planner.weights import FORMATS, WeightFormat, held_bytes
 
@@ -26,7 +26,7 @@ PROBE_BYTES = 1 << 28
 """Weights that the probe has, where the model has so many: more than caches hold. Nor are its keys and values more."""
 
 PROBE_STEPS = 15
-PROBE_PROMPT = 256
+PROBE_CHUNKS = 3
 MOST_PROBE_USERS = 8
 MOST_PROBE_VOCAB = 1 << 16
 
@@ -84,7 +84,7 @@ class _Probe:
         self.users = min(load.users, MOST_PROBE_USERS)
         most_tokens = max(BLOCK_SIZE, PROBE_BYTES // token_bytes // self.users)
         self.depth = max(1, min(group.num_tokens(load.context), most_tokens))
-        self.blocks = -(-(max(self.depth, PROBE_PROMPT) + 1) // BLOCK_SIZE)
+        self.blocks = -(-(self.depth + 1) // BLOCK_SIZE)
         self.spec = DecoderSpec(
             architecture="llama",
             num_layers=num_layers,
@@ -103,7 +103,7 @@ class _Probe:
         self.kv_spec = self.spec.kv_spec(load.kv_dtype)
         arrays = self.ops.allocate_kv(self.kv_spec, self.kv_spec.pool_blocks_for(self.users * self.blocks * BLOCK_SIZE))
         self.forward: Callable[[Batch], object] = self.decoder.record(arrays)
-        self.forward(self._batch(np.arange(BLOCK_SIZE), 1))
+        self.forward(self._batch(np.arange(min(BLOCK_SIZE, self.depth)), 1))
         # Memory that was never written costs nothing to read.
         self.ops.copy_blocks(arrays, [(0, block) for block in range(1, self.users * self.blocks)])
 
@@ -111,7 +111,7 @@ class _Probe:
         """The median step."""
         self.forward(batch)
         took = []
-        for _ in range(PROBE_STEPS if len(batch.token_ids) < PROBE_PROMPT else 3):
+        for _ in range(PROBE_STEPS if len(batch.token_ids) <= MOST_PROBE_USERS else PROBE_CHUNKS):
             start_s = time.perf_counter()
             self.forward(batch)
             took.append(time.perf_counter() - start_s)
@@ -122,8 +122,9 @@ class _Probe:
         return self._batch(np.array([self.depth]), self.users)
 
     def prefill_batch(self) -> Batch:
-        """The beginning of one prompt."""
-        return self._batch(np.arange(PROBE_PROMPT), 1)
+        """The middle of one prompt, whose tokens see half of it: what a token of it costs on average."""
+        num_tokens = min(STEP_TOKENS, self.depth)
+        return self._batch((self.depth - num_tokens) // 2 + np.arange(num_tokens), 1)
 
     def _batch(self, positions: np.ndarray[tuple[int], np.dtype[np.int64]], users: int) -> Batch:
         tables = np.arange(users * self.blocks, dtype=np.int32).reshape(users, self.blocks)
