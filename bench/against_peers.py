@@ -137,9 +137,14 @@ def prompt(length: int, seed: str) -> list[int]:
 class Results:
     """Every figure of every round, and why there is none."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, dict[str, list[float]]] = {}
-        self.reasons: dict[str, dict[str, str]] = {}
+    def __init__(self, earlier: dict[str, Any] | None = None) -> None:
+        self.values: dict[str, dict[str, list[float]]] = earlier["values"] if earlier else {}
+        self.reasons: dict[str, dict[str, str]] = earlier["reasons"] if earlier else {}
+
+    def forget(self, case: Case) -> None:
+        """Measure it anew."""
+        self.values.pop(case.name, None)
+        self.reasons.pop(case.name, None)
 
     def run(self, case: Case, peer: Peer, process: PeerProcess, round_number: int) -> None:
         """One measurement; what failed once is not tried again."""
@@ -203,6 +208,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every round")
+    parser.add_argument("--onto", type=Path, metavar="FILE", help="such a file: keep its figures of all other cases")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table into this document's part")
     args = parser.parse_args()
     chosen = [case for case in cases() if not args.only or any(text in case.name for text in args.only)]
@@ -211,7 +217,12 @@ def main() -> int:
     model = resolve(args.model)
     engines = peers(model, args.threads)
     running = {peer.name: peer.process() for peer in engines}
-    results, rounds, interrupted = Results(), 0, False
+    earlier = json.loads(args.onto.read_text()) if args.onto else None
+    if earlier and earlier["machine"] != machine(model, args.threads):
+        parser.error(f"{args.onto} is of another machine: {earlier['machine']}")
+    results, rounds, interrupted = Results(earlier), 0, False
+    for case in chosen:
+        results.forget(case)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=args.rounds * len(chosen) * len(engines))
@@ -227,7 +238,8 @@ def main() -> int:
         finally:
             for process in running.values():
                 process.close()
-    text = report(machine(model, args.threads), results, chosen, running, rounds)
+    shown = cases() if earlier else chosen
+    text = report(machine(model, args.threads), results, shown, running, rounds)
     print(text)
     if args.markdown:
         replace_part(args.markdown, "peers", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +25,8 @@ FORMAT = 1
 def measured_limits(threads: int | None = None, *, fresh: bool = False) -> MachineLimits:
     """The machine's limits with so many threads (None: those this process may use), reading from memory, not caches.
 
-    The best of some seconds of measuring, since other work only ever lessens it; kept in the user's folder, by
-    processor, instruction set and threads, until `fresh` asks to measure again.
+    The upper quartile of some seconds of measuring, since other work only lessens it, and a single round may be an
+    outlier; kept in the user's folder, by processor, instruction set and threads, until `fresh` asks to measure again.
     """
     threads = threads or available_threads()
     path = user_folder() / "limits.json"
@@ -50,7 +51,7 @@ def _measure(threads: int) -> MachineLimits:
                 2 * _native.float_throughput(pool),
             )
         )
-    return MachineLimits(*map(max, zip(*rounds, strict=True)))
+    return MachineLimits(*(statistics.quantiles(column, n=4)[2] for column in zip(*rounds, strict=True)))
 
 
 def _read(path: Path) -> dict[str, MachineLimits]:
