@@ -76,9 +76,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(
 
 def test_neither_an_outlier_nor_a_busy_moment_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rates = iter([30e9, 64e9, 31e9, 10e9, 30e9, 32e9, 31e9, 30e9, 31e9, 12e9])
-    monkeypatch.setattr(limits._native, "read_bandwidth", lambda pool, num_bytes: next(rates))
+    monkeypatch.setattr("kvik._native.read_bandwidth", lambda pool, num_bytes: next(rates))
     for name in ("integer_throughput", "float_throughput"):
-        monkeypatch.setattr(limits._native, name, lambda pool: 1e9)
+        monkeypatch.setattr(f"kvik._native.{name}", lambda pool: 1e9)
     monkeypatch.setattr(limits, "MEASURE_S", 0.0)
     monkeypatch.setattr(limits, "LEAST_ROUNDS", 10)
     monkeypatch.setenv("KVIK_HOME", str(tmp_path))
