@@ -14,7 +14,13 @@ from command_line import Kvik
 from kvik.planner.catalogue import device_entries, model_entries
 from subprocesses import python
 
-DOCS = Path(__file__).parents[2] / "docs" / "planning.md"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "planning.md"
+PRINTED = [
+    (command, output)
+    for path in (DOCS, ROOT / "README.md")
+    for command, output in re.findall(r"```\n\$ kvik plan (.*)\n((?:.*\n)+?)```", path.read_text(encoding="utf-8"))
+]
 
 EXAMPLES = [
     "llama-3-70b --context 4096 --users 10 --device h100",
@@ -112,15 +118,26 @@ def test_this_machine_is_measured(kvik: Kvik, tiny: Path, monkeypatch: pytest.Mo
     assert report["fit"]["fits"]
 
 
+@pytest.mark.parametrize(("command", "output"), PRINTED, ids=[command for command, _ in PRINTED])
+def test_the_documentation_shows_what_is_printed(kvik: Kvik, command: str, output: str) -> None:
+    result = kvik("plan", *shlex.split(command))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == output
+
+
+def test_the_documentation_has_examples() -> None:
+    assert len(PRINTED) >= 5
+
+
 # JSON.
 
 
 def leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, dict):
         return [leaf for key, inner in value.items() for leaf in leaves(inner, f"{name}.{key}".lstrip("."))]
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         return [leaf for inner in value for leaf in leaves(inner, f"{name}[]")]
-    return [(name, value)]
+    return [(f"{name}[]", None) if value == [] else (name, value)]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -136,7 +153,9 @@ def test_json_names_are_those_of_the_documentation(kvik: Kvik) -> None:
     """A name that goes, comes or changes has to be told in docs/planning.md."""
     arguments = "gemma-3-27b --context 4096 --users 100 --device h100 --json"
     report = json.loads(kvik("plan", *shlex.split(arguments)).stdout)
-    names = {re.sub(r"^(kv|weights)\.(f32|f16|int8|bf16|q\w+)\.", r"\1.TYPE.", name) for name, _ in leaves(report)}
+    types = re.compile(r"^(kv|weights)\.(f32|f16|int8|bf16|q\w+)\.")
+    names = {types.sub(r"\1.TYPE.", name) for name, _ in leaves(report)}
+    names = {re.sub(r"^speed\.(decode|prefill)\.", "speed.PHASE.", name) for name in names}
     text = DOCS.read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `([\w.\[\]]+)` \|", text, re.MULTILINE))
     assert names == listed

@@ -37,21 +37,25 @@ def roofline_here(load: Load) -> Roofline:
     The part is that of a probe: layers of the model's widths, as many as outgrow the caches, with weights of its format
     that are all 0, compute some steps of decode at the load's context and batch, and a prompt. It takes seconds.
     """
-    limits = measured_limits()
     form = _format_of(load)
     probe = _Probe(load, form)
+    decode, prefill = ((batch, probe.seconds(batch)) for batch in (probe.decode_batch(), probe.prefill_batch()))
 
-    def reached(batch: Batch) -> float:
-        seconds = probe.seconds(batch)
-        return _least_seconds(count_work(probe.decoder, probe.kv_spec, batch), limits, form.quantized) / seconds
+    def reached(of: tuple[Batch, float], limits: MachineLimits) -> float:
+        batch, seconds = of
+        work = count_work(probe.decoder, probe.kv_spec, batch)
+        return _least_seconds(work, limits, form.quantized) / seconds
 
+    limits = measured_limits()
+    if reached(prefill, limits) > 1:  # they were measured while the machine had other work
+        limits = measured_limits(fresh=True)
     return Roofline(
         name=f"this machine: {processor_name()}, {available_threads()} threads",
         bytes_per_s=limits.bytes_per_s,
         operations_per_s=limits.integer_operations_per_s if form.quantized else limits.float_operations_per_s,
         attention_operations_per_s=limits.float_operations_per_s,
-        read_efficiency=reached(probe.decode_batch()),
-        compute_efficiency=reached(probe.prefill_batch()),
+        read_efficiency=reached(decode, limits),
+        compute_efficiency=reached(prefill, limits),
         is_measured=True,
     )
 

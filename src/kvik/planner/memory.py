@@ -15,7 +15,7 @@ STEP_TOKENS = 512
 MLP_WIDTH = 4
 """The MLP's width in hidden sizes, where the facts do not tell it."""
 
-VOCABULARY_ENTRY_BYTES = 480
+VOCABULARY_ENTRY_BYTES = 240
 """What a vocabulary of 49,152 tokens and as many merges was measured to take in the tokenizer, for each token."""
 
 
