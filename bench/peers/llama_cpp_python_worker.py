@@ -16,7 +16,7 @@ class LlamaCppPythonWorker(Worker):
         self.llm = llama_cpp.Llama(model, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def describe(self) -> str:
-        return f"llama-cpp-python {llama_cpp.__version__}: the file's weights, f16 keys and values"
+        return f"llama-cpp-python {llama_cpp.__version__}: the file's weights, f16 keys and values, no flash attention"
 
     def first_token(self, prompt: list[int]) -> float:
         started_s = now()
@@ -25,7 +25,7 @@ class LlamaCppPythonWorker(Worker):
 
     def decode(self, prompts: list[list[int]], count: int) -> float:
         if len(prompts) > 1:
-            raise CannotDo("its Llama class generates for one sequence at a time")
+            raise CannotDo("not through its Llama class, which takes one sequence at a time")
         times: list[float] = []
         for _ in self.llm.generate(prompts[0], temp=0.0):
             times.append(now())

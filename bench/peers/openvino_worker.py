@@ -10,7 +10,7 @@ from protocol import CannotDo, Worker, now, seconds_between, serve
 
 
 class OpenVinoWorker(Worker):
-    """The defaults, but for the threads and the prefix cache, which is on."""
+    """The defaults, but for the threads, the prefix cache, which is on, and the room of its cache."""
 
     def __init__(self, model: str, threads: int) -> None:
         scheduler = openvino_genai.SchedulerConfig()
