@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from against_llama_cpp import MEMORY, RATE, SECONDS, Unit
 from document import replace_part
-from kvik import _native
+from kvik import LLM, SamplingParams, _native
 from kvik.machine import available_threads, processor_name
 from kvik.models.store import resolve
 from kvik_runs import first_byte_s
@@ -32,7 +33,9 @@ from peer_process import NoFigure, PeerProcess
 FOLDER = Path(__file__).parent / "peers"
 VENVS = Path("build/peers/venvs")
 MILLISECONDS = Unit("ms", 1e-3, more_is_better=False, digits=1)
+TOKENS = Unit("tokens")
 TIMEOUT_S = 240.0
+TEXT = "The lighthouse stood on a rock in the sea. Every evening the keeper climbed the stairs, lit the lamp and"
 OURS = "kvik"
 
 
@@ -57,6 +60,7 @@ class Case:
     unit: Unit
     measure: Callable[[Peer, PeerProcess, int], float]
     once: bool = False  # one round tells it
+    has_ratio: bool = True
 
 
 def peers(model: Path, threads: int) -> list[Peer]:
@@ -75,7 +79,7 @@ def peers(model: Path, threads: int) -> list[Peer]:
     ]
 
 
-def cases() -> list[Case]:
+def cases(model: Path) -> list[Case]:
     """All rows of the table."""
 
     def first_token(peer: Peer, process: PeerProcess, round_number: int) -> float:
@@ -103,6 +107,15 @@ def cases() -> list[Case]:
         finally:
             fresh.close()
 
+    def agreement(peer: Peer, process: PeerProcess, round_number: int) -> float:
+        # kvik's int16 activations write what transformers writes in float32: tests/oracle/test_greedy.py.
+        llm = LLM(model, activations="int16", context=512)
+        ids = llm.encode(TEXT)
+        expected = llm.generate([ids], SamplingParams(max_tokens=32, ignore_eos=True))[0].token_ids
+        tokens = process.ask({"do": "tokens", "prompt": ids, "count": 32}, TIMEOUT_S)["tokens"]
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected, tokens, strict=False))
+        return float(len(list(pairs)))
+
     def cold_start(peer: Peer, process: PeerProcess, round_number: int) -> float:
         if not Path(peer.command[0]).exists():
             raise NoFigure("is not built: bench/peers/build.sh does that")
@@ -125,6 +138,7 @@ def cases() -> list[Case]:
         Case("first token of a repeated prompt of 512", MILLISECONDS, repeated),
         Case("peak memory, 2,048 + 64 tokens", MEMORY, memory, once=True),
         Case("start of the process to the first token of 10", SECONDS, cold_start),
+        Case("greedy tokens behind a sentence that float32 writes too, of 32", TOKENS, agreement, True, False),
     ]
 
 
@@ -167,7 +181,7 @@ class Results:
         if len(values) > 1:
             text += f" ({case.unit.show(min(values))} … {case.unit.show(max(values))})"
         ours = self.values[case.name].get(OURS)
-        if name != OURS and ours:
+        if name != OURS and ours and case.has_ratio:
             mine = statistics.median(ours)
             text += f" · **{mine / middle if case.unit.more_is_better else middle / mine:.2g} ×**"  # noqa: RUF001
         return text
@@ -194,10 +208,32 @@ def machine(model: Path, threads: int) -> str:
 
 def report(told: str, results: Results, chosen: Sequence[Case], running: dict[str, PeerProcess], rounds: int) -> str:
     """The machine, the table, and what each engine is."""
-    lines = [f"{told}. Medians of {rounds} rounds (lowest … highest); bold: how many times kvik's figure is better."]
+    lines = [
+        f"{told}. Medians of the rounds (lowest … highest), {rounds} whole ones in the last run; bold: how many times"
+        " kvik's figure is better."
+    ]
     lines += ["", table(results, chosen, list(running)), ""]
     lines += [f"* {process.description}" for process in running.values()]
     return "\n".join(lines)
+
+
+def save(
+    args: argparse.Namespace,
+    told: str,
+    results: Results,
+    shown: Sequence[Case],
+    running: dict[str, PeerProcess],
+    rounds: int,
+) -> str:
+    """Write what is known so far where it was asked for; the table."""
+    text = report(told, results, shown, running, rounds)
+    if args.markdown:
+        replace_part(args.markdown, "peers", text)
+    if args.json:
+        content: dict[str, Any] = {"machine": told, "values": results.values, "reasons": results.reasons}
+        content["engines"] = {name: one.description for name, one in running.items()}
+        args.json.write_text(json.dumps(content, indent=1))
+    return text
 
 
 def main() -> int:
@@ -211,42 +247,38 @@ def main() -> int:
     parser.add_argument("--onto", type=Path, metavar="FILE", help="such a file: keep its figures of all other cases")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table into this document's part")
     args = parser.parse_args()
-    chosen = [case for case in cases() if not args.only or any(text in case.name for text in args.only)]
-    if not chosen:
-        parser.error("no case has such a name; there are:\n" + "\n".join(case.name for case in cases()))
     model = resolve(args.model)
+    every = cases(model)
+    chosen = [case for case in every if not args.only or any(text in case.name for text in args.only)]
+    if not chosen:
+        parser.error("no case has such a name; there are:\n" + "\n".join(case.name for case in every))
     engines = peers(model, args.threads)
     running = {peer.name: peer.process() for peer in engines}
     earlier = json.loads(args.onto.read_text()) if args.onto else None
     if earlier and earlier["machine"] != machine(model, args.threads):
         parser.error(f"{args.onto} is of another machine: {earlier['machine']}")
     results, rounds, interrupted = Results(earlier), 0, False
+    told, shown = machine(model, args.threads), every if earlier else chosen
     for case in chosen:
         results.forget(case)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=args.rounds * len(chosen) * len(engines))
         try:
-            for rounds in range(1, args.rounds + 1):
+            for round_number in range(args.rounds):
                 for case in chosen:
                     for peer in engines:
-                        progress.update(task, description=f"round {rounds}: {case.name}: {peer.name}")
-                        results.run(case, peer, running[peer.name], rounds - 1)
+                        progress.update(task, description=f"round {round_number + 1}: {case.name}: {peer.name}")
+                        results.run(case, peer, running[peer.name], round_number)
                         progress.advance(task)
+                rounds += 1
+                save(args, told, results, shown, running, rounds)
         except KeyboardInterrupt:
             interrupted = True
         finally:
             for process in running.values():
                 process.close()
-    shown = cases() if earlier else chosen
-    text = report(machine(model, args.threads), results, shown, running, rounds)
-    print(text)
-    if args.markdown:
-        replace_part(args.markdown, "peers", text)
-    if args.json:
-        content: dict[str, Any] = {"machine": machine(model, args.threads), "values": results.values}
-        content |= {"reasons": results.reasons, "engines": {name: one.description for name, one in running.items()}}
-        args.json.write_text(json.dumps(content, indent=1))
+    print(save(args, told, results, shown, running, rounds))
     if interrupted:
         print("interrupted: not all rounds were measured", file=sys.stderr)
     return 130 if interrupted else 0

@@ -21,6 +21,9 @@ class KvikWorker(Worker):
         next(iter(self.llm.stream(prompt, SamplingParams(max_tokens=1, ignore_eos=True))))
         return now() - started_s
 
+    def tokens(self, prompt: list[int], count: int) -> list[int]:
+        return self.llm.generate([prompt], SamplingParams(max_tokens=count, ignore_eos=True))[0].token_ids
+
     def decode(self, prompts: list[list[int]], count: int) -> float:
         params = SamplingParams(max_tokens=count + 1, ignore_eos=True)
         if len(prompts) == 1:

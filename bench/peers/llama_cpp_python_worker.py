@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import llama_cpp
 
 from protocol import CannotDo, Worker, now, seconds_between, serve
@@ -22,6 +24,9 @@ class LlamaCppPythonWorker(Worker):
         started_s = now()
         next(self.llm.generate(prompt, temp=0.0))
         return now() - started_s
+
+    def tokens(self, prompt: list[int], count: int) -> list[int]:
+        return list(itertools.islice(self.llm.generate(prompt, temp=0.0), count))
 
     def decode(self, prompts: list[list[int]], count: int) -> float:
         if len(prompts) > 1:

@@ -30,6 +30,9 @@ class OpenVinoWorker(Worker):
         started_s = now()
         return self._times(prompt, 1)[0] - started_s
 
+    def tokens(self, prompt: list[int], count: int) -> list[int]:
+        return [int(token) for token in self._generate([prompt], count).tokens[0]]
+
     def decode(self, prompts: list[list[int]], count: int) -> float:
         if len(prompts) == 1:
             return seconds_between(self._times(prompts[0], count + 1), count)

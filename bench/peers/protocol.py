@@ -4,6 +4,7 @@ A worker is started as `python WORKER MODEL THREADS`, says what it is, and then 
 
 * first_token: seconds from a prompt that is new to its first token
 * repeated: the same prompt twice; seconds to the first token of the second
+* tokens: the `count` greedy tokens behind a prompt
 * decode: prompts of equal length and `count` more tokens for each: seconds for all of these
 
 As `python WORKER MODEL THREADS first` it prints a line when it has the first token of a short prompt, and ends.
@@ -42,6 +43,10 @@ class Worker(ABC):
     def decode(self, prompts: list[list[int]], count: int) -> float:
         """Seconds in which all sequences together got `count` tokens each behind their first one."""
 
+    @abstractmethod
+    def tokens(self, prompt: list[int], count: int) -> list[int]:
+        """So many greedy tokens behind the prompt."""
+
     def repeated(self, prompt: list[int]) -> float:
         """Seconds to the first token of a prompt that was just answered."""
         self.first_token(prompt)
@@ -70,7 +75,10 @@ def serve(make: Any) -> None:
         request = json.loads(line)
         answer: dict[str, Any]
         try:
-            answer = {"seconds": _answer(worker, request), "peak_bytes": peak_bytes()}
+            if request["do"] == "tokens":
+                answer = {"tokens": worker.tokens(request["prompt"], request["count"])}
+            else:
+                answer = {"seconds": _answer(worker, request), "peak_bytes": peak_bytes()}
         except CannotDo as reason:
             answer = {"cannot": str(reason)}
         except Exception as error:  # noqa: BLE001  # a peer may raise anything, and the table shows it

@@ -48,12 +48,21 @@ class TransformersWorker(Worker):
         started_s = now()
         return self._times([prompt], 1)[0] - started_s
 
+    def tokens(self, prompt: list[int], count: int) -> list[int]:
+        found: list[int] = self._generate([prompt], count)[0, len(prompt) :].tolist()
+        return found
+
     def decode(self, prompts: list[list[int]], count: int) -> float:
         return seconds_between(self._times(prompts, count + 1), count)
 
     def _times(self, prompts: list[list[int]], count: int) -> list[float]:
-        ids, clock = torch.tensor(prompts), Clock()
-        self.model.generate(
+        clock = Clock()
+        self._generate(prompts, count, clock)
+        return clock.times[1:]
+
+    def _generate(self, prompts: list[list[int]], count: int, clock: Clock | None = None) -> Any:
+        ids = torch.tensor(prompts)
+        return self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -62,7 +71,6 @@ class TransformersWorker(Worker):
             streamer=clock,
             pad_token_id=0,
         )
-        return clock.times[1:]
 
 
 if __name__ == "__main__":

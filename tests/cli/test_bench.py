@@ -150,7 +150,6 @@ def test_what_is_saved_can_be_compared_with(kvik: Kvik, tmp_path: Path) -> None:
     report["machine"]["processor"] = "another"
     for row in report["rows"]:
         row["seconds"] = [1000.0 + index for index in range(5)]
-        row["median_s"] = 1002.0
     report["rows"][2]["batch"] = 2
     old.write_text(json.dumps(report))
     result = kvik("bench", *SHORT[:-1], "4", "--compare", str(old))
@@ -229,6 +228,9 @@ def test_a_near_kv_type_is_suggested(kvik: Kvik) -> None:
 @pytest.mark.parametrize(
     "content",
     [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"kind": "kvik bench", "version": 1, "rows": [{}]}',
+     b'{"kind": "kvik bench", "version": 1, "machine": [1], "model": {}, "engine": {}, "rows": []}',
+     b'{"kind": "kvik bench", "version": 1, "machine": {}, "model": {}, "engine": {}, "rows": [{"kind": "decode", '
+     b'"threads": 1, "kv_dtype": "f16", "length": 1, "num_tokens": 1, "batch": 1, "seconds": [1.0]}]}',
      b'{"kind": "kvik bench", "version": 2, "rows": []}', b'{"kind": "kvik race", "version": 1}'],
 )  # fmt: skip
 def test_a_file_that_is_no_report_is_refused(kvik: Kvik, tmp_path: Path, content: bytes) -> None:

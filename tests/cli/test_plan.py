@@ -143,7 +143,7 @@ def leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_json_has_bytes_as_whole_numbers(kvik: Kvik, example: str) -> None:
     report = json.loads(kvik("plan", *shlex.split(example), "--json").stdout)
-    assert report["format"] == "kvik-plan-1"
+    assert (report["kind"], report["version"]) == ("kvik plan", 1)
     for name, value in leaves(report):
         if name.endswith("_bytes"):
             assert value is None or type(value) is int, name

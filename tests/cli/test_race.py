@@ -282,6 +282,21 @@ def test_ctrl_c_shows_what_there_is(kvik: Kvik, interrupt_at: Callable[[int], No
     assert re.search(r"^interrupted; compared are the \d+ tokens that both lanes have$", result.stderr, re.MULTILINE)
 
 
+def test_ctrl_c_while_lengths_are_timed_keeps_those_that_were(
+    kvik: Kvik, interrupt_at: Callable[[int], None], tmp_path: Path
+) -> None:
+    # 2 steps warm up, 2 x 3 race, 6 are length 1 of the first round, 6 the next: in the 2nd of the third.
+    interrupt_at(22)
+    result = kvik("race", "--max-tokens", "3", "--lengths", "40,50", "--json", "--plot", str(tmp_path / "race.svg"))
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["is_interrupted"]
+    assert report["same_tokens"]
+    assert report["num_compared_tokens"] == 3
+    assert [(one["length"], len(one["later_token_s"])) for one in report["lengths"]] == [(1, 1), (40, 1), (50, 1)]
+    assert (tmp_path / "race.svg").exists()
+
+
 def test_ctrl_c_before_the_first_token(kvik: Kvik, interrupt_at: Callable[[int], None]) -> None:
     interrupt_at(2)
     result = kvik("race", *SHORT)

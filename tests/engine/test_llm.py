@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType
 
 import kvik.engine.engine as engine_module
 import kvik.engine.llm as llm_module
+from gguf_files import tiny_llama
 from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
@@ -25,7 +26,7 @@ from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput, ModelError, ModelNotFound, NotEnoughMemory, PromptTooLong
 from kvik.models.loader import LoadedModel
 from kvik.models.spec import RopeSpec
-from models import altered, assert_idle, random_prompt
+from models import altered, assert_idle, random_prompt, run
 from subprocesses import python
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -377,3 +378,23 @@ def test_a_wrong_instruction_set_is_told(tiny_path: Path) -> None:
     result = python("-m", "kvik", "run", "--raw", "a", "-m", str(tiny_path), KVIK_ISA="sse")
     assert result.returncode == 2
     assert result.stderr.startswith("InvalidInput: KVIK_ISA=sse is not one of")
+
+
+@pytest.mark.parametrize("change", [{"context": 100}, {"activations": "int16"}, {"backend": "reference"}])
+def test_another_engine_keeps_what_the_model_was_loaded_with(tmp_path: Path, change: dict[str, Any]) -> None:
+    llm = LLM(tiny_llama(tmp_path / "tiny.gguf"))
+    (name,) = change
+    with pytest.raises(InvalidInput, match=f"{name} is .*, the model was loaded with"):
+        llm.new_engine(**change)
+    with pytest.raises(InvalidInput, match="kv_dtype is 'f15'"):
+        llm.new_engine(kv_dtype="f15")
+
+
+def test_engines_of_other_threads_over_the_same_weights_give_the_same_bits(tmp_path: Path) -> None:
+    llm = LLM(tiny_llama(tmp_path / "tiny.gguf"), threads=1)
+    prompt = random_prompt(llm.model, 70, seed=3)
+    expected = run(llm.new_engine(), prompt)
+    for threads in (2, 3):
+        found = run(llm.new_engine(threads=threads, prefix_cache=False, token_budget=16), prompt)
+        assert found.token_ids == expected.token_ids
+        assert found.logits.tobytes() == expected.logits.tobytes(), f"{threads} threads, seed 3"

@@ -36,6 +36,9 @@ class Fake(Worker):
             os._exit(3)
         return 0.25 * len(prompt)
 
+    def tokens(self, prompt, count):
+        return prompt[:count]
+
     def decode(self, prompts, count):
         if len(prompts) > 1:
             raise CannotDo("one at a time")
@@ -56,6 +59,7 @@ def test_a_worker_answers_and_says_what_it_cannot_do() -> None:
         assert answer["seconds"] == 0.75
         assert answer["peak_bytes"] > 1 << 20
         assert process.ask({"do": "repeated", "prompt": [1]}, 60)["seconds"] == 0.25
+        assert process.ask({"do": "tokens", "prompt": [7, 8, 9], "count": 2}, 60)["tokens"] == [7, 8]
         for request, said in (
             ({"do": "decode", "prompts": [[1], [2]], "count": 3}, "cannot: one at a time"),
             ({"do": "decode", "prompts": [[1]], "count": 3}, "cannot: ValueError: bad luck"),
@@ -104,13 +108,13 @@ def test_the_table_shows_medians_ratios_and_reasons() -> None:
         "| start, s | 400.00 | 100.00 · **0.25 ×** | cannot: too slow |",  # noqa: RUF001
     ]
     text = report("A machine", results, [rate], {"kvik": process}, 3)
-    assert text.startswith("A machine. Medians of 3 rounds")
+    assert text.startswith("A machine. Medians of the rounds (lowest … highest), 3 whole ones")
     assert text.endswith("* did not start")
 
 
 def test_rows_and_prompts_are_the_same_for_all() -> None:
-    names = [case.name for case in cases()]
-    assert len(set(names)) == len(names) == 10
+    names = [case.name for case in cases(Path("none.gguf"))]
+    assert len(set(names)) == len(names) == 11
     assert prompt(5, "a") == prompt(5, "a") != prompt(5, "b")
     assert len(prompt(8000, "a")) == 8000
 

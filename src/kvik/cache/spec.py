@@ -25,6 +25,11 @@ def vector_bytes(num_items: int, dtype: KVDType) -> int:
     return num_items * _ITEM_BYTES[dtype] + _SCALE_BYTES[dtype]
 
 
+def whole_superblocks(num_blocks: int) -> int:
+    """So many blocks or more: what arrays have that hold them."""
+    return -(-num_blocks // BLOCKS_PER_SUPERBLOCK) * BLOCKS_PER_SUPERBLOCK
+
+
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
     """Keys and values of every layer: the one source of every memory figure."""
@@ -58,7 +63,7 @@ class KVCacheSpec:
 
     def pool_blocks_for(self, num_tokens: int) -> int:
         """Blocks to allocate so that one sequence of `num_tokens` fits: whole superblocks."""
-        return -(-self.num_blocks_for(num_tokens) // BLOCKS_PER_SUPERBLOCK) * BLOCKS_PER_SUPERBLOCK
+        return whole_superblocks(self.num_blocks_for(num_tokens))
 
     def num_blocks_within(self, num_bytes: int) -> int:
         """Blocks that fit into so many bytes: whole superblocks."""

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -179,16 +180,23 @@ def read_report(path: Path) -> Report:
         report = json.loads(content)
         kind, version = report["kind"], report["version"]
         if kind == KIND and version == VERSION:
-            for row in report["rows"]:
-                if not (_key(row) and row["seconds"] and all(type(one) is float and one > 0 for one in row["seconds"])):
-                    raise ValueError
-            return {name: report[name] for name in ("machine", "model", "engine", "rows")}
+            rows = [_checked(row) for row in report["rows"]]
+            return {name: dict(report[name]) for name in ("machine", "model", "engine")} | {"rows": rows}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InvalidInput(f"--compare is {path}, which is no report of kvik bench", hint=hint) from None
     raise InvalidInput(
         f"--compare is {path}, a report of {kind!r:.40}, version {version!r:.20}; this is {KIND!r}, version {VERSION}",
         hint=hint,
     )
+
+
+def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a comparison needs of a row. Raises ValueError, KeyError or TypeError where that is not there."""
+    times, name = row["seconds"], row["name"]
+    if not (isinstance(name, str) and times and all(type(one) is float and one > 0 for one in times)):
+        raise ValueError
+    hash(_key(row))
+    return {**row, "batch": int(row["batch"]), "median_s": statistics.median(times)}
 
 
 def compare_lines(old: Report, new: Report, name: str) -> list[str]:

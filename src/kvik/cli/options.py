@@ -179,7 +179,7 @@ def check_output_path(option: str, path: Path) -> None:
         raise InvalidInput(f"{option} is {path}, a folder", hint="give the name of a file")
     if not where.parent.is_dir():
         raise InvalidInput(f"{option} is {path}: there is no folder {where.parent}", hint="make it, or give another")
-    if not os.access(where if where.exists() else where.parent, os.W_OK):
+    if not (os.access(where.parent, os.W_OK) and (not where.exists() or os.access(where, os.W_OK))):
         raise InvalidInput(f"{option} is {path}, which may not be written", hint="give a file in a folder of yours")
 
 

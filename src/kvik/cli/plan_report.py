@@ -13,13 +13,13 @@ from kvik.planner.plan import Plan
 from kvik.planner.shape import ModelShape
 from kvik.planner.speed import PhaseSpeed
 
-FORMAT = "kvik-plan-1"
+HEAD = {"kind": "kvik plan", "version": 1}
 
 
 def plan_report(plan: Plan) -> dict[str, Any]:
     """One model."""
     return {
-        "format": FORMAT,
+        **HEAD,
         "model": model_report(plan.model),
         "load": {
             "context": plan.context,
@@ -62,14 +62,14 @@ def plan_report(plan: Plan) -> dict[str, Any]:
 
 def comparison_report(plans: Sequence[Plan]) -> dict[str, Any]:
     """Several, in the order asked for."""
-    return {"format": FORMAT, "models": [plan_report(plan) for plan in plans]}
+    return {**HEAD, "models": [plan_report(plan) for plan in plans]}
 
 
 def listing(what: Literal["models", "devices"]) -> dict[str, Any]:
     """The whole catalogue."""
     if what == "models":
-        return {"format": FORMAT, "models": [model_report(shape_of(entry)) for entry in model_entries().values()]}
-    return {"format": FORMAT, "devices": [asdict(device_of(entry)) for entry in device_entries().values()]}
+        return {**HEAD, "models": [model_report(shape_of(entry)) for entry in model_entries().values()]}
+    return {**HEAD, "devices": [asdict(device_of(entry)) for entry in device_entries().values()]}
 
 
 def model_report(shape: ModelShape) -> dict[str, Any]:

@@ -198,12 +198,16 @@ class LLM:
     def new_engine(self, **changes: Any) -> Engine:
         """Another engine over the same weights, with a cache of its own.
 
-        `changes` are fields of `EngineConfig` in which it differs; model and backend, and so context and activations,
-        stay.
+        `changes` are fields of `EngineConfig` in which it differs. Raises `InvalidInput`, also for those that the
+        loaded model has settled: context, activations and backend.
         """
         config = replace(self.config, **changes)
-        fixed = ("context", "activations", "backend")
-        assert all(getattr(config, name) == getattr(self.config, name) for name in fixed)
+        for name in ("context", "activations", "backend"):
+            if getattr(config, name) != getattr(self.config, name):
+                raise InvalidInput(
+                    f"{name} is {getattr(config, name)!r}, the model was loaded with {getattr(self.config, name)!r}",
+                    hint=f"load another: LLM(..., {name}={getattr(config, name)!r})",
+                )
         model = self.model
         if config.threads != self.config.threads:
             model = replace(model, decoder=model.decoder.with_ops(_make_ops(config)))

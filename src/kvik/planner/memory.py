@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK
+from kvik.cache.spec import BLOCK_SIZE, whole_superblocks
 from kvik.config import KVDType
 from kvik.planner.shape import LayerKind, ModelShape
 from kvik.planner.weights import WeightFormat, file_bytes, held_bytes
@@ -66,7 +66,7 @@ def kv_memory(shape: ModelShape, dtype: KVDType, context: int, *, users: int = 1
         blocks = -(-tokens // BLOCK_SIZE)
         shared = min(prefix, tokens) // BLOCK_SIZE if tokens == context else 0
         wanted = shared + users * (blocks - shared)
-        num_blocks = -(-wanted // BLOCKS_PER_SUPERBLOCK) * BLOCKS_PER_SUPERBLOCK
+        num_blocks = whole_superblocks(wanted)
         block_bytes = BLOCK_SIZE * group.token_bytes(dtype)
         sequence_bytes += blocks * block_bytes
         layers.append(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvik.errors import DownloadError, ModelError, ModelNotFound
+from kvik.errors import DownloadError, ModelNotFound
 from kvik.planner.catalogue import find_model, near_models
 from kvik.planner.shape import ModelShape
 
@@ -84,11 +84,7 @@ def _from_hub(name: str) -> ModelShape:
         return _read_file(find(name), name)
     try:
         return _read_file(config_file(source), name)
-    except ModelNotFound:
-        raise
     except DownloadError as error:
         close = near_models(name)
         known = f", or use what the catalogue knows: `kvik plan {close[0]}`" if close else ""
         raise DownloadError(error.message, hint=f"{error.hint}{known}") from error
-    except ModelError:
-        raise
