@@ -77,7 +77,7 @@ def row_report(row: Row, llm: LLM, limits: MachineLimits) -> dict[str, Any]:
     """One case: its times, its counted work, and how near that came to the machine's limits."""
     case, work = row.case, row.work
     weights = llm.model.decoder.weights
-    is_integer = any(getattr(matrix, "quantized", False) for matrix in weights.layers[0].matrices)
+    is_integer = any(getattr(linear.matrix, "quantized", False) for linear in weights.layers[0].linears)
     for_weights = limits.integer_operations_per_s if is_integer else limits.float_operations_per_s
     arithmetic_s = 2 * work.weight_multiply_adds / for_weights
     arithmetic_s += 2 * work.attention_multiply_adds / limits.float_operations_per_s

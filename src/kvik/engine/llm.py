@@ -224,12 +224,12 @@ class LLM:
     def _check_memory(self, spec: DecoderSpec, context: int) -> None:
         """Before the weights are loaded: whether the cache will find its memory."""
         num_pool_blocks(spec.kv_spec(self.config.kv_dtype), context, self.config.kv_memory)
-        turn_bytes, available = context * spec.rope.token_bytes, available_memory_bytes()
+        turn_bytes, available = context * spec.position_bytes, available_memory_bytes()
         if turn_bytes > available:
             raise NotEnoughMemory(
                 f"the angles of {context:,} positions take {turn_bytes / 2**30:,.1f} GiB,"
                 f" the machine has {available / 2**30:,.1f} GiB available",
-                hint=f"set the context to {available // 2 // spec.rope.token_bytes} or less (`--context`)",
+                hint=f"set the context to {available // 2 // spec.position_bytes} or less (`--context`)",
             )
 
     def _run_all(self, sequences: SequenceOf[Sequence], branches: SequenceOf[Sequence]) -> None:

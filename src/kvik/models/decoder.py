@@ -2,71 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvik.models.spec import DecoderSpec
-from kvik.ops.base import Array, Batch, LayerKV, Norm, Ops, QKVWeights, RopeTable, Weight
+from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from kvik.ops.base import Array, AttentionRule, Batch, LayerKV, Linear, Norm, Ops, QKVWeights, RopeTable, Weight
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One transformer layer."""
+    """One transformer layer; a part that the family lacks is None."""
 
-    attn_norm: Norm
     qkv: QKVWeights
-    o_proj: Weight  # (hidden_size, num_heads * head_dim)
-    mlp_norm: Norm
-    gate_proj: Weight  # (intermediate_size, hidden_size)
-    up_proj: Weight  # (intermediate_size, hidden_size)
-    down_proj: Weight  # (hidden_size, intermediate_size)
+    o_proj: Linear  # (hidden_size, num_heads * head_dim)
+    gate_proj: Linear | None  # (intermediate_size, hidden_size)
+    up_proj: Linear  # (intermediate_size, hidden_size)
+    down_proj: Linear  # (hidden_size, intermediate_size)
+    attn_norm: Norm | None = None
+    post_attn_norm: Norm | None = None
+    mlp_norm: Norm | None = None
+    post_mlp_norm: Norm | None = None
 
     @property
-    def matrices(self) -> tuple[Weight, ...]:
+    def linears(self) -> tuple[Linear, ...]:
         """All that a token is multiplied with."""
-        qkv = (self.qkv.query, self.qkv.key, self.qkv.value)
-        return (*qkv, self.o_proj, self.gate_proj, self.up_proj, self.down_proj)
+        mlp = (
+            (self.up_proj, self.down_proj) if self.gate_proj is None else (self.gate_proj, self.up_proj, self.down_proj)
+        )
+        return (*self.qkv.linears, self.o_proj, *mlp)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """All norms."""
+        own = (self.attn_norm, self.post_attn_norm, self.mlp_norm, self.post_mlp_norm)
+        return tuple(norm for norm in (*own, self.qkv.query_norm, self.qkv.key_norm) if norm is not None)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the matrices and norms."""
-        norms = (self.attn_norm, self.mlp_norm)
-        return sum(matrix.num_bytes for matrix in self.matrices) + sum(norm.weight.nbytes for norm in norms)
+        """Bytes of the matrices, biases and norms."""
+        return sum(linear.num_bytes for linear in self.linears) + sum(norm.num_bytes for norm in self.norms)
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """All weights; a tied model's `lm_head` is its `embedding`."""
+    """All weights; a tied model's `lm_head` multiplies with its `embedding`."""
 
     embedding: Weight  # (vocab_size, hidden_size)
     layers: Sequence[LayerWeights]
     norm: Norm
-    lm_head: Weight  # (vocab_size, hidden_size)
+    lm_head: Linear  # (vocab_size, hidden_size)
+    positions: Weight | None = None  # (num_learned_positions, hidden_size)
 
     def step_bytes(self, *, with_logits: bool) -> int:
         """Bytes that one pass over the layers reads, and over the head where logits are wanted."""
         layers = sum(layer.num_bytes for layer in self.layers)
-        return layers + (self.norm.weight.nbytes + self.lm_head.num_bytes if with_logits else 0)
+        return layers + (self.norm.num_bytes + self.lm_head.num_bytes if with_logits else 0)
 
     @property
     def layer_multiply_adds(self) -> int:
         """Multiply-adds of one token with the matrices of all layers."""
-        return sum(matrix.rows * matrix.columns for layer in self.layers for matrix in layer.matrices)
+        return sum(linear.rows * linear.matrix.columns for layer in self.layers for linear in layer.linears)
 
 
 class Decoder:
-    """A decoder-only transformer."""
+    """A decoder-only transformer, for sequences of up to `num_positions` tokens."""
 
-    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, ops: Ops, rope: RopeTable) -> None:
-        assert (spec.norm, spec.mlp) == ("rms", "gated_silu")  # what the fields allow today
+    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, ops: Ops, num_positions: int) -> None:
         self.spec = spec
         self.weights = weights
         self.ops = ops
-        self.rope = rope
+        self.num_positions = num_positions
+        self._ropes: Mapping[RopeSpec | None, RopeTable | None] = {
+            None: None,
+            **{rope: rope.table(num_positions) for rope in spec.ropes},
+        }
 
     def with_ops(self, ops: Ops) -> Decoder:
         """The same weights, run by other ops of the same backend, which pack weights alike."""
-        return Decoder(self.spec, self.weights, ops, self.rope)
+        return Decoder(self.spec, self.weights, ops, self.num_positions)
 
     def record(self, kv_cache: Sequence[LayerKV]) -> Callable[[Batch], Array]:
         """The forward pass over these KV arrays as one function of the batch, its ops noted where the backend can."""
@@ -74,12 +87,31 @@ class Decoder:
 
     def forward(self, batch: Batch, kv_cache: Sequence[LayerKV], ops: Ops | None = None) -> Array:
         """Computes the batch's tokens, remembers their keys and values, and gives logits (R, vocab_size)."""
-        ops, weights = ops or self.ops, self.weights
-        x = ops.embed(weights.embedding, batch.token_ids)  # (T, hidden_size)
-        for layer, kv in zip(weights.layers, kv_cache, strict=True):
-            q = ops.norm_qkv(x, layer.attn_norm, layer.qkv, self.rope, kv, batch)  # and remember these tokens
-            attended = ops.attend(q, kv, batch)  # look back over all of them
-            x = ops.linear(ops.merge_heads(attended), layer.o_proj, residual=x)
-            gated = ops.norm_gated(x, layer.mlp_norm, layer.gate_proj, layer.up_proj)
-            x = ops.linear(gated, layer.down_proj, residual=x)
-        return ops.norm_linear(ops.take_rows(x, batch.logit_rows), weights.norm, weights.lm_head)
+        ops, spec, weights = ops or self.ops, self.spec, self.weights
+        x = ops.embed(weights.embedding, batch.token_ids, spec.embedding_scale)  # (T, hidden_size)
+        if weights.positions is not None:
+            x = ops.add(x, ops.embed(weights.positions, batch.positions))
+        for layer, its, kv in zip(spec.layers, weights.layers, kv_cache, strict=True):
+            q = ops.norm_qkv(x, its.attn_norm, its.qkv, self._ropes[layer.rope], kv, batch)  # and remember these tokens
+            attended = ops.merge_heads(ops.attend(q, kv, batch, self._rule(layer)))  # look back over all of them
+            after = _add(ops, x, attended, its.o_proj, its.post_attn_norm)
+            hidden = self._mlp_hidden(ops, its, after if spec.parallel == "none" else x)
+            x = _add(ops, after, hidden, its.down_proj, its.post_mlp_norm)
+        logits = ops.norm_linear(ops.take_rows(x, batch.logit_rows), weights.norm, weights.lm_head)
+        return logits if spec.logit_soft_cap is None else ops.soft_cap(logits, spec.logit_soft_cap)
+
+    def _rule(self, layer: LayerSpec) -> AttentionRule:
+        return AttentionRule(self.spec.attention_scale, layer.window, self.spec.attention_soft_cap)
+
+    def _mlp_hidden(self, ops: Ops, its: LayerWeights, x: Array) -> Array:
+        activation = self.spec.activation
+        if its.gate_proj is None:
+            return ops.activate(ops.norm_linear(x, its.mlp_norm, its.up_proj), activation)
+        return ops.norm_gated(x, its.mlp_norm, its.gate_proj, its.up_proj, activation)
+
+
+def _add(ops: Ops, residual: Array, x: Array, linear: Linear, post_norm: Norm | None) -> Array:
+    """What attention or the MLP adds to the residual."""
+    if post_norm is None:
+        return ops.linear(x, linear, residual)
+    return ops.add(residual, ops.norm(ops.linear(x, linear), post_norm))

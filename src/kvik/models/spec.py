@@ -9,7 +9,7 @@ import numpy as np
 
 from kvik.cache import KVCacheSpec
 from kvik.config import KVDType
-from kvik.ops.base import RopeTable
+from kvik.ops.base import Activation, RopeTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class RopeSpec:
     num_dims: int  # dimensions of a head that turn; the rest pass unchanged
     adjacent_pairs: bool  # dimensions (2i, 2i+1) turn together, else (i, i + num_dims / 2)
     factors: tuple[float, ...] | float = 1.0  # one divisor for all pairs, or one for each
+    magnitude: float = 1.0  # what cosine and sine are multiplied with (YaRN; Peng et al., 2023)
 
     @property
     def token_bytes(self) -> int:
@@ -34,17 +35,24 @@ class RopeSpec:
         for start in range(0, num_positions, 4096):  # the float64 angles of a long context would outweigh the table
             part = turns[start : start + 4096]
             angles = np.arange(start, start + len(part))[:, None] * frequencies
-            part[..., 0] = np.cos(angles)
-            part[..., 1] = np.sin(angles)
+            part[..., 0] = np.cos(angles) * self.magnitude
+            part[..., 1] = np.sin(angles) * self.magnitude
         return RopeTable(turns, self.adjacent_pairs)
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What may differ from layer to layer."""
+
+    rope: RopeSpec | None  # None: positions are not told here
+    window: int | None = None  # tokens that a token sees, its own the last; None: all before it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
     """The shape of a decoder and the choices that its family made."""
 
     architecture: str
-    num_layers: int
     hidden_size: int
     intermediate_size: int
     num_heads: int
@@ -52,12 +60,92 @@ class DecoderSpec:
     head_dim: int
     vocab_size: int
     context_length: int
-    norm_eps: float
-    rope: RopeSpec
+    layers: tuple[LayerSpec, ...]
     tied_head: bool  # the embedding table is the output matrix too
-    norm: Literal["rms"] = "rms"
-    mlp: Literal["gated_silu"] = "gated_silu"
+    # Norms.
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float
+    norm_bias: bool = False
+    norm_places: Literal["before", "after", "around"] = "before"  # of attention and of the MLP
+    qk_norm: Literal["none", "head", "row"] = "none"  # of queries and keys: each head alone, or all heads of a token
+    # Attention and MLP.
+    qkv_bias: bool = False
+    output_bias: bool = False  # of attention's last projection
+    mlp_bias: bool = False
+    head_bias: bool = False
+    attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    attention_soft_cap: float | None = None
+    activation: Activation = "silu"
+    gated: bool = True  # activation(gate(x)) * up(x), else activation(up(x))
+    parallel: Literal["none", "one_norm", "two_norms"] = "none"  # attention and MLP read the same x, and both add to it
+    # Beginning and end.
+    num_learned_positions: int = 0  # rows of a table that is added to the embedding; 0: no such table
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers."""
+        return len(self.layers)
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The different rotary embeddings, in the order of the layers that need them first."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position's cosines and sines in all tables."""
+        return sum(rope.token_bytes for rope in self.ropes)
 
     def kv_spec(self, dtype: KVDType) -> KVCacheSpec:
         """What a KV cache of this decoder holds."""
         return KVCacheSpec(self.num_layers, self.num_kv_heads, self.head_dim, dtype)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all weights; the names are those of GGUF files, where each projection has its own."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def linear(name: str, rows: int, columns: int, *, bias: bool) -> None:
+            shapes[f"{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{name}.bias"] = (rows,)
+
+        def norm(name: str, size: int = hidden, *, bias: bool = self.norm_bias) -> None:
+            shapes[f"{name}.weight"] = (size,)
+            if bias:
+                shapes[f"{name}.bias"] = (size,)
+
+        shapes["token_embd.weight"] = (self.vocab_size, hidden)
+        if self.num_learned_positions:
+            shapes["position_embd.weight"] = (self.num_learned_positions, hidden)
+        for index in range(self.num_layers):
+            layer = f"blk.{index}"
+            if self.norm_places != "after":
+                norm(f"{layer}.attn_norm")
+            for name, rows in (("attn_q", queries), ("attn_k", keys), ("attn_v", keys)):
+                linear(f"{layer}.{name}", rows, hidden, bias=self.qkv_bias)
+            if self.qk_norm != "none":
+                norm(f"{layer}.attn_q_norm", self.head_dim if self.qk_norm == "head" else queries, bias=False)
+                norm(f"{layer}.attn_k_norm", self.head_dim if self.qk_norm == "head" else keys, bias=False)
+            linear(f"{layer}.attn_output", hidden, queries, bias=self.output_bias)
+            if self.norm_places != "before":
+                norm(f"{layer}.post_attention_norm")
+            if self.norm_places != "after" and self.parallel != "one_norm":
+                norm(f"{layer}.ffn_norm")
+            if self.gated:
+                linear(f"{layer}.ffn_gate", inner, hidden, bias=self.mlp_bias)
+            linear(f"{layer}.ffn_up", inner, hidden, bias=self.mlp_bias)
+            linear(f"{layer}.ffn_down", hidden, inner, bias=self.mlp_bias)
+            if self.norm_places != "before":
+                norm(f"{layer}.post_ffw_norm")
+        norm("output_norm")
+        if not self.tied_head:
+            linear("output", self.vocab_size, hidden, bias=False)
+        if self.head_bias:
+            shapes["output.bias"] = (self.vocab_size,)
+        return shapes

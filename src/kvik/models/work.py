@@ -50,7 +50,7 @@ def count_work(decoder: Decoder, kv_spec: KVCacheSpec, batch: Batch) -> StepWork
     keys = batch.positions.astype(np.int64) + 1
     seen = np.zeros(len(batch.block_tables), np.int64)
     np.maximum.at(seen, batch.sequence_index, keys)
-    head = weights.lm_head.rows * weights.lm_head.columns
+    head = weights.lm_head.rows * weights.lm_head.matrix.columns
     return StepWork(
         num_steps=1,
         num_tokens=num_tokens,

@@ -9,7 +9,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from kvik.cache import KVCacheSpec
 Array: TypeAlias = Any
 LayerKV: TypeAlias = Any
 IntArray: TypeAlias = npt.NDArray[np.int32]
+Vector: TypeAlias = npt.NDArray[np.float32]
+Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 class Weight(Protocol):
@@ -59,20 +61,69 @@ class RopeTable:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """What a norm multiplies with, and what keeps it from dividing by zero."""
+    """What a norm multiplies with and adds, and what keeps it from dividing by zero.
 
-    weight: npt.NDArray[np.float32]  # (hidden_size,)
+    "rms": x / sqrt(mean(x**2) + eps) * weight (Zhang and Sennrich, 2019). "layer": the same of x - mean(x), plus the bias
+    where there is one (Ba et al., 2016).
+    """
+
+    weight: Vector  # (width,)
     eps: float
+    bias: Vector | None = None  # (width,), of a layer norm
+    kind: Literal["rms", "layer"] = "rms"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its vectors."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A projection: (x @ matrix.T + bias) * scale."""
+
+    matrix: Weight
+    bias: Vector | None = None  # (rows,)
+    scale: float = 1.0
+
+    @property
+    def rows(self) -> int:
+        """Outputs."""
+        return self.matrix.rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one pass reads."""
+        return self.matrix.num_bytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class QKVWeights:
-    """The three projections that attention begins with."""
+    """The three projections that attention begins with, and the norms of queries and keys where there are some.
 
-    query: Weight  # (num_heads * head_dim, hidden_size)
-    key: Weight  # (num_kv_heads * head_dim, hidden_size)
-    value: Weight  # (num_kv_heads * head_dim, hidden_size)
+    Such a norm is over head_dim, each head alone, or over all heads of a token at once: its width tells.
+    """
+
+    query: Linear  # (num_heads * head_dim, hidden_size)
+    key: Linear  # (num_kv_heads * head_dim, hidden_size)
+    value: Linear  # (num_kv_heads * head_dim, hidden_size)
     head_dim: int
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+
+    @property
+    def linears(self) -> tuple[Linear, Linear, Linear]:
+        """The projections."""
+        return self.query, self.key, self.value
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """How scores become weights."""
+
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    window: int | None = None  # position p sees max(0, p - window + 1) ... p; None: all before it
+    soft_cap: float | None = None  # scores become cap * tanh(score / cap) (Gemma 2)
 
 
 Forward: TypeAlias = Callable[["Ops", Batch], Array]
@@ -107,20 +158,20 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def embed(self, table: Weight, token_ids: IntArray) -> Array:
-        """Rows of the table: (T, hidden_size)."""
+    def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Array:
+        """Rows of the table times the scale: (T, hidden_size). Positions are looked up in the same way."""
 
     @abstractmethod
-    def rms_norm(self, x: Array, norm: Norm) -> Array:
-        """x / sqrt(mean(x**2) + eps) * weight over the last axis of (T, hidden_size) (Zhang and Sennrich, 2019)."""
+    def norm(self, x: Array, norm: Norm) -> Array:
+        """Each row of x (T, width) normed, or each stretch of a row that is as long as the norm's weight."""
 
     @abstractmethod
-    def project(self, x: Array, weights: Sequence[Weight]) -> tuple[Array, ...]:
-        """x (T, columns) times each weight: (T, rows) each. Quantised weights quantise x once for all."""
+    def project(self, x: Array, linears: Sequence[Linear]) -> tuple[Array, ...]:
+        """x (T, columns) times each matrix: (T, rows) each. Quantised weights quantise x once for all."""
 
-    def linear(self, x: Array, weight: Weight, residual: Array | None = None) -> Array:
-        """x (T, columns) times one weight, plus the residual where there is one: (T, rows)."""
-        product = self.project(x, (weight,))[0]
+    def linear(self, x: Array, linear: Linear, residual: Array | None = None) -> Array:
+        """x (T, columns) times one matrix, plus the residual where there is one: (T, rows)."""
+        product = self.project(x, (linear,))[0]
         return product if residual is None else self.add(residual, product)
 
     @abstractmethod
@@ -144,32 +195,47 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def attend(self, q: Array, kv: LayerKV, batch: Batch, window: int | None = None) -> Array:
-        """Causal attention of q (T, num_heads, head_dim) over each token's own sequence, scores / sqrt(head_dim).
+    def attend(self, q: Array, kv: LayerKV, batch: Batch, rule: AttentionRule = AttentionRule()) -> Array:
+        """Causal attention of q (T, num_heads, head_dim) over each token's own sequence.
 
-        With a window, position p sees max(0, p - window + 1) ... p; block table entries before that are not read.
+        Block table entries before a window are not read.
         """
 
     @abstractmethod
-    def silu_multiply(self, gate: Array, up: Array) -> Array:
-        """gate * sigmoid(gate) * up, element by element (Shazeer, 2020)."""
+    def activate(self, x: Array, activation: Activation, up: Array | None = None) -> Array:
+        """activation(x), times `up` where there is one (Shazeer, 2020), element by element.
 
-    def norm_qkv(self, x: Array, norm: Norm, weights: QKVWeights, rope: RopeTable, kv: LayerKV, batch: Batch) -> Array:
+        silu: x * sigmoid(x). gelu: x * Phi(x), the normal distribution's (Hendrycks and Gimpel, 2016); gelu_tanh: their
+        approximation x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))). relu: max(x, 0).
+        """
+
+    @abstractmethod
+    def soft_cap(self, x: Array, cap: float) -> Array:
+        """cap * tanh(x / cap), element by element."""
+
+    def norm_qkv(
+        self, x: Array, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, kv: LayerKV, batch: Batch
+    ) -> Array:
         """Queries of the normed x, turned by position: (T, num_heads, head_dim); keys and values go to their slots."""
-        q, k, v = (
-            self.split_heads(projected, weights.head_dim)
-            for projected in self.project(self.rms_norm(x, norm), (weights.query, weights.key, weights.value))
-        )
-        self.write_kv(kv, self.rope(k, batch.positions, rope), v, batch.slot_mapping)
-        return self.rope(q, batch.positions, rope)
+        q, k, v = self.project(x if norm is None else self.norm(x, norm), weights.linears)
+        if weights.query_norm is not None:
+            q = self.norm(q, weights.query_norm)
+        if weights.key_norm is not None:
+            k = self.norm(k, weights.key_norm)
+        q, k, v = (self.split_heads(projected, weights.head_dim) for projected in (q, k, v))
+        if rope is not None:
+            q, k = (self.rope(heads, batch.positions, rope) for heads in (q, k))
+        self.write_kv(kv, k, v, batch.slot_mapping)
+        return q
 
-    def norm_gated(self, x: Array, norm: Norm, gate: Weight, up: Weight) -> Array:
-        """silu(gate(normed x)) * up(normed x): (T, intermediate_size)."""
-        return self.silu_multiply(*self.project(self.rms_norm(x, norm), (gate, up)))
+    def norm_gated(self, x: Array, norm: Norm | None, gate: Linear, up: Linear, activation: Activation) -> Array:
+        """activation(gate(normed x)) * up(normed x): (T, intermediate_size)."""
+        gated, raised = self.project(x if norm is None else self.norm(x, norm), (gate, up))
+        return self.activate(gated, activation, raised)
 
-    def norm_linear(self, x: Array, norm: Norm, weight: Weight) -> Array:
-        """The normed x times one weight: (T, rows)."""
-        return self.linear(self.rms_norm(x, norm), weight)
+    def norm_linear(self, x: Array, norm: Norm | None, linear: Linear) -> Array:
+        """The normed x times one matrix: (T, rows)."""
+        return self.linear(x if norm is None else self.norm(x, norm), linear)
 
     @abstractmethod
     def add(self, x: Array, y: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from math import erf
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,14 @@ from gguf.quants import dequantize
 
 from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.config import Activations
-from kvik.ops.base import Batch, IntArray, Norm, Ops, RopeTable, Weight
+from kvik.ops.base import Activation, AttentionRule, Batch, IntArray, Linear, Norm, Ops, RopeTable, Weight
 
 FloatArray = npt.NDArray[np.float32]
 
 GROUP = 32
 """Columns whose activations share a scale."""
+
+_erf = np.vectorize(erf, otypes=[np.float64])
 
 _LEVELS: dict[Activations, float] = {"int8": 127.0, "int16": 32384.0}
 
@@ -114,20 +116,28 @@ class ReferenceOps(Ops):
                 blocks = slice(superblock * BLOCKS_PER_SUPERBLOCK, (superblock + 1) * BLOCKS_PER_SUPERBLOCK)
                 kv.keys[blocks] = kv.values[blocks] = np.nan  # whoever reads them is found out
 
-    def embed(self, table: Weight, token_ids: IntArray) -> FloatArray:
-        return _values(table)[token_ids]
+    def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
+        return _values(table)[token_ids] * np.float32(scale)
 
-    def rms_norm(self, x: FloatArray, norm: Norm) -> FloatArray:
-        wide = x.astype(np.float64)
+    def norm(self, x: FloatArray, norm: Norm) -> FloatArray:
+        wide = x.astype(np.float64).reshape(*x.shape[:-1], -1, len(norm.weight))
+        if norm.kind == "layer":
+            wide = wide - wide.mean(axis=-1, keepdims=True)
         normed = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + norm.eps) * norm.weight
-        return cast(FloatArray, normed.astype(np.float32))
+        if norm.bias is not None:
+            normed = normed + norm.bias
+        return np.asarray(normed.reshape(x.shape), np.float32)
 
-    def project(self, x: FloatArray, weights: Sequence[Weight]) -> tuple[FloatArray, ...]:
+    def project(self, x: FloatArray, linears: Sequence[Linear]) -> tuple[FloatArray, ...]:
         results = []
-        for weight in weights:
+        for linear in linears:
+            weight = linear.matrix
             assert isinstance(weight, ReferenceWeight)
             seen = quantize_activations(x, self.activations) if weight.quantized else x
-            results.append((seen.astype(np.float64) @ weight.values.T.astype(np.float64)).astype(np.float32))
+            product = seen.astype(np.float64) @ weight.values.T.astype(np.float64)
+            if linear.bias is not None:
+                product += linear.bias
+            results.append((product * linear.scale).astype(np.float32))
         return tuple(results)
 
     def split_heads(self, x: FloatArray, head_dim: int) -> FloatArray:
@@ -152,28 +162,42 @@ class ReferenceOps(Ops):
         kv.keys[blocks, offsets] = quantize_kv(k) if kv.int8 else k
         kv.values[blocks, offsets] = quantize_kv(v) if kv.int8 else v
 
-    def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch, window: int | None = None) -> FloatArray:
+    def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch, rule: AttentionRule = AttentionRule()) -> FloatArray:
         num_heads, head_dim = q.shape[1:]
         block_size, group = kv.keys.shape[1], num_heads // kv.keys.shape[2]
+        scale = 1 / np.sqrt(head_dim) if rule.scale is None else rule.scale
         out = np.empty_like(q)
         for token, (sequence, position) in enumerate(zip(batch.sequence_index, batch.positions, strict=True)):
-            first = 0 if window is None else max(0, position - window + 1)
+            first = 0 if rule.window is None else max(0, position - rule.window + 1)
             seen = np.arange(first, position + 1)
             places = batch.block_tables[sequence][seen // block_size], seen % block_size
             keys, values = (
                 stored[places].astype(np.float64).repeat(group, axis=1) for stored in (kv.keys, kv.values)
             )  # (tokens seen, num_heads, head_dim)
-            scores = np.einsum("hd,thd->ht", q[token].astype(np.float64), keys) / np.sqrt(head_dim)
+            scores = np.einsum("hd,thd->ht", q[token].astype(np.float64), keys) * scale
+            if rule.soft_cap is not None:
+                scores = rule.soft_cap * np.tanh(scores / rule.soft_cap)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
             out[token] = np.einsum("ht,thd->hd", weights, values)
         return out
 
-    def silu_multiply(self, gate: FloatArray, up: FloatArray) -> FloatArray:
-        wide = gate.astype(np.float64)
-        with np.errstate(over="ignore"):  # exp(-gate) may reach infinity: the quotient is then the right zero
-            product: FloatArray = (wide / (1 + np.exp(-wide)) * up).astype(np.float32)
-        return product
+    def activate(self, x: FloatArray, activation: Activation, up: FloatArray | None = None) -> FloatArray:
+        wide = x.astype(np.float64)
+        with np.errstate(over="ignore"):  # exp(-x) may reach infinity: the quotient is then the right zero
+            match activation:
+                case "silu":
+                    wide = wide / (1 + np.exp(-wide))
+                case "gelu":
+                    wide = wide * (1 + _erf(wide / np.sqrt(2))) / 2
+                case "gelu_tanh":
+                    wide = wide / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+                case "relu":
+                    wide = np.maximum(wide, 0)
+        return np.asarray(wide if up is None else wide * up, np.float32)
+
+    def soft_cap(self, x: FloatArray, cap: float) -> FloatArray:
+        return np.asarray(cap * np.tanh(x.astype(np.float64) / cap), np.float32)
 
     def add(self, x: FloatArray, y: FloatArray) -> FloatArray:
         return x + y

@@ -10,7 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.cache import KVCacheSpec
-from kvik.ops.base import Array, Batch, Forward, IntArray, LayerKV, Norm, Ops, QKVWeights, RopeTable, Weight
+from kvik.ops.base import (
+    Activation,
+    Array,
+    AttentionRule,
+    Batch,
+    Forward,
+    IntArray,
+    LayerKV,
+    Linear,
+    Norm,
+    Ops,
+    QKVWeights,
+    RopeTable,
+    Weight,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +93,17 @@ class _Tracer(Ops):
     def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int]) -> NoReturn:
         raise AssertionError("memory is given back between steps, not in one")
 
-    def embed(self, table: Weight, token_ids: IntArray) -> Value:
-        return self._one("embed", (table, token_ids), (table.columns,))
+    def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Value:
+        return self._one("embed", (table, token_ids, scale), (table.columns,))
 
-    def rms_norm(self, x: Value, norm: Norm) -> Value:
-        return self._one("rms_norm", (x, norm), x.shape)
+    def norm(self, x: Value, norm: Norm) -> Value:
+        return self._one("norm", (x, norm), x.shape)
 
-    def project(self, x: Value, weights: Sequence[Weight]) -> tuple[Value, ...]:
-        return self._note("project", (x, tuple(weights)), *((weight.rows,) for weight in weights))
+    def project(self, x: Value, linears: Sequence[Linear]) -> tuple[Value, ...]:
+        return self._note("project", (x, tuple(linears)), *((linear.rows,) for linear in linears))
 
-    def linear(self, x: Value, weight: Weight, residual: Value | None = None) -> Value:
-        return self._one("linear", (x, weight, residual), (weight.rows,))
+    def linear(self, x: Value, linear: Linear, residual: Value | None = None) -> Value:
+        return self._one("linear", (x, linear, residual), (linear.rows,))
 
     def split_heads(self, x: Value, head_dim: int) -> Value:
         return Value(x.id, (x.shape[0] // head_dim, head_dim))
@@ -103,21 +117,26 @@ class _Tracer(Ops):
     def write_kv(self, kv: LayerKV, k: Value, v: Value, slot_mapping: IntArray) -> None:
         self._note("write_kv", (kv, k, v, slot_mapping))
 
-    def attend(self, q: Value, kv: LayerKV, batch: Batch, window: int | None = None) -> Value:
-        return self._one("attend", (q, kv, batch, window), q.shape)
+    def attend(self, q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule = AttentionRule()) -> Value:
+        return self._one("attend", (q, kv, batch, rule), q.shape)
 
-    def silu_multiply(self, gate: Value, up: Value) -> Value:
-        return self._one("silu_multiply", (gate, up), up.shape)
+    def activate(self, x: Value, activation: Activation, up: Value | None = None) -> Value:
+        return self._one("activate", (x, activation, up), x.shape)
 
-    def norm_qkv(self, x: Value, norm: Norm, weights: QKVWeights, rope: RopeTable, kv: LayerKV, batch: Batch) -> Value:
+    def soft_cap(self, x: Value, cap: float) -> Value:
+        return self._one("soft_cap", (x, cap), x.shape)
+
+    def norm_qkv(
+        self, x: Value, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, kv: LayerKV, batch: Batch
+    ) -> Value:
         shape = (weights.query.rows // weights.head_dim, weights.head_dim)
         return self._one("norm_qkv", (x, norm, weights, rope, kv, batch), shape)
 
-    def norm_gated(self, x: Value, norm: Norm, gate: Weight, up: Weight) -> Value:
-        return self._one("norm_gated", (x, norm, gate, up), (gate.rows,))
+    def norm_gated(self, x: Value, norm: Norm | None, gate: Linear, up: Linear, activation: Activation) -> Value:
+        return self._one("norm_gated", (x, norm, gate, up, activation), (gate.rows,))
 
-    def norm_linear(self, x: Value, norm: Norm, weight: Weight) -> Value:
-        return self._one("norm_linear", (x, norm, weight), (weight.rows,))
+    def norm_linear(self, x: Value, norm: Norm | None, linear: Linear) -> Value:
+        return self._one("norm_linear", (x, norm, linear), (linear.rows,))
 
     def add(self, x: Value, y: Value) -> Value:
         return self._one("add", (x, y), x.shape)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvik.errors import ModelError
 from kvik.models.gguf import GGUFFile, GGUFTensor, read_gguf
-from kvik.models.loader import read_spec
+from kvik.models.gguf_model import read_spec
 from kvik.planner.shape import LayerGroup, ModelShape, WeightTensors
 from kvik.planner.weights import FORMATS, packed_matrix_bytes
 
@@ -47,7 +47,7 @@ def read_header(path: Path, name: str) -> ModelShape:
             file_bytes=path.stat().st_size,
             quantized=FORMATS[main].quantized,
         ),
-        rope_token_bytes=spec.rope.token_bytes,
+        rope_token_bytes=spec.position_bytes,
         runs=True,
     )
 

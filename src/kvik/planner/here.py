@@ -10,10 +10,11 @@ import numpy as np
 
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
 from kvik.machine import available_threads, processor_name
-from kvik.models.decoder import Decoder, DecoderWeights, LayerWeights
-from kvik.models.spec import DecoderSpec, RopeSpec
+from kvik.models.decoder import Decoder
+from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from kvik.models.weights import read_weights
 from kvik.models.work import StepWork, count_work
-from kvik.ops.base import Batch, Norm, QKVWeights, Weight
+from kvik.ops.base import Batch, Vector, Weight
 from kvik.ops.limits import measured_limits
 from kvik.ops.native import NativeOps
 from kvik.ops.program import MachineLimits
@@ -91,7 +92,7 @@ class _Probe:
         self.blocks = -(-(self.depth + 1) // BLOCK_SIZE)
         self.spec = DecoderSpec(
             architecture="llama",
-            num_layers=num_layers,
+            layers=(LayerSpec(RopeSpec(theta=10_000.0, num_dims=head_dim, adjacent_pairs=True)),) * num_layers,
             hidden_size=shape.hidden_size,
             intermediate_size=width,
             num_heads=shape.num_heads,
@@ -100,10 +101,10 @@ class _Probe:
             vocab_size=min(shape.vocab_size, MOST_PROBE_VOCAB),
             context_length=self.blocks * BLOCK_SIZE,
             norm_eps=1e-5,
-            rope=RopeSpec(theta=10_000.0, num_dims=head_dim, adjacent_pairs=True),
             tied_head=True,
         )
-        self.decoder = Decoder(self.spec, self._weights(form), self.ops, self.spec.rope.table(self.blocks * BLOCK_SIZE))
+        weights = read_weights(self.spec, _EmptyWeights(self.spec, form, self.ops))
+        self.decoder = Decoder(self.spec, weights, self.ops, self.blocks * BLOCK_SIZE)
         self.kv_spec = self.spec.kv_spec(load.kv_dtype)
         arrays = self.ops.allocate_kv(self.kv_spec, self.kv_spec.pool_blocks_for(self.users * self.blocks * BLOCK_SIZE))
         self.forward: Callable[[Batch], object] = self.decoder.record(arrays)
@@ -142,32 +143,24 @@ class _Probe:
         layer_bytes = held_bytes(hidden_size * (4 * hidden_size + 3 * width), form)
         return min(most, max(2, -(-PROBE_BYTES // layer_bytes)))
 
-    def _weights(self, form: WeightFormat) -> DecoderWeights:
-        spec = self.spec
-        queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        norm = Norm(np.ones(spec.hidden_size, np.float32), spec.norm_eps)
 
-        def matrix(rows: int, columns: int) -> Weight:
-            fits = columns % (256 if form.name.endswith("_k") else 32 if form.quantized else 1) == 0
-            name = form.name.upper() if fits else "F16" if columns % 32 else "Q8_0"
-            num_bytes = int(rows * columns * FORMATS[name.lower()].file_bits / 8)
-            return self.ops.load_weight(name, np.zeros(num_bytes, np.uint8), rows, columns)
+class _EmptyWeights:
+    """Weights of a format that are all 0, and norms that are all 1."""
 
-        def layer() -> LayerWeights:
-            return LayerWeights(
-                attn_norm=norm,
-                qkv=QKVWeights(
-                    query=matrix(queries, spec.hidden_size),
-                    key=matrix(keys, spec.hidden_size),
-                    value=matrix(keys, spec.hidden_size),
-                    head_dim=spec.head_dim,
-                ),
-                o_proj=matrix(spec.hidden_size, queries),
-                mlp_norm=norm,
-                gate_proj=matrix(spec.intermediate_size, spec.hidden_size),
-                up_proj=matrix(spec.intermediate_size, spec.hidden_size),
-                down_proj=matrix(spec.hidden_size, spec.intermediate_size),
-            )
+    def __init__(self, spec: DecoderSpec, form: WeightFormat, ops: NativeOps) -> None:
+        self.shapes = spec.tensors()
+        self.form = form
+        self.ops = ops
 
-        head = matrix(spec.vocab_size, spec.hidden_size)
-        return DecoderWeights(head, [layer() for _ in range(spec.num_layers)], norm, head)
+    def matrix(self, name: str) -> Weight:
+        """Nothing, packed."""
+        rows, columns = self.shapes[name]
+        form = self.form
+        fits = columns % (256 if form.name.endswith("_k") else 32 if form.quantized else 1) == 0
+        kind = form.name.upper() if fits else "F16" if columns % 32 else "Q8_0"
+        num_bytes = int(rows * columns * FORMATS[kind.lower()].file_bits / 8)
+        return self.ops.load_weight(kind, np.zeros(num_bytes, np.uint8), rows, columns)
+
+    def vector(self, name: str) -> Vector:
+        """Ones."""
+        return np.ones(self.shapes[name], np.float32)

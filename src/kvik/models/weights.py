@@ -1,0 +1,91 @@
+"""From named tensors to the decoder's weights, wherever the tensors lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from kvik.models.decoder import DecoderWeights, LayerWeights
+from kvik.models.spec import DecoderSpec
+from kvik.ops.base import Linear, Norm, QKVWeights, Vector, Weight
+
+
+class TensorSource(Protocol):
+    """The tensors of one model file or folder, by the names of `DecoderSpec.tensors()`.
+
+    Whether each is there, in the right shape and a readable type, and none is left over, it has checked before it gives
+    the first.
+    """
+
+    def matrix(self, name: str) -> Weight:
+        """A matrix, packed."""
+
+    def vector(self, name: str) -> Vector:
+        """A vector, float32."""
+
+
+def read_weights(
+    spec: DecoderSpec, source: TensorSource, on_layer: Callable[[int], None] = lambda index: None
+) -> DecoderWeights:
+    """All weights of the decoder; `on_layer` is called with each layer's index when it is loaded."""
+    return _Reader(spec, source).read(on_layer)
+
+
+class _Reader:
+    def __init__(self, spec: DecoderSpec, source: TensorSource) -> None:
+        self.spec = spec
+        self.source = source
+        self.names = spec.tensors().keys()
+
+    def read(self, on_layer: Callable[[int], None]) -> DecoderWeights:
+        spec = self.spec
+        embedding = self.source.matrix("token_embd.weight")
+        positions = self.source.matrix("position_embd.weight") if spec.num_learned_positions else None
+        layers = []
+        for index in range(spec.num_layers):
+            layers.append(self.layer(f"blk.{index}"))
+            on_layer(index)
+        norm = self.norm("output_norm")
+        assert norm is not None
+        head = embedding if spec.tied_head else self.source.matrix("output.weight")
+        return DecoderWeights(
+            embedding=embedding,
+            layers=layers,
+            norm=norm,
+            lm_head=Linear(head, self.bias("output"), spec.logit_scale),
+            positions=positions,
+        )
+
+    def layer(self, layer: str) -> LayerWeights:
+        spec = self.spec
+        attn_norm = self.norm(f"{layer}.attn_norm")
+        return LayerWeights(
+            qkv=QKVWeights(
+                query=self.linear(f"{layer}.attn_q"),
+                key=self.linear(f"{layer}.attn_k"),
+                value=self.linear(f"{layer}.attn_v"),
+                head_dim=spec.head_dim,
+                query_norm=self.norm(f"{layer}.attn_q_norm"),
+                key_norm=self.norm(f"{layer}.attn_k_norm"),
+            ),
+            o_proj=self.linear(f"{layer}.attn_output", spec.residual_scale),
+            gate_proj=self.linear(f"{layer}.ffn_gate") if spec.gated else None,
+            up_proj=self.linear(f"{layer}.ffn_up"),
+            down_proj=self.linear(f"{layer}.ffn_down", spec.residual_scale),
+            attn_norm=attn_norm,
+            post_attn_norm=self.norm(f"{layer}.post_attention_norm"),
+            mlp_norm=attn_norm if spec.parallel == "one_norm" else self.norm(f"{layer}.ffn_norm"),
+            post_mlp_norm=self.norm(f"{layer}.post_ffw_norm"),
+        )
+
+    def linear(self, name: str, scale: float = 1.0) -> Linear:
+        return Linear(self.source.matrix(f"{name}.weight"), self.bias(name), scale)
+
+    def norm(self, name: str) -> Norm | None:
+        if f"{name}.weight" not in self.names:
+            return None
+        weight = self.source.vector(f"{name}.weight")
+        return Norm(weight, self.spec.norm_eps, self.bias(name), self.spec.norm)
+
+    def bias(self, name: str) -> Vector | None:
+        return self.source.vector(f"{name}.bias") if f"{name}.bias" in self.names else None
