@@ -123,7 +123,7 @@ inline void value_quads(const uint8_t *const *tiles, bool fetch_ahead, Span toke
     std::memcpy(value_scales + block * kBlockSize, scales_of(kv, work.values[block]), kBlockSize * sizeof(float));
   }
   for (int64_t row = 0; row < num_rows; ++row) {
-    softmax_row(scores + row * kSegment, work.seen(row), out.max + row, out.sum + row);
+    softmax_row(scores + row * kSegment, work.seen(row), work.soft_cap, out.max + row, out.sum + row);
     units[row] = quantize_weights(scores + row * kSegment, work.seen(row), all, value_scales, factors + row * kQuads);
   }
   for_slices(num_rows, [&](int64_t row, auto count) {

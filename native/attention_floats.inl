@@ -103,7 +103,7 @@ template <class Stored> void attend_floats(const Work &work, float *scores, cons
   }
   for (int64_t row = 0; row < work.num_rows; ++row) {
     ahead.fetch();
-    softmax_row(scores + row * kSegment, work.seen(row), out.max + row, out.sum + row);
+    softmax_row(scores + row * kSegment, work.seen(row), work.soft_cap, out.max + row, out.sum + row);
   }
   for (int64_t i = 0; i < work.num_rows * head_dim; i += kLanes) store(out.value + i, zero8());
   for_slices(work.num_rows, [&](int64_t row, auto count) {

@@ -45,7 +45,7 @@ struct Work {
   int64_t first_count, window;            // columns that the first token may see; each later token sees one more
   const uint8_t *keys[kSuperblock + 2];   // tiles, then the first two of what comes next
   const uint8_t *values[kSuperblock + 2]; // tiles, then the first two of the next keys
-  float scale;
+  float scale, soft_cap;
 
   const float *query(int64_t row) const { return q + row / group * token_stride + row % group * head_dim; }
   Span seen(int64_t row) const {
@@ -66,6 +66,7 @@ inline Work work_of(const AttendArgs &args, const SegmentTask &task, const Segme
   work.first_count = task.whole ? kSegment : args.positions[task.first_token] + 1 - start;
   work.window = task.whole ? kvik::kNoWindow : args.window;
   work.scale = args.scale;
+  work.soft_cap = args.soft_cap;
   work.all = {work.seen(0).first, work.seen(work.num_rows - 1).last};
 
   const int32_t *table = args.block_tables + args.sequence_index[task.first_token] * args.table_width;
@@ -146,7 +147,8 @@ template <class Edge> inline Wide only_seen(Edge, Span seen, int i, Wide inside,
 }
 
 // Turns scores into exp(score - max) in place; the other lanes of a vector that holds a seen column become zero.
-inline void softmax_row(float *scores, Span seen, float *max_out, float *sum_out) {
+inline void softmax_row(float *scores, Span seen, float cap, float *max_out, float *sum_out) {
+  if (cap > 0) for_vectors(seen, [&](int i, auto) { store(scores + i, soft_capped(load_as<Wide>(scores + i), cap)); });
   const Wide lowest = wide_broadcast(-INFINITY);
   Wide largest = lowest;
   for_vectors(seen, [&](int i, auto edge) {

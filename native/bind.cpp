@@ -26,6 +26,14 @@ namespace kvik {
 
 const Kernels *kernels = nullptr;
 
+Activation activation_of(std::string_view name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  require(name == "relu", "activate: the activation must be silu, gelu, gelu_tanh or relu");
+  return Activation::relu;
+}
+
 // Of block tables only what some token sees is looked at: behind a window a block may have gone to someone else.
 void check_block_tables(const int32_t *tables, int64_t num_sequences, int64_t table_width,
                         const int32_t *sequence_index, const int32_t *positions, int64_t num_tokens, int64_t num_blocks,
@@ -106,60 +114,92 @@ PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> sou
   return pack(*type, source.data(), rows, columns, arena, pool);
 }
 
-// Each weight times x; x is quantised once for all of them.
-void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const PackedWeight *> &weights,
+NormWeights make_norm(Floats<1> weight, float eps, std::optional<Floats<1>> bias, bool layer) {
+  require_aligned(weight, "Norm", "the weight");
+  require(size(weight, 0) > 0, "Norm: the weight is empty");
+  if (bias) {
+    require_aligned(*bias, "Norm", "the bias");
+    require(size(*bias, 0) == size(weight, 0), "Norm: weight and bias differ in width");
+  }
+  return {weight, bias, eps, layer};
+}
+
+LinearWeights make_linear(const PackedWeight &matrix, std::optional<Floats<1>> bias, float scale) {
+  if (bias) {
+    require_aligned(*bias, "Linear", "the bias");
+    require(size(*bias, 0) == matrix.rows, "Linear: the bias needs one item a row of the matrix");
+  }
+  return {matrix, bias, scale};
+}
+
+// Each projection of x; x is quantised once for all of them.
+void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const LinearWeights *> &linears,
                      const std::vector<FloatsOut<2>> &outs, bool fine) {
   const int64_t num_tokens = size(x, 0), columns = size(x, 1);
-  require(weights.size() == outs.size(), "project: one output a weight");
+  require(linears.size() == outs.size(), "project: one output a projection");
   require_aligned(x, "project", "x");
   for (const auto &out : outs) require_aligned(out, "project", "outs");
   std::vector<Projection> projections;
-  for (std::size_t i = 0; i < weights.size(); ++i) {
-    require(weights[i] != nullptr, "project: a weight is None");
-    require(weights[i]->columns == columns, "project: x has another number of columns than the weight");
-    require(size(outs[i], 0) == num_tokens && size(outs[i], 1) == weights[i]->rows, "project: wrong output shape");
-    projections.push_back({weights[i], outs[i].data()});
+  for (std::size_t i = 0; i < linears.size(); ++i) {
+    require(linears[i] != nullptr, "project: a projection is None");
+    const PackedWeight &matrix = linears[i]->matrix;
+    require(matrix.columns == columns, "project: x has another number of columns than the matrix");
+    require(size(outs[i], 0) == num_tokens && size(outs[i], 1) == matrix.rows, "project: wrong output shape");
+    projections.push_back({*linears[i], outs[i].data()});
   }
   Workspace workspace;
   project(pool, workspace, {x.data(), num_tokens, columns}, projections, fine);
 }
 
-// Rows of the weight as floats: out (T, columns).
-void checked_take_rows(const PackedWeight &weight, Integers row_ids, FloatsOut<2> out) {
+// Rows of the weight as floats, times the scale: out (T, columns).
+void checked_take_rows(const PackedWeight &weight, Integers row_ids, float scale, FloatsOut<2> out) {
   require_aligned(row_ids, "take_rows", "row_ids");
   require_aligned(out, "take_rows", "out");
   require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "take_rows: wrong output shape");
   const std::vector<int32_t> ids = copied(row_ids);
   for (const int32_t id : ids) require(id >= 0 && id < weight.rows, "take_rows: a row id is outside the weight");
-  take_weight_rows(weight, ids.data(), size(row_ids, 0), out.data());
+  take_weight_rows(weight, ids.data(), size(row_ids, 0), scale, out.data());
 }
 
-void checked_rms_norm(ThreadPool &pool, Floats<2> x, Floats<1> weight, float eps, FloatsOut<2> out) {
-  require_aligned(x, "rms_norm", "x");
-  require_aligned(weight, "rms_norm", "weight");
-  require_aligned(out, "rms_norm", "out");
-  const int64_t columns = size(x, 1);
-  require(size(weight, 0) == columns, "rms_norm: the weight has another width than x");
-  require(size(out, 0) == size(x, 0) && size(out, 1) == columns, "rms_norm: wrong output shape");
-  rms_norm(pool, {x.data(), size(x, 0), columns, weight.data(), eps}, out.data());
+void require_same_shape(const auto &x, const auto &y, const char *what) {
+  require(size(x, 0) == size(y, 0) && size(x, 1) == size(y, 1), what);
+}
+
+void checked_norm(ThreadPool &pool, Floats<2> x, const NormWeights &norm, FloatsOut<2> out) {
+  require_aligned(x, "norm", "x");
+  require_aligned(out, "norm", "out");
+  check_norm(norm, size(x, 1));
+  require_same_shape(x, out, "norm: wrong output shape");
+  norm_rows(pool, norm, x.data(), size(x, 0), out.data());
 }
 
 void checked_add(ThreadPool &pool, Floats<2> x, Floats<2> y, FloatsOut<2> out) {
   require_aligned(x, "add", "x");
   require_aligned(y, "add", "y");
   require_aligned(out, "add", "out");
-  require(size(x, 0) == size(y, 0) && size(x, 1) == size(y, 1), "add: x and y differ in shape");
-  require(size(out, 0) == size(x, 0) && size(out, 1) == size(x, 1), "add: wrong output shape");
+  require_same_shape(x, y, "add: x and y differ in shape");
+  require_same_shape(x, out, "add: wrong output shape");
   add(pool, x.data(), y.data(), size(x, 0), size(x, 1), out.data());
 }
 
-void checked_silu_multiply(ThreadPool &pool, Floats<2> gate, Floats<2> up, FloatsOut<2> out) {
-  require_aligned(gate, "silu_multiply", "gate");
-  require_aligned(up, "silu_multiply", "up");
-  require_aligned(out, "silu_multiply", "out");
-  require(size(gate, 0) == size(up, 0) && size(gate, 1) == size(up, 1), "silu_multiply: gate and up differ in shape");
-  require(size(out, 0) == size(up, 0) && size(out, 1) == size(up, 1), "silu_multiply: wrong output shape");
-  silu_multiply(pool, gate.data(), up.data(), size(up, 0), size(up, 1), out.data());
+void checked_activate(ThreadPool &pool, std::string_view activation, Floats<2> x, std::optional<Floats<2>> up,
+                      FloatsOut<2> out) {
+  require_aligned(x, "activate", "x");
+  require_aligned(out, "activate", "out");
+  require_same_shape(x, out, "activate: wrong output shape");
+  if (up) {
+    require_aligned(*up, "activate", "up");
+    require_same_shape(x, *up, "activate: x and up differ in shape");
+  }
+  activate(pool, activation_of(activation), x.data(), up ? up->data() : nullptr, size(x, 0), size(x, 1), out.data());
+}
+
+void checked_soft_cap(ThreadPool &pool, Floats<2> x, float cap, FloatsOut<2> out) {
+  require_aligned(x, "soft_cap", "x");
+  require_aligned(out, "soft_cap", "out");
+  require(cap > 0, "soft_cap: the cap must be above 0");
+  require_same_shape(x, out, "soft_cap: wrong output shape");
+  soft_cap(pool, x.data(), cap, size(x, 0), size(x, 1), out.data());
 }
 
 // Turns pairs of dimensions by position * frequency; table (positions, pairs, 2) holds cosine and sine.
@@ -194,7 +234,7 @@ void checked_write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3
 }
 
 void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_t, 2> block_tables,
-                    Integers sequence_index, Integers positions, float scale, FloatsOut<3> out,
+                    Integers sequence_index, Integers positions, float scale, float soft_cap, FloatsOut<3> out,
                     std::optional<int64_t> window) {
   require_aligned(q, "attend", "q");
   require_aligned(block_tables, "attend", "block_tables");
@@ -207,6 +247,7 @@ void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<cons
   require(size(sequence_index, 0) == num_tokens && size(positions, 0) == num_tokens, "attend: one index a token");
   for (std::size_t axis = 0; axis < 3; ++axis) require(size(out, axis) == size(q, axis), "attend: wrong output shape");
   require(!window || *window > 0, "attend: the window must be 1 or more");
+  require(soft_cap >= 0, "attend: the soft cap must be 0, for none, or more");
   const std::vector<int32_t> tables = copied(block_tables), index = copied(sequence_index), own = copied(positions);
   AttendArgs args{};
   args.q = q.data();
@@ -218,6 +259,7 @@ void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<cons
   args.num_tokens = num_tokens;
   args.num_heads = num_heads;
   args.scale = scale;
+  args.soft_cap = soft_cap;
   args.window = std::min(window.value_or(kNoWindow), kNoWindow);
   args.out = out.data();
   check_block_tables(args.block_tables, size(block_tables, 0), args.table_width, args.sequence_index, args.positions,
@@ -312,6 +354,10 @@ NB_MODULE(_native, m) {
       .def_ro("columns", &PackedWeight::columns)
       .def_ro("num_bytes", &PackedWeight::num_bytes)
       .def_prop_ro("quantized", &PackedWeight::quantized, "Whether activations are quantised for it.");
+  nb::class_<NormWeights>(m, "Norm", "RMS norm, or layer norm where `layer`.")
+      .def(nb::new_(&make_norm), "weight"_a.noconvert(), "eps"_a, "bias"_a.noconvert().none(), "layer"_a);
+  nb::class_<LinearWeights>(m, "Linear", "(x @ matrix.T + bias) * scale.")
+      .def(nb::new_(&make_linear), "matrix"_a, "bias"_a.noconvert().none(), "scale"_a);
   nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.");
   nb::class_<KVArrays>(m, "KVArrays", "Keys and values of all layers, in blocks of 32 tokens.")
       .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "dtype"_a)
@@ -321,14 +367,16 @@ NB_MODULE(_native, m) {
   // noconvert: a quiet copy of an input would cost, and of an output lose, what the caller meant.
   m.def("pack", &pack_tensor, Unlocked(), "type"_a, "source"_a.noconvert(), "rows"_a, "columns"_a, "arena"_a, "pool"_a,
         "Packs a GGUF tensor's bytes without loss.");
-  m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "weights"_a.noconvert(),
-        "outs"_a.noconvert(), "fine"_a, "outs[i] = x @ weights[i].T; activations in int16 where `fine`, else int8.");
+  m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "linears"_a.noconvert(),
+        "outs"_a.noconvert(), "fine"_a, "outs[i] = linears[i] of x; activations in int16 where `fine`, else int8.");
   m.def("take_rows", &checked_take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(),
-        "out"_a.noconvert(), "out = weight[row_ids] as float32.");
-  m.def("rms_norm", &checked_rms_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a,
-        "out"_a.noconvert(), "out = x / sqrt(mean(x**2) + eps) * weight, row by row.");
-  m.def("silu_multiply", &checked_silu_multiply, Unlocked(), "pool"_a, "gate"_a.noconvert(), "up"_a.noconvert(),
-        "out"_a.noconvert(), "out = gate * sigmoid(gate) * up.");
+        "scale"_a, "out"_a.noconvert(), "out = weight[row_ids] * scale as float32.");
+  m.def("norm", &checked_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "norm"_a, "out"_a.noconvert(),
+        "out = x normed, row by row.");
+  m.def("activate", &checked_activate, Unlocked(), "pool"_a, "activation"_a, "x"_a.noconvert(),
+        "up"_a.noconvert().none(), "out"_a.noconvert(), "out = activation(x), times `up` where there is one.");
+  m.def("soft_cap", &checked_soft_cap, Unlocked(), "pool"_a, "x"_a.noconvert(), "cap"_a, "out"_a.noconvert(),
+        "out = cap * tanh(x / cap).");
   m.def("add", &checked_add, Unlocked(), "pool"_a, "x"_a.noconvert(), "y"_a.noconvert(), "out"_a.noconvert(),
         "out = x + y.");
   m.def("rope", &checked_rope, Unlocked(), "pool"_a, "x"_a.noconvert(), "positions"_a.noconvert(),
@@ -337,8 +385,8 @@ NB_MODULE(_native, m) {
   m.def("write_kv", &checked_write_kv, Unlocked(), "pool"_a, "kv"_a, "k"_a.noconvert(), "v"_a.noconvert(),
         "slots"_a.noconvert(), "Stores k, v (T, num_kv_heads, head_dim) at slots (T,).");
   m.def("attend", &checked_attend, Unlocked(), "pool"_a, "q"_a.noconvert(), "kv"_a, "block_tables"_a.noconvert(),
-        "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "out"_a.noconvert(),
-        "window"_a.none() = nb::none(),
+        "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "soft_cap"_a,
+        "out"_a.noconvert(), "window"_a.none() = nb::none(),
         "Causal attention of q (T, num_heads, head_dim) over each token's own sequence, or its last `window` tokens.");
   m.def("copy_blocks", &checked_copy_blocks, Unlocked(), "pool"_a, "arrays"_a, "copies"_a,
         "Copies keys and values of all layers from block to block: (source, target) pairs, in order.");

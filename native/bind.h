@@ -6,7 +6,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "ops.h"
@@ -40,6 +42,36 @@ inline int64_t size(const auto &array, std::size_t axis) { return static_cast<in
 inline void check_rope(const Floats<3> &table, int64_t head_dim) {
   require_aligned(table, "rope", "table");
   require(size(table, 2) == 2 && 2 * size(table, 1) <= head_dim, "rope: the table does not fit head_dim");
+}
+
+// A norm and a projection as Python makes them. What is made from them refers to their arrays and must not outlive them.
+struct NormWeights {
+  Floats<1> weight;
+  std::optional<Floats<1>> bias;
+  float eps;
+  bool layer;
+
+  operator Norm() const { return {weight.data(), bias ? bias->data() : nullptr, size(weight, 0), eps, layer}; }
+};
+
+struct LinearWeights {
+  PackedWeight matrix; // shares its data with the one that it was made from
+  std::optional<Floats<1>> bias;
+  float scale;
+
+  operator Linear() const { return {&matrix, bias ? bias->data() : nullptr, scale}; }
+};
+
+Activation activation_of(std::string_view name);
+
+inline void check_norm(const NormWeights &norm, int64_t width) {
+  require(size(norm.weight, 0) == width, "norm: the weight has another width than x");
+}
+
+// A norm of each head, or of all heads of a token at once.
+inline void check_head_norm(const NormWeights *norm, int64_t width, int64_t head_dim) {
+  require(!norm || size(norm->weight, 0) == width || size(norm->weight, 0) == head_dim,
+          "norm_qkv: a norm is as wide as neither a head nor all heads");
 }
 
 // Each token's sequence has a table, and the table names a block for each position that the token sees.

@@ -1,6 +1,7 @@
 // Python's side of recorded steps: each method checks its arguments, appends one op and names the values it gives.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -58,52 +59,52 @@ Cost product_cost(int64_t num_rows, const std::vector<const PackedWeight *> &wei
 
 int64_t rows_of(const Step &step, bool of_logits) { return of_logits ? step.num_logits : step.num_tokens; }
 
-void check_norm(const Floats<1> &norm, int64_t width) {
-  require_aligned(norm, "rms_norm", "the weight");
-  require(size(norm, 0) == width, "rms_norm: the weight has another width than x");
-}
-
-int record_embed(Program &program, const PackedWeight &table) {
+int record_embed(Program &program, const PackedWeight &table, bool of_positions, float scale) {
   require(!program.finished(), "Program: it is finished");
-  program.limits.token_ids = std::min(program.limits.token_ids, table.rows);
+  int64_t &limit = of_positions ? program.limits.positions : program.limits.token_ids;
+  limit = std::min(limit, table.rows);
   return append(
       program, "embed", {}, table.columns, false,
-      [&table](const Frame &frame, int out) {
-        take_weight_rows(table, frame.step.token_ids, frame.step.num_tokens, frame[out]);
+      [=, &table](const Frame &frame, int out) {
+        const int32_t *ids = of_positions ? frame.step.positions : frame.step.token_ids;
+        take_weight_rows(table, ids, frame.step.num_tokens, scale, frame[out]);
       },
       [&table](const Step &step) {
         return Cost{static_cast<double>(step.num_tokens * table.num_bytes / table.rows), 0};
       });
 }
 
-int record_rms_norm(Program &program, int x, Floats<1> norm, float eps) {
+int record_norm(Program &program, int x, const NormWeights &norm) {
   const Program::Value in = checked_value(program, x);
-  check_norm(norm, in.width);
+  const int64_t width = size(norm.weight, 0);
+  require(in.width % width == 0, "norm: the width of x is no multiple of the weight's");
   return append(
-      program, "rms_norm", {x}, in.width, in.of_logits,
-      [=](const Frame &frame, int out) {
-        rms_norm(frame.pool(), {frame[x], frame.rows(x), in.width, norm.data(), eps}, frame[out]);
+      program, "norm", {x}, in.width, in.of_logits,
+      [=, &norm](const Frame &frame, int out) {
+        norm_rows(frame.pool(), norm, frame[x], frame.rows(x) * (in.width / width), frame[out]);
       },
       [=](const Step &step) { return elementwise(step, in.width, 2, 4); });
 }
 
-std::vector<int> record_project(Program &program, int x, nb::typed<nb::list, PackedWeight> weight_list) {
+std::vector<int> record_project(Program &program, int x, nb::typed<nb::list, LinearWeights> linear_list) {
   const Program::Value in = checked_value(program, x);
   Program::Op op{"project", {x}, {}, {}, {}};
+  std::vector<const LinearWeights *> linears;
   std::vector<const PackedWeight *> weights;
-  for (const nb::handle item : weight_list) {
-    const PackedWeight *weight = nullptr;
-    require(nb::try_cast(item, weight) && weight, "project: a weight is not a PackedWeight");
-    require(weight->columns == in.width, "project: x has another number of columns than the weight");
-    weights.push_back(weight);
+  for (const nb::handle item : linear_list) {
+    const LinearWeights *linear = nullptr;
+    require(nb::try_cast(item, linear) && linear, "project: a projection is not a Linear");
+    require(linear->matrix.columns == in.width, "project: x has another number of columns than the matrix");
+    linears.push_back(linear);
+    weights.push_back(&linear->matrix);
   }
-  const nb::tuple alive(weight_list); // the list itself may change
+  const nb::tuple alive(linear_list); // the list itself may change
   for (const PackedWeight *weight : weights) op.outputs.push_back(program.new_value(weight->rows, in.of_logits));
   const std::vector<int> outputs = op.outputs;
   op.run = [=, fine = program.fine()](const Frame &frame) {
     (void)alive;
     std::vector<Projection> projections;
-    for (std::size_t i = 0; i < weights.size(); ++i) projections.push_back({weights[i], frame[outputs[i]]});
+    for (std::size_t i = 0; i < linears.size(); ++i) projections.push_back({*linears[i], frame[outputs[i]]});
     project(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width}, projections, fine);
   };
   op.cost = [=](const Step &step) { return product_cost(rows_of(step, in.of_logits), weights); };
@@ -111,49 +112,59 @@ std::vector<int> record_project(Program &program, int x, nb::typed<nb::list, Pac
   return outputs;
 }
 
+// The rows of a value, with a norm before or without.
+RowsIn rows_in(const Frame &frame, int x, int64_t width, const NormWeights *norm) {
+  return {frame[x], frame.rows(x), width, norm ? Norm(*norm) : Norm{}};
+}
+
 // With a norm before and a residual behind, or without.
-int record_product(Program &program, const char *name, int x, const PackedWeight &weight, std::optional<Floats<1>> norm,
-                   float eps, std::optional<int> residual) {
+int record_product(Program &program, const char *name, int x, const LinearWeights &linear, const NormWeights *norm,
+                   std::optional<int> residual) {
   const Program::Value in = checked_value(program, x);
-  require(weight.columns == in.width, "linear: x has another number of columns than the weight");
+  const PackedWeight &matrix = linear.matrix;
+  require(matrix.columns == in.width, "linear: x has another number of columns than the matrix");
   if (norm) check_norm(*norm, in.width);
   std::vector<int> inputs{x};
   if (residual) {
     const Program::Value other = checked_value(program, *residual);
-    require(other.width == weight.rows && other.of_logits == in.of_logits, "linear: the residual has another shape");
+    require(other.width == matrix.rows && other.of_logits == in.of_logits, "linear: the residual has another shape");
     inputs.push_back(*residual);
   }
   return append(
-      program, name, inputs, weight.rows, in.of_logits,
-      [=, &weight, fine = program.fine()](const Frame &frame, int out) {
-        const RowsIn rows{frame[x], frame.rows(x), in.width, norm ? norm->data() : nullptr, eps};
-        const Projection projection{&weight, frame[out], residual ? frame[*residual] : nullptr};
-        project(frame.pool(), frame.workspace(), rows, {&projection, 1}, fine);
+      program, name, inputs, matrix.rows, in.of_logits,
+      [=, &linear, fine = program.fine()](const Frame &frame, int out) {
+        const Projection projection{linear, frame[out], residual ? frame[*residual] : nullptr};
+        project(frame.pool(), frame.workspace(), rows_in(frame, x, in.width, norm), {&projection, 1}, fine);
       },
-      [=, &weight](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&weight}); }, {&weight});
+      [=, &matrix](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&matrix}); }, {&matrix});
 }
 
-int record_linear(Program &program, int x, const PackedWeight &weight, std::optional<int> residual) {
-  return record_product(program, "linear", x, weight, std::nullopt, 0, residual);
+int record_linear(Program &program, int x, const LinearWeights &linear, std::optional<int> residual) {
+  return record_product(program, "linear", x, linear, nullptr, residual);
 }
 
-int record_norm_linear(Program &program, int x, Floats<1> norm, float eps, const PackedWeight &weight) {
-  return record_product(program, "norm_linear", x, weight, norm, eps, std::nullopt);
+int record_norm_linear(Program &program, int x, const NormWeights *norm, const LinearWeights &linear) {
+  return record_product(program, "norm_linear", x, linear, norm, std::nullopt);
 }
 
-int record_norm_gated(Program &program, int x, Floats<1> norm, float eps, const PackedWeight &gate,
-                      const PackedWeight &up) {
+int record_norm_gated(Program &program, int x, const NormWeights *norm, const LinearWeights &gate,
+                      const LinearWeights &up, std::string_view activation_name) {
   const Program::Value in = checked_value(program, x);
-  check_norm(norm, in.width);
-  require(gate.columns == in.width && up.columns == in.width, "norm_gated: x has another number of columns");
-  require(gate.rows == up.rows, "norm_gated: gate and up differ in shape");
+  if (norm) check_norm(*norm, in.width);
+  require(gate.matrix.columns == in.width && up.matrix.columns == in.width,
+          "norm_gated: x has another number of columns");
+  require(gate.matrix.rows == up.matrix.rows, "norm_gated: gate and up differ in shape");
+  const Activation activation = activation_of(activation_name);
   return append(
-      program, "norm_gated", {x}, gate.rows, in.of_logits,
+      program, "norm_gated", {x}, gate.matrix.rows, in.of_logits,
       [=, &gate, &up, fine = program.fine()](const Frame &frame, int out) {
-        project_gated(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width, norm.data(), eps}, gate, up,
+        project_gated(frame.pool(), frame.workspace(), rows_in(frame, x, in.width, norm), gate, up, activation,
                       frame[out], fine);
       },
-      [=, &gate, &up](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&gate, &up}); }, {&gate});
+      [=, &gate, &up](const Step &step) {
+        return product_cost(rows_of(step, in.of_logits), {&gate.matrix, &up.matrix});
+      },
+      {&gate.matrix});
 }
 
 void check_tokens(const Program::Value &value, const char *what) { require(!value.of_logits, what); }
@@ -194,31 +205,44 @@ void record_write_kv(Program &program, const LayerKV &kv, int k, int v) {
                   [=](const Step &step) { return elementwise(step, kv.num_kv_heads * kv.head_dim, 4, 0); }});
 }
 
-int record_norm_qkv(Program &program, int x, Floats<1> norm, float eps, const PackedWeight &query,
-                    const PackedWeight &key, const PackedWeight &value, Floats<3> table, bool adjacent_pairs,
+int record_norm_qkv(Program &program, int x, const NormWeights *norm, const LinearWeights &query,
+                    const LinearWeights &key, const LinearWeights &value, const NormWeights *query_norm,
+                    const NormWeights *key_norm, std::optional<Floats<3>> table, bool adjacent_pairs,
                     const LayerKV &kv) {
   const Program::Value in = checked_value(program, x);
   check_tokens(in, "norm_qkv: x must have a row a token");
-  check_norm(norm, in.width);
+  if (norm) check_norm(*norm, in.width);
   const int64_t width = kv.num_kv_heads * kv.head_dim;
-  for (const PackedWeight *weight : {&query, &key, &value})
-    require(weight->columns == in.width, "norm_qkv: x has another number of columns than a weight");
-  require(key.rows == width && value.rows == width, "norm_qkv: keys or values do not fit the cache");
-  require(query.rows % width == 0, "norm_qkv: query heads must be a multiple of KV heads");
-  check_rope(table, kv.head_dim);
+  for (const LinearWeights *linear : {&query, &key, &value})
+    require(linear->matrix.columns == in.width, "norm_qkv: x has another number of columns than a matrix");
+  require(key.matrix.rows == width && value.matrix.rows == width, "norm_qkv: keys or values do not fit the cache");
+  require(query.matrix.rows % width == 0, "norm_qkv: query heads must be a multiple of KV heads");
+  check_head_norm(query_norm, query.matrix.rows, kv.head_dim);
+  check_head_norm(key_norm, width, kv.head_dim);
+  RopeArgs rope{};
+  if (table) {
+    check_rope(*table, kv.head_dim);
+    program.limits.positions = std::min(program.limits.positions, size(*table, 0));
+    rope = {table->data(), size(*table, 1), adjacent_pairs};
+  }
   limit_blocks(program, kv);
-  program.limits.positions = std::min(program.limits.positions, size(table, 0));
+  const std::vector<const PackedWeight *> weights{&query.matrix, &key.matrix, &value.matrix};
   return append(
-      program, "norm_qkv", {x}, query.rows, false,
+      program, "norm_qkv", {x}, query.matrix.rows, false,
       [=, &query, &key, &value, fine = program.fine()](const Frame &frame, int out) {
-        const QueryKeyValue args{
-            &query,          &key, &value, {table.data(), size(table, 1), adjacent_pairs}, kv, frame.step.positions,
-            frame.step.slots};
-        project_qkv(frame.pool(), frame.workspace(), {frame[x], frame.step.num_tokens, in.width, norm.data(), eps},
-                    args, frame[out], fine);
+        (void)table; // what rope refers to
+        const QueryKeyValue args{query,
+                                 key,
+                                 value,
+                                 query_norm ? Norm(*query_norm) : Norm{},
+                                 key_norm ? Norm(*key_norm) : Norm{},
+                                 rope,
+                                 kv,
+                                 frame.step.positions,
+                                 frame.step.slots};
+        project_qkv(frame.pool(), frame.workspace(), rows_in(frame, x, in.width, norm), args, frame[out], fine);
       },
-      [=, &query, &key, &value](const Step &step) { return product_cost(step.num_tokens, {&query, &key, &value}); },
-      {&query, &key, &value});
+      [=](const Step &step) { return product_cost(step.num_tokens, weights); }, weights);
 }
 
 AttendArgs attend_args(const Step &step, const LayerKV &kv, int64_t query_width, int64_t window) {
@@ -254,11 +278,13 @@ Cost attend_cost(const Step &step, const LayerKV &kv, int64_t query_width, int64
   return {read * static_cast<double>(kv.token_bytes()), 4 * keys * static_cast<double>(query_width)};
 }
 
-int record_attend(Program &program, int q, const LayerKV &kv, float scale, std::optional<int64_t> given_window) {
+int record_attend(Program &program, int q, const LayerKV &kv, float scale, float soft_cap,
+                  std::optional<int64_t> given_window) {
   const Program::Value in = checked_value(program, q);
   check_tokens(in, "attend: q must have a row a token");
   require(in.width % (kv.num_kv_heads * kv.head_dim) == 0, "attend: query heads must be a multiple of KV heads");
   require(!given_window || *given_window > 0, "attend: the window must be 1 or more");
+  require(soft_cap >= 0, "attend: the soft cap must be 0, for none, or more");
   const int64_t window = std::min(given_window.value_or(kNoWindow), kNoWindow);
   program.limits.window = std::max(program.limits.window, window);
   limit_blocks(program, kv);
@@ -268,21 +294,42 @@ int record_attend(Program &program, int q, const LayerKV &kv, float scale, std::
         AttendArgs args = attend_args(frame.step, kv, in.width, window);
         args.q = frame[q];
         args.scale = scale;
+        args.soft_cap = soft_cap;
         args.out = frame[out];
         attend(frame.pool(), frame.workspace(), args);
       },
       [=](const Step &step) { return attend_cost(step, kv, in.width, window); });
 }
 
-int record_silu_multiply(Program &program, int gate, int up) {
-  const Program::Value in = checked_value(program, gate), other = checked_value(program, up);
-  require(in.width == other.width && in.of_logits == other.of_logits, "silu_multiply: gate and up differ in shape");
+int record_activate(Program &program, int x, std::string_view name, std::optional<int> up) {
+  const Program::Value in = checked_value(program, x);
+  std::vector<int> inputs{x};
+  if (up) {
+    const Program::Value other = checked_value(program, *up);
+    require(in.width == other.width && in.of_logits == other.of_logits, "activate: x and up differ in shape");
+    inputs.push_back(*up);
+  }
+  const Activation activation = activation_of(name);
   return append(
-      program, "silu_multiply", {gate, up}, in.width, in.of_logits,
+      program, "activate", inputs, in.width, in.of_logits,
       [=](const Frame &frame, int out) {
-        silu_multiply(frame.pool(), frame[gate], frame[up], frame.rows(gate), in.width, frame[out]);
+        activate(frame.pool(), activation, frame[x], up ? frame[*up] : nullptr, frame.rows(x), in.width, frame[out]);
       },
-      [=](const Step &step) { return elementwise(step, in.width, 3, 20); });
+      [=](const Step &step) { return elementwise(step, in.width, up ? 3 : 2, 20); });
+}
+
+int record_soft_cap(Program &program, int x, float cap) {
+  const Program::Value in = checked_value(program, x);
+  require(cap > 0, "soft_cap: the cap must be above 0");
+  return append(
+      program, "soft_cap", {x}, in.width, in.of_logits,
+      [=](const Frame &frame, int out) {
+        soft_cap(frame.pool(), frame[x], cap, frame.rows(x), in.width, frame[out]);
+      },
+      [=](const Step &step) {
+        const double items = static_cast<double>(rows_of(step, in.of_logits) * in.width);
+        return Cost{8.0 * items, 20.0 * items};
+      });
 }
 
 int record_add(Program &program, int x, int y) {
@@ -348,7 +395,7 @@ struct CheckedStep {
       return std::all_of(items.begin(), items.end(), [=](int32_t item) { return item >= 0 && item < limit; });
     };
     require(all_below(token_ids, program.limits.token_ids), "Program: a token id is outside the embedding");
-    require(all_below(positions, program.limits.positions), "Program: a position is outside the rope table");
+    require(all_below(positions, program.limits.positions), "Program: a position is outside a table of positions");
     require(all_below(slots, program.limits.blocks * kBlockSize), "Program: a slot is outside the cache");
     require(all_below(logit_rows, step.num_tokens), "Program: a logit row is no token of the step");
     check_block_tables(step.block_tables, step.num_sequences, step.table_width, step.sequence_index, step.positions,
@@ -431,20 +478,22 @@ void bind_program(nb::module_ &m) {
   using Keep = nb::keep_alive<1, 3>;
   nb::class_<Program>(m, "Program", "A recorded step: ops are appended, each giving the id of its value, then run.")
       .def(nb::init<ThreadPool &, bool>(), nb::keep_alive<1, 2>(), "pool"_a, "fine"_a)
-      .def("embed", &record_embed, nb::keep_alive<1, 2>(), "table"_a)
-      .def("rms_norm", &record_rms_norm, "x"_a, "norm"_a.noconvert(), "eps"_a)
-      .def("project", &record_project, "x"_a, "weights"_a)
-      .def("linear", &record_linear, Keep(), "x"_a, "weight"_a, "residual"_a.none())
-      .def("norm_linear", &record_norm_linear, nb::keep_alive<1, 5>(), "x"_a, "norm"_a.noconvert(), "eps"_a, "weight"_a)
-      .def("norm_gated", &record_norm_gated, nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), "x"_a,
-           "norm"_a.noconvert(), "eps"_a, "gate"_a, "up"_a)
-      .def("norm_qkv", &record_norm_qkv, nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(),
-           nb::keep_alive<1, 10>(), "x"_a, "norm"_a.noconvert(), "eps"_a, "query"_a, "key"_a, "value"_a,
-           "table"_a.noconvert(), "adjacent_pairs"_a, "kv"_a)
+      .def("embed", &record_embed, nb::keep_alive<1, 2>(), "table"_a, "of_positions"_a, "scale"_a)
+      .def("norm", &record_norm, Keep(), "x"_a, "norm"_a)
+      .def("project", &record_project, "x"_a, "linears"_a)
+      .def("linear", &record_linear, Keep(), "x"_a, "linear"_a, "residual"_a.none())
+      .def("norm_linear", &record_norm_linear, Keep(), nb::keep_alive<1, 4>(), "x"_a, "norm"_a.none(), "linear"_a)
+      .def("norm_gated", &record_norm_gated, Keep(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), "x"_a,
+           "norm"_a.none(), "gate"_a, "up"_a, "activation"_a)
+      .def("norm_qkv", &record_norm_qkv, Keep(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
+           nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 11>(), "x"_a, "norm"_a.none(), "query"_a,
+           "key"_a, "value"_a, "query_norm"_a.none(), "key_norm"_a.none(), "table"_a.noconvert().none(),
+           "adjacent_pairs"_a, "kv"_a)
       .def("rope", &record_rope, "x"_a, "table"_a.noconvert(), "adjacent_pairs"_a, "head_dim"_a)
       .def("write_kv", &record_write_kv, nb::keep_alive<1, 2>(), "kv"_a, "k"_a, "v"_a)
-      .def("attend", &record_attend, Keep(), "q"_a, "kv"_a, "scale"_a, "window"_a.none())
-      .def("silu_multiply", &record_silu_multiply, "gate"_a, "up"_a)
+      .def("attend", &record_attend, Keep(), "q"_a, "kv"_a, "scale"_a, "soft_cap"_a, "window"_a.none())
+      .def("activate", &record_activate, "x"_a, "activation"_a, "up"_a.none())
+      .def("soft_cap", &record_soft_cap, "x"_a, "cap"_a)
       .def("add", &record_add, "x"_a, "y"_a)
       .def("take_rows", &record_take_rows, "x"_a)
       .def("finish", &finish, "output"_a)

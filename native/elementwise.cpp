@@ -24,13 +24,15 @@ float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
 
 } // namespace
 
-void take_weight_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float *out) {
+void take_weight_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out) {
   for (int64_t i = 0; i < count; ++i, out += weight.columns) {
     if (weight.quantized()) {
       kernels->dequantize_row(weight.block_format, weight.data.get(), weight.columns, row_ids[i], out);
     } else {
       for (int64_t k = 0; k < weight.columns; ++k) out[k] = read_float(weight, row_ids[i], k);
     }
+    if (scale != 1)
+      for (int64_t k = 0; k < weight.columns; ++k) out[k] *= scale;
   }
 }
 
@@ -38,17 +40,24 @@ void take_rows(const float *x, const int32_t *row_ids, int64_t count, int64_t co
   for (int64_t i = 0; i < count; ++i) std::copy_n(x + row_ids[i] * columns, columns, out + i * columns);
 }
 
-void rms_norm(ThreadPool &pool, const RowsIn &in, float *out) {
-  pool.for_ranges(in.num_tokens, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      kernels->rms_norm(in.x + i * in.columns, in.norm, in.columns, in.eps, out + i * in.columns);
+void norm_rows(ThreadPool &pool, const Norm &norm, const float *x, int64_t rows, float *out) {
+  pool.for_ranges(rows, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) kernels->norm(norm, x + i * norm.width, out + i * norm.width);
   });
 }
 
-void silu_multiply(ThreadPool &pool, const float *gate, const float *up, int64_t rows, int64_t columns, float *out) {
+void activate(ThreadPool &pool, Activation activation, const float *x, const float *up, int64_t rows, int64_t columns,
+              float *out) {
   pool.for_ranges(rows, kGrain, [&](int64_t first, int64_t last) {
     const int64_t at = first * columns;
-    kernels->silu_multiply(gate + at, up + at, (last - first) * columns, out + at);
+    kernels->activate(activation, x + at, up ? up + at : nullptr, (last - first) * columns, out + at);
+  });
+}
+
+void soft_cap(ThreadPool &pool, const float *x, float cap, int64_t rows, int64_t columns, float *out) {
+  pool.for_ranges(rows, kGrain, [&](int64_t first, int64_t last) {
+    const int64_t at = first * columns;
+    kernels->soft_cap(x + at, cap, (last - first) * columns, out + at);
   });
 }
 

@@ -2,32 +2,89 @@
 
 namespace {
 
-// x / sqrt(mean(x**2) + eps) * weight (Zhang and Sennrich, 2019).
-void rms_norm(const float *x, const float *weight, int64_t columns, float eps, float *out) {
+inline float sum_of(const float *x, int64_t count) {
+  Float8 sums = zero8();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) sums = sums + load(x + i);
+  float total = add_lanes(sums);
+  for (; i < count; ++i) total += x[i];
+  return total;
+}
+
+// Of x - center.
+inline float sum_of_squares(const float *x, int64_t count, float center) {
   Float8 squares = zero8();
   int64_t i = 0;
-  for (; i + kLanes <= columns; i += kLanes) {
-    const Float8 v = load(x + i);
+  for (; i + kLanes <= count; i += kLanes) {
+    const Float8 v = load(x + i) - broadcast(center);
     squares = fma(v, v, squares);
   }
   float total = add_lanes(squares);
-  for (; i < columns; ++i) total = fmaf(x[i], x[i], total);
-  const float factor = 1.0f / sqrtf(total / static_cast<float>(columns) + eps);
-  for (i = 0; i < columns; ++i) out[i] = x[i] * factor * weight[i];
+  for (; i < count; ++i) total = fmaf(x[i] - center, x[i] - center, total);
+  return total;
+}
+
+void norm(const kvik::Norm &norm, const float *x, float *out) {
+  const float count = static_cast<float>(norm.width);
+  const float mean = norm.layer ? sum_of(x, norm.width) / count : 0.0f;
+  const float factor = 1.0f / sqrtf(sum_of_squares(x, norm.width, mean) / count + norm.eps);
+  for (int64_t i = 0; i < norm.width; ++i) out[i] = (x[i] - mean) * factor * norm.weight[i];
+  if (!norm.bias) return;
+  for (int64_t i = 0; i < norm.width; ++i) out[i] += norm.bias[i];
 }
 
 inline Float8 silu(Float8 x) { return x / (broadcast(1.0f) + exponential(zero8() - x)); }
 
-// gate * sigmoid(gate) * up.
-void silu_multiply(const float *gate, const float *up, int64_t count, float *out) {
+inline Float8 gelu_tanh(Float8 x) {
+  const Float8 cubic = fma(x * x, x * broadcast(0.044715f), x);
+  return x / (broadcast(1.0f) + exponential(cubic * broadcast(-2 * 0.79788456f)));
+}
+
+// x * Phi(x). Phi(-|x|) is a polynomial in t times exp(-x**2 / 2), to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+inline Float8 gelu(Float8 x) {
+  const Float8 size = max(x, zero8() - x), z = size * broadcast(0.70710678f);
+  const Float8 t = broadcast(1.0f) / fma(z, broadcast(0.3275911f), broadcast(1.0f));
+  Float8 p = broadcast(1.061405429f);
+  p = fma(p, t, broadcast(-1.453152027f));
+  p = fma(p, t, broadcast(1.421413741f));
+  p = fma(p, t, broadcast(-0.284496736f));
+  p = fma(p, t, broadcast(0.254829592f));
+  const Float8 tail = p * t * exponential(zero8() - z * z) * broadcast(0.5f);
+  return max(zero8(), x) - size * tail;
+}
+
+inline Float8 relu(Float8 x) { return max(zero8(), x); } // in this order NaN stays NaN
+
+// Calls function(x, up) for eight items at a time; `up` is ones where there is none. The last vector may be partial.
+template <class Function>
+inline void for_eights(const float *x, const float *up, int64_t count, float *out, const Function &function) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(out + i, silu(load(gate + i)) * load(up + i));
+  for (; i + kLanes <= count; i += kLanes)
+    store(out + i, function(load(x + i), up ? load(up + i) : broadcast(1.0f)));
   if (i == count) return;
+  const std::size_t bytes = static_cast<std::size_t>(count - i) * sizeof(float);
   float lanes[2][kLanes] = {};
-  std::memcpy(lanes[0], gate + i, static_cast<std::size_t>(count - i) * sizeof(float));
-  std::memcpy(lanes[1], up + i, static_cast<std::size_t>(count - i) * sizeof(float));
-  store(lanes[0], silu(load(lanes[0])) * load(lanes[1]));
-  std::memcpy(out + i, lanes[0], static_cast<std::size_t>(count - i) * sizeof(float));
+  std::memcpy(lanes[0], x + i, bytes);
+  if (up) std::memcpy(lanes[1], up + i, bytes);
+  store(lanes[0], function(load(lanes[0]), up ? load(lanes[1]) : broadcast(1.0f)));
+  std::memcpy(out + i, lanes[0], bytes);
+}
+
+void activate(kvik::Activation activation, const float *x, const float *up, int64_t count, float *out) {
+  switch (activation) {
+  case kvik::Activation::silu:
+    return for_eights(x, up, count, out, [](Float8 a, Float8 b) { return silu(a) * b; });
+  case kvik::Activation::gelu:
+    return for_eights(x, up, count, out, [](Float8 a, Float8 b) { return gelu(a) * b; });
+  case kvik::Activation::gelu_tanh:
+    return for_eights(x, up, count, out, [](Float8 a, Float8 b) { return gelu_tanh(a) * b; });
+  case kvik::Activation::relu:
+    return for_eights(x, up, count, out, [](Float8 a, Float8 b) { return relu(a) * b; });
+  }
+}
+
+void soft_cap(const float *x, float cap, int64_t count, float *out) {
+  for_eights(x, nullptr, count, out, [cap](Float8 a, Float8) { return soft_capped(a, cap); });
 }
 
 template <bool adjacent> inline void rope_pairs(float *x, const float *turns, int64_t pairs) {

@@ -34,6 +34,18 @@ struct LinearArgs {
   const float *residual; // (T, rows) to add to the products, may be y; or null
 };
 
+// What a row is multiplied with after it is divided by its root mean square; a layer norm takes the mean off first and
+// adds the bias behind, where there is one.
+struct Norm {
+  const float *weight; // (width,)
+  const float *bias;   // (width,), or null
+  int64_t width;
+  float eps;
+  bool layer;
+};
+
+enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu };
+
 // Computes y for row blocks [first, last).
 using LinearKernel = void (*)(const LinearArgs &, int64_t first, int64_t last);
 
@@ -68,6 +80,7 @@ struct AttendArgs {
   const int32_t *positions;      // (T,)
   int64_t num_tokens, num_heads;
   float scale;    // of the scores
+  float soft_cap; // scores become cap * tanh(score / cap); 0: they stay
   int64_t window; // positions that a token sees, its own the last
   float *out;     // (T, num_heads, head_dim)
 };
@@ -92,8 +105,10 @@ struct Kernels {
   LinearKernel float_linear[kNumFloatFormats];
   void (*quantize)(const float *x, int64_t columns, bool fine, const ActivationsOut &out); // one row
   void (*dequantize_row)(int format, const uint8_t *weight, int64_t columns, int64_t row, float *out);
-  void (*rms_norm)(const float *x, const float *weight, int64_t columns, float eps, float *out); // one row
-  void (*silu_multiply)(const float *gate, const float *up, int64_t count, float *out);
+  void (*norm)(const Norm &, const float *x, float *out); // one row
+  // out = activation(x), times `up` where that is not null.
+  void (*activate)(Activation, const float *x, const float *up, int64_t count, float *out);
+  void (*soft_cap)(const float *x, float cap, int64_t count, float *out);
   // Turns the pairs of one head in place by turns (pairs, 2).
   void (*rope)(float *x, const float *turns, int64_t pairs, bool adjacent_pairs);
   void (*write_kv)(const LayerKV &, const float *k, const float *v, int64_t slot); // one token, all heads

@@ -13,17 +13,22 @@ namespace kvik {
 
 extern const Kernels *kernels; // chosen at import
 
-// What projections read: rows, and the RMS norm that comes before where there is one.
+// What projections read: rows, and the norm that comes before where it has a weight.
 struct RowsIn {
   const float *x; // (T, columns)
   int64_t num_tokens, columns;
-  const float *norm = nullptr; // (columns,)
-  float eps = 0;
+  Norm norm{};
 };
 
-// y = x W^T, plus the residual where there is one.
+struct Linear {
+  const PackedWeight *matrix;
+  const float *bias; // (rows,), or null
+  float scale;
+};
+
+// y = (x W^T + bias) * scale, plus the residual where there is one.
 struct Projection {
-  const PackedWeight *weight;
+  Linear linear;
   float *y;                        // (T, rows)
   const float *residual = nullptr; // (T, rows); may be y itself
 };
@@ -31,7 +36,7 @@ struct Projection {
 // Cosine and sine by position: turns (positions, pairs, 2).
 struct RopeArgs {
   const float *turns;
-  int64_t pairs;
+  int64_t pairs;       // 0: nothing turns
   bool adjacent_pairs; // dimensions (2i, 2i+1) turn together, else (i, i + pairs)
 };
 
@@ -42,13 +47,14 @@ void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span
 // Where in these weights, whose products are computed together, a thread of the pool begins.
 const uint8_t *first_weights(const ThreadPool &pool, std::span<const PackedWeight *const> weights, int thread);
 
-// out = silu(gate(x)) * up(x): (T, rows of each weight).
-void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const PackedWeight &gate,
-                   const PackedWeight &up, float *out, bool fine);
+// out = activation(gate(x)) * up(x): (T, rows of each matrix).
+void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const Linear &gate, const Linear &up,
+                   Activation activation, float *out, bool fine);
 
-// Queries (T, heads * head_dim) of the rows, turned; their keys and values go to their slots.
+// Queries (T, heads * head_dim) of the rows, normed and turned; their keys and values go to their slots.
 struct QueryKeyValue {
-  const PackedWeight *query, *key, *value;
+  Linear query, key, value;
+  Norm query_norm, key_norm; // as wide as a head or as a row; no weight: none
   RopeArgs rope;
   LayerKV kv;
   const int32_t *positions, *slots;
@@ -56,10 +62,14 @@ struct QueryKeyValue {
 void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const QueryKeyValue &args, float *q,
                  bool fine);
 
-void take_weight_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float *out);
+// Rows of the weight, times the scale.
+void take_weight_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out);
 void take_rows(const float *x, const int32_t *row_ids, int64_t count, int64_t columns, float *out);
-void rms_norm(ThreadPool &pool, const RowsIn &in, float *out);
-void silu_multiply(ThreadPool &pool, const float *gate, const float *up, int64_t rows, int64_t columns, float *out);
+// Norms (rows, norm.width).
+void norm_rows(ThreadPool &pool, const Norm &norm, const float *x, int64_t rows, float *out);
+void activate(ThreadPool &pool, Activation activation, const float *x, const float *up, int64_t rows, int64_t columns,
+              float *out);
+void soft_cap(ThreadPool &pool, const float *x, float cap, int64_t rows, int64_t columns, float *out);
 void add(ThreadPool &pool, const float *x, const float *y, int64_t rows, int64_t columns, float *out);
 
 // Turns x (T, heads, head_dim) in place.

@@ -23,13 +23,13 @@ public:
              workspace.excess.get<int32_t>(3 * num_tokens_ * groups)};
       quantized_ = {out.high, out.low, out.scale, out.sums, out.excess};
     }
-    float *normed = in.norm ? workspace.normed.get<float>(size) : nullptr;
+    float *normed = in.norm.weight ? workspace.normed.get<float>(size) : nullptr;
     if (normed) x_ = normed;
     if (!quantize && !normed) return;
     pool.for_ranges(num_tokens_, kTokenGrain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t at = i * columns_;
-        if (normed) kernels->rms_norm(in.x + at, in.norm, columns_, in.eps, normed + at);
+        if (normed) kernels->norm(in.norm, in.x + at, normed + at);
         if (quantize)
           kernels->quantize(x_ + at, columns_, fine,
                             {out.high + at, fine ? out.low + at : nullptr, out.scale + i * groups,
@@ -38,11 +38,26 @@ public:
     });
   }
 
-  // Row blocks [first, last) of one weight.
-  void multiply(const PackedWeight &weight, int64_t first, int64_t last, float *y, const float *residual) const {
+  // Row blocks [first, last) of one projection.
+  void multiply(const Projection &projection, int64_t first, int64_t last) const {
+    const auto &[linear, y, residual] = projection;
+    const PackedWeight &weight = *linear.matrix;
+    const bool plain = !linear.bias && linear.scale == 1;
     const LinearKernel kernel = weight.quantized() ? kernels->quantized_linear[weight.block_format][fine_]
                                                    : kernels->float_linear[static_cast<int>(weight.float_format)];
-    kernel({weight.data.get(), weight.rows, columns_, quantized_, x_, num_tokens_, y, residual}, first, last);
+    kernel({weight.data.get(), weight.rows, columns_, quantized_, x_, num_tokens_, y, plain ? residual : nullptr},
+           first, last);
+    if (plain) return;
+    const int64_t begin = first * kRowBlock, end = std::min(last * kRowBlock, weight.rows);
+    for (int64_t i = 0; i < num_tokens_; ++i) {
+      float *row = y + i * weight.rows;
+      if (linear.bias)
+        for (int64_t k = begin; k < end; ++k) row[k] += linear.bias[k];
+      if (linear.scale != 1)
+        for (int64_t k = begin; k < end; ++k) row[k] *= linear.scale;
+      if (residual)
+        for (int64_t k = begin; k < end; ++k) row[k] += residual[i * weight.rows + k];
+    }
   }
 
 private:
@@ -60,16 +75,16 @@ void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span
   bool quantize = false;
   int64_t row_blocks = 0;
   for (const Projection &projection : projections) {
-    quantize = quantize || projection.weight->quantized();
-    row_blocks += projection.weight->row_blocks();
+    quantize = quantize || projection.linear.matrix->quantized();
+    row_blocks += projection.linear.matrix->row_blocks();
   }
   const PreparedRows rows(pool, workspace, in, quantize, fine);
   // The row blocks of all weights in a row, cut evenly.
   pool.for_ranges(row_blocks, kRowGrain, [&](int64_t first, int64_t last) {
     for (const Projection &projection : projections) {
-      const int64_t count = projection.weight->row_blocks();
+      const int64_t count = projection.linear.matrix->row_blocks();
       if (first < count && last > 0)
-        rows.multiply(*projection.weight, first, std::min(last, count), projection.y, projection.residual);
+        rows.multiply(projection, first, std::min(last, count));
       first = std::max<int64_t>(first - count, 0);
       last -= count;
     }
@@ -88,18 +103,19 @@ const uint8_t *first_weights(const ThreadPool &pool, std::span<const PackedWeigh
   return nullptr;
 }
 
-void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const PackedWeight &gate,
-                   const PackedWeight &up, float *out, bool fine) {
+void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const Linear &gate, const Linear &up,
+                   Activation activation, float *out, bool fine) {
   if (in.num_tokens == 0) return;
-  const PreparedRows rows(pool, workspace, in, gate.quantized() || up.quantized(), fine);
-  float *other = workspace.up.get<float>(in.num_tokens * up.rows);
-  pool.for_ranges(gate.row_blocks(), kRowGrain, [&](int64_t first, int64_t last) {
-    rows.multiply(gate, first, last, out, nullptr);
-    rows.multiply(up, first, last, other, nullptr);
-    const int64_t start = first * kRowBlock, count = std::min(last * kRowBlock, gate.rows) - start;
+  const int64_t width = gate.matrix->rows;
+  const PreparedRows rows(pool, workspace, in, gate.matrix->quantized() || up.matrix->quantized(), fine);
+  float *other = workspace.up.get<float>(in.num_tokens * width);
+  pool.for_ranges(gate.matrix->row_blocks(), kRowGrain, [&](int64_t first, int64_t last) {
+    rows.multiply({gate, out}, first, last);
+    rows.multiply({up, other}, first, last);
+    const int64_t start = first * kRowBlock, count = std::min(last * kRowBlock, width) - start;
     for (int64_t i = 0; i < in.num_tokens; ++i) {
-      float *row = out + i * gate.rows + start;
-      kernels->silu_multiply(row, other + i * up.rows + start, count, row);
+      float *row = out + i * width + start;
+      kernels->activate(activation, row, other + i * width + start, count, row);
     }
   });
 }
@@ -107,20 +123,21 @@ void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, con
 void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const QueryKeyValue &args, float *q,
                  bool fine) {
   const LayerKV &kv = args.kv;
-  const int64_t width = kv.num_kv_heads * kv.head_dim, query_width = args.query->rows;
+  const int64_t width = kv.num_kv_heads * kv.head_dim, query_width = args.query.matrix->rows;
   float *k = workspace.keys.get<float>(in.num_tokens * width), *v = workspace.values.get<float>(in.num_tokens * width);
   const Projection projections[] = {{args.query, q}, {args.key, k}, {args.value, v}};
   project(pool, workspace, in, projections, fine);
   // Neighbouring tokens share cache lines of a K tile, so a thread takes whole blocks' worth of them.
   pool.for_ranges(in.num_tokens, kBlockSize, [&](int64_t first, int64_t last) {
-    const auto turn = [&](float *heads, int64_t size, int32_t position) {
-      for (int64_t at = 0; at < size; at += kv.head_dim)
+    const auto turn = [&](const Norm &norm, float *heads, int64_t size, int32_t position) {
+      for (int64_t at = 0; norm.weight && at < size; at += norm.width) kernels->norm(norm, heads + at, heads + at);
+      for (int64_t at = 0; args.rope.pairs > 0 && at < size; at += kv.head_dim)
         kernels->rope(heads + at, args.rope.turns + position * args.rope.pairs * 2, args.rope.pairs,
                       args.rope.adjacent_pairs);
     };
     for (int64_t i = first; i < last; ++i) {
-      turn(q + i * query_width, query_width, args.positions[i]);
-      turn(k + i * width, width, args.positions[i]);
+      turn(args.query_norm, q + i * query_width, query_width, args.positions[i]);
+      turn(args.key_norm, k + i * width, width, args.positions[i]);
       kernels->write_kv(kv, k + i * width, v + i * width, args.slots[i]);
     }
   });

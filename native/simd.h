@@ -305,6 +305,7 @@ inline Wide operator+(Wide a, Wide b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Wide operator-(Wide a, Wide b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Wide operator*(Wide a, Wide b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Wide fma(Wide a, Wide b, Wide c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Wide operator/(Wide a, Wide b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Wide max(Wide a, Wide b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Wide min(Wide a, Wide b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Wide round_even(Wide a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -507,6 +508,12 @@ template <class V> inline V exponential(V x) {
   p = fma(p, r, spread<V>(1.0f));
   p = fma(p, r, spread<V>(1.0f));
   return p * power_of_two(n);
+}
+
+// cap * tanh(x / cap), with tanh(y) = 1 - 2 / (1 + exp(2 y)).
+template <class V> inline V soft_capped(V x, float cap) {
+  const V one = spread<V>(1.0f);
+  return spread<V>(cap) * (one - spread<V>(2.0f) / (one + exponential(x * spread<V>(2.0f / cap))));
 }
 
 } // namespace

@@ -43,6 +43,27 @@ class PackedWeight:
     def quantized(self) -> bool:
         """Whether activations are quantised for it."""
 
+class Norm:
+    """RMS norm, or layer norm where `layer`."""
+
+    def __init__(
+        self,
+        weight: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        eps: float,
+        bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)] | None,
+        layer: bool,
+    ) -> None: ...
+
+class Linear:
+    """(x @ matrix.T + bias) * scale."""
+
+    def __init__(
+        self,
+        matrix: PackedWeight,
+        bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)] | None,
+        scale: float,
+    ) -> None: ...
+
 class LayerKV:
     """One layer's keys and values; keep its KVArrays alive."""
 
@@ -67,37 +88,46 @@ def pack(
 def project(
     pool: ThreadPool,
     x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-    weights: Sequence[PackedWeight],
+    linears: Sequence[Linear],
     outs: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")]],
     fine: bool,
 ) -> None:
     """
-    outs[i] = x @ weights[i].T; activations in int16 where `fine`, else int8.
+    outs[i] = linears[i] of x; activations in int16 where `fine`, else int8.
     """
 
 def take_rows(
     weight: PackedWeight,
     row_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    scale: float,
     out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
 ) -> None:
-    """out = weight[row_ids] as float32."""
+    """out = weight[row_ids] * scale as float32."""
 
-def rms_norm(
+def norm(
     pool: ThreadPool,
     x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-    weight: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-    eps: float,
+    norm: Norm,
     out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
 ) -> None:
-    """out = x / sqrt(mean(x**2) + eps) * weight, row by row."""
+    """out = x normed, row by row."""
 
-def silu_multiply(
+def activate(
     pool: ThreadPool,
-    gate: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-    up: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    activation: str,
+    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    up: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)] | None,
     out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
 ) -> None:
-    """out = gate * sigmoid(gate) * up."""
+    """out = activation(x), times `up` where there is one."""
+
+def soft_cap(
+    pool: ThreadPool,
+    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    cap: float,
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+) -> None:
+    """out = cap * tanh(x / cap)."""
 
 def add(
     pool: ThreadPool,
@@ -134,6 +164,7 @@ def attend(
     sequence_index: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     scale: float,
+    soft_cap: float,
     out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu")],
     window: int | None = None,
 ) -> None:
@@ -168,41 +199,25 @@ class Program:
     """
 
     def __init__(self, pool: ThreadPool, fine: bool) -> None: ...
-    def embed(self, table: PackedWeight) -> int: ...
-    def rms_norm(
-        self,
-        x: int,
-        norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        eps: float,
-    ) -> int: ...
-    def project(self, x: int, weights: list[PackedWeight]) -> list[int]: ...
-    def linear(self, x: int, weight: PackedWeight, residual: int | None) -> int: ...
-    def norm_linear(
-        self,
-        x: int,
-        norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        eps: float,
-        weight: PackedWeight,
-    ) -> int: ...
-    def norm_gated(
-        self,
-        x: int,
-        norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        eps: float,
-        gate: PackedWeight,
-        up: PackedWeight,
-    ) -> int: ...
+    def embed(self, table: PackedWeight, of_positions: bool, scale: float) -> int: ...
+    def norm(self, x: int, norm: Norm) -> int: ...
+    def project(self, x: int, linears: list[Linear]) -> list[int]: ...
+    def linear(self, x: int, linear: Linear, residual: int | None) -> int: ...
+    def norm_linear(self, x: int, norm: Norm | None, linear: Linear) -> int: ...
+    def norm_gated(self, x: int, norm: Norm | None, gate: Linear, up: Linear, activation: str) -> int: ...
     def norm_qkv(
         self,
         x: int,
-        norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        eps: float,
-        query: PackedWeight,
-        key: PackedWeight,
-        value: PackedWeight,
+        norm: Norm | None,
+        query: Linear,
+        key: Linear,
+        value: Linear,
+        query_norm: Norm | None,
+        key_norm: Norm | None,
         table: Annotated[
             NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)
-        ],
+        ]
+        | None,
         adjacent_pairs: bool,
         kv: LayerKV,
     ) -> int: ...
@@ -216,8 +231,9 @@ class Program:
         head_dim: int,
     ) -> int: ...
     def write_kv(self, kv: LayerKV, k: int, v: int) -> None: ...
-    def attend(self, q: int, kv: LayerKV, scale: float, window: int | None) -> int: ...
-    def silu_multiply(self, gate: int, up: int) -> int: ...
+    def attend(self, q: int, kv: LayerKV, scale: float, soft_cap: float, window: int | None) -> int: ...
+    def activate(self, x: int, activation: str, up: int | None) -> int: ...
+    def soft_cap(self, x: int, cap: float) -> int: ...
     def add(self, x: int, y: int) -> int: ...
     def take_rows(self, x: int) -> int: ...
     def finish(self, output: int) -> None: ...

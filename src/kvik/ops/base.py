@@ -6,6 +6,7 @@ Arrays are the backend's and opaque to callers. T is the number of tokens in a s
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,6 +126,14 @@ class AttentionRule:
     window: int | None = None  # position p sees max(0, p - window + 1) ... p; None: all before it
     soft_cap: float | None = None  # scores become cap * tanh(score / cap) (Gemma 2)
 
+    def scale_for(self, head_dim: int) -> float:
+        """What scores of heads of this size are multiplied with."""
+        return 1.0 / math.sqrt(head_dim) if self.scale is None else self.scale
+
+
+PLAIN = AttentionRule()
+"""All positions before, scores / sqrt(head_dim)."""
+
 
 Forward: TypeAlias = Callable[["Ops", Batch], Array]
 """A forward pass, written against any ops: logits (R, vocab_size) of a batch."""
@@ -195,7 +204,7 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def attend(self, q: Array, kv: LayerKV, batch: Batch, rule: AttentionRule = AttentionRule()) -> Array:
+    def attend(self, q: Array, kv: LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> Array:
         """Causal attention of q (T, num_heads, head_dim) over each token's own sequence.
 
         Block table entries before a window are not read.

@@ -11,8 +11,20 @@ from kvik import _native
 from kvik.cache import KVCacheSpec
 from kvik.config import Activations
 from kvik.machine import available_threads
-from kvik.ops.base import Batch, Forward, IntArray, Norm, Ops, RopeTable, Weight
-from kvik.ops.program import MachineLimits, RecordedStep
+from kvik.ops.base import (
+    PLAIN,
+    Activation,
+    AttentionRule,
+    Batch,
+    Forward,
+    IntArray,
+    Linear,
+    Norm,
+    Ops,
+    RopeTable,
+    Weight,
+)
+from kvik.ops.program import MachineLimits, RecordedStep, native_linear, native_norm
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -63,20 +75,20 @@ class NativeOps(Ops):
     def discard_blocks(self, kv_cache: Sequence[_native.LayerKV], superblocks: Sequence[int]) -> None:
         _native.discard_superblocks(_arrays_of(kv_cache), superblocks)
 
-    def embed(self, table: Weight, token_ids: IntArray) -> FloatArray:
+    def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
         out = np.empty((len(token_ids), table.columns), np.float32)
-        _native.take_rows(_packed(table), token_ids, out)
+        _native.take_rows(_packed(table), token_ids, scale, out)
         return out
 
-    def rms_norm(self, x: FloatArray, norm: Norm) -> FloatArray:
+    def norm(self, x: FloatArray, norm: Norm) -> FloatArray:
         out = np.empty_like(x)
-        _native.rms_norm(self._pool, x, norm.weight, norm.eps, out)
+        width = len(norm.weight)
+        _native.norm(self._pool, x.reshape(-1, width), native_norm(norm), out.reshape(-1, width))
         return out
 
-    def project(self, x: FloatArray, weights: Sequence[Weight]) -> tuple[FloatArray, ...]:
-        packed = [_packed(weight) for weight in weights]
-        outs = [np.empty((len(x), weight.rows), np.float32) for weight in packed]
-        _native.project(self._pool, x, packed, outs, self._fine)
+    def project(self, x: FloatArray, linears: Sequence[Linear]) -> tuple[FloatArray, ...]:
+        outs = [np.empty((len(x), linear.rows), np.float32) for linear in linears]
+        _native.project(self._pool, x, [native_linear(linear) for linear in linears], outs, self._fine)
         return tuple(outs)
 
     def split_heads(self, x: FloatArray, head_dim: int) -> FloatArray:
@@ -93,15 +105,21 @@ class NativeOps(Ops):
     def write_kv(self, kv: _native.LayerKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
         _native.write_kv(self._pool, kv, k, v, slot_mapping)
 
-    def attend(self, q: FloatArray, kv: _native.LayerKV, batch: Batch, window: int | None = None) -> FloatArray:
+    def attend(self, q: FloatArray, kv: _native.LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> FloatArray:
         out = np.empty_like(q)
-        scale = 1.0 / float(np.sqrt(q.shape[2]))
-        _native.attend(self._pool, q, kv, batch.block_tables, batch.sequence_index, batch.positions, scale, out, window)
+        scale, cap = rule.scale_for(q.shape[2]), rule.soft_cap or 0.0
+        places = (batch.block_tables, batch.sequence_index, batch.positions)
+        _native.attend(self._pool, q, kv, *places, scale, cap, out, rule.window)
         return out
 
-    def silu_multiply(self, gate: FloatArray, up: FloatArray) -> FloatArray:
-        out = np.empty_like(gate)
-        _native.silu_multiply(self._pool, gate, up, out)
+    def activate(self, x: FloatArray, activation: Activation, up: FloatArray | None = None) -> FloatArray:
+        out = np.empty_like(x)
+        _native.activate(self._pool, activation, x, up, out)
+        return out
+
+    def soft_cap(self, x: FloatArray, cap: float) -> FloatArray:
+        out = np.empty_like(x)
+        _native.soft_cap(self._pool, x, cap, out)
         return out
 
     def add(self, x: FloatArray, y: FloatArray) -> FloatArray:

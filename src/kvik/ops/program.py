@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik import _native
-from kvik.ops.base import Batch, Forward, IntArray, QKVWeights
+from kvik.ops.base import Batch, Forward, IntArray, Linear, Norm, QKVWeights
 from kvik.ops.trace import Call, Field, Value, trace
 
 FloatArray = npt.NDArray[np.float32]
@@ -133,11 +133,12 @@ def _widths(call: Call) -> tuple[int, int]:
 
 
 def _is_integer(call: Call) -> bool:
-    """Whether a weight among the arguments is quantised; weights stand alone, in tuples, or in `QKVWeights`."""
+    """Whether a matrix among the arguments is quantised; projections stand alone, in tuples, or in `QKVWeights`."""
     for argument in call.arguments:
-        weights = (argument.query, argument.key, argument.value) if isinstance(argument, QKVWeights) else argument
-        for weight in weights if isinstance(weights, tuple) else (weights,):
-            if isinstance(weight, _native.PackedWeight) and weight.quantized:
+        linears = argument.linears if isinstance(argument, QKVWeights) else argument
+        for linear in linears if isinstance(linears, tuple) else (linears,):
+            matrix = linear.matrix if isinstance(linear, Linear) else None
+            if isinstance(matrix, _native.PackedWeight) and matrix.quantized:
                 return True
     return False
 
@@ -153,28 +154,47 @@ def _arrays(batch: Batch) -> tuple[IntArray, IntArray, IntArray, IntArray, IntAr
     )
 
 
+def native_norm(norm: Norm) -> _native.Norm:
+    """The norm for the native core."""
+    return _native.Norm(norm.weight, norm.eps, norm.bias, norm.kind == "layer")
+
+
+def native_linear(linear: Linear) -> _native.Linear:
+    """The projection for the native core."""
+    assert isinstance(linear.matrix, _native.PackedWeight)
+    return _native.Linear(linear.matrix, linear.bias, linear.scale)
+
+
+def _native_form(argument: Any) -> Any:
+    if isinstance(argument, Norm):
+        return native_norm(argument)
+    return native_linear(argument) if isinstance(argument, Linear) else argument
+
+
 def _append(program: _native.Program, ids: dict[int, int], call: Call) -> list[int]:
     """Append one op to the program and give the numbers of its values."""
-    given: list[Any] = [ids[argument.id] if isinstance(argument, Value) else argument for argument in call.arguments]
+    given: list[Any] = [
+        ids[argument.id] if isinstance(argument, Value) else _native_form(argument) for argument in call.arguments
+    ]
     match call.name, given:
         case "norm_qkv", (x, norm, weights, rope, kv, _):
-            projections = (weights.query, weights.key, weights.value)
-            return [program.norm_qkv(x, norm.weight, norm.eps, *projections, rope.turns, rope.adjacent_pairs, kv)]
-        case "norm_gated" | "norm_linear", (x, norm, *weights):
-            return [getattr(program, call.name)(x, norm.weight, norm.eps, *weights)]
-        case "rms_norm", (x, norm):
-            return [program.rms_norm(x, norm.weight, norm.eps)]
-        case "project", (x, weights):
-            return program.project(x, list(weights))
+            parts = (*weights.linears, weights.query_norm, weights.key_norm)
+            turns = (None, False) if rope is None else (rope.turns, rope.adjacent_pairs)
+            return [program.norm_qkv(x, norm, *map(_native_form, parts), *turns, kv)]
+        case "project", (x, linears):
+            return program.project(x, [native_linear(linear) for linear in linears])
         case "rope", (x, _, rope):
             return [program.rope(x, rope.turns, rope.adjacent_pairs, call.results[0].shape[-1])]
         case "write_kv", (kv, k, v, _):
             program.write_kv(kv, k, v)
             return []
-        case "attend", (q, kv, _, window):
-            return [program.attend(q, kv, 1.0 / math.sqrt(call.results[0].shape[-1]), window)]
-        case "embed" | "take_rows", (first, _):
-            return [getattr(program, call.name)(first)]
-        case "linear" | "silu_multiply" | "add", _:
+        case "attend", (q, kv, _, rule):
+            scale = rule.scale_for(call.results[0].shape[-1])
+            return [program.attend(q, kv, scale, rule.soft_cap or 0.0, rule.window)]
+        case "embed", (table, ids_of, scale):
+            return [program.embed(table, ids_of.name == "positions", scale)]
+        case "take_rows", (x, _):
+            return [program.take_rows(x)]
+        case "norm" | "norm_linear" | "norm_gated" | "linear" | "activate" | "soft_cap" | "add", _:
             return [getattr(program, call.name)(*given)]
     raise AssertionError(f"no recorded form of {call.name}")

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 
 from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.config import Activations
-from kvik.ops.base import Activation, AttentionRule, Batch, IntArray, Linear, Norm, Ops, RopeTable, Weight
+from kvik.ops.base import PLAIN, Activation, AttentionRule, Batch, IntArray, Linear, Norm, Ops, RopeTable, Weight
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -162,10 +162,9 @@ class ReferenceOps(Ops):
         kv.keys[blocks, offsets] = quantize_kv(k) if kv.int8 else k
         kv.values[blocks, offsets] = quantize_kv(v) if kv.int8 else v
 
-    def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch, rule: AttentionRule = AttentionRule()) -> FloatArray:
+    def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch, rule: AttentionRule = PLAIN) -> FloatArray:
         num_heads, head_dim = q.shape[1:]
         block_size, group = kv.keys.shape[1], num_heads // kv.keys.shape[2]
-        scale = 1 / np.sqrt(head_dim) if rule.scale is None else rule.scale
         out = np.empty_like(q)
         for token, (sequence, position) in enumerate(zip(batch.sequence_index, batch.positions, strict=True)):
             first = 0 if rule.window is None else max(0, position - rule.window + 1)
@@ -174,7 +173,7 @@ class ReferenceOps(Ops):
             keys, values = (
                 stored[places].astype(np.float64).repeat(group, axis=1) for stored in (kv.keys, kv.values)
             )  # (tokens seen, num_heads, head_dim)
-            scores = np.einsum("hd,thd->ht", q[token].astype(np.float64), keys) * scale
+            scores = np.einsum("hd,thd->ht", q[token].astype(np.float64), keys) * rule.scale_for(head_dim)
             if rule.soft_cap is not None:
                 scores = rule.soft_cap * np.tanh(scores / rule.soft_cap)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kvik.cache import KVCacheSpec
 from kvik.ops.base import (
+    PLAIN,
     Activation,
     Array,
     AttentionRule,
@@ -117,7 +118,7 @@ class _Tracer(Ops):
     def write_kv(self, kv: LayerKV, k: Value, v: Value, slot_mapping: IntArray) -> None:
         self._note("write_kv", (kv, k, v, slot_mapping))
 
-    def attend(self, q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule = AttentionRule()) -> Value:
+    def attend(self, q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> Value:
         return self._one("attend", (q, kv, batch, rule), q.shape)
 
     def activate(self, x: Value, activation: Activation, up: Value | None = None) -> Value:
