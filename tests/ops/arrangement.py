@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from gguf_files import FLOAT_TYPES, random_blocks
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
 from kvik.config import KVDType
-from kvik.ops.base import Batch, IntArray, LayerKV, Ops, Weight
+from kvik.ops.base import AttentionRule, Batch, IntArray, LayerKV, Linear, Ops, Weight
 
 FloatArray = npt.NDArray[np.float32]
 WideArray = npt.NDArray[np.float64]
@@ -35,6 +35,9 @@ class Matrix:
 
     def load(self, ops: Ops) -> Weight:
         return ops.load_weight(self.kind.name, self.blocks.reshape(-1), *self.values.shape)
+
+    def linear(self, ops: Ops) -> Linear:
+        return Linear(self.load(ops))
 
 
 def random_weights(
@@ -88,7 +91,7 @@ class History:
         ops.write_kv(kv, k, v, self.batch(chunks).slot_mapping)
 
     def attend(self, ops: Ops, kv: LayerKV, chunks: Sequence[Chunk], window: int | None = None) -> FloatArray:
-        return ops.to_numpy(ops.attend(gather(self.q, chunks), kv, self.batch(chunks), window))
+        return ops.to_numpy(ops.attend(gather(self.q, chunks), kv, self.batch(chunks), AttentionRule(window=window)))
 
     @property
     def everything(self) -> list[Chunk]:

@@ -14,10 +14,12 @@ import numpy as np
 from gguf_files import WEIGHT_TYPES
 from kvik.config import Activations, KVDType
 from kvik.models.spec import RopeSpec
-from kvik.ops.base import Norm
+from kvik.ops.base import Activation, Linear, Norm
 from kvik.ops.native import NativeOps
 from ops.arrangement import FloatArray, Heads, random_history, random_weights
 from ops.sharing import filled, random_sharers
+
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 def outputs(threads: int = 2) -> Iterator[FloatArray]:
@@ -29,12 +31,16 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
         for kind in WEIGHT_TYPES:
             weight = random_weights(kind, 21, 256, rng).load(ops)
             x = (rng.normal(0, 1, (6, 256)) * 10.0 ** rng.integers(-32, 6, (6, 1))).astype(np.float32)
-            yield ops.linear(x, weight)
+            yield ops.linear(x, Linear(weight))
             yield ops.embed(weight, np.arange(21, dtype=np.int32))
     ops = NativeOps(threads=threads)
     x, y = (rng.normal(0, 10, (11, 45)).astype(np.float32) for _ in range(2))
-    yield ops.rms_norm(x, Norm(y[0], 1e-5))
-    yield ops.silu_multiply(10 * x, y)
+    yield ops.norm(x, Norm(y[0], 1e-5))
+    yield ops.norm(x, Norm(y[0], 1e-5, y[1], "layer"))
+    for activation in ACTIVATIONS:
+        yield ops.activate(10 * x, activation, y)
+        yield ops.activate(x, activation)
+    yield ops.soft_cap(10 * x, 30.0)
     heads = rng.normal(0, 1, (9, 3, 24)).astype(np.float32)
     positions = rng.integers(0, 50, 9, dtype=np.int32)
     for adjacent_pairs in (True, False):

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.config import KVDType
-from kvik.ops.base import Batch, IntArray, LayerKV, Ops
+from kvik.ops.base import AttentionRule, Batch, IntArray, LayerKV, Ops
 from ops.arrangement import Chunk, FloatArray, Heads
 
 SEGMENT = BLOCK_SIZE * BLOCKS_PER_SUPERBLOCK
@@ -48,13 +48,15 @@ class Sharers:
         return batch_of(self.tables, self.chunks)
 
     def together(self, ops: Ops, kv: LayerKV, window: int | None = None) -> FloatArray:
-        return ops.to_numpy(ops.attend(self.q, kv, self.batch, window))
+        return ops.to_numpy(ops.attend(self.q, kv, self.batch, AttentionRule(window=window)))
 
     def one_by_one(self, ops: Ops, kv: LayerKV, window: int | None = None) -> FloatArray:
         """Each token in a batch of its own."""
         tokens = [(sequence, at, at + 1) for sequence, start, stop in self.chunks for at in range(start, stop)]
         outs = [
-            ops.to_numpy(ops.attend(self.q[i : i + 1], kv, batch_of(self.tables, [token]), window))
+            ops.to_numpy(
+                ops.attend(self.q[i : i + 1], kv, batch_of(self.tables, [token]), AttentionRule(window=window))
+            )
             for i, token in enumerate(tokens)
         ]
         return np.concatenate(outs)

@@ -33,6 +33,14 @@ def weight(type_name: str = "Q8_0") -> _native.PackedWeight:
     return _native.pack(type_name, np.zeros(ROWS * item_bytes, np.uint8), ROWS, COLUMNS, ARENA, POOL)
 
 
+def linear(type_name: str = "Q8_0") -> _native.Linear:
+    return _native.Linear(weight(type_name), floats(ROWS), 1.0)
+
+
+def norm() -> _native.Norm:
+    return _native.Norm(floats(COLUMNS), 1e-5, floats(COLUMNS), True)
+
+
 def layer(dtype: str = "f32") -> _native.LayerKV:
     return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, dtype).layer(0)
 
@@ -65,7 +73,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
         {
             "pool": lambda: POOL,
             "x": lambda: floats(TOKENS, COLUMNS),
-            "weights": lambda: [weight(), weight("F32")],
+            "linears": lambda: [linear(), linear("F32")],
             "outs": lambda: [floats(TOKENS, ROWS), floats(TOKENS, ROWS)],
             "fine": lambda: False,
         },
@@ -75,25 +83,40 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
         {
             "weight": weight,
             "row_ids": lambda: integers(0, ROWS - 1, 3),
+            "scale": lambda: 1.0,
             "out": lambda: floats(TOKENS, COLUMNS),
         },
     ),
-    "rms_norm": (
-        _native.rms_norm,
+    "Norm": (
+        _native.Norm,
+        {"weight": lambda: floats(9), "eps": lambda: 1e-5, "bias": lambda: floats(9), "layer": lambda: True},
+    ),
+    "Linear": (_native.Linear, {"matrix": weight, "bias": lambda: floats(ROWS), "scale": lambda: 1.0}),
+    "norm": (
+        _native.norm,
         {
             "pool": lambda: POOL,
             "x": lambda: floats(TOKENS, COLUMNS),
-            "weight": lambda: floats(COLUMNS),
-            "eps": lambda: 1e-5,
+            "norm": norm,
             "out": lambda: floats(TOKENS, COLUMNS),
         },
     ),
-    "silu_multiply": (
-        _native.silu_multiply,
+    "activate": (
+        _native.activate,
         {
             "pool": lambda: POOL,
-            "gate": lambda: floats(TOKENS, COLUMNS),
+            "activation": lambda: "gelu",
+            "x": lambda: floats(TOKENS, COLUMNS),
             "up": lambda: floats(TOKENS, COLUMNS),
+            "out": lambda: floats(TOKENS, COLUMNS),
+        },
+    ),
+    "soft_cap": (
+        _native.soft_cap,
+        {
+            "pool": lambda: POOL,
+            "x": lambda: floats(TOKENS, COLUMNS),
+            "cap": lambda: 30.0,
             "out": lambda: floats(TOKENS, COLUMNS),
         },
     ),
@@ -128,6 +151,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "sequence_index": lambda: integers(0, 1, 1),
             "positions": lambda: integers(0, 95, 31),
             "scale": lambda: 0.25,
+            "soft_cap": lambda: 0.0,
             "out": lambda: floats(TOKENS, HEADS, HEAD_DIM),
             "window": lambda: 2**62,
         },
@@ -163,7 +187,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
     },
     "project": {
         "x": [floats(TOKENS, COLUMNS + 32), floats(TOKENS, 0), floats(TOKENS + 1, COLUMNS), floats(COLUMNS, TOKENS)],
-        "weights": [[], [weight()], [weight()] * 3, [weight(), 1], weight()],
+        "linears": [[], [linear()], [linear()] * 3, [linear(), 1], linear(), [weight(), weight()]],
         "outs": [
             [],
             [floats(TOKENS, ROWS)],
@@ -178,14 +202,22 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "row_ids": [integers(0, 1, ROWS), integers(-1, 0, 1), integers(0, 1, 2**31 - 1), integers(0, 1), integers()],
         "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS), floats(TOKENS + 1, COLUMNS)],
     },
-    "rms_norm": {
-        "x": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS)],
-        "weight": [floats(COLUMNS - 1), floats(0), floats(COLUMNS + 8)],
+    "Norm": {"weight": [floats(0), floats(8)], "bias": [floats(8), floats(10), floats(0)]},
+    "Linear": {"bias": [floats(ROWS - 1), floats(ROWS + 1), floats(0)]},
+    "norm": {
+        "x": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS), floats(TOKENS, COLUMNS // 2)],
+        "norm": [_native.Norm(floats(COLUMNS - 1), 1e-5, None, False)],
         "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
     },
-    "silu_multiply": {
-        "gate": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS), floats(COLUMNS, TOKENS)],
+    "activate": {
+        "activation": ["", "swish", "gelu\0", "SILU"],
+        "x": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS), floats(COLUMNS, TOKENS)],
         "up": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
+        "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
+    },
+    "soft_cap": {
+        "x": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS)],
+        "cap": [0.0, -1.0, float("nan")],
         "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
     },
     "rope": {
@@ -218,6 +250,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "sequence_index": [integers(0, 1, 2), integers(0, -1, 0), integers(0, 1), integers(2**31 - 1, 0, 0)],
         "positions": [integers(0, 96, 0), integers(-1, 0, 0), integers(0, 1), integers(0, 0, 2**31 - 1)],
         "out": [floats(TOKENS, HEADS, HEAD_DIM - 1), floats(TOKENS, HEADS * 2, HEAD_DIM), floats(2, HEADS, HEAD_DIM)],
+        "soft_cap": [-1.0, float("nan")],
         "window": [0, -1, -(2**63), 2**63, 2**70],
     },
     "KVArrays": {
@@ -274,7 +307,7 @@ def cases() -> list[Any]:
             values = [*BAD[name].get(argument, []), *variants(value)]
             if not isinstance(value, (bool, float)):  # those are read from any number
                 kinds = [kind for kind in WRONG_KINDS if not (isinstance(kind, str) and isinstance(value, str))]
-                values += kinds[1:] if argument == "window" else kinds  # no window is None
+                values += kinds[1:] if argument in ("window", "bias", "up") else kinds  # none of these is None
             found += [
                 pytest.param(name, argument, bad, id=f"{name}-{argument}-{index}") for index, bad in enumerate(values)
             ]
@@ -322,18 +355,19 @@ def test_what_only_the_core_makes_cannot_be_made_outside(kind: Callable[[], Any]
         kind()
 
 
-@pytest.mark.parametrize("weights", ["[None]", "[weight, None]", "(None,)"])
-def test_none_among_the_weights_is_refused(weights: str) -> None:
+@pytest.mark.parametrize("linears", ["[None]", "[linear, None]", "(None,)"])
+def test_none_among_the_projections_is_refused(linears: str) -> None:
     """In a process of its own, which a null pointer may end."""
     script = f"""
 import numpy as np
 from kvik import _native
 pool = _native.ThreadPool(1)
 weight = _native.pack("F32", np.zeros(8 * 32 * 4, np.uint8), 8, 32, _native.WeightArena(), pool)
-weights = {weights}
-outs = [np.zeros((1, 8), np.float32) for _ in weights]
+linear = _native.Linear(weight, None, 1.0)
+linears = {linears}
+outs = [np.zeros((1, 8), np.float32) for _ in linears]
 try:
-    _native.project(pool, np.zeros((1, 32), np.float32), weights, outs, False)
+    _native.project(pool, np.zeros((1, 32), np.float32), linears, outs, False)
 except (TypeError, ValueError):
     print("refused")
 """
@@ -356,9 +390,9 @@ def test_an_object_that_was_never_made_is_refused() -> None:
     with pytest.raises(TypeError):
         _native.write_kv(POOL, kv, empty, empty, integers())
     with pytest.raises(TypeError):
-        _native.take_rows(packed, integers(), floats(0, COLUMNS))
+        _native.take_rows(packed, integers(), 1.0, floats(0, COLUMNS))
     with pytest.raises(TypeError):
-        _native.project(POOL, floats(0, COLUMNS), [packed], [floats(0, ROWS)], False)
+        _native.Linear(packed, None, 1.0)
 
 
 def test_a_layer_outlives_the_name_of_its_arrays() -> None:

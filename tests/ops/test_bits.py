@@ -40,7 +40,7 @@ def test_project_row_by_row(kind: GGMLQuantizationType, activations: Activations
     weight = random_weights(kind, rows, 256, rng)
     x = rng.normal(0, 1, (70, 256)).astype(np.float32)
     alone = NativeOps(activations, threads=1)
-    packed = weight.load(alone)
+    packed = weight.linear(alone)
     one_by_one = np.concatenate([alone.linear(x[i : i + 1], packed) for i in range(70)])
     for threads in THREADS:
         ops = NativeOps(activations, threads=threads)
@@ -53,7 +53,7 @@ def test_project_row_by_row(kind: GGMLQuantizationType, activations: Activations
 def test_project_every_number_of_rows(kind: GGMLQuantizationType) -> None:
     rng = np.random.default_rng(2)
     ops = NativeOps(threads=2)
-    packed = random_weights(kind, 24, 96, rng).load(ops)
+    packed = random_weights(kind, 24, 96, rng).linear(ops)
     x = rng.normal(0, 1, (71, 96)).astype(np.float32)
     whole = ops.linear(x, packed)
     for count in range(1, 71):
@@ -64,7 +64,7 @@ def test_project_every_number_of_rows(kind: GGMLQuantizationType) -> None:
 def test_project_of_several_weights_is_each_alone(threads: int) -> None:
     rng = np.random.default_rng(3)
     ops, alone = NativeOps(threads=threads), NativeOps(threads=1)
-    weights = [random_weights(kind, int(rng.integers(1, 70)), 256, rng).load(alone) for kind in WEIGHT_TYPES]
+    weights = [random_weights(kind, int(rng.integers(1, 70)), 256, rng).linear(alone) for kind in WEIGHT_TYPES]
     x = rng.normal(0, 1, (5, 256)).astype(np.float32)
     for weight, out in zip(weights, ops.project(x, weights), strict=True):
         same_bits(out, alone.linear(x, weight))
@@ -92,8 +92,8 @@ def test_rows_of_norm_activation_and_rope(seed: int, shape: tuple[int, int], cut
 
     def results(ops: NativeOps, part: slice) -> list[FloatArray]:
         return [
-            ops.rms_norm(x[part], Norm(weight, 1e-5)),
-            ops.silu_multiply(x[part], y[part]),
+            ops.norm(x[part], Norm(weight, 1e-5)),
+            ops.activate(x[part], "silu", y[part]),
             ops.rope(heads[part], positions[part], turn),
         ]
 

@@ -127,8 +127,13 @@ def q8_0(rows: int, columns: int) -> Any:
     return _native.pack("Q8_0", np.zeros(rows * columns // 32 * 34, np.uint8), rows, columns, ARENA, POOL)
 
 
+def linear_of(matrix: Any) -> Any:
+    return _native.Linear(matrix, None, 1.0)
+
+
 WIDTH = HEADS * HEAD_DIM
-TABLE, TURNS, NORM = q8_0(40, WIDTH), np.zeros((96, 8, 2), np.float32), np.ones(WIDTH, np.float32)
+TABLE, TURNS = q8_0(40, WIDTH), np.zeros((96, 8, 2), np.float32)
+NORM = _native.Norm(np.ones(WIDTH, np.float32), 1e-5, None, False)
 
 
 # A step of three tokens that fits, by argument.
@@ -148,18 +153,18 @@ GOOD_STEP: dict[str, Callable[[], Any]] = {
 def new_program() -> _native.Program:
     """One that has a value, 0: rows of width 64."""
     program = _native.Program(POOL, False)
-    program.embed(TABLE)
+    program.embed(TABLE, False, 1.0)
     return program
 
 
 def whole_program() -> _native.Program:
     """A step from tokens to logits."""
     program = new_program()
-    qkv = (q8_0(WIDTH, WIDTH), q8_0(KV_HEADS * HEAD_DIM, WIDTH), q8_0(KV_HEADS * HEAD_DIM, WIDTH))
+    query, key = (linear_of(q8_0(rows, WIDTH)) for rows in (WIDTH, KV_HEADS * HEAD_DIM))
     kv = _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, "f16").layer(0)
-    q = program.norm_qkv(0, NORM, 1e-5, *qkv, TURNS, True, kv)
-    attended = program.attend(q, kv, 0.25, None)
-    program.finish(program.norm_linear(program.take_rows(attended), NORM, 1e-5, q8_0(20, WIDTH)))
+    q = program.norm_qkv(0, NORM, query, key, key, None, None, TURNS, True, kv)
+    attended = program.attend(q, kv, 0.25, 0.0, None)
+    program.finish(program.norm_linear(program.take_rows(attended), NORM, linear_of(q8_0(20, WIDTH))))
     return program
 
 
@@ -178,7 +183,7 @@ def on_program(method: str, make: Callable[[], _native.Program] = new_program) -
 def wide_program() -> _native.Program:
     """With value 1, as wide as the keys of a token."""
     program = new_program()
-    program.linear(0, q8_0(KV_HEADS * HEAD_DIM, WIDTH), None)
+    program.linear(0, linear_of(q8_0(KV_HEADS * HEAD_DIM, WIDTH)), None)
     return program
 
 
@@ -190,8 +195,22 @@ def rows_program() -> _native.Program:
 
 
 value = one_of(0, 0, 0, 1, -1, 5, *INTEGERS)
-norm, turns = array_of(np.float32, (WIDTH,)), array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2))
-product = {"x": value, "norm": norm, "eps": one_of(*FLOATS)}
+turns = array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2))
+activation = one_of("silu", "gelu", "gelu_tanh", "relu", "", "swish", "\0")
+
+
+def norm_of(*widths: int) -> Maker:
+    """A norm that often fits."""
+
+    def make(chance: random.Random) -> Any:
+        width = chance.choice(widths) if chance.random() < 0.9 else chance.choice(SIZES[1:])
+        weight, bias = (numbers((width,), np.float32, chance) for _ in range(2))
+        return _native.Norm(weight, chance.choice(FLOATS), chance.choice((None, bias)), chance.random() < 0.5)
+
+    return make
+
+
+product = {"x": value, "norm": lambda chance: None if chance.random() < 0.2 else norm_of(WIDTH)(chance)}
 step: Arguments = {
     "token_ids": per_token,
     "positions": per_token,
@@ -202,9 +221,18 @@ step: Arguments = {
 }
 
 
+def any_linear(chance: random.Random) -> Any:
+    return with_bias(weight(chance), chance)
+
+
+def with_bias(matrix: Any, chance: random.Random) -> Any:
+    bias = numbers((matrix.rows,), np.float32, chance) if chance.random() < 0.5 else None
+    return _native.Linear(matrix, bias, chance.choice((1.0, *FLOATS)))
+
+
 def fitting(*shapes: tuple[int, int]) -> Maker:
-    """A weight that often fits."""
-    return lambda chance: q8_0(*chance.choice(shapes)) if chance.random() < 0.8 else weight(chance)
+    """A projection that often fits."""
+    return lambda chance: with_bias(q8_0(*chance.choice(shapes)) if chance.random() < 0.8 else weight(chance), chance)
 
 
 # By name: a constructor, function or method, and its arguments.
@@ -241,25 +269,42 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         {
             "pool": pool,
             "x": matrices(32, 64, 256),
-            "weights": list_of(weight),
+            "linears": list_of(any_linear),
             "outs": list_of(matrices(1, 8, 9, 20)),
             "fine": one_of(True, False),
         },
     ),
-    "take_rows": (_native.take_rows, {"weight": weight, "row_ids": per_token, "out": matrices(32, 64, 256)}),
-    "rms_norm": (
-        _native.rms_norm,
+    "take_rows": (
+        _native.take_rows,
+        {"weight": weight, "row_ids": per_token, "scale": one_of(*FLOATS), "out": matrices(32, 64, 256)},
+    ),
+    "Norm": (
+        _native.Norm,
         {
-            "pool": pool,
-            "x": matrices(33, 64),
             "weight": array_of(np.float32, (33,), (64,)),
             "eps": one_of(*FLOATS),
-            "out": matrices(33, 64),
+            "bias": lambda chance: None if chance.random() < 0.3 else array_of(np.float32, (33,), (64,))(chance),
+            "layer": one_of(True, False),
         },
     ),
-    "silu_multiply": (
-        _native.silu_multiply,
-        {"pool": pool, "gate": matrices(33), "up": matrices(33), "out": matrices(33)},
+    "Linear": (
+        _native.Linear,
+        {"matrix": weight, "bias": array_of(np.float32, (8,), (9,), (1,)), "scale": one_of(*FLOATS)},
+    ),
+    "norm": (_native.norm, {"pool": pool, "x": matrices(33, 64), "norm": norm_of(33, 64), "out": matrices(33, 64)}),
+    "activate": (
+        _native.activate,
+        {
+            "pool": pool,
+            "activation": activation,
+            "x": matrices(33),
+            "up": lambda chance: None if chance.random() < 0.3 else matrices(33)(chance),
+            "out": matrices(33),
+        },
+    ),
+    "soft_cap": (
+        _native.soft_cap,
+        {"pool": pool, "x": matrices(33), "cap": one_of(30.0, *FLOATS), "out": matrices(33)},
     ),
     "add": (_native.add, {"pool": pool, "x": matrices(33), "y": matrices(33), "out": matrices(33)}),
     "rope": (
@@ -287,6 +332,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "sequence_index": per_token,
             "positions": per_token,
             "scale": one_of(*FLOATS),
+            "soft_cap": one_of(0.0, 30.0, *FLOATS),
             "out": heads_of(HEADS),
             "window": one_of(None, 1, 2, 33, *INTEGERS),
         },
@@ -307,17 +353,25 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     ),
     "WeightArena": (_native.WeightArena, {}),
     "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "fine": one_of(True, False, None, 2)}),
-    "Program.embed": (on_program("embed"), {"table": weight}),
-    "Program.rms_norm": (on_program("rms_norm"), product),
-    "Program.project": (on_program("project"), {"x": value, "weights": list_of(fitting((8, WIDTH), (9, WIDTH)))}),
+    "Program.embed": (
+        on_program("embed"),
+        {"table": weight, "of_positions": one_of(True, False), "scale": one_of(*FLOATS)},
+    ),
+    "Program.norm": (on_program("norm"), {"x": value, "norm": norm_of(WIDTH, HEAD_DIM)}),
+    "Program.project": (on_program("project"), {"x": value, "linears": list_of(fitting((8, WIDTH), (9, WIDTH)))}),
     "Program.linear": (
         on_program("linear"),
-        {"x": value, "weight": fitting((WIDTH, WIDTH), (8, WIDTH)), "residual": one_of(None, 0, *INTEGERS)},
+        {"x": value, "linear": fitting((WIDTH, WIDTH), (8, WIDTH)), "residual": one_of(None, 0, *INTEGERS)},
     ),
-    "Program.norm_linear": (on_program("norm_linear"), product | {"weight": fitting((8, WIDTH))}),
+    "Program.norm_linear": (on_program("norm_linear"), product | {"linear": fitting((8, WIDTH))}),
     "Program.norm_gated": (
         on_program("norm_gated"),
-        product | {"gate": fitting((9, WIDTH), (16, WIDTH)), "up": fitting((9, WIDTH), (16, WIDTH))},
+        product
+        | {
+            "gate": fitting((9, WIDTH), (16, WIDTH)),
+            "up": fitting((9, WIDTH), (16, WIDTH)),
+            "activation": activation,
+        },
     ),
     "Program.norm_qkv": (
         on_program("norm_qkv"),
@@ -326,7 +380,9 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "query": fitting((WIDTH, WIDTH), (2 * WIDTH, WIDTH)),
             "key": fitting((KV_HEADS * HEAD_DIM, WIDTH)),
             "value": fitting((KV_HEADS * HEAD_DIM, WIDTH)),
-            "table": turns,
+            "query_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM, WIDTH)(chance),
+            "key_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM)(chance),
+            "table": lambda chance: None if chance.random() < 0.3 else turns(chance),
             "adjacent_pairs": one_of(True, False),
             "kv": layer,
         },
@@ -341,9 +397,19 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     ),
     "Program.attend": (
         on_program("attend"),
-        {"q": value, "kv": layer, "scale": one_of(*FLOATS), "window": one_of(None, 1, *INTEGERS)},
+        {
+            "q": value,
+            "kv": layer,
+            "scale": one_of(*FLOATS),
+            "soft_cap": one_of(0.0, *FLOATS),
+            "window": one_of(None, 1, *INTEGERS),
+        },
     ),
-    "Program.silu_multiply": (on_program("silu_multiply"), {"gate": value, "up": value}),
+    "Program.activate": (
+        on_program("activate"),
+        {"x": value, "activation": activation, "up": one_of(None, 0, *INTEGERS)},
+    ),
+    "Program.soft_cap": (on_program("soft_cap"), {"x": value, "cap": one_of(30.0, *FLOATS)}),
     "Program.add": (on_program("add"), {"x": value, "y": value}),
     "Program.take_rows": (on_program("take_rows"), {"x": value}),
     "Program.finish": (
@@ -445,7 +511,7 @@ def test_the_wrong_number_of_arguments(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["rms_norm", "silu_multiply", "rope", "project", "write_kv", "attend"],
+    ["norm", "activate", "soft_cap", "rope", "project", "write_kv", "attend"],
 )
 def test_no_tokens_at_all(name: str) -> None:
     """Arrays of no elements have no memory."""
@@ -453,10 +519,11 @@ def test_no_tokens_at_all(name: str) -> None:
     empty, heads = np.zeros((none, 64), np.float32), np.zeros((none, HEADS, HEAD_DIM), np.float32)
     few, ids = np.zeros((none, KV_HEADS, HEAD_DIM), np.float32), np.zeros(none, np.int32)
     special: dict[str, dict[str, Any]] = {
-        "rms_norm": {"x": empty, "weight": np.zeros(64, np.float32), "out": empty},
-        "silu_multiply": {"gate": empty, "up": empty, "out": empty},
+        "norm": {"x": empty, "norm": NORM, "out": empty},
+        "activate": {"activation": "relu", "x": empty, "up": empty, "out": empty},
+        "soft_cap": {"x": empty, "cap": 30.0, "out": empty},
         "rope": {"x": heads, "positions": ids, "table": np.zeros((1, 8, 2), np.float32), "out": heads},
-        "project": {"x": empty, "weights": [], "outs": []},
+        "project": {"x": empty, "linears": [], "outs": []},
         "write_kv": {"k": few, "v": few, "slots": ids},
         "attend": {
             "q": heads,
@@ -476,7 +543,7 @@ def test_what_garbage_found_stays_refused() -> None:
     ids = np.zeros(1, np.int32)
     none = np.zeros((1, 0, 8), np.float32)
     with pytest.raises(ValueError, match="query heads"):
-        _native.attend(POOL, none, layer_kv, table, ids, ids, 1.0, none)
+        _native.attend(POOL, none, layer_kv, table, ids, ids, 1.0, 0.0, none)
     memory = np.zeros(8, np.int32)
     over = memory.view(np.float32).reshape(1, 1, 8)
     x = np.full((1, 1, 8), 1e30, np.float32)
@@ -484,8 +551,8 @@ def test_what_garbage_found_stays_refused() -> None:
     rows = np.zeros(64, np.int32)
     weights = np.full((2, 32), 1e30, np.float32).view(np.uint8).reshape(-1)
     packed = _native.pack("F32", weights, 2, 32, ARENA, POOL)
-    _native.take_rows(packed, rows[:2], rows.view(np.float32).reshape(2, 32))
+    _native.take_rows(packed, rows[:2], 1.0, rows.view(np.float32).reshape(2, 32))
     far = np.array([2**31 - 1], np.int32)
     q = np.zeros((1, 1, 8), np.float32)
     with pytest.raises(ValueError, match="past its block table"):
-        _native.attend(POOL, q, layer_kv, np.zeros((1, 1 << 26), np.int32), ids, far, 1.0, q.copy())
+        _native.attend(POOL, q, layer_kv, np.zeros((1, 1 << 26), np.int32), ids, far, 1.0, 0.0, q.copy())

@@ -8,7 +8,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gguf_files import FLOAT_TYPES, WEIGHT_TYPES
 from kvik.config import Activations
-from kvik.ops.base import Ops
+from kvik.ops.base import Linear, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps, quantize_activations
 from ops.arrangement import FloatArray, Matrix, WideArray, random_weights
@@ -67,7 +67,7 @@ def expected(x: FloatArray, weight: Matrix, levels: float) -> tuple[WideArray, W
 
 
 def check(ops: Ops, x: FloatArray, weights: list[Matrix], levels: float) -> None:
-    outs = ops.project(x, [weight.load(ops) for weight in weights])
+    outs = ops.project(x, [weight.linear(ops) for weight in weights])
     assert len(outs) == len(weights)
     for out, weight in zip(outs, weights, strict=True):
         y = ops.to_numpy(out)
@@ -92,7 +92,7 @@ def test_odd_numbers_of_rows_and_tokens(
 @every_type
 def test_no_rows_where_no_logits_are_wanted(ops: Ops, kind: GGMLQuantizationType) -> None:
     """A step that ends inside a prompt asks for none."""
-    weight = random_weights(kind, 9, 256, np.random.default_rng(11)).load(ops)
+    weight = random_weights(kind, 9, 256, np.random.default_rng(11)).linear(ops)
     assert ops.linear(np.zeros((0, 256), np.float32), weight).shape == (0, 9)
 
 
@@ -144,7 +144,7 @@ def test_zeros_and_what_is_too_small_for_a_scale(
     x[3, 64:128] *= 1e-38
     check(ops, x, [weight], LEVELS[activations])
     if weight.quantized:
-        y = ops.to_numpy(ops.linear(x, weight.load(ops)))
+        y = ops.to_numpy(ops.linear(x, weight.linear(ops)))
         assert not y[[0, 2]].any()
 
 
@@ -162,7 +162,7 @@ def test_whole_numbers_of_quanta_are_exact(ops: Ops, activations: Activations) -
     weight = ops.load_weight("Q8_0", blocks.reshape(-1), 9, 256)
     wanted = x.astype(np.int64) @ quants.astype(np.int64).T
     # With int8 activations the sums stay far below 2**24; int16 ones may round in their last bits.
-    np.testing.assert_allclose(ops.linear(x, weight), wanted, rtol=0, atol=0 if activations == "int8" else 4)
+    np.testing.assert_allclose(ops.linear(x, Linear(weight)), wanted, rtol=0, atol=0 if activations == "int8" else 4)
 
 
 @every_type
@@ -174,7 +174,7 @@ def test_int16_activations_are_close_to_none_at_all(kind: GGMLQuantizationType) 
     ops = NativeOps("int16", threads=1)
     plain = x.astype(np.float64) @ weight.values.astype(np.float64).T
     half_quantum = 0.51 * abs(x).max() / 32384
-    error = abs(ops.linear(x, weight.load(ops)) - plain)
+    error = abs(ops.linear(x, weight.linear(ops)) - plain)
     assert error.max() <= half_quantum * abs(weight.values).sum(axis=1).max() + 1e-4 * weight.quantized
     assert error.mean() < 1e-3
 
@@ -195,7 +195,7 @@ def test_several_weights_at_once_give_what_each_gives_alone(ops: Ops, seed: int)
     kinds = [WEIGHT_TYPES[index] for index in rng.integers(0, len(WEIGHT_TYPES), 4)]
     weights = [random_weights(kind, int(rng.integers(1, 60)), 256, rng) for kind in kinds]
     x = rng.normal(0, 1, (int(rng.integers(1, 20)), 256)).astype(np.float32)
-    loaded = [weight.load(ops) for weight in weights]
+    loaded = [weight.linear(ops) for weight in weights]
     together = ops.project(x, loaded)
     for weight, out in zip(loaded, together, strict=True):
         np.testing.assert_array_equal(out, ops.linear(x, weight))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal, get_args
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType
 
 from gguf_files import WEIGHT_TYPES
 from kvik.models.spec import RopeSpec
-from kvik.ops.base import Norm, Ops
+from kvik.ops.base import Activation, Linear, Norm, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
 from ops.arrangement import FloatArray, random_weights
+
+WideArray = npt.NDArray[np.float64]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 UNIT = 2.0**-24
 TINIEST = 2.0**-126  # the smallest normal number: below it, results lose bits
@@ -45,7 +52,7 @@ def test_rms_norm(ops: Ops, shape: tuple[int, int], size: float) -> None:
     rng = np.random.default_rng(shape[1])
     x, weight = normal(rng, *shape, size=size), normal(rng, shape[1])
     for eps in (1e-5, 1e-6, 0.5):
-        out = ops.to_numpy(ops.rms_norm(x, Norm(weight, eps)))
+        out = ops.to_numpy(ops.norm(x, Norm(weight, eps)))
         wide = x.astype(np.float64)
         wanted = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + eps) * weight
         assert out.shape == shape
@@ -53,13 +60,45 @@ def test_rms_norm(ops: Ops, shape: tuple[int, int], size: float) -> None:
         assert (abs(out - wanted) <= (shape[1] / 8 + 16) * UNIT * abs(wanted) + TINIEST).all()
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layer_norm(ops: Ops, shape: tuple[int, int], size: float, has_bias: bool) -> None:
+    """The mean is off by n / 8 + 8 units of the largest |x|: so are all differences from it, and their mean square."""
+    rng = np.random.default_rng(shape[1] + 7)
+    x, weight = normal(rng, *shape, size=size), normal(rng, shape[1])
+    bias = normal(rng, shape[1]) if has_bias else None
+    out = ops.to_numpy(ops.norm(x, Norm(weight, 1e-5, bias, "layer")))
+    wide = x.astype(np.float64)
+    centered = wide - wide.mean(axis=1, keepdims=True)
+    deviation = np.sqrt((centered**2).mean(axis=1, keepdims=True) + 1e-5)
+    wanted = centered / deviation * weight + (0 if bias is None else bias)
+    steps = shape[1] / 8 + 16
+    relative = steps * UNIT * abs(wide).max(axis=1, keepdims=True) / deviation
+    slack = (abs(centered) / deviation + 1) * abs(weight) * (relative + steps * UNIT) + UNIT * abs(wanted)
+    assert out.shape == shape
+    assert out.dtype == np.float32
+    assert (abs(out - wanted) <= slack + TINIEST).all()
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_norm_of_heads_is_a_norm_of_each(ops: Ops, kind: Literal["rms", "layer"]) -> None:
+    rng = np.random.default_rng(8)
+    x, norm = normal(rng, 5, 3 * 24), Norm(normal(rng, 24), 1e-6, None, kind)
+    out = ops.to_numpy(ops.norm(x, norm))
+    assert out.shape == x.shape
+    for head in range(3):
+        part = np.ascontiguousarray(x[:, 24 * head : 24 * head + 24])
+        np.testing.assert_array_equal(out[:, 24 * head : 24 * head + 24], ops.to_numpy(ops.norm(part, norm)))
+
+
 @pytest.mark.parametrize("size", [*SIZES, 30.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_silu_multiply(ops: Ops, shape: tuple[int, int], size: float) -> None:
+def test_silu(ops: Ops, shape: tuple[int, int], size: float) -> None:
     """e**-x is right to a unit or two and an argument's rounding, |x| units; past e**88 the quotient is nearly zero."""
     rng = np.random.default_rng(shape[1] + 1)
     gate, up = normal(rng, *shape, size=size), normal(rng, *shape, size=3.0)
-    out = ops.to_numpy(ops.silu_multiply(gate, up))
+    out = ops.to_numpy(ops.activate(gate, "silu", up))
     wide = gate.astype(np.float64)
     with np.errstate(over="ignore"):
         wanted = wide / (1 + np.exp(-wide)) * up
@@ -69,11 +108,71 @@ def test_silu_multiply(ops: Ops, shape: tuple[int, int], size: float) -> None:
     assert (abs(out - wanted) <= slack).all()
 
 
-def test_silu_multiply_at_the_ends_of_float32(ops: Ops) -> None:
+def test_silu_at_the_ends_of_float32(ops: Ops) -> None:
     gate = np.asarray([[3.0e38, -3.0e38, 0.0, -0.0, 100.0, -100.0, 2.0**-149, -1e-40, 1.0]], np.float32)
-    out = ops.to_numpy(ops.silu_multiply(gate, np.ones_like(gate)))
+    out = ops.to_numpy(ops.activate(gate, "silu", np.ones_like(gate)))
     np.testing.assert_allclose(out[0, :2], [3.0e38, 0.0], rtol=1e-6, atol=10)
     np.testing.assert_allclose(out[0, 2:], [0.0, 0.0, 100.0, 0.0, 0.0, 0.0, 0.7310586], rtol=1e-6, atol=1e-34)
+
+
+def normal_distribution(x: WideArray) -> WideArray:
+    return np.asarray([math.erfc(-value / math.sqrt(2)) / 2 for value in x.reshape(-1)]).reshape(x.shape)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 5.0, 1e4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gelu_and_relu(ops: Ops, shape: tuple[int, int], size: float) -> None:
+    """The polynomial of the normal distribution is right to 7.5e-8, its products to some units; so are tanh's."""
+    rng = np.random.default_rng(shape[1] + 2)
+    x = normal(rng, *shape, size=size)
+    wide = x.astype(np.float64)
+    curve = np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3))
+    wanted: dict[Activation, WideArray] = {
+        "gelu": wide * normal_distribution(wide),
+        "gelu_tanh": wide / 2 * (1 + curve),
+        "relu": np.maximum(wide, 0),
+    }
+    for activation, values in wanted.items():
+        out = ops.to_numpy(ops.activate(x, activation))
+        assert out.shape == shape
+        assert (abs(out - values) <= 4e-7 * np.minimum(abs(wide), 8) + 2 * UNIT * abs(values) + TINIEST).all(), (
+            activation
+        )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_keep_what_is_no_number(ops: Ops, activation: Activation) -> None:
+    x = np.asarray([[np.nan, 1.0, np.nan, 2.0, 3.0, 4.0, 5.0, 6.0, np.nan]], np.float32)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(np.isnan(ops.to_numpy(ops.activate(x, activation))), np.isnan(x))
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0, 50.0])
+def test_soft_cap(ops: Ops, cap: float) -> None:
+    """tanh is 1 less a quotient: off by a unit or two of 1."""
+    x = normal(np.random.default_rng(6), 9, 45, size=40.0)
+    out = ops.to_numpy(ops.soft_cap(x, cap))
+    wanted = cap * np.tanh(x.astype(np.float64) / cap)
+    assert out.shape == x.shape
+    assert (abs(out - wanted) <= 8 * UNIT * cap).all()
+
+
+def test_embed_with_a_scale(ops: Ops) -> None:
+    table = random_weights(GGMLQuantizationType.F16, 37, 24, np.random.default_rng(9))
+    rows = ops.to_numpy(ops.embed(table.load(ops), np.asarray([3, 36], np.int32), 3.3))
+    np.testing.assert_array_equal(rows, table.values[[3, 36]] * np.float32(3.3))
+
+
+def test_bias_scale_and_residual_follow_the_product(ops: Ops) -> None:
+    rng = np.random.default_rng(10)
+    matrix, bias, residual = random_weights(GGMLQuantizationType.F32, 37, 40, rng), normal(rng, 37), normal(rng, 5, 37)
+    x = normal(rng, 5, 40)
+    loaded = matrix.load(ops)
+    product = ops.to_numpy(ops.linear(x, Linear(loaded)))
+    out = ops.to_numpy(ops.linear(x, Linear(loaded, bias, 0.22), residual))
+    wanted = residual + np.float32(0.22) * (product + bias)
+    np.testing.assert_allclose(out, wanted, atol=4e-6)
+    np.testing.assert_allclose(ops.to_numpy(ops.linear(x, Linear(loaded, bias))), product + bias, atol=4e-6)
 
 
 @pytest.mark.parametrize("adjacent_pairs", [True, False])
@@ -153,8 +252,14 @@ def test_results_are_new_arrays(ops: Ops) -> None:
     rng = np.random.default_rng(5)
     x, y, weight = normal(rng, 4, 32), normal(rng, 4, 32), normal(rng, 32)
     copies = [array.copy() for array in (x, y, weight)]
-    matrix = random_weights(GGMLQuantizationType.Q4_1, 32, 32, rng).load(ops)
-    for out in (ops.rms_norm(x, Norm(weight, 1e-5)), ops.silu_multiply(x, y), ops.add(x, y), ops.linear(x, matrix)):
+    matrix = random_weights(GGMLQuantizationType.Q4_1, 32, 32, rng).linear(ops)
+    for out in (
+        ops.norm(x, Norm(weight, 1e-5)),
+        ops.activate(x, "silu", y),
+        ops.add(x, y),
+        ops.linear(x, matrix),
+        ops.soft_cap(x, 5.0),
+    ):
         out[:] = 7
     for array, copy in zip((x, y, weight), copies, strict=True):
         np.testing.assert_array_equal(array, copy)

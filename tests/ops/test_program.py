@@ -16,9 +16,21 @@ from kvik.cache import BLOCK_SIZE, KVCacheSpec
 from kvik.config import Activations, KVDType
 from kvik.models.loader import LoadedModel, load_model
 from kvik.models.spec import RopeSpec
-from kvik.ops.base import Array, Batch, LayerKV, Norm, Ops, QKVWeights
+from kvik.ops.base import (
+    PLAIN,
+    Activation,
+    Array,
+    AttentionRule,
+    Batch,
+    LayerKV,
+    Linear,
+    Norm,
+    Ops,
+    QKVWeights,
+    RopeTable,
+)
 from kvik.ops.native import NativeOps
-from kvik.ops.program import RecordedStep
+from kvik.ops.program import RecordedStep, native_linear, native_norm
 from kvik.ops.reference import ReferenceOps
 from kvik.ops.trace import trace
 from models import tiny_model
@@ -50,46 +62,81 @@ class Layer:
     """Weights of all kinds for one small layer: odd numbers of row blocks, and one matrix of floats."""
 
     hidden_size, vocab_size, num_blocks, num_kv_heads, head_dim = 96, 50, 24, 2, 24
+    activation: Activation = "silu"
+    rule = PLAIN
 
     def __init__(self, ops: Ops, kv_dtype: KVDType, window: int | None = None) -> None:
-        self.window = window
+        self.rule = dataclasses.replace(self.rule, window=window)
         rng = np.random.default_rng(40)
-
-        def weight(kind: GGMLQuantizationType, rows: int, columns: int) -> Array:
-            return random_weights(kind, rows, columns, rng, std=0.2).load(ops)
-
         width = self.num_kv_heads * self.head_dim
-        self.table = weight(Q8_0, self.vocab_size, self.hidden_size)
+        self.table = random_weights(Q8_0, self.vocab_size, self.hidden_size, rng, std=0.2).load(ops)
         self.qkv = QKVWeights(
-            weight(Q4_1, 3 * width, 96), weight(Q8_0, width, 96), weight(F16, width, 96), self.head_dim
+            self.linear(ops, rng, Q4_1, 3 * width, 96),
+            self.linear(ops, rng, Q8_0, width, 96),
+            self.linear(ops, rng, F16, width, 96),
+            self.head_dim,
         )
-        self.o_proj = weight(F16, 96, 3 * width)
-        self.gate, self.up = weight(Q4_1, 200, 96), weight(Q8_0, 200, 96)
-        self.down = weight(F16, 96, 200)
-        self.head = weight(Q8_0, 41, 96)
-        self.norm = Norm(rng.normal(1, 0.1, 96).astype(np.float32), 1e-5)
-        self.rope = RopeSpec(10_000.0, 16, adjacent_pairs=False).table(300)
+        self.o_proj = self.linear(ops, rng, F16, 96, 3 * width)
+        self.gate, self.up = self.linear(ops, rng, Q4_1, 200, 96), self.linear(ops, rng, Q8_0, 200, 96)
+        self.down = self.linear(ops, rng, F16, 96, 200)
+        self.head = self.linear(ops, rng, Q8_0, 41, 96)
+        self.norm: Norm | None = Norm(rng.normal(1, 0.1, 96).astype(np.float32), 1e-5)
+        self.rope: RopeTable | None = RopeSpec(10_000.0, 16, adjacent_pairs=False).table(300)
         spec = KVCacheSpec(1, self.num_kv_heads, self.head_dim, kv_dtype)
         self.kv: LayerKV = ops.allocate_kv(spec, self.num_blocks)[0]
+
+    def linear(self, ops: Ops, rng: np.random.Generator, kind: GGMLQuantizationType, rows: int, columns: int) -> Linear:
+        return random_weights(kind, rows, columns, rng, std=0.2).linear(ops)
 
     def fused(self, ops: Ops, batch: Batch) -> Array:
         x = ops.embed(self.table, batch.token_ids)
         q = ops.norm_qkv(x, self.norm, self.qkv, self.rope, self.kv, batch)
-        x = ops.linear(ops.merge_heads(ops.attend(q, self.kv, batch, self.window)), self.o_proj, residual=x)
-        x = ops.linear(ops.norm_gated(x, self.norm, self.gate, self.up), self.down, residual=x)
+        x = ops.linear(ops.merge_heads(ops.attend(q, self.kv, batch, self.rule)), self.o_proj, residual=x)
+        hidden = ops.norm_gated(x, self.norm, self.gate, self.up, self.activation)
+        x = ops.linear(hidden, self.down, residual=x)
         return ops.norm_linear(ops.take_rows(x, batch.logit_rows), self.norm, self.head)
 
     def small(self, ops: Ops, batch: Batch) -> Array:
         """The same in ops that do one thing each."""
         x = ops.embed(self.table, batch.token_ids)
-        weights = (self.qkv.query, self.qkv.key, self.qkv.value)
-        q, k, v = (ops.split_heads(out, self.head_dim) for out in ops.project(ops.rms_norm(x, self.norm), weights))
-        q, k = (ops.rope(heads, batch.positions, self.rope) for heads in (q, k))
+        q, k, v = ops.project(self.normed(ops, x), self.qkv.linears)
+        if self.qkv.query_norm and self.qkv.key_norm:
+            q, k = ops.norm(q, self.qkv.query_norm), ops.norm(k, self.qkv.key_norm)
+        q, k, v = (ops.split_heads(out, self.head_dim) for out in (q, k, v))
+        if self.rope:
+            q, k = (ops.rope(heads, batch.positions, self.rope) for heads in (q, k))
         ops.write_kv(self.kv, k, v, batch.slot_mapping)
-        x = ops.add(x, ops.linear(ops.merge_heads(ops.attend(q, self.kv, batch, self.window)), self.o_proj))
-        gate, up = ops.project(ops.rms_norm(x, self.norm), (self.gate, self.up))
-        x = ops.add(x, ops.linear(ops.silu_multiply(gate, up), self.down))
-        return ops.linear(ops.rms_norm(ops.take_rows(x, batch.logit_rows), self.norm), self.head)
+        x = ops.add(x, ops.linear(ops.merge_heads(ops.attend(q, self.kv, batch, self.rule)), self.o_proj))
+        gate, up = ops.project(self.normed(ops, x), (self.gate, self.up))
+        x = ops.add(x, ops.linear(ops.activate(gate, self.activation, up), self.down))
+        return ops.linear(self.normed(ops, ops.take_rows(x, batch.logit_rows)), self.head)
+
+    def normed(self, ops: Ops, x: Array) -> Array:
+        return ops.norm(x, self.norm) if self.norm else x
+
+
+class LayerOfOtherFamilies(Layer):
+    """Biases, scales, layer norms, norms of heads, a soft cap, another activation, a score scale."""
+
+    activation = "gelu"
+    rule = AttentionRule(scale=0.3, soft_cap=2.0)
+
+    def __init__(self, ops: Ops, kv_dtype: KVDType, *, rows_normed: bool = False, plain: bool = False) -> None:
+        super().__init__(ops, kv_dtype)
+        rng = np.random.default_rng(39)
+        width = self.num_kv_heads * self.head_dim
+        weight, bias = rng.normal(1, 0.1, (2, 96)).astype(np.float32)
+        self.norm = None if plain else Norm(weight, 1e-5, bias, "layer")
+        self.rope = None if plain else self.rope
+        norms = [
+            Norm(rng.normal(1, 0.1, size).astype(np.float32), 1e-6)
+            for size in ((3 * width, width) if rows_normed else (self.head_dim, self.head_dim))
+        ]
+        self.qkv = dataclasses.replace(self.qkv, query_norm=norms[0], key_norm=norms[1])
+
+    def linear(self, ops: Ops, rng: np.random.Generator, kind: GGMLQuantizationType, rows: int, columns: int) -> Linear:
+        matrix = super().linear(ops, rng, kind, rows, columns).matrix
+        return Linear(matrix, rng.normal(0, 0.5, rows).astype(np.float32), float(rng.uniform(0.5, 1.5)))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -114,6 +161,24 @@ def test_recorded_and_eager_fused_and_small_ops_give_the_same_bits(
         assert np.isfinite(wanted).all()
         for other in others:
             same_bits(wanted, other)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("options", [{}, {"rows_normed": True}, {"plain": True}], ids=str)
+def test_other_families_have_the_same_bits_too(kv_dtype: KVDType, options: dict[str, bool]) -> None:
+    ops = NativeOps("int8", 2)
+    layer, judge = LayerOfOtherFamilies(ops, kv_dtype, **options), ReferenceOps()
+    expected = LayerOfOtherFamilies(judge, kv_dtype, **options)
+    fused, small = ops.record(layer.fused), ops.record(layer.small)
+    rng = np.random.default_rng(38)
+    for lengths in ([(0, 1)], [(0, 70)], [(5, 6), (33, 34), (0, 1)]):
+        batch = batch_of(lengths, rng, vocab_size=layer.vocab_size, num_blocks=layer.num_blocks)
+        wanted = layer.fused(ops, batch)
+        for other in (layer.small(ops, batch), fused(batch), small(batch)):
+            same_bits(wanted, other)
+        if lengths[0][0] == 0:  # else the cache holds what earlier batches left there
+            near = expected.fused(judge, batch)
+            assert abs(wanted - near).max() < 0.1 * abs(near).max()
 
 
 def test_a_step_that_wants_no_logits() -> None:
@@ -214,28 +279,40 @@ def program() -> _native.Program:
 def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
     ops = NativeOps(threads=1)
     layer = Layer(ops, "f16")
-    norm, eps = layer.norm.weight, layer.norm.eps
-    x = program.embed(layer.table)
+    assert layer.norm is not None
+    assert layer.rope is not None
+    norm, turns = native_norm(layer.norm), layer.rope.turns
+    narrow = _native.Norm(layer.norm.weight[:8].copy(), 1e-5, None, False)
+    gate, down, head = map(native_linear, (layer.gate, layer.down, layer.head))
+    query, key, value = map(native_linear, layer.qkv.linears)
+    assert isinstance(layer.table, _native.PackedWeight)
+    x = program.embed(layer.table, False, 1.0)
+    projected = program.norm_linear(x, norm, head)
     refused: list[tuple[str, Callable[[], object]]] = [
-        ("no such value", lambda: program.linear(7, layer.gate, None)),
-        ("no such value", lambda: program.linear(-1, layer.gate, None)),
-        ("another number of columns", lambda: program.linear(x, layer.down, None)),
-        ("the residual has another shape", lambda: program.linear(x, layer.gate, x)),
-        ("another width", lambda: program.rms_norm(x, norm[:8].copy(), eps)),
-        ("a weight is not", lambda: program.project(x, [layer.gate, None])),  # type: ignore[list-item]
-        ("gate and up differ", lambda: program.norm_gated(x, norm, eps, layer.gate, layer.head)),
-        (
-            "query heads must be a multiple",
-            lambda: program.attend(program.norm_linear(x, norm, eps, layer.head), layer.kv, 1.0, None),
-        ),
+        ("no such value", lambda: program.linear(7, gate, None)),
+        ("no such value", lambda: program.linear(-1, gate, None)),
+        ("another number of columns", lambda: program.linear(x, down, None)),
+        ("the residual has another shape", lambda: program.linear(x, gate, x)),
+        ("no multiple of the weight's", lambda: program.norm(projected, narrow)),
+        ("another width", lambda: program.norm_linear(x, narrow, head)),
+        ("a projection is not", lambda: program.project(x, [gate, None])),  # type: ignore[list-item]
+        ("gate and up differ", lambda: program.norm_gated(x, norm, gate, head, "silu")),
+        ("must be silu", lambda: program.norm_gated(x, norm, gate, gate, "swish")),
+        ("x and up differ", lambda: program.activate(x, "relu", projected)),
+        ("must be silu", lambda: program.activate(x, "", None)),
+        ("must be above 0", lambda: program.soft_cap(x, 0.0)),
+        ("the soft cap must be 0", lambda: program.attend(x, layer.kv, 1.0, -1.0, None)),
+        ("query heads must be a multiple", lambda: program.attend(projected, layer.kv, 1.0, 0.0, None)),
         ("k or v has a wrong shape", lambda: program.write_kv(layer.kv, x, x)),
-        ("the table does not fit", lambda: program.rope(x, layer.rope.turns, True, 8)),
-        ("no multiple of head_dim", lambda: program.rope(x, layer.rope.turns, True, 7)),
+        ("the table does not fit", lambda: program.rope(x, turns, True, 8)),
+        ("no multiple of head_dim", lambda: program.rope(x, turns, True, 7)),
         (
             "keys or values do not fit",
-            lambda: program.norm_qkv(
-                x, norm, eps, layer.gate, layer.gate, layer.gate, layer.rope.turns, True, layer.kv
-            ),
+            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, turns, True, layer.kv),
+        ),
+        (
+            "as wide as neither a head nor all heads",
+            lambda: program.norm_qkv(x, norm, query, key, value, narrow, None, None, True, layer.kv),
         ),
         ("a row for each logit row", lambda: program.finish(x)),
     ]

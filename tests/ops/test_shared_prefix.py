@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 
 from kvik.cache import BLOCKS_PER_SUPERBLOCK
 from kvik.config import KVDType
-from kvik.ops.base import Array, Batch, IntArray, LayerKV, Ops
+from kvik.ops.base import Array, AttentionRule, Batch, IntArray, LayerKV, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.program import RecordedStep
 from kvik.ops.reference import ReferenceOps
@@ -68,7 +68,7 @@ class Recorded:
         def forward(ops: Ops, batch: Batch) -> Array:
             x = q = ops.split_heads(ops.embed(table, batch.token_ids), heads.head_dim)
             for window in windows:
-                x = ops.attend(q, self.kv, batch, window)
+                x = ops.attend(q, self.kv, batch, AttentionRule(window=window))
             return ops.take_rows(ops.merge_heads(x), batch.logit_rows)
 
         self.forward = forward

@@ -25,15 +25,15 @@ SEED = 30
 def work(ops: NativeOps) -> list[FloatArray]:
     """Ops that share their work each in their own way: by rows of the weight, by tokens, by tasks."""
     rng = np.random.default_rng(SEED)
-    weights = [random_weights(GGMLQuantizationType.Q4_1, rows, 64, rng).load(ops) for rows in (200, 33)]
+    weights = [random_weights(GGMLQuantizationType.Q4_1, rows, 64, rng).linear(ops) for rows in (200, 33)]
     x = rng.normal(0, 1, (70, 64)).astype(np.float32)
     history = random_history(Heads(4, 2, 16), [300], rng)
     kv = history.allocate(ops, "f16")
     history.write(ops, kv, history.everything)
     return [
         *ops.project(x, weights),
-        ops.rms_norm(x, Norm(x[0], 1e-5)),
-        ops.silu_multiply(x, x),
+        ops.norm(x, Norm(x[0], 1e-5)),
+        ops.activate(x, "silu", x),
         history.attend(ops, kv, [(0, 0, 40), (0, 299, 300)]),
         history.attend(ops, kv, [(0, 299, 300)]),
     ]
@@ -52,7 +52,7 @@ def test_any_number_of_threads_gives_the_same_results(threads: int) -> None:
 
 def test_more_threads_than_work() -> None:
     ops, alone = NativeOps(threads=8), NativeOps(threads=1)
-    weight = random_weights(GGMLQuantizationType.Q8_0, 3, 32, np.random.default_rng(SEED)).load(ops)
+    weight = random_weights(GGMLQuantizationType.Q8_0, 3, 32, np.random.default_rng(SEED)).linear(ops)
     x = np.random.default_rng(SEED).normal(0, 1, (1, 32)).astype(np.float32)
     np.testing.assert_array_equal(ops.linear(x, weight), alone.linear(x, weight))
 

@@ -184,22 +184,28 @@ def test_the_spec_is_the_file_s(tmp_path: Path) -> None:
     assert (spec.hidden_size, spec.intermediate_size, spec.vocab_size) == (96, 128, 320)
     assert (spec.context_length, spec.tied_head) == (77, False)
     assert spec.norm_eps == pytest.approx(1e-6)
-    assert (spec.rope.theta, spec.rope.num_dims, spec.rope.adjacent_pairs, spec.rope.factors) == (5000, 40, True, 1.0)
+    assert spec.ropes == (RopeSpec(theta=5000, num_dims=40, adjacent_pairs=True),)
     assert spec.kv_spec("f16").token_bytes == 2 * 3 * 4 * 40 * 2
+
+
+def table_of(model: LoadedModel) -> npt.NDArray[np.float32]:
+    """Cosines and sines of the model's only rotary embedding."""
+    (rope,) = model.decoder.spec.ropes
+    return rope.table(model.decoder.num_positions).turns
 
 
 def test_defaults_of_keys_that_may_be_absent(tiny_path: Path, tmp_path: Path) -> None:
     keys = ["attention.head_count_kv", "rope.freq_base", "rope.dimension_count", "vocab_size"]
     file = read_gguf(altered(tiny_path, tmp_path / "few.gguf", without=[LLAMA + key for key in keys]))
     spec = read_spec(file)
-    assert (spec.num_kv_heads, spec.head_dim, spec.rope.theta, spec.rope.num_dims) == (4, 16, 10_000, 16)
+    assert (spec.num_kv_heads, spec.head_dim, spec.ropes[0].theta, spec.ropes[0].num_dims) == (4, 16, 10_000, 16)
 
 
 def test_the_context_is_the_model_s_unless_given(tiny_path: Path) -> None:
     assert load(tiny_path).context == 512
     model = load(tiny_path, context=48)
     assert model.context == 48
-    assert len(model.decoder.rope.turns) == 48
+    assert len(table_of(model)) == 48
 
 
 def test_types_are_those_of_the_packed_weights() -> None:
@@ -233,13 +239,13 @@ def test_an_untied_head_is_used(tiny_path: Path, tmp_path: Path) -> None:
     assert not untied.decoder.spec.tied_head
     np.testing.assert_array_equal(logits_of(untied), 2 * logits_of(load(tiny_path)))
     tied = load(tiny_path)
-    assert tied.decoder.weights.lm_head is tied.decoder.weights.embedding
+    assert tied.decoder.weights.lm_head.matrix is tied.decoder.weights.embedding
 
 
 @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
 def test_a_rope_factor_without_a_type_is_linear(tiny_path: Path, tmp_path: Path, key: str) -> None:
     scaled = load(altered(tiny_path, tmp_path / "a.gguf", metadata={f"{LLAMA}{key}": 4.0}))
-    assert scaled.decoder.spec.rope.factors == 4.0
+    assert scaled.decoder.spec.ropes[0].factors == 4.0
 
 
 def test_rope_factors_do_not_hide_another_scaling(tiny_path: Path, tmp_path: Path) -> None:
@@ -248,22 +254,22 @@ def test_rope_factors_do_not_hide_another_scaling(tiny_path: Path, tmp_path: Pat
         load(altered(tiny_path, tmp_path / "a.gguf", metadata={f"{LLAMA}rope.scaling.type": "yarn"}, tensors=tensors))
     metadata = {f"{LLAMA}rope.scaling.type": "linear", f"{LLAMA}rope.scaling.factor": 4.0}
     both = load(altered(tiny_path, tmp_path / "b.gguf", metadata=metadata, tensors=tensors))
-    assert both.decoder.spec.rope.factors == (8.0,) * 8
+    assert both.decoder.spec.ropes[0].factors == (8.0,) * 8
 
 
 def test_linear_rope_scaling_is_position_interpolation(tiny_path: Path, tmp_path: Path) -> None:
     metadata = {f"{LLAMA}rope.scaling.type": "linear", f"{LLAMA}rope.scaling.factor": 4.0}
     scaled = load(altered(tiny_path, tmp_path / "linear.gguf", metadata=metadata))
     unscaled = load(tiny_path)
-    np.testing.assert_array_equal(scaled.decoder.rope.turns[400], unscaled.decoder.rope.turns[100])
+    np.testing.assert_array_equal(table_of(scaled)[400], untable_of(scaled)[100])
     assert not np.array_equal(logits_of(scaled), logits_of(unscaled))
 
 
 def test_rope_factors_divide_each_frequency(tiny_path: Path, tmp_path: Path) -> None:
     factors = np.asarray([1, 1, 1, 2, 2, 4, 8, 8], np.float32)
     scaled = load(altered(tiny_path, tmp_path / "llama3.gguf", tensors={"rope_freqs.weight": (factors, F32)}))
-    unscaled = load(tiny_path).decoder.rope.turns
-    turns = scaled.decoder.rope.turns
+    unscaled = table_of(load(tiny_path))
+    turns = table_of(scaled)
     for pair, factor in enumerate(factors.astype(int)):
         np.testing.assert_array_equal(turns[8 * np.arange(8), pair], unscaled[8 // factor * np.arange(8), pair])
 

@@ -64,8 +64,8 @@ class RopeTable:
 class Norm:
     """What a norm multiplies with and adds, and what keeps it from dividing by zero.
 
-    "rms": x / sqrt(mean(x**2) + eps) * weight (Zhang and Sennrich, 2019). "layer": the same of x - mean(x), plus the bias
-    where there is one (Ba et al., 2016).
+    "rms": x / sqrt(mean(x**2) + eps) * weight (Zhang and Sennrich, 2019). "layer": the same of x - mean(x), plus the
+    bias where there is one (Ba et al., 2016).
     """
 
     weight: Vector  # (width,)

@@ -178,9 +178,10 @@ def _append(program: _native.Program, ids: dict[int, int], call: Call) -> list[i
     ]
     match call.name, given:
         case "norm_qkv", (x, norm, weights, rope, kv, _):
-            parts = (*weights.linears, weights.query_norm, weights.key_norm)
-            turns = (None, False) if rope is None else (rope.turns, rope.adjacent_pairs)
-            return [program.norm_qkv(x, norm, *map(_native_form, parts), *turns, kv)]
+            query, key, value = map(native_linear, weights.linears)
+            query_norm, key_norm = map(_native_form, (weights.query_norm, weights.key_norm))
+            turns, adjacent_pairs = (None, False) if rope is None else (rope.turns, rope.adjacent_pairs)
+            return [program.norm_qkv(x, norm, query, key, value, query_norm, key_norm, turns, adjacent_pairs, kv)]
         case "project", (x, linears):
             return program.project(x, [native_linear(linear) for linear in linears])
         case "rope", (x, _, rope):

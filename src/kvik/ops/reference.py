@@ -120,7 +120,7 @@ class ReferenceOps(Ops):
         return _values(table)[token_ids] * np.float32(scale)
 
     def norm(self, x: FloatArray, norm: Norm) -> FloatArray:
-        wide = x.astype(np.float64).reshape(*x.shape[:-1], -1, len(norm.weight))
+        wide = x.astype(np.float64).reshape(*x.shape[:-1], x.shape[-1] // len(norm.weight), len(norm.weight))
         if norm.kind == "layer":
             wide = wide - wide.mean(axis=-1, keepdims=True)
         normed = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + norm.eps) * norm.weight
