@@ -65,13 +65,10 @@ def _check_supported(file: GGUFFile, spec: DecoderSpec, *, value_dim: int) -> No
     def refuse(what: str) -> ModelError:
         return ModelError(f"{file.path}: {what}", hint="take a model that kvik runs: `kvik models ls` shows some")
 
-    if spec.num_heads % spec.num_kv_heads:
-        raise refuse(f"{spec.num_heads} query heads do not divide among {spec.num_kv_heads} KV heads")
-    if spec.head_dim % 8 or value_dim != spec.head_dim:
-        raise refuse(f"head_dim {spec.head_dim} (values {value_dim}) must be one multiple of 8 for keys and values")
-    for rope in spec.ropes:
-        if rope.num_dims % 2:
-            raise refuse(f"rope.dimension_count {rope.num_dims} is odd")
+    if problem := spec.problem():
+        raise refuse(problem)
+    if value_dim != spec.head_dim:
+        raise refuse(f"keys have {spec.head_dim} dimensions, values {value_dim}: they must have as many")
     if file.get_int(f"{spec.architecture}.expert_count", 0):
         raise refuse("a mixture of experts, which kvik does not run yet")
     window = file.get_int(f"{spec.architecture}.attention.sliding_window", 0)

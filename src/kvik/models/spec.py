@@ -100,6 +100,19 @@ class DecoderSpec:
         """Bytes of one position's cosines and sines in all tables."""
         return sum(rope.token_bytes for rope in self.ropes)
 
+    def problem(self) -> str | None:
+        """Why no decoder can have this shape; `None`: one can."""
+        if self.num_heads % self.num_kv_heads:
+            return f"{self.num_heads} query heads do not divide among {self.num_kv_heads} KV heads"
+        if self.head_dim % 8:
+            return f"head_dim {self.head_dim} is no multiple of 8"
+        for rope in self.ropes:
+            if rope.num_dims % 2 or not 0 < rope.num_dims <= self.head_dim:
+                return f"{rope.num_dims} dimensions of a head of {self.head_dim} cannot turn in pairs"
+        if 0 < self.num_learned_positions < self.context_length:
+            return f"{self.num_learned_positions:,} learned positions for a context of {self.context_length:,}"
+        return None
+
     def kv_spec(self, dtype: KVDType) -> KVCacheSpec:
         """What a KV cache of this decoder holds."""
         return KVCacheSpec(self.num_layers, self.num_kv_heads, self.head_dim, dtype)

@@ -5,30 +5,18 @@ Source: configuration classes of transformers 5 (field names and defaults of eac
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvik.errors import ModelError
+from kvik.models.config_fields import MOST_CONTEXT, ConfigFields, read_json_object
 from kvik.planner.shape import LayerGroup, LayerKind, ModelShape
 
-MOST_CONFIG_BYTES = 1 << 20
-MOST_WIDTH = 1 << 24  # of any width or count: far above every published model
 MOST_LAYERS = 1 << 14
 MOST_HEAD_DIM = 1 << 12
-MOST_CONTEXT = 1 << 31
 
-_HINT = "it must be the config.json of a decoder, as transformers writes it"
-_OTHER_NAMES = {
-    "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
-    "hidden_size": ("n_embd", "d_model"),
-    "num_attention_heads": ("n_head", "n_heads"),
-    "max_position_embeddings": ("n_positions", "n_ctx", "max_seq_len", "seq_length"),
-    "intermediate_size": ("ffn_hidden_size", "n_inner"),
-}
 _LAYER_TYPES: dict[str, LayerKind] = {
     "full_attention": "full",
     "attention": "full",
@@ -44,28 +32,15 @@ _GATED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "o
 
 def read_config(path: Path, name: str) -> ModelShape:
     """The shape that a config.json describes. Raises `ModelError`, which names the field."""
-    try:
-        if path.stat().st_size > MOST_CONFIG_BYTES:
-            raise ModelError(f"{path} has more than {MOST_CONFIG_BYTES:,} bytes", hint=_HINT)
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", hint="check its name and permissions") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {str(error)[:80]}", hint=_HINT) from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds no JSON object", hint=_HINT)
+    config = read_json_object(path)
     inner = config.get("text_config")
     if isinstance(inner, dict):  # of a model that sees or hears too
         config = config | inner
     return _Config(config, path).shape(name)
 
 
-class _Config:
-    """The fields of one file, each taken by name and checked."""
-
-    def __init__(self, fields: Mapping[str, Any], path: Path) -> None:
-        self.fields = fields
-        self.path = path
+class _Config(ConfigFields):
+    """What the fields say of memory."""
 
     def shape(self, name: str) -> ModelShape:
         num_layers = self.count("num_hidden_layers", most=MOST_LAYERS)
@@ -138,38 +113,6 @@ class _Config:
         if every is None:
             every = 2 if self.fields.get("model_type") == "gemma2" else num_layers + 1
         return ["sliding" if (index + 1) % every else "full" for index in range(num_layers)]
-
-    def optional(self, key: str) -> int | None:
-        """A count that may be missing, null or 0."""
-        found = self.find(key)
-        return None if found in (None, 0) and found is not False else self.checked(key, found, MOST_CONTEXT)
-
-    def count(self, key: str, default: int | None = None, *, most: int = MOST_WIDTH) -> int:
-        """A count from 1 to `most`."""
-        found = self.find(key)
-        if found is None:
-            if default is None:
-                raise self.error(f"has no {key}")
-            return default
-        return self.checked(key, found, most)
-
-    def find(self, key: str) -> Any:
-        return next(
-            (self.fields[one] for one in (key, *_OTHER_NAMES.get(key, ())) if self.fields.get(one) is not None), None
-        )
-
-    def checked(self, key: str, found: Any, most: int) -> int:
-        if type(found) is not int or not 1 <= found <= most:
-            shown = (
-                f"a number of {len(str(found)[:400])}+ digits"
-                if type(found) is int and found > 10**18
-                else reprlib.repr(found)
-            )
-            raise self.error(f"{key} is {shown}; it must be a whole number from 1 to {most:,}")
-        return found
-
-    def error(self, what: str) -> ModelError:
-        return ModelError(f"{self.path}: {what}", hint=_HINT)
 
 
 def _with_params(shape: ModelShape, fields: Mapping[str, Any]) -> ModelShape:

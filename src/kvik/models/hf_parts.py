@@ -1,0 +1,194 @@
+"""Where each family's checkpoints keep the decoder's tensors: names, fused projections, transposed ones.
+
+Source: the modules of transformers 5, whose state dicts checkpoints are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kvik.models.parts import Part, Parts
+from kvik.models.spec import DecoderSpec
+
+Names = Mapping[str, str]
+
+_LLAMA: Names = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NORMS_AROUND: Names = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GPT2: Names = {
+    "token_embd": "wte",
+    "position_embd": "wpe",
+    "output_norm": "ln_f",
+    "attn_norm": "ln_1",
+    "attn_q": "attn.c_attn",
+    "attn_k": "attn.c_attn",
+    "attn_v": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_NEOX: Names = {
+    "token_embd": "embed_in",
+    "output_norm": "final_layer_norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "attention.query_key_value",
+    "attn_k": "attention.query_key_value",
+    "attn_v": "attention.query_key_value",
+    "attn_output": "attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+_FALCON: Names = _NEOX | {
+    "token_embd": "word_embeddings",
+    "output_norm": "ln_f",
+    "attn_q": "self_attention.query_key_value",
+    "attn_k": "self_attention.query_key_value",
+    "attn_v": "self_attention.query_key_value",
+    "attn_output": "self_attention.dense",
+}
+_OPT: Names = _LLAMA | {
+    "position_embd": "embed_positions",
+    "output_norm": "final_layer_norm",
+    "attn_norm": "self_attn_layer_norm",
+    "attn_output": "self_attn.out_proj",
+    "ffn_norm": "final_layer_norm",
+    "ffn_up": "fc1",
+    "ffn_down": "fc2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The names of one family, and what it does to its tensors."""
+
+    names: Names = _LLAMA
+    prefixes: tuple[str, ...] = ("model.", "")  # of all names but the head's; the first that is found holds
+    layers: str = "layers"
+    head: str = "lm_head"
+    # Rows of a fused projection: all queries, keys, values; or for each KV head its queries, its key, its value.
+    fused: Literal["stacked", "grouped"] = "stacked"
+    transposed: bool = False  # projections are stored as (columns, rows)
+    norm_offset: float = 0.0  # what norms are stored less than
+    first_position: int = 0  # row of the table of positions that position 0 has
+
+
+_GEMMA = Layout(norm_offset=1.0)
+_SEEING = ("model.", "", "language_model.model.", "model.language_model.")  # beside a part that sees
+
+_LAYOUTS: Mapping[str, Layout] = {
+    "phi3": Layout(
+        _LLAMA
+        | dict.fromkeys(("attn_q", "attn_k", "attn_v"), "self_attn.qkv_proj")
+        | dict.fromkeys(("ffn_gate", "ffn_up"), "mlp.gate_up_proj")
+    ),
+    "phi": Layout(
+        _LLAMA
+        | {
+            "output_norm": "final_layernorm",
+            "attn_output": "self_attn.dense",
+            "ffn_up": "mlp.fc1",
+            "ffn_down": "mlp.fc2",
+        }
+    ),
+    "olmo2": Layout(_LLAMA | _NORMS_AROUND),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA, names=_LLAMA | _NORMS_AROUND),
+    "gemma3_text": replace(_GEMMA, names=_LLAMA | _NORMS_AROUND, prefixes=_SEEING),
+    "starcoder2": Layout(_LLAMA | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
+    "gpt2": Layout(_GPT2, ("transformer.", ""), "h", transposed=True),
+    "nanogpt": Layout(_GPT2, ("transformer.", "", "_orig_mod.transformer."), "h"),
+    "gpt_bigcode": Layout(_GPT2, ("transformer.", ""), "h", fused="grouped"),
+    "gpt_neox": Layout(_NEOX, ("gpt_neox.", ""), head="embed_out", fused="grouped"),
+    "falcon": Layout(_FALCON, ("transformer.", ""), "h", fused="grouped"),
+    "opt": Layout(_OPT, ("model.decoder.", "decoder.", ""), first_position=2),
+}
+_PLAIN = Layout()
+
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
+_OTHER_SENSES = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+_CANONICAL = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+)\.(?P<kind>weight|bias)")
+
+
+def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
+    """The parts of a checkpoint that has tensors of these names; whether they all are there is not looked at."""
+    layout = _layout_of(spec)
+    first = layout.names["token_embd"]
+    prefix = next((one for one in layout.prefixes if f"{one}{first}.weight" in stored), layout.prefixes[0])
+    wide = "_orig_mod." if prefix.startswith("_orig_mod.") else ""
+    parts = {}
+    for canonical, shape in spec.tensors().items():
+        match = _CANONICAL.fullmatch(canonical)
+        assert match is not None
+        name, kind = match["name"], match["kind"]
+        if name == "output":
+            parts[canonical] = Part(f"{wide}{layout.head}.{kind}", shape)
+            continue
+        layer = f"{layout.layers}.{match['layer']}." if match["layer"] else ""
+        where = f"{prefix}{layer}{layout.names[name]}.{kind}"
+        parts[canonical] = _part(spec, layout, name, where, shape)
+    return parts
+
+
+def is_unused(spec: DecoderSpec, name: str) -> bool:
+    """Whether a stored tensor is of no use to a decoder: a buffer that can be computed, or of a part that sees."""
+    if spec.tied_head and name.removeprefix("_orig_mod.") == f"{_layout_of(spec).head}.weight":
+        return True  # transformers ties the head too, whatever lies here
+    return bool(_BUFFERS.search(name) or (spec.architecture == "gemma3_text" and _OTHER_SENSES.match(name)))
+
+
+def _layout_of(spec: DecoderSpec) -> Layout:
+    layout = _LAYOUTS.get(spec.architecture, _PLAIN)
+    if spec.architecture == "falcon" and spec.parallel == "two_norms":
+        return replace(layout, names=layout.names | {"attn_norm": "ln_attn", "ffn_norm": "ln_mlp"})
+    return layout
+
+
+def _part(spec: DecoderSpec, layout: Layout, name: str, where: str, shape: tuple[int, ...]) -> Part:
+    if name == "position_embd" and layout.first_position:
+        return Part(where, (shape[0] + layout.first_position, shape[1]), slice(layout.first_position, None))
+    if name.endswith("_norm"):
+        return Part(where, shape, offset=layout.norm_offset)
+    siblings = [one for one, stored in layout.names.items() if stored == layout.names[name] and "norm" not in one]
+    rows: Any = None
+    if len(siblings) > 1:
+        sizes = [spec.tensors()[f"blk.0.{one}.weight"][0] for one in siblings]
+        start = sum(sizes[: siblings.index(name)])
+        rows = slice(start, start + shape[0])
+        if layout.fused == "grouped":
+            rows = _grouped_rows(spec)[siblings.index(name)]
+        shape = (sum(sizes), *shape[1:])
+    transposed = layout.transposed and len(shape) == 2 and name not in ("token_embd", "position_embd")
+    return Part(where, shape[::-1] if transposed else shape, rows, transposed)
+
+
+def _grouped_rows(spec: DecoderSpec) -> tuple[npt.NDArray[np.int64], ...]:
+    """Rows of queries, keys and values where each KV head has its own beside those of the queries that share it."""
+    group = spec.num_heads // spec.num_kv_heads
+    rows = np.arange((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
+    by_head = rows.reshape(spec.num_kv_heads, group + 2, spec.head_dim)
+    return by_head[:, :group].reshape(-1), by_head[:, group].reshape(-1), by_head[:, group + 1].reshape(-1)
