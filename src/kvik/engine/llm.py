@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 import reprlib
@@ -20,6 +21,7 @@ from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
 from kvik.machine import available_memory_bytes
+from kvik.models.decoder import Decoder
 from kvik.models.loader import load_model
 from kvik.models.progress import bytes_progress, counted_progress, terminal_progress
 from kvik.models.spec import DecoderSpec
@@ -231,6 +233,13 @@ class LLM:
             max_running=config.max_running,
             max_waiting=config.max_waiting,
         )
+
+    def with_decoder(self, decoder: Decoder) -> LLM:
+        """The same tokenizer and settings around another decoder, with an engine of its own."""
+        other = copy.copy(self)
+        other.model = replace(self.model, decoder=decoder)
+        other.engine = other.new_engine()
+        return other
 
     def _check_memory(self, spec: DecoderSpec, context: int) -> None:
         """Before the weights are loaded: whether the cache will find its memory."""

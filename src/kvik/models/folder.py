@@ -20,6 +20,11 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").exists()
 
 
+def model_bytes(path: Path) -> int:
+    """Bytes of a model's file, or of a folder's tensors."""
+    return sum(one.stat().st_size for one in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
+
+
 def check_folder(folder: Path) -> None:
     """Raise `ModelError` or `ModelNotFound` for a folder that holds no checkpoint that kvik reads."""
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():

@@ -182,7 +182,7 @@ class _Cut:
 
 def _cuts(spec: DecoderSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Cut]:
     """Made once for all layers."""
-    cuts = {}
+    cuts: dict[str, _Cut] = {}
     for siblings in (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")):
         if f"blk.0.{siblings[0]}.weight" not in shapes or len({layout.names[name] for name in siblings}) > 1:
             continue
