@@ -8,6 +8,7 @@ from pathlib import Path
 from kvik.errors import ModelError
 from kvik.models.gguf import GGUFFile, GGUFTensor, read_gguf
 from kvik.models.gguf_model import read_spec
+from kvik.models.spec import DecoderSpec
 from kvik.planner.shape import LayerGroup, ModelShape, WeightTensors
 from kvik.planner.weights import FORMATS, packed_matrix_bytes
 
@@ -34,7 +35,7 @@ def read_header(path: Path, name: str) -> ModelShape:
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        groups=(LayerGroup("full", spec.num_layers, spec.num_kv_heads, spec.head_dim),),
+        groups=layer_groups(spec),
         max_context=spec.context_length,
         vocab_size=spec.vocab_size,
         num_params=sum(_num_items(tensor) for tensor in matrices),
@@ -49,6 +50,15 @@ def read_header(path: Path, name: str) -> ModelShape:
         ),
         rope_token_bytes=spec.position_bytes,
         runs=True,
+    )
+
+
+def layer_groups(spec: DecoderSpec) -> tuple[LayerGroup, ...]:
+    """The decoder's layers by what they remember, those that see all tokens first."""
+    counts = Counter(layer.window for layer in spec.layers)
+    return tuple(
+        LayerGroup("sliding" if window else "full", count, spec.num_kv_heads, spec.head_dim, window)
+        for window, count in sorted(counts.items(), key=lambda item: item[0] or 0)
     )
 
 
