@@ -109,6 +109,14 @@ class GGUFFile:
         if whole_pages > 0:
             self.mapping.madvise(mmap.MADV_DONTNEED, start, whole_pages)
 
+    def tensor(self, name: str) -> GGUFTensor:
+        """Return the tensor of that name, which must be there."""
+        if name not in self.tensors:
+            raise ModelError(
+                f"{self.path}: tensor {name!r} is missing", hint="the file is not whole; download it again"
+            )
+        return self.tensors[name]
+
     def get_bool(self, key: str, default: bool | None = None) -> bool:
         """Return the bool under `key`."""
         return self._get(key, bool, default)

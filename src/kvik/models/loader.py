@@ -10,7 +10,8 @@ from kvik.errors import InvalidInput, ModelError
 from kvik.models.chat_template import ChatTemplate
 from kvik.models.decoder import Decoder
 from kvik.models.gguf import GGUFFile, read_gguf
-from kvik.models.gguf_model import GGUFSource, read_spec
+from kvik.models.gguf_source import GGUFSource
+from kvik.models.gguf_spec import read_spec
 from kvik.models.spec import DecoderSpec
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.weights import read_weights
@@ -41,7 +42,7 @@ def load_model(
 ) -> LoadedModel:
     """Read, check and pack a GGUF model; `context` None means the model's own. Raises `ModelError`, `InvalidInput`."""
     file = read_gguf(path)
-    spec = read_spec(file)
+    spec = read_spec(file, context)
     if context is None:
         context = spec.context_length
     if context > spec.context_length:
