@@ -61,8 +61,8 @@ def read_divisors(file: GGUFFile, num_pairs: int, *, beyond_original: bool) -> n
         return None
     if found not in ([_ROPE_FREQS], [_ROPE_LONG, _ROPE_SHORT]):
         raise ModelError(
-            f"{file.path}: has {' and '.join(found)}; it must have {_ROPE_FREQS} or both of {_ROPE_LONG}, {_ROPE_SHORT}",
-            hint="the file is not whole; download it again",
+            f"{file.path}: has {' and '.join(found)}, which do not belong together",
+            hint=f"a whole file has {_ROPE_FREQS}, or both {_ROPE_LONG} and {_ROPE_SHORT}, or none of them",
         )
     tensors = {name: _checked(file, Part(name, (num_pairs,))) for name in found}
     for name, tensor in tensors.items():
