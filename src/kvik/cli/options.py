@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from kvik.config import Activations, KVDType, SamplingParams, Speculation
+from kvik.config import Activations, KVDType, SamplingParams, Speculation, WeightFormat
 from kvik.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class ModelOptions:
         value(
             ENGINE,
             "NAME",
-            "smollm2, a .gguf path or a Hub id.",
+            "smollm2, a .gguf path, a checkpoint folder or a Hub id.",
             "-m",
             "--model",
             show_default=True,
@@ -103,6 +103,9 @@ class ModelOptions:
     activations: Annotated[
         Activations, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
     ] = "int8"
+    weights: Annotated[
+        WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")
+    ] = None
     context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None
     kv_memory: Annotated[str, value(ENGINE, "SIZE", "For keys and values, like 512MiB or 2GiB.", show_default=True)] = (
         "auto"
@@ -113,7 +116,10 @@ class ModelOptions:
         from kvik.engine.llm import LLM
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return LLM(values.pop("model"), **values, **others)
+        llm = LLM(values.pop("model"), **values, **others)
+        if llm.model.quantization is not None:
+            typer.echo(str(llm.model.quantization), err=True)
+        return llm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

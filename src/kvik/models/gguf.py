@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from kvik.errors import ModelError, ModelNotFound
 from kvik.models.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
+from kvik.models.mapped import drop_pages
 
 MetadataValue: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 _Kind = TypeVar("_Kind")
@@ -102,12 +103,8 @@ class GGUFFile:
 
     def drop_pages(self, tensor: GGUFTensor) -> None:
         """Give back the memory through which a tensor was read; reading it once more brings it back from the file."""
-        if self.mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        whole_pages = (tensor.offset + tensor.num_bytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        if whole_pages > 0:
-            self.mapping.madvise(mmap.MADV_DONTNEED, start, whole_pages)
+        if self.mapping is not None:
+            drop_pages(self.mapping, tensor.offset, tensor.num_bytes)
 
     def tensor(self, name: str) -> GGUFTensor:
         """Return the tensor of that name, which must be there."""

@@ -1,4 +1,4 @@
-"""From a GGUF file to a decoder that runs: names, shapes and numbers are checked before any is used."""
+"""From a model file or a checkpoint folder to a decoder that runs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvik.config import WeightFormat
 from kvik.errors import InvalidInput, ModelError
 from kvik.models.chat_template import ChatTemplate
+from kvik.models.checkpoint import CheckpointSource, QuantizationError
+from kvik.models.config_fields import read_json_object
 from kvik.models.decoder import Decoder
+from kvik.models.folder import check_folder
 from kvik.models.gguf import GGUFFile, read_gguf
 from kvik.models.gguf_source import GGUFSource
 from kvik.models.gguf_spec import read_spec
+from kvik.models.gguf_tokenizer import GGUFTokenizer
+from kvik.models.hf_spec import read_hf_spec
+from kvik.models.json_tokenizer import JsonTokenizer, read_chat_template
+from kvik.models.progress import Progress, silent
 from kvik.models.spec import DecoderSpec
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.weights import read_weights
@@ -27,6 +35,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     context: int  # most tokens of a sequence
+    quantization: QuantizationError | None = None  # of weights that were quantised when they were loaded
 
 
 Approve = Callable[[DecoderSpec, int], None]
@@ -38,36 +47,76 @@ def load_model(
     ops: Ops,
     *,
     context: int | None = None,
+    weights: WeightFormat | None = None,
     approve: Approve = lambda spec, context: None,
+    progress: Progress = silent,
 ) -> LoadedModel:
-    """Read, check and pack a GGUF model; `context` None means the model's own. Raises `ModelError`, `InvalidInput`."""
+    """Read, check and pack a GGUF file or a checkpoint folder; `context` None means the model's own.
+
+    `weights` quantises those of a folder. Raises `ModelError`, `InvalidInput`.
+    """
+    if path.is_dir():
+        return _load_folder(path, ops, context, weights, approve, progress)
+    if weights is not None:
+        raise InvalidInput(
+            f"weights is {weights!r}, but {path.name} is a GGUF file, whose weights stay as they are",
+            hint="leave it out, take a GGUF of that type, or load the checkpoint folder that it was made from",
+        )
     file = read_gguf(path)
     spec = read_spec(file, context)
-    if context is None:
-        context = spec.context_length
-    if context > spec.context_length:
-        raise InvalidInput(
-            f"context is {context:,}, {path.name} was made for {spec.context_length:,} tokens",
-            hint=f"give at most {spec.context_length}",
-        )
+    context = _chosen_context(path, spec, context)
     approve(spec, context)
-    tokenizer = Tokenizer.from_metadata(file.metadata, path.name)
+    tokenizer = GGUFTokenizer.from_metadata(file.metadata, path.name)
     if tokenizer.vocab_size != spec.vocab_size:
         raise ModelError(
             f"{path}: the vocabulary has {tokenizer.vocab_size:,} tokens, the embedding {spec.vocab_size:,} rows",
             hint="the file's parts do not belong together; take another GGUF of this model",
         )
-    weights = read_weights(spec, GGUFSource(file, spec, ops))
+    decoder = Decoder(spec, read_weights(spec, GGUFSource(file, spec, ops)), ops, context)
+    return LoadedModel(path, decoder, tokenizer, _gguf_template(file, tokenizer), context)
+
+
+def _load_folder(
+    folder: Path, ops: Ops, context: int | None, weights: WeightFormat | None, approve: Approve, progress: Progress
+) -> LoadedModel:
+    check_folder(folder)
+    config_path = folder / "config.json"
+    spec = read_hf_spec(read_json_object(config_path), config_path)
+    context = _chosen_context(folder, spec, context)
+    approve(spec, context)
+    tokenizer = JsonTokenizer(folder)
+    if tokenizer.vocab_size > spec.vocab_size:  # fewer are usual: rows are added until widths are round
+        raise ModelError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the embedding {spec.vocab_size:,} rows",
+            hint="the folder's files do not belong together; download the checkpoint again",
+        )
+    source = CheckpointSource(folder, spec, ops, weights=weights, progress=progress)
+    decoder = Decoder(spec, read_weights(spec, source), ops, context)
+    template = read_chat_template(folder)
     return LoadedModel(
-        path=path,
-        decoder=Decoder(spec, weights, ops, context),
+        path=folder,
+        decoder=decoder,
         tokenizer=tokenizer,
-        chat_template=_chat_template(file, tokenizer),
+        chat_template=None
+        if template is None
+        else ChatTemplate(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, name=folder.name),
         context=context,
+        quantization=source.error,
     )
 
 
-def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
+def _chosen_context(path: Path, spec: DecoderSpec, context: int | None) -> int:
+    if context is None:
+        return spec.context_length
+    if context > spec.context_length:
+        raise InvalidInput(
+            f"context is {context:,}, {path.name} was made for {spec.context_length:,} tokens",
+            hint=f"give at most {spec.context_length}",
+        )
+    return context
+
+
+def _gguf_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
     source = file.get_str("tokenizer.chat_template", "")
     if not source:
         return None

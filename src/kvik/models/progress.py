@@ -44,6 +44,16 @@ def terminal_progress() -> Iterator[Progress]:
 
 
 @contextmanager
+def bytes_progress() -> Iterator[Progress]:
+    """A bar on stderr; nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    with _bars() as report:
+        yield report
+
+
+@contextmanager
 def counted_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr that counts to `total` as it is told of so many more; nothing where that is no terminal."""
     if total < 2 or not sys.stderr.isatty():

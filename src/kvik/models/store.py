@@ -15,6 +15,7 @@ from pathlib import Path
 from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
 from kvik.machine import user_folder
 from kvik.models.fetch import WheelModel, pull_wheel, remove_pulled, sha256_of
+from kvik.models.folder import check_folder
 from kvik.models.hub import (
     HUB_ID,
     HubName,
@@ -152,8 +153,11 @@ def identify(name: str) -> WheelModel | HubName | Path:
     if is_explicit or is_gguf_path or (os.sep in name and kind):
         if kind == "file":
             return path
-        what = "is a folder, not a .gguf file" if kind else "does not exist"
-        raise ModelNotFound(f"{_shown(name)} {what}", hint=f"give the path of a .gguf file, or {_known()}")
+        if kind == "folder":
+            check_folder(path)
+            return path
+        hint = f"give the path of a .gguf file or of a checkpoint folder, or {_known()}"
+        raise ModelNotFound(f"{_shown(name)} does not exist", hint=hint)
     if hub_id is None:
         close = difflib.get_close_matches(name.lower(), REGISTRY, n=1)
         suggestion = f"did you mean {close[0]}? " if close else ""
