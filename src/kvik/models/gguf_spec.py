@@ -40,7 +40,6 @@ class Architecture:
     scales_embedding: bool = False  # by the square root of hidden_size
     attention_soft_cap: float = 0.0  # where no key tells; 0: none
     logit_soft_cap: float = 0.0  # likewise
-    divides_logits: bool = False  # by the key logit_scale
     layers_of_wide_scale: int = 0  # with so many layers, scores are scaled by hidden_size / num_heads, not by head_dim
     window: int = 0  # tokens, where no key tells; 0: none
     window_pattern: int = 0  # each so-many-th layer sees all; 0: none does
@@ -56,7 +55,7 @@ _GPT2 = Architecture(None, norm="layer", activation="gelu_tanh", gated=False)
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("adjacent"),
     "smollm3": Architecture("adjacent", nope_pattern=4),
-    "granite": Architecture("adjacent", divides_logits=True, rope_switch=True),
+    "granite": Architecture("adjacent", rope_switch=True),
     "qwen2": Architecture("halves"),
     "qwen3": Architecture("halves", qk_norm="head"),
     "phi3": Architecture("halves"),
@@ -99,6 +98,16 @@ _REFUSED = {
     "nextn_predict_layers": "layers that predict several tokens",
 }
 """Keys that ask for something kvik does not run, where they are not 0."""
+
+_OWN_KEYS = {
+    "attention.scale": ("granite",),
+    "embedding_scale": ("granite",),
+    "residual_scale": ("granite",),
+    "logit_scale": ("granite",),  # which divides by it; others multiply
+    "attn_logit_softcapping": ("gemma2",),
+    "final_logit_softcapping": ("gemma2", "gemma3"),
+}
+"""Keys that change what is computed, and the architectures that have them."""
 
 
 def read_spec(file: GGUFFile, context: int | None = None) -> DecoderSpec:
@@ -160,7 +169,7 @@ class _Reader:
             num_learned_positions=context_length if facts.pairs is None else 0,
             embedding_scale=self.factor("embedding_scale", math.sqrt(hidden_size) if facts.scales_embedding else 1.0),
             residual_scale=self.factor("residual_scale", 1.0),
-            logit_scale=1.0 / self.factor("logit_scale", 1.0) if facts.divides_logits else 1.0,
+            logit_scale=1.0 / self.factor("logit_scale", 1.0),
             logit_soft_cap=self.number("final_logit_softcapping", facts.logit_soft_cap) or None,
         )
         if problem := spec.problem():
@@ -176,8 +185,9 @@ class _Reader:
                 raise self.refuse(f"{what} ({self.architecture}.{key}), which kvik does not run yet")
         if not self.file.get_bool(f"{self.architecture}.attention.causal", True):
             raise self.refuse("attention to later tokens, which kvik does not run")
-        if not self.facts.divides_logits and f"{self.architecture}.logit_scale" in self.file.metadata:
-            raise self.refuse(f"{self.architecture}.logit_scale, which kvik does not know of this architecture")
+        for key, owners in _OWN_KEYS.items():
+            if f"{self.architecture}.{key}" in self.file.metadata and self.architecture not in owners:
+                raise self.refuse(f"{self.architecture}.{key}, which kvik does not know of this architecture")
 
     def parallel(self) -> Literal["none", "one_norm", "two_norms"]:
         if self.facts.parallel == "none" or not self.file.get_bool(f"{self.architecture}.use_parallel_residual", True):
