@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from families.cases import NUM_TOKENS
+from families.cases import CASES, NUM_TOKENS, WINDOW
 from families.checkpoints import FloatArray, write_folder
 from families.gguf_cases import GGUF_CASES, tensors_of
 from families.gguf_of import ARCHITECTURES as CONVERTED
@@ -57,6 +57,36 @@ def comparable(spec: DecoderSpec) -> DecoderSpec:
         layers.append(dataclasses.replace(layer, rope=rope))
     scale = spec.attention_scale or spec.head_dim**-0.5
     return dataclasses.replace(spec, architecture="", layers=tuple(layers), attention_scale=scale)
+
+
+NOT_IN_LLAMA_CPP: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "mistral": (CASES["mistral"], {"attention.sliding_window": WINDOW}),
+    "phi3": (CASES["phi3"], {}),
+    "llama-yarn": (
+        {
+            **CASES["llama"],
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 80,
+                "beta_fast": 16,
+                "beta_slow": 2,
+                "attention_factor": 1.3,
+            },
+        },
+        {},
+    ),
+}
+"""Configs, and keys more: what a file says, as transformers means it, and llama.cpp passes over."""
+
+
+@pytest.mark.parametrize("name", NOT_IN_LLAMA_CPP)
+def test_windows_and_yarn_s_numbers_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    config, extra = NOT_IN_LLAMA_CPP[name]
+    checkpoint = load(folder_of(tmp_path, config))
+    model = load(gguf_of(tmp_path / "model.gguf", config, tensors_of(config), extra))
+    assert comparable(model.decoder.spec) == comparable(checkpoint.decoder.spec)
+    np.testing.assert_allclose(logits_of(model), logits_of(checkpoint), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", GGUF_CASES)
