@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,9 @@ def test_a_gguf_file_is_the_checkpoint(name: str, tmp_path: Path) -> None:
 def test_every_architecture_has_a_case() -> None:
     converted = {CONVERTED[config["model_type"]] for config in GGUF_CASES.values()}
     assert converted == set(ARCHITECTURES)
+
+
+def test_every_architecture_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    named = [name for line in text.splitlines() if line.startswith("| `") for name in re.findall("`(.+?)`", line)]
+    assert sorted(named) == sorted(ARCHITECTURES)

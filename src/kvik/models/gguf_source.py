@@ -30,7 +30,7 @@ _FALCON_NORMS = {"attn_norm": "attn_norm_2", "ffn_norm": "attn_norm"}
 def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
     """Where each of the decoder's tensors lies; whether they all are there is not looked at.
 
-    Queries, keys and values may be fused in any architecture; where they must be, a file without them is told of that.
+    Queries, keys and values may be fused in any architecture, or apart; where neither is there, the usual one is named.
     """
     shapes = spec.tensors()
     parts: dict[str, Part] = {}

@@ -23,7 +23,7 @@ MOST = 1 << 24  # of any one dimension or count: far above every published model
 MOST_HEAD_DIM = 1024
 MOST_LAYERS = 1 << 12
 
-_OTHER_MODEL = "take a model that kvik runs: `kvik models ls` shows some"
+_OTHER_MODEL = "take a model that kvik runs: docs/models.md lists them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def read_spec(file: GGUFFile, context: int | None = None) -> DecoderSpec:
     if architecture not in ARCHITECTURES:
         raise ModelError(
             f"{file.path}: architecture {architecture!r:.60} is not one that kvik runs",
-            hint=f"kvik runs {', '.join(ARCHITECTURES)}",
+            hint=f"kvik runs {', '.join(ARCHITECTURES)}: docs/models.md",
         )
     return _Reader(file, architecture).read(context)
 
