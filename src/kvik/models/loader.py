@@ -14,7 +14,8 @@ from kvik.models.config_fields import read_json_object
 from kvik.models.decoder import Decoder
 from kvik.models.folder import check_folder
 from kvik.models.gguf import GGUFFile, read_gguf
-from kvik.models.gguf_model import GGUFSource, read_spec
+from kvik.models.gguf_source import GGUFSource
+from kvik.models.gguf_spec import read_spec
 from kvik.models.gguf_tokenizer import GGUFTokenizer
 from kvik.models.hf_spec import read_hf_spec
 from kvik.models.json_tokenizer import JsonTokenizer, read_chat_template
@@ -62,7 +63,7 @@ def load_model(
             hint="leave it out, take a GGUF of that type, or load the checkpoint folder that it was made from",
         )
     file = read_gguf(path)
-    spec = read_spec(file)
+    spec = read_spec(file, context)
     context = _chosen_context(path, spec, context)
     approve(spec, context)
     tokenizer = GGUFTokenizer.from_metadata(file.metadata, path.name)
