@@ -14,6 +14,7 @@ Activations = Literal["int8", "int16"]
 KVDType = Literal["f32", "f16", "int8"]
 Backend = Literal["native", "reference"]
 Speculation = Literal["ngram"]
+Weights = Literal["keep", "q8", "q4"]
 
 MOST_STOP_STRINGS = 16
 MOST_STOP_BYTES = 1024
@@ -118,11 +119,13 @@ class EngineConfig:
     max_running: int = 64  # sequences that run at once
     max_waiting: int = 1024  # requests that wait; more are refused
     backend: Backend = "native"
+    weights: Weights = "keep"  # matrices of a checkpoint: as they are, or quantised as they are loaded
 
     def __post_init__(self) -> None:
         _check_choice("activations", self.activations, get_args(Activations))
         _check_choice("kv_dtype", self.kv_dtype, get_args(KVDType))
         _check_choice("backend", self.backend, get_args(Backend))
+        _check_choice("weights", self.weights, get_args(Weights))
         if self.context is not None:
             _check_int("context", self.context, 2, MOST_TOKENS)
         if self.threads is not None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from kvik.config import Activations, KVDType, SamplingParams, Speculation
+from kvik.cli.terminal import note
+from kvik.config import Activations, KVDType, SamplingParams, Speculation, Weights
 from kvik.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class ModelOptions:
         value(
             ENGINE,
             "NAME",
-            "smollm2, a .gguf path or a Hub id.",
+            "smollm2, a .gguf path, a checkpoint's folder or a Hub id.",
             "-m",
             "--model",
             show_default=True,
@@ -108,12 +109,19 @@ class ModelOptions:
         "auto"
     )
 
+    weights: Annotated[
+        Weights, value(ENGINE, "keep|q8|q4", "Quantise a checkpoint as it is loaded.", show_default=True)
+    ] = "keep"
+
     def load(self, **others: Any) -> LLM:
         """The model, ready to write; `others` are arguments of `LLM` that have no option here."""
         from kvik.engine.llm import LLM
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return LLM(values.pop("model"), **values, **others)
+        llm = LLM(values.pop("model"), **values, **others)
+        if llm.model.quantization is not None:
+            note(str(llm.model.quantization))
+        return llm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from kvik.config import Activations, Backend, EngineConfig, KVDType, SamplingParams
+from kvik.config import Activations, Backend, EngineConfig, KVDType, SamplingParams, Weights
 from kvik.engine.beams import Beam, search_beams
 from kvik.engine.cache_view import CacheView
 from kvik.engine.engine import Engine, num_pool_blocks
@@ -21,7 +21,7 @@ from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.models.loader import load_model
-from kvik.models.progress import counted_progress, terminal_progress
+from kvik.models.progress import counted_progress, patient_progress, terminal_progress
 from kvik.models.spec import DecoderSpec
 from kvik.models.store import resolve
 from kvik.ops.base import Ops
@@ -35,8 +35,8 @@ GREEDY = SamplingParams()
 class LLM:
     """A model ready to write.
 
-    `model` is `smollm2`, a path to a .gguf file, or a Hub id (`org/name`, `org/name@revision`, `org/name:file.gguf`).
-    The other arguments are those of `EngineConfig`. Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
+    `model` is `smollm2`, a path to a .gguf file or to a checkpoint's folder, or a Hub id (`org/name`,
+    `org/name@revision`, `org/name:file.gguf`, `org/name:safetensors`). The other arguments are those of `EngineConfig`. Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
 
     >>> llm = LLM("smollm2")
     >>> for piece in llm.stream("Once upon a time", SamplingParams(max_tokens=64)):
@@ -57,6 +57,7 @@ class LLM:
         max_running: int = 64,
         max_waiting: int = 1024,
         backend: Backend = "native",
+        weights: Weights = "keep",
     ) -> None:
         self.config = EngineConfig(
             activations=activations,
@@ -69,10 +70,19 @@ class LLM:
             max_running=max_running,
             max_waiting=max_waiting,
             backend=backend,
+            weights=weights,
         )
         with terminal_progress() as report:
             path = resolve(os.fspath(model), progress=report)
-        self.model = load_model(path, _make_ops(self.config), context=context, approve=self._check_memory)
+        with patient_progress() as report:
+            self.model = load_model(
+                path,
+                _make_ops(self.config),
+                context=context,
+                weights=weights,
+                approve=self._check_memory,
+                progress=report,
+            )
         self.engine = self.new_engine()
 
     def generate(
@@ -199,10 +209,10 @@ class LLM:
         """Another engine over the same weights, with a cache of its own.
 
         `changes` are fields of `EngineConfig` in which it differs. Raises `InvalidInput`, also for those that the
-        loaded model has settled: context, activations and backend.
+        loaded model has settled: context, activations, backend and weights.
         """
         config = replace(self.config, **changes)
-        for name in ("context", "activations", "backend"):
+        for name in ("context", "activations", "backend", "weights"):
             if getattr(config, name) != getattr(self.config, name):
                 raise InvalidInput(
                     f"{name} is {getattr(config, name)!r}, the model was loaded with {getattr(self.config, name)!r}",

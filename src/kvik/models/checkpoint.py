@@ -1,0 +1,97 @@
+"""A checkpoint as transformers writes it: a config and tensors, of which only names, shapes and places are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvik.errors import ModelError
+from kvik.models.checkpoint_files import ADAPTER, CONFIG, INDEX, no_weights, path_inside, weight_files
+from kvik.models.config_fields import read_json_object
+from kvik.models.hf_spec import FAMILIES
+from kvik.models.safetensors import StoredTensor, read_safetensors
+
+_ORIGINAL = "take the original checkpoint, which kvik quantises as it loads (`--weights q4`), or a GGUF of the model"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A folder's config and tensors, checked for form."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def config_path(self) -> Path:
+        """The file that the config is from."""
+        return self.folder / CONFIG
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read config.json and the headers of all files of weights. Raises `ModelError`."""
+    config = read_model_config(folder)
+    return Checkpoint(folder, config, read_tensors(folder))
+
+
+def read_model_config(folder: Path) -> Mapping[str, Any]:
+    """The folder's config.json, of a kind that kvik may run. Raises `ModelError`."""
+    if (folder / ADAPTER).is_file():
+        raise ModelError(
+            f"{folder} is an adapter ({ADAPTER}), or a model beside one",
+            hint="merge it into its model first: in peft, `model.merge_and_unload().save_pretrained(NEW)`",
+        )
+    if not (folder / CONFIG).is_file():
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+        if not any(name.endswith(".safetensors") for name in names):
+            raise no_weights(str(folder), names)
+        raise ModelError(f"{folder} has no {CONFIG}", hint=f"put the model's {CONFIG} beside its weights")
+    path = path_inside(folder, CONFIG)
+    config = read_json_object(path)
+    check_config(config, path)
+    return config
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raise `ModelError` for weights that are quantised already, and for models that are code of their own."""
+    inner = config.get("text_config")
+    for fields in (config, inner if isinstance(inner, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if fields.get(key):
+                raise ModelError(f"{path}: the weights are quantised by {_method(fields[key])!r:.60}", hint=_ORIGINAL)
+    model_type = config.get("model_type")
+    if config.get("auto_map") and not (isinstance(model_type, str) and model_type in FAMILIES):
+        raise ModelError(
+            f"{path}: model_type {model_type!r:.60} is code that comes with the model (auto_map), which kvik never runs",
+            hint=f"kvik runs {', '.join(sorted(FAMILIES))}",
+        )
+
+
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of all files of weights, exactly those that the index promises where there is one."""
+    tensors: dict[str, StoredTensor] = {}
+    for name, promised in weight_files(folder).items():
+        path = path_inside(folder, name)
+        if promised is not None and not path.is_file():
+            raise ModelError(
+                f"{path} is missing; {INDEX} has {len(promised):,} tensors in it, {min(promised)!r:.80} among them",
+                hint="the checkpoint is not whole; download the file",
+            )
+        found = read_safetensors(path)
+        for tensor in sorted((promised or found.keys()) ^ found.keys()):
+            does = "lacks it" if tensor in found else "says that it is there"
+            problem = "is in the file" if tensor in found else "is not in the file"
+            raise ModelError(
+                f"{path}: tensor {tensor!r:.80} {problem}, but {INDEX} {does}",
+                hint="files and index are not of one checkpoint; download it again",
+            )
+        tensors |= found
+    return tensors
+
+
+def _method(quantization: Any) -> str:
+    fields = quantization if isinstance(quantization, dict) else {}
+    by_bits = "bitsandbytes" if fields.get("load_in_8bit") or fields.get("load_in_4bit") else "a method without a name"
+    return str(fields.get("quant_method") or fields.get("quant_algo") or by_bits)
