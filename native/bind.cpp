@@ -399,8 +399,8 @@ NB_MODULE(_native, m) {
         "Packs a GGUF tensor's bytes without loss.");
   m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "linears"_a.noconvert(),
         "outs"_a.noconvert(), "fine"_a, "outs[i] = linears[i] of x; activations in int16 where `fine`, else int8.");
-  m.def("take_rows", &checked_take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(),
-        "scale"_a, "out"_a.noconvert(), "out = weight[row_ids] * scale as float32.");
+  m.def("take_rows", &checked_take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "scale"_a,
+        "out"_a.noconvert(), "out = weight[row_ids] * scale as float32.");
   m.def("norm", &checked_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "norm"_a, "out"_a.noconvert(),
         "out = x normed, row by row.");
   m.def("activate", &checked_activate, Unlocked(), "pool"_a, "activation"_a, "x"_a.noconvert(),
@@ -415,8 +415,8 @@ NB_MODULE(_native, m) {
   m.def("write_kv", &checked_write_kv, Unlocked(), "pool"_a, "kv"_a, "k"_a.noconvert(), "v"_a.noconvert(),
         "slots"_a.noconvert(), "Stores k, v (T, num_kv_heads, head_dim) at slots (T,).");
   m.def("attend", &checked_attend, Unlocked(), "pool"_a, "q"_a.noconvert(), "kv"_a, "block_tables"_a.noconvert(),
-        "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "soft_cap"_a,
-        "out"_a.noconvert(), "window"_a.none() = nb::none(),
+        "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "soft_cap"_a, "out"_a.noconvert(),
+        "window"_a.none() = nb::none(),
         "Causal attention of q (T, num_heads, head_dim) over each token's own sequence, or its last `window` tokens.");
   m.def("copy_blocks", &checked_copy_blocks, Unlocked(), "pool"_a, "arrays"_a, "copies"_a,
         "Copies keys and values of all layers from block to block: (source, target) pairs, in order.");

@@ -323,9 +323,7 @@ int record_soft_cap(Program &program, int x, float cap) {
   require(cap > 0, "soft_cap: the cap must be above 0");
   return append(
       program, "soft_cap", {x}, in.width, in.of_logits,
-      [=](const Frame &frame, int out) {
-        soft_cap(frame.pool(), frame[x], cap, frame.rows(x), in.width, frame[out]);
-      },
+      [=](const Frame &frame, int out) { soft_cap(frame.pool(), frame[x], cap, frame.rows(x), in.width, frame[out]); },
       [=](const Step &step) {
         const double items = static_cast<double>(rows_of(step, in.of_logits) * in.width);
         return Cost{8.0 * items, 20.0 * items};

@@ -14,7 +14,7 @@ Activations = Literal["int8", "int16"]
 KVDType = Literal["f32", "f16", "int8"]
 Backend = Literal["native", "reference"]
 Speculation = Literal["ngram"]
-Weights = Literal["keep", "q8", "q4"]
+WeightFormat = Literal["q8", "q4"]
 
 MOST_STOP_STRINGS = 16
 MOST_STOP_BYTES = 1024
@@ -110,6 +110,7 @@ class EngineConfig:
     """How a model is run. Raises `InvalidInput`."""
 
     activations: Activations = "int8"  # what quantised weights are multiplied with; "int16" equals float32 in practice
+    weights: WeightFormat | None = None  # quantise a checkpoint's weights to this when they are loaded; None: keep them
     kv_dtype: KVDType = "f16"
     context: int | None = None  # most tokens of a sequence, prompt and completion; None: the model's own limit
     threads: int | None = None  # None: the processors this process may use
@@ -119,13 +120,13 @@ class EngineConfig:
     max_running: int = 64  # sequences that run at once
     max_waiting: int = 1024  # requests that wait; more are refused
     backend: Backend = "native"
-    weights: Weights = "keep"  # matrices of a checkpoint: as they are, or quantised as they are loaded
 
     def __post_init__(self) -> None:
         _check_choice("activations", self.activations, get_args(Activations))
         _check_choice("kv_dtype", self.kv_dtype, get_args(KVDType))
         _check_choice("backend", self.backend, get_args(Backend))
-        _check_choice("weights", self.weights, get_args(Weights))
+        if self.weights is not None:
+            _check_choice("weights", self.weights, get_args(WeightFormat), otherwise=" or None")
         if self.context is not None:
             _check_int("context", self.context, 2, MOST_TOKENS)
         if self.threads is not None:

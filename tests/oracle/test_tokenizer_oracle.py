@@ -15,6 +15,7 @@ from kvik.errors import InvalidInput
 from kvik.models.chat_template import ChatTemplate
 from kvik.models.detokenizer import Detokenizer
 from kvik.models.gguf import read_gguf
+from kvik.models.gguf_tokenizer import GGUFTokenizer
 from kvik.models.tokenizer import Tokenizer
 from oracle.conftest import Report
 
@@ -63,7 +64,7 @@ TEMPLATE = """{{- bos_token -}}
 
 @pytest.fixture(scope="module")
 def tokenizer(default_model_path: Path) -> Tokenizer:
-    return Tokenizer.from_metadata(read_gguf(default_model_path).metadata, default_model_path.name)
+    return GGUFTokenizer.from_metadata(read_gguf(default_model_path).metadata, default_model_path.name)
 
 
 @pytest.fixture(scope="module")

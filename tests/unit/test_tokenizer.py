@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvik.errors import InvalidInput, ModelError
-from kvik.models.tokenizer import Tokenizer, TokenType
+from kvik.models.gguf_tokenizer import GGUFTokenizer, TokenType
+from kvik.models.tokenizer import Tokenizer
 
 CORPUS = (
     "the quick brown fox jumps over the lazy dog; the dog isn't amused, they'll say. It's 2024 or 12345.\n"
@@ -106,8 +107,8 @@ def sentencepiece(**fields: Any) -> dict[str, Any]:
     return with_types(tokens, **usual | fields)
 
 
-def build(metadata: dict[str, Any]) -> Tokenizer:
-    return Tokenizer.from_metadata(metadata, "model.gguf")
+def build(metadata: dict[str, Any]) -> GGUFTokenizer:
+    return GGUFTokenizer.from_metadata(metadata, "model.gguf")
 
 
 def byte_level_oracle(metadata: dict[str, Any]) -> Callable[[str], list[int]]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CASES, OUTPUT = "What is measured", "Output"
 MOST_BATCH = 4096
 MOST_THREADS = 256
+MOST_HEADS = 1 << 16
 
 
 @spell_out
@@ -44,6 +45,9 @@ def bench(
     batch: Annotated[str, value(CASES, "N,N,…", "Sequences that write at once.", show_default=True)] = "1",
     kv: Annotated[str, value(CASES, "TYPE,…", "Keys and values: f16, f32, int8.", show_default=True)] = "f16",
     threads: Annotated[str | None, value(CASES, "N,N,…", "Else one for each processor.")] = None,
+    kv_heads: Annotated[
+        str | None, value(CASES, "N,N,…", "The model's shape with so many KV heads each, and random weights.")
+    ] = None,
     rounds: Annotated[int, value(CASES, "N", "Measure so often; the median counts.", show_default=True)] = 5,
     profile: Annotated[
         bool, flag(CASES, "--profile", "Show each op's time, and how near the machine's limit.")
@@ -65,12 +69,16 @@ def bench(
     """
     from kvik.cli import bench_report
     from kvik.cli.bench_cases import Bench, Interrupted, check_cases
+    from kvik.cli.bench_heads import variants
     from kvik.ops.limits import measured_limits
 
     if as_json + as_csv + as_markdown > 1:
         raise InvalidInput("more than one of --json, --csv and --markdown is given", hint="give one, and --save FILE")
     check_count("--rounds", rounds, 1, 10_000)
-    cases = _cases(prompt, gen, depth, batch, kv, threads)
+    if profile and kv_heads is not None:
+        raise InvalidInput("--profile and --kv-heads are both given", hint="leave out one")
+    heads = parse_counts("--kv-heads", kv_heads, 1, MOST_HEADS) if kv_heads is not None else []
+    cases = _cases(prompt, gen, depth, batch, kv, threads, heads)
     if save is not None:
         check_output_path("--save", save)
     old = bench_report.read_report(compare) if compare is not None else None
@@ -78,7 +86,7 @@ def bench(
     check_cases(cases, llm.model.context)
     profiles: list[StepProfile] = []
     with Interrupt() as interrupted:
-        bench = Bench(llm, cases, interrupted)
+        bench = Bench(llm, cases, interrupted, variants(llm, heads))
         if fresh_limits:
             note("measuring what the machine can do")
         limits = {case.threads: measured_limits(case.threads, fresh=fresh_limits) for case in cases}
@@ -87,13 +95,13 @@ def bench(
             if profile:
                 profiles = _profiles(llm, cases, rounds)
         is_whole = not interrupted()
-    report = bench_report.bench_report(model.model, llm, bench.rows, limits, rounds, profiles, is_whole=is_whole)
+    report = bench_report.bench_report(model.model, bench.llms, bench.rows, limits, rounds, profiles, is_whole=is_whole)
     if as_json:
         write_report(report)
     elif as_csv:
         write(bench_report.csv_text(report))
     else:
-        lines = bench_report.table_lines(report, markdown=as_markdown)
+        lines = bench_report.table_lines(report, markdown=as_markdown, by_heads=bool(heads))
         for one in profiles:
             lines += ["", *(["```"] if as_markdown else []), *bench_report.profile_lines(one)]
             lines += ["```"] if as_markdown else []
@@ -111,7 +119,7 @@ def bench(
         raise typer.Exit(1)
 
 
-def _cases(prompt: str, gen: int, depth: str, batch: str, kv: str, threads: str | None) -> list[Case]:
+def _cases(prompt: str, gen: int, depth: str, batch: str, kv: str, threads: str | None, heads: list[int]) -> list[Case]:
     from kvik.cli.bench_cases import make_cases
     from kvik.machine import available_threads
 
@@ -130,6 +138,7 @@ def _cases(prompt: str, gen: int, depth: str, batch: str, kv: str, threads: str 
         depths=parse_counts("--depth", depth, 0, MOST_TOKENS),
         batches=parse_counts("--batch", batch, 1, MOST_BATCH),
         num_tokens=check_count("--gen", gen, 1, MOST_TOKENS),
+        kv_heads=list(dict.fromkeys(heads)) or [None],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,6 +46,7 @@ class Case:
     length: int  # of the prompt, or the depth
     num_tokens: int = 1  # written by each sequence
     batch: int = 1
+    num_kv_heads: int | None = None  # of a variant with random weights; None: the model itself
 
     @property
     def name(self) -> str:
@@ -97,14 +98,16 @@ def make_cases(
     depths: Sequence[int],
     batches: Sequence[int],
     num_tokens: int,
+    kv_heads: Sequence[int | None] = (None,),
 ) -> list[Case]:
     """Every combination, in the order in which a table shows them."""
     cases = []
-    for one_threads, kv_dtype in product(threads, kv_dtypes):
+    for heads, one_threads, kv_dtype in product(kv_heads, threads, kv_dtypes):
         for length in prompts:
-            cases += [Case(kind, one_threads, kv_dtype, length) for kind in ("prefill", "seen")]
+            cases += [Case(kind, one_threads, kv_dtype, length, num_kv_heads=heads) for kind in ("prefill", "seen")]
         cases += [
-            Case("decode", one_threads, kv_dtype, depth, num_tokens, batch) for depth, batch in product(depths, batches)
+            Case("decode", one_threads, kv_dtype, depth, num_tokens, batch, heads)
+            for depth, batch in product(depths, batches)
         ]
     return cases
 
@@ -120,27 +123,39 @@ def check_cases(cases: Sequence[Case], context: int) -> None:
 
 
 class Bench:
-    """Measures cases on engines that differ in threads and KV type, over the same weights."""
+    """Measures cases on engines that differ in threads and KV type, over the same weights or over variants of them."""
 
-    def __init__(self, llm: LLM, cases: Sequence[Case], should_stop: Callable[[], bool] = lambda: False) -> None:
-        self._llm = llm
+    def __init__(
+        self,
+        llm: LLM,
+        cases: Sequence[Case],
+        should_stop: Callable[[], bool] = lambda: False,
+        variants: Mapping[int | None, LLM] | None = None,
+    ) -> None:
         self._should_stop = should_stop
+        self.llms: dict[int | None, LLM] = {None: llm, **(variants or {})}
         self._benches = {
-            key: _EngineBench(llm, [case for case in cases if (case.threads, case.kv_dtype) == key], self._step_or_stop)
-            for key in dict.fromkeys((case.threads, case.kv_dtype) for case in cases)
+            key: _EngineBench(
+                self.llms[key[2]], [case for case in cases if _engine_of(case) == key], self._step_or_stop
+            )
+            for key in dict.fromkeys(map(_engine_of, cases))
         }
         self.rows = [Row(case) for case in cases]
 
     def run_round(self, advance: Callable[[int], None]) -> None:
         """Measure each case once, so that a slow spell of the machine hits all alike. Raises `Interrupted`."""
         for row in self.rows:
-            self._benches[row.case.threads, row.case.kv_dtype].measure(row)
+            self._benches[_engine_of(row.case)].measure(row)
             advance(1)
 
     def _step_or_stop(self, engine: Any) -> None:
         if self._should_stop():
             raise Interrupted
         engine.step()
+
+
+def _engine_of(case: Case) -> tuple[int, KVDType, int | None]:
+    return case.threads, case.kv_dtype, case.num_kv_heads
 
 
 class _EngineBench:

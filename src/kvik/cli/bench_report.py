@@ -18,6 +18,7 @@ from kvik.cli.race_report import work_report
 from kvik.cli.terminal import columns, rate, seconds
 from kvik.errors import InvalidInput
 from kvik.machine import available_threads, processor_name
+from kvik.models.folder import model_bytes
 
 if TYPE_CHECKING:
     from kvik.cli.bench_cases import Row
@@ -38,7 +39,7 @@ Report = Mapping[str, Any]
 
 def bench_report(
     name: str,
-    llm: LLM,
+    llms: Mapping[int | None, LLM],
     rows: Sequence[Row],
     limits: Mapping[int, MachineLimits],
     rounds: int,
@@ -49,6 +50,7 @@ def bench_report(
     """Everything that was measured, and where; rows without a single finished round are left out."""
     from kvik import _native
 
+    llm = llms[None]
     config = llm.config
     return {
         "kind": KIND,
@@ -64,10 +66,10 @@ def bench_report(
             "kvik": __version__,
         },
         "limits": [{"threads": threads, **asdict(of)} for threads, of in limits.items()],
-        "model": {"name": name, "path": str(llm.model.path), "file_bytes": llm.model.path.stat().st_size},
+        "model": {"name": name, "path": str(llm.model.path), "file_bytes": model_bytes(llm.model.path)},
         "engine": {"activations": config.activations, "context": llm.model.context, "kv_memory": config.kv_memory},
         "rounds": rounds,
-        "rows": [row_report(row, llm, limits[row.case.threads]) for row in rows if row.seconds],
+        "rows": [row_report(row, llms[row.case.num_kv_heads], limits[row.case.threads]) for row in rows if row.seconds],
         "profiles": [profile_report(one) for one in profiles],
         "is_interrupted": not is_whole,
     }
@@ -89,6 +91,9 @@ def row_report(row: Row, llm: LLM, limits: MachineLimits) -> dict[str, Any]:
         "length": case.length,
         "num_tokens": case.num_tokens,
         "batch": case.batch,
+        "num_kv_heads": llm.model.decoder.spec.num_kv_heads,
+        "kv_token_bytes": llm.model.decoder.spec.kv_spec(case.kv_dtype).token_bytes,
+        "held_weight_bytes": weights.num_bytes,
         "num_cached_tokens": row.num_cached_tokens,
         "seconds": row.seconds,
         "median_s": row.median_s,
@@ -100,10 +105,18 @@ def row_report(row: Row, llm: LLM, limits: MachineLimits) -> dict[str, Any]:
     }
 
 
-def table_lines(report: Report, *, markdown: bool = False) -> list[str]:
-    """The machine, a line for each row, and the limits."""
-    heading = ("case", "batch", "KV", "threads", "tok/s", "low … high", "time", "read", "math")
+def table_lines(report: Report, *, markdown: bool = False, by_heads: bool = False) -> list[str]:
+    """The machine, a line for each row, and the limits; `by_heads` where rows differ in their number of KV heads."""
+    heading: tuple[str, ...] = ("case", "batch", "KV", "threads", "tok/s", "low … high", "time", "read", "math")
     rows = [heading, *(_cells(row) for row in report["rows"])]
+    if by_heads:
+        first = [("KV heads", "KV a token", "weights")]
+        first += [
+            (f"{row['num_kv_heads']}", f"{row['kv_token_bytes']:,} B", f"{row['held_weight_bytes'] / 1e6:,.0f} MB")
+            for row in report["rows"]
+        ]
+        rows = [(*more, *cells) for more, cells in zip(first, rows, strict=True)]
+        heading = rows[0]
     machine = report["machine"]
     title = (
         f"{report['model']['name']}, {report['engine']['activations']} activations, {machine['processor']},"
@@ -122,6 +135,11 @@ def table_lines(report: Report, *, markdown: bool = False) -> list[str]:
         for limit in report["limits"]
     ]
     lines.append("read, math: the part of its time that a case needs at those. time: to the first token, or a token's.")
+    if by_heads:
+        lines += [
+            "All have random weights of the model's shape and bits: memory and speed are real, what they write is not.",
+            "A trained model writes worse with fewer KV heads until trained again: `kvik convert` shows how much.",
+        ]
     if any(max(row["share_of_bandwidth"], row["share_of_arithmetic"]) > 1 for row in report["rows"]):
         lines.append(
             "More than 100%: what is read lies in the caches, or the limits were measured in a busy minute,"
@@ -236,7 +254,8 @@ def moved(before: Sequence[float], now: Sequence[float]) -> str:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("kind", "threads", "kv_dtype", "length", "num_tokens", "batch"))
+    keys = ("kind", "threads", "kv_dtype", "length", "num_tokens", "batch")
+    return (*(row[name] for name in keys), row.get("num_kv_heads"))
 
 
 def profile_lines(profile: StepProfile) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from kvik.cli.terminal import note
-from kvik.config import Activations, KVDType, SamplingParams, Speculation, Weights
+from kvik.config import Activations, KVDType, SamplingParams, Speculation, WeightFormat
 from kvik.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ModelOptions:
         value(
             ENGINE,
             "NAME",
-            "smollm2, a .gguf path, a checkpoint's folder or a Hub id.",
+            "smollm2, a .gguf path, a checkpoint folder or a Hub id.",
             "-m",
             "--model",
             show_default=True,
@@ -104,14 +104,13 @@ class ModelOptions:
     activations: Annotated[
         Activations, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
     ] = "int8"
+    weights: Annotated[
+        WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")
+    ] = None
     context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None
     kv_memory: Annotated[str, value(ENGINE, "SIZE", "For keys and values, like 512MiB or 2GiB.", show_default=True)] = (
         "auto"
     )
-
-    weights: Annotated[
-        Weights, value(ENGINE, "keep|q8|q4", "Quantise a checkpoint as it is loaded.", show_default=True)
-    ] = "keep"
 
     def load(self, **others: Any) -> LLM:
         """The model, ready to write; `others` are arguments of `LLM` that have no option here."""

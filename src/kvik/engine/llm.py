@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 import reprlib
@@ -11,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from kvik.config import Activations, Backend, EngineConfig, KVDType, SamplingParams, Weights
+from kvik.config import Activations, Backend, EngineConfig, KVDType, SamplingParams, WeightFormat
 from kvik.engine.beams import Beam, search_beams
 from kvik.engine.cache_view import CacheView
 from kvik.engine.engine import Engine, num_pool_blocks
@@ -20,8 +21,9 @@ from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
 from kvik.machine import available_memory_bytes
+from kvik.models.decoder import Decoder
 from kvik.models.loader import load_model
-from kvik.models.progress import counted_progress, patient_progress, terminal_progress
+from kvik.models.progress import bytes_progress, counted_progress, terminal_progress
 from kvik.models.spec import DecoderSpec
 from kvik.models.store import resolve
 from kvik.ops.base import Ops
@@ -35,8 +37,9 @@ GREEDY = SamplingParams()
 class LLM:
     """A model ready to write.
 
-    `model` is `smollm2`, a path to a .gguf file or to a checkpoint's folder, or a Hub id (`org/name`,
-    `org/name@revision`, `org/name:file.gguf`, `org/name:safetensors`). The other arguments are those of `EngineConfig`. Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
+    `model` is `smollm2`, a path to a .gguf file or to a checkpoint folder, or a Hub id (`org/name`,
+    `org/name@revision`, `org/name:file.gguf`, `org/name:safetensors`). The other arguments are those of `EngineConfig`.
+    Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
 
     >>> llm = LLM("smollm2")
     >>> for piece in llm.stream("Once upon a time", SamplingParams(max_tokens=64)):
@@ -48,6 +51,7 @@ class LLM:
         model: str | os.PathLike[str] = "smollm2",
         *,
         activations: Activations = "int8",
+        weights: WeightFormat | None = None,
         kv_dtype: KVDType = "f16",
         context: int | None = None,
         threads: int | None = None,
@@ -57,10 +61,10 @@ class LLM:
         max_running: int = 64,
         max_waiting: int = 1024,
         backend: Backend = "native",
-        weights: Weights = "keep",
     ) -> None:
         self.config = EngineConfig(
             activations=activations,
+            weights=weights,
             kv_dtype=kv_dtype,
             context=context,
             threads=threads,
@@ -70,11 +74,10 @@ class LLM:
             max_running=max_running,
             max_waiting=max_waiting,
             backend=backend,
-            weights=weights,
         )
         with terminal_progress() as report:
             path = resolve(os.fspath(model), progress=report)
-        with patient_progress() as report:
+        with bytes_progress(wait_s=1.0) as report:
             self.model = load_model(
                 path,
                 _make_ops(self.config),
@@ -230,6 +233,13 @@ class LLM:
             max_running=config.max_running,
             max_waiting=config.max_waiting,
         )
+
+    def with_decoder(self, decoder: Decoder) -> LLM:
+        """The same tokenizer and settings around another decoder, with an engine of its own."""
+        other = copy.copy(self)
+        other.model = replace(self.model, decoder=decoder)
+        other.engine = other.new_engine()
+        return other
 
     def _check_memory(self, spec: DecoderSpec, context: int) -> None:
         """Before the weights are loaded: whether the cache will find its memory."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kvik.errors import ModelError
-from kvik.models.checkpoint_files import ADAPTER, CONFIG, INDEX, no_weights, path_inside, weight_files
 from kvik.models.config_fields import read_json_object
+from kvik.models.folder import ADAPTER, CONFIG, INDEX, adapter_error, no_weights, path_inside, weight_files
 from kvik.models.hf_spec import FAMILIES
 from kvik.models.safetensors import StoredTensor, read_safetensors
 
@@ -39,10 +39,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def read_model_config(folder: Path) -> Mapping[str, Any]:
     """The folder's config.json, of a kind that kvik may run. Raises `ModelError`."""
     if (folder / ADAPTER).is_file():
-        raise ModelError(
-            f"{folder} is an adapter ({ADAPTER}), or a model beside one",
-            hint="merge it into its model first: in peft, `model.merge_and_unload().save_pretrained(NEW)`",
-        )
+        raise adapter_error(str(folder))
     if not (folder / CONFIG).is_file():
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
         if not any(name.endswith(".safetensors") for name in names):
@@ -64,7 +61,8 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     model_type = config.get("model_type")
     if config.get("auto_map") and not (isinstance(model_type, str) and model_type in FAMILIES):
         raise ModelError(
-            f"{path}: model_type {model_type!r:.60} is code that comes with the model (auto_map), which kvik never runs",
+            f"{path}: model_type {model_type!r:.60} is code that comes with the model (auto_map), which kvik"
+            " never runs",
             hint=f"kvik runs {', '.join(sorted(FAMILIES))}",
         )
 

@@ -1,4 +1,4 @@
-"""A decoder's tensors out of a checkpoint: each checked, cut, turned and packed in pieces, so that nothing lies twice."""
+"""A decoder's tensors out of a checkpoint: checked, cut, turned and packed in pieces, so that none lies twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvik.config import Weights
+from kvik.config import WeightFormat
 from kvik.errors import ModelError
 from kvik.models.checkpoint import Checkpoint
 from kvik.models.hf_parts import hf_parts, is_unused
@@ -34,6 +34,9 @@ ROWS_TOGETHER = 8
 FEWEST_VALUES, MOST_VALUES = 1 << 16, 1 << 21  # of a chunk, which grows with the model, as what may lie beside it does
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
+_TABLES = ("token_embd.weight", "output.weight")
+"""In 8 bits where others get 4: what is lost here shows in the logits at once."""
+
 _NOT_ONE = "weights and config.json do not belong together, or the checkpoint is not whole; download it again"
 _EXTRA = "the model has a part that kvik does not run, or its config.json is of another; take another model"
 
@@ -46,7 +49,8 @@ class CheckpointSource:
         checkpoint: Checkpoint,
         spec: DecoderSpec,
         ops: Ops,
-        weights: Weights = "keep",
+        *,
+        weights: WeightFormat | None = None,
         progress: Progress = silent,
     ) -> None:
         self.checkpoint = checkpoint
@@ -54,7 +58,7 @@ class CheckpointSource:
         self.ops = ops
         self.shapes = spec.tensors()
         self.parts = hf_parts(spec, checkpoint.tensors.keys())
-        self.quantizer = None if weights == "keep" else Quantizer(weights)
+        self.quantizer = None if weights is None else Quantizer(weights)
         self._check_names()
         for name, part in self.parts.items():
             self._check_form(part, checkpoint.tensors[part.stored], name)
@@ -86,12 +90,12 @@ class CheckpointSource:
             if self.quantizer is not None and columns % GROUP:
                 self.quantizer.kept.append(self.parts[name].stored)
             return self.ops.load_rows(kind, self._stored_rows(name), rows, columns)
-        weight = self.ops.load_rows(kind, self._quantized_rows(name, self.quantizer), rows, columns)
+        weight = self.ops.load_rows(kind, self._quantized_rows(name, kind, self.quantizer), rows, columns)
         tensor = self._tensor(name)
         if not math.isfinite(self.quantizer.error(tensor.name)):
             raise tensor.error(
                 f"has values too large for {self.quantizer.weights}, whose scales are in half precision",
-                "load it without quantising: `--weights keep`",
+                "load it without quantising, that is without `--weights`",
             )
         return weight
 
@@ -108,10 +112,10 @@ class CheckpointSource:
         for chunk in self._chunks(name):
             yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
 
-    def _quantized_rows(self, name: str, quantizer: Quantizer) -> Iterator[npt.NDArray[np.uint8]]:
+    def _quantized_rows(self, name: str, kind: str, quantizer: Quantizer) -> Iterator[npt.NDArray[np.uint8]]:
         tensor = self._tensor(name)
         for chunk in self._chunks(name):
-            yield quantizer.quantize(tensor.name, _to_float32(chunk, tensor.dtype)).reshape(-1)
+            yield quantizer.quantize(tensor.name, _to_float32(chunk, tensor.dtype), kind).reshape(-1)
 
     def _chunks(self, name: str) -> Iterator[Raw]:
         """All rows of a tensor of the decoder, some at a time, as they are stored; each is used before the next."""
@@ -122,10 +126,7 @@ class CheckpointSource:
         for start in range(0, shape[0], step):
             stop = min(start + step, shape[0])
             rows = _rows(part, start, stop)
-            if part.transposed:
-                chunk = self._turned(tensor, values, rows, stop - start)
-            else:
-                chunk = values[rows]
+            chunk = self._turned(tensor, values, rows, stop - start) if part.transposed else values[rows]
             self._check_finite(tensor, chunk)
             yield chunk
             if not part.transposed:
@@ -172,7 +173,7 @@ class CheckpointSource:
         if tensor.dtype not in DTYPES:
             raise tensor.error(
                 f"is of dtype {tensor.dtype}, which kvik does not run",
-                f"take a checkpoint in {', '.join(DTYPES)}, or save it so: `model.to(torch.bfloat16).save_pretrained(NEW)`",
+                f"take one in {', '.join(DTYPES)}, or save it so: `model.to(torch.bfloat16).save_pretrained(NEW)`",
             )
 
     def _check_tied_head(self) -> None:
@@ -200,7 +201,7 @@ class CheckpointSource:
     def _check_finite(self, tensor: StoredTensor, chunk: Raw) -> None:
         mask = _EXPONENTS[tensor.dtype]
         bits = chunk.view(np.uint32 if chunk.itemsize == 4 else np.uint16)
-        if bits.size and int((bits & bits.dtype.type(mask)).max()) == mask:
+        if bits.size and int((bits & np.asarray(mask, bits.dtype)).max()) == mask:
             what = "NaN" if np.isnan(_to_float32(chunk, tensor.dtype)).any() else "infinity"
             raise tensor.error(f"holds {what}", "the file is damaged, or training failed; take another checkpoint")
 
@@ -214,7 +215,7 @@ class CheckpointSource:
         """The GGUF type that a matrix becomes. A table of positions is added, not multiplied: it stays as it is."""
         if self.quantizer is None or self.shapes[name][1] % GROUP or name == "position_embd.weight":
             return self._tensor(name).dtype
-        return TYPES[self.quantizer.weights]
+        return TYPES["q8" if name in _TABLES else self.quantizer.weights]
 
     def _decoder_name(self) -> str:
         return f"{self.spec.architecture} decoder of {self.spec.num_layers:,} layers"
@@ -230,7 +231,7 @@ def _view(tensor: StoredTensor) -> Raw:
 
 
 def _rows(part: Part, start: int, stop: int) -> slice | npt.NDArray[np.int64]:
-    """Rows `start` ... `stop` - 1 of the part, as rows of the stored tensor (or as its columns, if it is transposed)."""
+    """Rows `start` ... `stop` - 1 of the part, as rows of the stored tensor, or as its columns if it is transposed."""
     if part.rows is None:
         return slice(start, stop)
     if isinstance(part.rows, slice):

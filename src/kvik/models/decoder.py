@@ -59,6 +59,13 @@ class DecoderWeights:
         return layers + (self.norm.num_bytes + self.lm_head.num_bytes if with_logits else 0)
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them; what is tied once."""
+        others = [self.embedding] if self.lm_head.matrix is not self.embedding else []
+        tables = [*others, *([] if self.positions is None else [self.positions])]
+        return self.step_bytes(with_logits=True) + sum(table.num_bytes for table in tables)
+
+    @property
     def layer_multiply_adds(self) -> int:
         """Multiply-adds of one token with the matrices of all layers."""
         return sum(linear.rows * linear.matrix.columns for layer in self.layers for linear in layer.linears)

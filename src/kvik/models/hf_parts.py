@@ -5,10 +5,11 @@ Source: the modules of transformers 5, whose state dicts checkpoints are.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,8 @@ import numpy.typing as npt
 from kvik.models.parts import Part, Parts
 from kvik.models.spec import DecoderSpec
 
-Names = Mapping[str, str]
+Names = dict[str, str]
+Rows: TypeAlias = slice | npt.NDArray[np.int64]
 
 _LLAMA: Names = {
     "token_embd": "embed_tokens",
@@ -86,7 +88,7 @@ _OPT: Names = _LLAMA | {
 class Layout:
     """The names of one family, and what it does to its tensors."""
 
-    names: Names = _LLAMA
+    names: Names = field(default_factory=lambda: _LLAMA)
     prefixes: tuple[str, ...] = ("model.", "")  # of all names but the head's; the first that is found holds
     layers: str = "layers"
     head: str = "lm_head"
@@ -116,6 +118,7 @@ _LAYOUTS: Mapping[str, Layout] = {
         }
     ),
     "olmo2": Layout(_LLAMA | _NORMS_AROUND),
+    "olmo3": Layout(_LLAMA | _NORMS_AROUND),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA, names=_LLAMA | _NORMS_AROUND),
     "gemma3_text": replace(_GEMMA, names=_LLAMA | _NORMS_AROUND, prefixes=_SEEING),
@@ -140,8 +143,9 @@ def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
     first = layout.names["token_embd"]
     prefix = next((one for one in layout.prefixes if f"{one}{first}.weight" in stored), layout.prefixes[0])
     wide = "_orig_mod." if prefix.startswith("_orig_mod.") else ""
-    parts = {}
-    for canonical, shape in spec.tensors().items():
+    parts, shapes = {}, spec.tensors()
+    cuts = _cuts(spec, layout, shapes)
+    for canonical, shape in shapes.items():
         match = _CANONICAL.fullmatch(canonical)
         assert match is not None
         name, kind = match["name"], match["kind"]
@@ -150,7 +154,7 @@ def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
             continue
         layer = f"{layout.layers}.{match['layer']}." if match["layer"] else ""
         where = f"{prefix}{layer}{layout.names[name]}.{kind}"
-        parts[canonical] = _part(spec, layout, name, where, shape)
+        parts[canonical] = _part(layout, name, where, shape, cuts.get(name))
     return parts
 
 
@@ -168,25 +172,41 @@ def _layout_of(spec: DecoderSpec) -> Layout:
     return layout
 
 
-def _part(spec: DecoderSpec, layout: Layout, name: str, where: str, shape: tuple[int, ...]) -> Part:
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The place of one projection in a stored tensor that has several."""
+
+    rows: Rows
+    num_rows: int  # of all of them
+
+
+def _cuts(spec: DecoderSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Cut]:
+    """Made once for all layers."""
+    cuts: dict[str, _Cut] = {}
+    for siblings in (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")):
+        if f"blk.0.{siblings[0]}.weight" not in shapes or len({layout.names[name] for name in siblings}) > 1:
+            continue
+        sizes = [shapes[f"blk.0.{name}.weight"][0] for name in siblings]
+        ends = list(itertools.accumulate(sizes))
+        rows: Sequence[Rows] = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        if layout.fused == "grouped":
+            rows = _grouped_rows(spec)
+        cuts |= {name: _Cut(its, ends[-1]) for name, its in zip(siblings, rows, strict=True)}
+    return cuts
+
+
+def _part(layout: Layout, name: str, where: str, shape: tuple[int, ...], cut: _Cut | None) -> Part:
     if name == "position_embd" and layout.first_position:
         return Part(where, (shape[0] + layout.first_position, shape[1]), slice(layout.first_position, None))
     if name.endswith("_norm"):
         return Part(where, shape, offset=layout.norm_offset)
-    siblings = [one for one, stored in layout.names.items() if stored == layout.names[name] and "norm" not in one]
-    rows: Any = None
-    if len(siblings) > 1:
-        sizes = [spec.tensors()[f"blk.0.{one}.weight"][0] for one in siblings]
-        start = sum(sizes[: siblings.index(name)])
-        rows = slice(start, start + shape[0])
-        if layout.fused == "grouped":
-            rows = _grouped_rows(spec)[siblings.index(name)]
-        shape = (sum(sizes), *shape[1:])
+    if cut is not None:
+        shape = (cut.num_rows, *shape[1:])
     transposed = layout.transposed and len(shape) == 2 and name not in ("token_embd", "position_embd")
-    return Part(where, shape[::-1] if transposed else shape, rows, transposed)
+    return Part(where, shape[::-1] if transposed else shape, None if cut is None else cut.rows, transposed)
 
 
-def _grouped_rows(spec: DecoderSpec) -> tuple[npt.NDArray[np.int64], ...]:
+def _grouped_rows(spec: DecoderSpec) -> tuple[Rows, Rows, Rows]:
     """Rows of queries, keys and values where each KV head has its own beside those of the queries that share it."""
     group = spec.num_heads // spec.num_kv_heads
     rows = np.arange((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)

@@ -5,13 +5,16 @@ Source: modeling_rope_utils of transformers 5, and the fields that versions befo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from kvik.models.config_fields import MOST_CONTEXT, ConfigFields
 from kvik.models.rope_scaling import llama3_factors, longrope_magnitude, yarn_factors, yarn_magnitude
 from kvik.models.spec import RopeSpec
 
-_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+_Scaling: TypeAlias = tuple[tuple[float, ...] | float, float]
+"""Divisors of the frequencies, and the magnitude of cosine and sine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +25,25 @@ class Rotary:
     partial: float = 1.0  # of a head's dimensions
     theta_key: str = "rope_theta"
     partial_key: str = "partial_rotary_factor"
+    windows_plain: bool = False  # layers with a window are not stretched
+    windows_theta: float | None = None  # of layers with a window; None: the same
+
+
+PLAIN_ROTARY = Rotary()
 
 
 def read_ropes(config: ConfigFields, rotary: Rotary, head_dim: int, context: int) -> tuple[RopeSpec, RopeSpec]:
     """Of layers that see all, and of those with a window."""
     theta, partial = config.number(rotary.theta_key, rotary.theta), config.number(rotary.partial_key, rotary.partial)
-    given = config.object("rope_parameters") or config.object("rope_scaling") or ConfigFields({}, config.path)
-    local = config.optional_number("rope_local_base_freq")
+    old, new = config.object("rope_scaling"), config.object("rope_parameters")
+    given = old if old and old.fields else new or ConfigFields({}, config.path)
     inner = [given.object(kind) for kind in ("full_attention", "sliding_attention")]
-    if config.text("model_type") == "gemma3_text":
-        local = local or 10_000.0
-        everywhere, in_windows = inner[0] or given, inner[1] or ConfigFields({}, config.path)
-        return (
-            _rope(config, everywhere, theta, partial, head_dim, context),
-            _rope(config, in_windows, local, partial, head_dim, context),
-        )
-    both = _rope(config, inner[0] or given, theta, partial, head_dim, context)
-    return both, both if inner[1] is None else _rope(config, inner[1], theta, partial, head_dim, context)
+    everywhere = _rope(config, inner[0] or given, theta, partial, head_dim, context)
+    if inner[1] is None and not rotary.windows_plain:
+        return everywhere, everywhere
+    windows_theta = config.number("rope_local_base_freq", rotary.windows_theta or theta, above=1.0)
+    in_windows = inner[1] or ConfigFields({}, config.path)
+    return everywhere, _rope(config, in_windows, windows_theta, partial, head_dim, context)
 
 
 def _rope(
@@ -48,50 +53,87 @@ def _rope(
     kind = given.text("rope_type", given.text("type", "default"))
     if kind in ("su", "yarn") and config.text("model_type") == "phi3":
         kind = "longrope"  # as the first Phi-3 configs called it
+    if kind not in _SCALINGS:
+        raise config.error(f"rope_type {kind!r:.60} is not one that kvik runs", f"kvik runs {', '.join(_SCALINGS)}")
     theta = given.number("rope_theta", theta, above=1.0)
     num_dims = int(head_dim * given.number("partial_rotary_factor", partial, most=1.0))
     original = config.optional("original_max_position_embeddings") or given.count(
         "original_max_position_embeddings", context, most=MOST_CONTEXT
     )
-    stretch = context / original
-    match kind:
-        case "default":
-            return RopeSpec(theta, num_dims, adjacent_pairs=False)
-        case "linear":
-            return RopeSpec(theta, num_dims, adjacent_pairs=False, factors=given.number("factor"))
-        case "llama3":
-            low, high = given.number("low_freq_factor"), given.number("high_freq_factor")
-            if low >= high:
-                raise config.error(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}")
-            factors = llama3_factors(
-                theta, num_dims, factor=given.number("factor"), low=low, high=high, original_context=original
-            )
-            return RopeSpec(theta, num_dims, adjacent_pairs=False, factors=factors)
-        case "yarn":
-            factor = given.number("factor", stretch)
-            weights = [given.optional_number(key) for key in ("mscale", "mscale_all_dim")]
-            magnitude = yarn_magnitude(factor)
-            if all(weights):
-                magnitude = yarn_magnitude(factor, weights[0] or 1.0) / yarn_magnitude(factor, weights[1] or 1.0)
-            factors = yarn_factors(
-                theta,
-                num_dims,
-                factor=factor,
-                original_context=original,
-                beta_fast=given.number("beta_fast", 32.0),
-                beta_slow=given.number("beta_slow", 1.0),
-                whole=given.flag("truncate", True),
-            )
-            magnitude = given.number("attention_factor", magnitude)
-            return RopeSpec(theta, num_dims, adjacent_pairs=False, factors=factors, magnitude=magnitude)
-        case "longrope":
-            key = "short_factor" if context <= original else "long_factor"
-            divisors = given.list(key, num_dims // 2, (int, float))
-            if divisors is None or min(divisors, default=1) <= 0:
-                raise config.error(f"{key} must be a list of {num_dims // 2} positive numbers")
-            magnitude = longrope_magnitude(given.number("factor", stretch), original)
-            magnitude = given.number("attention_factor", magnitude)
-            return RopeSpec(
-                theta, num_dims, adjacent_pairs=False, factors=tuple(map(float, divisors)), magnitude=magnitude
-            )
-    raise config.error(f"rope_type {kind!r:.60} is not one that kvik runs", f"kvik runs {', '.join(_KINDS)}")
+    factors, magnitude = _SCALINGS[kind](given, _Span(theta, num_dims, context, original))
+    return RopeSpec(theta, num_dims, adjacent_pairs=False, factors=factors, magnitude=magnitude)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """What is stretched: pairs that turn by powers of theta, from the original context to the whole one."""
+
+    theta: float
+    num_dims: int
+    context: int
+    original: int
+
+
+def _mild(given: ConfigFields, key: str, default: float | None = None) -> float:
+    """A number with which frequencies stay numbers."""
+    return given.number(key, default, above=1e-6, most=1e6)
+
+
+def _default(given: ConfigFields, span: _Span) -> _Scaling:
+    return 1.0, 1.0
+
+
+def _linear(given: ConfigFields, span: _Span) -> _Scaling:
+    return _mild(given, "factor"), 1.0
+
+
+def _llama3(given: ConfigFields, span: _Span) -> _Scaling:
+    low, high = _mild(given, "low_freq_factor"), _mild(given, "high_freq_factor")
+    if low >= high:
+        raise given.error(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}")
+    factor = _mild(given, "factor")
+    factors = llama3_factors(
+        span.theta, span.num_dims, factor=factor, low=low, high=high, original_context=span.original
+    )
+    return factors, 1.0
+
+
+def _yarn(given: ConfigFields, span: _Span) -> _Scaling:
+    factor = _mild(given, "factor", span.context / span.original)
+    magnitude = yarn_magnitude(factor)
+    if given.find("mscale") and given.find("mscale_all_dim"):
+        magnitude = yarn_magnitude(factor, _mild(given, "mscale"))
+        magnitude /= yarn_magnitude(factor, _mild(given, "mscale_all_dim"))
+    factors = yarn_factors(
+        span.theta,
+        span.num_dims,
+        factor=factor,
+        original_context=span.original,
+        beta_fast=_mild(given, "beta_fast", 32.0),
+        beta_slow=_mild(given, "beta_slow", 1.0),
+        whole=given.flag("truncate", True),
+    )
+    return factors, _mild(given, "attention_factor", magnitude)
+
+
+def _longrope(given: ConfigFields, span: _Span) -> _Scaling:
+    """The factors of the whole context: those of a short one hold only for a model that is for no more than that."""
+    key = "short_factor" if span.context <= span.original else "long_factor"
+    num_pairs = span.num_dims // 2
+    divisors = given.list(key, num_pairs, (int, float))
+    if divisors is None or not all(1e-6 < divisor <= 1e6 for divisor in divisors):
+        raise given.error(f"{key} must be a list of {num_pairs} numbers above 1e-06, up to 1e+06")
+    factor = _mild(given, "factor", span.context / span.original)
+    if span.original < 2:
+        raise given.error(f"original_max_position_embeddings is {span.original}; it must be 2 or more")
+    magnitude = _mild(given, "attention_factor", longrope_magnitude(factor, span.original))
+    return tuple(map(float, divisors)), magnitude
+
+
+_SCALINGS: Mapping[str, Callable[[ConfigFields, _Span], _Scaling]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kvik.models.config_fields import MOST_CONTEXT, ConfigFields
-from kvik.models.hf_rope import Rotary, read_ropes
+from kvik.models.config_fields import MOST_CONTEXT, MOST_WIDTH, ConfigFields
+from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes
 from kvik.models.spec import DecoderSpec, LayerSpec
 from kvik.ops.base import Activation
 
@@ -38,7 +38,7 @@ class Family:
     """What is particular about the configs of one model_type."""
 
     fields: Callable[[ConfigFields], Fields]  # of `DecoderSpec`, besides those that all families have
-    rotary: Rotary | None = Rotary()
+    rotary: Rotary | None = PLAIN_ROTARY
     tied: bool = False  # where the config does not say
     kv_heads: Callable[[ConfigFields, int], int] = lambda config, heads: config.count(
         "num_key_value_heads", heads, most=heads
@@ -48,12 +48,13 @@ class Family:
     windows: Literal["none", "all", "asked"] = "none"  # layers with a window: all, or those that `layer_types` asks for
     window: int | None = None  # where the config does not say
     pattern: int | None = None  # each so-many-th layer sees all, where the config has no layer_types
+    defaults: Fields = field(default_factory=dict)  # fields that published configs leave out
 
 
-def _llama(config: ConfigFields) -> Fields:
+def _llama(config: ConfigFields, norm_eps: float = 1e-6) -> Fields:
     bias = config.flag("attention_bias", False)
     return {
-        "norm_eps": config.number("rms_norm_eps", 1e-6),
+        "norm_eps": config.number("rms_norm_eps", norm_eps),
         "activation": activation_of(config, "hidden_act", "silu"),
         "qkv_bias": bias,
         "output_bias": bias,
@@ -70,16 +71,28 @@ def _qwen3(config: ConfigFields) -> Fields:
 
 
 def _olmo2(config: ConfigFields) -> Fields:
-    return _llama(config) | {"norm_places": "after", "qk_norm": "row"}
+    return _llama(config, 1e-5) | {"norm_places": "after", "qk_norm": "row"}
+
+
+def _phi3(config: ConfigFields) -> Fields:
+    return _llama(config, 1e-5)
 
 
 def _granite(config: ConfigFields) -> Fields:
     return _llama(config) | {
-        "embedding_scale": config.number("embedding_multiplier", 1.0),
-        "residual_scale": config.number("residual_multiplier", 1.0),
-        "attention_scale": config.number("attention_multiplier", 1.0),
-        "logit_scale": 1.0 / config.number("logits_scaling", 1.0),
+        "embedding_scale": _scale(config, "embedding_multiplier", 1.0),
+        "residual_scale": _scale(config, "residual_multiplier", 1.0),
+        "attention_scale": _scale(config, "attention_multiplier", 1.0),
+        "logit_scale": 1.0 / _scale(config, "logits_scaling", 1.0),
     }
+
+
+def _scale(config: ConfigFields, key: str, default: float) -> float:
+    return config.number(key, default, above=1e-6, most=1e6)
+
+
+def _cap(config: ConfigFields, key: str) -> float | None:
+    return config.optional_number(key, above=1e-3, most=1e6)
 
 
 def _gemma(config: ConfigFields) -> Fields:
@@ -94,10 +107,10 @@ def _gemma(config: ConfigFields) -> Fields:
 
 def _gemma2(config: ConfigFields) -> Fields:
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    attention, final = (config.optional_number(key) if key in config.fields else cap for key, cap in caps.items())
+    attention, final = (_cap(config, key) if key in config.fields else cap for key, cap in caps.items())
     return _gemma(config) | {
         "norm_places": "around",
-        "attention_scale": config.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        "attention_scale": _scale(config, "query_pre_attn_scalar", 256.0) ** -0.5,
         "attention_soft_cap": attention,
         "logit_soft_cap": final,
     }
@@ -106,8 +119,8 @@ def _gemma2(config: ConfigFields) -> Fields:
 def _gemma3(config: ConfigFields) -> Fields:
     return _gemma2(config) | {
         "qk_norm": "head",
-        "attention_soft_cap": config.optional_number("attn_logit_softcapping"),
-        "logit_soft_cap": config.optional_number("final_logit_softcapping"),
+        "attention_soft_cap": _cap(config, "attn_logit_softcapping"),
+        "logit_soft_cap": _cap(config, "final_logit_softcapping"),
     }
 
 
@@ -160,6 +173,7 @@ def _phi(config: ConfigFields) -> Fields:
 
 def _falcon(config: ConfigFields) -> Fields:
     refuse_if(config, "alibi", True)
+    refuse_if(config, "apply_residual_connection_post_layernorm", True)
     is_new, is_parallel = (config.flag("new_decoder_architecture", False), config.flag("parallel_attn", True))
     if is_new and not is_parallel:
         raise config.error(
@@ -203,55 +217,83 @@ def _all_heads(config: ConfigFields, num_heads: int) -> int:
     return num_heads
 
 
+_GEMMA3_DEFAULTS: Fields = {  # of the part that reads text in a model that sees too
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+}
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(_llama),
     "mistral": Family(_llama, windows="all", window=4096),
+    "ministral": Family(_llama, windows="all", window=4096),
     "qwen2": Family(_qwen2, windows="asked", window=4096),
     "qwen3": Family(_qwen3, windows="asked", window=4096, head_dim=128),
-    "phi3": Family(_llama, windows="all"),
+    "phi3": Family(_phi3, windows="all", defaults={"original_max_position_embeddings": 4096}),
     "phi": Family(_phi, Rotary(partial=0.5)),
     "granite": Family(_granite),
     "smollm3": Family(_llama, Rotary(2_000_000.0), tied=True, windows="asked"),
     "olmo2": Family(_olmo2),
+    "olmo3": Family(_olmo2, Rotary(500_000.0, windows_plain=True), windows="asked", window=4096, pattern=4),
     "gemma": Family(_gemma, tied=True, head_dim=256),
     "gemma2": Family(_gemma2, tied=True, head_dim=256, windows="asked", window=4096, pattern=2),
     "gemma3_text": Family(
-        _gemma3, Rotary(1_000_000.0), tied=True, head_dim=256, windows="asked", window=4096, pattern=6
+        _gemma3,
+        Rotary(1_000_000.0, windows_plain=True, windows_theta=10_000.0),
+        tied=True,
+        head_dim=256,
+        windows="asked",
+        window=4096,
+        pattern=6,
+        defaults=_GEMMA3_DEFAULTS,
     ),
     "starcoder2": Family(_starcoder2, tied=True, windows="all"),
     "gpt2": Family(_gpt2, None, tied=True, kv_heads=_all_heads, inner=4),
     "nanogpt": Family(_nanogpt, None, tied=True, kv_heads=_all_heads, inner=4),
     "gpt_bigcode": Family(_gpt_bigcode, None, tied=True, kv_heads=_multi_query, inner=4),
     "gpt_neox": Family(_gpt_neox, Rotary(10_000.0, 0.25, "rotary_emb_base", "rotary_pct"), kv_heads=_all_heads),
-    "falcon": Family(_falcon, tied=True, kv_heads=_falcon_kv_heads, inner=4),
+    "falcon": Family(
+        _falcon, tied=True, kv_heads=_falcon_kv_heads, inner=4, defaults={"max_position_embeddings": 2048}
+    ),
     "opt": Family(_opt, None, tied=True, kv_heads=_all_heads),
 }
 
 
+_SEEING = {"gemma3": "gemma3_text"}
+"""Models that see too, by the family of the part that reads and writes text."""
+
+
 def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
-    """The fields of the part that reads and writes text, of a model that sees too."""
-    inner = ConfigFields(config, path).object("text_config")
-    return ConfigFields(config if inner is None else {**config, **inner.fields}, path)
+    """The fields of the part that reads and writes text, with what the family takes where the file says nothing.
 
-
-def model_type_of(config: ConfigFields) -> str:
-    """The name of the family. Raises `ModelError` for one that kvik does not run."""
-    name = config.text("model_type")
+    Raises `ModelError` for a family that kvik does not run.
+    """
+    fields = ConfigFields(config, path)
+    name = fields.text("model_type")
+    inner = fields.object("text_config") if name in _SEEING else None
+    if inner is not None:
+        fields = ConfigFields({**config, "model_type": _SEEING[name], **inner.fields}, path)
+        name = fields.text("model_type")
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if fields.optional(key):
+            raise fields.error(f"{key} is {fields.optional(key)}: a mixture of experts, which kvik does not run yet")
     if name not in FAMILIES:
-        raise config.error(
+        raise fields.error(
             f"model_type {name!r:.60} is not one that kvik runs", f"kvik runs {', '.join(sorted(FAMILIES))}"
         )
-    return name
+    silent = {key: value for key, value in FAMILIES[name].defaults.items() if fields.find(key) is None}
+    return ConfigFields({**fields.fields, **silent}, path)
 
 
 def read_hf_spec(config: Mapping[str, Any], path: Path) -> DecoderSpec:
     """The decoder that a config.json describes. Raises `ModelError`, which names the field."""
     fields = text_config(config, path)
-    model_type = model_type_of(fields)
+    model_type = fields.text("model_type")
     family = FAMILIES[model_type]
     hidden_size = fields.count("hidden_size")
     num_heads = fields.count("num_attention_heads", most=hidden_size)
-    head_dim = fields.count("head_dim", family.head_dim or max(1, hidden_size // num_heads), most=MOST_HEAD_DIM)
+    head_dim = _head_dim(fields, family, hidden_size, num_heads)
     context = fields.count("max_position_embeddings", most=MOST_CONTEXT)
     spec = DecoderSpec(
         architecture=model_type,
@@ -271,6 +313,15 @@ def read_hf_spec(config: Mapping[str, Any], path: Path) -> DecoderSpec:
     return spec
 
 
+def _head_dim(config: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:
+    if config.find("head_dim") is None and family.head_dim is None and hidden_size % num_heads:
+        raise config.error(f"hidden_size {hidden_size:,} does not divide among {num_heads:,} heads")
+    head_dim = config.count("head_dim", family.head_dim or hidden_size // num_heads, most=MOST_HEAD_DIM)
+    if num_heads * head_dim > MOST_WIDTH:
+        raise config.error(f"{num_heads:,} heads of {head_dim:,} dimensions are more than {MOST_WIDTH:,} together")
+    return head_dim
+
+
 def refuse_if(config: ConfigFields, key: str, value: bool) -> None:
     """For a choice that the decoder does not have."""
     if config.flag(key, not value) is value:
@@ -287,22 +338,29 @@ def activation_of(config: ConfigFields, key: str, default: str) -> Activation:
 
 def _layers(config: ConfigFields, family: Family, head_dim: int, context: int) -> tuple[LayerSpec, ...]:
     num_layers = config.count("num_hidden_layers", most=MOST_LAYERS)
-    windows = _windows(config, family, num_layers, context)
+    turns = _turning_layers(config, num_layers)
+    windows = _windows(config, family, turns, context)
     if family.rotary is None:
         return tuple(LayerSpec(None, window) for window in windows)
-    flags = config.list("no_rope_layers", num_layers, (int, bool))  # 1 where positions are told
-    if flags is None and config.text("model_type") == "smollm3":
-        every = config.count("no_rope_layer_interval", 4)
-        flags = [(index + 1) % every for index in range(num_layers)]
     everywhere, in_windows = read_ropes(config, family.rotary, head_dim, context)
     return tuple(
-        LayerSpec(None if flags and not flags[index] else everywhere if window is None else in_windows, window)
-        for index, window in enumerate(windows)
+        LayerSpec(None if not turning else everywhere if window is None else in_windows, window)
+        for turning, window in zip(turns, windows, strict=True)
     )
 
 
-def _windows(config: ConfigFields, family: Family, num_layers: int, context: int) -> list[int | None]:
+def _turning_layers(config: ConfigFields, num_layers: int) -> list[bool]:
+    """Whether a layer is told positions at all: in SmolLM3 not every one is."""
+    if config.text("model_type") != "smollm3":
+        return [True] * num_layers
+    flags = config.list("no_rope_layers", num_layers, (int, bool))  # 1 where positions are told
+    every = config.count("no_rope_layer_interval", 4)
+    return [bool(flags[index] if flags else (index + 1) % every) for index in range(num_layers)]
+
+
+def _windows(config: ConfigFields, family: Family, turns: list[bool], context: int) -> list[int | None]:
     """Of each layer; a window as long as the context is none."""
+    num_layers = len(turns)
     types = config.list("layer_types", num_layers, (str,))
     for one in types or ():
         if one not in ("full_attention", "sliding_attention"):
@@ -310,6 +368,8 @@ def _windows(config: ConfigFields, family: Family, num_layers: int, context: int
     window = config.optional("sliding_window") if "sliding_window" in config.fields else family.window
     asked = family.pattern is not None or config.flag("use_sliding_window", False)
     if family.windows == "none" or window is None or (family.windows == "asked" and not asked):
+        if types and "sliding_attention" in types:
+            raise config.error("layer_types asks for sliding_attention, but no sliding_window is in use")
         return [None] * num_layers
     if types is not None:
         slides = [one == "sliding_attention" for one in types]
@@ -318,6 +378,8 @@ def _windows(config: ConfigFields, family: Family, num_layers: int, context: int
     elif family.pattern is not None:
         every = config.count("sliding_window_pattern", family.pattern)
         slides = [(index + 1) % every != 0 for index in range(num_layers)]
+    elif not all(turns):
+        slides = [not turning for turning in turns]
     else:
         first = config.fields.get("max_window_layers", 28)
         if type(first) is not int:

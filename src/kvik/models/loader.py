@@ -1,4 +1,4 @@
-"""From a GGUF file or a checkpoint to a decoder that runs: names, shapes and numbers are checked before any is used."""
+"""From a model file or a checkpoint folder to a decoder that runs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvik.config import Weights
+from kvik.config import WeightFormat
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.models.chat_template import ChatTemplate
-from kvik.models.checkpoint import Checkpoint, read_checkpoint
+from kvik.models.checkpoint import read_checkpoint
 from kvik.models.checkpoint_source import CheckpointSource
 from kvik.models.decoder import Decoder
 from kvik.models.gguf import GGUFFile, read_gguf
 from kvik.models.gguf_model import GGUFSource, read_spec
+from kvik.models.gguf_tokenizer import GGUFTokenizer
 from kvik.models.hf_spec import read_hf_spec
+from kvik.models.json_tokenizer import JsonTokenizer, read_chat_template
 from kvik.models.progress import Progress, silent
 from kvik.models.quantize import Quantization
 from kvik.models.spec import DecoderSpec
@@ -28,7 +30,7 @@ from kvik.ops.base import Ops
 class LoadedModel:
     """A model ready to run."""
 
-    path: Path  # a file or a folder
+    path: Path
     decoder: Decoder
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
@@ -45,87 +47,86 @@ def load_model(
     ops: Ops,
     *,
     context: int | None = None,
-    weights: Weights = "keep",
+    weights: WeightFormat | None = None,
     approve: Approve = lambda spec, context: None,
     progress: Progress = silent,
 ) -> LoadedModel:
-    """Read, check and pack a GGUF file, or a folder with a checkpoint; `context` None means the model's own.
+    """Read, check and pack a GGUF file or a checkpoint folder; `context` None means the model's own.
 
-    `weights` other than "keep" quantises a checkpoint's matrices. Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
+    `weights` quantises those of a folder. Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
     """
     if path.is_dir():
-        return _load_checkpoint(path, ops, context, weights, approve, progress)
-    if weights != "keep":
+        return _load_folder(path, ops, context, weights, approve, progress)
+    if weights is not None:
         raise InvalidInput(
-            f"weights is {weights}, {path.name} is a file whose weights have their types already",
-            hint="leave it out, or give a checkpoint: a folder with config.json and model.safetensors",
+            f"weights is {weights!r}, but {path.name} is a GGUF file, whose weights stay as they are",
+            hint="leave it out, take a GGUF of that type, or load the checkpoint folder that it was made from",
         )
-    return _load_gguf(path, ops, context, approve)
-
-
-def _load_gguf(path: Path, ops: Ops, context: int | None, approve: Approve) -> LoadedModel:
     file = read_gguf(path)
     spec = read_spec(file)
-    context = _checked_context(context, spec, path)
+    context = _chosen_context(path, spec, context)
     approve(spec, context)
-    tokenizer = Tokenizer.from_metadata(file.metadata, path.name)
+    tokenizer = GGUFTokenizer.from_metadata(file.metadata, path.name)
     if tokenizer.vocab_size != spec.vocab_size:
         raise ModelError(
             f"{path}: the vocabulary has {tokenizer.vocab_size:,} tokens, the embedding {spec.vocab_size:,} rows",
             hint="the file's parts do not belong together; take another GGUF of this model",
         )
-    weights = read_weights(spec, GGUFSource(file, spec, ops))
-    return LoadedModel(
-        path=path,
-        decoder=Decoder(spec, weights, ops, context),
-        tokenizer=tokenizer,
-        chat_template=_chat_template(file, tokenizer),
-        context=context,
-    )
+    decoder = Decoder(spec, read_weights(spec, GGUFSource(file, spec, ops)), ops, context)
+    return LoadedModel(path, decoder, tokenizer, _gguf_template(file, tokenizer), context)
 
 
-def _load_checkpoint(
-    folder: Path, ops: Ops, context: int | None, weights: Weights, approve: Approve, progress: Progress
+def _load_folder(
+    folder: Path, ops: Ops, context: int | None, weights: WeightFormat | None, approve: Approve, progress: Progress
 ) -> LoadedModel:
     checkpoint = read_checkpoint(folder)
     spec = read_hf_spec(checkpoint.config, checkpoint.config_path)
-    context = _checked_context(context, spec, folder)
+    context = _chosen_context(folder, spec, context)
     approve(spec, context)
-    source = CheckpointSource(checkpoint, spec, ops, weights, progress)
-    available = available_memory_bytes()
-    if source.num_bytes > available:
-        raise NotEnoughMemory(
-            f"{folder}: the weights take {source.num_bytes / 2**30:,.1f} GiB,"
-            f" the machine has {available / 2**30:,.1f} GiB available",
-            hint="quantise them as they are loaded (`--weights q8` or q4), or take a smaller model",
+    tokenizer = JsonTokenizer(folder)
+    if tokenizer.vocab_size > spec.vocab_size:  # fewer are usual: rows are added until widths are round
+        raise ModelError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the embedding {spec.vocab_size:,} rows",
+            hint="the folder's files do not belong together; download the checkpoint again",
         )
-    tokenizer, chat_template = _read_texts(checkpoint, spec)
-    decoder_weights = read_weights(spec, source)
+    source = CheckpointSource(checkpoint, spec, ops, weights=weights, progress=progress)
+    _require_memory(folder, source.num_bytes)
+    decoder = Decoder(spec, read_weights(spec, source), ops, context)
+    template = read_chat_template(folder)
     return LoadedModel(
         path=folder,
-        decoder=Decoder(spec, decoder_weights, ops, context),
+        decoder=decoder,
         tokenizer=tokenizer,
-        chat_template=chat_template,
+        chat_template=None
+        if template is None
+        else ChatTemplate(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, name=folder.name),
         context=context,
         quantization=source.quantization,
     )
 
 
-def _checked_context(context: int | None, spec: DecoderSpec, path: Path) -> int:
-    if context is not None and context > spec.context_length:
+def _require_memory(folder: Path, num_bytes: int) -> None:
+    available = available_memory_bytes()
+    if num_bytes > available:
+        raise NotEnoughMemory(
+            f"{folder}: the weights take {num_bytes / 2**30:,.1f} GiB,"
+            f" the machine has {available / 2**30:,.1f} GiB available",
+            hint="quantise them as they are loaded (`--weights q8` or q4), or take a smaller model",
+        )
+
+
+def _chosen_context(path: Path, spec: DecoderSpec, context: int | None) -> int:
+    if context is None:
+        return spec.context_length
+    if context > spec.context_length:
         raise InvalidInput(
             f"context is {context:,}, {path.name} was made for {spec.context_length:,} tokens",
             hint=f"give at most {spec.context_length}",
         )
-    return spec.context_length if context is None else context
+    return context
 
 
-def _read_texts(checkpoint: Checkpoint, spec: DecoderSpec) -> tuple[Tokenizer, ChatTemplate | None]:
-    """The tokenizer and the chat template beside a checkpoint's weights."""
-    raise NotImplementedError
-
-
-def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
+def _gguf_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
     source = file.get_str("tokenizer.chat_template", "")
     if not source:
         return None

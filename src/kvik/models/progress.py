@@ -44,16 +44,16 @@ def terminal_progress() -> Iterator[Progress]:
 
 
 @contextmanager
-def patient_progress(wait_s: float = 1.0) -> Iterator[Progress]:
-    """A bar on stderr for work that turns out to take longer than `wait_s`; nothing where that is no terminal."""
+def bytes_progress(*, wait_s: float = 0.0) -> Iterator[Progress]:
+    """A bar on stderr for work that takes longer than `wait_s`; nothing where that is no terminal."""
     if not sys.stderr.isatty():
         yield silent
         return
-    start_s = time.monotonic()
-    with _bars(transient=True) as report:
+    begin_s = time.monotonic() + wait_s
+    with _bars() as report:
 
         def report_late(what: str, done_bytes: int, total_bytes: int) -> None:
-            if time.monotonic() - start_s > wait_s:
+            if time.monotonic() >= begin_s:
                 report(what, done_bytes, total_bytes)
 
         yield report_late
@@ -75,7 +75,7 @@ def counted_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _bars(*, transient: bool = False) -> Iterator[Progress]:
+def _bars() -> Iterator[Progress]:
     """Bars by rich, which is imported only once there is something to show."""
     bars: rich.progress.Progress | None = None
     tasks: dict[str, rich.progress.TaskID] = {}
@@ -93,7 +93,7 @@ def _bars(*, transient: bool = False) -> Iterator[Progress]:
 
             text = parts.TextColumn("{task.description}", markup=False, table_column=Column(max_width=40, no_wrap=True))
             columns = (text, parts.BarColumn(12), parts.DownloadColumn(), parts.TransferSpeedColumn())
-            bars = parts.Progress(*columns, console=Console(stderr=True), transient=transient)
+            bars = parts.Progress(*columns, console=Console(stderr=True))
             bars.start()
         if what not in tasks:
             finish()

@@ -1,8 +1,8 @@
 """Quantise matrices as they are loaded, and say what that changed.
 
-q8 is GGUF's Q8_0: 32 weights share a scale, and each is a whole number from -127 to 127. q4 is its Q4_1: 32 weights share
-a scale and a minimum, and each is a whole number from 0 to 15; Q4_0, which has no minimum, is 0.5 bits a weight smaller and
-10 to 20 % less exact on normal and on heavy-tailed weights. Both round to the nearest.
+q8 is GGUF's Q8_0: 32 weights share a scale, and each is a whole number from -127 to 127. q4 is its Q4_1: 32 weights
+share a scale and a minimum, and each is a whole number from 0 to 15. Its Q4_0, which has no minimum, saves half a bit a
+weight and has a tenth more error on normal weights, a quarter more on heavy-tailed ones. Both round to the nearest.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-QuantizedWeights: TypeAlias = Literal["q8", "q4"]
+from kvik.config import WeightFormat
 
 GROUP = 32
-TYPES: Mapping[QuantizedWeights, str] = {"q8": "Q8_0", "q4": "Q4_1"}
+TYPES: Mapping[WeightFormat, str] = {"q8": "Q8_0", "q4": "Q4_1"}
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
     """What quantising a model's matrices did to them. Errors are relative: RMS of what changed, by RMS of what was."""
 
-    weights: QuantizedWeights
+    weights: WeightFormat
     error: float
     worst_tensor: str  # as the checkpoint calls it
     worst_error: float
@@ -46,16 +45,16 @@ class Quantization:
 class Quantizer:
     """Quantises chunk by chunk and keeps the sums of which the errors are made."""
 
-    weights: QuantizedWeights
+    weights: WeightFormat
     kept: list[str] = field(default_factory=list)
     _sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # squares of what changed, and of what was
 
-    def quantize(self, name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-        """Rows (n, columns) of the tensor of that name, as the bytes of GGUF blocks."""
+    def quantize(self, name: str, values: npt.NDArray[np.float32], type_name: str) -> npt.NDArray[np.uint8]:
+        """Rows (n, columns) of the tensor of that name, as the bytes of GGUF blocks of this type."""
         from gguf import GGMLQuantizationType  # slow to import, and most models need it not
         from gguf.quants import dequantize, quantize
 
-        kind = GGMLQuantizationType[TYPES[self.weights]]
+        kind = GGMLQuantizationType[type_name]
         with np.errstate(all="ignore"):  # of scales that half precision does not hold; the error tells
             blocks = quantize(values, kind)
             change = dequantize(blocks, kind)
@@ -71,7 +70,9 @@ class Quantizer:
     def report(self) -> Quantization:
         """What became of all tensors."""
         worst = max(self._sums, key=self.error, default="")
-        changed, all_squares = (sum(column) for column in zip(*self._sums.values(), strict=True)) if worst else (0.0, 0.0)
+        changed, all_squares = (
+            (sum(column) for column in zip(*self._sums.values(), strict=True)) if worst else (0.0, 0.0)
+        )
         return Quantization(
             weights=self.weights,
             error=_relative(changed, all_squares),

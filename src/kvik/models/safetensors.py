@@ -1,8 +1,9 @@
 """Read safetensors files that nobody vouches for.
 
-A file is 8 bytes, the length of a JSON text in little endian; the text, which gives each tensor's dtype, shape and place;
-and the tensors' bytes, one after the other. All numbers are checked as Python integers before anything is made of them.
-Tensors are mapped, not read. Whatever is wrong with a file, the one exception that leaves here is `ModelError`.
+A file is 8 bytes, the length of a JSON text in little endian; the text, which gives each tensor's dtype, shape and
+place; and the tensors' bytes, one after the other. All numbers are checked as Python integers before anything is made
+of them. Tensors are mapped, not read. Whatever is wrong with a file, the one exception that leaves here is
+`ModelError`.
 
 Source: the format's description in the safetensors repository. The walk is our own, as the library gives NumPy no
 bfloat16.

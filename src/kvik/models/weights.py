@@ -40,6 +40,8 @@ class _Reader:
     def read(self, on_layer: Callable[[int], None]) -> DecoderWeights:
         spec = self.spec
         embedding = self.source.matrix("token_embd.weight")
+        # What is large comes first: while a matrix is packed it is in memory twice.
+        head = embedding if spec.tied_head else self.source.matrix("output.weight")
         positions = self.source.matrix("position_embd.weight") if spec.num_learned_positions else None
         layers = []
         for index in range(spec.num_layers):
@@ -47,7 +49,6 @@ class _Reader:
             on_layer(index)
         norm = self.norm("output_norm")
         assert norm is not None
-        head = embedding if spec.tied_head else self.source.matrix("output.weight")
         return DecoderWeights(
             embedding=embedding,
             layers=layers,

@@ -149,10 +149,8 @@ class Ops(ABC):
         return self.load_rows(type_name, (data,), rows, columns)
 
     @abstractmethod
-    def load_rows(
-        self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int
-    ) -> Weight:
-        """The same from parts, of which one is held at a time: whole rows, in each part but the last a multiple of 8."""
+    def load_rows(self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int) -> Weight:
+        """The same from parts, one held at a time: whole rows, in each part but the last a multiple of 8."""
 
     @abstractmethod
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[LayerKV]:

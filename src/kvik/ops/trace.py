@@ -82,9 +82,7 @@ class _Tracer(Ops):
     def _one(self, name: str, arguments: tuple[Any, ...], shape: tuple[int, ...]) -> Value:
         return self._note(name, arguments, shape)[0]
 
-    def load_rows(
-        self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int
-    ) -> NoReturn:
+    def load_rows(self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int) -> NoReturn:
         raise AssertionError("weights are loaded before a step is traced")
 
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> NoReturn:

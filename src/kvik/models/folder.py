@@ -1,7 +1,7 @@
 """Which files of a folder are a checkpoint: names only, nothing of the tensors.
 
-A checkpoint is what transformers' `save_pretrained` leaves: config.json; model.safetensors, or several such files and an
-index that says which tensor lies in which; tokenizer.json.
+A checkpoint is what transformers' `save_pretrained` leaves: config.json; model.safetensors, or several such files and
+an index that says which tensor lies in which; tokenizer.json.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def is_model_folder(folder: Path) -> bool:
     """Whether it looks like a checkpoint, be it one that kvik refuses."""
     names = ("config.json", ADAPTER, "*.safetensors", INDEX, *PICKLES)
     return any(next(folder.glob(name), None) is not None for name in names)
+
+
+def model_bytes(path: Path) -> int:
+    """Bytes of a model's file, or of a folder's tensors."""
+    return sum(one.stat().st_size for one in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
 
 
 def is_whole(folder: Path) -> bool:
@@ -79,7 +84,9 @@ def read_index(path: Path) -> dict[str, set[str]]:
     """From each file that the index names to its tensors. Raises `ModelError`."""
     weight_map = read_json_object(path, MOST_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{path}: weight_map is {reprlib.repr(weight_map)}; it must say where each tensor lies", hint=_DOWNLOAD)
+        raise ModelError(
+            f"{path}: weight_map is {reprlib.repr(weight_map)}; it must say where each tensor lies", hint=_DOWNLOAD
+        )
     files: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not is_inside(name) or not name.endswith(".safetensors"):
@@ -93,7 +100,10 @@ def read_index(path: Path) -> dict[str, set[str]]:
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """The file's path. Raises `ModelError` where a link leads out of the folder; the Hugging Face cache links to its blobs."""
+    """The file's path. Raises `ModelError` where a link leads out of the folder.
+
+    The Hugging Face cache links from a revision's folder to its blobs, which is fine.
+    """
     home = folder.resolve()
     places = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     target = (folder / name).resolve()
@@ -103,6 +113,14 @@ def path_inside(folder: Path, name: str) -> Path:
             hint="put the file itself there; a link to the whole folder is fine",
         )
     return folder / name
+
+
+def adapter_error(where: str) -> ModelError:
+    """What to say of a folder or repository with an adapter."""
+    return ModelError(
+        f"{where} is an adapter ({ADAPTER}), or a model beside one",
+        hint="merge it into its model first: in peft, `model.merge_and_unload().save_pretrained(NEW)`",
+    )
 
 
 def no_weights(where: str, names: Collection[str]) -> ModelError:
@@ -116,13 +134,16 @@ def no_weights(where: str, names: Collection[str]) -> ModelError:
     if pickled:
         models = [name for name in pickled if "model" in name] or pickled
         return ModelError(
-            f"{where} has its weights in {_listed(models)}, pickled: reading that runs what the file says, so kvik does not",
+            f"{where} has its weights in {_listed(models)}, pickled: reading that runs what the file says,"
+            " so kvik does not",
             hint="save it as safetensors: in transformers, `AutoModelForCausalLM.from_pretrained(OLD)"
             ".save_pretrained(NEW, safe_serialization=True)`, and the tokenizer likewise",
         )
     if others:
-        return ModelError(f"{where} has {_listed(others)}, but no {WHOLE}", hint="kvik reads safetensors, or one .gguf file by its name")
-    return ModelError(f"{where} has no {WHOLE}", hint="kvik reads safetensors and GGUF; give a folder or repository that has them")
+        hint = "kvik reads safetensors, or one .gguf file by its name"
+        return ModelError(f"{where} has {_listed(others)}, but no {WHOLE}", hint=hint)
+    hint = "kvik reads safetensors and GGUF; give a folder or repository that has them"
+    return ModelError(f"{where} has no {WHOLE}", hint=hint)
 
 
 def _listed(names: Collection[str]) -> str:

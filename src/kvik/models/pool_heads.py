@@ -1,0 +1,83 @@
+"""Fewer KV heads for a GGUF model: neighbouring heads' projections become their mean (Ainslie et al., 2023, GQA)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize, quantize
+
+from kvik.errors import InvalidInput
+from kvik.models.gguf import read_gguf
+from kvik.models.gguf_model import read_spec
+from kvik.models.progress import Progress, silent
+from kvik.models.spec import DecoderSpec
+
+_POOLED = re.compile(r"blk\.\d+\.attn_[kv]\.(weight|bias)")
+_FLOATS = ("F32", "F16", "BF16")
+_PACKABLE = (*_FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""Types that the gguf library can write; the means of others become Q8_0."""
+
+
+def pool_kv_heads(source: Path, target: Path, num_kv_heads: int, progress: Progress = silent) -> DecoderSpec:
+    """Write the model of `source` with so many KV heads, each the mean of neighbours, and give its shape before.
+
+    Without training such a model is worse than the one it came from. Raises
+    `ModelError`, and `InvalidInput` for a number that does not divide the model's KV heads.
+    """
+    file = read_gguf(source)  # which checks what the library's reader trusts
+    spec = read_spec(file)
+    if num_kv_heads >= spec.num_kv_heads or spec.num_kv_heads % num_kv_heads:
+        fits = [str(count) for count in range(1, spec.num_kv_heads) if spec.num_kv_heads % count == 0]
+        raise InvalidInput(
+            f"--kv-heads is {num_kv_heads}, {source.name} has {spec.num_kv_heads} KV heads",
+            hint=f"give {' or '.join(fits)}" if fits else "it has the fewest already",
+        )
+    if not any(_POOLED.fullmatch(name) for name in file.tensors):
+        raise InvalidInput(
+            f"{source.name} keeps queries, keys and values in one matrix, which is not cut apart here",
+            hint="take a model with matrices of their own, like the Llama family's",
+        )
+    reader = GGUFReader(source)
+    partial = target.with_name(f".{target.name}.partial")
+    writer = GGUFWriter(partial, file.get_str("general.architecture"))
+    key = f"{spec.architecture}.attention.head_count_kv"
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", key):
+            continue
+        kind = field.types[0]
+        writer.add_key_value(
+            field.name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None
+        )
+    writer.add_uint32(key, num_kv_heads)
+    done_bytes, all_bytes = 0, source.stat().st_size
+    for tensor in reader.tensors:
+        data, stored_as = tensor.data, tensor.tensor_type
+        if _POOLED.fullmatch(tensor.name):
+            data, stored_as = _pooled(data, stored_as, spec, num_kv_heads)
+        writer.add_tensor(tensor.name, data, raw_dtype=stored_as)
+        done_bytes += tensor.n_bytes
+        progress(f"{source.name}: pooling heads", done_bytes, all_bytes)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return spec
+
+
+def _pooled(
+    data: npt.NDArray[np.uint8], kind: GGMLQuantizationType, spec: DecoderSpec, num_kv_heads: int
+) -> tuple[npt.NDArray[np.generic], GGMLQuantizationType]:
+    values = dequantize(data, kind)
+    heads = values.reshape(num_kv_heads, spec.num_kv_heads // num_kv_heads, spec.head_dim, *values.shape[1:])
+    mean = heads.mean(axis=1, dtype=np.float32).reshape(num_kv_heads * spec.head_dim, *values.shape[1:])
+    if kind.name not in _PACKABLE:
+        kind = GGMLQuantizationType.Q8_0 if mean.shape[-1] % 32 == 0 else GGMLQuantizationType.F16
+    return quantize(mean, kind), kind
