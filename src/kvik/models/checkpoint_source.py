@@ -63,7 +63,7 @@ class CheckpointSource:
         for name, part in self.parts.items():
             self._check_form(part, checkpoint.tensors[part.stored], name)
         num_values = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        self._most_values = min(max(sum(num_values.values()) // 256, FEWEST_VALUES), MOST_VALUES)
+        self._most_values = min(max(sum(num_values.values()) // 512, FEWEST_VALUES), MOST_VALUES)
         self._progress = progress
         self._done_bytes = 0
         self._total_bytes = sum(size * DTYPES[self._tensor(name).dtype].itemsize for name, size in num_values.items())
@@ -86,18 +86,11 @@ class CheckpointSource:
         """A matrix, packed."""
         rows, columns = self.shapes[name]
         kind = self._type_of(name)
-        if self.quantizer is None or kind not in TYPES.values():
-            if self.quantizer is not None and columns % GROUP:
-                self.quantizer.kept.append(self.parts[name].stored)
-            return self.ops.load_rows(kind, self._stored_rows(name), rows, columns)
-        weight = self.ops.load_rows(kind, self._quantized_rows(name, kind, self.quantizer), rows, columns)
-        tensor = self._tensor(name)
-        if not math.isfinite(self.quantizer.error(tensor.name)):
-            raise tensor.error(
-                f"has values too large for {self.quantizer.weights}, whose scales are in half precision",
-                "load it without quantising, that is without `--weights`",
-            )
-        return weight
+        if self.quantizer is not None and kind not in DTYPES:
+            return self.ops.load_rows(kind, self._quantized_rows(name, kind, self.quantizer), rows, columns)
+        if self.quantizer is not None and columns % GROUP:
+            self.quantizer.kept.append(self.parts[name].stored)
+        return self.ops.load_rows(kind, self._stored_rows(name), rows, columns)
 
     def vector(self, name: str) -> Vector:
         """A vector, float32."""
@@ -115,7 +108,13 @@ class CheckpointSource:
     def _quantized_rows(self, name: str, kind: str, quantizer: Quantizer) -> Iterator[npt.NDArray[np.uint8]]:
         tensor = self._tensor(name)
         for chunk in self._chunks(name):
-            yield quantizer.quantize(tensor.name, _to_float32(chunk, tensor.dtype), kind).reshape(-1)
+            blocks = quantizer.quantize(tensor.name, _to_float32(chunk, tensor.dtype), kind)
+            if not math.isfinite(quantizer.error(tensor.name)):
+                raise tensor.error(
+                    f"has values too large for {quantizer.weights}, whose scales are in half precision",
+                    "load it without quantising, that is without `--weights`",
+                )
+            yield blocks.reshape(-1)
 
     def _chunks(self, name: str) -> Iterator[Raw]:
         """All rows of a tensor of the decoder, some at a time, as they are stored; each is used before the next."""
@@ -242,5 +241,7 @@ def _rows(part: Part, start: int, stop: int) -> slice | npt.NDArray[np.int64]:
 
 def _to_float32(values: Raw, dtype: str) -> FloatArray:
     if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
+        bits = values.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     return values.astype(np.float32)

@@ -84,7 +84,7 @@ class Quantizer:
 
 
 def _sum_of_squares(values: npt.NDArray[np.float32]) -> float:
-    return float(np.square(values, dtype=np.float64).sum())
+    return float(np.einsum("ij,ij->", values, values, dtype=np.float64))
 
 
 def _relative(changed: float, all_squares: float) -> float:
