@@ -15,6 +15,7 @@ from kvik.models.decoder import Decoder, DecoderWeights, LayerWeights
 from kvik.models.gguf import GGUFFile, GGUFTensor, dequantize, read_gguf
 from kvik.models.spec import DecoderSpec, RopeSpec
 from kvik.models.tokenizer import Tokenizer
+from kvik.models.tokenizer_gguf import GGUFTokenizer
 from kvik.ops.base import Norm, Ops, QKVWeights, Weight
 
 ARCHITECTURES = ("llama",)
@@ -59,7 +60,7 @@ def load_model(
             hint=f"give at most {spec.context_length}",
         )
     approve(spec, context)
-    tokenizer = Tokenizer.from_metadata(file.metadata, path.name)
+    tokenizer = GGUFTokenizer(file.metadata, path.name)
     if tokenizer.vocab_size != spec.vocab_size:
         raise ModelError(
             f"{path}: the vocabulary has {tokenizer.vocab_size:,} tokens, the embedding {spec.vocab_size:,} rows",

@@ -1,289 +1,33 @@
-"""Text to token ids and back, from the vocabulary inside a GGUF file.
+"""Text to token ids and back: what every tokenizer offers, whichever file its vocabulary came from.
 
-The keys are those of the GGUF specification (`tokenizer.ggml.*`). Two kinds of vocabulary are understood:
-
-    gpt2    byte-level BPE with a list of merges (Radford et al. 2019); `tokenizer.ggml.pre` names the rule that cuts
-            text into words first, as each family's published tokenizer.json states it
-    llama   SentencePiece BPE (Kudo and Richardson 2018): scores in place of merges, U+2581 for a space, bytes for
-            characters that the vocabulary lacks
-
-Control tokens are found in the text here and are no part of the BPE vocabulary, so ordinary text can never become one.
+`tokenizer_gguf` builds one from the metadata of a GGUF file, `tokenizer_json` from a checkpoint folder.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from array import array
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from functools import cached_property
-from itertools import accumulate
-from typing import Any, overload
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
-import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
+from kvik.errors import InvalidInput
 
-from kvik.errors import InvalidInput, ModelError
-
-
-class TokenType(IntEnum):
-    """What a vocabulary entry is for (`tokenizer.ggml.token_type`)."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-# UNKNOWN stands for text that the vocabulary lacks: a model may emit it, but no text should turn into it.
-_SPECIAL_TYPES = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
-
-_END_NAMES = frozenset(
+# Text is found to end with one of these, if it is a control token, whether or not the files say so.
+END_NAMES = frozenset(
     (
         *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
         *("</s>", "<|end|>", "<end_of_turn>", "<EOT>"),
     )
 )
 
-_SPACE_MARK = "\u2581"
-_MOST_PIECE_CHARACTERS = 256  # all its splits are tried; published vocabularies stay under 50
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
-
-@dataclass(frozen=True, slots=True)
-class _WordRule:
-    """How one family of byte-level vocabularies cuts text into the words that BPE then works on."""
-
-    pattern: str | None = None  # None: GPT-2's pattern, which `tokenizers` has built in
-    digits_alone: bool = False  # every digit is a word of its own
-    whole_words: bool = False  # a word that is a token stays whole, whatever the merges say
-    nfc: bool = False
-    add_bos: bool = False  # where the file does not say
-
-    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
-        if self.pattern is None:
-            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-            steps = [pre_tokenizers.Digits(individual_digits=True)] if self.digits_alone else []
-            return pre_tokenizers.Sequence([*steps, byte_level])
-        split = pre_tokenizers.Split(tokenizers.Regex(self.pattern), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _gpt4_pattern(digits: str) -> str:
-    """The pattern that GPT-4's cl100k introduced, with a family's own idea of a run of digits."""
-    alternatives = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        digits,
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-    return "|".join(alternatives)
-
-
-_GPT2 = _WordRule()
-_DIGITS_ALONE = _WordRule(digits_alone=True)
-_LLAMA3 = _WordRule(_gpt4_pattern(r"\p{N}{1,3}"), whole_words=True, add_bos=True)
-_QWEN2 = _WordRule(_gpt4_pattern(r"\p{N}"), nfc=True)
-
-_WORD_RULES = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "phi-2": _GPT2,
-    "smollm": _DIGITS_ALONE,
-    "starcoder": _DIGITS_ALONE,
-    "refact": _DIGITS_ALONE,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-_NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
-
-
-class _Metadata:
-    """The `tokenizer.ggml.*` values of one file, checked for type, length and range as they are read."""
-
-    def __init__(self, metadata: Mapping[str, Any], name: str) -> None:
-        self._metadata = metadata
-        self._name = name
-
-    def error(
-        self, what: str, hint: str = "the file is damaged or badly converted; fetch or convert it again"
-    ) -> ModelError:
-        return ModelError(f"{self._name}: {what}", hint=hint)
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self._metadata.get(f"tokenizer.ggml.{key}")
-        if value is None:
-            return default
-        if type(value) is not kind:
-            raise self.error(f"tokenizer.ggml.{key} is {type(value).__name__}, not {kind.__name__}")
-        return value
-
-    def items(self, key: str, kinds: set[type], length: int | None = None) -> list[Any]:
-        values: list[Any] = self.get(key, list, [])
-        if not values:
-            raise self.error(f"tokenizer.ggml.{key} is missing or empty")
-        if not set(map(type, values)) <= kinds:
-            raise self.error(f"tokenizer.ggml.{key} holds values of the wrong type")
-        if length is not None and len(values) != length:
-            raise self.error(f"tokenizer.ggml.{key} has {len(values)} entries for {length} tokens")
-        return values
-
-    def token_id(self, key: str, vocab_size: int) -> int | None:
-        value: int | None = self.get(key, int)
-        if value is not None and not 0 <= value < vocab_size:
-            raise self.error(f"tokenizer.ggml.{key} is {value}, outside the vocabulary of {vocab_size}")
-        return value
-
-
-class Tokenizer:
+class Tokenizer(ABC):
     """One model's vocabulary: exact, immutable and safe to share between threads."""
 
-    vocab_size: int
+    vocab_size: int  # every token's id is below it
     bos_token_id: int | None
     eos_token_ids: frozenset[int]  # every token that ends a turn or a text
-    add_bos: bool
-    add_space_prefix: bool  # SentencePiece: each stretch of text starts with a space that decoding takes off again
     special_token_ids: frozenset[int]  # control and unknown tokens: no text of their own
 
-    def __init__(self, fields: _Metadata) -> None:
-        model = fields.get("model", str, "")
-        if model not in ("gpt2", "llama"):
-            raise fields.error(f"tokenizer.ggml.model is {model!r}", hint="kvik reads the models 'gpt2' and 'llama'")
-        self._tokens: Sequence[str] = fields.items("tokens", {str})
-        self.vocab_size = len(self._tokens)
-        try:
-            "".join(self._tokens).encode()
-        except UnicodeEncodeError as error:
-            raise fields.error("tokenizer.ggml.tokens has text that is not Unicode") from error
-        types = fields.items("token_type", {int}, self.vocab_size)
-        if not set(types) <= set(TokenType):
-            raise fields.error("tokenizer.ggml.token_type has values outside 1 to 6")
-        self._types = bytes(types)
-        self.special_token_ids = frozenset(
-            token_id for token_id, kind in enumerate(self._types) if kind in _SPECIAL_TYPES
-        )
-        if model == "gpt2":
-            self._set_up_byte_level(fields)
-        else:
-            self._set_up_sentencepiece(fields)
-
-        self.bos_token_id = fields.token_id("bos_token_id", self.vocab_size)
-        self._eos_token_id = fields.token_id("eos_token_id", self.vocab_size)
-        given = [self._eos_token_id, *(fields.token_id(f"{key}_token_id", self.vocab_size) for key in ("eot", "eom"))]
-        named = [token_id for token_id in self.special_token_ids if self._tokens[token_id] in _END_NAMES]
-        self.eos_token_ids = frozenset(token_id for token_id in (*given, *named) if token_id is not None)
-        self._add_eos: bool = fields.get("add_eos_token", bool, False)
-        if fields.get("add_bos_token", bool, False) and self.bos_token_id is None:
-            raise fields.error("tokenizer.ggml.add_bos_token is set, but there is no bos_token_id")
-        if self._add_eos and self._eos_token_id is None:
-            raise fields.error("tokenizer.ggml.add_eos_token is set, but there is no eos_token_id")
-        self.add_bos = fields.get("add_bos_token", bool, self._bos_by_default) and self.bos_token_id is not None
-        self._tokens = _Texts(self._tokens)
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], name: str) -> Tokenizer:
-        """Build the tokenizer that a GGUF file's metadata describes; `name` is the file, for errors.
-
-        Raises ModelError for a vocabulary that is damaged or of a kind that kvik does not know.
-        """
-        return cls(_Metadata(metadata, name))
-
-    def _set_up_byte_level(self, fields: _Metadata) -> None:
-        rule_name = fields.get("pre", str, "default")
-        rule = _WORD_RULES.get(rule_name)
-        if rule is None:
-            known = ", ".join(sorted(_WORD_RULES))
-            raise fields.error(f"tokenizer.ggml.pre is {rule_name!r}", hint=f"kvik knows the pre-tokenizers {known}")
-        if fields.get("add_space_prefix", bool, False):
-            raise fields.error(
-                "tokenizer.ggml.add_space_prefix is set for a byte-level vocabulary",
-                hint="kvik supports it for the model 'llama' only",
-            )
-        vocabulary = self._ordinary_tokens()
-        self._bpe = tokenizers.Tokenizer(
-            models.BPE(vocabulary, self._merges(fields, vocabulary), ignore_merges=rule.whole_words)
-        )
-        self._bpe.pre_tokenizer = rule.pre_tokenizer()
-        self._prepare: Callable[[str], str] = normalizers.NFC().normalize_str if rule.nfc else str
-        self._byte_level = True
-        self._bos_by_default = rule.add_bos
-        self.add_space_prefix = False
-        lacking = {byte for character, byte in _BYTE_OF.items() if character not in vocabulary}
-        self._unencodable = bytes(lacking - _NEVER_IN_UTF8)
-
-    def _set_up_sentencepiece(self, fields: _Metadata) -> None:
-        byte_ids = {self._tokens[i]: i for i, kind in enumerate(self._types) if kind == TokenType.BYTE}
-        if len(byte_ids) != 256 or not all(map(_BYTE_TOKEN.fullmatch, byte_ids)):
-            raise fields.error(f"the vocabulary has {len(byte_ids)} byte tokens that kvik can read, not 256")
-        longest = max(map(len, self._tokens))
-        if longest > _MOST_PIECE_CHARACTERS:
-            raise fields.error(
-                f"the vocabulary has a piece of {longest:,} characters, more than {_MOST_PIECE_CHARACTERS}"
-            )
-        scores = fields.items("scores", {float, int}, self.vocab_size)
-        if any(map(math.isnan, scores)):
-            raise fields.error("tokenizer.ggml.scores has values that are not numbers")
-        vocabulary = self._ordinary_tokens()
-        pairs = _pairs_by_score(vocabulary, scores)
-        self._bpe = tokenizers.Tokenizer(models.BPE(vocabulary | byte_ids, pairs, byte_fallback=True))
-        self._prepare = self._mark_spaces
-        self._byte_level = False
-        self._bos_by_default = True
-        self.add_space_prefix = fields.get("add_space_prefix", bool, True)
-        self._unencodable = b""
-
-    def _ordinary_tokens(self) -> dict[str, int]:
-        """What BPE may produce; of entries with the same text, the first."""
-        left_out = _SPECIAL_TYPES | {TokenType.BYTE}
-        entries = zip(reversed(range(self.vocab_size)), reversed(self._tokens), reversed(self._types), strict=True)
-        return {text: token_id for token_id, text, kind in entries if kind not in left_out}
-
-    def _merges(self, fields: _Metadata, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-        merges = fields.items("merges", {str})
-        own = dict(zip(vocabulary, vocabulary, strict=True))  # so that no token's text is in memory once more
-        try:
-            pairs = [(own[left], own[right]) for left, right in (merge.split(" ") for merge in merges)]
-        except (ValueError, KeyError):
-            return self._some_merges(fields, merges, vocabulary)
-        if all(map(vocabulary.__contains__, map("".join, pairs))):
-            return pairs
-        return self._some_merges(fields, merges, vocabulary)
-
-    def _some_merges(
-        self, fields: _Metadata, merges: list[str], vocabulary: Mapping[str, int]
-    ) -> list[tuple[str, str]]:
-        """Of merges that are not all made of ordinary tokens, those that are."""
-        for index, merge in enumerate(merges):
-            if merge.count(" ") != 1:
-                raise fields.error(f"tokenizer.ggml.merges[{index}] is {merge!r:.80}, not two tokens")
-        parts = " ".join(merges).split(" ")
-        pairs = list(zip(parts[::2], parts[1::2], strict=True))
-        known = set(self._tokens)
-        for index, (left, right) in enumerate(pairs):
-            if not {left, right, left + right} <= known:
-                raise fields.error(f"tokenizer.ggml.merges[{index}], {merges[index]!r:.80}, is not made of tokens")
-        # What is left over would make a control token out of ordinary text.
-        return [pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()]
-
+    @abstractmethod
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The token ids of `text`.
 
@@ -291,138 +35,76 @@ class Tokenizer:
         control tokens in the text as those tokens; without it they are text like any other, which no user can break
         out of. User-defined tokens are found either way. Raises InvalidInput for text that the vocabulary cannot hold.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInput(
-                f"the text has half a surrogate pair, {text[error.start]!r}, at character {error.start:,}",
-                hint="send well-formed Unicode",
-            ) from error
-        added = self._all_added if parse_special else self._user_defined
-        token_ids = [self.bos_token_id] if add_special and self.add_bos and self.bos_token_id is not None else []
-        for index, segment in enumerate(added.splitter.split(text)):
-            if index % 2:
-                token_ids.append(added.token_ids[segment])
-            elif segment:
-                token_ids += self._encode_ordinary(segment)
-        if add_special and self._add_eos and self._eos_token_id is not None:
-            token_ids.append(self._eos_token_id)
-        return token_ids
 
-    def _encode_ordinary(self, segment: str) -> list[int]:
-        segment = self._prepare(segment)
-        if self._unencodable:
-            data = segment.encode()
-            # The BPE library would leave such bytes out without a word.
-            if len(data.translate(None, self._unencodable)) != len(data):
-                byte = next(byte for byte in data if byte in self._unencodable)
-                raise InvalidInput(
-                    f"the model's vocabulary has no token for byte 0x{byte:02X} of the text",
-                    hint="remove control characters and unassigned code points from the text",
-                )
-        token_ids: list[int] = self._bpe.encode(segment, add_special_tokens=False).ids
-        return token_ids
+    @abstractmethod
+    def token_bytes(self, token_id: int, *, skip_special: bool = True, starts_text: bool = False) -> bytes:
+        """What `token_id` adds to a text: UTF-8, perhaps only a part of a character; nothing for a control token.
 
-    def _mark_spaces(self, segment: str) -> str:
-        marked = segment.replace(" ", _SPACE_MARK)
-        return _SPACE_MARK + marked if self.add_space_prefix else marked
-
-    @cached_property
-    def _user_defined(self) -> _AddedTokens:
-        return self._added_tokens(frozenset({TokenType.USER_DEFINED}))
-
-    @cached_property
-    def _all_added(self) -> _AddedTokens:
-        return self._added_tokens(_SPECIAL_TYPES | {TokenType.USER_DEFINED})
-
-    def _added_tokens(self, kinds: frozenset[TokenType]) -> _AddedTokens:
-        token_ids: dict[str, int] = {}
-        for token_id, kind in enumerate(self._types):
-            if kind in kinds:
-                token_ids.setdefault(self._literal(self._tokens[token_id]), token_id)
-        token_ids.pop("", None)
-        longest_first = sorted(token_ids, key=len, reverse=True)
-        # Without any token: a pattern that matches nowhere.
-        return _AddedTokens(re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})"), token_ids)
-
-    def _literal(self, text: str) -> str:
-        return text if self._byte_level else text.replace(_SPACE_MARK, " ")
+        `starts_text` says that nothing came before it: some vocabularies start each text with a space that decoding
+        takes off again.
+        """
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `token_ids`; bytes that are no UTF-8 become U+FFFD."""
-        data = b"".join(self.token_bytes(token_id, skip_special=skip_special) for token_id in token_ids)
-        if self.add_space_prefix:
-            data = data.removeprefix(b" ")
-        return data.decode(errors="replace")
-
-    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
-        """What `token_id` adds to a text: UTF-8, perhaps only a part of a character; nothing for a control token."""
-        text, kind = self._token(token_id)
-        if kind in _SPECIAL_TYPES:
-            return b"" if skip_special else text.encode()
-        if kind == TokenType.BYTE and (match := _BYTE_TOKEN.fullmatch(text)):
-            return bytes((int(match[1], 16),))
-        if self._byte_level and kind != TokenType.USER_DEFINED:
-            try:
-                return bytes([_BYTE_OF[character] for character in text])
-            except KeyError:  # an entry outside the byte alphabet stands for itself
-                return text.encode()
-        return self._literal(text).encode()
+        parts = [self.token_bytes(token_id, skip_special=skip_special) for token_id in token_ids]
+        first = next((index for index, part in enumerate(parts) if part), None)
+        if first is not None:
+            parts[first] = self.token_bytes(token_ids[first], skip_special=skip_special, starts_text=True)
+        return b"".join(parts).decode(errors="replace")
 
     def token_text(self, token_id: int) -> str:
         """One token for display: on one line, control tokens by name, stray bytes and control characters escaped."""
         text = self.token_bytes(token_id, skip_special=False).decode(errors="backslashreplace")
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-    def _token(self, token_id: int) -> tuple[str, int]:
-        if not 0 <= token_id < self.vocab_size:
-            raise InvalidInput(
-                f"token id {token_id:,} is outside the vocabulary of {self.vocab_size:,}",
-                hint="use the token ids of this model's own tokenizer",
-            )
-        return self._tokens[token_id], self._types[token_id]
+
+def check_text(text: str) -> None:
+    """Raise InvalidInput for text that is not well-formed Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"the text has half a surrogate pair, {text[error.start]!r}, at character {error.start:,}",
+            hint="send well-formed Unicode",
+        ) from error
 
 
-class _Texts(Sequence[str]):
-    """A list of strings in a quarter of its memory: one text, and where each of them ends in it."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._text = "".join(texts)
-        self._ends = array("L", accumulate(map(len, texts)))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        end = self._ends[index]
-        return self._text[self._ends[index - 1] if index % len(self) else 0 : end]
+def check_token_id(token_id: int, vocab_size: int) -> None:
+    """Raise InvalidInput for an id that no token can have."""
+    if not 0 <= token_id < vocab_size:
+        raise InvalidInput(
+            f"token id {token_id:,} is outside the vocabulary of {vocab_size:,}",
+            hint="use the token ids of this model's own tokenizer",
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class _AddedTokens:
-    """Tokens that are found in text by their whole name, the longest first, before BPE sees the rest."""
+def no_token_for_byte(byte: int) -> InvalidInput:
+    """The error for text with a byte that the vocabulary lacks, which the library would leave out without a word."""
+    return InvalidInput(
+        f"the model's vocabulary has no token for byte 0x{byte:02X} of the text",
+        hint="remove control characters and unassigned code points from the text",
+    )
 
-    splitter: re.Pattern[str]  # one group, so that `split` gives text and names in turn
-    token_ids: Mapping[str, int]
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`, backwards)."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
-def _pairs_by_score(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece vocabulary implies, best first.
+BYTE_OF = byte_alphabet()
+NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
-    SentencePiece joins the neighbours whose joint piece has the best score, the leftmost of equals. A list of merges
-    has no leftmost: of equal scores the longer piece and the longer left part go first, which gives the same where
-    such ties occur in published vocabularies, in runs of spaces that earlier merges have halved from the left.
-    """
-    found = [
-        (-scores[token_id], -len(text), -cut, text[:cut], text[cut:])
-        for text, token_id in vocabulary.items()
-        for cut in range(1, len(text))
-        if text[:cut] in vocabulary and text[cut:] in vocabulary
-    ]
-    return [(left, right) for *_, left, right in sorted(found)]
+
+def byte_level_bytes(text: str) -> bytes:
+    """The bytes of a token of a byte-level vocabulary; one outside the byte alphabet stands for itself."""
+    try:
+        return bytes([BYTE_OF[character] for character in text])
+    except KeyError:
+        return text.encode()
+
+
+def missing_bytes(characters: set[str]) -> bytes:
+    """The bytes that UTF-8 may hold and that none of a byte-level vocabulary's single characters stands for."""
+    return bytes({byte for character, byte in BYTE_OF.items() if character not in characters} - NEVER_IN_UTF8)

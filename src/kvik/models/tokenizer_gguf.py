@@ -1,0 +1,421 @@
+"""The tokenizer that a GGUF file's metadata describes.
+
+The keys are those of the GGUF specification (`tokenizer.ggml.*`). Two kinds of vocabulary are understood:
+
+    gpt2    byte-level BPE with a list of merges (Radford et al. 2019); `tokenizer.ggml.pre` names the rule that cuts
+            text into words first, as each family's published tokenizer.json states it
+    llama   SentencePiece BPE (Kudo and Richardson 2018): scores in place of merges, U+2581 for a space, bytes for
+            characters that the vocabulary lacks
+
+Control tokens are found in the text here and are no part of the BPE vocabulary, so ordinary text can never become one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, overload
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+
+from kvik.errors import ModelError
+from kvik.models.tokenizer import (
+    BYTE_OF,
+    END_NAMES,
+    Tokenizer,
+    byte_level_bytes,
+    check_text,
+    check_token_id,
+    missing_bytes,
+    no_token_for_byte,
+)
+
+
+class TokenType(IntEnum):
+    """What a vocabulary entry is for (`tokenizer.ggml.token_type`)."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+# UNKNOWN stands for text that the vocabulary lacks: a model may emit it, but no text should turn into it.
+_SPECIAL_TYPES = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
+
+# Phi-3's control tokens take the white space behind them away, all but these; no key in the file says so.
+_PHI3_KEEPS_SPACE = frozenset(("<unk>", "<s>", "<|endoftext|>"))
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+_SPACE_MARK = "\u2581"
+_MOST_PIECE_CHARACTERS = 256  # all its splits are tried; published vocabularies stay under 50
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True, slots=True)
+class _WordRule:
+    """How one family of byte-level vocabularies cuts text into the words that BPE then works on."""
+
+    pattern: str | None = None  # None: GPT-2's pattern, which `tokenizers` has built in
+    digits_alone: bool = False  # every digit is a word of its own
+    digits_in_threes: bool = False  # Falcon: punctuation and numbers apart, three digits at a time from the left
+    whole_words: bool = False  # a word that is a token stays whole, whatever the merges say
+    nfc: bool = False
+    add_bos: bool = False  # where the file does not say
+
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        if self.pattern is not None:
+            split = pre_tokenizers.Split(tokenizers.Regex(self.pattern), behavior="isolated")
+            return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        before: list[pre_tokenizers.PreTokenizer] = []
+        after: list[pre_tokenizers.PreTokenizer] = []
+        if self.digits_alone:
+            before = [pre_tokenizers.Digits(individual_digits=True)]
+        if self.digits_in_threes:
+            before = [pre_tokenizers.Punctuation(behavior="contiguous")]
+            threes = pre_tokenizers.Split(tokenizers.Regex("[0-9][0-9][0-9]"), behavior="isolated")
+            after = [pre_tokenizers.Digits(individual_digits=False), threes]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        return pre_tokenizers.Sequence([*before, byte_level, *after])
+
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+
+
+def _gpt4_pattern(digits: str) -> str:
+    """The pattern that GPT-4's cl100k introduced, with a family's own idea of a run of digits."""
+    alternatives = (
+        _CONTRACTIONS,
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        digits,
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+    return "|".join(alternatives)
+
+
+def _gpt4o_pattern(digits: str, suffix: str) -> str:
+    """The pattern that GPT-4o's o200k introduced: a word may begin in capitals and go on without."""
+    upper = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+    lower = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    alternatives = (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{suffix}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{suffix}",
+        digits,
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+    return "|".join(alternatives)
+
+
+_GPT2 = _WordRule()
+_GPT_NEOX = _WordRule(nfc=True)
+_DIGITS_ALONE = _WordRule(digits_alone=True)
+_GPT4 = _gpt4_pattern(r"\p{N}{1,3}")
+_GPT4O = _WordRule(_gpt4o_pattern(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"))
+_LLAMA3 = _WordRule(_GPT4, whole_words=True, add_bos=True)
+_QWEN2 = _WordRule(_gpt4_pattern(r"\p{N}"), nfc=True)
+
+# Converters tell vocabularies apart by the ids that they give a sample text, and write the name of the first model
+# that had these: a name stands for all the families beside it.
+_WORD_RULES = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "phi-2": _GPT2,
+    "mpt": _GPT_NEOX,  # GPT-NeoX and Pythia, too
+    "olmo": _GPT_NEOX,
+    "falcon": _WordRule(digits_in_threes=True),
+    "smollm": _DIGITS_ALONE,
+    "starcoder": _DIGITS_ALONE,
+    "refact": _DIGITS_ALONE,  # Granite 3, too
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "smaug-bpe": _WordRule(_GPT4, whole_words=True),  # Llama 3's vocabulary without BOS: SmolLM3
+    "dbrx": _WordRule(_GPT4),  # OLMo 2, Phi-4 and Granite 4, too
+    "qwen2": _QWEN2,
+    "tekken": _WordRule(_gpt4o_pattern(r"\p{N}", ""), whole_words=True, add_bos=True),
+    "gpt-4o": _GPT4O,  # Phi-4-mini, too
+}
+
+
+class _Metadata:
+    """The `tokenizer.ggml.*` values of one file, checked for type, length and range as they are read."""
+
+    def __init__(self, metadata: Mapping[str, Any], name: str) -> None:
+        self._metadata = metadata
+        self._name = name
+
+    def error(
+        self, what: str, hint: str = "the file is damaged or badly converted; fetch or convert it again"
+    ) -> ModelError:
+        return ModelError(f"{self._name}: {what}", hint=hint)
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self._metadata.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return default
+        if type(value) is not kind:
+            raise self.error(f"tokenizer.ggml.{key} is {type(value).__name__}, not {kind.__name__}")
+        return value
+
+    def items(self, key: str, kinds: set[type], length: int | None = None) -> list[Any]:
+        values: list[Any] = self.get(key, list, [])
+        if not values:
+            raise self.error(f"tokenizer.ggml.{key} is missing or empty")
+        if not set(map(type, values)) <= kinds:
+            raise self.error(f"tokenizer.ggml.{key} holds values of the wrong type")
+        if length is not None and len(values) != length:
+            raise self.error(f"tokenizer.ggml.{key} has {len(values)} entries for {length} tokens")
+        return values
+
+    def token_id(self, key: str, vocab_size: int) -> int | None:
+        value: int | None = self.get(key, int)
+        if value is not None and not 0 <= value < vocab_size:
+            raise self.error(f"tokenizer.ggml.{key} is {value}, outside the vocabulary of {vocab_size}")
+        return value
+
+
+class GGUFTokenizer(Tokenizer):
+    """The vocabulary inside a GGUF file; `name` is the file, for errors.
+
+    Raises ModelError for a vocabulary that is damaged or of a kind that kvik does not know.
+    """
+
+    add_bos: bool
+    add_space_prefix: bool  # SentencePiece: each stretch of text starts with a space that decoding takes off again
+
+    def __init__(self, metadata: Mapping[str, Any], name: str) -> None:
+        fields = _Metadata(metadata, name)
+        model = fields.get("model", str, "")
+        if model not in ("gpt2", "llama"):
+            raise fields.error(f"tokenizer.ggml.model is {model!r}", hint="kvik reads the models 'gpt2' and 'llama'")
+        self._tokens: Sequence[str] = fields.items("tokens", {str})
+        self.vocab_size = len(self._tokens)
+        try:
+            "".join(self._tokens).encode()
+        except UnicodeEncodeError as error:
+            raise fields.error("tokenizer.ggml.tokens has text that is not Unicode") from error
+        types = fields.items("token_type", {int}, self.vocab_size)
+        if not set(types) <= set(TokenType):
+            raise fields.error("tokenizer.ggml.token_type has values outside 1 to 6")
+        self._types = bytes(types)
+        self.special_token_ids = frozenset(
+            token_id for token_id, kind in enumerate(self._types) if kind in _SPECIAL_TYPES
+        )
+        self._takes_space = model == "llama" and metadata.get("general.architecture") == "phi3"
+        if model == "gpt2":
+            self._set_up_byte_level(fields)
+        else:
+            self._set_up_sentencepiece(fields)
+
+        self.bos_token_id = fields.token_id("bos_token_id", self.vocab_size)
+        self._eos_token_id = fields.token_id("eos_token_id", self.vocab_size)
+        given = [self._eos_token_id, *(fields.token_id(f"{key}_token_id", self.vocab_size) for key in ("eot", "eom"))]
+        named = [token_id for token_id in self.special_token_ids if self._tokens[token_id] in END_NAMES]
+        self.eos_token_ids = frozenset(token_id for token_id in (*given, *named) if token_id is not None)
+        self._add_eos: bool = fields.get("add_eos_token", bool, False)
+        if fields.get("add_bos_token", bool, False) and self.bos_token_id is None:
+            raise fields.error("tokenizer.ggml.add_bos_token is set, but there is no bos_token_id")
+        if self._add_eos and self._eos_token_id is None:
+            raise fields.error("tokenizer.ggml.add_eos_token is set, but there is no eos_token_id")
+        self.add_bos = fields.get("add_bos_token", bool, self._bos_by_default) and self.bos_token_id is not None
+        self._tokens = _Texts(self._tokens)
+
+    def _set_up_byte_level(self, fields: _Metadata) -> None:
+        rule_name = fields.get("pre", str, "default")
+        rule = _WORD_RULES.get(rule_name)
+        if rule is None:
+            known = ", ".join(sorted(_WORD_RULES))
+            raise fields.error(f"tokenizer.ggml.pre is {rule_name!r}", hint=f"kvik knows the pre-tokenizers {known}")
+        if fields.get("add_space_prefix", bool, False):
+            raise fields.error(
+                "tokenizer.ggml.add_space_prefix is set for a byte-level vocabulary",
+                hint="kvik supports it for the model 'llama' only",
+            )
+        vocabulary = self._ordinary_tokens()
+        self._bpe = tokenizers.Tokenizer(
+            models.BPE(vocabulary, self._merges(fields, vocabulary), ignore_merges=rule.whole_words)
+        )
+        self._bpe.pre_tokenizer = rule.pre_tokenizer()
+        self._prepare: Callable[[str], str] = normalizers.NFC().normalize_str if rule.nfc else str
+        self._byte_level = True
+        self._bos_by_default = rule.add_bos
+        self.add_space_prefix = False
+        self._unencodable = missing_bytes(BYTE_OF.keys() & vocabulary.keys())
+
+    def _set_up_sentencepiece(self, fields: _Metadata) -> None:
+        byte_ids = {self._tokens[i]: i for i, kind in enumerate(self._types) if kind == TokenType.BYTE}
+        if len(byte_ids) != 256 or not all(map(_BYTE_TOKEN.fullmatch, byte_ids)):
+            raise fields.error(f"the vocabulary has {len(byte_ids)} byte tokens that kvik can read, not 256")
+        longest = max(map(len, self._tokens))
+        if longest > _MOST_PIECE_CHARACTERS:
+            raise fields.error(
+                f"the vocabulary has a piece of {longest:,} characters, more than {_MOST_PIECE_CHARACTERS}"
+            )
+        scores = fields.items("scores", {float, int}, self.vocab_size)
+        if any(map(math.isnan, scores)):
+            raise fields.error("tokenizer.ggml.scores has values that are not numbers")
+        vocabulary = self._ordinary_tokens()
+        pairs = _pairs_by_score(vocabulary, scores)
+        self._bpe = tokenizers.Tokenizer(models.BPE(vocabulary | byte_ids, pairs, byte_fallback=True))
+        self._prepare = self._mark_spaces
+        self._byte_level = False
+        self._bos_by_default = True
+        self.add_space_prefix = fields.get("add_space_prefix", bool, True)
+        self._unencodable = b""
+
+    def _ordinary_tokens(self) -> dict[str, int]:
+        """What BPE may produce; of entries with the same text, the first."""
+        left_out = _SPECIAL_TYPES | {TokenType.BYTE}
+        entries = zip(reversed(range(self.vocab_size)), reversed(self._tokens), reversed(self._types), strict=True)
+        return {text: token_id for token_id, text, kind in entries if kind not in left_out}
+
+    def _merges(self, fields: _Metadata, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+        merges = fields.items("merges", {str})
+        own = dict(zip(vocabulary, vocabulary, strict=True))  # so that no token's text is in memory once more
+        try:
+            pairs = [(own[left], own[right]) for left, right in (merge.split(" ") for merge in merges)]
+        except (ValueError, KeyError):
+            return self._some_merges(fields, merges, vocabulary)
+        if all(map(vocabulary.__contains__, map("".join, pairs))):
+            return pairs
+        return self._some_merges(fields, merges, vocabulary)
+
+    def _some_merges(
+        self, fields: _Metadata, merges: list[str], vocabulary: Mapping[str, int]
+    ) -> list[tuple[str, str]]:
+        """Of merges that are not all made of ordinary tokens, those that are."""
+        for index, merge in enumerate(merges):
+            if merge.count(" ") != 1:
+                raise fields.error(f"tokenizer.ggml.merges[{index}] is {merge!r:.80}, not two tokens")
+        parts = " ".join(merges).split(" ")
+        pairs = list(zip(parts[::2], parts[1::2], strict=True))
+        known = set(self._tokens)
+        for index, (left, right) in enumerate(pairs):
+            if not {left, right, left + right} <= known:
+                raise fields.error(f"tokenizer.ggml.merges[{index}], {merges[index]!r:.80}, is not made of tokens")
+        # What is left over would make a control token out of ordinary text.
+        return [pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()]
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """See Tokenizer."""
+        check_text(text)
+        added = self._all_added if parse_special else self._user_defined
+        token_ids = [self.bos_token_id] if add_special and self.add_bos and self.bos_token_id is not None else []
+        takes_space = False
+        for index, segment in enumerate(added.splitter.split(text)):
+            if index % 2:
+                token_ids.append(added.token_ids[segment])
+                takes_space = self._takes_space and segment not in _PHI3_KEEPS_SPACE
+            elif segment := segment.lstrip(_WHITE_SPACE) if takes_space else segment:
+                token_ids += self._encode_ordinary(segment)
+        if add_special and self._add_eos and self._eos_token_id is not None:
+            token_ids.append(self._eos_token_id)
+        return token_ids
+
+    def _encode_ordinary(self, segment: str) -> list[int]:
+        segment = self._prepare(segment)
+        if self._unencodable:
+            data = segment.encode()
+            # The BPE library would leave such bytes out without a word.
+            if len(data.translate(None, self._unencodable)) != len(data):
+                raise no_token_for_byte(next(byte for byte in data if byte in self._unencodable))
+        token_ids: list[int] = self._bpe.encode(segment, add_special_tokens=False).ids
+        return token_ids
+
+    def _mark_spaces(self, segment: str) -> str:
+        marked = segment.replace(" ", _SPACE_MARK)
+        return _SPACE_MARK + marked if self.add_space_prefix else marked
+
+    @cached_property
+    def _user_defined(self) -> _AddedTokens:
+        return self._added_tokens(frozenset({TokenType.USER_DEFINED}))
+
+    @cached_property
+    def _all_added(self) -> _AddedTokens:
+        return self._added_tokens(_SPECIAL_TYPES | {TokenType.USER_DEFINED})
+
+    def _added_tokens(self, kinds: frozenset[TokenType]) -> _AddedTokens:
+        token_ids: dict[str, int] = {}
+        for token_id, kind in enumerate(self._types):
+            if kind in kinds:
+                token_ids.setdefault(self._literal(self._tokens[token_id]), token_id)
+        token_ids.pop("", None)
+        longest_first = sorted(token_ids, key=len, reverse=True)
+        # Without any token: a pattern that matches nowhere.
+        return _AddedTokens(re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})"), token_ids)
+
+    def _literal(self, text: str) -> str:
+        return text if self._byte_level else text.replace(_SPACE_MARK, " ")
+
+    def token_bytes(self, token_id: int, *, skip_special: bool = True, starts_text: bool = False) -> bytes:
+        """See Tokenizer."""
+        check_token_id(token_id, self.vocab_size)
+        text, kind = self._tokens[token_id], self._types[token_id]
+        if kind in _SPECIAL_TYPES:
+            return b"" if skip_special else text.encode()
+        if kind == TokenType.BYTE and (match := _BYTE_TOKEN.fullmatch(text)):
+            return bytes((int(match[1], 16),))
+        if self._byte_level and kind != TokenType.USER_DEFINED:
+            return byte_level_bytes(text)
+        data = self._literal(text).encode()
+        return data.removeprefix(b" ") if starts_text and self.add_space_prefix else data
+
+
+class _Texts(Sequence[str]):
+    """A list of strings in a quarter of its memory: one text, and where each of them ends in it."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._text = "".join(texts)
+        self._ends = array("L", accumulate(map(len, texts)))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        end = self._ends[index]
+        return self._text[self._ends[index - 1] if index % len(self) else 0 : end]
+
+
+@dataclass(frozen=True, slots=True)
+class _AddedTokens:
+    """Tokens that are found in text by their whole name, the longest first, before BPE sees the rest."""
+
+    splitter: re.Pattern[str]  # one group, so that `split` gives text and names in turn
+    token_ids: Mapping[str, int]
+
+
+def _pairs_by_score(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The merges that a SentencePiece vocabulary implies, best first.
+
+    SentencePiece joins the neighbours whose joint piece has the best score, the leftmost of equals. A list of merges
+    has no leftmost: of equal scores the longer piece and the longer left part go first, which gives the same where
+    such ties occur in published vocabularies, in runs of spaces that earlier merges have halved from the left.
+    """
+    found = [
+        (-scores[token_id], -len(text), -cut, text[:cut], text[cut:])
+        for text, token_id in vocabulary.items()
+        for cut in range(1, len(text))
+        if text[:cut] in vocabulary and text[cut:] in vocabulary
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]
