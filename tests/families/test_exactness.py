@@ -70,7 +70,7 @@ def test_a_recorded_pass_gives_the_bits_of_an_eager_one(model: LoadedModel) -> N
         sequence_index=np.zeros(num_tokens, np.int32),
         block_tables=np.arange(num_blocks, dtype=np.int32)[None],
         logit_rows=positions,
-    )
+    ).with_windows(len(spec.windows))
     eager = decoder.ops.to_numpy(decoder.forward(batch, decoder.ops.allocate_kv(spec, num_blocks)))
     recorded = decoder.ops.to_numpy(decoder.record(decoder.ops.allocate_kv(spec, num_blocks))(batch))
     np.testing.assert_array_equal(recorded.view(np.uint32), eager.view(np.uint32))
