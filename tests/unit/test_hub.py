@@ -208,7 +208,7 @@ def test_hub_errors(hub: FakeHub) -> None:
             " does not",
         ),
         "org/adapter": ("ModelError", "org/adapter is an adapter (adapter_config.json), or a model beside one"),
-        "org/one:safetensors": ("ModelError", "org/one:safetensors has no model.safetensors"),
+        "org/one:safetensors": ("ModelError", "org/one:safetensors has one.gguf, but no model.safetensors"),
         "org/checkpoint:c.gguf": ("ModelNotFound", "org/checkpoint has no .gguf file, but a checkpoint"),
         "org/both-many": (
             "ModelNotFound",
