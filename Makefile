@@ -10,13 +10,14 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test check test-oracle sanitize sanitize-address sanitize-thread benchmarks bench bench-engine bench-peers bench-llama-cpp soak format stubs clean
+.PHONY: help demo test check test-oracle sanitize sanitize-address sanitize-thread benchmarks bench bench-engine bench-peers bench-llama-cpp soak goldens format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
 	@echo "make test         all tests that need no torch"
 	@echo "make check        formats, lint, types, import rules, stubs"
 	@echo "make test-oracle  the comparisons with transformers, in a venv of their own"
+	@echo "make goldens      what transformers makes of the small checkpoints in tests/families, kept for the tests without torch"
 	@echo "make sanitize     the native core's tests under ASan and UBSan, and under TSan"
 	@echo "make bench        tokens per second of prefill and decode on this machine, and where the time goes"
 	@echo "make benchmarks   what docs/benchmarks.md shows of kvik race and kvik bench, measured again"
@@ -56,6 +57,10 @@ check: $(VENV)/.check-installed
 test-oracle: $(ORACLE_VENV)/.installed
 	$(call say,Compare with transformers in float32 and with llama.cpp)
 	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
+
+goldens: $(ORACLE_VENV)/.installed
+	$(call say,Logits of small checkpoints of every family$(,) by transformers)
+	cd tests && ../$(ORACLE_VENV)/bin/python -m families.make_goldens
 
 bench: $(VENV)/.installed
 	$(call say,Fetch the default model once)

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from kvik.cache import BLOCK_SIZE
+from arrangements import Arrangement, assert_same, prompt_logits
 from kvik.config import Activations, KVDType, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.loader import LoadedModel
-from kvik.ops.base import Batch
-from models import FloatArray, Run, random_prompt, run, shuffle_free_blocks, tiny_model, tiny_reference_model, with_ops
+from models import random_prompt, run, shuffle_free_blocks, tiny_model, tiny_reference_model, with_ops
 
 MIXED = {"attn_q": Type.Q4_1, "attn_k": Type.Q5_0, "attn_v": Type.F16, "ffn_down": Type.Q4_0, "token_embd": Type.F32}
 K_QUANTS = {
@@ -44,34 +43,11 @@ BUDGETS = (1, 7, 32, 33, 512)
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Arrangement:
-    """Everything that must not matter."""
-
-    token_budget: int = 512
-    keep_cache: bool = True
-    threads: int = 1
-    shuffled: bool = False
-
-    def run(
-        self, model: LoadedModel, prompt: list[int], params: SamplingParams, kv_dtype: KVDType, activations: Activations
-    ) -> Run:
-        engine = Engine(with_ops(model, activations, self.threads), kv_dtype=kv_dtype, token_budget=self.token_budget)
-        if self.shuffled:
-            shuffle_free_blocks(engine, seed=len(prompt))
-        return run(engine, prompt, params, keep_cache=self.keep_cache)
-
-
 def arrangements() -> Iterator[Arrangement]:
     for budget, keep_cache, threads in itertools.product(BUDGETS, (True, False), (1, 2)):
         yield Arrangement(budget, keep_cache, threads, shuffled=threads == 2)
     yield Arrangement(33, threads=3, shuffled=True)
     yield Arrangement(7, keep_cache=False, threads=3)
-
-
-def assert_same(result: Run, wanted: Run, message: object) -> None:
-    assert result.token_ids == wanted.token_ids, message
-    np.testing.assert_array_equal(result.logits.view(np.uint32), wanted.logits.view(np.uint32), str(message))
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"seed{shape['seed']}")
@@ -137,28 +113,6 @@ def test_random_arrangements_with_sampling(tiny: LoadedModel, seed: int) -> None
             shuffled=bool(rng.integers(0, 2)),
         )
         assert_same(arrangement.run(tiny, prompt, params, kv_dtype, "int8"), wanted, (seed, arrangement))
-
-
-def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: KVDType, seed: int) -> FloatArray:
-    """The logits of every prompt position, `chunk` tokens a forward pass, in blocks shuffled by the seed."""
-    spec = model.decoder.spec.kv_spec(kv_dtype)
-    count = spec.num_blocks_for(len(prompt))
-    tables = np.random.default_rng(seed).permutation(count + 3)[None, :count].astype(np.int32)
-    forward = model.decoder.record(model.decoder.ops.allocate_kv(spec, count + 3))
-    rows = []
-    for start in range(0, len(prompt), chunk):
-        token_ids = np.asarray(prompt[start : start + chunk], np.int32)
-        positions = start + np.arange(len(token_ids), dtype=np.int32)
-        batch = Batch(
-            token_ids=token_ids,
-            positions=positions,
-            slot_mapping=tables[0, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
-            sequence_index=np.zeros(len(token_ids), np.int32),
-            block_tables=tables,
-            logit_rows=np.arange(len(token_ids), dtype=np.int32),
-        )
-        rows.append(model.decoder.ops.to_numpy(forward(batch)))
-    return np.concatenate(rows)
 
 
 @pytest.mark.parametrize("kv_dtype", get_args(KVDType))

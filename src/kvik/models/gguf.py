@@ -109,6 +109,14 @@ class GGUFFile:
         if self.mapped is not None:
             self.mapped.drop_pages(tensor.offset, tensor.num_bytes)
 
+    def tensor(self, name: str) -> GGUFTensor:
+        """Return the tensor of that name, which must be there."""
+        if name not in self.tensors:
+            raise ModelError(
+                f"{self.path}: tensor {name!r} is missing", hint="the file is not whole; download it again"
+            )
+        return self.tensors[name]
+
     def get_bool(self, key: str, default: bool | None = None) -> bool:
         """Return the bool under `key`."""
         return self._get(key, bool, default)

@@ -117,9 +117,11 @@ def _gemma2(config: ConfigFields) -> Fields:
 
 
 def _gemma3(config: ConfigFields) -> Fields:
+    if config.find("attn_logit_softcapping") is not None:  # transformers has the field and never looks at it
+        raise config.error("attn_logit_softcapping is set, which no Gemma 3 has", _OTHER_MODEL)
     return _gemma2(config) | {
         "qk_norm": "head",
-        "attention_soft_cap": _cap(config, "attn_logit_softcapping"),
+        "attention_soft_cap": None,
         "logit_soft_cap": _cap(config, "final_logit_softcapping"),
     }
 

@@ -14,14 +14,16 @@ from kvik.models.checkpoint import read_checkpoint
 from kvik.models.checkpoint_source import CheckpointSource
 from kvik.models.decoder import Decoder
 from kvik.models.gguf import GGUFFile, read_gguf
-from kvik.models.gguf_model import GGUFSource, read_spec
-from kvik.models.gguf_tokenizer import GGUFTokenizer
+from kvik.models.gguf_source import GGUFSource
+from kvik.models.gguf_spec import read_spec
 from kvik.models.hf_spec import read_hf_spec
-from kvik.models.json_tokenizer import JsonTokenizer, read_chat_template
 from kvik.models.progress import Progress, silent
 from kvik.models.quantize import Quantization
 from kvik.models.spec import DecoderSpec
 from kvik.models.tokenizer import Tokenizer
+from kvik.models.tokenizer_config import chat_template_of
+from kvik.models.tokenizer_gguf import GGUFTokenizer
+from kvik.models.tokenizer_json import FolderTokenizer
 from kvik.models.weights import read_weights
 from kvik.ops.base import Ops
 
@@ -63,10 +65,10 @@ def load_model(
             hint="leave it out, take a GGUF of that type, or load the checkpoint folder that it was made from",
         )
     file = read_gguf(path)
-    spec = read_spec(file)
+    spec = read_spec(file, context)
     context = _chosen_context(path, spec, context)
     approve(spec, context)
-    tokenizer = GGUFTokenizer.from_metadata(file.metadata, path.name)
+    tokenizer = GGUFTokenizer(file.metadata, path.name)
     if tokenizer.vocab_size != spec.vocab_size:
         raise ModelError(
             f"{path}: the vocabulary has {tokenizer.vocab_size:,} tokens, the embedding {spec.vocab_size:,} rows",
@@ -83,23 +85,15 @@ def _load_folder(
     spec = read_hf_spec(checkpoint.config, checkpoint.config_path)
     context = _chosen_context(folder, spec, context)
     approve(spec, context)
-    tokenizer = JsonTokenizer(folder)
-    if tokenizer.vocab_size > spec.vocab_size:  # fewer are usual: rows are added until widths are round
-        raise ModelError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the embedding {spec.vocab_size:,} rows",
-            hint="the folder's files do not belong together; download the checkpoint again",
-        )
+    tokenizer = FolderTokenizer(folder, spec.vocab_size)
     source = CheckpointSource(checkpoint, spec, ops, weights=weights, progress=progress)
     _require_memory(folder, source.num_bytes)
     decoder = Decoder(spec, read_weights(spec, source), ops, context)
-    template = read_chat_template(folder)
     return LoadedModel(
         path=folder,
         decoder=decoder,
         tokenizer=tokenizer,
-        chat_template=None
-        if template is None
-        else ChatTemplate(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, name=folder.name),
+        chat_template=chat_template_of(folder),
         context=context,
         quantization=source.quantization,
     )

@@ -1,0 +1,76 @@
+"""Bits that must not change, over every family: cache, chunks, batch mates, threads, recorded or eager."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from arrangements import Arrangement, assert_same
+from families.cases import CASES
+from families.goldens import golden_of
+from kvik.config import SamplingParams
+from kvik.engine.engine import Engine
+from kvik.models.loader import LoadedModel, load_model
+from kvik.ops.base import Batch
+from kvik.ops.native import NativeOps
+from models import Run, random_prompt, run
+
+PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
+ARRANGEMENTS = (
+    Arrangement(token_budget=1, threads=2, shuffled=True),
+    Arrangement(token_budget=5, threads=3),
+    Arrangement(token_budget=16, threads=1, shuffled=True),
+    Arrangement(token_budget=64, threads=2),
+    Arrangement(keep_cache=False, threads=3),
+    Arrangement(token_budget=16, keep_cache=False, shuffled=True),
+)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = golden_of(request.param).write_folder(tmp_path_factory.mktemp(request.param))
+    return load_model(folder, NativeOps("int8", threads=1))
+
+
+def test_every_arrangement_gives_the_same_bits(model: LoadedModel) -> None:
+    prompt = random_prompt(model, 75, seed=11)  # three windows and more
+    wanted = Arrangement().run(model, prompt, PARAMS, "f16", "int8")
+    assert np.isfinite(wanted.logits).all()
+    for arrangement in ARRANGEMENTS:
+        assert_same(arrangement.run(model, prompt, PARAMS, "f16", "int8"), wanted, arrangement)
+
+
+def test_batch_mates_do_not_show(model: LoadedModel) -> None:
+    prompts = [random_prompt(model, length, seed=length) for length in (75, 3, 40)]
+    alone = [run(Engine(model), prompt, PARAMS) for prompt in prompts]
+    engine = Engine(model, token_budget=50)
+    sequences = [engine.new_sequence(prompt, PARAMS) for prompt in prompts]
+    for sequence in sequences:
+        engine.add(sequence)
+    rows: dict[int, list[np.ndarray]] = {id(sequence): [] for sequence in sequences}
+    while any(sequence.finish_reason is None for sequence in sequences):
+        result = engine.step()
+        assert result is not None
+        for owner, row in zip(result.sequences, result.logits, strict=True):
+            rows[id(owner)].append(row)
+    for sequence, wanted in zip(sequences, alone, strict=True):
+        together = Run(sequence, sequence.completion_ids, np.stack(rows[id(sequence)]))
+        assert_same(together, wanted, len(wanted.sequence.token_ids))
+
+
+def test_a_recorded_pass_gives_the_bits_of_an_eager_one(model: LoadedModel) -> None:
+    decoder, num_tokens = model.decoder, 60
+    spec = decoder.spec.kv_spec("f32")
+    num_blocks = spec.pool_blocks_for(num_tokens)
+    positions = np.arange(num_tokens, dtype=np.int32)
+    batch = Batch(
+        token_ids=np.asarray(random_prompt(model, num_tokens, seed=12), np.int32),
+        positions=positions,
+        slot_mapping=positions,
+        sequence_index=np.zeros(num_tokens, np.int32),
+        block_tables=np.arange(num_blocks, dtype=np.int32)[None],
+        logit_rows=positions,
+    )
+    eager = decoder.ops.to_numpy(decoder.forward(batch, decoder.ops.allocate_kv(spec, num_blocks)))
+    recorded = decoder.ops.to_numpy(decoder.record(decoder.ops.allocate_kv(spec, num_blocks))(batch))
+    np.testing.assert_array_equal(recorded.view(np.uint32), eager.view(np.uint32))

@@ -1,0 +1,127 @@
+"""Every family against the logits that transformers computed, kept in goldens/: needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from families.cases import CASES
+from families.goldens import FOLDER, ROWS, all_goldens, golden_of
+from kvik.models.checkpoint import CheckpointSource
+from kvik.models.config_fields import read_json_object
+from kvik.models.decoder import Decoder
+from kvik.models.hf_spec import FAMILIES, read_hf_spec
+from kvik.models.spec import DecoderSpec
+from kvik.models.weights import read_weights
+from kvik.ops.native import NativeOps
+from oracle.teacher_forcing import teacher_forced
+
+TOLERANCE = 1e-4
+
+Change: TypeAlias = Callable[[DecoderSpec], DecoderSpec]
+
+
+def difference(folder: Path, name: str, change: Change = lambda spec: spec) -> float:
+    """How far the logits of a folder are from a golden's, with a decoder that was changed a little."""
+    golden, path = golden_of(name), folder / "config.json"
+    spec, ops = change(read_hf_spec(read_json_object(path), path)), NativeOps("int8", threads=1)
+    decoder = Decoder(spec, read_weights(spec, CheckpointSource(folder, spec, ops)), ops, spec.context_length)
+    found = teacher_forced(decoder, golden.token_ids, kv_dtype="f32", chunks=(150, 1, 64))
+    return float(np.abs(found[list(ROWS)] - golden.logits).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    assert difference(golden_of(name).write_folder(tmp_path), name) < TOLERANCE
+
+
+def wider_windows(spec: DecoderSpec, by: int = 1) -> DecoderSpec:
+    layers = (replace(layer, window=layer.window and layer.window + by) for layer in spec.layers)
+    return replace(spec, layers=tuple(layers))
+
+
+def one_rope(spec: DecoderSpec) -> DecoderSpec:
+    return replace(spec, layers=tuple(replace(layer, rope=spec.ropes[0]) for layer in spec.layers))
+
+
+def other_ropes(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
+    ropes = (layer.rope and replace(layer.rope, **changes) for layer in spec.layers)
+    return replace(
+        spec, layers=tuple(replace(layer, rope=rope) for layer, rope in zip(spec.layers, ropes, strict=True))
+    )
+
+
+def fields(**changes: Any) -> Change:
+    return lambda spec: replace(spec, **changes)
+
+
+CHANGES: list[tuple[str, str, Change]] = [
+    ("gpt2", "eps", fields(norm_eps=1e-3)),
+    ("gpt2", "activation", fields(activation="gelu")),
+    ("gpt_neox", "parallel", fields(parallel="none")),
+    ("gpt_neox", "pairs", partial(other_ropes, adjacent_pairs=True)),
+    ("gpt_neox-serial", "linear", partial(other_ropes, factors=1.0)),
+    ("gpt_neox-serial", "parallel", fields(parallel="two_norms")),
+    ("llama-3.2", "llama3", partial(other_ropes, factors=1.0)),
+    ("llama-yarn", "magnitude", partial(other_ropes, magnitude=1.0)),
+    ("phi3-long", "magnitude", partial(other_ropes, magnitude=1.0)),
+    ("mistral", "window + 1", wider_windows),
+    ("mistral", "window - 1", partial(wider_windows, by=-1)),
+    ("qwen2", "window + 1", wider_windows),
+    ("smollm3-windows", "window + 1", wider_windows),
+    ("smollm3", "all layers turn", one_rope),
+    ("gemma3_text", "one base", one_rope),
+    ("gemma3_text", "window + 1", wider_windows),
+    ("olmo3", "one rope", one_rope),
+    ("gemma2", "cap of attention", fields(attention_soft_cap=None)),
+    ("gemma2", "cap of logits", fields(logit_soft_cap=None)),
+    ("gemma2", "attention scale", fields(attention_scale=None)),
+    ("gemma2", "embedding scale", fields(embedding_scale=1.0)),
+    ("gemma2", "activation", fields(activation="silu")),
+    ("granite", "attention scale", fields(attention_scale=None)),
+    ("granite", "embedding scale", fields(embedding_scale=1.0)),
+    ("granite", "residual scale", fields(residual_scale=1.0)),
+    ("granite", "logit scale", fields(logit_scale=1.0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, change) for name, _, change in CHANGES],
+    ids=[f"{name}: {what}" for name, what, _ in CHANGES],
+)
+def test_the_goldens_notice_every_choice(name: str, change: Change, tmp_path: Path) -> None:
+    """The comparison above would also hold if the small models took no notice of a field."""
+    assert difference(golden_of(name).write_folder(tmp_path), name, change) > 3 * TOLERANCE
+
+
+def test_nanogpt_is_gpt2_with_projections_as_they_are_used(tmp_path: Path) -> None:
+    """transformers has no such class: its GPT-2 keeps the same matrices the other way round."""
+    folder = golden_of("gpt2").write_folder(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    is_projection = {name: ".c_" in name and name.endswith("weight") for name in tensors}
+    turned = {name: np.ascontiguousarray(t.T) if is_projection[name] else t for name, t in tensors.items()}
+    save_file(turned, folder / "model.safetensors")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"model_type": "gpt2"', '"model_type": "nanogpt"'))
+    assert difference(folder, "gpt2") < TOLERANCE
+
+
+def test_every_family_has_a_golden() -> None:
+    families = {read_hf_spec(golden.config, FOLDER).architecture for golden in all_goldens()}
+    assert families | {"nanogpt"} == set(FAMILIES)
+    assert {path.stem for path in FOLDER.iterdir()} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_published_and_saved_configs_say_the_same(name: str) -> None:
+    """The cases are written as published configs are, old ones too; transformers saved them in its new form."""
+    path = FOLDER / f"{name}.json"
+    assert read_hf_spec(CASES[name], path) == read_hf_spec(golden_of(name).config, path)

@@ -1,0 +1,67 @@
+"""Every family against transformers in float32: all logits, however the tokens are fed, and greedy completions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from families.cases import CASES, NUM_TOKENS
+from families.goldens import ROWS, golden_of
+from kvik.config import SamplingParams
+from kvik.engine.engine import Engine
+from kvik.models.hf_spec import read_hf_spec
+from kvik.models.loader import load_model
+from kvik.ops.native import NativeOps
+from kvik.ops.reference import ReferenceOps
+from models import run
+from oracle.conftest import Report
+from oracle.hf_families import SavedModel, random_ids, save_checkpoint
+from oracle.hf_llama import continue_greedily
+from oracle.teacher_forcing import teacher_forced
+
+TOLERANCE = 1e-4
+CHUNKS = {"prefill": (512,), "chunks": (37, 64, 1, 100), "decode": (1,)}
+NUM_NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="module", params=CASES)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SavedModel:
+    return save_checkpoint(tmp_path_factory.mktemp(request.param), CASES[request.param])
+
+
+def test_logits(saved: SavedModel, report: Report) -> None:
+    token_ids = random_ids(NUM_TOKENS)
+    expected = saved.logits(token_ids)
+    assert expected.std() > 0.5
+    errors = {}
+    for ops in (NativeOps(), ReferenceOps()):
+        decoder = load_model(saved.folder, ops).decoder
+        for name, chunks in CHUNKS.items():
+            found = teacher_forced(decoder, token_ids, kv_dtype="f32", chunks=chunks)
+            errors[f"{ops.name} {name}"] = float(np.abs(found - expected).max())
+    report(", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+    assert max(errors.values()) < TOLERANCE
+
+
+def test_greedy_completions(saved: SavedModel) -> None:
+    """A token may differ only where transformers' own first two lie closer than rounding reaches."""
+    prompt = random_ids(100, seed=2)
+    expected = continue_greedily(saved.model, prompt, NUM_NEW_TOKENS)
+    params = SamplingParams(max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
+    found = run(Engine(load_model(saved.folder, NativeOps()), kv_dtype="f32", token_budget=48), prompt, params)
+    clear = next((index for index, gap in enumerate(expected.gaps) if gap < 2 * TOLERANCE), NUM_NEW_TOKENS)
+    assert clear > 4
+    assert found.token_ids[:clear] == expected.token_ids[:clear]
+    assert np.abs(found.logits[:clear] - expected.logits[:clear]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_goldens_are_what_transformers_makes(name: str, tmp_path: Path) -> None:
+    """Another version, or a case that was changed, would show here."""
+    golden, saved = golden_of(name), save_checkpoint(tmp_path, CASES[name])
+    assert golden.shapes == saved.shapes
+    path = tmp_path / "config.json"
+    assert read_hf_spec(golden.config, path) == read_hf_spec(saved.config, path)
+    assert np.abs(saved.logits(golden.token_ids)[list(ROWS)] - golden.logits).max() < TOLERANCE / 2
