@@ -135,7 +135,7 @@ def assert_one_line(error: ModelError) -> None:
     assert error.hint
 
 
-NONSENSE = (
+NONSENSE: tuple[Any, ...] = (
     *(0, -1, 1, 3, 10**9, 2**31, 2**63, 10**400),
     *(0.0, -0.5, 1e-320, 1e-7, 0.999, 1e9, 1e308, math.inf, math.nan),
     *("", "12", "silu", "x" * 5000, "a\nb", True, False, None),

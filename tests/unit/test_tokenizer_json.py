@@ -296,6 +296,8 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
             changed(LLAMA2, "post_processor", "special_tokens", "<s>", "ids", to=[5000]),
             "post_processor has token 5,000",
         ),
+        (changed(LLAMA2, "post_processor", "single", 0, "SpecialToken", "id", to="absent"), "not a tokenizer"),
+        (changed(LLAMA2, "post_processor", "special_tokens", to={}), "not a tokenizer"),
         (changed(UNIGRAM, "model", "unk_id", to=None), "unk_id"),
         (changed(UNIGRAM, "model", "unk_id", to=5000), "unk_id"),
         (changed(UNIGRAM, "model", "vocab", 3, to=["a"]), r"model.vocab\[3\]"),

@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,7 @@ class FolderTokenizer(Tokenizer):
             raise _no_tokenizer(folder)
         file = _TokenizerFile(parse_object(text, path), path, num_rows)
         config = TokenizerConfig(folder)
+        self._path = path
         self._num_rows = num_rows
         self._decoding = file.decoding
         self._unencodable = file.unencodable
@@ -103,8 +105,9 @@ class FolderTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """See Tokenizer."""
         check_text(text)
-        library = self._library if parse_special else self._without_control
-        token_ids: list[int] = library.encode(text, add_special_tokens=add_special).ids
+        with _library_errors(self._path, "the text cannot be encoded"):
+            library = self._library if parse_special else self._without_control
+            token_ids: list[int] = library.encode(text, add_special_tokens=add_special).ids
         if self._unencodable:
             self._check_kept(text, token_ids)
         return token_ids
@@ -140,6 +143,17 @@ class FolderTokenizer(Tokenizer):
             return b""
         text = self._library.id_to_token(token_id)
         return b"" if text is None else self._decoding.token_bytes(text, starts_text)
+
+
+@contextmanager
+def _library_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn what the library raises into ModelError; a panic of it is no Exception, and none but it has that name."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise folder_error(path, f"{what}: {' '.join(str(error).split()):.200}") from error
 
 
 def _no_tokenizer(folder: Path) -> ModelError:
@@ -252,13 +266,11 @@ class _TokenizerFile:
 
     def load(self, text: str) -> tokenizers.Tokenizer:
         """Let the library read the file."""
-        try:
+        with _library_errors(self._path, "not a tokenizer"):
             library = tokenizers.Tokenizer.from_str(text)
             library.no_truncation()
             library.no_padding()
             around = library.encode("").ids
-        except Exception as error:  # the library raises no narrower one
-            raise folder_error(self._path, f"not a tokenizer: {' '.join(str(error).split()):.200}") from error
         for token_id in around:
             self._check_ids("post_processor", token_id, token_id)
         for token in self._added:
