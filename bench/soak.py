@@ -31,7 +31,7 @@ from kvik import LLM, AsyncLLM, Completion, SamplingParams, Session
 from kvik.cache import BLOCKS_PER_SUPERBLOCK
 from kvik.config import Speculation
 from kvik.models.gguf import read_gguf
-from kvik.models.gguf_model import read_spec
+from kvik.models.gguf_spec import read_spec
 from kvik.models.store import resolve
 
 NUM_CLIENTS, NUM_TALKERS = 24, 2

@@ -13,7 +13,7 @@ from command_line import Kvik
 from gguf_files import tiny_llama
 from kvik.engine.engine import Engine
 from kvik.models.gguf import dequantize, read_gguf
-from kvik.models.gguf_model import read_spec
+from kvik.models.gguf_spec import read_spec
 from kvik.models.loader import load_model
 from kvik.models.pool_heads import pool_kv_heads
 from kvik.ops.native import NativeOps

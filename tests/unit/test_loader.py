@@ -14,7 +14,8 @@ from gguf_files import WEIGHT_TYPES, random_blocks, tiny_llama
 from kvik.engine.engine import Engine
 from kvik.errors import ModelError
 from kvik.models.gguf import read_gguf
-from kvik.models.gguf_model import PLAIN_TYPES, QUANTIZED_TYPES, read_spec
+from kvik.models.gguf_source import PLAIN_TYPES, QUANTIZED_TYPES
+from kvik.models.gguf_spec import read_spec
 from kvik.models.loader import LoadedModel, load_model
 from kvik.models.spec import RopeSpec
 from kvik.ops.native import NativeOps
@@ -52,7 +53,8 @@ MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "
 NORMS = ("attn_norm", "ffn_norm")
 
 BAD_METADATA: list[tuple[dict[str, Any], str]] = [
-    ({"general.architecture": "gpt2"}, "'gpt2'"),
+    ({"general.architecture": "opt"}, "'opt'"),
+    ({"general.architecture": "qwen3moe"}, "'qwen3moe'"),
     ({"general.architecture": "x" * 10_000}, "architecture 'xxx"),
     ({"general.architecture": 7}, "general.architecture"),
     ({f"{LLAMA}block_count": 0}, "llama.block_count"),
@@ -77,20 +79,34 @@ BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({f"{LLAMA}attention.key_length": 12, f"{LLAMA}rope.dimension_count": 12}, "head_dim 12"),
     ({f"{LLAMA}attention.key_length": 0}, "llama.attention.key_length"),
     ({f"{LLAMA}attention.key_length": 2048}, "llama.attention.key_length"),
-    ({f"{LLAMA}attention.value_length": 8}, r"head_dim 16 \(values 8\)"),
+    ({f"{LLAMA}attention.value_length": 8}, "keys have 16 dimensions, values 8"),
     ({f"{LLAMA}attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon"),
     ({f"{LLAMA}attention.layer_norm_rms_epsilon": -1.0}, "layer_norm_rms_epsilon"),
     ({f"{LLAMA}context_length": 0}, "llama.context_length"),
     ({f"{LLAMA}context_length": 2**62}, "llama.context_length"),
     ({f"{LLAMA}rope.dimension_count": 18}, "llama.rope.dimension_count"),
-    ({f"{LLAMA}rope.dimension_count": 7}, "rope.dimension_count 7 is odd"),
+    ({f"{LLAMA}rope.dimension_count": 7}, "7 dimensions of a head of 16"),
     ({f"{LLAMA}rope.freq_base": float("inf")}, "llama.rope.freq_base"),
     ({f"{LLAMA}rope.freq_base": 0.0}, "llama.rope.freq_base"),
-    ({f"{LLAMA}rope.scaling.type": "yarn"}, "'yarn'"),
+    ({f"{LLAMA}rope.freq_base": 1.0}, "llama.rope.freq_base"),
+    ({f"{LLAMA}rope.scaling.type": "dynamic"}, "'dynamic'"),
+    ({f"{LLAMA}rope.scaling.type": "yarn", f"{LLAMA}rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor"),
+    ({f"{LLAMA}rope.scaling.type": "yarn", f"{LLAMA}rope.scaling.yarn_beta_fast": 0.0}, "yarn_beta_fast"),
+    ({f"{LLAMA}rope.scaling.type": "yarn", f"{LLAMA}rope.scaling.original_context_length": 0}, "original_context"),
+    ({f"{LLAMA}rope.scaling.attn_factor": 0.0}, "llama.rope.scaling.attn_factor"),
     ({f"{LLAMA}rope.scaling.type": "linear", f"{LLAMA}rope.scaling.factor": 0.0}, "llama.rope.scaling.factor"),
     ({f"{LLAMA}rope.scaling.type": "linear", f"{LLAMA}rope.scaling.factor": float("nan")}, "rope.scaling.factor"),
     ({f"{LLAMA}expert_count": 8}, "mixture of experts"),
-    ({f"{LLAMA}attention.sliding_window": 128}, "sliding window of 128"),
+    ({f"{LLAMA}attention.sliding_window": -1}, "llama.attention.sliding_window"),
+    ({f"{LLAMA}attention.sliding_window": 128.0}, "llama.attention.sliding_window"),
+    ({f"{LLAMA}attention.sliding_window": 128, f"{LLAMA}attention.sliding_window_pattern": [True]}, "of 2 items"),
+    ({f"{LLAMA}attention.sliding_window": 128, f"{LLAMA}attention.sliding_window_pattern": [1, 0]}, "list of bool"),
+    ({f"{LLAMA}attention.sliding_window": 128, f"{LLAMA}attention.sliding_window_pattern": -1}, "window_pattern"),
+    ({f"{LLAMA}attention.max_alibi_bias": 8.0}, "ALiBi"),
+    ({f"{LLAMA}attention.clamp_kqv": 8.0}, "clamped"),
+    ({f"{LLAMA}attention.causal": False}, "later tokens"),
+    ({f"{LLAMA}logit_scale": 2.0}, "llama.logit_scale"),
+    ({f"{LLAMA}attn_logit_softcapping": 50.0}, "llama.attn_logit_softcapping"),
 ]
 BAD_TENSORS: list[tuple[dict[str, Tensor], str]] = [
     ({"blk.0.attn_q.weight": plain(HIDDEN, HIDDEN + 32)}, "blk.0.attn_q.weight"),
@@ -106,7 +122,8 @@ BAD_TENSORS: list[tuple[dict[str, Tensor], str]] = [
     ({"blk.0.attn_q.weight": raw(GGMLQuantizationType.IQ4_NL, HIDDEN, HIDDEN // 32 * 18)}, "IQ4_NL"),
     ({"blk.0.attn_q.weight": raw(GGMLQuantizationType.I32, HIDDEN, HIDDEN * 4)}, "I32"),
     ({"blk.0.attn_norm.weight": (np.zeros(HIDDEN * 2, np.uint8), GGMLQuantizationType.I16)}, "I16"),
-    ({"blk.0.attn_q.bias": plain(HIDDEN)}, "blk.0.attn_q.bias"),
+    ({"blk.0.attn_q.bias": plain(HIDDEN)}, "'blk.0.attn_k.bias' is missing"),
+    ({"blk.1.attn_q.bias": plain(HIDDEN)}, "blk.1.attn_q.bias"),
     ({"blk.2.attn_q.weight": plain(HIDDEN, HIDDEN)}, "blk.2.attn_q.weight"),
     ({"blk.0.attn_q_norm.weight": plain(16)}, "blk.0.attn_q_norm.weight"),
     ({"blk.-1.attn_q.weight": plain(HIDDEN, HIDDEN)}, "blk.-1.attn_q.weight"),
@@ -114,6 +131,7 @@ BAD_TENSORS: list[tuple[dict[str, Tensor], str]] = [
     ({"blk.00.attn_q.weight": plain(HIDDEN, HIDDEN)}, "blk.00.attn_q.weight"),
     ({"extra": plain(4)}, "'extra'"),
     ({"rope_freqs.weight": plain(7)}, "rope_freqs.weight"),
+    ({"rope_factors_long.weight": (np.ones(8, np.float32), F32)}, "do not belong together"),
     ({"rope_freqs.weight": (np.zeros(8, np.float32), F32)}, "rope_freqs.weight"),
     ({"rope_freqs.weight": (np.full(8, np.inf, np.float32), F32)}, "rope_freqs.weight"),
     ({"rope_freqs.weight": (np.full(8, -1.0, np.float32), F32)}, "rope_freqs.weight"),
@@ -252,8 +270,9 @@ def test_a_rope_factor_without_a_type_is_linear(tiny_path: Path, tmp_path: Path,
 
 def test_rope_factors_do_not_hide_another_scaling(tiny_path: Path, tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {"rope_freqs.weight": (np.full(8, 2.0, np.float32), F32)}
-    with pytest.raises(ModelError, match="'yarn'"):
-        load(altered(tiny_path, tmp_path / "a.gguf", metadata={f"{LLAMA}rope.scaling.type": "yarn"}, tensors=tensors))
+    other = {f"{LLAMA}rope.scaling.type": "dynamic"}
+    with pytest.raises(ModelError, match="'dynamic'"):
+        load(altered(tiny_path, tmp_path / "a.gguf", metadata=other, tensors=tensors))
     metadata = {f"{LLAMA}rope.scaling.type": "linear", f"{LLAMA}rope.scaling.factor": 4.0}
     both = load(altered(tiny_path, tmp_path / "b.gguf", metadata=metadata, tensors=tensors))
     assert both.decoder.spec.ropes[0].factors == (8.0,) * 8

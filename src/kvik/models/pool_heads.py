@@ -12,7 +12,7 @@ from gguf.quants import dequantize, quantize
 
 from kvik.errors import InvalidInput
 from kvik.models.gguf import read_gguf
-from kvik.models.gguf_model import read_spec
+from kvik.models.gguf_spec import read_spec
 from kvik.models.progress import Progress, silent
 from kvik.models.spec import DecoderSpec
 

@@ -1,0 +1,294 @@
+"""A decoder's shape from a GGUF file's metadata, and what each architecture has that no key tells.
+
+Source: the hparams and graphs of each architecture in llama.cpp, and what its converter writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kvik.errors import ModelError
+from kvik.models.gguf import GGUFFile
+from kvik.models.gguf_source import read_divisors
+from kvik.models.rope_scaling import yarn_factors, yarn_magnitude
+from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from kvik.ops.base import Activation
+
+MOST = 1 << 24  # of any one dimension or count: far above every published model
+MOST_HEAD_DIM = 1024
+MOST_LAYERS = 1 << 12
+
+_OTHER_MODEL = "take a model that kvik runs: docs/models.md lists them"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a file of one architecture does not say, because all of them have it."""
+
+    pairs: Literal["adjacent", "halves"] | None  # dimensions that turn together; None: a table of positions
+    norm: Literal["rms", "layer"] = "rms"
+    norm_places: Literal["before", "after", "around"] = "before"
+    qk_norm: Literal["none", "head", "row"] = "none"
+    parallel: Literal["none", "one_norm", "two_norms"] = "none"  # where neither key nor tensor tells otherwise
+    activation: Activation = "silu"
+    gated: bool = True
+    scales_embedding: bool = False  # by the square root of hidden_size
+    attention_soft_cap: float = 0.0  # where no key tells; 0: none
+    logit_soft_cap: float = 0.0  # likewise
+    layers_of_wide_scale: int = 0  # with so many layers, scores are scaled by hidden_size / num_heads, not by head_dim
+    window: int = 0  # tokens, where no key tells; 0: none
+    window_pattern: int = 0  # each so-many-th layer sees all; 0: none does
+    local_theta: float | None = None  # of layers with a window, where no key tells; None: as that of the others
+    local_scaling: bool = True  # whether these layers' rotary embeddings are stretched with the others'
+    nope_pattern: int = 0  # each so-many-th layer is told no positions
+    rope_switch: bool = False  # whether the key rope.scaling.finetuned can turn rotary embeddings off
+
+
+_GPT2 = Architecture(None, norm="layer", activation="gelu_tanh", gated=False)
+
+# Pythia and Falcon were trained with the exact GELU, which llama.cpp replaces by its approximation.
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("adjacent"),
+    "smollm3": Architecture("adjacent", nope_pattern=4),
+    "granite": Architecture("adjacent", rope_switch=True),
+    "qwen2": Architecture("halves"),
+    "qwen3": Architecture("halves", qk_norm="head"),
+    "phi3": Architecture("halves"),
+    "olmo2": Architecture("halves", norm_places="after", qk_norm="row", window_pattern=4, local_scaling=False),
+    "gemma": Architecture("halves", activation="gelu_tanh", scales_embedding=True),
+    "gemma2": Architecture(
+        "halves",
+        norm_places="around",
+        activation="gelu_tanh",
+        scales_embedding=True,
+        attention_soft_cap=50.0,
+        logit_soft_cap=30.0,
+        layers_of_wide_scale=46,
+        window=4096,
+        window_pattern=2,
+    ),
+    "gemma3": Architecture(
+        "halves",
+        norm_places="around",
+        qk_norm="head",
+        activation="gelu_tanh",
+        scales_embedding=True,
+        layers_of_wide_scale=62,
+        window_pattern=6,
+        local_theta=10_000.0,
+        local_scaling=False,
+    ),
+    "gpt2": _GPT2,
+    "starcoder": _GPT2,
+    "starcoder2": Architecture("halves", norm="layer", activation="gelu_tanh", gated=False),
+    "gptneox": Architecture("halves", norm="layer", parallel="two_norms", activation="gelu", gated=False),
+    "falcon": Architecture("halves", norm="layer", parallel="one_norm", activation="gelu", gated=False),
+    "phi2": Architecture("halves", norm="layer", parallel="one_norm", activation="gelu_tanh", gated=False),
+}
+
+_REFUSED = {
+    "expert_count": "a mixture of experts",
+    "attention.max_alibi_bias": "ALiBi",
+    "attention.clamp_kqv": "clamped queries, keys and values",
+    "nextn_predict_layers": "layers that predict several tokens",
+}
+"""Keys that ask for something kvik does not run, where they are not 0."""
+
+_OWN_KEYS = {
+    "attention.scale": ("granite",),
+    "embedding_scale": ("granite",),
+    "residual_scale": ("granite",),
+    "logit_scale": ("granite",),  # which divides by it; others multiply
+    "attn_logit_softcapping": ("gemma2",),
+    "final_logit_softcapping": ("gemma2", "gemma3"),
+}
+"""Keys that change what is computed, and the architectures that have them."""
+
+
+def read_spec(file: GGUFFile, context: int | None = None) -> DecoderSpec:
+    """The decoder's shape from the metadata. Raises `ModelError` for what kvik does not run.
+
+    `context` is that of the sequences to come, where it is shorter than the model's: LongRoPE has other divisors then.
+    """
+    architecture = file.get_str("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"{file.path}: architecture {architecture!r:.60} is not one that kvik runs",
+            hint=f"kvik runs {', '.join(ARCHITECTURES)}: docs/models.md",
+        )
+    return _Reader(file, architecture).read(context)
+
+
+class _Reader:
+    """The keys of one file, each taken by name and checked."""
+
+    def __init__(self, file: GGUFFile, architecture: str) -> None:
+        self.file = file
+        self.architecture = architecture
+        self.facts = ARCHITECTURES[architecture]
+
+    def read(self, context: int | None) -> DecoderSpec:
+        file, facts = self.file, self.facts
+        self.check_refused()
+        hidden_size = self.count("embedding_length")
+        num_heads = self.count("attention.head_count", most=hidden_size)
+        head_dim = self.count("attention.key_length", max(1, hidden_size // num_heads), most=MOST_HEAD_DIM)
+        context_length = self.count("context_length")
+        num_layers = self.count("block_count", most=MOST_LAYERS)
+        wide_scale = (hidden_size // num_heads) ** -0.5 if num_layers == facts.layers_of_wide_scale else None
+        spec = DecoderSpec(
+            architecture=self.architecture,
+            hidden_size=hidden_size,
+            intermediate_size=self.count("feed_forward_length"),
+            num_heads=num_heads,
+            num_kv_heads=self.count("attention.head_count_kv", num_heads, most=num_heads),
+            head_dim=head_dim,
+            vocab_size=file.tensor("token_embd.weight").shape[0],
+            context_length=context_length,
+            layers=self.layers(num_layers, head_dim, context_length, context or context_length),
+            tied_head="output.weight" not in file.tensors,
+            norm=facts.norm,
+            norm_eps=self.number(f"attention.layer_norm{'_rms' * (facts.norm == 'rms')}_epsilon", most=1.0),
+            norm_bias=facts.norm == "layer" and "output_norm.bias" in file.tensors,
+            norm_places=facts.norm_places,
+            qk_norm=facts.qk_norm,
+            qkv_bias=self.has_bias("attn_q") or self.has_bias("attn_qkv"),
+            output_bias=self.has_bias("attn_output"),
+            mlp_bias=self.has_bias("ffn_up"),
+            head_bias="output.bias" in file.tensors,
+            attention_scale=self.number("attention.scale", 0.0) or wide_scale,
+            attention_soft_cap=self.number("attn_logit_softcapping", facts.attention_soft_cap) or None,
+            activation=facts.activation,
+            gated=facts.gated,
+            parallel=self.parallel(),
+            num_learned_positions=context_length if facts.pairs is None else 0,
+            embedding_scale=self.factor("embedding_scale", math.sqrt(hidden_size) if facts.scales_embedding else 1.0),
+            residual_scale=self.factor("residual_scale", 1.0),
+            logit_scale=1.0 / self.factor("logit_scale", 1.0),
+            logit_soft_cap=self.number("final_logit_softcapping", facts.logit_soft_cap) or None,
+        )
+        if problem := spec.problem():
+            raise self.refuse(problem)
+        value_dim = self.count("attention.value_length", head_dim)
+        if value_dim != head_dim:
+            raise self.refuse(f"keys have {head_dim} dimensions, values {value_dim}: they must have as many")
+        return spec
+
+    def check_refused(self) -> None:
+        for key, what in _REFUSED.items():
+            if self.file.metadata.get(f"{self.architecture}.{key}", 0) not in (0, False):
+                raise self.refuse(f"{what} ({self.architecture}.{key}), which kvik does not run yet")
+        if not self.file.get_bool(f"{self.architecture}.attention.causal", True):
+            raise self.refuse("attention to later tokens, which kvik does not run")
+        for key, owners in _OWN_KEYS.items():
+            if f"{self.architecture}.{key}" in self.file.metadata and self.architecture not in owners:
+                raise self.refuse(f"{self.architecture}.{key}, which kvik does not know of this architecture")
+
+    def parallel(self) -> Literal["none", "one_norm", "two_norms"]:
+        if self.facts.parallel == "none" or not self.file.get_bool(f"{self.architecture}.use_parallel_residual", True):
+            return "none"
+        return "two_norms" if "blk.0.attn_norm_2.weight" in self.file.tensors else self.facts.parallel
+
+    def layers(self, num_layers: int, head_dim: int, context_length: int, context: int) -> tuple[LayerSpec, ...]:
+        facts = self.facts
+        slides, window = self.windows(num_layers, context_length)
+        told = not facts.rope_switch or self.file.get_bool(f"{self.architecture}.rope.scaling.finetuned", True)
+        if facts.pairs is None or not told:
+            return tuple(LayerSpec(None, window if slide else None) for slide in slides)
+        theta = self.theta("rope.freq_base", 10_000.0)
+        everywhere = self.rope(theta, head_dim, context_length, context, scaled=True)
+        in_windows = everywhere
+        if any(slides):
+            local_theta = self.theta("rope.freq_base_swa", facts.local_theta or theta)
+            in_windows = self.rope(local_theta, head_dim, context_length, context, scaled=facts.local_scaling)
+        every = facts.nope_pattern or num_layers + 1
+        return tuple(
+            LayerSpec(
+                rope=None if index % every == every - 1 else in_windows if slide else everywhere,
+                window=window if slide else None,
+            )
+            for index, slide in enumerate(slides)
+        )
+
+    def windows(self, num_layers: int, context_length: int) -> tuple[list[bool], int | None]:
+        """Which layers have a window, and how long it is; one as long as the context is none."""
+        window = self.file.get_int(
+            f"{self.architecture}.attention.sliding_window", self.facts.window, minimum=0, maximum=MOST << 8
+        )
+        if not window:
+            return [False] * num_layers, None
+        key = f"{self.architecture}.attention.sliding_window_pattern"
+        if isinstance(self.file.metadata.get(key), list):
+            slides = self.file.get_list(key, bool, length=num_layers)
+        else:
+            every = self.file.get_int(key, self.facts.window_pattern, minimum=0, maximum=MOST_LAYERS)
+            slides = [every == 0 or index % every < every - 1 for index in range(num_layers)]
+        return slides, window if window < context_length else None
+
+    def rope(self, theta: float, head_dim: int, context_length: int, context: int, *, scaled: bool) -> RopeSpec:
+        num_dims = self.count("rope.dimension_count", head_dim, most=head_dim)
+        adjacent_pairs = self.facts.pairs == "adjacent"  # the converter reorders rows of queries and keys for it
+        if not scaled:
+            return RopeSpec(theta, num_dims, adjacent_pairs)
+        kind, factor = self.rope_scaling()
+        magnitude = self.factor("rope.scaling.attn_factor", 1.0)
+        original = self.count("rope.scaling.original_context_length", context_length)
+        factors: tuple[float, ...] | float = factor
+        if kind == "yarn":
+            magnitude *= self.factor("rope.scaling.yarn_attn_factor", yarn_magnitude(factor))
+            factors = yarn_factors(
+                theta,
+                num_dims,
+                factor=factor,
+                original_context=original,
+                beta_fast=self.factor("rope.scaling.yarn_beta_fast", 32.0),
+                beta_slow=self.factor("rope.scaling.yarn_beta_slow", 1.0),
+            )
+        divisors = read_divisors(self.file, num_dims // 2, beyond_original=context > original)
+        if divisors is not None:
+            factors = tuple(float(product) for product in np.multiply(factors, divisors))
+        return RopeSpec(theta, num_dims, adjacent_pairs, factors, magnitude)
+
+    def rope_scaling(self) -> tuple[str, float]:
+        """Its kind, and by what it divides all frequencies, or those that YaRN wants."""
+        factor_key = "rope.scaling.factor"
+        if f"{self.architecture}.{factor_key}" not in self.file.metadata:
+            factor_key = "rope.scale_linear"  # of files from before 2024
+        kind = self.file.get_str(f"{self.architecture}.rope.scaling.type", "linear")
+        if kind not in ("none", "linear", "yarn", "longrope"):
+            raise ModelError(
+                f"{self.file.path}: rope scaling {kind!r:.60} is not one that kvik runs",
+                hint="kvik runs none, linear, yarn, longrope and llama3",
+            )
+        if kind == "yarn" and self.number("rope.scaling.yarn_ext_factor", 1.0) != 1.0:
+            raise self.refuse(f"{self.architecture}.rope.scaling.yarn_ext_factor other than 1, which kvik does not run")
+        return kind, 1.0 if kind == "none" else self.factor(factor_key, 1.0)
+
+    # The keys.
+
+    def count(self, key: str, default: int | None = None, *, most: int = MOST) -> int:
+        return self.file.get_int(f"{self.architecture}.{key}", default, minimum=1, maximum=most)
+
+    def theta(self, key: str, default: float) -> float:
+        return self.number(key, default, least=1.01)
+
+    def number(self, key: str, default: float | None = None, *, least: float = 0.0, most: float = 1e12) -> float:
+        """A number; float32 in the file, it stands for the shortest decimal that rounds to it, as 1e-5."""
+        value = self.file.get_float(f"{self.architecture}.{key}", default, minimum=least, maximum=most)
+        return float(str(np.float32(value))) if f"{self.architecture}.{key}" in self.file.metadata else value
+
+    def factor(self, key: str, default: float) -> float:
+        """What something is multiplied with or divided by."""
+        return self.number(key, default, least=1e-6, most=1e6)
+
+    def has_bias(self, name: str) -> bool:
+        """Of the first layer; whether the others have one is found with their tensors."""
+        return f"blk.0.{name}.bias" in self.file.tensors
+
+    def refuse(self, what: str) -> ModelError:
+        return ModelError(f"{self.file.path}: {what}", hint=_OTHER_MODEL)

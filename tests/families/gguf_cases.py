@@ -1,0 +1,54 @@
+"""The families' small checkpoints as far as GGUF files can say what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from families.cases import CASES
+from families.checkpoints import FloatArray, weight
+from kvik.models.hf_parts import hf_parts
+from kvik.models.hf_spec import read_hf_spec
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 80}
+
+_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neox": {},
+    "gpt_neox-serial": {"hidden_act": "gelu", "attention_bias": True, "rope_scaling": None},
+    "falcon-7b": {},
+    "falcon-40b": {},
+    "falcon-11b": {"bias": False, "rope_theta": 10_000.0},
+    "llama": {},
+    "llama-biases": {},
+    "llama-3.2": {},
+    "llama-yarn": {"rope_scaling": _YARN},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+    "qwen2-yarn": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 96},
+    "gemma3_text": {"query_pre_attn_scalar": 64, "sliding_window_pattern": 6, "num_hidden_layers": 7},
+    "phi": {},
+    "phi3": {"sliding_window": None},
+    "phi3-long": {},
+    "phi3-short": {},
+    "smollm3": {"no_rope_layers": None, "no_rope_layer_interval": 4, "num_hidden_layers": 5},
+    "granite": {},
+    "olmo2": {},
+    "olmo3": {"num_hidden_layers": 5},
+    "starcoder2": {"sliding_window": None},
+}
+"""What no key of a GGUF file tells, or what llama.cpp does not run, is as all of that family have it."""
+
+GGUF_CASES: Mapping[str, Mapping[str, Any]] = {name: {**CASES[name], **changes} for name, changes in _CHANGES.items()}
+"""The config.json of each."""
+
+
+def tensors_of(config: Mapping[str, Any]) -> dict[str, FloatArray]:
+    """All tensors of the checkpoint."""
+    spec = read_hf_spec(config, Path("config.json"))
+    return {part.stored: weight(part.stored, part.shape) for part in hf_parts(spec, ()).values()}

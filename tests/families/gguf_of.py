@@ -1,0 +1,205 @@
+"""The GGUF file that llama.cpp's converter makes of a checkpoint, in float32: its keys, names and orders of rows.
+
+The names come from the `gguf` library; which keys, and which rows change places, from the converter's classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+
+from families.checkpoints import FloatArray
+from gguf_files import tiny_vocabulary, write_gguf
+
+Config = Mapping[str, Any]
+
+ARCHITECTURES = {
+    "gpt2": "gpt2",
+    "gpt_bigcode": "starcoder",
+    "gpt_neox": "gptneox",
+    "falcon": "falcon",
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi": "phi2",
+    "phi3": "phi3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "starcoder2": "starcoder2",
+}
+"""What the converter calls each model_type."""
+
+_PERMUTED = ("llama", "smollm3", "granite")
+_FLOATS = ("rope.freq_base", "rope.scaling.factor", "rope.scaling.yarn_")
+"""Numbers that a config.json may have without a point."""
+_SHIFTED = ("gemma", "gemma2", "gemma3")
+
+
+def gguf_of(path: Path, config: Config, tensors: Mapping[str, FloatArray], extra: Config | None = None) -> Path:
+    """Write the file and return its path; `extra` are keys more, without the architecture's name."""
+    architecture = ARCHITECTURES[config["model_type"]]
+    keys = {
+        key: float(value) if key.startswith(_FLOATS) else value
+        for key, value in (_keys(config) | dict(extra or {})).items()
+        if value is not None
+    }
+    metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": one for key, one in keys.items()}
+    vocabulary = tiny_vocabulary(config["vocab_size"])
+    stored = dict(_tensors(architecture, config, tensors)) | _rope_tensors(config)
+    f32 = GGMLQuantizationType.F32
+    return write_gguf(path, metadata | vocabulary, {name: (values, f32) for name, values in stored.items()})
+
+
+def _first(config: Config, *names: str) -> Any:
+    return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def _num_heads(config: Config) -> tuple[int, int]:
+    """Of queries, of keys and values."""
+    heads = _first(config, "num_attention_heads", "n_head")
+    match config["model_type"]:
+        case "gpt_bigcode":
+            return heads, 1
+        case "falcon":
+            return heads, config["num_kv_heads"] if config["new_decoder_architecture"] else 1
+    return heads, config.get("num_key_value_heads") or heads
+
+
+def _keys(config: Config) -> dict[str, Any]:
+    family = config["model_type"]
+    hidden_size, (num_heads, num_kv_heads) = _first(config, "hidden_size", "n_embd"), _num_heads(config)
+    rms_eps = config.get("rms_norm_eps")
+    keys: dict[str, Any] = {
+        "block_count": _first(config, "num_hidden_layers", "n_layer"),
+        "context_length": _first(config, "max_position_embeddings", "n_positions"),
+        "embedding_length": hidden_size,
+        "feed_forward_length": _first(config, "intermediate_size", "n_inner", "ffn_hidden_size") or 4 * hidden_size,
+        "attention.head_count": num_heads,
+        "attention.head_count_kv": num_kv_heads,
+        "attention.key_length": config.get("head_dim"),
+        "attention.value_length": config.get("head_dim"),
+        "attention.layer_norm_rms_epsilon": rms_eps,
+        "attention.layer_norm_epsilon": None
+        if rms_eps
+        else _first(config, "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
+        "rope.freq_base": _first(config, "rope_theta", "rotary_emb_base"),
+    }
+    partial = _first(config, "partial_rotary_factor", "rotary_pct")
+    if partial is not None:
+        keys["rope.dimension_count"] = int(partial * hidden_size) // num_heads
+    if ARCHITECTURES[family] in _PERMUTED:
+        keys["rope.dimension_count"] = config.get("head_dim") or hidden_size // num_heads
+        keys["vocab_size"] = config["vocab_size"]
+    match family:
+        case "gpt_neox":
+            keys["use_parallel_residual"] = config["use_parallel_residual"]
+        case "granite":
+            keys["attention.scale"] = config["attention_multiplier"]
+            keys["embedding_scale"] = config["embedding_multiplier"]
+            keys["residual_scale"] = config["residual_multiplier"]
+            keys["logit_scale"] = config["logits_scaling"]
+        case "gemma2" | "gemma3_text":
+            keys["attn_logit_softcapping"] = config.get("attn_logit_softcapping")
+            keys["final_logit_softcapping"] = config.get("final_logit_softcapping")
+            keys["attention.sliding_window"] = config["sliding_window"]
+            keys["rope.freq_base_swa"] = config.get("rope_local_base_freq")
+        case "phi3":
+            keys["attention.sliding_window"] = config.get("sliding_window") or 0
+        case "olmo3":
+            keys["attention.sliding_window"] = config["sliding_window"]
+            keys["attention.sliding_window_pattern"] = [
+                (index + 1) % 4 != 0 for index in range(config["num_hidden_layers"])
+            ]
+    return keys | _rope_keys(config)
+
+
+def _rope_keys(config: Config) -> dict[str, Any]:
+    scaling = config.get("rope_scaling") or {}
+    original: Any = _first({**scaling, **config}, "original_max_position_embeddings")
+    match scaling.get("rope_type", scaling.get("type")):
+        case "linear":
+            return {"rope.scaling.type": "linear", "rope.scaling.factor": scaling["factor"]}
+        case "yarn":
+            return {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": scaling["factor"],
+                "rope.scaling.original_context_length": original,
+                "rope.scaling.yarn_attn_factor": scaling.get("attention_factor"),
+                "rope.scaling.yarn_beta_fast": scaling.get("beta_fast"),
+                "rope.scaling.yarn_beta_slow": scaling.get("beta_slow"),
+            }
+        case "longrope":  # without a type
+            stretch = config["max_position_embeddings"] / original
+            factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+            return {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": factor}
+    return {}
+
+
+def _rope_tensors(config: Config) -> dict[str, FloatArray]:
+    scaling = config.get("rope_scaling") or {}
+    match scaling.get("rope_type", scaling.get("type")):
+        case "longrope":
+            return {
+                f"rope_factors_{length}.weight": np.asarray(scaling[f"{length}_factor"], np.float32)
+                for length in ("long", "short")
+            }
+        case "llama3":
+            num_dims = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+            low, high, factor = (scaling[key] for key in ("low_freq_factor", "high_freq_factor", "factor"))
+            factors = []
+            for pair in range(num_dims // 2):
+                wave = 2 * math.pi * config["rope_theta"] ** (2 * pair / num_dims)
+                turns = scaling["original_max_position_embeddings"] / wave
+                way = min(1.0, max(0.0, (turns - low) / (high - low)))
+                factors.append(1 / ((1 - way) / factor + way))
+            return {"rope_freqs.weight": np.asarray(factors, np.float32)}
+    return {}
+
+
+def _tensors(architecture: str, config: Config, tensors: Mapping[str, FloatArray]) -> Iterator[tuple[str, FloatArray]]:
+    kind = next(one for one, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(MODEL_ARCH(kind), _first(config, "num_hidden_layers", "n_layer"))
+    for name, values in tensors.items():
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        yield stored, np.ascontiguousarray(_values(architecture, config, name, values))
+
+
+def _values(architecture: str, config: Config, name: str, values: FloatArray) -> FloatArray:
+    num_heads, num_kv_heads = _num_heads(config)
+    if architecture in _PERMUTED and ".q_proj." in name:
+        return _pairs_beside(values, num_heads)
+    if architecture in _PERMUTED and ".k_proj." in name:
+        return _pairs_beside(values, num_kv_heads)
+    if architecture in _SHIFTED and name.endswith("norm.weight"):
+        return values + np.float32(1)
+    if architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+        return values.T
+    if architecture in ("gptneox", "falcon") and ".query_key_value." in name:
+        kv_heads = num_heads if architecture == "gptneox" else num_kv_heads
+        return _heads_apart(values, num_heads, kv_heads)
+    return values
+
+
+def _pairs_beside(values: FloatArray, num_heads: int) -> FloatArray:
+    """Rows that turn together, half a head apart, become neighbours."""
+    halves = values.reshape(num_heads, 2, -1, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def _heads_apart(values: FloatArray, num_heads: int, num_kv_heads: int) -> FloatArray:
+    """Groups of queries with their key and value become all queries, all keys, all values."""
+    groups = values.reshape(num_kv_heads, num_heads // num_kv_heads + 2, -1, *values.shape[1:])
+    apart = (groups[:, :-2], groups[:, -2], groups[:, -1])
+    return np.concatenate([part.reshape(-1, *values.shape[1:]) for part in apart])

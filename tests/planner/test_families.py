@@ -1,0 +1,34 @@
+"""Headers of every family's GGUF files: held bytes are those of the packed weights, layers those of the decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from families.gguf_cases import GGUF_CASES, tensors_of
+from families.gguf_of import gguf_of
+from kvik.models.loader import load_model
+from kvik.ops.native import NativeOps
+from kvik.planner.gguf_header import read_header
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_the_header_is_what_is_held(name: str, tmp_path: Path) -> None:
+    path = gguf_of(tmp_path / "model.gguf", GGUF_CASES[name], tensors_of(GGUF_CASES[name]))
+    shape = read_header(path, name)
+    decoder = load_model(path, NativeOps("int8", threads=1)).decoder
+    spec, weights, tensors = decoder.spec, decoder.weights, shape.tensors
+    assert tensors is not None
+    norms = [layer.attn_norm for layer in weights.layers if layer.attn_norm is layer.mlp_norm]
+    shared_norms = sum(norm.num_bytes for norm in norms if norm is not None)  # read twice, and held once
+    assert tensors.step_bytes == weights.step_bytes(with_logits=True) - shared_norms
+    positions = 0 if weights.positions is None else weights.positions.num_bytes
+    looked_up = positions + (0 if spec.tied_head else weights.embedding.num_bytes)
+    assert tensors.held_bytes == tensors.step_bytes + looked_up
+    assert tensors.format == "f32"
+    assert shape.runs
+    assert shape.rope_token_bytes == sum(4 * rope.num_dims for rope in spec.ropes)
+    assert [group.window for group in shape.groups] == list(dict.fromkeys(layer.window for layer in spec.layers))
+    assert sum(group.num_layers for group in shape.groups) == spec.num_layers
+    assert all((group.kind == "full") == (group.window is None) for group in shape.groups)
