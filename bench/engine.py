@@ -149,7 +149,7 @@ class Bench:
         for name in ("cold", "seen before"):
             sequence = self._queue(engine, prompt, ANSWER)
             self._finish(engine, [sequence])
-            first_token_s = sequence.stats(block_bytes=1).time_to_first_token_s
+            first_token_s = sequence.stats().time_to_first_token_s
             self.figures.add(f"first token of a 500-token prompt, {name}, ms", 1e3 * first_token_s)
 
     def _queue(self, engine: Engine, prompt: list[int], max_tokens: int, salt: str | None = None) -> Sequence:

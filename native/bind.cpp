@@ -268,6 +268,8 @@ void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<cons
   attend(pool, workspace, args);
 }
 
+constexpr int64_t kMostGroups = 64; // of layers with block tables of their own
+
 KVType kv_type_of(std::string_view name) {
   if (name == "f32") return KVType::f32;
   if (name == "f16") return KVType::f16;
@@ -276,7 +278,7 @@ KVType kv_type_of(std::string_view name) {
 }
 
 std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
-                                         std::string_view dtype) {
+                                         std::string_view dtype, int64_t group) {
   const KVType type = kv_type_of(dtype);
   require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 1024,
           "KVArrays: head_dim must be a multiple of 8 up to 1024");
@@ -288,7 +290,8 @@ std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks,
                        static_cast<double>(num_kv_heads) * static_cast<double>(head_dim);
   if (bytes > 1e15) throw std::bad_alloc();
   require(num_blocks * kBlockSize <= std::numeric_limits<int32_t>::max(), "KVArrays: slots must fit 32 bits");
-  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim, type);
+  require(group >= 0 && group < kMostGroups, "KVArrays: the group must be in 0 ... 63");
+  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim, type, group);
 }
 
 LayerKV layer_of(const KVArrays &arrays, int64_t index) {
@@ -358,9 +361,11 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&make_norm), "weight"_a.noconvert(), "eps"_a, "bias"_a.noconvert().none(), "layer"_a);
   nb::class_<LinearWeights>(m, "Linear", "(x @ matrix.T + bias) * scale.")
       .def(nb::new_(&make_linear), "matrix"_a, "bias"_a.noconvert().none(), "scale"_a);
-  nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.");
+  nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.")
+      .def_ro("group", &LayerKV::group, "Which block tables of a step are its own.");
   nb::class_<KVArrays>(m, "KVArrays", "Keys and values of all layers, in blocks of 32 tokens.")
-      .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "dtype"_a)
+      .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "dtype"_a,
+           "group"_a = 0)
       .def_prop_ro("num_bytes", &KVArrays::num_bytes)
       .def("layer", &layer_of, "index"_a, nb::keep_alive<0, 1>());
 
@@ -369,8 +374,8 @@ NB_MODULE(_native, m) {
         "Packs a GGUF tensor's bytes without loss.");
   m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "linears"_a.noconvert(),
         "outs"_a.noconvert(), "fine"_a, "outs[i] = linears[i] of x; activations in int16 where `fine`, else int8.");
-  m.def("take_rows", &checked_take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(),
-        "scale"_a, "out"_a.noconvert(), "out = weight[row_ids] * scale as float32.");
+  m.def("take_rows", &checked_take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "scale"_a,
+        "out"_a.noconvert(), "out = weight[row_ids] * scale as float32.");
   m.def("norm", &checked_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "norm"_a, "out"_a.noconvert(),
         "out = x normed, row by row.");
   m.def("activate", &checked_activate, Unlocked(), "pool"_a, "activation"_a, "x"_a.noconvert(),
@@ -385,8 +390,8 @@ NB_MODULE(_native, m) {
   m.def("write_kv", &checked_write_kv, Unlocked(), "pool"_a, "kv"_a, "k"_a.noconvert(), "v"_a.noconvert(),
         "slots"_a.noconvert(), "Stores k, v (T, num_kv_heads, head_dim) at slots (T,).");
   m.def("attend", &checked_attend, Unlocked(), "pool"_a, "q"_a.noconvert(), "kv"_a, "block_tables"_a.noconvert(),
-        "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "soft_cap"_a,
-        "out"_a.noconvert(), "window"_a.none() = nb::none(),
+        "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "soft_cap"_a, "out"_a.noconvert(),
+        "window"_a.none() = nb::none(),
         "Causal attention of q (T, num_heads, head_dim) over each token's own sequence, or its last `window` tokens.");
   m.def("copy_blocks", &checked_copy_blocks, Unlocked(), "pool"_a, "arrays"_a, "copies"_a,
         "Copies keys and values of all layers from block to block: (source, target) pairs, in order.");

@@ -44,7 +44,8 @@ inline void check_rope(const Floats<3> &table, int64_t head_dim) {
   require(size(table, 2) == 2 && 2 * size(table, 1) <= head_dim, "rope: the table does not fit head_dim");
 }
 
-// A norm and a projection as Python makes them. What is made from them refers to their arrays and must not outlive them.
+// A norm and a projection as Python makes them. What is made from them refers to their arrays and must not outlive
+// them.
 struct NormWeights {
   Floats<1> weight;
   std::optional<Floats<1>> bias;

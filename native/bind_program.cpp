@@ -1,5 +1,6 @@
 // Python's side of recorded steps: each method checks its arguments, appends one op and names the values it gives.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
@@ -185,8 +186,13 @@ int record_rope(Program &program, int x, Floats<3> table, bool adjacent_pairs, i
       [=](const Step &step) { return elementwise(step, in.width, 2, 3); });
 }
 
-void limit_blocks(Program &program, const LayerKV &kv) {
-  program.limits.blocks = std::min(program.limits.blocks, kv.num_blocks);
+// The bounds of the layer's group, its blocks among them.
+Program::GroupLimits &limit_blocks(Program &program, const LayerKV &kv) {
+  const auto group = static_cast<std::size_t>(kv.group);
+  if (group >= program.limits.groups.size()) program.limits.groups.resize(group + 1);
+  Program::GroupLimits &limits = program.limits.groups[group];
+  limits.blocks = std::min(limits.blocks, kv.num_blocks);
+  return limits;
 }
 
 void record_write_kv(Program &program, const LayerKV &kv, int k, int v) {
@@ -200,7 +206,8 @@ void record_write_kv(Program &program, const LayerKV &kv, int k, int v) {
                   {k, v},
                   {},
                   [=](const Frame &frame) {
-                    write_kv(frame.pool(), kv, frame[k], frame[v], frame.step.slots, frame.step.num_tokens);
+                    write_kv(frame.pool(), kv, frame[k], frame[v], frame.step.places[kv.group].slots,
+                             frame.step.num_tokens);
                   },
                   [=](const Step &step) { return elementwise(step, kv.num_kv_heads * kv.head_dim, 4, 0); }});
 }
@@ -239,7 +246,7 @@ int record_norm_qkv(Program &program, int x, const NormWeights *norm, const Line
                                  rope,
                                  kv,
                                  frame.step.positions,
-                                 frame.step.slots};
+                                 frame.step.places[kv.group].slots};
         project_qkv(frame.pool(), frame.workspace(), rows_in(frame, x, in.width, norm), args, frame[out], fine);
       },
       [=](const Step &step) { return product_cost(step.num_tokens, weights); }, weights);
@@ -248,8 +255,8 @@ int record_norm_qkv(Program &program, int x, const NormWeights *norm, const Line
 AttendArgs attend_args(const Step &step, const LayerKV &kv, int64_t query_width, int64_t window) {
   AttendArgs args{};
   args.kv = kv;
-  args.block_tables = step.block_tables;
-  args.table_width = step.table_width;
+  args.block_tables = step.places[kv.group].block_tables;
+  args.table_width = step.places[kv.group].table_width;
   args.sequence_index = step.sequence_index;
   args.positions = step.positions;
   args.num_tokens = step.num_tokens;
@@ -286,8 +293,8 @@ int record_attend(Program &program, int q, const LayerKV &kv, float scale, float
   require(!given_window || *given_window > 0, "attend: the window must be 1 or more");
   require(soft_cap >= 0, "attend: the soft cap must be 0, for none, or more");
   const int64_t window = std::min(given_window.value_or(kNoWindow), kNoWindow);
-  program.limits.window = std::max(program.limits.window, window);
-  limit_blocks(program, kv);
+  Program::GroupLimits &limits = limit_blocks(program, kv);
+  limits.window = std::max(limits.window, window);
   return append(
       program, "attend", {q}, in.width, false,
       [=](const Frame &frame, int out) {
@@ -323,9 +330,7 @@ int record_soft_cap(Program &program, int x, float cap) {
   require(cap > 0, "soft_cap: the cap must be above 0");
   return append(
       program, "soft_cap", {x}, in.width, in.of_logits,
-      [=](const Frame &frame, int out) {
-        soft_cap(frame.pool(), frame[x], cap, frame.rows(x), in.width, frame[out]);
-      },
+      [=](const Frame &frame, int out) { soft_cap(frame.pool(), frame[x], cap, frame.rows(x), in.width, frame[out]); },
       [=](const Step &step) {
         const double items = static_cast<double>(rows_of(step, in.of_logits) * in.width);
         return Cost{8.0 * items, 20.0 * items};
@@ -358,51 +363,67 @@ void finish(Program &program, int output) {
   program.finish(output);
 }
 
+using PlacesArrays = std::vector<std::pair<Integers, Array<const int32_t, 2>>>; // slots, block tables
+
 // The arrays of one step as Python has them.
 struct StepArrays {
   Integers token_ids, positions, slots, sequence_index;
   Array<const int32_t, 2> block_tables;
   Integers logit_rows;
+  PlacesArrays windows; // of the groups behind the first
 };
 
 // A copy of them that was checked; `step` refers to it.
 struct CheckedStep {
-  std::vector<int32_t> token_ids, positions, slots, sequence_index, block_tables, logit_rows;
+  std::vector<int32_t> token_ids, positions, sequence_index, logit_rows;
+  std::vector<std::vector<int32_t>> slots, block_tables; // of each group
+  std::vector<Places> places;
   Step step;
 
   CheckedStep(const Program &program, const StepArrays &arrays) {
     require(program.finished(), "Program: it is not finished");
-    for (const Integers *array :
-         {&arrays.token_ids, &arrays.positions, &arrays.slots, &arrays.sequence_index, &arrays.logit_rows})
+    for (const Integers *array : {&arrays.token_ids, &arrays.positions, &arrays.sequence_index, &arrays.logit_rows})
       require_aligned(*array, "Program", "an array of the step");
-    require_aligned(arrays.block_tables, "Program", "block_tables");
-    token_ids = copied(arrays.token_ids), positions = copied(arrays.positions), slots = copied(arrays.slots);
-    sequence_index = copied(arrays.sequence_index), block_tables = copied(arrays.block_tables);
-    logit_rows = copied(arrays.logit_rows);
-    step = {size(arrays.token_ids, 0),
-            size(arrays.block_tables, 0),
-            size(arrays.block_tables, 1),
-            size(arrays.logit_rows, 0),
-            token_ids.data(),
-            positions.data(),
-            slots.data(),
-            sequence_index.data(),
-            block_tables.data(),
-            logit_rows.data()};
-    for (const Integers *array : {&arrays.positions, &arrays.slots, &arrays.sequence_index})
+    token_ids = copied(arrays.token_ids), positions = copied(arrays.positions);
+    sequence_index = copied(arrays.sequence_index), logit_rows = copied(arrays.logit_rows);
+    step = {size(arrays.token_ids, 0), size(arrays.block_tables, 0), size(arrays.logit_rows, 0), token_ids.data(),
+            positions.data(),          sequence_index.data(),        logit_rows.data(),          nullptr};
+    for (const Integers *array : {&arrays.positions, &arrays.sequence_index})
       require(size(*array, 0) == step.num_tokens, "Program: positions, slots and sequence_index need one item a token");
-    const auto all_below = [](const std::vector<int32_t> &items, int64_t limit) {
-      return std::all_of(items.begin(), items.end(), [=](int32_t item) { return item >= 0 && item < limit; });
-    };
     require(all_below(token_ids, program.limits.token_ids), "Program: a token id is outside the embedding");
     require(all_below(positions, program.limits.positions), "Program: a position is outside a table of positions");
-    require(all_below(slots, program.limits.blocks * kBlockSize), "Program: a slot is outside the cache");
     require(all_below(logit_rows, step.num_tokens), "Program: a logit row is no token of the step");
-    check_block_tables(step.block_tables, step.num_sequences, step.table_width, step.sequence_index, step.positions,
-                       step.num_tokens, program.limits.blocks, program.limits.window);
+    const auto &groups = program.limits.groups;
+    require(arrays.windows.size() + 1 >= groups.size(), "Program: a group of layers has no block tables");
+    add_places(arrays.slots, arrays.block_tables, groups[0]);
+    for (std::size_t i = 1; i < groups.size(); ++i)
+      add_places(arrays.windows[i - 1].first, arrays.windows[i - 1].second, groups[i]);
+    for (std::size_t i = 0; i < places.size(); ++i)
+      places[i].slots = slots[i].data(), places[i].block_tables = block_tables[i].data();
+    step.places = places.data();
   }
   CheckedStep(const CheckedStep &) = delete;
   CheckedStep &operator=(const CheckedStep &) = delete;
+
+private:
+  static bool all_below(const std::vector<int32_t> &items, int64_t limit) {
+    return std::all_of(items.begin(), items.end(), [=](int32_t item) { return item >= 0 && item < limit; });
+  }
+
+  void add_places(const Integers &given_slots, const Array<const int32_t, 2> &tables,
+                  const Program::GroupLimits &limits) {
+    require_aligned(given_slots, "Program", "slots");
+    require_aligned(tables, "Program", "block_tables");
+    require(size(given_slots, 0) == step.num_tokens,
+            "Program: positions, slots and sequence_index need one item a token");
+    require(size(tables, 0) == step.num_sequences, "Program: groups differ in their number of block tables");
+    slots.push_back(copied(given_slots));
+    block_tables.push_back(copied(tables));
+    places.push_back({nullptr, nullptr, size(tables, 1)});
+    require(all_below(slots.back(), limits.blocks * kBlockSize), "Program: a slot is outside the cache");
+    check_block_tables(block_tables.back().data(), step.num_sequences, size(tables, 1), step.sequence_index,
+                       step.positions, step.num_tokens, limits.blocks, limits.window);
+  }
 };
 
 std::vector<double> run(Program &program, const StepArrays &arrays, FloatsOut<2> out, int first, int last, bool timed) {
@@ -422,15 +443,17 @@ std::vector<double> run(Program &program, const StepArrays &arrays, FloatsOut<2>
 
 std::vector<double> run_arrays(Program &program, Integers token_ids, Integers positions, Integers slots,
                                Integers sequence_index, Array<const int32_t, 2> block_tables, Integers logit_rows,
-                               FloatsOut<2> out, int first, int last, bool timed) {
-  return run(program, {token_ids, positions, slots, sequence_index, block_tables, logit_rows}, out, first, last, timed);
+                               const PlacesArrays &windows, FloatsOut<2> out, int first, int last, bool timed) {
+  return run(program, {token_ids, positions, slots, sequence_index, block_tables, logit_rows, windows}, out, first,
+             last, timed);
 }
 
 // (name, bytes, operations) of each op in such a step.
 std::vector<std::tuple<std::string, double, double>> costs(const Program &program, Integers token_ids,
                                                            Integers positions, Integers slots, Integers sequence_index,
-                                                           Array<const int32_t, 2> block_tables, Integers logit_rows) {
-  const CheckedStep checked(program, {token_ids, positions, slots, sequence_index, block_tables, logit_rows});
+                                                           Array<const int32_t, 2> block_tables, Integers logit_rows,
+                                                           const PlacesArrays &windows) {
+  const CheckedStep checked(program, {token_ids, positions, slots, sequence_index, block_tables, logit_rows, windows});
   const Step &step = checked.step;
   std::vector<std::tuple<std::string, double, double>> rows;
   for (const Program::Op &op : program.ops()) {
@@ -499,11 +522,11 @@ void bind_program(nb::module_ &m) {
       .def("finish", &finish, "output"_a)
       .def("run", &run_arrays, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "sequence_index"_a.noconvert(), "block_tables"_a.noconvert(), "logit_rows"_a.noconvert(),
-           "out"_a.noconvert(), "first"_a, "last"_a, "timed"_a,
+           "windows"_a.noconvert(), "out"_a.noconvert(), "first"_a, "last"_a, "timed"_a,
            "Runs ops [first, last) on one step; gives each op's seconds where timed.")
       .def("costs", &costs, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "sequence_index"_a.noconvert(), "block_tables"_a.noconvert(), "logit_rows"_a.noconvert(),
-           "Name, bytes and operations of each op in such a step.")
+           "windows"_a.noconvert(), "Name, bytes and operations of each op in such a step.")
       .def_prop_ro("attend_plans", &attend_plans,
                    "How the last run cut its attention, by shape of layer: units, those that are shared, chunks.")
       .def("is_of_logits", &is_of_logits, "value"_a, "Whether a value has a row for each logit row, not each token.")

@@ -59,8 +59,7 @@ inline Float8 relu(Float8 x) { return max(zero8(), x); } // in this order NaN st
 template <class Function>
 inline void for_eights(const float *x, const float *up, int64_t count, float *out, const Function &function) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(out + i, function(load(x + i), up ? load(up + i) : broadcast(1.0f)));
+  for (; i + kLanes <= count; i += kLanes) store(out + i, function(load(x + i), up ? load(up + i) : broadcast(1.0f)));
   if (i == count) return;
   const std::size_t bytes = static_cast<std::size_t>(count - i) * sizeof(float);
   float lanes[2][kLanes] = {};

@@ -66,6 +66,7 @@ struct LayerKV {
   int64_t num_blocks, num_kv_heads, head_dim;
   int64_t tile_bytes;
   int64_t superblock_bytes; // from one superblock to the next: all layers'
+  int64_t group;            // of layers that keep the same tokens; each has block tables of its own
 
   // Bytes that one token's key and value take.
   int64_t token_bytes() const { return 2 * num_kv_heads * tile_bytes / kBlockSize; }

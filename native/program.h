@@ -11,12 +11,19 @@
 
 namespace kvik {
 
+// Where one group of layers keeps the keys and values of a step.
+struct Places {
+  const int32_t *slots;        // (T,)
+  const int32_t *block_tables; // (sequences, table_width)
+  int64_t table_width;
+};
+
 // The tokens of one step, sequence after sequence.
 struct Step {
-  int64_t num_tokens, num_sequences, table_width, num_logits;
-  const int32_t *token_ids, *positions, *slots, *sequence_index; // (T,)
-  const int32_t *block_tables;                                   // (sequences, table_width)
-  const int32_t *logit_rows;                                     // (R,) tokens whose logits are wanted
+  int64_t num_tokens, num_sequences, num_logits;
+  const int32_t *token_ids, *positions, *sequence_index; // (T,)
+  const int32_t *logit_rows;                             // (R,) tokens whose logits are wanted
+  const Places *places;                                  // of each group
 };
 
 // What an op moves and computes in a step, at least: each weight and each key and value once.
@@ -62,9 +69,13 @@ public:
   };
 
   // Bounds that every step must keep, gathered from the ops.
-  struct Limits {
-    int64_t token_ids = INT32_MAX, positions = INT32_MAX, blocks = INT32_MAX;
+  struct GroupLimits {
+    int64_t blocks = INT32_MAX;
     int64_t window = 1; // the longest of any op: so far back block tables must be right
+  };
+  struct Limits {
+    int64_t token_ids = INT32_MAX, positions = INT32_MAX;
+    std::vector<GroupLimits> groups{1};
   };
 
   Program(ThreadPool &pool, bool fine) : pool_(pool), fine_(fine) {}

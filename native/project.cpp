@@ -83,8 +83,7 @@ void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span
   pool.for_ranges(row_blocks, kRowGrain, [&](int64_t first, int64_t last) {
     for (const Projection &projection : projections) {
       const int64_t count = projection.linear.matrix->row_blocks();
-      if (first < count && last > 0)
-        rows.multiply(projection, first, std::min(last, count));
+      if (first < count && last > 0) rows.multiply(projection, first, std::min(last, count));
       first = std::max<int64_t>(first - count, 0);
       last -= count;
     }

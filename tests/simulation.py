@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.config import SamplingParams
@@ -27,7 +28,8 @@ from kvik.ops.base import Batch
 
 VOCAB = 11
 CONTEXT = 400
-SPEC = KVCacheSpec(num_layers=1, num_kv_heads=1, head_dim=1, dtype="f32")
+Windows = tuple[int | None, ...]
+ALL: Windows = (None,)
 UNWRITTEN = -1
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, i + 1, 2**64) for i in range(CONTEXT)], np.uint64)
 _COLUMNS = np.array([pow(0xD1342543DE82EF95, i + 1, 2**64) for i in range(VOCAB)], np.uint64)
@@ -63,48 +65,63 @@ class StepFailed(Exception):
 class FakeOps:
     """What the engine asks of ops, and nothing else."""
 
+    spec: KVCacheSpec
     name: str = "fake"
     batch_salts: list[int] = field(default_factory=list)  # of the sequences of the step that is about to run
     fails: bool = False  # the next step stops half way
 
-    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Slots:
-        shape = num_blocks * BLOCK_SIZE
-        return Slots(*(np.full(shape, UNWRITTEN, np.int64) for _ in range(3)))
+    def allocate_kv(
+        self, spec: KVCacheSpec, num_blocks: int, window_blocks: SequenceOf[int] | None = None
+    ) -> list[Slots]:
+        """Of each group of layers: those that see all tokens, then the windows."""
+        return [
+            Slots(*(np.full(count * BLOCK_SIZE, UNWRITTEN, np.int64) for _ in range(3)))
+            for count in (num_blocks, *(window_blocks or ()))
+        ]
 
-    def copy_blocks(self, kv: Slots, copies: SequenceOf[tuple[int, int]]) -> None:
+    def copy_blocks(self, kv: list[Slots], copies: SequenceOf[tuple[int, int]], group: int = 0) -> None:
         for source, target in copies:
-            for array in kv.arrays():
+            for array in kv[group].arrays():
                 array[target * BLOCK_SIZE : (target + 1) * BLOCK_SIZE] = array[
                     source * BLOCK_SIZE : (source + 1) * BLOCK_SIZE
                 ]
 
-    def discard_blocks(self, kv: Slots, superblocks: SequenceOf[int]) -> None:
+    def discard_blocks(self, kv: list[Slots], superblocks: SequenceOf[int], group: int = 0) -> None:
         size = BLOCKS_PER_SUPERBLOCK * BLOCK_SIZE
         for superblock in superblocks:
-            for array in kv.arrays():
+            for array in kv[group].arrays():
                 array[superblock * size : (superblock + 1) * size] = UNWRITTEN
 
     def to_numpy(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return x
 
-    def forward(self, kv: Slots, batch: Batch) -> npt.NDArray[np.float32]:
-        assert len(set(batch.slot_mapping.tolist())) == len(batch.slot_mapping), "two tokens in one slot"
-        if self.fails:
-            self.fails = False
-            kv.positions[batch.slot_mapping[::2]] = UNWRITTEN
+    def forward(self, kv: list[Slots], batch: Batch) -> npt.NDArray[np.float32]:
+        groups = sorted(set(self.spec.groups))
+        fails, self.fails = self.fails, False
+        for group in groups:
+            slots, written = batch.places(group).slot_mapping, kv[group]
+            assert len(set(slots.tolist())) == len(slots), "two tokens in one slot"
+            if fails:
+                written.positions[slots[::2]] = UNWRITTEN
+                continue
+            written.tokens[slots] = batch.token_ids
+            written.positions[slots] = batch.positions
+            written.salts[slots] = np.array(self.batch_salts)[batch.sequence_index]
+        if fails:
             raise StepFailed
-        kv.tokens[batch.slot_mapping] = batch.token_ids
-        kv.positions[batch.slot_mapping] = batch.positions
-        kv.salts[batch.slot_mapping] = np.array(self.batch_salts)[batch.sequence_index]
-        rows = np.empty((len(batch.logit_rows), VOCAB), np.float32)
-        for index, token in enumerate(batch.logit_rows):
-            sequence, position = batch.sequence_index[token], batch.positions[token]
-            seen = np.arange(position + 1)
-            slots = batch.block_tables[sequence, seen // BLOCK_SIZE] * BLOCK_SIZE + seen % BLOCK_SIZE
-            assert (kv.positions[slots] == seen).all(), "a slot holds another position"
-            salts = kv.salts[slots]
-            assert (salts == self.batch_salts[sequence]).all(), "a slot was written under another salt"
-            rows[index] = logits_after(kv.tokens[slots], self.batch_salts[sequence])
+        rows = np.zeros((len(batch.logit_rows), VOCAB), np.float32)
+        windows = self.spec.layer_windows
+        assert windows is not None
+        for window, group in zip(windows, self.spec.groups, strict=True):
+            tables, stored = batch.places(group).block_tables, kv[group]
+            for index, token in enumerate(batch.logit_rows):
+                sequence, position = batch.sequence_index[token], batch.positions[token]
+                seen = np.arange(0 if window is None else max(0, position + 1 - window), position + 1)
+                slots = tables[sequence, seen // BLOCK_SIZE] * BLOCK_SIZE + seen % BLOCK_SIZE
+                assert (stored.positions[slots] == seen).all(), "a slot holds another position"
+                salts = stored.salts[slots]
+                assert (salts == self.batch_salts[sequence]).all(), "a slot was written under another salt"
+                rows[index] += logits_after(stored.tokens[slots], self.batch_salts[sequence])
         return rows
 
 
@@ -121,16 +138,21 @@ class FakeTokenizer:
         return bytes([ord("a") + token_id])
 
 
-def fake_model(ops: FakeOps) -> Any:
+def fake_model(ops: FakeOps, spec: KVCacheSpec) -> Any:
     """As much of a `LoadedModel` as an engine uses."""
-    spec = SimpleNamespace(kv_spec=lambda dtype: SPEC, vocab_size=VOCAB, context_length=CONTEXT)
     decoder = SimpleNamespace(
-        spec=spec,
+        spec=SimpleNamespace(kv_spec=lambda dtype: spec, vocab_size=VOCAB, context_length=CONTEXT),
         ops=ops,
         record=lambda kv: lambda batch: ops.forward(kv, batch),
         weights=SimpleNamespace(step_bytes=lambda *, with_logits: 1),
     )
     return SimpleNamespace(decoder=decoder, context=CONTEXT, tokenizer=FakeTokenizer(), path=Path("fake.gguf"))
+
+
+def logits_of_layers(tokens: npt.NDArray[np.int64], salt: int, windows: Windows) -> npt.NDArray[np.float32]:
+    """Of what follows these tokens where each layer sees all of them or the newest in its window."""
+    rows = [logits_after(tokens if window is None else tokens[-window:], salt) for window in windows]
+    return np.sum(rows, axis=0, dtype=np.float32)
 
 
 def salt_number(salt: str | None) -> int:
@@ -140,9 +162,20 @@ def salt_number(salt: str | None) -> int:
 class SimulatedEngine(Engine):
     """The real engine; the fake ops are told whose tokens they compute."""
 
-    def __init__(self, *, num_blocks: int, **options: Any) -> None:
-        self.ops = FakeOps()
-        super().__init__(fake_model(self.ops), kv_dtype="f32", kv_memory=num_blocks * SPEC.block_bytes, **options)
+    def __init__(self, *, num_blocks: int, windows: Windows = ALL, least_sequences: int = 8, **options: Any) -> None:
+        self.windows = windows
+        spec = KVCacheSpec(len(windows), num_kv_heads=1, head_dim=1, dtype="f32", layer_windows=windows)
+        self.ops = FakeOps(spec)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("kvik.cache.spec.LEAST_SEQUENCES", least_sequences)
+            size = spec.pool_size(
+                num_blocks,
+                context=CONTEXT,
+                step_tokens=options["token_budget"],
+                max_running=options["max_running"],
+            )
+            memory = max(1, spec.pool_bytes(size))
+            super().__init__(fake_model(self.ops, spec), kv_dtype="f32", kv_memory=memory, **options)
 
     def _run(self, batch: ScheduledBatch) -> StepLogits:
         self.ops.batch_salts = [salt_number(item.sequence.table.namespace.salt) for item in batch.items]
@@ -150,7 +183,7 @@ class SimulatedEngine(Engine):
 
 
 def expected_sequence(
-    engine: Engine, prompt: list[int], params: SamplingParams, seed: int, salt: str | None
+    engine: SimulatedEngine, prompt: list[int], params: SamplingParams, seed: int, salt: str | None
 ) -> Sequence:
     """The same request, written by nothing but the model's definition: no cache, no batch, no engine."""
     tokenizer: Any = FakeTokenizer()
@@ -165,16 +198,20 @@ def expected_sequence(
         most_tokens=min(len(prompt) + params.max_tokens, CONTEXT),
     )
     while sequence.finish_reason is None:
-        row = logits_after(np.array(sequence.token_ids, np.int64), salt_number(salt))
+        row = logits_of_layers(np.array(sequence.token_ids, np.int64), salt_number(salt), engine.windows)
         sequence.accept(choose(StepLogits(row[None]), 0, sequence))
     return sequence
 
 
-def expected_prompt_logprobs(prompt: list[int], sequence: Sequence, salt: str | None) -> list[TokenLogprobs | None]:
+def expected_prompt_logprobs(
+    engine: SimulatedEngine, prompt: list[int], sequence: Sequence, salt: str | None
+) -> list[TokenLogprobs | None]:
     """Of each token of the prompt, by the model's definition; nothing stands before the first."""
     num_top = sequence.params.logprobs
     assert num_top is not None
     return [None] + [
-        token_logprobs(logits_after(np.array(prompt[:at], np.int64), salt_number(salt)), prompt[at], num_top)
+        token_logprobs(
+            logits_of_layers(np.array(prompt[:at], np.int64), salt_number(salt), engine.windows), prompt[at], num_top
+        )
         for at in range(1, len(prompt))
     ]

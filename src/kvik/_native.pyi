@@ -67,10 +67,16 @@ class Linear:
 class LayerKV:
     """One layer's keys and values; keep its KVArrays alive."""
 
+    @property
+    def group(self) -> int:
+        """Which block tables of a step are its own."""
+
 class KVArrays:
     """Keys and values of all layers, in blocks of 32 tokens."""
 
-    def __init__(self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: str) -> None: ...
+    def __init__(
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: str, group: int = 0
+    ) -> None: ...
     @property
     def num_bytes(self) -> int: ...
     def layer(self, index: int) -> LayerKV: ...
@@ -247,6 +253,12 @@ class Program:
             NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)
         ],
         logit_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        windows: Sequence[
+            tuple[
+                Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+                Annotated[NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+            ]
+        ],
         out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
         first: int,
         last: int,
@@ -266,6 +278,12 @@ class Program:
             NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)
         ],
         logit_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        windows: Sequence[
+            tuple[
+                Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+                Annotated[NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+            ]
+        ],
     ) -> list[tuple[str, float, float]]:
         """Name, bytes and operations of each op in such a step."""
 

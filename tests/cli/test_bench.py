@@ -266,3 +266,36 @@ def test_profiling_leaves_no_block_behind(tiny: Path) -> None:
     measure.profile_decode(engine, depth=0, rounds=1)
     assert engine.cache.pool.num_free == engine.cache.pool.num_blocks
     assert engine.step() is None
+
+
+def test_other_numbers_of_kv_heads_are_variants_of_the_shape(kvik: Kvik) -> None:
+    rows = report_of(kvik, *SHORT, "--kv-heads", "4,2,1")["rows"]
+    assert [row["num_kv_heads"] for row in rows] == [4] * 3 + [2] * 3 + [1] * 3
+    own = SHAPE.kv_token_bytes("f16")
+    by_heads = {row["num_kv_heads"]: row for row in rows if row["kind"] == "decode"}
+    assert {heads: row["kv_token_bytes"] for heads, row in by_heads.items()} == {4: 2 * own, 2: own, 1: own // 2}
+    assert by_heads[4]["kv_bytes"] == 2 * by_heads[2]["kv_bytes"] == 4 * by_heads[1]["kv_bytes"]
+    assert by_heads[4]["held_weight_bytes"] > by_heads[2]["held_weight_bytes"] > by_heads[1]["held_weight_bytes"]
+    # The model's own number of heads: as many bytes and operations as the model itself has.
+    (itself,) = (row for row in report_of(kvik, *SHORT)["rows"] if row["kind"] == "decode")
+    for figure in ("weight_bytes", "kv_bytes", "weight_multiply_adds", "attention_multiply_adds", "held_weight_bytes"):
+        assert by_heads[2][figure] == itself[figure], figure
+
+
+def test_the_table_of_variants_says_what_they_are(kvik: Kvik) -> None:
+    result = kvik("bench", *SHORT, "--kv-heads", "4,1")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[2].startswith("KV heads  KV a token  weights")
+    assert [line.split()[0] for line in lines[3:9]] == ["4"] * 3 + ["1"] * 3
+    assert "what they write is not" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("heads", "hint"), [("3", "give some of 1, 2, 4"), ("8", "give some of 1, 2, 4"), ("0", "from 1 to"), ("x", "like")]
+)
+def test_numbers_of_kv_heads_that_do_not_divide_are_refused(kvik: Kvik, heads: str, hint: str) -> None:
+    result = kvik("bench", *SHORT, "--kv-heads", heads)
+    assert result.exit_code == 2
+    assert hint in result.stderr
+    assert kvik("bench", *SHORT, "--kv-heads", "1", "--profile").exit_code == 2

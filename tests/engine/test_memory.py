@@ -22,7 +22,7 @@ from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.config import KVDType, SamplingParams
 from kvik.engine import engine as engine_module
 from kvik.engine import llm as llm_module
-from kvik.engine.engine import AUTO_CONTEXTS, KEPT_SUPERBLOCKS, Engine, num_pool_blocks
+from kvik.engine.engine import AUTO_CONTEXTS, KEPT_SUPERBLOCKS, Engine, choose_pool_size
 from kvik.engine.llm import LLM
 from kvik.engine.session import Session
 from kvik.errors import InvalidInput, NotEnoughMemory
@@ -203,7 +203,7 @@ contexts = st.integers(2, 2**20)
 def pool_blocks(available: int, spec: KVCacheSpec, context: int, kv_memory: int | str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "available_memory_bytes", lambda: available)
-        return num_pool_blocks(spec, context, kv_memory)
+        return choose_pool_size(spec, context, kv_memory, token_budget=512, max_running=64).num_blocks
 
 
 @given(specs, contexts, st.integers(1, 2**44))
@@ -257,7 +257,8 @@ def test_auto_takes_half_of_the_memory_or_one_context(spec: KVCacheSpec, context
 @given(specs, contexts, st.integers(0, 2**44), st.floats(0, 8))
 def test_more_than_the_machine_has_is_refused(spec: KVCacheSpec, context: int, available: int, factor: float) -> None:
     kv_memory = max(BLOCKS_PER_SUPERBLOCK * spec.block_bytes, int(available * factor))
-    if spec.num_blocks_within(kv_memory) * spec.block_bytes > available:
+    size = spec.pool_size_within(kv_memory, context=context, step_tokens=512, max_running=64)
+    if spec.pool_bytes(size) > available:
         check_refusal(available, spec, context, kv_memory)
     else:
         assert pool_blocks(available, spec, context, kv_memory) * spec.block_bytes <= min(kv_memory, available)

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvik.cache import BlockTable
+from kvik.cache import BlockTable, Stop
 from kvik.config import SamplingParams
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
-from simulation import CONTEXT, VOCAB, SimulatedEngine, StepFailed, expected_prompt_logprobs, expected_sequence
+from simulation import ALL, CONTEXT, VOCAB, SimulatedEngine, StepFailed, expected_prompt_logprobs, expected_sequence
 
 NUM_SIMULATIONS = int(os.environ.get("KVIK_SIMULATIONS", "2000"))
 GROUP = 100
+# Of the layers: that all see all tokens in every second workload.
+WINDOWS = (ALL, (None, 40), ALL, (24,), ALL, (5, None, 70), ALL, (130, 33))
 SALTS = (None, None, None, "ada", "bob")
 
 
@@ -36,6 +38,8 @@ class Happened:
     num_reclaimed: int = 0  # parked sequences that lost their blocks to others
     num_aborted: int = 0
     num_failed: int = 0  # steps
+    num_evicted_twins: int = 0  # blocks of windows
+    num_short_windows: int = 0  # matches that ended where a window reaches back to blocks that are gone
 
 
 @dataclass
@@ -56,6 +60,8 @@ class Workload:
         self.rng = rng = random.Random(self.seed)
         self.engine = SimulatedEngine(
             num_blocks=8 * rng.choice((1, 1, 2, 2, 3, 8)),
+            windows=WINDOWS[self.seed % len(WINDOWS)],
+            least_sequences=rng.choice((1, 2, 8)),
             token_budget=rng.choice((1, 5, 16, 33, 64, 200)),
             prefix_cache=rng.random() < 0.9,
             max_running=rng.choice((1, 2, 4, 8)),
@@ -208,12 +214,15 @@ class Workload:
             if sequence.params.logprobs is not None:
                 assert sequence.logprobs == wanted.logprobs
             if sequence.wants_prompt_logprobs:
-                assert engine.completion(sequence).prompt_logprobs == expected_prompt_logprobs(prompt, sequence, salt)
+                assert engine.completion(sequence).prompt_logprobs == expected_prompt_logprobs(
+                    engine, prompt, sequence, salt
+                )
         for sequence in list(engine.scheduler.parked):
             engine.release(sequence)
         engine.clear_cache()
         engine.scheduler.check()
-        assert engine.cache.pool.num_free == engine.cache.pool.num_blocks, "blocks were lost"
+        for pool in (engine.cache.pool, *(group.pool for group in engine.cache.windows)):
+            assert pool.num_free == pool.num_blocks, "blocks were lost"
         assert engine.cache.committed_bytes == 0, "memory was kept"
         assert not engine.cache._claimed, "a claim was left"
 
@@ -229,6 +238,8 @@ class Workload:
         happened.num_refused += self.num_refused
         happened.num_reclaimed += self.num_reclaimed
         happened.num_failed += self.num_failed
+        happened.num_evicted_twins += sum(group.num_evicted for group in self.engine.cache.windows)
+        happened.num_short_windows += sum(sequence.cache_stop is Stop.WINDOW for sequence, _, _ in self.requests)
 
     def _text(self, prompt: list[int]) -> str:
         return str(self.engine.model.tokenizer.decode(prompt))

@@ -144,6 +144,7 @@ GOOD_STEP: dict[str, Callable[[], Any]] = {
     "sequence_index": lambda: np.zeros(3, np.int32),
     "block_tables": lambda: np.array([[0, 1]], np.int32),
     "logit_rows": lambda: np.array([1, 2], np.int32),
+    "windows": lambda: [],
     "out": lambda: np.empty((2, 20), np.float32),
     "first": lambda: 0,
     "last": lambda: 5,
@@ -218,6 +219,7 @@ step: Arguments = {
     "sequence_index": per_token,
     "block_tables": array_of(np.int32, (2, 3), (1, 3), (4, 1)),
     "logit_rows": array_of(np.int32, (2,), (2,), (0,)),
+    "windows": list_of(lambda chance: (per_token(chance), array_of(np.int32, (1, 2), (2, 3))(chance))),
 }
 
 
@@ -247,6 +249,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "num_kv_heads": one_of(1, 2, 3, *INTEGERS),
             "head_dim": one_of(8, 16, 24, 64, 1024, *INTEGERS),
             "dtype": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "é" * 100),
+            "group": one_of(0, 1, 63, *INTEGERS),
         },
     ),
     "KVArrays.layer": (

@@ -347,7 +347,7 @@ def test_a_step_is_checked_once_before_it_runs(program: _native.Program) -> None
     with pytest.raises(ValueError, match="not finished"):
         program.run(
             good.token_ids, good.positions, good.slot_mapping, good.sequence_index, good.block_tables, good.logit_rows,
-            np.empty((3, 41), np.float32), 0, 0, False,
+            [], np.empty((3, 41), np.float32), 0, 0, False,
         )  # fmt: skip
 
 
@@ -364,7 +364,7 @@ def test_a_program_keeps_what_it_needs_alive() -> None:
     out = np.empty_like(wanted)
     program.run(
         batch.token_ids, batch.positions, batch.slot_mapping, batch.sequence_index, batch.block_tables,
-        batch.logit_rows, out, 0, count, False,
+        batch.logit_rows, [], out, 0, count, False,
     )  # fmt: skip
     same_bits(out, wanted)
     assert others

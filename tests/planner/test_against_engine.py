@@ -12,7 +12,7 @@ from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams, plan
 from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK
 from kvik.config import KVDType
-from kvik.engine.engine import num_pool_blocks
+from kvik.engine.engine import choose_pool_size
 from kvik.ops.native import NativeKVCache
 from kvik.planner import plan as plan_module
 
@@ -50,7 +50,7 @@ def test_the_cache_has_the_planned_bytes_and_serves_the_planned_load(tmp_path: P
     llm = LLM(str(path), threads=1, kv_dtype=dtype, kv_memory=planned.kv.num_bytes)
     arrays = llm.engine.kv_arrays
     assert isinstance(arrays, NativeKVCache)
-    assert arrays.arrays.num_bytes == planned.kv.num_bytes == llm.cache.num_bytes
+    assert sum(one.num_bytes for one in arrays.arrays.values()) == planned.kv.num_bytes == llm.cache.num_bytes
     assert llm.cache.num_blocks == layers.num_blocks
     assert llm.engine.kv_spec.token_bytes == planned.kv.token_bytes
     assert llm.engine.kv_spec.num_blocks_for(context) * llm.engine.kv_spec.block_bytes == planned.kv.sequence_bytes
@@ -79,7 +79,8 @@ def test_a_memory_holds_as_many_tokens_as_the_engine_makes_of_it(
     superblock = BLOCKS_PER_SUPERBLOCK * BLOCK_SIZE
     whole = plan(str(path), context=superblock * num_superblocks, kv=dtype)
     assert whole.kv.num_bytes == num_superblocks * BLOCKS_PER_SUPERBLOCK * spec.block_bytes
-    assert num_pool_blocks(spec, 2, whole.kv.num_bytes) == num_superblocks * BLOCKS_PER_SUPERBLOCK
+    size = choose_pool_size(spec, 2, whole.kv.num_bytes, token_budget=512, max_running=64)
+    assert size.num_blocks == num_superblocks * BLOCKS_PER_SUPERBLOCK
     fit = plan(str(path), context=2, kv=dtype, memory=whole.needed_bytes).fit
     assert fit is not None
     assert fit.largest_context == superblock * num_superblocks

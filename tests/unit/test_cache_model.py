@@ -213,7 +213,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(at_once=st.booleans())
     def give_memory_back(self, at_once: bool) -> None:
-        for superblock in self.cache.take_idle(0 if at_once else None):
+        for superblock in self.cache.take_idle(0 if at_once else None)[0]:
             for key in [key for key in self.content if key[0] // 8 == superblock]:
                 del self.content[key]
 

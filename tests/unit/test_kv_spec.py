@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from kvik import _native
-from kvik.cache import BLOCK_SIZE, KVCacheSpec
+from kvik.cache import BLOCK_SIZE, KVCacheSpec, PoolSize
 from kvik.config import KVDType
 from kvik.errors import InvalidInput
 
@@ -55,8 +55,9 @@ def test_blocks_for_a_number_of_tokens(num_tokens: int, blocks: int, pool_blocks
 )
 def test_blocks_within_a_number_of_bytes(superblocks: int, spare_bytes: int, blocks: int) -> None:
     num_bytes = superblocks * 8 * SMOLLM2.block_bytes + spare_bytes
-    assert SMOLLM2.num_blocks_within(num_bytes) == blocks
-    assert SMOLLM2.num_blocks_within(num_bytes) * SMOLLM2.block_bytes <= num_bytes
+    size = SMOLLM2.pool_size_within(num_bytes, context=2048, step_tokens=512, max_running=64)
+    assert size == PoolSize(blocks)
+    assert SMOLLM2.pool_bytes(size) <= num_bytes
 
 
 def test_the_block_size_is_the_kernels_own() -> None:

@@ -401,7 +401,7 @@ def test_paths(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert store.resolve("org/name") == Path("org/name")  # a file that is here comes before a Hub id
     assert store.resolve("./tiny") == Path("tiny")
     assert store.identify("tiny") is TINY
-    with pytest.raises(ModelNotFound, match="has no config.json"):
+    with pytest.raises(ModelNotFound, match=r"has no config\.json"):
         store.resolve("./org")
     with pytest.raises(InvalidInput, match="does not delete"):
         store.remove("a.gguf")

@@ -3,7 +3,8 @@
 from kvik.cache.block_pool import BlockPool
 from kvik.cache.manager import BlockCopy, BlockTable, CacheManager, CacheStats
 from kvik.cache.radix import Match, Namespace, RadixTree, Stop
-from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
+from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize, WindowSpec
+from kvik.cache.windows import WindowGroup, WindowTable
 
 __all__ = [
     "BLOCKS_PER_SUPERBLOCK",
@@ -16,6 +17,10 @@ __all__ = [
     "KVCacheSpec",
     "Match",
     "Namespace",
+    "PoolSize",
     "RadixTree",
     "Stop",
+    "WindowGroup",
+    "WindowSpec",
+    "WindowTable",
 ]

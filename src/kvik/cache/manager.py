@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kvik.cache.block_pool import BlockPool
 from kvik.cache.radix import Match, Namespace, RadixTree, Stop
 from kvik.cache.spec import KVCacheSpec
+from kvik.cache.windows import WindowGroup, WindowTable
 
 IDLE_TICKS = 256
 """Steps after which memory that nobody uses goes back to the system."""
@@ -22,6 +23,7 @@ class BlockCopy(NamedTuple):
 
     source: int
     target: int
+    group: int = 0  # of layers: 0 those that see all tokens, else 1 and the index of the window
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +34,7 @@ class BlockTable:
     block_ids: list[int] = field(default_factory=list)
     num_sealed: int = 0  # blocks at the beginning that are full and in the prefix tree
     claims: list[int] = field(default_factory=list)  # hashes of the blocks it is about to seal, the next one last
+    windows: list[WindowTable] = field(default_factory=list)  # for each group of layers with a window
 
 
 @dataclass(slots=True)
@@ -65,14 +68,26 @@ class CacheManager:
     of a branch: that one is evicted first.
     """
 
-    def __init__(self, spec: KVCacheSpec, num_blocks: int, *, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        spec: KVCacheSpec,
+        num_blocks: int,
+        *,
+        window_blocks: Sequence[int] = (),
+        prefix_cache: bool = True,
+        step_tokens: int = 1,
+    ) -> None:
         self.spec = spec
+        self.step_tokens = step_tokens  # most that a step computes of one sequence
         self.pool = BlockPool(num_blocks)
+        self.windows = [WindowGroup(window, count) for window, count in zip(spec.windows, window_blocks, strict=True)]
         self.tree = RadixTree(spec.block_size)
         self.prefix_cache = prefix_cache
         self.stats = CacheStats()
         self._claimed: dict[int, BlockTable] = {}
-        self._being_copied: list[list[int]] = []  # sources, each at the end of its path: held until the copies are made
+        self._being_copied: list[
+            BlockTable
+        ] = []  # sources, each at the end of its path: held until the copies are made
         self._pins: list[BlockTable] = []
         self._pin_counts: Counter[int] = Counter()  # of each pinned block
 
@@ -80,14 +95,29 @@ class CacheManager:
 
     def new_table(self, salt: str | None = None) -> BlockTable:
         """No blocks yet. Nothing is shared between tables of different salts."""
-        return BlockTable(Namespace(self.spec.dtype, salt))
+        return BlockTable(Namespace(self.spec.dtype, salt), windows=[WindowTable() for _ in self.windows])
 
     def match(self, token_ids: Sequence[int], salt: str | None = None) -> Match:
         """The cached beginning of the tokens but the last: its logits are wanted, so it is always computed."""
         namespace = Namespace(self.spec.dtype, salt)
         if not self.prefix_cache:
             return Match(namespace, [], Stop.OFF, 0, None, None)
-        return self.tree.match(_packed(token_ids[:-1]), namespace)
+        return self._within_windows(self.tree.match(_packed(token_ids[:-1]), namespace))
+
+    def _within_windows(self, match: Match) -> Match:
+        """As much of the match as can be gone on from: layers with a window need the twins that it reaches back to."""
+        if all(group.usable(_ids_of(match), match.num_cached_tokens) == len(_ids_of(match)) for group in self.windows):
+            return match
+        block_ids = match.block_ids
+        while block_ids:
+            num_tokens = len(block_ids) * self.spec.block_size
+            count = min(group.usable(block_ids, num_tokens) for group in self.windows)
+            if count == len(block_ids):
+                break
+            block_ids = block_ids[:count]
+        # Who computes the next block again is not waited for: it is in the tree already.
+        num_tokens = len(block_ids) * self.spec.block_size
+        return Match(match.namespace, block_ids, Stop.WINDOW, num_tokens, None, None)
 
     def is_being_computed(self, match: Match) -> bool:
         """Whether a sequence is about to seal the very block at which the match stopped."""
@@ -103,11 +133,10 @@ class CacheManager:
         assert not table.claims
         assert match.namespace == table.namespace, "a match in another namespace"
         self.stats.note(len(token_ids) - 1, match.num_cached_tokens)
-        table.block_ids = list(match.block_ids)
+        table.block_ids = _ids_of(match)
         table.num_sealed = len(match.block_ids)
-        if match.tail:
-            table.block_ids.append(match.tail[0])
         self.pool.hold(table.block_ids)
+        table.windows = [group.adopt(table.block_ids, match.num_cached_tokens) for group in self.windows]
         if self.prefix_cache:
             self._claim(table, token_ids, match)
         return match.num_cached_tokens
@@ -118,7 +147,7 @@ class CacheManager:
 
     def has_room(self, match: Match, num_tokens: int, num_promised: int) -> bool:
         """Whether `num_tokens` tokens that match so far find blocks, without taking those promised to others."""
-        wanted = [*match.block_ids, *([match.tail[0]] if match.tail else [])]
+        wanted = _ids_of(match)
         num_available = self.pool.num_available - sum(self.pool.ref_count(block_id) == 0 for block_id in wanted)
         return self.spec.num_blocks_for(num_tokens) - len(match.block_ids) + num_promised <= num_available
 
@@ -134,16 +163,20 @@ class CacheManager:
         if offset and not self._is_writable(block_ids[index]):
             assert len(block_ids) == index + 1, "blocks behind one that is shared"
             return self._reserve_with_copy(table, num_tokens)
-        taken = self._take(self.num_missing(table, num_tokens), block_ids[-1] if block_ids else None)
+        count = self.num_missing(table, num_tokens)
+        if count and not self._windows_have(count):
+            return None
+        taken = self._take(count, block_ids[-1] if block_ids else None)
         if taken is None:
             return None
         block_ids += taken
+        self._extend_windows(table, count)
         return []
 
     def end_copies(self) -> None:
         """The copies that `reserve` asked for are made, or nobody wants them any more."""
-        for path in self._being_copied:
-            self.pool.release(path)
+        for held in self._being_copied:
+            self.release(held)
         self._being_copied.clear()
 
     def seal(self, table: BlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
@@ -161,9 +194,29 @@ class CacheManager:
                 self.pool.hold([sealed])
                 self.pool.release([mine])
                 table.block_ids[index] = sealed
+            for group, window in zip(self.windows, table.windows, strict=True):
+                group.seal(window, index, sealed)
             table.num_sealed += 1
             if table.claims:
                 self._unclaim(table, table.claims.pop())
+
+    def slide(self, table: BlockTable, num_computed_tokens: int) -> None:
+        """Give back what has left the windows of a table with so many tokens computed."""
+        for group, window in zip(self.windows, table.windows, strict=True):
+            group.slide(window, num_computed_tokens)
+
+    def can_go_back(self, table: BlockTable, num_tokens: int) -> bool:
+        """Whether the table still has what the token behind its first `num_tokens` sees in every window."""
+        return all(
+            window.first <= group.spec.first_block(num_tokens)
+            for group, window in zip(self.windows, table.windows, strict=True)
+        )
+
+    def held_bytes(self, table: BlockTable) -> int:
+        """Bytes of the blocks that a table names, in all layers."""
+        windows = zip(self.windows, table.windows, strict=True)
+        held = sum(len(window.block_ids) * group.spec.block_bytes for group, window in windows)
+        return len(table.block_ids) * self.spec.block_bytes + held
 
     def fork(self, table: BlockTable, num_computed_tokens: int) -> BlockTable:
         """Another table over the same blocks; whichever writes into the last one first gets a copy of it.
@@ -172,13 +225,17 @@ class CacheManager:
         """
         assert len(table.block_ids) == self.spec.num_blocks_for(num_computed_tokens)
         self.pool.hold(table.block_ids)
-        return BlockTable(table.namespace, list(table.block_ids), table.num_sealed)
+        return BlockTable(
+            table.namespace, list(table.block_ids), table.num_sealed, windows=self._hold_windows(table.windows)
+        )
 
     def release(self, table: BlockTable, num_kept_tokens: int = 0) -> None:
         """Give back the blocks behind the first `num_kept_tokens` tokens; sealed ones stay in the tree for a while."""
         num_kept = self.spec.num_blocks_for(num_kept_tokens)
         self.pool.release(table.block_ids[num_kept:])
         del table.block_ids[num_kept:]
+        for group, window in zip(self.windows, table.windows, strict=True):
+            group.cut(window, num_kept)
         table.num_sealed = min(table.num_sealed, num_kept_tokens // self.spec.block_size)
         self.withdraw_claims(table)
 
@@ -194,6 +251,7 @@ class CacheManager:
         self.pool.hold(table.block_ids[: table.num_sealed])
         self._pin_counts.update(table.block_ids[: table.num_sealed])
         pin = BlockTable(table.namespace, table.block_ids[: table.num_sealed], table.num_sealed)
+        pin.windows = self._hold_windows(table.windows, table.num_sealed)
         self._pins.append(pin)
         return pin
 
@@ -214,28 +272,47 @@ class CacheManager:
     def num_blocks_within_reach(self, match: Match) -> int:
         """The most blocks that a sequence with this match could come to hold: all that are not pinned by others."""
         num_shared = sum(block_id in self._pin_counts for block_id in match.block_ids)
-        return self.pool.num_blocks - (self.num_pinned - num_shared)
+        reach = self.pool.num_blocks - (self.num_pinned - num_shared)
+        for index, group in enumerate(self.windows):
+            pinned = set(chain.from_iterable(pin.windows[index].block_ids for pin in self._pins))
+            left = group.pool.num_blocks - len(pinned)
+            if left < group.spec.num_blocks_for(reach * self.spec.block_size, self.step_tokens):
+                reach = min(reach, left)
+        return reach
 
     def clear(self) -> None:
         """Forget every block that nobody holds."""
         while (block_id := self.pool.oldest_reusable()) is not None:
             self._evict(block_id)
 
-    def take_idle(self, most_kept: int | None = None) -> list[int]:
-        """Superblocks whose memory can be given back now: idle for `IDLE_TICKS` calls, or more than `most_kept`."""
-        self.pool.tick()
-        return self.pool.take_idle(IDLE_TICKS, most_kept)
+    def take_idle(self, most_kept: int | None = None) -> list[list[int]]:
+        """Superblocks whose memory can be given back now: idle for `IDLE_TICKS` calls, or more than `most_kept`.
+
+        A list for each group: those of layers that see all tokens first.
+        """
+        taken = []
+        for pool in (self.pool, *(group.pool for group in self.windows)):
+            pool.tick()
+            taken.append(pool.take_idle(IDLE_TICKS, most_kept))
+        return taken
 
     @property
     def committed_bytes(self) -> int:
         """Bytes of memory that the cache may be using."""
-        return self.pool.num_committed * self.spec.block_bytes
+        windows = sum(group.pool.num_committed * group.spec.block_bytes for group in self.windows)
+        return self.pool.num_committed * self.spec.block_bytes + windows
 
     def check(self, tables: Iterable[BlockTable]) -> None:
         """Prove that pool, tree and these tables, which are all that live, agree."""
         tables = [*tables, *self._pins]
-        self.pool.check(chain((table.block_ids for table in tables), self._being_copied))
+        everyone = [*tables, *self._being_copied]
+        self.pool.check(table.block_ids for table in everyone)
         self.tree.check()
+        for index, group in enumerate(self.windows):
+            group.check(table.windows[index].block_ids for table in everyone)
+            assert all(self.pool.is_named(block_id) for block_id in group.known_blocks), "a twin without its block"
+            for table in everyone:
+                self._check_window(table, group, table.windows[index])
         named = [block_id for block_id in range(self.pool.num_blocks) if self.pool.is_named(block_id)]
         assert len(named) == len(self.tree), "the pool keeps other blocks than the tree names"
         for table in tables:
@@ -249,6 +326,35 @@ class CacheManager:
         claimed = {claim: table for table in tables for claim in table.claims if self._claimed.get(claim) is table}
         assert claimed.keys() == self._claimed.keys(), "a claim of a table that is gone"
 
+    def _check_window(self, table: BlockTable, group: WindowGroup, window: WindowTable) -> None:
+        if window.block_ids:
+            assert window.first + len(window.block_ids) == len(table.block_ids), "a window that ends elsewhere"
+        for block_id, twin in zip(table.block_ids[window.first :], window.block_ids, strict=False):
+            if group.pool.is_named(twin):
+                assert group.twin_of(block_id) == twin, f"block {block_id} with the twin of another"
+
+    def _windows_have(self, count: int) -> bool:
+        """Whether each group can give so many blocks now."""
+        return all(group.pool.num_available >= count for group in self.windows)
+
+    def _extend_windows(self, table: BlockTable, count: int) -> None:
+        """Twins for the table's last `count` blocks; the groups have them."""
+        for group, window in zip(self.windows, table.windows, strict=True):
+            if not window.block_ids:
+                window.first = len(table.block_ids) - count
+            taken = group.take(count, window.block_ids[-1] if window.block_ids else None)
+            assert taken is not None
+            window.block_ids += taken
+
+    def _hold_windows(self, windows: Sequence[WindowTable], num_blocks: int | None = None) -> list[WindowTable]:
+        """The same twins once more, or those of the first `num_blocks` blocks."""
+        copies = []
+        for group, window in zip(self.windows, windows, strict=True):
+            kept = window.block_ids if num_blocks is None else window.block_ids[: max(0, num_blocks - window.first)]
+            group.pool.hold(kept)
+            copies.append(WindowTable(window.first, list(kept)))
+        return copies
+
     def _is_writable(self, block_id: int) -> bool:
         return self.pool.ref_count(block_id) == 1 and not self.pool.is_named(block_id)
 
@@ -256,22 +362,34 @@ class CacheManager:
         """The same where the table's last block is to be written, and others need it as it is."""
         *path, source = table.block_ids
         num_more = self.num_missing(table, num_tokens)
-        taken = self._take(1 + num_more, path[-1] if path else None)
+        taken = self._take(1 + num_more, path[-1] if path else None) if self._windows_have(1 + num_more) else None
         if taken is not None:
-            table.block_ids[-1:] = taken
             # The table may go before the copy is made, and none of these blocks may then be older than the source.
+            held = BlockTable(table.namespace, [*path, source])
             self.pool.hold(path)
-            self._being_copied.append([*path, source])
+            held.windows = self._hold_windows(table.windows)
+            self._being_copied.append(held)
+            table.block_ids[-1:] = taken
+            copies = [BlockCopy(source, taken[0])] if self.spec.block_bytes else []
+            for index, (group, window) in enumerate(zip(self.windows, table.windows, strict=True), start=1):
+                twins = group.take(1 + num_more, window.block_ids[-2] if len(window.block_ids) > 1 else None)
+                assert twins is not None
+                copies.append(BlockCopy(window.block_ids[-1], twins[0], index))
+                group.pool.release(window.block_ids[-1:])
+                window.block_ids[-1:] = twins
             self.stats.num_copied_blocks += 1
-            return [BlockCopy(source, taken[0])]
+            return copies
         if self.pool.ref_count(source) > 1:
             return None
         # Nobody but the tree needs it, and with the whole pool in use no copy may ever fit: then it leaves the tree.
+        if not self._windows_have(num_more):
+            return None
         taken = self._take(num_more, source)
         if taken is None:
             return None
         self._evict(source)  # whatever was behind it was reusable, and is evicted by now
         table.block_ids += taken
+        self._extend_windows(table, num_more)
         return []
 
     def _take(self, count: int, after: int | None) -> list[int] | None:
@@ -284,6 +402,8 @@ class CacheManager:
         return self.pool.allocate(count, after)
 
     def _evict(self, block_id: int) -> None:
+        for group in self.windows:
+            group.forget(block_id)
         self.tree.evict(block_id)
         self.pool.forget(block_id)
         self.stats.num_evicted_blocks += 1
@@ -303,6 +423,11 @@ class CacheManager:
     def _unclaim(self, table: BlockTable, claim: int) -> None:
         if self._claimed.get(claim) is table:
             del self._claimed[claim]
+
+
+def _ids_of(match: Match) -> list[int]:
+    """The blocks of a match, that of its tail too."""
+    return [*match.block_ids, *([match.tail[0]] if match.tail else [])]
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:

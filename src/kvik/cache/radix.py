@@ -30,6 +30,7 @@ class Stop(StrEnum):
     EVICTED = "the block was evicted"
     OTHER_SALT = "cached under another salt"
     OTHER_FORMAT = "cached in another format"
+    WINDOW = "a layer's window reaches back to blocks that were given up"
     OFF = "the prefix cache is off"
 
 

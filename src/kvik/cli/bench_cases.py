@@ -67,7 +67,11 @@ class Case:
 
     def kv_bytes(self, spec: KVCacheSpec) -> int:
         """Bytes of keys and values that its sequences need."""
-        return self.batch * spec.pool_blocks_for(self.most_tokens) * spec.block_bytes
+        return self.num_blocks(spec) * spec.token_bytes * spec.block_size
+
+    def num_blocks(self, spec: KVCacheSpec) -> int:
+        """Blocks that its sequences need."""
+        return self.batch * spec.pool_blocks_for(self.most_tokens)
 
 
 @dataclass(slots=True)
@@ -269,7 +273,7 @@ class _EngineBench:
     def _make_room(self, case: Case) -> None:
         """Let go other cases' contexts where they stand in the way, and all that no case holds."""
         spec, pool = self.engine.kv_spec, self.engine.cache.pool
-        needed = case.kv_bytes(spec) // spec.block_bytes
+        needed = case.num_blocks(spec)
         for other in list(self._contexts):
             if pool.num_blocks - pool.num_held < needed:
                 for sequence in self._contexts.pop(other):
@@ -277,8 +281,10 @@ class _EngineBench:
 
     def _check_room(self, cases: Sequence[Case]) -> None:
         spec, pool = self.engine.kv_spec, self.engine.cache.pool
-        largest = max(cases, key=lambda case: case.kv_bytes(spec))
-        needed, has = largest.kv_bytes(spec), pool.num_blocks * spec.block_bytes
+        largest = max(cases, key=lambda case: case.num_blocks(spec))
+        needed, has = (
+            count * spec.token_bytes * spec.block_size for count in (largest.num_blocks(spec), pool.num_blocks)
+        )
         if needed > has:
             raise InvalidInput(
                 f"{largest.name}, batch {largest.batch:,}, takes {needed / 2**20:,.0f} MiB of keys and values,"
@@ -291,7 +297,7 @@ def _kv_memory(llm: LLM, spec: KVCacheSpec, cases: Sequence[Case]) -> int | str:
     """What the caller said; else room for every case's context, or where that is too much, for the largest case."""
     if llm.config.kv_memory != "auto":
         return llm.config.kv_memory
-    warm_up = spec.pool_blocks_for(2 * WARM_UP_TOKENS) * spec.block_bytes
+    warm_up = spec.pool_blocks_for(2 * WARM_UP_TOKENS) * spec.token_bytes * spec.block_size
     each = [case.kv_bytes(spec) for case in cases]
     return sum(each) + warm_up if sum(each) + warm_up <= available_memory_bytes() // 2 else max(*each, warm_up)
 

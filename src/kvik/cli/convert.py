@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,6 +87,8 @@ def _context(spec: Any) -> int:
 
 def _loss(llm: LLM) -> float:
     """Mean negative logarithm of the probability of the text's tokens, in nats."""
+    import statistics
+
     params = SamplingParams(max_tokens=1, echo=True, logprobs=0, ignore_eos=True)
     token_ids = llm.encode(TEXT)[: llm.model.context - 1]
     (completion,) = llm.generate([token_ids], params)
@@ -96,6 +97,8 @@ def _loss(llm: LLM) -> float:
 
 def _decode_speeds(llms: dict[int, LLM]) -> dict[int, float]:
     """Tokens a second behind the text, by median; the models take turns."""
+    import statistics
+
     params = SamplingParams(max_tokens=DECODED, ignore_eos=True)
     found: dict[int, list[float]] = {heads: [] for heads in llms}
     for _ in range(ROUNDS):

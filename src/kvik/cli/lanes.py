@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvik.engine.engine import Engine
     from kvik.engine.llm import LLM
     from kvik.engine.sequence import Sequence
-    from kvik.ops.base import Batch
+    from kvik.ops.base import Batch, Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class RaceLane:
     def kv_kept_bytes(self) -> int:
         """Bytes of the blocks whose keys and values the next token will not compute again."""
         spec = self.engine.kv_spec
-        return spec.num_blocks_for(self.sequence.num_computed_tokens) * spec.block_bytes
+        return spec.held_bytes(self.sequence.num_computed_tokens)
 
     def step(self) -> None:
         """Advance by one step, on this lane's clock."""
@@ -188,4 +188,5 @@ def _computed_before(batch: Batch, num_known: int) -> Batch:
         slot_mapping=batch.slot_mapping[known],
         sequence_index=batch.sequence_index[known],
         logit_rows=np.empty(0, np.int32),
+        windows=tuple(Places(places.slot_mapping[known], places.block_tables) for places in batch.windows),
     )

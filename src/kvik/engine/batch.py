@@ -9,7 +9,7 @@ import numpy as np
 
 from kvik.cache import BLOCK_SIZE, BlockCopy
 from kvik.engine.sequence import Sequence
-from kvik.ops.base import Batch
+from kvik.ops.base import Batch, Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,12 @@ class ScheduledBatch:
     arrays: Batch
 
     @property
-    def copies(self) -> list[BlockCopy]:
-        """Blocks to be copied before the step, in this order."""
-        return list(chain.from_iterable(item.copies for item in self.items))
+    def copies(self) -> dict[int, list[tuple[int, int]]]:
+        """Blocks to be copied before the step, in this order: by group of layers, (source, target)."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for source, target, group in chain.from_iterable(item.copies for item in self.items):
+            found.setdefault(group, []).append((source, target))
+        return found
 
 
 def build_batch(items: list[Scheduled]) -> ScheduledBatch:
@@ -69,6 +72,7 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
         sequence_index += [row] * (end - start)
         tables.append(table + [0] * (most_blocks - len(table)))
         logit_rows += range(len(token_ids) - item.num_logits, len(token_ids))
+    windows = tuple(_window_places(items, index, most_blocks) for index in range(len(items[0].sequence.table.windows)))
     # After a decode step the caches hold weights and no code: few kinds of calls are quicker than few calls.
     arrays = Batch(
         token_ids=np.array(token_ids, np.int32),
@@ -77,5 +81,19 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
         sequence_index=np.array(sequence_index, np.int32),
         block_tables=np.array(tables, np.int32),
         logit_rows=np.array(logit_rows, np.int32),
+        windows=windows,
     )
     return ScheduledBatch(items, arrays)
+
+
+def _window_places(items: list[Scheduled], index: int, most_blocks: int) -> Places:
+    """The same tokens in a group of layers with a window."""
+    tables, slots = [], []
+    for item in items:
+        sequence = item.sequence
+        table = sequence.table.windows[index].places(most_blocks)
+        tables.append(table)
+        start = sequence.num_computed_tokens
+        end = start + item.num_tokens + (len(sequence.draft_ids) if item.closes_gap else 0)
+        slots += [table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in range(start, end)]
+    return Places(np.array(slots, np.int32), np.array(tables, np.int32))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvik.cache import CacheStats
+from kvik.cache import CacheStats, PoolSize
 from kvik.engine.engine import Engine
 
 TEXT_WIDTH = 60
@@ -54,7 +54,9 @@ class CacheView:
     @property
     def num_bytes(self) -> int:
         """Bytes that the cache may come to use."""
-        return self.num_blocks * self._engine.kv_spec.block_bytes
+        cache = self._engine.cache
+        size = PoolSize(cache.pool.num_blocks, tuple(group.pool.num_blocks for group in cache.windows))
+        return cache.spec.pool_bytes(size)
 
     @property
     def committed_bytes(self) -> int:

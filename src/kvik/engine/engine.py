@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from kvik.cache import BLOCKS_PER_SUPERBLOCK, BlockTable, CacheManager, KVCacheSpec
+from kvik.cache import BLOCKS_PER_SUPERBLOCK, BlockTable, CacheManager, KVCacheSpec, PoolSize
 from kvik.config import KVDType, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.drafts import NgramDrafts
@@ -69,9 +69,17 @@ class Engine:
         self.model = model
         self.decoder = model.decoder
         self.kv_spec = model.decoder.spec.kv_spec(kv_dtype)
-        num_blocks = num_pool_blocks(self.kv_spec, model.context, kv_memory)
-        self.cache = CacheManager(self.kv_spec, num_blocks, prefix_cache=prefix_cache)
-        self.kv_arrays = model.decoder.ops.allocate_kv(self.kv_spec, num_blocks)
+        size = choose_pool_size(
+            self.kv_spec, model.context, kv_memory, token_budget=token_budget, max_running=max_running
+        )
+        self.cache = CacheManager(
+            self.kv_spec,
+            size.num_blocks,
+            window_blocks=size.window_blocks,
+            prefix_cache=prefix_cache,
+            step_tokens=token_budget,
+        )
+        self.kv_arrays = model.decoder.ops.allocate_kv(self.kv_spec, size.num_blocks, size.window_blocks)
         self.forward = model.decoder.record(self.kv_arrays)
         self.scheduler = Scheduler(
             self.cache, token_budget=token_budget, max_running=max_running, max_waiting=max_waiting
@@ -228,7 +236,7 @@ class Engine:
             text=sequence.text.text,
             token_ids=sequence.completion_ids,
             finish_reason=sequence.finish_reason,
-            stats=sequence.stats(block_bytes=self.kv_spec.block_bytes),
+            stats=sequence.stats(),
             seed=sequence.seed,
             logprobs=sequence.logprobs if wants_logprobs else None,
             prompt_logprobs=[None, *sequence.prompt_logprobs] if sequence.wants_prompt_logprobs else None,
@@ -255,8 +263,8 @@ class Engine:
 
     def _run(self, batch: ScheduledBatch) -> StepLogits:
         try:
-            if batch.copies:
-                self.decoder.ops.copy_blocks(self.kv_arrays, batch.copies)
+            for group, copies in batch.copies.items():
+                self.decoder.ops.copy_blocks(self.kv_arrays, copies, group)
             started_s = time.perf_counter()
             logits = StepLogits(self.decoder.ops.to_numpy(self.forward(batch.arrays)))
             if any(item.num_tokens >= LONG_CHUNK for item in batch.items):
@@ -314,9 +322,10 @@ class Engine:
         if not self.scheduler.has_work:
             self._trim()
 
-    def _give_back(self, superblocks: list[int]) -> None:
-        if superblocks:
-            self.decoder.ops.discard_blocks(self.kv_arrays, superblocks)
+    def _give_back(self, superblocks_by_group: list[list[int]]) -> None:
+        for group, superblocks in enumerate(superblocks_by_group):
+            if superblocks and (group or self.kv_spec.block_bytes):
+                self.decoder.ops.discard_blocks(self.kv_arrays, superblocks, group)
 
     # What is refused.
 
@@ -339,7 +348,14 @@ class Engine:
             return
         room = has * spec.block_size + 1 - sequence.num_prompt_tokens
         advice = f"lower max_tokens to {room:,} or less, or " if room > 0 else ""
-        wanted = spec.pool_blocks_for(sequence.most_tokens) * spec.block_bytes
+        wanted = spec.pool_bytes(
+            spec.pool_size(
+                spec.pool_blocks_for(sequence.most_tokens),
+                context=self.model.context,
+                step_tokens=self.cache.step_tokens,
+                max_running=self.scheduler.max_running,
+            )
+        )
         raise CacheTooSmall(
             f"prompt and answer need {needed:,} blocks ({sequence.most_tokens:,} tokens), the cache has {has:,}"
             + (f" besides {self.cache.num_pinned:,} pinned ones" if self.cache.num_pinned else ""),
@@ -378,40 +394,44 @@ class Engine:
         return stop_token_ids
 
 
-def num_pool_blocks(spec: KVCacheSpec, context: int, kv_memory: int | str) -> int:
-    """Blocks of a cache of `kv_memory` bytes, or of "auto": some whole contexts, in half of the memory that is free.
+def choose_pool_size(
+    spec: KVCacheSpec, context: int, kv_memory: int | str, *, token_budget: int, max_running: int
+) -> PoolSize:
+    """The size of a cache of `kv_memory` bytes, or of "auto": some whole contexts, in half of the memory that is free.
 
     Raises `NotEnoughMemory` where one context does not fit ("auto") or the machine has less than was asked for.
     """
+    load = {"context": context, "step_tokens": token_budget, "max_running": max_running}
     available = available_memory_bytes()
     one_context = spec.pool_blocks_for(context)
-    least = BLOCKS_PER_SUPERBLOCK * spec.block_bytes
+    least = spec.pool_bytes(spec.pool_size(BLOCKS_PER_SUPERBLOCK, **load))
     least_mib = -(-least // 2**20)
     if isinstance(kv_memory, int):
-        num_blocks = spec.num_blocks_within(kv_memory)
-        if num_blocks == 0:
+        size = spec.pool_size_within(kv_memory, **load)
+        if size.num_blocks == 0:
             raise InvalidInput(
                 f"kv_memory is {kv_memory:,} bytes, less than the least of {least:,}",
                 hint=f"set it to {least_mib:,} MiB or more",
             )
     else:
-        most = spec.num_blocks_within(available // 2)
-        num_blocks = max(one_context, min(AUTO_CONTEXTS * one_context, most))
-    if num_blocks * spec.block_bytes > available:
+        most = spec.pool_size_within(available // 2, **load).num_blocks
+        size = spec.pool_size(max(one_context, min(AUTO_CONTEXTS * one_context, most)), **load)
+    num_bytes = spec.pool_bytes(size)
+    if num_bytes > available:
         fits = max(available * 3 // 4, least)
         fits_mib = max(fits // 2**20, least_mib)
         advice = []
         if kv_memory == "auto" and fits <= available:
-            context = spec.num_blocks_within(fits) * spec.block_size
+            context = spec.pool_size_within(fits, **load).num_blocks * spec.block_size
             advice.append(f"the context to {context} or less (`--context`)")
         if fits_mib * 2**20 <= available:
             advice.append(f"kv_memory to {fits_mib:,} MiB or less")
         raise NotEnoughMemory(
-            f"a cache of {num_blocks:,} blocks takes {num_blocks * spec.block_bytes / 2**30:,.1f} GiB,"
+            f"a cache of {size.num_blocks:,} blocks takes {num_bytes / 2**30:,.1f} GiB,"
             f" the machine has {available / 2**30:,.1f} GiB available",
             hint=f"set {', or '.join(advice)}" if advice else f"free some: the least cache takes {least_mib:,} MiB",
         )
-    return num_blocks
+    return size
 
 
 def _note_prompt(sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:

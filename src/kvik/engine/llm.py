@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from kvik.config import Activations, Backend, EngineConfig, KVDType, SamplingParams, WeightFormat
 from kvik.engine.beams import Beam, search_beams
 from kvik.engine.cache_view import CacheView
-from kvik.engine.engine import Engine, num_pool_blocks
+from kvik.engine.engine import Engine, choose_pool_size
 from kvik.engine.output import Completion, Piece
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
@@ -243,7 +243,14 @@ class LLM:
 
     def _check_memory(self, spec: DecoderSpec, context: int) -> None:
         """Before the weights are loaded: whether the cache will find its memory."""
-        num_pool_blocks(spec.kv_spec(self.config.kv_dtype), context, self.config.kv_memory)
+        config = self.config
+        choose_pool_size(
+            spec.kv_spec(config.kv_dtype),
+            context,
+            config.kv_memory,
+            token_budget=config.token_budget,
+            max_running=config.max_running,
+        )
         turn_bytes, available = context * spec.position_bytes, available_memory_bytes()
         if turn_bytes > available:
             raise NotEnoughMemory(

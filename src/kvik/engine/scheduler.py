@@ -102,11 +102,12 @@ class Scheduler:
             sequence.num_computed_tokens += item.num_tokens + num_drafted - num_rejected
             sequence.total_computed_tokens += item.num_tokens + num_drafted
             sequence.weight_bytes += weight_bytes
-            sequence.num_blocks = len(sequence.table.block_ids)
+            sequence.kv_bytes = self.cache.held_bytes(sequence.table)
             if num_rejected:
                 self.cache.release(sequence.table, sequence.num_computed_tokens)
             if sequence.keep_cache:
                 self.cache.seal(sequence.table, sequence.token_ids, sequence.num_computed_tokens)
+            self.cache.slide(sequence.table, sequence.num_computed_tokens)
             if sequence.branches and item.closes_gap:
                 self._begin_branches(sequence)
             if item.closes_gap and not sequence.keep_cache:
@@ -142,6 +143,7 @@ class Scheduler:
         self.cache.check(sequence.table for sequence in holders)
         assert not any(sequence.table.block_ids for sequence in self.waiting), "a waiting sequence holds blocks"
         for sequence in chain(self.running, self.parked):
+            assert self.cache.can_go_back(sequence.table, sequence.num_computed_tokens), "a window has lost blocks"
             wanted = self.cache.spec.num_blocks_for(sequence.num_computed_tokens)
             assert len(sequence.table.block_ids) == wanted, "between steps a sequence holds what it computed, no more"
         assert not any(sequence.table.claims for sequence in self.parked), "others wait for what nobody computes"
@@ -268,7 +270,7 @@ class Scheduler:
                 break
             num_shared += 1
         is_other = previous.table.namespace != sequence.table.namespace or not self._may_reuse(sequence)
-        if num_shared <= num_matched or is_other:
+        if num_shared <= num_matched or is_other or not self.cache.can_go_back(previous.table, num_shared):
             self.release(previous)
             return None
         del self.parked[previous]
@@ -300,7 +302,7 @@ class Scheduler:
         """A finished sequence leaves the queue; its blocks are parked or given back."""
         if sequence in self.running:
             self.running.remove(sequence)
-            sequence.num_blocks = max(sequence.num_blocks, len(sequence.table.block_ids))
+            sequence.kv_bytes = max(sequence.kv_bytes, self.cache.held_bytes(sequence.table))
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         sequence.previous = None

@@ -53,7 +53,7 @@ class Sequence:
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0  # of those, chosen
     num_preemptions: int = 0
-    num_blocks: int = 0  # held when it last computed
+    kv_bytes: int = 0  # of the blocks held when it last computed
     weight_bytes: int = 0
     started_s: float = 0.0  # when it was queued
     first_token_s: float | None = None
@@ -109,7 +109,7 @@ class Sequence:
         yield self
         yield from self.branches
 
-    def stats(self, *, block_bytes: int) -> Stats:
+    def stats(self) -> Stats:
         """What the request cost so far."""
         first, last = self.first_token_s, self.last_token_s
         return Stats(
@@ -119,7 +119,7 @@ class Sequence:
             num_completion_tokens=self.num_completion_tokens,
             time_to_first_token_s=0.0 if first is None else first - self.started_s,
             decode_s=0.0 if first is None or last is None else last - first,
-            kv_bytes=self.num_blocks * block_bytes,
+            kv_bytes=self.kv_bytes,
             weight_bytes=self.weight_bytes,
             num_drafted_tokens=self.num_drafted_tokens,
             num_accepted_tokens=self.num_accepted_tokens,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from kvik.errors import ModelError, ModelNotFound
 from kvik.models.config_fields import ConfigFields, read_json_object
-from kvik.models.hf_spec import FAMILIES
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SAFE = (
@@ -43,6 +42,8 @@ def check_folder(folder: Path) -> None:
             f"the weights are quantised by {method!r:.40}, which kvik does not read",
             "take the unquantised checkpoint, with `--weights q8` or q4 if it is too large, or a GGUF of the model",
         )
+    from kvik.models.hf_spec import FAMILIES
+
     model_type = config.text("model_type", "")
     if "auto_map" in config.fields and model_type not in FAMILIES and config.find("text_config") is None:
         raise config.error(

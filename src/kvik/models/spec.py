@@ -115,7 +115,10 @@ class DecoderSpec:
 
     def kv_spec(self, dtype: KVDType) -> KVCacheSpec:
         """What a KV cache of this decoder holds."""
-        return KVCacheSpec(self.num_layers, self.num_kv_heads, self.head_dim, dtype)
+        windows = tuple(layer.window for layer in self.layers)
+        return KVCacheSpec(
+            self.num_layers, self.num_kv_heads, self.head_dim, dtype, layer_windows=windows if any(windows) else None
+        )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all weights; the names are those of GGUF files, where each projection has its own."""

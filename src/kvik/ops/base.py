@@ -9,7 +9,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -41,8 +41,19 @@ class Weight(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Places:
+    """Where one group of layers keeps a step's keys and values."""
+
+    slot_mapping: IntArray  # (T,) block_id * block_size + offset: where each token's go
+    block_tables: IntArray  # (sequences, most blocks of any); unused places hold 0
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """The tokens one step computes, sequence after sequence, as the ops see them."""
+    """The tokens one step computes, sequence after sequence, as the ops see them.
+
+    Slots and tables are those of layers that see all tokens; `windows` has those of each group with a window.
+    """
 
     token_ids: IntArray  # (T,)
     positions: IntArray  # (T,) each in its own sequence
@@ -50,6 +61,15 @@ class Batch:
     sequence_index: IntArray  # (T,) row of block_tables
     block_tables: IntArray  # (sequences, most blocks of any); unused places hold 0
     logit_rows: IntArray  # (R,) tokens whose logits are wanted
+    windows: tuple[Places, ...] = ()
+
+    def places(self, group: int) -> Places:
+        """Those of a group of layers: 0, or 1 and the index of a window."""
+        return self.windows[group - 1] if group else Places(self.slot_mapping, self.block_tables)
+
+    def with_windows(self, count: int) -> Batch:
+        """The same where so many groups with a window have blocks of the same numbers as the others."""
+        return replace(self, windows=(Places(self.slot_mapping, self.block_tables),) * count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,19 +169,24 @@ class Ops(ABC):
         """A matrix (rows, columns) from the bytes of a GGUF tensor of that type, without loss."""
 
     @abstractmethod
-    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[LayerKV]:
-        """Room for the keys and values of `num_blocks` blocks, one entry a layer."""
+    def allocate_kv(
+        self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None
+    ) -> Sequence[LayerKV]:
+        """Room for the keys and values of `num_blocks` blocks, one entry a layer, each with the `group` that it is of.
+
+        `window_blocks` are those of each group of layers with a window; None: as many.
+        """
 
     @abstractmethod
-    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks in every layer: (source, target) pairs, in order; `kv_cache` is what `allocate_kv` gave.
+    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], group: int = 0) -> None:
+        """Copy whole blocks in every layer of a group: (source, target) pairs, in order, of what `allocate_kv` gave.
 
         A block outside the cache, or one that is its own target, raises ValueError before anything is copied.
         """
 
     @abstractmethod
-    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int]) -> None:
-        """Give the memory of superblocks (8 blocks, in every layer) back; what they held is undefined until written.
+    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], group: int = 0) -> None:
+        """Give the memory of a group's superblocks (8 blocks) back; what they held is undefined until written.
 
         `kv_cache` is what `allocate_kv` gave; a superblock outside it raises ValueError.
         """
@@ -234,7 +259,7 @@ class Ops(ABC):
         q, k, v = (self.split_heads(projected, weights.head_dim) for projected in (q, k, v))
         if rope is not None:
             q, k = (self.rope(heads, batch.positions, rope) for heads in (q, k))
-        self.write_kv(kv, k, v, batch.slot_mapping)
+        self.write_kv(kv, k, v, batch.places(kv.group).slot_mapping)
         return q
 
     def norm_gated(self, x: Array, norm: Norm | None, gate: Linear, up: Linear, activation: Activation) -> Array:

@@ -30,11 +30,17 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class NativeKVCache(list[_native.LayerKV]):
-    """The layers of one allocation, and the arrays that they are parts of."""
+    """The layers of one allocation, and the arrays that they are parts of, by group of layers."""
 
-    def __init__(self, arrays: _native.KVArrays, num_layers: int) -> None:
-        super().__init__(arrays.layer(index) for index in range(num_layers))
-        self.arrays = arrays
+    def __init__(self, spec: KVCacheSpec, counts: Sequence[int]) -> None:
+        groups = spec.groups
+        self.arrays = {
+            group: _native.KVArrays(
+                groups.count(group), counts[group], spec.num_kv_heads, spec.head_dim, spec.dtype, group
+            )
+            for group in sorted(set(groups))
+        }
+        super().__init__(self.arrays[group].layer(groups[:index].count(group)) for index, group in enumerate(groups))
 
 
 class NativeOps(Ops):
@@ -64,16 +70,19 @@ class NativeOps(Ops):
     def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> _native.PackedWeight:
         return _native.pack(type_name, data, rows, columns, self._arena, self._pool)
 
-    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> NativeKVCache:
+    def allocate_kv(
+        self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None
+    ) -> NativeKVCache:
         assert spec.block_size == _native.BLOCK_SIZE
-        arrays = _native.KVArrays(spec.num_layers, num_blocks, spec.num_kv_heads, spec.head_dim, spec.dtype)
-        return NativeKVCache(arrays, spec.num_layers)
+        return NativeKVCache(spec, (num_blocks, *(window_blocks or (num_blocks,) * len(spec.windows))))
 
-    def copy_blocks(self, kv_cache: Sequence[_native.LayerKV], copies: Sequence[tuple[int, int]]) -> None:
-        _native.copy_blocks(self._pool, _arrays_of(kv_cache), copies)
+    def copy_blocks(
+        self, kv_cache: Sequence[_native.LayerKV], copies: Sequence[tuple[int, int]], group: int = 0
+    ) -> None:
+        _native.copy_blocks(self._pool, _arrays_of(kv_cache, group), copies)
 
-    def discard_blocks(self, kv_cache: Sequence[_native.LayerKV], superblocks: Sequence[int]) -> None:
-        _native.discard_superblocks(_arrays_of(kv_cache), superblocks)
+    def discard_blocks(self, kv_cache: Sequence[_native.LayerKV], superblocks: Sequence[int], group: int = 0) -> None:
+        _native.discard_superblocks(_arrays_of(kv_cache, group), superblocks)
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
         out = np.empty((len(token_ids), table.columns), np.float32)
@@ -108,7 +117,7 @@ class NativeOps(Ops):
     def attend(self, q: FloatArray, kv: _native.LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> FloatArray:
         out = np.empty_like(q)
         scale, cap = rule.scale_for(q.shape[2]), rule.soft_cap or 0.0
-        places = (batch.block_tables, batch.sequence_index, batch.positions)
+        places = (batch.places(kv.group).block_tables, batch.sequence_index, batch.positions)
         _native.attend(self._pool, q, kv, *places, scale, cap, out, rule.window)
         return out
 
@@ -142,6 +151,6 @@ def _packed(weight: Weight) -> _native.PackedWeight:
     return weight
 
 
-def _arrays_of(kv_cache: Sequence[_native.LayerKV]) -> _native.KVArrays:
+def _arrays_of(kv_cache: Sequence[_native.LayerKV], group: int) -> _native.KVArrays:
     assert isinstance(kv_cache, NativeKVCache)
-    return kv_cache.arrays
+    return kv_cache.arrays[group]

@@ -113,7 +113,7 @@ class RecordedStep:
         if isinstance(argument, Value):
             return self._read(argument, batch, out)
         if isinstance(argument, Field):
-            return getattr(batch, argument.name)
+            return getattr(batch.places(argument.group) if argument.group else batch, argument.name)
         return batch if isinstance(argument, Batch) else argument
 
     def _read(self, value: Value, batch: Batch, out: FloatArray) -> FloatArray:
@@ -143,7 +143,7 @@ def _is_integer(call: Call) -> bool:
     return False
 
 
-def _arrays(batch: Batch) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]:
+def _arrays(batch: Batch) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, list[Any]]:
     return (
         batch.token_ids,
         batch.positions,
@@ -151,6 +151,7 @@ def _arrays(batch: Batch) -> tuple[IntArray, IntArray, IntArray, IntArray, IntAr
         batch.sequence_index,
         batch.block_tables,
         batch.logit_rows,
+        [(places.slot_mapping, places.block_tables) for places in batch.windows],
     )
 
 

@@ -52,6 +52,7 @@ class ReferenceKV:
     keys: npt.NDArray[np.floating]
     values: npt.NDArray[np.floating]
     int8: bool  # float32 arrays hold what int8 would: whole multiples of a scale
+    group: int = 0  # of layers: 0 those that see all tokens, else 1 and the index of the window
 
 
 def quantize_activations(x: FloatArray, activations: Activations) -> FloatArray:
@@ -94,24 +95,34 @@ class ReferenceOps(Ops):
         values = raw.view(plain).astype(np.float32) if plain else dequantize(raw, kind)
         return ReferenceWeight(values.reshape(rows, columns), quantized=type_name not in ("F32", "F16", "BF16"))
 
-    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> Sequence[ReferenceKV]:
-        shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+    def allocate_kv(
+        self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None
+    ) -> Sequence[ReferenceKV]:
         dtype = np.float16 if spec.dtype == "f16" else np.float32
-        int8 = spec.dtype == "int8"
-        return [ReferenceKV(np.zeros(shape, dtype), np.zeros(shape, dtype), int8) for _ in range(spec.num_layers)]
+        counts = (num_blocks, *(window_blocks or (num_blocks,) * len(spec.windows)))
+        shape = (spec.block_size, spec.num_kv_heads, spec.head_dim)
 
-    def copy_blocks(self, kv_cache: Sequence[ReferenceKV], copies: Sequence[tuple[int, int]]) -> None:
+        def layer(group: int) -> ReferenceKV:
+            keys, values = (np.zeros((counts[group], *shape), dtype) for _ in range(2))
+            return ReferenceKV(keys, values, spec.dtype == "int8", group)
+
+        return [layer(group) for group in spec.groups]
+
+    def copy_blocks(self, kv_cache: Sequence[ReferenceKV], copies: Sequence[tuple[int, int]], group: int = 0) -> None:
+        layers = [kv for kv in kv_cache if kv.group == group]
         for source, target in copies:
-            _require_ids("block", (source, target), len(kv_cache[0].keys))
+            _require_ids("block", (source, target), len(layers[0].keys) if layers else 0)
             if source == target:
                 raise ValueError("a block cannot be copied to itself")
-        for kv in kv_cache:
+        for kv in layers:
             for source, target in copies:
                 kv.keys[target], kv.values[target] = kv.keys[source], kv.values[source]
 
-    def discard_blocks(self, kv_cache: Sequence[ReferenceKV], superblocks: Sequence[int]) -> None:
-        _require_ids("superblock", superblocks, -(-len(kv_cache[0].keys) // BLOCKS_PER_SUPERBLOCK))
-        for kv in kv_cache:
+    def discard_blocks(self, kv_cache: Sequence[ReferenceKV], superblocks: Sequence[int], group: int = 0) -> None:
+        layers = [kv for kv in kv_cache if kv.group == group]
+        count = len(layers[0].keys) if layers else 0
+        _require_ids("superblock", superblocks, -(-count // BLOCKS_PER_SUPERBLOCK))
+        for kv in layers:
             for superblock in superblocks:
                 blocks = slice(superblock * BLOCKS_PER_SUPERBLOCK, (superblock + 1) * BLOCKS_PER_SUPERBLOCK)
                 kv.keys[blocks] = kv.values[blocks] = np.nan  # whoever reads them is found out
@@ -165,11 +176,12 @@ class ReferenceOps(Ops):
     def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch, rule: AttentionRule = PLAIN) -> FloatArray:
         num_heads, head_dim = q.shape[1:]
         block_size, group = kv.keys.shape[1], num_heads // kv.keys.shape[2]
+        tables = batch.places(kv.group).block_tables
         out = np.empty_like(q)
         for token, (sequence, position) in enumerate(zip(batch.sequence_index, batch.positions, strict=True)):
             first = 0 if rule.window is None else max(0, position - rule.window + 1)
             seen = np.arange(first, position + 1)
-            places = batch.block_tables[sequence][seen // block_size], seen % block_size
+            places = tables[sequence][seen // block_size], seen % block_size
             keys, values = (
                 stored[places].astype(np.float64).repeat(group, axis=1) for stored in (kv.keys, kv.values)
             )  # (tokens seen, num_heads, head_dim)

@@ -22,6 +22,7 @@ from kvik.ops.base import (
     Linear,
     Norm,
     Ops,
+    Places,
     QKVWeights,
     RopeTable,
     Weight,
@@ -41,9 +42,20 @@ class Field:
     """An array of the batch, known when a step runs."""
 
     name: str
+    group: int = 0  # of layers, whose places it is one of
 
 
-STEP = Batch(**{field.name: cast(IntArray, Field(field.name)) for field in fields(Batch)})
+_MOST_GROUPS = 64
+
+
+def _places(group: int) -> Places:
+    return Places(*(cast(IntArray, Field(field.name, group)) for field in fields(Places)))
+
+
+STEP = Batch(
+    **{field.name: cast(Any, Field(field.name)) for field in fields(Batch) if field.name != "windows"},
+    windows=tuple(map(_places, range(1, _MOST_GROUPS))),
+)
 """Stands for the batch of the step while its ops are traced."""
 
 
@@ -85,13 +97,13 @@ class _Tracer(Ops):
     def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> NoReturn:
         raise AssertionError("weights are loaded before a step is traced")
 
-    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int) -> NoReturn:
+    def allocate_kv(self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None) -> NoReturn:
         raise AssertionError("KV arrays are allocated before a step is traced")
 
-    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]]) -> NoReturn:
+    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], group: int = 0) -> NoReturn:
         raise AssertionError("blocks are copied before a step, not in it")
 
-    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int]) -> NoReturn:
+    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], group: int = 0) -> NoReturn:
         raise AssertionError("memory is given back between steps, not in one")
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Value:

@@ -38,7 +38,7 @@ def read_header(path: Path, name: str) -> ModelShape:
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        groups=_groups(spec),
+        groups=layer_groups(spec),
         max_context=spec.context_length,
         vocab_size=spec.vocab_size,
         num_params=sum(math.prod(tensor.shape) for tensor in matrices),
@@ -56,12 +56,12 @@ def read_header(path: Path, name: str) -> ModelShape:
     )
 
 
-def _groups(spec: DecoderSpec) -> tuple[LayerGroup, ...]:
-    """Layers with a window apart from those without one."""
-    windows = Counter(layer.window for layer in spec.layers)
+def layer_groups(spec: DecoderSpec) -> tuple[LayerGroup, ...]:
+    """The decoder's layers by what they remember, those that see all tokens first."""
+    counts = Counter(layer.window for layer in spec.layers)
     return tuple(
-        LayerGroup("full" if window is None else "sliding", number, spec.num_kv_heads, spec.head_dim, window)
-        for window, number in windows.items()
+        LayerGroup("sliding" if window else "full", count, spec.num_kv_heads, spec.head_dim, window)
+        for window, count in sorted(counts.items(), key=lambda item: item[0] or 0)
     )
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvik.cache.spec import BLOCK_SIZE, whole_superblocks
+from kvik.cache.spec import BLOCK_SIZE, LEAST_SEQUENCES, WindowSpec, whole_superblocks
 from kvik.config import KVDType
 from kvik.planner.shape import LayerKind, ModelShape
 from kvik.planner.weights import WeightFormat, file_bytes, held_bytes
 
 STEP_TOKENS = 512
 """Most tokens that one step computes: the engine's default token budget."""
+
+MAX_RUNNING = 64
+"""Most sequences that run at once: the engine's default."""
 
 MLP_WIDTH = 4
 """The MLP's width in hidden sizes, where the facts do not tell it."""
@@ -58,16 +61,21 @@ class WeightMemory:
 def kv_memory(shape: ModelShape, dtype: KVDType, context: int, *, users: int = 1, prefix: int = 0) -> KVMemory:
     """The cache of `users` sequences of `context` tokens, the first `prefix` of which are the same for all.
 
-    Only whole blocks are shared, and none in layers whose window the context exceeds.
+    Only whole blocks are shared, and none in layers whose window the context exceeds. Layers with a window have room
+    for `LEAST_SEQUENCES` sequences at least, and for what a step computes beside what they keep.
     """
     layers, sequence_bytes = [], 0
+    whole = _pool_blocks(context, users, prefix)
     for group in shape.groups:
         tokens = group.num_tokens(context)
         blocks = -(-tokens // BLOCK_SIZE)
-        shared = min(prefix, tokens) // BLOCK_SIZE if tokens == context else 0
-        wanted = shared + users * (blocks - shared)
-        num_blocks = whole_superblocks(wanted)
+        num_blocks = _pool_blocks(tokens, users, prefix if tokens == context else 0)
         block_bytes = BLOCK_SIZE * group.token_bytes(dtype)
+        if group.kind == "sliding" and group.window is not None:
+            window = WindowSpec(group.window, group.num_layers, block_bytes, BLOCK_SIZE)
+            blocks = -(-context // BLOCK_SIZE) - window.first_block(context)
+            sequences = min(max(users, MAX_RUNNING), max(users, LEAST_SEQUENCES, whole // -(-context // BLOCK_SIZE)))
+            num_blocks = window.pool_blocks(whole, sequences, STEP_TOKENS)
         sequence_bytes += blocks * block_bytes
         layers.append(
             LayerMemory(
@@ -89,6 +97,12 @@ def kv_memory(shape: ModelShape, dtype: KVDType, context: int, *, users: int = 1
         num_bytes=sum(layer.num_bytes for layer in layers),
         layers=tuple(layers),
     )
+
+
+def _pool_blocks(tokens: int, users: int, prefix: int) -> int:
+    """Whole superblocks for so many tokens of each user, whose first ones are shared."""
+    shared = min(prefix, tokens) // BLOCK_SIZE
+    return whole_superblocks(shared + users * (-(-tokens // BLOCK_SIZE) - shared))
 
 
 def weight_memory(shape: ModelShape, form: WeightFormat | None) -> WeightMemory | None:

@@ -11,7 +11,16 @@ from kvik.errors import InvalidInput, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.planner.catalogue import Device, find_device
 from kvik.planner.fit import MOST_USERS, Fit, Load, fit
-from kvik.planner.memory import KVMemory, WeightMemory, activation_bytes, kv_memory, table_bytes, weight_memory
+from kvik.planner.memory import (
+    MAX_RUNNING,
+    STEP_TOKENS,
+    KVMemory,
+    WeightMemory,
+    activation_bytes,
+    kv_memory,
+    table_bytes,
+    weight_memory,
+)
 from kvik.planner.shape import ModelShape
 from kvik.planner.sources import find_shape
 from kvik.planner.speed import COMPUTE_EFFICIENCY, READ_EFFICIENCY, PhaseSpeed, Roofline, speeds
@@ -165,11 +174,15 @@ def _roofline(load: Load, device: str | None, found: Device | None, fitting: Fit
 
 def _auto_kv_bytes(shape: ModelShape, dtype: KVDType, context: int) -> int | None:
     """What the engine would take for keys and values; `None` where it would refuse."""
-    from kvik.engine.engine import num_pool_blocks
+    from kvik.engine.engine import choose_pool_size
 
-    spec = KVCacheSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
+    windows = tuple(
+        group.window if group.kind == "sliding" else None for group in shape.groups for _ in range(group.num_layers)
+    )
+    spec = KVCacheSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype, layer_windows=windows)
     try:
-        return num_pool_blocks(spec, context, "auto") * spec.block_bytes
+        size = choose_pool_size(spec, context, "auto", token_budget=STEP_TOKENS, max_running=MAX_RUNNING)
+        return spec.pool_bytes(size)
     except NotEnoughMemory:
         return None
 
