@@ -96,11 +96,12 @@ class KvikRuns:
         for table in tables:
             prompt = np.asarray(random_tokens(engine, num_prompt_tokens), np.int32)
             batch = one_step(prompt, np.arange(num_prompt_tokens, dtype=np.int32), table[None])
+            batch = batch.with_windows(len(kv_spec.windows))
             latest.append(int(decoder.ops.to_numpy(forward(batch))[-1].argmax()))
         started_s = time.perf_counter()
         for step in range(num_tokens):
             positions = np.full(num_sequences, num_prompt_tokens + step, np.int32)
-            batch = one_step(np.asarray(latest, np.int32), positions, tables)
+            batch = one_step(np.asarray(latest, np.int32), positions, tables).with_windows(len(kv_spec.windows))
             latest = decoder.ops.to_numpy(forward(batch)).argmax(axis=1).tolist()
         return num_sequences * num_tokens / (time.perf_counter() - started_s)
 

@@ -100,18 +100,43 @@ const Kernels *choose_kernels() {
   throw nb::import_error(("KVIK_ISA=" + name + " is not one of: " + known).c_str());
 }
 
-PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> source, int64_t rows, int64_t columns,
-                         WeightArena &arena, ThreadPool &pool) {
-  const GgufType *type = find_gguf_type(type_name);
-  if (!type) throw nb::value_error(("pack: no packed format for type " + std::string(type_name)).c_str());
+const GgufType &checked_type(std::string_view name, int64_t rows, int64_t columns) {
+  const GgufType *type = find_gguf_type(name);
+  if (!type) throw nb::value_error(("pack: no packed format for type " + std::string(name)).c_str());
   constexpr int64_t kMost = int64_t{1} << 31;
   require(rows > 0 && columns > 0 && rows < kMost && columns < kMost,
           "pack: rows and columns must be in 1 ... 2**31-1");
   require(columns % columns_multiple(*type) == 0, "pack: columns must be a multiple of the type's block");
-  const int64_t bytes = row_bytes(*type, columns);
+  return *type;
+}
+
+WeightPacker *make_packer(std::string_view type_name, int64_t rows, int64_t columns, WeightArena &arena) {
+  return new WeightPacker(checked_type(type_name, rows, columns), rows, columns, arena);
+}
+
+void checked_add_rows(WeightPacker &packer, Array<const uint8_t, 1> source, ThreadPool &pool) {
+  const int64_t bytes = row_bytes(packer.type(), packer.weight().columns), count = size(source, 0) / bytes;
+  require(size(source, 0) % bytes == 0, "pack: source has the wrong number of bytes");
+  require(count <= packer.missing_rows(), "pack: source has more rows than the matrix lacks");
+  require(count % kRowBlock == 0 || count == packer.missing_rows(),
+          "pack: all rows but the last must come in multiples of 8");
+  packer.add(source.data(), count, pool);
+}
+
+PackedWeight finished(const WeightPacker &packer) {
+  require(packer.missing_rows() == 0, "pack: rows are missing");
+  return packer.weight();
+}
+
+PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> source, int64_t rows, int64_t columns,
+                         WeightArena &arena, ThreadPool &pool) {
+  const GgufType &type = checked_type(type_name, rows, columns);
+  const int64_t bytes = row_bytes(type, columns);
   require(size(source, 0) % bytes == 0 && size(source, 0) / bytes == rows,
           "pack: source has the wrong number of bytes");
-  return pack(*type, source.data(), rows, columns, arena, pool);
+  WeightPacker packer(type, rows, columns, arena);
+  packer.add(source.data(), rows, pool);
+  return packer.weight();
 }
 
 NormWeights make_norm(Floats<1> weight, float eps, std::optional<Floats<1>> bias, bool layer) {
@@ -357,6 +382,11 @@ NB_MODULE(_native, m) {
       .def_ro("columns", &PackedWeight::columns)
       .def_ro("num_bytes", &PackedWeight::num_bytes)
       .def_prop_ro("quantized", &PackedWeight::quantized, "Whether activations are quantised for it.");
+  nb::class_<WeightPacker>(m, "WeightPacker", "Packs a GGUF tensor's rows without loss, as they come.")
+      .def(nb::new_(&make_packer), "type"_a, "rows"_a, "columns"_a, "arena"_a)
+      .def("add", &checked_add_rows, Unlocked(), "source"_a.noconvert(), "pool"_a,
+           "Takes more whole rows: a multiple of 8 of them, or all that are missing.")
+      .def("finish", &finished, "The matrix, once no rows are missing.");
   nb::class_<NormWeights>(m, "Norm", "RMS norm, or layer norm where `layer`.")
       .def(nb::new_(&make_norm), "weight"_a.noconvert(), "eps"_a, "bias"_a.noconvert().none(), "layer"_a);
   nb::class_<LinearWeights>(m, "Linear", "(x @ matrix.T + bias) * scale.")

@@ -263,21 +263,22 @@ const GgufType *find_gguf_type(std::string_view name) {
 int64_t row_bytes(const GgufType &type, int64_t columns) { return columns / type.block_columns * type.block_bytes; }
 int64_t columns_multiple(const GgufType &type) { return type.block_columns; }
 
-PackedWeight pack(const GgufType &type, const uint8_t *source, int64_t rows, int64_t columns, WeightArena &arena,
-                  ThreadPool &pool) {
-  PackedWeight weight{rows, columns, type.block_format, type.float_format, 0, nullptr};
-  const int64_t row_block_bytes = weight.quantized() ? columns / kGroup * kBlockFormats[type.block_format].block_bytes()
-                                                     : columns * kRowBlock * type.block_bytes;
-  weight.num_bytes = weight.row_blocks() * row_block_bytes;
-  weight.data = arena.allocate(weight.num_bytes);
-  pool.for_ranges(weight.row_blocks(), 1, [&](int64_t first, int64_t last) {
-    for (int64_t row_block = first; row_block < last; ++row_block) {
-      uint8_t *out = weight.data.get() + row_block * row_block_bytes;
-      const auto pack_rows = weight.quantized() ? pack_quantized_rows : pack_float_rows;
-      pack_rows(type, source, rows, columns, row_block, out);
-    }
+WeightPacker::WeightPacker(const GgufType &type, int64_t rows, int64_t columns, WeightArena &arena)
+    : type_(type), weight_{rows, columns, type.block_format, type.float_format, 0, nullptr} {
+  row_block_bytes_ = weight_.quantized() ? columns / kGroup * kBlockFormats[type.block_format].block_bytes()
+                                         : columns * kRowBlock * type.block_bytes;
+  weight_.num_bytes = weight_.row_blocks() * row_block_bytes_;
+  weight_.data = arena.allocate(weight_.num_bytes);
+}
+
+void WeightPacker::add(const uint8_t *source, int64_t count, ThreadPool &pool) {
+  const auto pack_rows = weight_.quantized() ? pack_quantized_rows : pack_float_rows;
+  uint8_t *start = weight_.data.get() + filled_rows_ / kRowBlock * row_block_bytes_;
+  pool.for_ranges((count + kRowBlock - 1) / kRowBlock, 1, [&](int64_t first, int64_t last) {
+    for (int64_t row_block = first; row_block < last; ++row_block)
+      pack_rows(type_, source, count, weight_.columns, row_block, start + row_block * row_block_bytes_);
   });
-  return weight;
+  filled_rows_ += count;
 }
 
 } // namespace kvik

@@ -32,8 +32,22 @@ struct PackedWeight {
   int64_t row_blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
 };
 
-// `source` holds `rows` rows of row_bytes(type, columns) bytes. Throws std::bad_alloc.
-PackedWeight pack(const GgufType &type, const uint8_t *source, int64_t rows, int64_t columns, WeightArena &arena,
-                  ThreadPool &pool);
+// Fills a matrix with rows as they come, so that nobody need hold it twice.
+class WeightPacker {
+public:
+  WeightPacker(const GgufType &type, int64_t rows, int64_t columns, WeightArena &arena); // throws std::bad_alloc
+
+  // `count` more rows of row_bytes(type, columns) bytes each: a multiple of kRowBlock of them, or all that are missing.
+  void add(const uint8_t *source, int64_t count, ThreadPool &pool);
+
+  const GgufType &type() const { return type_; }
+  int64_t missing_rows() const { return weight_.rows - filled_rows_; }
+  const PackedWeight &weight() const { return weight_; } // whole when no rows are missing
+
+private:
+  const GgufType &type_;
+  PackedWeight weight_;
+  int64_t row_block_bytes_, filled_rows_ = 0;
+};
 
 } // namespace kvik

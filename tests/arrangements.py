@@ -57,5 +57,5 @@ def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: K
             block_tables=tables,
             logit_rows=np.arange(len(token_ids), dtype=np.int32),
         )
-        rows.append(model.decoder.ops.to_numpy(forward(batch)))
+        rows.append(model.decoder.ops.to_numpy(forward(batch.with_windows(len(spec.windows)))))
     return np.concatenate(rows)

@@ -152,7 +152,8 @@ def fake_model(ops: FakeOps, spec: KVCacheSpec) -> Any:
 def logits_of_layers(tokens: npt.NDArray[np.int64], salt: int, windows: Windows) -> npt.NDArray[np.float32]:
     """Of what follows these tokens where each layer sees all of them or the newest in its window."""
     rows = [logits_after(tokens if window is None else tokens[-window:], salt) for window in windows]
-    return np.sum(rows, axis=0, dtype=np.float32)
+    total: npt.NDArray[np.float32] = np.sum(rows, axis=0, dtype=np.float32)
+    return total
 
 
 def salt_number(salt: str | None) -> int:

@@ -43,6 +43,22 @@ class PackedWeight:
     def quantized(self) -> bool:
         """Whether activations are quantised for it."""
 
+class WeightPacker:
+    """Packs a GGUF tensor's rows without loss, as they come."""
+
+    def __init__(self, type: str, rows: int, columns: int, arena: WeightArena) -> None: ...
+    def add(
+        self,
+        source: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        pool: ThreadPool,
+    ) -> None:
+        """
+        Takes more whole rows: a multiple of 8 of them, or all that are missing.
+        """
+
+    def finish(self) -> PackedWeight:
+        """The matrix, once no rows are missing."""
+
 class Norm:
     """RMS norm, or layer norm where `layer`."""
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from gguf_files import tiny_vocabulary
 from kvik.engine.output import Stats, TextStream
-from kvik.models.gguf_tokenizer import GGUFTokenizer
+from kvik.models.tokenizer_gguf import GGUFTokenizer
 
-TOKENIZER = GGUFTokenizer.from_metadata(tiny_vocabulary(400), "tiny")
+TOKENIZER = GGUFTokenizer(tiny_vocabulary(400), "tiny")
 BYTE_TOKENS = {TOKENIZER.token_bytes(i): i for i in range(400) if len(TOKENIZER.token_bytes(i)) == 1}
 
 

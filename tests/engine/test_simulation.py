@@ -86,8 +86,9 @@ class Workload:
                     self.unpin,
                     self.clear,
                     self.fail,
+                    self.press,
                 ),
-                (20, 24, 4, 4, 4, 2, 2, 2, 1),
+                (20, 24, 4, 4, 4, 2, 2, 2, 1, 8 if self.engine.cache.windows else 0),
             )[0]
             action()
             self.engine.scheduler.check()
@@ -196,6 +197,14 @@ class Workload:
     def clear(self) -> None:
         self.engine.clear_cache()
 
+    def press(self) -> None:
+        """Others need blocks of a window, so that known ones are evicted whose tokens are not."""
+        for group in self.engine.cache.windows:
+            most = group.pool.num_available
+            taken = group.take(self.rng.choice((most, self.rng.randint(0, most))), None)
+            assert taken is not None
+            group.pool.release(taken)
+
     def finish(self) -> None:
         engine = self.engine
         assert not engine.scheduler.has_work, "it never ends"
@@ -269,4 +278,6 @@ def test_everything_that_can_go_on_does() -> None:
         workload = Workload(seed)
         workload.run()
         workload.count(happened)
-    assert all(count >= 10 for count in dataclasses.asdict(happened).values()), happened
+    rare = {"num_short_windows": 3}  # tests/unit/test_windows.py has more of them
+    for name, count in dataclasses.asdict(happened).items():
+        assert count >= rare.get(name, 10), happened

@@ -49,7 +49,8 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 def write_folder(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Path:
     """A whole checkpoint, and its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # those of the family are larger than this
+    (folder / "config.json").write_text(json.dumps({**config, **ids}))
     write_weights(folder, shapes)
     write_tokenizer(folder, config.get("text_config", config)["vocab_size"])
     return folder

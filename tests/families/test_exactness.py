@@ -40,6 +40,15 @@ def test_every_arrangement_gives_the_same_bits(model: LoadedModel) -> None:
         assert_same(arrangement.run(model, prompt, PARAMS, "f16", "int8"), wanted, arrangement)
 
 
+def test_what_was_cached_before_does_not_show(model: LoadedModel) -> None:
+    """The same prompt again, a beginning of it, and one that goes on from it; windows have left its first blocks."""
+    prompt = random_prompt(model, 150, seed=13)
+    engine = Engine(model, token_budget=40)
+    for wanted_prompt in (prompt, prompt, prompt[:70], [*prompt, *random_prompt(model, 20, seed=14)]):
+        assert_same(run(engine, wanted_prompt, PARAMS), run(Engine(model), wanted_prompt, PARAMS), len(wanted_prompt))
+    assert engine.cache.stats.num_cached_tokens > 0
+
+
 def test_batch_mates_do_not_show(model: LoadedModel) -> None:
     prompts = [random_prompt(model, length, seed=length) for length in (75, 3, 40)]
     alone = [run(Engine(model), prompt, PARAMS) for prompt in prompts]
@@ -70,7 +79,7 @@ def test_a_recorded_pass_gives_the_bits_of_an_eager_one(model: LoadedModel) -> N
         sequence_index=np.zeros(num_tokens, np.int32),
         block_tables=np.arange(num_blocks, dtype=np.int32)[None],
         logit_rows=positions,
-    )
+    ).with_windows(len(spec.windows))
     eager = decoder.ops.to_numpy(decoder.forward(batch, decoder.ops.allocate_kv(spec, num_blocks)))
     recorded = decoder.ops.to_numpy(decoder.record(decoder.ops.allocate_kv(spec, num_blocks))(batch))
     np.testing.assert_array_equal(recorded.view(np.uint32), eager.view(np.uint32))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -10,18 +14,26 @@ from safetensors.numpy import load_file, save_file
 
 from families.cases import CASES
 from families.goldens import FOLDER, ROWS, all_goldens, golden_of
+from kvik.models.checkpoint import read_checkpoint
+from kvik.models.checkpoint_source import CheckpointSource
+from kvik.models.config_fields import read_json_object
+from kvik.models.decoder import Decoder
 from kvik.models.hf_spec import FAMILIES, read_hf_spec
-from kvik.models.loader import load_model
+from kvik.models.spec import DecoderSpec
+from kvik.models.weights import read_weights
 from kvik.ops.native import NativeOps
 from oracle.teacher_forcing import teacher_forced
 
 TOLERANCE = 1e-4
 
+Change: TypeAlias = Callable[[DecoderSpec], DecoderSpec]
 
-def difference(folder: Path, name: str) -> float:
-    """How far the logits of a folder are from a golden's."""
-    golden = golden_of(name)
-    decoder = load_model(folder, NativeOps("int8", threads=1)).decoder
+
+def difference(folder: Path, name: str, change: Change = lambda spec: spec) -> float:
+    """How far the logits of a folder are from a golden's, with a decoder that was changed a little."""
+    golden, path = golden_of(name), folder / "config.json"
+    spec, ops = change(read_hf_spec(read_json_object(path), path)), NativeOps("int8", threads=1)
+    decoder = Decoder(spec, read_weights(spec, CheckpointSource(read_checkpoint(folder), spec, ops)), ops, spec.context_length)
     found = teacher_forced(decoder, golden.token_ids, kv_dtype="f32", chunks=(150, 1, 64))
     return float(np.abs(found[list(ROWS)] - golden.logits).max())
 
@@ -29,6 +41,66 @@ def difference(folder: Path, name: str) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert difference(golden_of(name).write_folder(tmp_path), name) < TOLERANCE
+
+
+def wider_windows(spec: DecoderSpec, by: int = 1) -> DecoderSpec:
+    layers = (replace(layer, window=layer.window and layer.window + by) for layer in spec.layers)
+    return replace(spec, layers=tuple(layers))
+
+
+def one_rope(spec: DecoderSpec) -> DecoderSpec:
+    return replace(spec, layers=tuple(replace(layer, rope=spec.ropes[0]) for layer in spec.layers))
+
+
+def other_ropes(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
+    ropes = (layer.rope and replace(layer.rope, **changes) for layer in spec.layers)
+    return replace(
+        spec, layers=tuple(replace(layer, rope=rope) for layer, rope in zip(spec.layers, ropes, strict=True))
+    )
+
+
+def fields(**changes: Any) -> Change:
+    return lambda spec: replace(spec, **changes)
+
+
+CHANGES: list[tuple[str, str, Change]] = [
+    ("gpt2", "eps", fields(norm_eps=1e-3)),
+    ("gpt2", "activation", fields(activation="gelu")),
+    ("gpt_neox", "parallel", fields(parallel="none")),
+    ("gpt_neox", "pairs", partial(other_ropes, adjacent_pairs=True)),
+    ("gpt_neox-serial", "linear", partial(other_ropes, factors=1.0)),
+    ("gpt_neox-serial", "parallel", fields(parallel="two_norms")),
+    ("llama-3.2", "llama3", partial(other_ropes, factors=1.0)),
+    ("llama-yarn", "magnitude", partial(other_ropes, magnitude=1.0)),
+    ("phi3-long", "magnitude", partial(other_ropes, magnitude=1.0)),
+    ("mistral", "window + 1", wider_windows),
+    ("mistral", "window - 1", partial(wider_windows, by=-1)),
+    ("qwen2", "window + 1", wider_windows),
+    ("smollm3-windows", "window + 1", wider_windows),
+    ("smollm3", "all layers turn", one_rope),
+    ("gemma3_text", "one base", one_rope),
+    ("gemma3_text", "window + 1", wider_windows),
+    ("olmo3", "one rope", one_rope),
+    ("gemma2", "cap of attention", fields(attention_soft_cap=None)),
+    ("gemma2", "cap of logits", fields(logit_soft_cap=None)),
+    ("gemma2", "attention scale", fields(attention_scale=None)),
+    ("gemma2", "embedding scale", fields(embedding_scale=1.0)),
+    ("gemma2", "activation", fields(activation="silu")),
+    ("granite", "attention scale", fields(attention_scale=None)),
+    ("granite", "embedding scale", fields(embedding_scale=1.0)),
+    ("granite", "residual scale", fields(residual_scale=1.0)),
+    ("granite", "logit scale", fields(logit_scale=1.0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, change) for name, _, change in CHANGES],
+    ids=[f"{name}: {what}" for name, what, _ in CHANGES],
+)
+def test_the_goldens_notice_every_choice(name: str, change: Change, tmp_path: Path) -> None:
+    """The comparison above would also hold if the small models took no notice of a field."""
+    assert difference(golden_of(name).write_folder(tmp_path), name, change) > 3 * TOLERANCE
 
 
 def test_nanogpt_is_gpt2_with_projections_as_they_are_used(tmp_path: Path) -> None:

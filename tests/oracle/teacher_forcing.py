@@ -39,6 +39,6 @@ def teacher_forced(
             block_tables=table[None],
             logit_rows=np.arange(len(positions), dtype=np.int32),
         )
-        parts.append(decoder.ops.to_numpy(forward(batch)))
+        parts.append(decoder.ops.to_numpy(forward(batch.with_windows(len(spec.windows)))))
         start += count
     return np.concatenate(parts)

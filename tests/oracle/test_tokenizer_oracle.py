@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,13 @@ from kvik.errors import InvalidInput
 from kvik.models.chat_template import ChatTemplate
 from kvik.models.detokenizer import Detokenizer
 from kvik.models.gguf import read_gguf
-from kvik.models.gguf_tokenizer import GGUFTokenizer
 from kvik.models.tokenizer import Tokenizer
+from kvik.models.tokenizer_gguf import GGUFTokenizer
 from oracle.conftest import Report
+from random_texts import random_texts
 
 SEED = random.SystemRandom().randrange(2**32)
 NUM_TEXTS = 3000
-
-RANGES = (
-    *((0x20, 0x7E),) * 6,
-    *((0x61, 0x7A),) * 4,
-    *((0x20, 0x20), (0x0A, 0x0A), (0x30, 0x39)) * 3,
-    *((0x09, 0x0D), (0xA0, 0x17F), (0x300, 0x36F), (0x370, 0x4FF), (0x5D0, 0x6FF), (0x900, 0xDFF)),
-    *((0x2000, 0x206F), (0x2150, 0x218F), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3)),
-    *((0x1F300, 0x1FAFF), (0x1D7C0, 0x1D7FF), (0, 0xD7FF), (0xE000, 0x10FFFF)),
-)
-WORDS = (
-    "the",
-    " and",
-    "don't",
-    " It's",
-    "\n\n",
-    "    ",
-    "Ærø",
-    "你好",
-    "\U0001f469\u200d\U0001f680",
-    "e\u0301",
-    "3.14",
-)
 
 TEMPLATE = """{{- bos_token -}}
 {%- set ns = namespace(count=0) %}
@@ -64,7 +42,7 @@ TEMPLATE = """{{- bos_token -}}
 
 @pytest.fixture(scope="module")
 def tokenizer(default_model_path: Path) -> Tokenizer:
-    return GGUFTokenizer.from_metadata(read_gguf(default_model_path).metadata, default_model_path.name)
+    return GGUFTokenizer(read_gguf(default_model_path).metadata, default_model_path.name)
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +57,6 @@ def hf_tokenizer(default_model_path: Path) -> Any:
     return loaded
 
 
-def random_texts(generator: random.Random, names: list[str]) -> Iterator[str]:
-    for _ in range(NUM_TEXTS):
-        ranges = generator.choices(RANGES, k=generator.randint(1, 3))
-        parts = []
-        for _ in range(generator.randint(1, 30)):
-            parts.append(chr(generator.randint(*generator.choice(ranges))))
-            if generator.random() < 0.2:
-                parts.append(generator.choice(WORDS))
-            if generator.random() < 0.02:
-                parts.append(generator.choice(names))
-        yield "".join(parts)
-
-
 @pytest.mark.parametrize("parse_special", [True, False])
 def test_random_text_has_the_same_tokens(
     tokenizer: Tokenizer, hf_tokenizer: Any, report: Report, parse_special: bool
@@ -100,7 +65,7 @@ def test_random_text_has_the_same_tokens(
     names = [tokenizer.token_text(token_id) for token_id in sorted(tokenizer.special_token_ids)]
     hf_tokenizer.backend_tokenizer.encode_special_tokens = not parse_special
     num_refused = 0
-    for text in random_texts(generator, names):
+    for text in random_texts(generator, names, NUM_TEXTS):
         expected = hf_tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         whole = hf_tokenizer.decode(expected, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         try:

@@ -20,6 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kvik.errors import InvalidInput, TemplateError
 from kvik.models.chat_template import ChatTemplate
+from template_families import CONVERSATIONS as FAMILY_CONVERSATIONS
+from template_families import FAMILIES
 from templates import USER, ask, template
 
 TEMPLATES = {
@@ -244,11 +246,13 @@ def templates() -> dict[str, ChatTemplate]:
 
 def assert_same(
     rendered: ChatTemplate, reference: jinja2.Template, messages: list[dict[str, Any]], options: dict[str, Any]
-) -> None:
+) -> bool:
+    """Whether there was a text to be the same: a refusal must be the same, too."""
+    messages_there = [{key: value for key, value in message.items() if value is not None} for message in messages]
     context = {"add_generation_prompt": True, "tools": None, "documents": None} | options
     expected = reason = None
     try:
-        expected = reference.render(messages=messages, bos_token="<s>", eos_token="</s>", **context)
+        expected = reference.render(messages=messages_there, bos_token="<s>", eos_token="</s>", **context)
     except (jinja2.TemplateError, TypeError) as error:
         reason = str(error)
     if reason is None:
@@ -256,6 +260,7 @@ def assert_same(
     else:
         with pytest.raises(TemplateError, match=re.escape(reason)):
             rendered.render(messages, **options)
+    return reason is None
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -263,6 +268,15 @@ def assert_same(
 def test_rendering_equals_transformers(templates: dict[str, ChatTemplate], name: str, conversation: str) -> None:
     messages, options = CONVERSATIONS[conversation]
     assert_same(templates[name], oracle(TEMPLATES[name]), messages, options)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rendering_in_the_manner_of_a_family_equals_transformers(name: str) -> None:
+    rendered, reference = template(FAMILIES[name]), oracle(FAMILIES[name])
+    num_texts = 0
+    for messages, options in FAMILY_CONVERSATIONS.values():
+        num_texts += assert_same(rendered, reference, messages, options)
+    assert num_texts >= len(FAMILY_CONVERSATIONS) // 2
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -313,6 +327,13 @@ def test_any_mapping_and_sequence_will_do() -> None:
 def test_messages_that_are_none_are_refused_by_their_index(messages: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         ask("x", messages)
+
+
+def test_a_message_with_calls_needs_no_content_and_keys_of_none_are_left_out() -> None:
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"id": None}], "name": None}
+    assert ask("{{ messages[0] }}", [calls]) == "{'role': 'assistant', 'tool_calls': [{'id': None}]}"
+    with pytest.raises(InvalidInput, match="no 'content'"):
+        ask("x", [calls | {"tool_calls": []}])
 
 
 def test_variables_that_contain_themselves_are_refused() -> None:

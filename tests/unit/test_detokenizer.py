@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvik.models.detokenizer import Detokenizer
-from kvik.models.gguf_tokenizer import GGUFTokenizer, TokenType
 from kvik.models.tokenizer import Tokenizer
+from kvik.models.tokenizer_gguf import GGUFTokenizer, TokenType
 
 
 def metadata(tokens: dict[str, TokenType], **fields: Any) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def byte_level() -> Tokenizer:
     merge = alphabet[0xF0] + " " + alphabet[0x9F]
     tokens = dict.fromkeys([*alphabet, merge.replace(" ", "")], TokenType.NORMAL)
     tokens |= {"<end>": TokenType.CONTROL, "<tool>": TokenType.USER_DEFINED}
-    return GGUFTokenizer.from_metadata(metadata(tokens, model="gpt2", pre="gpt-2", merges=[merge]), "model.gguf")
+    return GGUFTokenizer(metadata(tokens, model="gpt2", pre="gpt-2", merges=[merge]), "model.gguf")
 
 
 def sentencepiece() -> Tokenizer:
@@ -33,7 +33,7 @@ def sentencepiece() -> Tokenizer:
     tokens |= dict.fromkeys(["\u2581", "a", "\u2581a", "\u4f60", "\u2581\u2581"], TokenType.NORMAL)
     tokens |= {"<end>": TokenType.CONTROL, "<tool>": TokenType.USER_DEFINED}
     scores = [-float(rank) for rank in range(len(tokens))]
-    return GGUFTokenizer.from_metadata(metadata(tokens, model="llama", scores=scores), "model.gguf")
+    return GGUFTokenizer(metadata(tokens, model="llama", scores=scores), "model.gguf")
 
 
 BYTE_LEVEL, SENTENCEPIECE = byte_level(), sentencepiece()

@@ -14,14 +14,17 @@ from kvik.models.progress import megabytes, terminal_progress
 app = typer.Typer(no_args_is_help=True, help="See, download, delete and find models.")
 
 Name = Annotated[
-    str, typer.Argument(metavar="NAME", help="smollm2, a .gguf path, or a Hub id: org/name[@revision][:FILE.gguf]")
+    str,
+    typer.Argument(
+        metavar="NAME", help="smollm2, a path, or a Hub id: org/name[@revision][:FILE.gguf or :safetensors]"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("ls")
 def list_models(as_json: AsJson = False) -> None:
-    """List the models that kvik knows of: its own, and the .gguf files in its folder and the Hugging Face cache."""
+    """List the models that kvik knows of: its own, and what its folder and the Hugging Face cache have."""
     models = store.stored()
     if as_json:
         rows = [asdict(model) | {"path": model.path and str(model.path)} for model in models]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from kvik.cli.terminal import note
 from kvik.config import Activations, KVDType, SamplingParams, Speculation, WeightFormat
 from kvik.errors import InvalidInput
 
@@ -118,7 +119,7 @@ class ModelOptions:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         llm = LLM(values.pop("model"), **values, **others)
         if llm.model.quantization is not None:
-            typer.echo(str(llm.model.quantization), err=True)
+            note(str(llm.model.quantization))
         return llm
 
 

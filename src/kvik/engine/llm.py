@@ -38,8 +38,8 @@ class LLM:
     """A model ready to write.
 
     `model` is `smollm2`, a path to a .gguf file or to a checkpoint folder, or a Hub id (`org/name`,
-    `org/name@revision`, `org/name:file.gguf`).
-    The other arguments are those of `EngineConfig`. Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
+    `org/name@revision`, `org/name:file.gguf`, `org/name:safetensors`). The other arguments are those of `EngineConfig`.
+    Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
 
     >>> llm = LLM("smollm2")
     >>> for piece in llm.stream("Once upon a time", SamplingParams(max_tokens=64)):
@@ -77,7 +77,7 @@ class LLM:
         )
         with terminal_progress() as report:
             path = resolve(os.fspath(model), progress=report)
-        with bytes_progress() as report:
+        with bytes_progress(wait_s=1.0) as report:
             self.model = load_model(
                 path,
                 _make_ops(self.config),
@@ -212,10 +212,10 @@ class LLM:
         """Another engine over the same weights, with a cache of its own.
 
         `changes` are fields of `EngineConfig` in which it differs. Raises `InvalidInput`, also for those that the
-        loaded model has settled: context, activations and backend.
+        loaded model has settled: context, activations, backend and weights.
         """
         config = replace(self.config, **changes)
-        for name in ("context", "activations", "backend"):
+        for name in ("context", "activations", "backend", "weights"):
             if getattr(config, name) != getattr(self.config, name):
                 raise InvalidInput(
                     f"{name} is {getattr(config, name)!r}, the model was loaded with {getattr(self.config, name)!r}",

@@ -46,16 +46,30 @@ _FAILURES = {
 
 
 class ChatTemplate:
-    """One model's chat template. Safe to share between threads; the worker process ends with it."""
+    """One model's chat template. Safe to share between threads; the worker process ends with it.
 
-    def __init__(self, source: str, *, bos_token: str, eos_token: str, name: str) -> None:
+    `more_tokens` are further names of special tokens that the template may use, such as `pad_token`; `for_tools` is
+    another template, which renders instead of this one where tools are given.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str,
+        eos_token: str,
+        name: str,
+        more_tokens: Mapping[str, str] | None = None,
+        for_tools: ChatTemplate | None = None,
+    ) -> None:
         num_bytes = len(source.encode(errors="surrogatepass"))
         if num_bytes > MOST_SOURCE_BYTES:
             raise TemplateError(
                 f"{name}: the chat template has {num_bytes:,} bytes, more than {MOST_SOURCE_BYTES:,}", hint=_DAMAGED
             )
         self._source = source
-        self._special = {"bos_token": bos_token, "eos_token": eos_token}
+        self._special = {"bos_token": bos_token, "eos_token": eos_token, **(more_tokens or {})}
+        self._for_tools = for_tools
         self._name = name
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
@@ -70,14 +84,19 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt for `messages`, each with a `role` and a `content` of text.
+        """The prompt for `messages`, each with a `role` and a `content` of text; one with `tool_calls` may have none.
 
         `variables` are the template's own switches, such as `enable_thinking`. Raises InvalidInput for messages that
         are none, TemplateError where the template refuses them, fails or passes a limit.
         """
+        if tools is not None and self._for_tools is not None:
+            return self._for_tools.render(
+                messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+            )
         _check_messages(messages)
         context = {
-            "messages": messages,
+            # Many templates would write `None`, and take a key that is missing for nothing.
+            "messages": [{key: value for key, value in message.items() if value is not None} for message in messages],
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -170,7 +189,8 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         if not isinstance(message, Mapping):
             raise InvalidInput(f"messages[{index}] is {type(message).__name__}, not an object", hint=hint)
         for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
+            without_text = key == "content" and message.get("tool_calls") and message.get(key) is None
+            if not isinstance(message.get(key), str) and not without_text:
                 raise InvalidInput(f"messages[{index}] has no {key!r} of text", hint=hint)
 
 

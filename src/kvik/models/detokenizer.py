@@ -19,14 +19,14 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._drop_space = tokenizer.add_space_prefix and not continues_text
+        self._starts_text = not continues_text
 
     def add(self, token_id: int) -> str:
         """The text that `token_id` completes, often all of its own, sometimes none."""
         data = self._tokenizer.token_bytes(token_id, skip_special=self._skip_special)
-        if self._drop_space and data:
-            data = data.removeprefix(b" ")
-            self._drop_space = False
+        if self._starts_text and data:
+            data = self._tokenizer.token_bytes(token_id, skip_special=self._skip_special, starts_text=True)
+            self._starts_text = False
         return self._decoder.decode(data)
 
     def finish(self) -> str:

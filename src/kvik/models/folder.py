@@ -1,22 +1,43 @@
-"""Whether a folder is a checkpoint that kvik reads, and what to do where it is another kind."""
+"""Which files of a folder are a checkpoint: names only, nothing of the tensors.
+
+A checkpoint is what transformers' `save_pretrained` leaves: config.json; model.safetensors, or several such files and
+an index that says which tensor lies in which; tokenizer.json.
+"""
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from kvik.errors import ModelError, ModelNotFound
-from kvik.models.config_fields import ConfigFields, read_json_object
+from kvik.errors import ModelError
+from kvik.models.config_fields import read_json_object
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_SAFE = (
-    "save it as safetensors where you trust it:"
-    " AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other, safe_serialization=True)"
-)
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+
+SMALL_FILES = (CONFIG, "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
+"""Patterns of what belongs to a model besides its weights."""
+
+MOST_INDEX_BYTES = 1 << 25
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+OTHER_WEIGHTS = (*PICKLES, "*.h5", "*.msgpack", "*.npz", "*.onnx", "*.gguf")
+
+_SHARDS = "model-*-of-*.safetensors"
+_DOWNLOAD = "the checkpoint is not whole; download it again"
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path looks like a checkpoint folder."""
-    return path.is_dir() and (path / "config.json").exists()
+def is_inside(relative: str) -> bool:
+    """Whether a relative name stays below the folder it is for, and can be shown."""
+    return relative.isprintable() and "\\" not in relative and not {"..", ".", ""} & set(relative.split("/"))
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether it looks like a checkpoint, be it one that kvik refuses."""
+    names = ("config.json", ADAPTER, "*.safetensors", INDEX, *PICKLES)
+    return any(next(folder.glob(name), None) is not None for name in names)
 
 
 def model_bytes(path: Path) -> int:
@@ -24,38 +45,107 @@ def model_bytes(path: Path) -> int:
     return sum(one.stat().st_size for one in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `ModelError` or `ModelNotFound` for a folder that holds no checkpoint that kvik reads."""
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise ModelError(
-            f"{folder} holds an adapter, not a model", hint="merge it into its model first: peft's merge_and_unload()"
-        )
-    if not (folder / "config.json").exists():
-        raise ModelNotFound(
-            f"{folder} has no config.json", hint="name a checkpoint folder as transformers saves it, or a .gguf file"
-        )
-    config = ConfigFields(read_json_object(folder / "config.json"), folder / "config.json")
-    quantized = config.object("quantization_config")
-    if quantized is not None:
-        method = quantized.text("quant_method", "unnamed")
-        raise config.error(
-            f"the weights are quantised by {method!r:.40}, which kvik does not read",
-            "take the unquantised checkpoint, with `--weights q8` or q4 if it is too large, or a GGUF of the model",
-        )
-    from kvik.models.hf_spec import FAMILIES
+def is_whole(folder: Path) -> bool:
+    """Whether all files are there that a checkpoint must have."""
+    try:
+        files = weight_files(folder)
+    except ModelError:
+        return False
+    return all((folder / name).is_file() for name in (CONFIG, TOKENIZER, *files))
 
-    model_type = config.text("model_type", "")
-    if "auto_map" in config.fields and model_type not in FAMILIES and config.find("text_config") is None:
-        raise config.error(
-            f"model_type {model_type!r:.60} needs code from the model's folder, which kvik never runs",
-            f"kvik runs {', '.join(sorted(FAMILIES))}",
+
+def small_files(names: Iterable[str]) -> list[str]:
+    """Those among the names that belong to a model besides its weights."""
+    return [name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in SMALL_FILES)]
+
+
+def weight_files(folder: Path) -> Mapping[str, Collection[str] | None]:
+    """The files that hold the weights, and the tensors that the index promises of each (None: there is no index).
+
+    Raises `ModelError` for a folder that has no safetensors, or an index that is not to be trusted.
+    """
+    strays = {path.name for path in (*folder.glob(_SHARDS), *folder.glob(WHOLE))}
+    if not (folder / INDEX).is_file():
+        if WHOLE not in strays:
+            raise no_weights(str(folder), sorted(path.name for path in folder.iterdir() if path.is_file()))
+        files: dict[str, Collection[str] | None] = {WHOLE: None}
+    else:
+        files = {**read_index(folder / INDEX)}
+    for name in sorted(strays - files.keys()):
+        index = f"{INDEX} does not name" if (folder / INDEX).is_file() else f"is not part of {WHOLE}"
+        raise ModelError(
+            f"{folder / name}: a file of weights that {index}",
+            hint="remove what does not belong to this model, or download the checkpoint again",
         )
-    has_tensors = (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists()
-    if has_tensors:
-        return
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise ModelError(f"{folder} has pickled weights ({pickles[0]}), which can run code when read", hint=_SAFE)
-    raise ModelNotFound(
-        f"{folder} has neither model.safetensors nor its index", hint="download the checkpoint again, all of its files"
+    return files
+
+
+def read_index(path: Path) -> dict[str, set[str]]:
+    """From each file that the index names to its tensors. Raises `ModelError`."""
+    weight_map = read_json_object(path, MOST_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(
+            f"{path}: weight_map is {reprlib.repr(weight_map)}; it must say where each tensor lies", hint=_DOWNLOAD
+        )
+    files: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not is_inside(name) or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{path}: tensor {tensor!r:.80} is said to lie in {reprlib.repr(name)},"
+                " which is no .safetensors file in this folder",
+                hint="the index is damaged or hostile; download the checkpoint from its publisher",
+            )
+        files.setdefault(name, set()).add(tensor)
+    return files
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """The file's path. Raises `ModelError` where a link leads out of the folder.
+
+    The Hugging Face cache links from a revision's folder to its blobs, which is fine.
+    """
+    home = folder.resolve()
+    places = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    target = (folder / name).resolve()
+    if not any(target.is_relative_to(place) for place in places):
+        raise ModelError(
+            f"{folder / name} is a link to {target}, which is outside of the model's folder",
+            hint="put the file itself there; a link to the whole folder is fine",
+        )
+    return folder / name
+
+
+def adapter_error(where: str) -> ModelError:
+    """What to say of a folder or repository with an adapter."""
+    return ModelError(
+        f"{where} is an adapter ({ADAPTER}), or a model beside one",
+        hint="merge it into its model first: in peft, `model.merge_and_unload().save_pretrained(NEW)`",
     )
+
+
+def no_weights(where: str, names: Collection[str]) -> ModelError:
+    """What to say of a folder or repository that has no safetensors where they should be."""
+    safe = [name for name in names if name.endswith(".safetensors")]
+    if safe:
+        hint = f"if {safe[0]} is all of it, call it {WHOLE}" if len(safe) == 1 else _DOWNLOAD
+        return ModelError(f"{where} has {_listed(safe)}, but neither {WHOLE} nor {INDEX}", hint=hint)
+    others = [name for name in names if any(fnmatchcase(name, pattern) for pattern in OTHER_WEIGHTS)]
+    pickled = [name for name in others if any(fnmatchcase(name, pattern) for pattern in PICKLES)]
+    if pickled:
+        models = [name for name in pickled if "model" in name] or pickled
+        return ModelError(
+            f"{where} has its weights in {_listed(models)}, pickled: reading that runs what the file says,"
+            " so kvik does not",
+            hint="save it as safetensors: in transformers, `AutoModelForCausalLM.from_pretrained(OLD)"
+            ".save_pretrained(NEW, safe_serialization=True)`, and the tokenizer likewise",
+        )
+    if others:
+        hint = "kvik reads safetensors, or one .gguf file by its name"
+        return ModelError(f"{where} has {_listed(others)}, but no {WHOLE}", hint=hint)
+    hint = "kvik reads safetensors and GGUF; give a folder or repository that has them"
+    return ModelError(f"{where} has no {WHOLE}", hint=hint)
+
+
+def _listed(names: Collection[str]) -> str:
+    some = sorted(names)[:3]
+    return ", ".join(some) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
-import os
 import reprlib
 import struct
 from collections.abc import Mapping
@@ -25,9 +23,9 @@ from typing import Any, TypeAlias, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from kvik.errors import ModelError, ModelNotFound
+from kvik.errors import ModelError
 from kvik.models.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
-from kvik.models.mapped import drop_pages
+from kvik.models.mapped import MappedFile, map_file
 
 MetadataValue: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 _Kind = TypeVar("_Kind")
@@ -59,13 +57,18 @@ _DOWNLOAD = "download the file again and compare its size and checksum with the 
 _DAMAGED = f"the file is damaged or was badly written; {_DOWNLOAD}, or take another GGUF of this model"
 _CONVERT = "convert the model again with a current convert_hf_to_gguf.py of llama.cpp, or take another GGUF of it"
 _GGUF_ONLY = "kvik reads GGUF files; look for a .gguf of this model"
+_NO_PICKLE = (
+    "kvik never unpickles, as that runs what the file says; save the model as safetensors"
+    " (transformers: `model.save_pretrained(folder, safe_serialization=True)`) and give that folder"
+)
+_WHOLE_FOLDER = "give the folder that it lies in, with the model's config.json and tokenizer.json"
 _UPGRADE = "if the file is new, a newer kvik may know the type; if not, download it again"
 
 # How files that are not GGUF begin, what they are and what to do about it.
 _OTHER_FORMATS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
     ((b"version https://git-lfs",), "a Git LFS pointer, not the model", "run `git lfs pull` where it was cloned"),
-    ((b"PK\x03\x04",), "a zip archive, as PyTorch checkpoints are", _GGUF_ONLY),
-    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a Python pickle, as PyTorch checkpoints are", _GGUF_ONLY),
+    ((b"PK\x03\x04",), "a zip archive, as PyTorch checkpoints are", _NO_PICKLE),
+    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a Python pickle, as PyTorch checkpoints are", _NO_PICKLE),
     ((b"\x1f\x8b",), "a gzip archive", "unpack it first"),
     ((b"lmgg", b"fmgg", b"tjgg"), "a GGML file, the format before GGUF", _CONVERT),
     ((b"<",), "a web page, perhaps an error or a login", "download the file itself, not the page that shows it"),
@@ -99,12 +102,12 @@ class GGUFFile:
     path: Path
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, GGUFTensor]  # in the order of their data
-    mapping: mmap.mmap | None = None  # the file, where it was mapped
+    mapped: MappedFile | None = None  # the file, where it was mapped
 
     def drop_pages(self, tensor: GGUFTensor) -> None:
         """Give back the memory through which a tensor was read; reading it once more brings it back from the file."""
-        if self.mapping is not None:
-            drop_pages(self.mapping, tensor.offset, tensor.num_bytes)
+        if self.mapped is not None:
+            self.mapped.drop_pages(tensor.offset, tensor.num_bytes)
 
     def tensor(self, name: str) -> GGUFTensor:
         """Return the tensor of that name, which must be there."""
@@ -180,18 +183,8 @@ class GGUFFile:
 
 def read_gguf(path: Path) -> GGUFFile:
     """Map the GGUF file at `path` and read its header; ModelNotFound where no file is, ModelError where it is unfit."""
-    try:
-        if not path.is_file():
-            problem = "is not a file" if path.exists() else "does not exist"
-            raise ModelNotFound(f"{path} {problem}", hint="give the path of a .gguf file")
-        with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            # Nothing cannot be mapped; the parser has the words for an empty file.
-            mapping = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ) if num_bytes else None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error}", hint="check the file's permissions and its disk") from error
-    data = np.frombuffer(b"" if mapping is None else mapping, dtype=np.uint8)
-    return replace(parse_gguf(data, path), mapping=mapping)
+    mapped = map_file(path, hint="give the path of a .gguf file")
+    return replace(parse_gguf(mapped.data, path), mapped=mapped)
 
 
 def parse_gguf(data: npt.NDArray[np.uint8], path: Path) -> GGUFFile:
@@ -337,7 +330,7 @@ class _Header:
     def not_gguf(self) -> ModelError:
         # safetensors: the length of a JSON text in 8 bytes, which may be any letter, then the text
         if bytes(self.data[5:9]) == b"\0\0\0{":
-            return self.error("not a GGUF file: it looks like a safetensors file", _GGUF_ONLY)
+            return self.error("not a GGUF file: it looks like a safetensors file", _WHOLE_FOLDER)
         start = bytes(self.data[:64]).lstrip()
         for prefixes, looks_like, hint in _OTHER_FORMATS:
             if start.startswith(prefixes):

@@ -34,7 +34,8 @@ PLAIN_ROTARY = Rotary()
 
 def read_ropes(config: ConfigFields, rotary: Rotary, head_dim: int, context: int) -> tuple[RopeSpec, RopeSpec]:
     """Of layers that see all, and of those with a window."""
-    theta, partial = config.number(rotary.theta_key, rotary.theta), config.number(rotary.partial_key, rotary.partial)
+    theta = config.number(rotary.theta_key, rotary.theta, above=1.0)
+    partial = config.number(rotary.partial_key, rotary.partial, most=1.0)
     old, new = config.object("rope_scaling"), config.object("rope_parameters")
     given = old if old and old.fields else new or ConfigFields({}, config.path)
     inner = [given.object(kind) for kind in ("full_attention", "sliding_attention")]

@@ -6,7 +6,7 @@ Its settings hold (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE), and so does 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
 from kvik.models.fetch import MARGIN_BYTES, disk_error, require_space
+from kvik.models.folder import (
+    ADAPTER,
+    CONFIG,
+    INDEX,
+    TOKENIZER,
+    WHOLE,
+    adapter_error,
+    is_inside,
+    is_whole,
+    no_weights,
+    read_index,
+    small_files,
+)
 from kvik.models.progress import Progress
 
 if TYPE_CHECKING:
@@ -23,9 +36,16 @@ HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:\s]+))?(:(?
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+CHECKPOINT = "safetensors"
+"""In the place of a file's name: all files of the repository's checkpoint."""
+
+
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """A repository on the Hub, at a revision (None: its default), and the file wanted (None: its only .gguf)."""
+    """A repository on the Hub, at a revision (None: its default), and what of it is wanted.
+
+    A .gguf file by its name, or `CHECKPOINT`; None: its only .gguf file, or where it has none its checkpoint.
+    """
 
     repo: str
     revision: str | None
@@ -35,22 +55,16 @@ class HubName:
         return self.repo + (f"@{self.revision}" if self.revision else "") + (f":{self.file}" if self.file else "")
 
 
-def is_inside(relative: str) -> bool:
-    """Whether a relative name stays below the folder it is for, and can be shown."""
-    return relative.isprintable() and "\\" not in relative and not {"..", ".", ""} & set(relative.split("/"))
-
-
 def is_safe_gguf(file: str) -> bool:
     """Whether a file of a repository may be a model and stays inside its folder."""
     return is_inside(file) and file.lower().endswith(".gguf")
 
 
 def pull_from_hub(name: HubName, *, force: bool, progress: Progress) -> Path:
-    """Download the file, or give the cached copy where the Hub is out of reach."""
-    from huggingface_hub import HfApi, errors, hf_hub_download
-    from huggingface_hub.constants import HF_HUB_CACHE
+    """Download the file or the checkpoint, or give the cached copy where the Hub is out of reach."""
+    from huggingface_hub import HfApi, errors
 
-    cached = {} if force else cached_files(name)
+    cached = {} if force else cached_models_of(name)
     if name.file is not None and name.file in cached and COMMIT.fullmatch(name.revision or ""):
         return cached[name.file]  # a file at a commit cannot have changed
     with _hub_errors(name):
@@ -63,14 +77,79 @@ def pull_from_hub(name: HubName, *, force: bool, progress: Progress) -> Path:
                 progress(f"{name}: the Hub is out of reach, using the cached copy", 0, 0)
             return cached[choose(name, cached)]
         sizes_bytes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        file = choose(name, sizes_bytes)
-        if file not in cached:
-            cache = Path(HF_HUB_CACHE)
-            cache.mkdir(parents=True, exist_ok=True)
-            require_space(str(name), cache, sizes_bytes[file] + MARGIN_BYTES, variable="HF_HOME")
-        bar = _bar_class(f"{name.repo}: downloading {file}", progress)
-        path = hf_hub_download(name.repo, file, revision=name.revision, force_download=force, tqdm_class=bar)
-    return Path(path)
+        chosen = choose(name, sizes_bytes)
+        pull = _Pull(name, sizes_bytes, force=force, progress=progress)
+        if chosen == CHECKPOINT:
+            return pull.checkpoint()
+        if chosen not in cached:
+            pull.require_space([chosen])
+        return pull.download(chosen, name.revision, f"{name.repo}: downloading {chosen}")
+
+
+class _Pull:
+    """Downloads from one repository, whose files have these sizes."""
+
+    def __init__(self, name: HubName, sizes_bytes: Mapping[str, int], *, force: bool, progress: Progress) -> None:
+        self.name = name
+        self.sizes_bytes = sizes_bytes
+        self.force = force
+        self.progress = progress
+
+    def checkpoint(self) -> Path:
+        """Bring all files of the checkpoint, of one commit, and return their folder. Nothing else is brought.
+
+        What the config says is judged before anything large is brought.
+        """
+        from kvik.models.checkpoint import read_model_config
+        from kvik.models.hf_spec import read_hf_spec
+
+        # The first by the revision's name, which the cache remembers; the others by the commit that it stood for.
+        folder = self.download(CONFIG, self.name.revision, f"{self.name.repo}: downloading {CONFIG}").parent
+        read_hf_spec(read_model_config(folder), folder / CONFIG)
+        weights = [WHOLE]
+        if INDEX in self.sizes_bytes:
+            weights = sorted(read_index(self.download(INDEX, folder.name, f"{self.name.repo}: downloading {INDEX}")))
+        files = [*small_files(self.sizes_bytes), *weights]
+        for file in weights:
+            if file not in self.sizes_bytes:
+                raise ModelError(
+                    f"{self.name}: {INDEX} names {file}, which the repository does not have",
+                    hint="the repository is not whole; take another",
+                )
+        wanted = [
+            file for file in files if file not in (CONFIG, INDEX) and (self.force or not (folder / file).exists())
+        ]
+        self.require_space(wanted)
+        done_bytes, all_bytes = 0, sum(self.sizes_bytes[file] for file in wanted)
+        for file in wanted:
+            self.download(
+                file, folder.name, f"{self.name.repo}: downloading {len(wanted)} files", done_bytes, all_bytes
+            )
+            done_bytes += self.sizes_bytes[file]
+        return folder
+
+    def download(
+        self, file: str, revision: str | None, what: str, done_bytes: int = 0, all_bytes: int | None = None
+    ) -> Path:
+        """Bring one file; `done_bytes` of `all_bytes` were brought before it."""
+        from huggingface_hub import hf_hub_download
+
+        def report(what: str, file_bytes: int, file_total_bytes: int) -> None:
+            self.progress(what, done_bytes + file_bytes, file_total_bytes if all_bytes is None else all_bytes)
+
+        bar = _bar_class(what, report)
+        path = hf_hub_download(self.name.repo, file, revision=revision, force_download=self.force, tqdm_class=bar)
+        return Path(path)
+
+    def require_space(self, files: Collection[str]) -> None:
+        """Raise `DownloadError` unless the cache's disk has room for these files."""
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        cache = Path(HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        needed_bytes = sum(self.sizes_bytes[file] for file in files)
+        if files:
+            require_space(str(self.name), cache, needed_bytes + MARGIN_BYTES, variable="HF_HOME")
 
 
 def config_file(name: HubName) -> Path:
@@ -85,35 +164,60 @@ def config_file(name: HubName) -> Path:
         return Path(hf_hub_download(name.repo, "config.json", revision=name.revision))
 
 
-def choose(name: HubName, files: Iterable[str]) -> str:
-    """The file that the name stands for; kvik never picks one of several by itself."""
+def choose(name: HubName, files: Collection[str]) -> str:
+    """The file among these that the name stands for, or `CHECKPOINT`; kvik never picks one of several by itself."""
     ggufs = sorted(file for file in files if is_safe_gguf(file))
+    has_checkpoint = CHECKPOINT in files or (
+        CONFIG in files and TOKENIZER in files and bool({WHOLE, INDEX} & set(files))
+    )
+    if has_checkpoint and (name.file == CHECKPOINT or (name.file is None and not ggufs)):
+        return CHECKPOINT
     wanted = [file for file in ggufs if name.file in (None, file)]
     if len(wanted) == 1:
         return wanted[0]
-    if not ggufs:
-        raise ModelError(f"{name} has no .gguf file", hint="kvik runs .gguf files; look for a repository that has them")
+    if name.file == CHECKPOINT or not ggufs:
+        raise _no_model(name, files)
     what = f"has no file {name.file}" if name.file else f"has {len(ggufs)} .gguf files"
     repo = f"{name.repo}@{name.revision}" if name.revision else name.repo
     listed = ", ".join(ggufs[:40]) + (f" and {len(ggufs) - 40} more" if len(ggufs) > 40 else "")
+    if has_checkpoint:
+        listed += f", or {CHECKPOINT} for its checkpoint"
     raise ModelNotFound(
         f"{repo} {what}: choose from {listed}", hint=f"name one, for example `kvik run -m {repo}:{ggufs[0]}`"
     )
 
 
-def cached_files(name: HubName) -> dict[str, Path]:
-    """The .gguf files of a Hub id that are in the Hugging Face cache, by their names in the repository."""
+def _no_model(name: HubName, files: Collection[str]) -> ModelError:
+    """Of a repository that has no .gguf file, and no whole checkpoint either."""
+    if ADAPTER in files:
+        return adapter_error(str(name))
+    if not {WHOLE, INDEX} & set(files):
+        return no_weights(str(name), files)
+    missing = CONFIG if CONFIG not in files else TOKENIZER
+    return ModelError(
+        f"{name} has weights, but no {missing}",
+        hint="look for a repository of this model that has one, as transformers' `save_pretrained` writes it",
+    )
+
+
+def cached_models_of(name: HubName) -> dict[str, Path]:
+    """What the Hugging Face cache has of a Hub id: .gguf files by their names, a whole checkpoint as `CHECKPOINT`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     with _hub_errors(name):
         try:
             # no pattern: only the snapshot's folder is asked for, whole or not
-            snapshot = snapshot_download(name.repo, revision=name.revision, local_files_only=True, allow_patterns=[])
+            snapshot = Path(
+                snapshot_download(name.repo, revision=name.revision, local_files_only=True, allow_patterns=[])
+            )
         except LocalEntryNotFoundError:
             return {}
-    found = {path.relative_to(snapshot).as_posix(): path for path in Path(snapshot).rglob("*") if path.is_file()}
-    return {file: path for file, path in found.items() if is_safe_gguf(file) and name.file in (None, file)}
+        found = {path.relative_to(snapshot).as_posix(): path for path in snapshot.rglob("*") if path.is_file()}
+        models = {file: path for file, path in found.items() if is_safe_gguf(file)}
+        if is_whole(snapshot):
+            models[CHECKPOINT] = snapshot
+    return {file: path for file, path in models.items() if name.file in (None, file)}
 
 
 def _hub_revisions() -> Iterator[tuple[HFCacheInfo, CachedRepoInfo, CachedRevisionInfo]]:
@@ -134,13 +238,17 @@ def _files(revision: CachedRevisionInfo) -> dict[str, CachedFileInfo]:
     return {info.file_path.relative_to(revision.snapshot_path).as_posix(): info for info in revision.files}
 
 
-def cached_models() -> Iterator[tuple[str, CachedFileInfo]]:
-    """Every .gguf file in the Hugging Face cache, under the Hub id that names it."""
+def cached_models() -> Iterator[tuple[str, int, Path]]:
+    """Every .gguf file and every whole checkpoint in the Hugging Face cache: the Hub id that names it, bytes, path."""
     for _, repo, revision in _hub_revisions():
         at = None if "main" in revision.refs else min(revision.refs, default=revision.commit_hash)
-        for file, info in _files(revision).items():
-            if is_safe_gguf(file):
-                yield str(HubName(repo.repo_id, at, file)), info
+        files = _files(revision)
+        ggufs = {file: info for file, info in files.items() if is_safe_gguf(file)}
+        for file, info in ggufs.items():
+            yield str(HubName(repo.repo_id, at, file)), info.size_on_disk, info.file_path
+        if is_whole(revision.snapshot_path):
+            size_bytes = sum(info.size_on_disk for file, info in files.items() if file not in ggufs)
+            yield str(HubName(repo.repo_id, at, CHECKPOINT)), size_bytes, revision.snapshot_path
 
 
 def remove_cached(name: HubName) -> int:
@@ -148,7 +256,9 @@ def remove_cached(name: HubName) -> int:
     for cache, repo, revision in _hub_revisions():
         if repo.repo_id != name.repo or (name.revision or "main") not in {revision.commit_hash, *revision.refs}:
             continue
-        if name.file is not None and {name.file} != set(_files(revision)):
+        files = set(_files(revision))
+        others = {file for file in files if is_safe_gguf(file)} if name.file == CHECKPOINT else files - {name.file}
+        if name.file is not None and (others or not files):
             raise InvalidInput(
                 f"{name}: a revision is deleted as a whole, and this one holds {len(revision.files)} files",
                 hint=f"`kvik models rm {replace(name, file=None)}` deletes all of them",

@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvik.config import WeightFormat
-from kvik.errors import InvalidInput, ModelError
+from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
+from kvik.machine import available_memory_bytes
 from kvik.models.chat_template import ChatTemplate
-from kvik.models.checkpoint import CheckpointSource, QuantizationError
-from kvik.models.config_fields import read_json_object
+from kvik.models.checkpoint import read_checkpoint
+from kvik.models.checkpoint_source import CheckpointSource
 from kvik.models.decoder import Decoder
-from kvik.models.folder import check_folder
 from kvik.models.gguf import GGUFFile, read_gguf
 from kvik.models.gguf_source import GGUFSource
 from kvik.models.gguf_spec import read_spec
-from kvik.models.gguf_tokenizer import GGUFTokenizer
 from kvik.models.hf_spec import read_hf_spec
-from kvik.models.json_tokenizer import JsonTokenizer, read_chat_template
 from kvik.models.progress import Progress, silent
+from kvik.models.quantize import Quantization
 from kvik.models.spec import DecoderSpec
 from kvik.models.tokenizer import Tokenizer
+from kvik.models.tokenizer_config import chat_template_of
+from kvik.models.tokenizer_gguf import GGUFTokenizer
+from kvik.models.tokenizer_json import FolderTokenizer
 from kvik.models.weights import read_weights
 from kvik.ops.base import Ops
 
@@ -35,7 +37,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     context: int  # most tokens of a sequence
-    quantization: QuantizationError | None = None  # of weights that were quantised when they were loaded
+    quantization: Quantization | None = None  # what quantising at load did to the weights
 
 
 Approve = Callable[[DecoderSpec, int], None]
@@ -53,7 +55,7 @@ def load_model(
 ) -> LoadedModel:
     """Read, check and pack a GGUF file or a checkpoint folder; `context` None means the model's own.
 
-    `weights` quantises those of a folder. Raises `ModelError`, `InvalidInput`.
+    `weights` quantises those of a folder. Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
     """
     if path.is_dir():
         return _load_folder(path, ops, context, weights, approve, progress)
@@ -66,7 +68,7 @@ def load_model(
     spec = read_spec(file, context)
     context = _chosen_context(path, spec, context)
     approve(spec, context)
-    tokenizer = GGUFTokenizer.from_metadata(file.metadata, path.name)
+    tokenizer = GGUFTokenizer(file.metadata, path.name)
     if tokenizer.vocab_size != spec.vocab_size:
         raise ModelError(
             f"{path}: the vocabulary has {tokenizer.vocab_size:,} tokens, the embedding {spec.vocab_size:,} rows",
@@ -79,30 +81,32 @@ def load_model(
 def _load_folder(
     folder: Path, ops: Ops, context: int | None, weights: WeightFormat | None, approve: Approve, progress: Progress
 ) -> LoadedModel:
-    check_folder(folder)
-    config_path = folder / "config.json"
-    spec = read_hf_spec(read_json_object(config_path), config_path)
+    checkpoint = read_checkpoint(folder)
+    spec = read_hf_spec(checkpoint.config, checkpoint.config_path)
     context = _chosen_context(folder, spec, context)
     approve(spec, context)
-    tokenizer = JsonTokenizer(folder)
-    if tokenizer.vocab_size > spec.vocab_size:  # fewer are usual: rows are added until widths are round
-        raise ModelError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the embedding {spec.vocab_size:,} rows",
-            hint="the folder's files do not belong together; download the checkpoint again",
-        )
-    source = CheckpointSource(folder, spec, ops, weights=weights, progress=progress)
+    tokenizer = FolderTokenizer(folder, spec.vocab_size)
+    source = CheckpointSource(checkpoint, spec, ops, weights=weights, progress=progress)
+    _require_memory(folder, source.num_bytes)
     decoder = Decoder(spec, read_weights(spec, source), ops, context)
-    template = read_chat_template(folder)
     return LoadedModel(
         path=folder,
         decoder=decoder,
         tokenizer=tokenizer,
-        chat_template=None
-        if template is None
-        else ChatTemplate(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, name=folder.name),
+        chat_template=chat_template_of(folder),
         context=context,
-        quantization=source.error,
+        quantization=source.quantization,
     )
+
+
+def _require_memory(folder: Path, num_bytes: int) -> None:
+    available = available_memory_bytes()
+    if num_bytes > available:
+        raise NotEnoughMemory(
+            f"{folder}: the weights take {num_bytes / 2**30:,.1f} GiB,"
+            f" the machine has {available / 2**30:,.1f} GiB available",
+            hint="quantise them as they are loaded (`--weights q8` or q4), or take a smaller model",
+        )
 
 
 def _chosen_context(path: Path, spec: DecoderSpec, context: int | None) -> int:

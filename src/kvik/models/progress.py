@@ -44,13 +44,19 @@ def terminal_progress() -> Iterator[Progress]:
 
 
 @contextmanager
-def bytes_progress() -> Iterator[Progress]:
-    """A bar on stderr; nothing where that is no terminal."""
+def bytes_progress(*, wait_s: float = 0.0) -> Iterator[Progress]:
+    """A bar on stderr for work that takes longer than `wait_s`; nothing where that is no terminal."""
     if not sys.stderr.isatty():
         yield silent
         return
+    begin_s = time.monotonic() + wait_s
     with _bars() as report:
-        yield report
+
+        def report_late(what: str, done_bytes: int, total_bytes: int) -> None:
+            if time.monotonic() >= begin_s:
+                report(what, done_bytes, total_bytes)
+
+        yield report_late
 
 
 @contextmanager

@@ -1,15 +1,20 @@
-"""Read safetensors files that nobody vouches for: the header is checked against the file, tensors are mapped.
+"""Read safetensors files that nobody vouches for.
 
-Source: the format's description (github.com/huggingface/safetensors): 8 bytes of length, a JSON header, the data.
+A file is 8 bytes, the length of a JSON text in little endian; the text, which gives each tensor's dtype, shape and
+place; and the tensors' bytes, one after the other. All numbers are checked as Python integers before anything is made
+of them. Tensors are mapped, not read. Whatever is wrong with a file, the one exception that leaves here is
+`ModelError`.
+
+Source: the format's description in the safetensors repository. The walk is our own, as the library gives NumPy no
+bfloat16.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
-import os
 import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,145 +25,155 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.errors import ModelError
-from kvik.models.config_fields import read_json_object
-from kvik.models.mapped import drop_pages
+from kvik.models.mapped import MappedFile, map_file
 
-MOST_HEADER_BYTES = 1 << 27  # the format's own limit is 100 MB
-MOST_INDEX_BYTES = 1 << 26
-MOST_SHARDS = 1 << 12
+# Headers take many times their bytes as Python objects. Real ones have some hundred kB, and 10^4 tensors at most.
+MAX_HEADER_BYTES = 1 << 24
+MAX_NUM_TENSORS = 1 << 17
+MAX_NUM_DIMENSIONS = 8
+MAX_NAME_CHARACTERS = 1_024
 
-ITEM_BYTES: Mapping[str, int] = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64"), 8),
+DTYPE_BITS: Mapping[str, int] = {
+    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "BOOL": 8},
+    **{f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)},
+    **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
-_NUMPY: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
-_DAMAGED = "the file is damaged or was badly written; download it again"
+_DAMAGED = "the file is damaged or is not whole; download it again and compare its size and checksum"
+_LFS = b"version https://git-lfs"
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 120
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """One tensor of a file."""
+    """One tensor of a file: what it is, and where."""
 
     name: str
-    dtype: str  # as the format writes it: "F32", "BF16", ...
+    dtype: str  # as the format calls it: F32, F16, BF16, ...
     shape: tuple[int, ...]
-    first: int  # byte of its file
-    path: Path
-    data: npt.NDArray[np.uint8]  # its bytes, mapped
+    start: int  # bytes from the beginning of the file
+    num_bytes: int
+    file: MappedFile
 
-    def array(self) -> npt.NDArray[Any]:
-        """The values in their shape; bfloat16 as the 16 bits that it is."""
-        return self.data.view(_NUMPY[self.dtype]).reshape(self.shape)
+    @property
+    def data(self) -> npt.NDArray[np.uint8]:
+        """A read-only view of its bytes."""
+        return self.file.data[self.start : self.start + self.num_bytes]
+
+    def error(self, what: str, hint: str) -> ModelError:
+        """What to raise about this tensor."""
+        return ModelError(f"{self.file.path}: tensor {_SHORT.repr(self.name)} {what}", hint=hint)
 
 
-class SafetensorsFile:
-    """One file: its tensors by name."""
+def read_safetensors(path: Path) -> Mapping[str, StoredTensor]:
+    """The tensors of the file at `path`, by name, in the order of their data. Raises `ModelError`."""
+    return parse_safetensors(map_file(path, hint="give the folder of a model"))
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as opened:
-                size = os.fstat(opened.fileno()).st_size
-                if size < 10:
-                    raise self.error(f"has {size} bytes, fewer than the shortest header")
-                # Never closed by hand: arrays refer to it.
-                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise ModelError(
-                f"{path} cannot be read: {error.strerror}", hint="check its name and permissions"
-            ) from None
-        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(self._read(size))
 
-    def drop_pages(self, tensor: StoredTensor) -> None:
-        """Give the memory of a tensor's pages back; they are read again when they are looked at."""
-        drop_pages(self._map, tensor.first, len(tensor.data))
+def parse_safetensors(file: MappedFile) -> Mapping[str, StoredTensor]:
+    """The tensors of a mapped file."""
+    return MappingProxyType(_Header(file).tensors())
 
-    def error(self, what: str) -> ModelError:
-        """What to raise."""
-        return ModelError(f"{self.path}: {what}", hint=_DAMAGED)
 
-    def _read(self, size: int) -> dict[str, StoredTensor]:
-        length = int.from_bytes(self._map[:8], "little")
-        if length > min(MOST_HEADER_BYTES, size - 8):
-            raise self.error(f"its header is said to have {length:,} bytes, the file has {size:,}")
-        try:
-            header = json.loads(self._map[8 : 8 + length], object_pairs_hook=self._without_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise self.error(f"its header is not JSON: {str(error)[:80]}") from None
-        if not isinstance(header, dict):
-            raise self.error("its header holds no JSON object")
-        header.pop("__metadata__", None)
-        begin = 8 + length
-        tensors = {name: self._tensor(name, entry, begin, size) for name, entry in header.items()}
-        end = begin
-        for tensor in sorted(tensors.values(), key=lambda one: (one.first, len(one.data))):
-            if tensor.first < end:
-                raise self.error(f"tensor {tensor.name!r:.80} lies over another")
-            end = tensor.first + len(tensor.data)
+class _Header:
+    def __init__(self, file: MappedFile) -> None:
+        self.file = file
+        self.num_bytes = len(file.data)
+
+    def error(self, message: str, hint: str = _DAMAGED) -> ModelError:
+        return ModelError(f"{self.file.path}: {message}", hint=hint)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        header_bytes = self.header_bytes()
+        data_start = 8 + header_bytes
+        entries = self.entries(bytes(self.file.data[8:data_start]))
+        tensors: dict[str, StoredTensor] = {}
+        last_end, last = data_start, "the header"
+        # In the order of the data, each begins where the one before has ended: no overlap, no byte that nobody owns.
+        for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+            what = f"tensor {_SHORT.repr(name)}"
+            if data_start + end > self.num_bytes:
+                raise self.error(
+                    f"truncated: {what} ends at byte {data_start + end:,}, the file has {self.num_bytes:,}"
+                )
+            if data_start + begin != last_end:
+                raise self.error(f"{what} begins at byte {data_start + begin:,}, {last} ends at {last_end:,}")
+            tensors[name] = StoredTensor(name, dtype, shape, data_start + begin, end - begin, self.file)
+            last_end, last = data_start + end, what
+        if last_end != self.num_bytes:
+            raise self.error(f"the file has {self.num_bytes:,} bytes, {last} ends at {last_end:,}")
         return tensors
 
-    def _without_duplicates(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise self.error("its header has one name twice")
-        return found
+    def header_bytes(self) -> int:
+        """The length of the JSON text, which lies in the file and is of a size that is believed."""
+        start = bytes(self.file.data[:64])
+        if start.startswith(_LFS):
+            raise self.error("a Git LFS pointer, not the model", "run `git lfs pull` where it was cloned")
+        if len(start) < 8:
+            raise self.error(f"not a safetensors file: it has {self.num_bytes:,} bytes")
+        header_bytes = int.from_bytes(start[:8], "little")
+        if start[8:9] != b"{":
+            raise self.error(f"not a safetensors file: byte 8 is {start[8:9]!r}, not b'{{'")
+        if header_bytes > self.num_bytes - 8:
+            raise self.error(f"truncated: the header needs {header_bytes:,} bytes, the file has {self.num_bytes:,}")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise self.error(f"the header has {header_bytes:,} bytes; up to {MAX_HEADER_BYTES:,} are accepted")
+        return header_bytes
 
-    def _tensor(self, name: str, entry: Any, begin: int, size: int) -> StoredTensor:
-        what = f"tensor {name!r:.80}"
-        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-            raise self.error(f"{what} lacks dtype, shape or data_offsets")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            raise self.error(f"{what} has the unknown dtype {dtype!r:.40}")
-        for numbers in (shape, offsets):
-            if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 1 << 48 for n in numbers):
-                raise self.error(f"{what} has {reprlib.repr(numbers)} where a list of sizes belongs")
-        if len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - begin:
-            raise self.error(f"{what} is said to lie at bytes {offsets} of {size - begin:,}: the file is cut short")
-        num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-        if offsets[1] - offsets[0] != num_bytes:
+    def entries(self, text: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+        """Of each tensor dtype, shape, and begin and end from where the data starts."""
+        num_objects = 0
+
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            nonlocal num_objects
+            num_objects += 1
+            fields = dict(pairs)
+            if num_objects > MAX_NUM_TENSORS or len(fields) > MAX_NUM_TENSORS:
+                raise self.error(f"the header has more than {MAX_NUM_TENSORS:,} tensors")
+            if len(fields) < len(pairs):
+                twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+                raise self.error(f"the name {_SHORT.repr(twice)} occurs twice in the header")
+            return fields
+
+        try:
+            header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"the header is not JSON: {str(error)[:80]}") from None
+        if not isinstance(header, dict):
+            raise self.error("the header is no JSON object")
+        header.pop("__metadata__", None)
+        return {name: self.entry(name, fields) for name, fields in header.items()}
+
+    def entry(self, name: str, fields: Any) -> tuple[str, tuple[int, ...], int, int]:
+        what = f"tensor {_SHORT.repr(name)}"
+        if not (0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable()):
+            raise self.error(f"{what} has a name that is empty, too long or not printable")
+        if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+            raise self.error(f"{what} is {reprlib.repr(fields)}; it must have dtype, shape and data_offsets")
+        dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+            raise self.error(f"{what} has the unknown dtype {reprlib.repr(dtype)}", "a newer kvik may know it")
+        if not _are_sizes(shape) or len(shape) > MAX_NUM_DIMENSIONS:
+            raise self.error(f"{what} has the shape {reprlib.repr(shape)}")
+        if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise self.error(f"{what} has the data_offsets {reprlib.repr(offsets)}")
+        begin, end = offsets
+        needed_bits = math.prod(shape) * DTYPE_BITS[dtype]
+        if needed_bits != 8 * (end - begin):
             raise self.error(
-                f"{what} has {offsets[1] - offsets[0]:,} bytes, its shape {tuple(shape)} needs {num_bytes:,}"
+                f"{what} of dtype {dtype} and shape {_shown(shape)} needs {needed_bits // 8:,} bytes,"
+                f" its data_offsets give {end - begin:,}"
             )
-        first = begin + offsets[0]
-        data = np.frombuffer(self._map, np.uint8, num_bytes, first) if num_bytes else np.zeros(0, np.uint8)
-        return StoredTensor(name, dtype, tuple(shape), first, self.path, data)
+        return dtype, tuple(shape), begin, end
 
 
-def read_checkpoint(folder: Path) -> dict[str, tuple[StoredTensor, SafetensorsFile]]:
-    """All tensors of a checkpoint, in one file or in the shards that its index names. Raises `ModelError`."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        file = SafetensorsFile(folder / "model.safetensors")
-        return {name: (tensor, file) for name, tensor in file.tensors.items()}
-    places = read_json_object(index, MOST_INDEX_BYTES).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ModelError(f"{index} has no weight_map", hint=_DAMAGED)
-    for name, shard in places.items():
-        # A plain name stays in the folder; a link in it may lead out, as those of a download cache do.
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(
-                f"{index}: tensor {name!r:.80} is said to be in {shard!r:.80}, which is no .safetensors of this folder",
-                hint=_DAMAGED,
-            )
-    shards = sorted(set(places.values()))
-    if len(shards) > MOST_SHARDS:
-        raise ModelError(f"{index} names {len(shards):,} files", hint=_DAMAGED)
-    found: dict[str, tuple[StoredTensor, SafetensorsFile]] = {}
-    for shard in shards:
-        if not (folder / shard).exists():
-            raise ModelError(f"{index}: {shard} is missing", hint="download the checkpoint again, all of its files")
-        file = SafetensorsFile(folder / shard)
-        for name, tensor in file.tensors.items():
-            if places.get(name) != shard:
-                raise ModelError(
-                    f"{file.path}: tensor {name!r:.80} is not one that {index.name} has there", hint=_DAMAGED
-                )
-            found[name] = (tensor, file)
-    for name, shard in places.items():
-        if name not in found:
-            raise ModelError(f"{folder / shard}: tensor {name!r:.80} of {index.name} is missing", hint=_DAMAGED)
-    return found
+def _are_sizes(values: Any) -> bool:
+    """Whether it is a list of whole numbers that 64 bits hold."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _shown(shape: list[int]) -> str:
+    return " x ".join(f"{size:,}" for size in shape) or "()"

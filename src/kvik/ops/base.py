@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -164,9 +164,13 @@ class Ops(ABC):
 
     name: str
 
-    @abstractmethod
     def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> Weight:
         """A matrix (rows, columns) from the bytes of a GGUF tensor of that type, without loss."""
+        return self.load_rows(type_name, (data,), rows, columns)
+
+    @abstractmethod
+    def load_rows(self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int) -> Weight:
+        """The same from parts, one held at a time: whole rows, in each part but the last a multiple of 8."""
 
     @abstractmethod
     def allocate_kv(

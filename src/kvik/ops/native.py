@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +69,14 @@ class NativeOps(Ops):
 
     def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> _native.PackedWeight:
         return _native.pack(type_name, data, rows, columns, self._arena, self._pool)
+
+    def load_rows(
+        self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int
+    ) -> _native.PackedWeight:
+        packer = _native.WeightPacker(type_name, rows, columns, self._arena)
+        for part in parts:
+            packer.add(part, self._pool)
+        return packer.finish()
 
     def allocate_kv(
         self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import erf
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
@@ -88,12 +88,20 @@ class ReferenceOps(Ops):
     def __init__(self, activations: Activations = "int8") -> None:
         self.activations: Activations = activations
 
-    def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> ReferenceWeight:
+    def load_rows(
+        self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int
+    ) -> ReferenceWeight:
         kind = GGMLQuantizationType[type_name]
         plain = {"F32": np.float32, "F16": np.float16}.get(type_name)
-        raw = data.reshape(rows, -1)
-        values = raw.view(plain).astype(np.float32) if plain else dequantize(raw, kind)
-        return ReferenceWeight(values.reshape(rows, columns), quantized=type_name not in ("F32", "F16", "BF16"))
+        block_columns, block_bytes = GGML_QUANT_SIZES[kind]
+        values, num_filled = np.empty((rows, columns), np.float32), 0
+        for part in parts:
+            raw = part.reshape(-1, columns // block_columns * block_bytes)
+            values[num_filled : num_filled + len(raw)] = raw.view(plain) if plain else dequantize(raw, kind)
+            num_filled += len(raw)
+        if num_filled != rows:
+            raise ValueError(f"{num_filled} of {rows} rows came")
+        return ReferenceWeight(values, quantized=type_name not in ("F32", "F16", "BF16"))
 
     def allocate_kv(
         self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None

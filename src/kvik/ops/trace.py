@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn, cast
 
@@ -94,7 +94,7 @@ class _Tracer(Ops):
     def _one(self, name: str, arguments: tuple[Any, ...], shape: tuple[int, ...]) -> Value:
         return self._note(name, arguments, shape)[0]
 
-    def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> NoReturn:
+    def load_rows(self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int) -> NoReturn:
         raise AssertionError("weights are loaded before a step is traced")
 
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None) -> NoReturn:

@@ -38,7 +38,7 @@ def read_header(path: Path, name: str) -> ModelShape:
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        groups=layer_groups(spec),
+        groups=_groups(spec),
         max_context=spec.context_length,
         vocab_size=spec.vocab_size,
         num_params=sum(math.prod(tensor.shape) for tensor in matrices),
@@ -56,12 +56,12 @@ def read_header(path: Path, name: str) -> ModelShape:
     )
 
 
-def layer_groups(spec: DecoderSpec) -> tuple[LayerGroup, ...]:
+def _groups(spec: DecoderSpec) -> tuple[LayerGroup, ...]:
     """The decoder's layers by what they remember, those that see all tokens first."""
-    counts = Counter(layer.window for layer in spec.layers)
+    windows = Counter(layer.window for layer in spec.layers)
     return tuple(
-        LayerGroup("sliding" if window else "full", count, spec.num_kv_heads, spec.head_dim, window)
-        for window, count in sorted(counts.items(), key=lambda item: item[0] or 0)
+        LayerGroup("full" if window is None else "sliding", number, spec.num_kv_heads, spec.head_dim, window)
+        for window, number in sorted(windows.items(), key=lambda item: item[0] or 0)
     )
 
 

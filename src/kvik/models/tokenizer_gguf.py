@@ -1,4 +1,4 @@
-"""Text to token ids and back, from the vocabulary inside a GGUF file.
+"""The tokenizer that a GGUF file's metadata describes.
 
 The keys are those of the GGUF specification (`tokenizer.ggml.*`). Two kinds of vocabulary are understood:
 
@@ -27,13 +27,14 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from kvik.errors import ModelError
 from kvik.models.tokenizer import (
+    BYTE_OF,
     END_NAMES,
-    SPACE_MARK,
     Tokenizer,
     byte_level_bytes,
-    lacking_bytes,
-    require_bytes,
-    require_unicode,
+    check_text,
+    check_token_id,
+    missing_bytes,
+    no_token_for_byte,
 )
 
 
@@ -51,6 +52,11 @@ class TokenType(IntEnum):
 # UNKNOWN stands for text that the vocabulary lacks: a model may emit it, but no text should turn into it.
 _SPECIAL_TYPES = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
 
+# Phi-3's control tokens take the white space behind them away, all but these; no key in the file says so.
+_PHI3_KEEPS_SPACE = frozenset(("<unk>", "<s>", "<|endoftext|>"))
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+_SPACE_MARK = "\u2581"
 _MOST_PIECE_CHARACTERS = 256  # all its splits are tried; published vocabularies stay under 50
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -61,23 +67,34 @@ class _WordRule:
 
     pattern: str | None = None  # None: GPT-2's pattern, which `tokenizers` has built in
     digits_alone: bool = False  # every digit is a word of its own
+    digits_in_threes: bool = False  # Falcon: punctuation and numbers apart, three digits at a time from the left
     whole_words: bool = False  # a word that is a token stays whole, whatever the merges say
     nfc: bool = False
     add_bos: bool = False  # where the file does not say
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
-        if self.pattern is None:
-            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-            steps = [pre_tokenizers.Digits(individual_digits=True)] if self.digits_alone else []
-            return pre_tokenizers.Sequence([*steps, byte_level])
-        split = pre_tokenizers.Split(tokenizers.Regex(self.pattern), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        if self.pattern is not None:
+            split = pre_tokenizers.Split(tokenizers.Regex(self.pattern), behavior="isolated")
+            return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        before: list[pre_tokenizers.PreTokenizer] = []
+        after: list[pre_tokenizers.PreTokenizer] = []
+        if self.digits_alone:
+            before = [pre_tokenizers.Digits(individual_digits=True)]
+        if self.digits_in_threes:
+            before = [pre_tokenizers.Punctuation(behavior="contiguous")]
+            threes = pre_tokenizers.Split(tokenizers.Regex("[0-9][0-9][0-9]"), behavior="isolated")
+            after = [pre_tokenizers.Digits(individual_digits=False), threes]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        return pre_tokenizers.Sequence([*before, byte_level, *after])
+
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
 
 def _gpt4_pattern(digits: str) -> str:
     """The pattern that GPT-4's cl100k introduced, with a family's own idea of a run of digits."""
     alternatives = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        _CONTRACTIONS,
         r"[^\r\n\p{L}\p{N}]?\p{L}+",
         digits,
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",
@@ -88,22 +105,50 @@ def _gpt4_pattern(digits: str) -> str:
     return "|".join(alternatives)
 
 
+def _gpt4o_pattern(digits: str, suffix: str) -> str:
+    """The pattern that GPT-4o's o200k introduced: a word may begin in capitals and go on without."""
+    upper = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+    lower = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    alternatives = (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{suffix}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{suffix}",
+        digits,
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+    return "|".join(alternatives)
+
+
 _GPT2 = _WordRule()
+_GPT_NEOX = _WordRule(nfc=True)
 _DIGITS_ALONE = _WordRule(digits_alone=True)
-_LLAMA3 = _WordRule(_gpt4_pattern(r"\p{N}{1,3}"), whole_words=True, add_bos=True)
+_GPT4 = _gpt4_pattern(r"\p{N}{1,3}")
+_GPT4O = _WordRule(_gpt4o_pattern(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"))
+_LLAMA3 = _WordRule(_GPT4, whole_words=True, add_bos=True)
 _QWEN2 = _WordRule(_gpt4_pattern(r"\p{N}"), nfc=True)
 
+# Converters tell vocabularies apart by the ids that they give a sample text, and write the name of the first model
+# that had these: a name stands for all the families beside it.
 _WORD_RULES = {
     "default": _GPT2,
     "gpt-2": _GPT2,
     "phi-2": _GPT2,
+    "mpt": _GPT_NEOX,  # GPT-NeoX and Pythia, too
+    "olmo": _GPT_NEOX,
+    "falcon": _WordRule(digits_in_threes=True),
     "smollm": _DIGITS_ALONE,
     "starcoder": _DIGITS_ALONE,
-    "refact": _DIGITS_ALONE,
+    "refact": _DIGITS_ALONE,  # Granite 3, too
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "smaug-bpe": _WordRule(_GPT4, whole_words=True),  # Llama 3's vocabulary without BOS: SmolLM3
+    "dbrx": _WordRule(_GPT4),  # OLMo 2, Phi-4 and Granite 4, too
     "qwen2": _QWEN2,
+    "tekken": _WordRule(_gpt4o_pattern(r"\p{N}", ""), whole_words=True, add_bos=True),
+    "gpt-4o": _GPT4O,  # Phi-4-mini, too
 }
 
 
@@ -145,11 +190,16 @@ class _Metadata:
 
 
 class GGUFTokenizer(Tokenizer):
-    """The vocabulary of a GGUF file."""
+    """The vocabulary inside a GGUF file; `name` is the file, for errors.
+
+    Raises ModelError for a vocabulary that is damaged or of a kind that kvik does not know.
+    """
 
     add_bos: bool
+    add_space_prefix: bool  # SentencePiece: each stretch of text starts with a space that decoding takes off again
 
-    def __init__(self, fields: _Metadata) -> None:
+    def __init__(self, metadata: Mapping[str, Any], name: str) -> None:
+        fields = _Metadata(metadata, name)
         model = fields.get("model", str, "")
         if model not in ("gpt2", "llama"):
             raise fields.error(f"tokenizer.ggml.model is {model!r}", hint="kvik reads the models 'gpt2' and 'llama'")
@@ -166,6 +216,7 @@ class GGUFTokenizer(Tokenizer):
         self.special_token_ids = frozenset(
             token_id for token_id, kind in enumerate(self._types) if kind in _SPECIAL_TYPES
         )
+        self._takes_space = model == "llama" and metadata.get("general.architecture") == "phi3"
         if model == "gpt2":
             self._set_up_byte_level(fields)
         else:
@@ -183,14 +234,6 @@ class GGUFTokenizer(Tokenizer):
             raise fields.error("tokenizer.ggml.add_eos_token is set, but there is no eos_token_id")
         self.add_bos = fields.get("add_bos_token", bool, self._bos_by_default) and self.bos_token_id is not None
         self._tokens = _Texts(self._tokens)
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], name: str) -> GGUFTokenizer:
-        """Build the tokenizer that a GGUF file's metadata describes; `name` is the file, for errors.
-
-        Raises ModelError for a vocabulary that is damaged or of a kind that kvik does not know.
-        """
-        return cls(_Metadata(metadata, name))
 
     def _set_up_byte_level(self, fields: _Metadata) -> None:
         rule_name = fields.get("pre", str, "default")
@@ -212,7 +255,7 @@ class GGUFTokenizer(Tokenizer):
         self._byte_level = True
         self._bos_by_default = rule.add_bos
         self.add_space_prefix = False
-        self._unencodable = lacking_bytes(vocabulary)
+        self._unencodable = missing_bytes(BYTE_OF.keys() & vocabulary.keys())
 
     def _set_up_sentencepiece(self, fields: _Metadata) -> None:
         byte_ids = {self._tokens[i]: i for i, kind in enumerate(self._types) if kind == TokenType.BYTE}
@@ -269,14 +312,16 @@ class GGUFTokenizer(Tokenizer):
         return [pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()]
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """The token ids of `text`, as `Tokenizer.encode` says."""
-        require_unicode(text)
+        """See Tokenizer."""
+        check_text(text)
         added = self._all_added if parse_special else self._user_defined
         token_ids = [self.bos_token_id] if add_special and self.add_bos and self.bos_token_id is not None else []
+        takes_space = False
         for index, segment in enumerate(added.splitter.split(text)):
             if index % 2:
                 token_ids.append(added.token_ids[segment])
-            elif segment:
+                takes_space = self._takes_space and segment not in _PHI3_KEEPS_SPACE
+            elif segment := segment.lstrip(_WHITE_SPACE) if takes_space else segment:
                 token_ids += self._encode_ordinary(segment)
         if add_special and self._add_eos and self._eos_token_id is not None:
             token_ids.append(self._eos_token_id)
@@ -284,13 +329,17 @@ class GGUFTokenizer(Tokenizer):
 
     def _encode_ordinary(self, segment: str) -> list[int]:
         segment = self._prepare(segment)
-        require_bytes(segment, self._unencodable)
+        if self._unencodable:
+            data = segment.encode()
+            # The BPE library would leave such bytes out without a word.
+            if len(data.translate(None, self._unencodable)) != len(data):
+                raise no_token_for_byte(next(byte for byte in data if byte in self._unencodable))
         token_ids: list[int] = self._bpe.encode(segment, add_special_tokens=False).ids
         return token_ids
 
     def _mark_spaces(self, segment: str) -> str:
-        marked = segment.replace(" ", SPACE_MARK)
-        return SPACE_MARK + marked if self.add_space_prefix else marked
+        marked = segment.replace(" ", _SPACE_MARK)
+        return _SPACE_MARK + marked if self.add_space_prefix else marked
 
     @cached_property
     def _user_defined(self) -> _AddedTokens:
@@ -311,11 +360,11 @@ class GGUFTokenizer(Tokenizer):
         return _AddedTokens(re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})"), token_ids)
 
     def _literal(self, text: str) -> str:
-        return text if self._byte_level else text.replace(SPACE_MARK, " ")
+        return text if self._byte_level else text.replace(_SPACE_MARK, " ")
 
-    def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
-        """What `token_id` adds to a text, as `Tokenizer.token_bytes` says."""
-        self.require_token(token_id)
+    def token_bytes(self, token_id: int, *, skip_special: bool = True, starts_text: bool = False) -> bytes:
+        """See Tokenizer."""
+        check_token_id(token_id, self.vocab_size)
         text, kind = self._tokens[token_id], self._types[token_id]
         if kind in _SPECIAL_TYPES:
             return b"" if skip_special else text.encode()
@@ -323,7 +372,8 @@ class GGUFTokenizer(Tokenizer):
             return bytes((int(match[1], 16),))
         if self._byte_level and kind != TokenType.USER_DEFINED:
             return byte_level_bytes(text)
-        return self._literal(text).encode()
+        data = self._literal(text).encode()
+        return data.removeprefix(b" ") if starts_text and self.add_space_prefix else data
 
 
 class _Texts(Sequence[str]):

@@ -1,0 +1,247 @@
+"""A decoder's tensors out of a checkpoint: checked, cut, turned and packed in pieces, so that none lies twice."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvik.config import WeightFormat
+from kvik.errors import ModelError
+from kvik.models.checkpoint import Checkpoint
+from kvik.models.hf_parts import hf_parts, is_unused
+from kvik.models.parts import Part
+from kvik.models.progress import Progress, silent
+from kvik.models.quantize import GROUP, TYPES, Quantization, Quantizer
+from kvik.models.safetensors import StoredTensor
+from kvik.models.spec import DecoderSpec
+from kvik.ops.base import Ops, Vector, Weight
+
+FloatArray = npt.NDArray[np.float32]
+Raw = npt.NDArray[Any]  # float32, float16, or uint16 for bfloat16
+
+DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_BITS = {"F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q4_1": 5.0}
+
+# Of a number in its bits: where all of the exponent's are set, it is infinite or NaN.
+_EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+
+ROWS_TOGETHER = 8
+FEWEST_VALUES, MOST_VALUES = 1 << 16, 1 << 21  # of a chunk, which grows with the model, as what may lie beside it does
+
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_TABLES = ("token_embd.weight", "output.weight")
+"""In 8 bits where others get 4: what is lost here shows in the logits at once."""
+
+_NOT_ONE = "weights and config.json do not belong together, or the checkpoint is not whole; download it again"
+_EXTRA = "the model has a part that kvik does not run, or its config.json is of another; take another model"
+
+
+class CheckpointSource:
+    """A `TensorSource` that keeps weights as they are stored, or quantises matrices as they come."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: DecoderSpec,
+        ops: Ops,
+        *,
+        weights: WeightFormat | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.spec = spec
+        self.ops = ops
+        self.shapes = spec.tensors()
+        self.parts = hf_parts(spec, checkpoint.tensors.keys())
+        self.quantizer = None if weights is None else Quantizer(weights)
+        self._check_names()
+        for name, part in self.parts.items():
+            self._check_form(part, checkpoint.tensors[part.stored], name)
+        num_values = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        self._most_values = min(max(sum(num_values.values()) // 512, FEWEST_VALUES), MOST_VALUES)
+        self._progress = progress
+        self._done_bytes = 0
+        self._total_bytes = sum(size * DTYPES[self._tensor(name).dtype].itemsize for name, size in num_values.items())
+        self._check_tied_head()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the native backend holds when all is loaded, but for what fills up last rows."""
+        matrices = (name for name, shape in self.shapes.items() if len(shape) == 2)
+        vectors = (shape[0] for shape in self.shapes.values() if len(shape) == 1)
+        matrix_bits = sum(math.prod(self.shapes[name]) * _BITS[self._type_of(name)] for name in matrices)
+        return int(matrix_bits / 8) + 4 * sum(vectors)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What quantising did to what was loaded so far."""
+        return None if self.quantizer is None else self.quantizer.report()
+
+    def matrix(self, name: str) -> Weight:
+        """A matrix, packed."""
+        rows, columns = self.shapes[name]
+        kind = self._type_of(name)
+        if self.quantizer is not None and kind not in DTYPES:
+            return self.ops.load_rows(kind, self._quantized_rows(name, kind, self.quantizer), rows, columns)
+        if self.quantizer is not None and columns % GROUP:
+            self.quantizer.kept.append(self.parts[name].stored)
+        return self.ops.load_rows(kind, self._stored_rows(name), rows, columns)
+
+    def vector(self, name: str) -> Vector:
+        """A vector, float32."""
+        part = self.parts[name]
+        pieces = [_to_float32(piece, self._tensor(name).dtype) for piece in self._chunks(name)]
+        values: FloatArray = np.concatenate(pieces)
+        return values + np.float32(part.offset) if part.offset else values
+
+    # What is read.
+
+    def _stored_rows(self, name: str) -> Iterator[npt.NDArray[np.uint8]]:
+        for chunk in self._chunks(name):
+            yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+
+    def _quantized_rows(self, name: str, kind: str, quantizer: Quantizer) -> Iterator[npt.NDArray[np.uint8]]:
+        tensor = self._tensor(name)
+        for chunk in self._chunks(name):
+            blocks = quantizer.quantize(tensor.name, _to_float32(chunk, tensor.dtype), kind)
+            if not math.isfinite(quantizer.error(tensor.name)):
+                raise tensor.error(
+                    f"has values too large for {quantizer.weights}, whose scales are in half precision",
+                    "load it without quantising, that is without `--weights`",
+                )
+            yield blocks.reshape(-1)
+
+    def _chunks(self, name: str) -> Iterator[Raw]:
+        """All rows of a tensor of the decoder, some at a time, as they are stored; each is used before the next."""
+        part, shape = self.parts[name], self.shapes[name]
+        tensor = self.checkpoint.tensors[part.stored]
+        values = _view(tensor)
+        step = self._most_values // math.prod(shape[1:]) // ROWS_TOGETHER * ROWS_TOGETHER or ROWS_TOGETHER
+        for start in range(0, shape[0], step):
+            stop = min(start + step, shape[0])
+            rows = _rows(part, start, stop)
+            chunk = self._turned(tensor, values, rows, stop - start) if part.transposed else values[rows]
+            self._check_finite(tensor, chunk)
+            yield chunk
+            if not part.transposed:
+                self._drop(tensor, values, rows)
+            self._done_bytes += chunk.nbytes
+            self._progress(f"{self.checkpoint.folder.name}: loading", self._done_bytes, self._total_bytes)
+
+    def _turned(self, tensor: StoredTensor, values: Raw, columns: slice | npt.NDArray[np.int64], count: int) -> Raw:
+        """Some columns as rows. All of the tensor's pages are touched, but never held at once."""
+        turned = np.empty((count, len(values)), values.dtype)
+        step = max(1, self._most_values // values.shape[1])
+        for start in range(0, len(values), step):
+            rows = slice(start, min(start + step, len(values)))
+            turned[:, rows] = values[rows, columns].T
+            self._drop(tensor, values, rows)
+        return turned
+
+    def _drop(self, tensor: StoredTensor, values: Raw, rows: slice | npt.NDArray[np.int64]) -> None:
+        """Give back the pages of rows that were read."""
+        first, last = (rows.start, rows.stop) if isinstance(rows, slice) else (int(rows.min()), int(rows.max()) + 1)
+        row_bytes = values[:1].nbytes
+        tensor.file.drop_pages(tensor.start + first * row_bytes, (last - first) * row_bytes)
+
+    # What is checked.
+
+    def _check_names(self) -> None:
+        tensors = self.checkpoint.tensors
+        used = {part.stored for part in self.parts.values()}
+        extra = sorted(name for name in tensors if name not in used and not is_unused(self.spec, name))
+        for name in sorted(used - tensors.keys()):
+            near = difflib.get_close_matches(name, extra, 1)
+            raise ModelError(
+                f"{self._where()}: tensor {name!r:.120} is missing",
+                hint=f"{f'there is {near[0]!r:.120}; ' if near else ''}{_NOT_ONE}",
+            )
+        if extra:
+            others = f" (nor have {len(extra) - 1} more)" if len(extra) > 1 else ""
+            raise tensors[extra[0]].error(f"has no place in a {self._decoder_name()}{others}", _EXTRA)
+
+    def _check_form(self, part: Part, tensor: StoredTensor, name: str) -> None:
+        assert not (part.offset and len(self.shapes[name]) == 2)  # only norms are stored less something
+        if tensor.shape != part.shape:
+            raise tensor.error(f"has the shape {tensor.shape}, config.json asks for {part.shape}", _NOT_ONE)
+        if tensor.dtype not in DTYPES:
+            raise tensor.error(
+                f"is of dtype {tensor.dtype}, which kvik does not run",
+                f"take one in {', '.join(DTYPES)}, or save it so: `model.to(torch.bfloat16).save_pretrained(NEW)`",
+            )
+
+    def _check_tied_head(self) -> None:
+        """A head that is stored although it is tied must be the embedding, bit for bit."""
+        if not self.spec.tied_head:
+            return
+        embedding = self.checkpoint.tensors[self.parts["token_embd.weight"].stored]
+        for tensor in self.checkpoint.tensors.values():
+            if tensor.name.removeprefix("_orig_mod.") not in _HEADS:
+                continue
+            is_same = (tensor.dtype, tensor.shape) == (embedding.dtype, embedding.shape)
+            for start in range(0, tensor.num_bytes, self._most_values):
+                if not is_same:
+                    break
+                part = slice(start, start + self._most_values)
+                is_same = np.array_equal(tensor.data[part], embedding.data[part])
+                for one in (tensor, embedding):
+                    one.file.drop_pages(one.start + start, min(self._most_values, one.num_bytes - start))
+            if not is_same:
+                raise tensor.error(
+                    f"differs from {embedding.name!r:.120}, although config.json says that they are tied",
+                    "set tie_word_embeddings to false in config.json if the head is one of its own",
+                )
+
+    def _check_finite(self, tensor: StoredTensor, chunk: Raw) -> None:
+        mask = _EXPONENTS[tensor.dtype]
+        bits = chunk.view(np.uint32 if chunk.itemsize == 4 else np.uint16)
+        if bits.size and int((bits & np.asarray(mask, bits.dtype)).max()) == mask:
+            what = "NaN" if np.isnan(_to_float32(chunk, tensor.dtype)).any() else "infinity"
+            raise tensor.error(f"holds {what}", "the file is damaged, or training failed; take another checkpoint")
+
+    # Small things.
+
+    def _tensor(self, name: str) -> StoredTensor:
+        """The stored tensor that a tensor of the decoder is, or is part of."""
+        return self.checkpoint.tensors[self.parts[name].stored]
+
+    def _type_of(self, name: str) -> str:
+        """The GGUF type that a matrix becomes. A table of positions is added, not multiplied: it stays as it is."""
+        if self.quantizer is None or self.shapes[name][1] % GROUP or name == "position_embd.weight":
+            return self._tensor(name).dtype
+        return TYPES["q8" if name in _TABLES else self.quantizer.weights]
+
+    def _decoder_name(self) -> str:
+        return f"{self.spec.architecture} decoder of {self.spec.num_layers:,} layers"
+
+    def _where(self) -> str:
+        files = {tensor.file.path for tensor in self.checkpoint.tensors.values()}
+        return str(files.pop() if len(files) == 1 else self.checkpoint.folder)
+
+
+def _view(tensor: StoredTensor) -> Raw:
+    """The values, of bfloat16 the bits."""
+    return tensor.data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _rows(part: Part, start: int, stop: int) -> slice | npt.NDArray[np.int64]:
+    """Rows `start` ... `stop` - 1 of the part, as rows of the stored tensor, or as its columns if it is transposed."""
+    if part.rows is None:
+        return slice(start, stop)
+    if isinstance(part.rows, slice):
+        first = part.rows.start or 0
+        return slice(first + start, first + stop)
+    return part.rows[start:stop]
+
+
+def _to_float32(values: Raw, dtype: str) -> FloatArray:
+    if dtype == "BF16":
+        bits = values.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return values.astype(np.float32)

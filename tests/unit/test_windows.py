@@ -1,0 +1,245 @@
+"""Blocks of layers with a window: held while they are seen, found again only where all that is seen is there."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kvik.cache import BlockTable, CacheManager, KVCacheSpec, Stop, WindowSpec
+
+SIZE = 4  # tokens of a block
+
+
+def manager(*windows: int | None, num_blocks: int = 32, window_blocks: int = 32) -> CacheManager:
+    spec = KVCacheSpec(len(windows), 1, 8, "f16", SIZE, windows)
+    return CacheManager(spec, num_blocks, window_blocks=[window_blocks] * len(spec.windows))
+
+
+def advance(cache: CacheManager, table: BlockTable, tokens: list[int], start: int, end: int) -> None:
+    """One step: tokens [start, end) computed, full blocks sealed, what left the windows given back."""
+    copies = cache.reserve(table, end, start)
+    assert copies is not None
+    cache.end_copies()
+    cache.seal(table, tokens, end)
+    cache.slide(table, end)
+    cache.check([table])
+
+
+def computed(cache: CacheManager, tokens: list[int], step: int = 3, salt: str | None = None) -> BlockTable:
+    """A table with all of the tokens computed, some a step, from what the cache has of them."""
+    table = cache.new_table(salt)
+    done = cache.adopt(table, tokens, cache.match(tokens, salt))
+    while done < len(tokens):
+        advance(cache, table, tokens, done, min(done + step, len(tokens)))
+        done = min(done + step, len(tokens))
+    return table
+
+
+def run(start: int, count: int) -> list[int]:
+    return list(range(start, start + count))
+
+
+@pytest.mark.parametrize(
+    ("window", "tokens", "first"), [(1, 8, 2), (4, 8, 1), (5, 8, 1), (6, 8, 0), (9, 8, 0), (5, 0, 0)]
+)
+def test_the_first_block_that_the_next_token_sees(window: int, tokens: int, first: int) -> None:
+    assert WindowSpec(window, 1, 1, SIZE).first_block(tokens) == first
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_step_holds_more_than_the_most(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(300):
+        spec = WindowSpec(rng.randint(1, 40), 1, 1, SIZE)
+        step, computed_tokens = rng.randint(1, 30), rng.randint(0, 100)
+        end = computed_tokens + rng.randint(1, step)
+        held = -(-end // SIZE) - spec.first_block(computed_tokens)
+        assert held <= spec.num_blocks_for(end, step), f"seed {seed}: {spec}, {computed_tokens} ... {end}"
+
+
+def test_a_table_holds_its_window_and_no_more() -> None:
+    cache = manager(None, 6)
+    table = computed(cache, run(0, 40))
+    assert len(table.block_ids) == 10
+    (window,) = table.windows
+    assert (window.first, len(window.block_ids)) == (8, 2)  # the next token, 40, sees 35 ... 40
+    (group,) = cache.windows
+    assert group.pool.num_held == 2
+    assert group.pool.num_reusable == 8, "the others are kept for whoever begins alike, as long as nobody needs them"
+    assert cache.held_bytes(table) == cache.spec.held_bytes(40) == 10 * 128 + 2 * 128
+
+
+def test_layers_that_all_slide_need_no_memory_for_the_rest() -> None:
+    cache = manager(6, 6)
+    table = computed(cache, run(0, 40))
+    assert cache.spec.block_bytes == 0
+    assert cache.held_bytes(table) == 2 * 2 * 128
+    size = cache.spec.pool_size_within(10**6, context=4000, step_tokens=8, max_running=4)
+    assert size.num_blocks >= 4 * 1000
+    assert cache.spec.pool_bytes(size) <= 10**6
+
+
+def test_a_hit_brings_the_blocks_of_the_window() -> None:
+    cache = manager(None, 6)
+    first = computed(cache, run(0, 40))
+    match = cache.match([*run(0, 36), 99, 99])
+    assert (match.num_tokens, match.stop) == (36, Stop.SHORT)
+    second = cache.new_table()
+    assert cache.adopt(second, [*run(0, 36), 99, 99], match) == 36
+    assert second.windows[0].first == 7  # token 36 sees 31 ... 36
+    assert second.windows[0].block_ids[1:] == first.windows[0].block_ids[:1]
+    cache.check([first, second])
+
+
+def test_a_hit_needs_every_block_of_the_window() -> None:
+    cache = manager(None, 6)
+    cache.release(computed(cache, run(0, 40)))
+    (group,) = cache.windows
+    twins = [group.twin_of(block_id) for block_id in cache.match(run(0, 41)).block_ids]
+    assert None not in twins
+
+    def lose(index: int) -> None:
+        twin = twins[index]
+        assert twin is not None
+        group.pool.hold([twin])  # so that it is the newest, and all older ones go first
+        group.pool.release([twin])
+        taken = group.take(group.pool.num_free, None)
+        assert taken is not None
+        while (more := group.take(1, None)) != [twin]:
+            assert more is not None
+            taken += more
+        group.pool.release([*taken, twin])
+
+    group.pool.check([])
+    lose(9)
+    found = cache.match(run(0, 41))
+    assert found.stop is Stop.WINDOW
+    assert found.num_tokens == 0, "all older ones went before"
+    assert (found.tail, found.next_hash) == (None, None)
+    table = computed(cache, run(0, 41))
+    assert cache.match(run(0, 41)).num_tokens == 40, "what was computed again is found again"
+    cache.release(table)
+    cache.check([])
+
+
+def test_a_hit_ends_before_the_gap() -> None:
+    cache = manager(None, 6, window_blocks=32)
+    cache.release(computed(cache, run(0, 40)))
+    (group,) = cache.windows
+    block_ids = cache.match(run(0, 41)).block_ids
+    group.forget(block_ids[8])
+    found = cache.match(run(0, 41))
+    assert (found.num_tokens, found.stop) == (32, Stop.WINDOW)
+    group.forget(block_ids[6])  # a token behind block 7 would see its end
+    assert cache.match(run(0, 33)).num_tokens == 24
+    assert cache.match(run(0, 24)).stop is Stop.ALL
+
+
+def test_two_windows_cut_to_what_both_have() -> None:
+    cache = manager(6, 14, None)
+    cache.release(computed(cache, run(0, 40)))
+    narrow, wide = cache.windows
+    assert (narrow.spec.window, wide.spec.window) == (6, 14)
+    block_ids = cache.match(run(0, 41)).block_ids
+    wide.forget(block_ids[7])  # tokens 28 ... 31, which 41 of 14 tokens sees
+    assert cache.match(run(0, 41)).num_tokens == 28
+
+
+def test_the_same_block_computed_twice_is_known_once() -> None:
+    cache = manager(None, 100)
+    first, second = cache.new_table(), cache.new_table()
+    for table in (first, second):
+        cache.adopt(table, run(0, 8), cache.match(run(0, 8)))
+    for table in (first, second):
+        copies = cache.reserve(table, 8, 0)
+        assert copies == []
+    for table in (first, second):
+        cache.seal(table, run(0, 8), 8)
+        cache.slide(table, 8)
+    assert first.block_ids == second.block_ids
+    assert first.windows[0].block_ids == second.windows[0].block_ids
+    cache.check([first, second])
+    assert cache.windows[0].pool.num_held == 2
+
+
+def test_a_lost_twin_comes_back_from_whoever_computes_it_again() -> None:
+    cache = manager(None, 100)
+    cache.release(computed(cache, run(0, 8)))
+    (group,) = cache.windows
+    block_ids = cache.match(run(0, 9)).block_ids
+    group.forget(block_ids[0])
+    table = computed(cache, run(0, 9))
+    assert table.block_ids[:2] == block_ids
+    assert group.twin_of(block_ids[0]) == table.windows[0].block_ids[0]
+    cache.check([table])
+
+
+def test_a_copy_before_writing_is_made_in_every_group() -> None:
+    cache = manager(None, 6)
+    first = computed(cache, run(0, 10))
+    second = cache.fork(first, 10)
+    cache.check([first, second])
+    copies = cache.reserve(second, 11, 10)
+    assert copies is not None
+    assert [copy.group for copy in copies] == [0, 1]
+    assert copies[0][:2] == (first.block_ids[-1], second.block_ids[-1])
+    assert copies[1][:2] == (first.windows[0].block_ids[-1], second.windows[0].block_ids[-1])
+    cache.check([first, second])
+    cache.end_copies()
+    cache.check([first, second])
+    assert cache.reserve(first, 11, 10) == [], "nobody else has it any more"
+
+
+def test_going_back_is_possible_as_far_as_the_window_was_kept() -> None:
+    cache = manager(None, 6)
+    table = computed(cache, run(0, 40))
+    assert [tokens for tokens in range(41) if cache.can_go_back(table, tokens)] == [37, 38, 39, 40]
+    cache.release(table, 38)
+    assert table.windows[0].first == 8
+    advance(cache, table, [*run(0, 38), 7, 7], 38, 40)
+    cache.release(table)
+    assert table.windows[0].block_ids == []
+    cache.check([table])
+
+
+def test_shortage_in_a_window_is_not_now() -> None:
+    cache = manager(None, 6, window_blocks=3)
+    table = cache.new_table()
+    assert cache.reserve(table, 13, 0) is None
+    assert (table.block_ids, table.windows[0].block_ids) == ([], [])
+    assert cache.reserve(table, 12, 0) == []
+    cache.check([table])
+
+
+def test_pins_hold_what_a_hit_needs() -> None:
+    cache = manager(None, 6, window_blocks=5)
+    table = computed(cache, run(0, 20), step=2)
+    pin = cache.pin(table)
+    cache.release(table)
+    (group,) = cache.windows
+    other = computed(cache, run(50, 20), step=2)  # takes all twins that nobody holds
+    assert cache.match(run(0, 21)).num_tokens == 20
+    assert cache.num_blocks_within_reach(cache.match([99])) == 32 - 5
+    cache.release(other)
+    cache.unpin(pin)
+    assert group.pool.num_held == 0
+    cache.check([])
+
+
+def test_pins_that_leave_too_little_of_a_window_limit_what_can_come() -> None:
+    cache = manager(None, 6, window_blocks=4)
+    table = computed(cache, run(0, 20), step=2)
+    pin = cache.pin(table)
+    cache.release(table)
+    assert cache.num_blocks_within_reach(cache.match([99])) == 2, "of four blocks two are pinned, a step needs three"
+    cache.unpin(pin)
+    assert cache.num_blocks_within_reach(cache.match([99])) == 32
+
+
+def test_no_window_costs_nothing() -> None:
+    spec = KVCacheSpec(4, 2, 16, "f16")
+    assert spec.windows == ()
+    assert spec.groups == (0,) * 4
+    assert KVCacheSpec(4, 2, 16, "f16", layer_windows=(None,) * 4).windows == ()
+    assert spec.held_bytes(100) == 4 * spec.block_bytes
