@@ -29,6 +29,6 @@ def test_the_header_is_what_is_held(name: str, tmp_path: Path) -> None:
     assert tensors.format == "f32"
     assert shape.runs
     assert shape.rope_token_bytes == sum(4 * rope.num_dims for rope in spec.ropes)
-    assert [group.window for group in shape.groups] == list(dict.fromkeys(layer.window for layer in spec.layers))
+    assert {group.window for group in shape.groups} == {layer.window for layer in spec.layers}
     assert sum(group.num_layers for group in shape.groups) == spec.num_layers
     assert all((group.kind == "full") == (group.window is None) for group in shape.groups)
