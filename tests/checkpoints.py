@@ -115,7 +115,7 @@ def write_checkpoint(
     if num_shards == 1:
         write_safetensors(folder / "model.safetensors", tensors, dtype)
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index in range(num_shards):
         name = f"model-{index + 1:05}-of-{num_shards:05}.safetensors"
         part = dict(list(tensors.items())[index::num_shards])

@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvik.config import WeightFormat
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.models.chat_template import ChatTemplate
-from kvik.models.checkpoint import read_checkpoint
-from kvik.models.checkpoint_source import CheckpointSource
 from kvik.models.decoder import Decoder
 from kvik.models.gguf import GGUFFile, read_gguf
 from kvik.models.gguf_source import GGUFSource
 from kvik.models.gguf_spec import read_spec
-from kvik.models.hf_spec import read_hf_spec
 from kvik.models.progress import Progress, silent
-from kvik.models.quantize import Quantization
 from kvik.models.spec import DecoderSpec
 from kvik.models.tokenizer import Tokenizer
-from kvik.models.tokenizer_config import chat_template_of
 from kvik.models.tokenizer_gguf import GGUFTokenizer
-from kvik.models.tokenizer_json import FolderTokenizer
 from kvik.models.weights import read_weights
 from kvik.ops.base import Ops
+
+if TYPE_CHECKING:
+    from kvik.models.quantize import Quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +79,13 @@ def load_model(
 def _load_folder(
     folder: Path, ops: Ops, context: int | None, weights: WeightFormat | None, approve: Approve, progress: Progress
 ) -> LoadedModel:
+    # What a GGUF file, as most models are, does not need to wait for.
+    from kvik.models.checkpoint import read_checkpoint
+    from kvik.models.checkpoint_source import CheckpointSource
+    from kvik.models.hf_spec import read_hf_spec
+    from kvik.models.tokenizer_config import chat_template_of
+    from kvik.models.tokenizer_json import FolderTokenizer
+
     checkpoint = read_checkpoint(folder)
     spec = read_hf_spec(checkpoint.config, checkpoint.config_path)
     context = _chosen_context(folder, spec, context)
