@@ -68,6 +68,14 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "pool": lambda: POOL,
         },
     ),
+    "WeightPacker": (
+        _native.WeightPacker,
+        {"type": lambda: "Q8_0", "rows": lambda: ROWS, "columns": lambda: COLUMNS, "arena": lambda: ARENA},
+    ),
+    "add": (
+        lambda source, pool: _native.WeightPacker("Q8_0", 20, COLUMNS, ARENA).add(source, pool),
+        {"source": lambda: np.zeros(16 * 68, np.uint8), "pool": lambda: POOL},
+    ),
     "project": (
         _native.project,
         {
@@ -185,6 +193,14 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "source": [np.zeros(0, np.uint8), np.zeros(ROWS * 68 - 1, np.uint8), np.zeros(ROWS * 68 + 1, np.uint8)],
         "rows": [*HUGE, ROWS + 1, ROWS - 1, 2**31 - 1],
         "columns": [*HUGE, COLUMNS + 32, COLUMNS - 32, COLUMNS + 1, 31, 2**31 - 32],
+    },
+    "WeightPacker": {
+        "type": ["", "IQ4_NL", "q8_0", "Q8_0\0", "Q9_9", "F64"],
+        "rows": [*HUGE],
+        "columns": [*HUGE, COLUMNS + 1, 31],
+    },
+    "add": {
+        "source": [np.zeros(size, np.uint8) for size in (8 * 68 - 1, 8 * 68 + 1, 7 * 68, 19 * 68, 21 * 68, 24 * 68)]
     },
     "project": {
         "x": [floats(TOKENS, COLUMNS + 32), floats(TOKENS, 0), floats(TOKENS + 1, COLUMNS), floats(COLUMNS, TOKENS)],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,6 +12,7 @@ from gguf.quants import dequantize
 
 from gguf_files import FLOAT16_OFFSETS, FLOAT_TYPES, WEIGHT_TYPES, random_blocks
 from kvik import _native
+from kvik.ops.reference import ReferenceOps
 
 ROWS = (1, 7, 8, 9, 33)
 BLOCK_BYTES = {
@@ -151,6 +154,32 @@ def test_a_type_without_a_packed_format_is_refused(kind: GGMLQuantizationType) -
         _native.pack(
             kind.name, np.zeros(block_bytes, np.uint8), 1, block_size, _native.WeightArena(), _native.ThreadPool(1)
         )
+
+
+@every_type
+@pytest.mark.parametrize("cuts", [(37,), (8, 37), (16, 24, 32, 37), (0, 8, 8, 37, 37)])
+def test_rows_may_come_in_pieces(kind: GGMLQuantizationType, cuts: tuple[int, ...]) -> None:
+    columns = 256
+    blocks = random_blocks(kind, 37, columns, np.random.default_rng(12))
+    packer, pool = _native.WeightPacker(kind.name, 37, columns, _native.WeightArena()), _native.ThreadPool(2)
+    for start, stop in itertools.pairwise((0, *cuts)):
+        piece = blocks[start:stop].reshape(-1).copy()
+        packer.add(piece, pool)
+        piece[:] = 0xFF
+    out = np.full((37, columns), np.nan, np.float32)
+    _native.take_rows(packer.finish(), np.arange(37, dtype=np.int32), 1.0, out)
+    np.testing.assert_array_equal(out, expected(kind, blocks))
+
+
+def test_a_matrix_without_all_of_its_rows_is_not_given_out() -> None:
+    packer = _native.WeightPacker("F32", 9, 32, _native.WeightArena())
+    with pytest.raises(ValueError, match="rows are missing"):
+        packer.finish()
+    packer.add(np.zeros(8 * 32 * 4, np.uint8), _native.ThreadPool(1))
+    with pytest.raises(ValueError, match="rows are missing"):
+        packer.finish()
+    with pytest.raises(ValueError, match="0 of 9 rows came"):
+        ReferenceOps().load_rows("F32", (), 9, 32)
 
 
 def test_matrices_outlive_their_arena_and_each_other() -> None:

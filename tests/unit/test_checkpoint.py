@@ -412,7 +412,7 @@ def test_nanogpt_as_it_is_saved(tmp_path: Path) -> None:
 
 def test_nanogpt_without_biases(tmp_path: Path) -> None:
     spec = load(write_checkpoint(tmp_path / "m", nano_config(bias=False), nano_tensors(bias=False))).decoder.spec
-    assert not (spec.qkv_bias or spec.output_bias or spec.mlp_bias or spec.norm_bias)
+    assert [spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.norm_bias] == [False] * 4
     folder = write_checkpoint(tmp_path / "n", nano_config(bias=False), nano_tensors())
     assert_refused(folder, r"bias' has no place in a nanogpt decoder")
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as the decoder gets them: the right rows, whole, in pieces of any size; quantised; in little memory."""
+"""A checkpoint's tensors as the decoder gets them: the right rows in any pieces, quantised, in little memory."""
 
 from __future__ import annotations
 

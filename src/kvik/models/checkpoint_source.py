@@ -63,7 +63,7 @@ class CheckpointSource:
         for name, part in self.parts.items():
             self._check_form(part, checkpoint.tensors[part.stored], name)
         num_values = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        self._most_values = min(max(sum(num_values.values()) // 512, FEWEST_VALUES), MOST_VALUES)
+        self._most_values = min(max(sum(num_values.values()) // 1024, FEWEST_VALUES), MOST_VALUES)
         self._progress = progress
         self._done_bytes = 0
         self._total_bytes = sum(size * DTYPES[self._tensor(name).dtype].itemsize for name, size in num_values.items())

@@ -175,10 +175,14 @@ def choose(name: HubName, files: Collection[str]) -> str:
     wanted = [file for file in ggufs if name.file in (None, file)]
     if len(wanted) == 1:
         return wanted[0]
+    repo = f"{name.repo}@{name.revision}" if name.revision else name.repo
+    if not ggufs and has_checkpoint:
+        raise ModelNotFound(
+            f"{repo} has no .gguf file, but a checkpoint", hint=f"`kvik run -m {repo}` runs the checkpoint"
+        )
     if name.file == CHECKPOINT or not ggufs:
         raise _no_model(name, files)
     what = f"has no file {name.file}" if name.file else f"has {len(ggufs)} .gguf files"
-    repo = f"{name.repo}@{name.revision}" if name.revision else name.repo
     listed = ", ".join(ggufs[:40]) + (f" and {len(ggufs) - 40} more" if len(ggufs) > 40 else "")
     if has_checkpoint:
         listed += f", or {CHECKPOINT} for its checkpoint"
@@ -192,7 +196,7 @@ def _no_model(name: HubName, files: Collection[str]) -> ModelError:
     if ADAPTER in files:
         return adapter_error(str(name))
     if not {WHOLE, INDEX} & set(files):
-        return no_weights(str(name), files)
+        return no_weights(str(name), [file for file in files if is_inside(file)])
     missing = CONFIG if CONFIG not in files else TOKENIZER
     return ModelError(
         f"{name} has weights, but no {missing}",
