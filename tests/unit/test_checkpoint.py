@@ -206,8 +206,6 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda m: link_outside(m / "model.safetensors"),
         r"m/model\.safetensors is a link to .*/x\.safetensors, which is outside",
     ),
-        r"m/model\.safetensors is a link to .*/x\.safetensors, which is outside",
-    ),
     "a shard without an index": (
         lambda m: shutil.copy(m / "model.safetensors", m / SHARDS[0]),
         rf"{SHARDS[0]}: a file of weights that is not part of model\.safetensors",
