@@ -326,8 +326,6 @@ def test_a_wrong_tokenizer_json_is_a_model_error_of_one_line(tmp_path: Path, val
         ("special_tokens_map.json", {"eos_token": []}, "eos_token names no token"),
         ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id is str"),
         ("generation_config.json", {"eos_token_id": [1, True]}, "eos_token_id is bool"),
-        ("generation_config.json", {"eos_token_id": [1, 1000]}, "eos_token_id is 1000, outside the embedding of 1,000"),
-        ("config.json", {"bos_token_id": -1}, "bos_token_id is -1"),
     ],
 )
 def test_a_wrong_file_beside_it_is_a_model_error_too(tmp_path: Path, name: str, values: Any, message: str) -> None:
@@ -336,6 +334,14 @@ def test_a_wrong_file_beside_it_is_a_model_error_too(tmp_path: Path, name: str, 
         FolderTokenizer(folder, 1000)
     assert "\n" not in caught.value.message
     assert caught.value.hint
+
+
+def test_ids_that_no_token_has_are_not_looked_for(tmp_path: Path) -> None:
+    """transformers saves a family's defaults with a model of any size."""
+    folder = write(KINDS["gpt2"]().save(tmp_path), {"eos_token_id": [1, 50256], "bos_token_id": 50256}, "config.json")
+    tokenizer = FolderTokenizer(folder, 1000)
+    assert 1 in tokenizer.eos_token_ids
+    assert max(tokenizer.eos_token_ids) < tokenizer.vocab_size
 
 
 def test_files_that_are_no_text_or_too_large_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
