@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from kvik.errors import InvalidInput, KvikError, ModelError, NotEnoughMemory
 from kvik.models import loader
 from kvik.models.folder import is_whole
 from kvik.models.loader import LoadedModel, load_model
+from kvik.models.progress import bytes_progress
 from kvik.ops.native import NativeOps
 from models import FloatArray, run
 
@@ -196,10 +198,7 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "unknown type": (lambda m: change_config(m, model_type="mixtral"), "'mixtral'"),
     "a link that leaves": (
-        lambda m: (
-            (m / "model.safetensors").rename(m.parent / "x.safetensors")
-            and (m / "model.safetensors").symlink_to(m.parent / "x.safetensors")
-        ),
+        lambda m: move_out(m / "model.safetensors", "x.safetensors"),
         r"m/model\.safetensors is a link to .*/x\.safetensors, which is outside",
     ),
     "a shard without an index": (
@@ -352,6 +351,23 @@ def test_progress_counts_the_bytes_to_the_last(whole: Path) -> None:
     assert {what for what, _, _ in seen} == {"m: loading"}
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
     assert seen[-1][1] == seen[-1][2] == sum(values.nbytes for values in tiny_tensors(tiny_config()).values())
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_is_drawn_only_for_what_takes_long(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wait_s, is_drawn in ((1000.0, False), (0.0, True)):
+        screen = Screen()
+        monkeypatch.setattr("sys.stderr", screen)
+        with bytes_progress(wait_s=wait_s) as report:
+            load(whole, progress=report)
+        assert ("m: loading" in screen.getvalue()) == is_drawn
+        assert bool(screen.getvalue()) == is_drawn
 
 
 # nanoGPT and minGPT
