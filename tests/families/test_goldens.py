@@ -33,9 +33,8 @@ def difference(folder: Path, name: str, change: Change = lambda spec: spec) -> f
     """How far the logits of a folder are from a golden's, with a decoder that was changed a little."""
     golden, path = golden_of(name), folder / "config.json"
     spec, ops = change(read_hf_spec(read_json_object(path), path)), NativeOps("int8", threads=1)
-    decoder = Decoder(
-        spec, read_weights(spec, CheckpointSource(read_checkpoint(folder), spec, ops)), ops, spec.context_length
-    )
+    weights = read_weights(spec, CheckpointSource(read_checkpoint(folder), spec, ops))
+    decoder = Decoder(spec, weights, ops, spec.context_length)
     found = teacher_forced(decoder, golden.token_ids, kv_dtype="f32", chunks=(150, 1, 64))
     return float(np.abs(found[list(ROWS)] - golden.logits).max())
 

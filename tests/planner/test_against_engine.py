@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections import Counter
 from pathlib import Path
 from typing import get_args
 
@@ -10,11 +12,15 @@ import pytest
 
 from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams, plan
-from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK
+from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
+from kvik.cache.spec import whole_superblocks
 from kvik.config import KVDType
 from kvik.engine.engine import choose_pool_size
 from kvik.ops.native import NativeKVCache
 from kvik.planner import plan as plan_module
+from kvik.planner.memory import kv_memory
+from kvik.planner.shape import LayerGroup
+from kvik.planner.sources import find_shape
 
 
 def random_model(path: Path, rng: random.Random) -> dict[str, int]:
@@ -103,3 +109,46 @@ def test_on_this_machine_the_engine_chooses_as_planned(tmp_path: Path, monkeypat
     path = tiny_llama(tmp_path / "tiny.gguf")
     planned = plan(str(path), device="here", context=400)
     assert planned.auto_kv_bytes == LLM(str(path), threads=1, context=400).cache.num_bytes
+
+
+@pytest.mark.parametrize("users", [1, 3])
+@pytest.mark.parametrize("context", [20, 150, 400])
+def test_layers_with_a_window_take_what_the_engine_gives_them(tmp_path: Path, context: int, users: int) -> None:
+    window = {"llama.attention.sliding_window": 40}
+    path = tiny_llama(tmp_path / "tiny.gguf", extra_metadata=window, context_length=401)
+    planned = plan(str(path), context=context, users=users)
+    (layers,) = planned.kv.layers
+    assert (layers.kind, layers.window) == ("sliding", 40)
+    llm = LLM(str(path), threads=1, context=context + 1, kv_memory=planned.kv.num_bytes)
+    arrays = llm.engine.kv_arrays
+    assert isinstance(arrays, NativeKVCache)
+    assert sum(one.num_bytes for one in arrays.arrays.values()) == planned.kv.num_bytes == llm.cache.num_bytes
+    prompts = [[3 + (index * 7 + user) % 200 for index in range(context)] for user in range(users)]
+    done = llm.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
+    assert {one.stats.kv_bytes for one in done} <= set(range(planned.kv.sequence_bytes, planned.kv.num_bytes + 1))
+    sequence = llm.engine.new_sequence(prompts[0], SamplingParams(max_tokens=1, ignore_eos=True), park=True)
+    llm.engine.add(sequence)
+    while llm.engine.step() is not None:
+        pass
+    assert llm.engine.cache.held_bytes(sequence.table) == planned.kv.sequence_bytes
+
+
+def test_windows_and_others_in_one_budget() -> None:
+    """The engine's formula and the planner's, over random mixtures."""
+    rng = random.Random(5)
+    for _ in range(200):
+        windows = tuple(rng.choice((None, 24, 100, 4096)) for _ in range(rng.randint(1, 8)))
+        spec = KVCacheSpec(len(windows), 2, 16, "f16", layer_windows=windows)
+        counts = Counter(windows)
+        groups = tuple(
+            LayerGroup("sliding" if window else "full", count, 2, 16, window) for window, count in counts.items()
+        )
+        shape = dataclasses.replace(find_shape("smollm2-135m"), groups=groups, num_layers=len(windows))
+        context, users = rng.randint(1, 5000), rng.randint(1, 20)
+        planned = kv_memory(shape, "f16", context, users=users)
+        blocks = whole_superblocks(users * spec.num_blocks_for(context))
+        load = {"context": context, "step_tokens": 512, "max_running": 64}
+        assert planned.num_bytes == spec.pool_bytes(spec.pool_size(blocks, **load)), (windows, context, users)
+        assert planned.sequence_bytes == spec.held_bytes(context)
+        if spec.block_bytes:
+            assert spec.pool_size_within(planned.num_bytes, **load).num_blocks == blocks

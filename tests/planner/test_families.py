@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from families.gguf_cases import GGUF_CASES, tensors_of
 from families.gguf_of import gguf_of
+from kvik import LLM, plan
+from kvik.config import KVDType
 from kvik.models.loader import load_model
 from kvik.ops.native import NativeOps
 from kvik.planner.gguf_header import read_header
@@ -29,6 +32,16 @@ def test_the_header_is_what_is_held(name: str, tmp_path: Path) -> None:
     assert tensors.format == "f32"
     assert shape.runs
     assert shape.rope_token_bytes == sum(4 * rope.num_dims for rope in spec.ropes)
-    assert [group.window for group in shape.groups] == list(dict.fromkeys(layer.window for layer in spec.layers))
+    assert {group.window for group in shape.groups} == {layer.window for layer in spec.layers}
     assert sum(group.num_layers for group in shape.groups) == spec.num_layers
     assert all((group.kind == "full") == (group.window is None) for group in shape.groups)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo3", "phi3-long", "gpt2"])
+@pytest.mark.parametrize("dtype", get_args(KVDType))
+def test_the_cache_has_the_planned_bytes(name: str, dtype: KVDType, tmp_path: Path) -> None:
+    """With windows in some layers and without."""
+    path = gguf_of(tmp_path / "model.gguf", GGUF_CASES[name], tensors_of(GGUF_CASES[name]))
+    planned = plan(str(path), context=300, users=2, kv=dtype)
+    llm = LLM(str(path), threads=1, kv_dtype=dtype, kv_memory=planned.kv.num_bytes)
+    assert llm.cache.num_bytes == planned.kv.num_bytes

@@ -17,7 +17,7 @@ BLOCKS_PER_SUPERBLOCK = 8
 _ITEM_BYTES: dict[KVDType, int] = {"f32": 4, "f16": 2, "int8": 1}
 _SCALE_BYTES: dict[KVDType, int] = {"f32": 0, "f16": 0, "int8": 4}  # of each key and each value of a head
 
-LEAST_SEQUENCES = 8
+LEAST_SEQUENCES = 4
 """For which the layers of a window have room, whatever the context."""
 
 MOST_INT8_HEAD_DIM = 512

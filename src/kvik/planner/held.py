@@ -70,9 +70,9 @@ def held_shape(
 
 
 def _groups(spec: DecoderSpec) -> tuple[LayerGroup, ...]:
-    """Layers with a window apart from those without one."""
+    """The decoder's layers by what they remember, those that see all tokens first."""
     windows = Counter(layer.window for layer in spec.layers)
     return tuple(
         LayerGroup("full" if window is None else "sliding", number, spec.num_kv_heads, spec.head_dim, window)
-        for window, number in windows.items()
+        for window, number in sorted(windows.items(), key=lambda item: item[0] or 0)
     )
