@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
+import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -444,3 +446,22 @@ def test_mingpt_has_a_head_of_its_own_and_another_gelu(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = np.random.default_rng(1).normal(0, 0.1, (264, 64)).astype(np.float32)
     spec = load(write_checkpoint(tmp_path / "m", config, tensors)).decoder.spec
     assert (spec.tied_head, spec.activation) == (False, "gelu_tanh")
+
+
+def test_the_documented_tokenizer_of_single_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    characters = "\n !$&',-.3:;?" + string.ascii_letters
+    stoi = {character: index for index, character in enumerate(sorted(characters))}
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    code = re.search(r"```python\n(from tokenizers.*?)```", text, re.DOTALL)
+    assert code is not None
+    config = nano_config(vocab_size=len(stoi))
+    tensors = nano_tensors()
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][: len(stoi)]
+    folder = write_checkpoint(tmp_path / "folder", config, tensors)
+    (folder / "tokenizer_config.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    exec(code[1], {"stoi": stoi})
+    tokenizer = load(folder).tokenizer
+    verse = "To be, or not to be:\nthat is  the question?"
+    assert tokenizer.encode(verse) == [stoi[character] for character in verse]
+    assert tokenizer.decode(tokenizer.encode(verse)) == verse
