@@ -78,6 +78,7 @@ def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
     assert values["model"] == {"name": str(tiny), "path": str(tiny)}
     assert set(values["engine"]) == {
         "activations",
+        "weights",
         "kv_dtype",
         "context",
         "threads",
@@ -168,6 +169,7 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
     assert values["params"] == options | others
     config = {"activations": "int16", "kv_dtype": "f32", "context": 300, "threads": 1, "kv_memory": 512 << 20}
     config |= {"token_budget": 512, "backend": "native", "prefix_cache": True, "max_running": 64, "max_waiting": 1024}
+    config["weights"] = None
     assert values["engine"] == config
     assert values["use_cache"] is False
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
+import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from kvik.errors import InvalidInput, KvikError, ModelError, NotEnoughMemory
 from kvik.models import loader
 from kvik.models.folder import is_whole
 from kvik.models.loader import LoadedModel, load_model
+from kvik.models.progress import bytes_progress
 from kvik.ops.native import NativeOps
 from models import FloatArray, run
 
@@ -120,13 +124,6 @@ def test_a_gguf_file_keeps_its_types(default_model_path: Path) -> None:
     assert "checkpoint" in caught.value.hint
 
 
-def link_outside(path: Path) -> None:
-    """Move a file next to its folder, and leave a link to it."""
-    target = path.parent.parent / "x.safetensors"
-    path.rename(target)
-    path.symlink_to(target)
-
-
 # What is wrong, and a pattern of what is said.
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 Q_NAME = r"m/model\.safetensors: tensor 'model\.layers\.1\.self_attn\.q_proj\.weight'"
@@ -203,7 +200,7 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "unknown type": (lambda m: change_config(m, model_type="mixtral"), "'mixtral'"),
     "a link that leaves": (
-        lambda m: link_outside(m / "model.safetensors"),
+        lambda m: move_out(m / "model.safetensors", "x.safetensors"),
         r"m/model\.safetensors is a link to .*/x\.safetensors, which is outside",
     ),
     "a shard without an index": (
@@ -358,6 +355,23 @@ def test_progress_counts_the_bytes_to_the_last(whole: Path) -> None:
     assert seen[-1][1] == seen[-1][2] == sum(values.nbytes for values in tiny_tensors(tiny_config()).values())
 
 
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_is_drawn_only_for_what_takes_long(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wait_s, is_drawn in ((1000.0, False), (0.0, True)):
+        screen = Screen()
+        monkeypatch.setattr("sys.stderr", screen)
+        with bytes_progress(wait_s=wait_s) as report:
+            load(whole, progress=report)
+        assert ("m: loading" in screen.getvalue()) == is_drawn
+        assert bool(screen.getvalue()) == is_drawn
+
+
 # nanoGPT and minGPT
 
 
@@ -432,3 +446,22 @@ def test_mingpt_has_a_head_of_its_own_and_another_gelu(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = np.random.default_rng(1).normal(0, 0.1, (264, 64)).astype(np.float32)
     spec = load(write_checkpoint(tmp_path / "m", config, tensors)).decoder.spec
     assert (spec.tied_head, spec.activation) == (False, "gelu_tanh")
+
+
+def test_the_documented_tokenizer_of_single_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    characters = "\n !$&',-.3:;?" + string.ascii_letters
+    stoi = {character: index for index, character in enumerate(sorted(characters))}
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    code = re.search(r"```python\n(from tokenizers.*?)```", text, re.DOTALL)
+    assert code is not None
+    config = nano_config(vocab_size=len(stoi))
+    tensors = nano_tensors()
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][: len(stoi)]
+    folder = write_checkpoint(tmp_path / "folder", config, tensors)
+    (folder / "tokenizer_config.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    exec(code[1], {"stoi": stoi})
+    tokenizer = load(folder).tokenizer
+    verse = "To be, or not to be:\nthat is  the question?"
+    assert tokenizer.encode(verse) == [stoi[character] for character in verse]
+    assert tokenizer.decode(tokenizer.encode(verse)) == verse

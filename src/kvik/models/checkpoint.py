@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,17 @@ from typing import Any
 from kvik.errors import ModelError
 from kvik.models.config_fields import read_json_object
 from kvik.models.folder import ADAPTER, CONFIG, INDEX, adapter_error, no_weights, path_inside, weight_files
+from kvik.models.hf_parts import hf_parts, is_unused
 from kvik.models.hf_spec import FAMILIES
+from kvik.models.parts import Parts
 from kvik.models.safetensors import StoredTensor, read_safetensors
+from kvik.models.spec import DecoderSpec
+
+FLOATS = ("F32", "F16", "BF16")
+"""Types of tensors that kvik runs."""
 
 _ORIGINAL = "take the original checkpoint, which kvik quantises as it loads (`--weights q4`), or a GGUF of the model"
+_NOT_ONE = "weights and config.json do not belong together, or the checkpoint is not whole; download it again"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +95,43 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
             )
         tensors |= found
     return tensors
+
+
+def decoder_parts(checkpoint: Checkpoint, spec: DecoderSpec) -> Parts:
+    """Where the decoder's tensors lie.
+
+    Raises `ModelError` where one is missing, is of another shape or of a type that kvik does not run, or is left over:
+    the decoder is not the one that the checkpoint was made for.
+    """
+    tensors = checkpoint.tensors
+    parts, shapes = hf_parts(spec, tensors.keys()), spec.tensors()
+    used = {part.stored for part in parts.values()}
+    extra = sorted(name for name in tensors if name not in used and not is_unused(spec, name))
+    missing = min(used - tensors.keys(), default=None)
+    if missing is not None:
+        files = {tensor.file.path for tensor in tensors.values()}
+        near = difflib.get_close_matches(missing, extra, 1)
+        raise ModelError(
+            f"{files.pop() if len(files) == 1 else checkpoint.folder}: tensor {missing!r:.120} is missing",
+            hint=f"{f'there is {near[0]!r:.120}; ' if near else ''}{_NOT_ONE}",
+        )
+    if extra:
+        others = f" (nor have {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise tensors[extra[0]].error(
+            f"has no place in a {spec.architecture} decoder of {spec.num_layers:,} layers{others}",
+            "the model has a part that kvik does not run, or its config.json is of another; take another model",
+        )
+    for name, part in parts.items():
+        assert not (part.offset and len(shapes[name]) == 2)  # only norms are stored less something
+        tensor = tensors[part.stored]
+        if tensor.shape != part.shape:
+            raise tensor.error(f"has the shape {tensor.shape}, config.json asks for {part.shape}", _NOT_ONE)
+        if tensor.dtype not in FLOATS:
+            raise tensor.error(
+                f"is of dtype {tensor.dtype}, which kvik does not run",
+                f"take one in {', '.join(FLOATS)}, or save it so: `model.to(torch.bfloat16).save_pretrained(NEW)`",
+            )
+    return parts
 
 
 def _method(quantization: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.config import WeightFormat
-from kvik.errors import ModelError
-from kvik.models.checkpoint import Checkpoint
-from kvik.models.hf_parts import hf_parts, is_unused
+from kvik.models.checkpoint import FLOATS, Checkpoint, decoder_parts
 from kvik.models.parts import Part
 from kvik.models.progress import Progress, silent
 from kvik.models.quantize import GROUP, TYPES, Quantization, Quantizer
@@ -24,7 +21,7 @@ from kvik.ops.base import Ops, Vector, Weight
 FloatArray = npt.NDArray[np.float32]
 Raw = npt.NDArray[Any]  # float32, float16, or uint16 for bfloat16
 
-DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _BITS = {"F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q4_1": 5.0}
 
 # Of a number in its bits: where all of the exponent's are set, it is infinite or NaN.
@@ -36,9 +33,6 @@ FEWEST_VALUES, MOST_VALUES = 1 << 16, 1 << 21  # of a chunk, which grows with th
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _TABLES = ("token_embd.weight", "output.weight")
 """In 8 bits where others get 4: what is lost here shows in the logits at once."""
-
-_NOT_ONE = "weights and config.json do not belong together, or the checkpoint is not whole; download it again"
-_EXTRA = "the model has a part that kvik does not run, or its config.json is of another; take another model"
 
 
 class CheckpointSource:
@@ -57,16 +51,13 @@ class CheckpointSource:
         self.spec = spec
         self.ops = ops
         self.shapes = spec.tensors()
-        self.parts = hf_parts(spec, checkpoint.tensors.keys())
+        self.parts = decoder_parts(checkpoint, spec)
         self.quantizer = None if weights is None else Quantizer(weights)
-        self._check_names()
-        for name, part in self.parts.items():
-            self._check_form(part, checkpoint.tensors[part.stored], name)
         num_values = {name: math.prod(shape) for name, shape in self.shapes.items()}
         self._most_values = min(max(sum(num_values.values()) // 1024, FEWEST_VALUES), MOST_VALUES)
         self._progress = progress
         self._done_bytes = 0
-        self._total_bytes = sum(size * DTYPES[self._tensor(name).dtype].itemsize for name, size in num_values.items())
+        self._total_bytes = sum(size * _DTYPES[self._tensor(name).dtype].itemsize for name, size in num_values.items())
         self._check_tied_head()
 
     @property
@@ -86,7 +77,7 @@ class CheckpointSource:
         """A matrix, packed."""
         rows, columns = self.shapes[name]
         kind = self._type_of(name)
-        if self.quantizer is not None and kind not in DTYPES:
+        if self.quantizer is not None and kind not in FLOATS:
             return self.ops.load_rows(kind, self._quantized_rows(name, kind, self.quantizer), rows, columns)
         if self.quantizer is not None and columns % GROUP:
             self.quantizer.kept.append(self.parts[name].stored)
@@ -151,30 +142,6 @@ class CheckpointSource:
 
     # What is checked.
 
-    def _check_names(self) -> None:
-        tensors = self.checkpoint.tensors
-        used = {part.stored for part in self.parts.values()}
-        extra = sorted(name for name in tensors if name not in used and not is_unused(self.spec, name))
-        for name in sorted(used - tensors.keys()):
-            near = difflib.get_close_matches(name, extra, 1)
-            raise ModelError(
-                f"{self._where()}: tensor {name!r:.120} is missing",
-                hint=f"{f'there is {near[0]!r:.120}; ' if near else ''}{_NOT_ONE}",
-            )
-        if extra:
-            others = f" (nor have {len(extra) - 1} more)" if len(extra) > 1 else ""
-            raise tensors[extra[0]].error(f"has no place in a {self._decoder_name()}{others}", _EXTRA)
-
-    def _check_form(self, part: Part, tensor: StoredTensor, name: str) -> None:
-        assert not (part.offset and len(self.shapes[name]) == 2)  # only norms are stored less something
-        if tensor.shape != part.shape:
-            raise tensor.error(f"has the shape {tensor.shape}, config.json asks for {part.shape}", _NOT_ONE)
-        if tensor.dtype not in DTYPES:
-            raise tensor.error(
-                f"is of dtype {tensor.dtype}, which kvik does not run",
-                f"take one in {', '.join(DTYPES)}, or save it so: `model.to(torch.bfloat16).save_pretrained(NEW)`",
-            )
-
     def _check_tied_head(self) -> None:
         """A head that is stored although it is tied must be the embedding, bit for bit."""
         if not self.spec.tied_head:
@@ -216,17 +183,10 @@ class CheckpointSource:
             return self._tensor(name).dtype
         return TYPES["q8" if name in _TABLES else self.quantizer.weights]
 
-    def _decoder_name(self) -> str:
-        return f"{self.spec.architecture} decoder of {self.spec.num_layers:,} layers"
-
-    def _where(self) -> str:
-        files = {tensor.file.path for tensor in self.checkpoint.tensors.values()}
-        return str(files.pop() if len(files) == 1 else self.checkpoint.folder)
-
 
 def _view(tensor: StoredTensor) -> Raw:
     """The values, of bfloat16 the bits."""
-    return tensor.data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return tensor.data.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def _rows(part: Part, start: int, stop: int) -> slice | npt.NDArray[np.int64]:

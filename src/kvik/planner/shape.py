@@ -68,10 +68,10 @@ class WeightTensors:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """One model: from the catalogue, a config.json or a GGUF header."""
+    """One model: from the catalogue, a config.json, or the headers of a GGUF file or of a checkpoint."""
 
     name: str
-    origin: Literal["catalogue", "config.json", "gguf"]
+    origin: Literal["catalogue", "config.json", "gguf", "checkpoint"]
     source: str  # where the figures come from: a citation, a path or a Hub id
     num_layers: int
     hidden_size: int

@@ -1,15 +1,17 @@
 """From what a caller calls a model to its shape; no weights are read and, but for an unknown Hub id, no network used.
 
 smollm2, llama-3-8b            the model's GGUF header where it is on this machine, else the catalogue
-./model.gguf, ./folder         a file's header; a folder's config.json
-org/name, org/name:file.gguf   a Hub id's config.json, or the header of its cached file
+./model.gguf, ./folder         a file's header; a folder's config.json, and the headers of its weights
+org/name, org/name:file.gguf   a Hub id's config.json, or the headers of what is cached of it
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from kvik.errors import DownloadError, ModelNotFound
+from kvik.errors import DownloadError, ModelError, ModelNotFound
 from kvik.planner.catalogue import find_model, near_models
 from kvik.planner.shape import ModelShape
 
@@ -66,7 +68,12 @@ def _read_file(path: Path, name: str) -> ModelShape:
 def _read_folder(folder: Path, name: str) -> ModelShape:
     config = folder / "config.json"
     if config.is_file():
-        return _read_file(config, name)
+        from kvik.planner.checkpoint_header import read_folder
+
+        try:
+            return read_folder(folder, name)
+        except ModelError:  # kvik would not run it, but its config may tell its shape
+            return _read_file(config, name)
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
         return _read_file(files[0], name)
@@ -75,13 +82,15 @@ def _read_folder(folder: Path, name: str) -> ModelShape:
 
 
 def _from_hub(name: str) -> ModelShape:
-    from kvik.models.hub import HubName, config_file
+    from kvik.models.hub import CHECKPOINT, HubName, config_file
     from kvik.models.store import find, identify
 
     source = identify(name)
     assert isinstance(source, HubName)
-    if source.file is not None:
+    if source.file not in (None, CHECKPOINT):
         return _read_file(find(name), name)
+    with suppress(ModelNotFound):  # not on this machine: its config is small
+        return _read_folder(find(str(replace(source, file=CHECKPOINT))), name)
     try:
         return _read_file(config_file(source), name)
     except DownloadError as error:

@@ -1,0 +1,78 @@
+"""A model's shape from its decoder and the types of its tensors: what kvik will hold of it, to the byte."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from kvik.models.spec import DecoderSpec
+from kvik.planner.shape import LayerGroup, ModelShape, WeightTensors
+from kvik.planner.weights import FORMATS, packed_matrix_bytes
+
+
+def held_shape(
+    spec: DecoderSpec,
+    types: Mapping[str, str],
+    *,
+    name: str,
+    origin: Literal["gguf", "checkpoint"],
+    path: Path,
+    file_bytes: int,
+) -> ModelShape:
+    """The shape of a model whose tensors have these types, by the names of `DecoderSpec.tensors()`."""
+    shapes = spec.tensors()
+    num_values = {tensor: math.prod(shape) for tensor, shape in shapes.items()}
+    matrices = [tensor for tensor, shape in shapes.items() if len(shape) == 2]
+    by_format: Counter[str] = Counter()
+    for tensor in matrices:
+        by_format[types[tensor].lower()] += int(num_values[tensor] * FORMATS[types[tensor].lower()].file_bits / 8)
+    looked_up = [] if spec.tied_head else ["token_embd.weight"]
+    if spec.num_learned_positions:
+        looked_up.append("position_embd.weight")
+
+    def held_bytes(tensor: str) -> int:
+        """A matrix packed, a vector in float32."""
+        if tensor not in matrices:
+            return 4 * num_values[tensor]
+        rows, columns = shapes[tensor]
+        return packed_matrix_bytes(rows, columns, FORMATS[types[tensor].lower()])
+
+    all_bytes = sum(map(held_bytes, shapes))
+    main = by_format.most_common(1)[0][0]
+    return ModelShape(
+        name=name,
+        origin=origin,
+        source=str(path),
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        groups=_groups(spec),
+        max_context=spec.context_length,
+        vocab_size=spec.vocab_size,
+        num_params=sum(num_values[tensor] for tensor in matrices),
+        num_table_params=sum(num_values[tensor] for tensor in looked_up),
+        intermediate_size=spec.intermediate_size,
+        tensors=WeightTensors(
+            format=main,
+            held_bytes=all_bytes,
+            step_bytes=all_bytes - sum(map(held_bytes, looked_up)),
+            file_bytes=file_bytes,
+            quantized=FORMATS[main].quantized,
+        ),
+        rope_token_bytes=spec.position_bytes,
+        runs=True,
+    )
+
+
+def _groups(spec: DecoderSpec) -> tuple[LayerGroup, ...]:
+    """The decoder's layers by what they remember, those that see all tokens first."""
+    windows = Counter(layer.window for layer in spec.layers)
+    return tuple(
+        LayerGroup("full" if window is None else "sliding", number, spec.num_kv_heads, spec.head_dim, window)
+        for window, number in sorted(windows.items(), key=lambda item: item[0] or 0)
+    )
