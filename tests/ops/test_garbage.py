@@ -267,6 +267,20 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "pool": pool,
         },
     ),
+    "WeightPacker": (
+        _native.WeightPacker,
+        {
+            "type": one_of(*TYPES, "", "Q9_9", "\0", "x" * 10_000),
+            "rows": one_of(8, 8, *INTEGERS),
+            "columns": one_of(256, 256, 32, *INTEGERS),
+            "arena": one_of(ARENA),
+        },
+    ),
+    "WeightPacker.add": (
+        lambda **arguments: _native.WeightPacker("Q8_0", 20, 64, ARENA).add(**arguments),
+        {"source": array_of(np.uint8, (8 * 68,), (16 * 68,), (20 * 68,), (4 * 68,), (0,)), "pool": pool},
+    ),
+    "WeightPacker.finish": (lambda: _native.WeightPacker("Q8_0", 20, 64, ARENA).finish(), {}),
     "project": (
         _native.project,
         {

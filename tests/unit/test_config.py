@@ -126,6 +126,7 @@ BAD_SAMPLING: dict[str, list[Any]] = {
 }
 GOOD_ENGINE: dict[str, list[Any]] = {
     "activations": ["int8", "int16"],
+    "weights": [None, "q8", "q4"],
     "kv_dtype": ["f16", "f32", "int8"],
     "context": [None, 2, 4096, MOST_TOKENS],
     "threads": [None, 1, 256],
@@ -138,6 +139,7 @@ GOOD_ENGINE: dict[str, list[Any]] = {
 }
 BAD_ENGINE: dict[str, list[Any]] = {
     "activations": ["", "int4", "INT8", None, 8, b"int8", ["int8"]],
+    "weights": ["", "q4_0", "Q8", 8, ["q8"], True],
     "kv_dtype": ["", "q8", "fp16", None, 16, ["f16"]],
     "context": [-1, 0, 1, *NOT_INTEGERS[1:]],
     "threads": [-1, 0, 257, *NOT_INTEGERS[1:]],
