@@ -454,3 +454,19 @@ def test_check_finds_a_table_without_the_path_to_its_blocks() -> None:
     table.block_ids[1], other.block_ids[1] = other.block_ids[1], table.block_ids[1]
     with pytest.raises(AssertionError, match="without its path"):
         cache.check([table, other])
+
+
+def test_a_block_that_agrees_in_part_is_room_where_nobody_else_needs_any() -> None:
+    """No copy of it would fit, so it is written where it lies: the request must not be turned away for it."""
+    cache = manager(3)
+    fill(cache, [0, 1, 9, 9])
+    tokens = [0, 1, *run(50, 10)]
+    match = cache.match(tokens)
+    assert match.tail is not None
+    assert cache.has_room(match, 12, 0)
+    assert not cache.has_room(match, 12, 1), "one is promised to others"
+    assert not cache.has_room(match, 13, 0)
+    table = cache.new_table()
+    cache.adopt(table, tokens, match)
+    assert cache.reserve(table, 12, 2) == []
+    cache.check([table])

@@ -147,9 +147,11 @@ class CacheManager:
 
     def has_room(self, match: Match, num_tokens: int, num_promised: int) -> bool:
         """Whether `num_tokens` tokens that match so far find blocks, without taking those promised to others."""
-        wanted = _ids_of(match)
-        num_available = self.pool.num_available - sum(self.pool.ref_count(block_id) == 0 for block_id in wanted)
-        return self.spec.num_blocks_for(num_tokens) - len(match.block_ids) + num_promised <= num_available
+        num_available = self.pool.num_available - sum(self.pool.ref_count(each) == 0 for each in match.block_ids)
+        needed = self.spec.num_blocks_for(num_tokens) - len(match.block_ids)
+        if match.tail and self.pool.ref_count(match.tail[0]) == 0 and num_promised:
+            needed += 1  # it is copied, and stays; where nobody else needs a block it is written itself if need be
+        return needed + num_promised <= num_available
 
     def reserve(self, table: BlockTable, num_tokens: int, num_computed_tokens: int) -> list[BlockCopy] | None:
         """Blocks for `num_tokens` tokens, of which those after the computed ones can be written; `None`: not now.
