@@ -247,3 +247,15 @@ def test_stored_tensors_that_no_decoder_uses(name: str, stored: str, unused: boo
 
 def test_cases_are_json() -> None:
     assert json.loads(json.dumps(CASES)) == CASES
+
+
+def test_longrope_has_the_factors_of_the_context_that_is_used() -> None:
+    config, path = CASES["phi3-long"], Path("config.json")
+    whole, short = read_hf_spec(config, path), read_hf_spec(config, path, 80)
+    original = config["original_max_position_embeddings"]
+    assert read_hf_spec(config, path, original + 1) == whole
+    assert read_hf_spec(config, path, original) == read_hf_spec(config, path, 2)
+    assert [spec.ropes[0].factors for spec in (whole, short)] == [
+        tuple(map(float, config["rope_scaling"][key])) for key in ("long_factor", "short_factor")
+    ]
+    assert whole.context_length == short.context_length

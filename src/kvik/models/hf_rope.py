@@ -32,23 +32,25 @@ class Rotary:
 PLAIN_ROTARY = Rotary()
 
 
-def read_ropes(config: ConfigFields, rotary: Rotary, head_dim: int, context: int) -> tuple[RopeSpec, RopeSpec]:
-    """Of layers that see all, and of those with a window."""
+def read_ropes(
+    config: ConfigFields, rotary: Rotary, head_dim: int, context: int, used: int
+) -> tuple[RopeSpec, RopeSpec]:
+    """Of layers that see all, and of those with a window; `used` is how much of the model's context will be."""
     theta = config.number(rotary.theta_key, rotary.theta, above=1.0)
     partial = config.number(rotary.partial_key, rotary.partial, most=1.0)
     old, new = config.object("rope_scaling"), config.object("rope_parameters")
     given = old if old and old.fields else new or ConfigFields({}, config.path)
     inner = [given.object(kind) for kind in ("full_attention", "sliding_attention")]
-    everywhere = _rope(config, inner[0] or given, theta, partial, head_dim, context)
+    everywhere = _rope(config, inner[0] or given, theta, partial, head_dim, context, used)
     if inner[1] is None and not rotary.windows_plain:
         return everywhere, everywhere
     windows_theta = config.number("rope_local_base_freq", rotary.windows_theta or theta, above=1.0)
     in_windows = inner[1] or ConfigFields({}, config.path)
-    return everywhere, _rope(config, in_windows, windows_theta, partial, head_dim, context)
+    return everywhere, _rope(config, in_windows, windows_theta, partial, head_dim, context, used)
 
 
 def _rope(
-    config: ConfigFields, given: ConfigFields, theta: float, partial: float, head_dim: int, context: int
+    config: ConfigFields, given: ConfigFields, theta: float, partial: float, head_dim: int, context: int, used: int
 ) -> RopeSpec:
     """One rotary embedding; `theta` and `partial` hold where its own fields do not say."""
     kind = given.text("rope_type", given.text("type", "default"))
@@ -61,7 +63,7 @@ def _rope(
     original = config.optional("original_max_position_embeddings") or given.count(
         "original_max_position_embeddings", context, most=MOST_CONTEXT
     )
-    factors, magnitude = _SCALINGS[kind](given, _Span(theta, num_dims, context, original))
+    factors, magnitude = _SCALINGS[kind](given, _Span(theta, num_dims, context, original, used))
     return RopeSpec(theta, num_dims, adjacent_pairs=False, factors=factors, magnitude=magnitude)
 
 
@@ -73,6 +75,7 @@ class _Span:
     num_dims: int
     context: int
     original: int
+    used: int  # of the context
 
 
 def _mild(given: ConfigFields, key: str, default: float | None = None) -> float:
@@ -118,8 +121,8 @@ def _yarn(given: ConfigFields, span: _Span) -> _Scaling:
 
 
 def _longrope(given: ConfigFields, span: _Span) -> _Scaling:
-    """The factors of the whole context: those of a short one hold only for a model that is for no more than that."""
-    key = "short_factor" if span.context <= span.original else "long_factor"
+    """One set of factors for all tokens, by the context that will be used: a key that is kept must not change."""
+    key = "short_factor" if span.used <= span.original else "long_factor"
     num_pairs = span.num_dims // 2
     divisors = given.list(key, num_pairs, (int, float))
     if divisors is None or not all(1e-6 < divisor <= 1e6 for divisor in divisors):

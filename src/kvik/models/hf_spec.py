@@ -288,15 +288,18 @@ def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
     return ConfigFields({**fields.fields, **silent}, path)
 
 
-def read_hf_spec(config: Mapping[str, Any], path: Path) -> DecoderSpec:
-    """The decoder that a config.json describes. Raises `ModelError`, which names the field."""
+def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = None) -> DecoderSpec:
+    """The decoder that a config.json describes. Raises `ModelError`, which names the field.
+
+    `context` is that of the sequences to come, where it is shorter than the model's: LongRoPE has other divisors then.
+    """
     fields = text_config(config, path)
     model_type = fields.text("model_type")
     family = FAMILIES[model_type]
     hidden_size = fields.count("hidden_size")
     num_heads = fields.count("num_attention_heads", most=hidden_size)
     head_dim = _head_dim(fields, family, hidden_size, num_heads)
-    context = fields.count("max_position_embeddings", most=MOST_CONTEXT)
+    context_length = fields.count("max_position_embeddings", most=MOST_CONTEXT)
     spec = DecoderSpec(
         architecture=model_type,
         hidden_size=hidden_size,
@@ -305,8 +308,8 @@ def read_hf_spec(config: Mapping[str, Any], path: Path) -> DecoderSpec:
         num_kv_heads=family.kv_heads(fields, num_heads),
         head_dim=head_dim,
         vocab_size=fields.count("vocab_size"),
-        context_length=context,
-        layers=_layers(fields, family, head_dim, context),
+        context_length=context_length,
+        layers=_layers(fields, family, head_dim, context_length, context or context_length),
         tied_head=fields.flag("tie_word_embeddings", family.tied),
         **family.fields(fields),
     )
@@ -338,13 +341,13 @@ def activation_of(config: ConfigFields, key: str, default: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def _layers(config: ConfigFields, family: Family, head_dim: int, context: int) -> tuple[LayerSpec, ...]:
+def _layers(config: ConfigFields, family: Family, head_dim: int, context: int, used: int) -> tuple[LayerSpec, ...]:
     num_layers = config.count("num_hidden_layers", most=MOST_LAYERS)
     turns = _turning_layers(config, num_layers)
     windows = _windows(config, family, turns, context)
     if family.rotary is None:
         return tuple(LayerSpec(None, window) for window in windows)
-    everywhere, in_windows = read_ropes(config, family.rotary, head_dim, context)
+    everywhere, in_windows = read_ropes(config, family.rotary, head_dim, context, used)
     return tuple(
         LayerSpec(None if not turning else everywhere if window is None else in_windows, window)
         for turning, window in zip(turns, windows, strict=True)

@@ -87,7 +87,7 @@ def _load_folder(
     from kvik.models.tokenizer_json import FolderTokenizer
 
     checkpoint = read_checkpoint(folder)
-    spec = read_hf_spec(checkpoint.config, checkpoint.config_path)
+    spec = read_hf_spec(checkpoint.config, checkpoint.config_path, context)
     context = _chosen_context(folder, spec, context)
     approve(spec, context)
     tokenizer = FolderTokenizer(folder, spec.vocab_size)
