@@ -90,6 +90,16 @@ def test_the_same_vocabulary_as_gguf_gives_the_same_tokens(
     assert gguf.bos_token_id == tokenizer.bos_token_id
 
 
+def test_a_space_written_as_a_byte_is_dropped_from_the_start_as_any_other(tokenizer_of: TokenizerOf) -> None:
+    kind, tokenizer = KINDS["llama2"](), tokenizer_of("llama2")
+    space = kind.library.token_to_id("<0x20>")
+    letter = kind.library.token_to_id("<0x61>")
+    for token_ids in ([space, letter], [space, space, letter], [letter, space, letter]):
+        expected = kind.library.decode(token_ids)
+        assert tokenizer.decode(token_ids) == expected
+        assert GGUFTokenizer(kind.metadata(), "model.gguf").decode(token_ids) == expected
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "llama2", "llama2_not_legacy", "gemma", "unigram"])
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)

@@ -369,10 +369,11 @@ class GGUFTokenizer(Tokenizer):
         if kind in _SPECIAL_TYPES:
             return b"" if skip_special else text.encode()
         if kind == TokenType.BYTE and (match := _BYTE_TOKEN.fullmatch(text)):
-            return bytes((int(match[1], 16),))
-        if self._byte_level and kind != TokenType.USER_DEFINED:
-            return byte_level_bytes(text)
-        data = self._literal(text).encode()
+            data = bytes((int(match[1], 16),))
+        elif self._byte_level and kind != TokenType.USER_DEFINED:
+            data = byte_level_bytes(text)
+        else:
+            data = self._literal(text).encode()
         return data.removeprefix(b" ") if starts_text and self.add_space_prefix else data
 
 

@@ -327,12 +327,14 @@ class _Decoding:
         if self.byte_level:
             return byte_level_bytes(text)
         if self.byte_tokens and (match := _BYTE_TOKEN.fullmatch(text)):
-            return bytes((int(match[1], 16),))
-        if starts_text and self.drops_marks:
-            text = text.replace(self.drops_marks, "")
-        for old, new in self.replacements:
-            text = text.replace(old, new)
-        return (text.removeprefix(" ") if starts_text and self.drops_first_space else text).encode()
+            data = bytes((int(match[1], 16),))
+        else:
+            if starts_text and self.drops_marks:
+                text = text.replace(self.drops_marks, "")
+            for old, new in self.replacements:
+                text = text.replace(old, new)
+            data = text.encode()
+        return data.removeprefix(b" ") if starts_text and self.drops_first_space else data
 
 
 def _steps(decoder: object, path: Path) -> Iterator[dict[str, Any]]:
