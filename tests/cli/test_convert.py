@@ -82,6 +82,13 @@ def test_the_command_measures_and_warns(kvik: Kvik, tiny: Path, tmp_path: Path) 
     assert all(0 < row["loss"] < 50 for row in report["rows"])
 
 
+def test_a_model_of_few_positions_is_measured_too(kvik: Kvik, tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "a.gguf", context_length=24)
+    result = kvik("convert", str(source), "--kv-heads", "1", "--out", str(tmp_path / "b.gguf"), "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["rows"]) == 2
+
+
 @pytest.mark.parametrize(
     ("heads", "out", "message"),
     [

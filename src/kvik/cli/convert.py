@@ -99,11 +99,12 @@ def _decode_speeds(llms: dict[int, LLM]) -> dict[int, float]:
     """Tokens a second behind the text, by median; the models take turns."""
     import statistics
 
-    params = SamplingParams(max_tokens=DECODED, ignore_eos=True)
+    decoded = min(DECODED, min(llm.model.context for llm in llms.values()) // 2)
+    params = SamplingParams(max_tokens=decoded, ignore_eos=True)
     found: dict[int, list[float]] = {heads: [] for heads in llms}
     for _ in range(ROUNDS):
         for heads, llm in llms.items():
-            (completion,) = llm.generate([llm.encode(TEXT)[: llm.model.context - DECODED]], params)
+            (completion,) = llm.generate([llm.encode(TEXT)[: llm.model.context - decoded]], params)
             found[heads].append((completion.stats.num_completion_tokens - 1) / completion.stats.decode_s)
     return {heads: statistics.median(speeds) for heads, speeds in found.items()}
 

@@ -16,7 +16,8 @@ from kvik.models.gguf_spec import read_spec
 from kvik.models.progress import Progress, silent
 from kvik.models.spec import DecoderSpec
 
-_POOLED = re.compile(r"blk\.\d+\.attn_[kv]\.(weight|bias)")
+_PROJECTIONS = re.compile(r"blk\.\d+\.attn_[kv]\.(weight|bias)")
+_KEY_NORMS = re.compile(r"blk\.\d+\.attn_k_norm\.weight")
 _FLOATS = ("F32", "F16", "BF16")
 _PACKABLE = (*_FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 """Types that the gguf library can write; the means of others become Q8_0."""
@@ -25,8 +26,8 @@ _PACKABLE = (*_FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 def pool_kv_heads(source: Path, target: Path, num_kv_heads: int, progress: Progress = silent) -> DecoderSpec:
     """Write the model of `source` with so many KV heads, each the mean of neighbours, and give its shape before.
 
-    Without training such a model is worse than the one it came from. Raises
-    `ModelError`, and `InvalidInput` for a number that does not divide the model's KV heads.
+    Without training such a model is worse than the one it came from. Raises `ModelError`, and `InvalidInput` for a
+    number that does not divide the model's KV heads and for fused projections.
     """
     file = read_gguf(source)  # which checks what the library's reader trusts
     spec = read_spec(file)
@@ -36,7 +37,7 @@ def pool_kv_heads(source: Path, target: Path, num_kv_heads: int, progress: Progr
             f"--kv-heads is {num_kv_heads}, {source.name} has {spec.num_kv_heads} KV heads",
             hint=f"give {' or '.join(fits)}" if fits else "it has the fewest already",
         )
-    if not any(_POOLED.fullmatch(name) for name in file.tensors):
+    if not any(_PROJECTIONS.fullmatch(name) for name in file.tensors):
         raise InvalidInput(
             f"{source.name} keeps queries, keys and values in one matrix, which is not cut apart here",
             hint="take a model with matrices of their own, like the Llama family's",
@@ -56,7 +57,9 @@ def pool_kv_heads(source: Path, target: Path, num_kv_heads: int, progress: Progr
     done_bytes, all_bytes = 0, source.stat().st_size
     for tensor in reader.tensors:
         data, stored_as = tensor.data, tensor.tensor_type
-        if _POOLED.fullmatch(tensor.name):
+        # A norm of all keys of a token has weights for each head; one of a head alone is shared by all of them.
+        of_heads = _PROJECTIONS.fullmatch(tensor.name) or (spec.qk_norm == "row" and _KEY_NORMS.fullmatch(tensor.name))
+        if of_heads:
             data, stored_as = _pooled(data, stored_as, spec, num_kv_heads)
         writer.add_tensor(tensor.name, data, raw_dtype=stored_as)
         done_bytes += tensor.n_bytes
