@@ -1,0 +1,449 @@
+"""Makers of arguments for every function of the native module, right ones and wrong ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kvik import _native
+
+POOL, ARENA = _native.ThreadPool(2), _native.WeightArena()
+BLOCKS, KV_HEADS, HEADS, HEAD_DIM = 4, 2, 4, 16
+TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+INTEGERS = (-(2**63), -(2**31), -1, 0, 1, 2, 3, 8, 32, 33, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**70)
+SIZES = (0, 1, 2, 3, 4, 8, 16, 32, 33, 64)
+FLOATS = (0.0, -0.0, 1e-5, 1.0, -1.0, 1e38, 1e-45, float("inf"), float("-inf"), float("nan"), 1e300)
+ODDITIES: tuple[Any, ...] = (None, object(), "text", "", b"bytes", 1.5, 7, -1, True, [], [1.0], {}, (), 2**70, Ellipsis)
+ARRAY_TYPES = (np.float32, np.int32, np.uint8, np.float64, np.int64, np.float16, np.int8, np.bool_, np.complex64)
+
+Maker = Callable[[random.Random], Any]
+Arguments = dict[str, Maker]
+
+
+# Makers of one argument. Most of what they make is right in kind and wrong in some size, which is what checks are for:
+# a call whose every argument is nonsense is refused at the first.
+
+
+def one_of(*values: Any) -> Maker:
+    return lambda chance: chance.choice(values)
+
+
+def numbers(shape: tuple[int, ...], dtype: Any, chance: random.Random) -> np.ndarray[Any, Any]:
+    rng = np.random.default_rng(chance.randrange(2**32))
+    if dtype is np.int32:
+        most = chance.choice((1, 3, 8, 95, 2**31 - 1))
+        return rng.integers(-1 if chance.random() < 0.1 else 0, most, shape, np.int32)
+    if dtype is np.float32:
+        array = rng.normal(0, 10.0 ** chance.randint(-30, 30), shape).astype(np.float32)
+        if array.size and chance.random() < 0.3:
+            array.flat[chance.randrange(array.size)] = chance.choice(FLOATS[:-1])
+        return array
+    return rng.integers(0, 256, shape).astype(dtype)
+
+
+def array_of(dtype: Any, *good: tuple[int, ...]) -> Maker:
+    """An array of one of the good shapes, or with one thing wrong."""
+
+    def make(chance: random.Random) -> Any:
+        shape = chance.choice(good)
+        if chance.random() < 0.25:
+            axis = chance.randrange(len(shape))
+            shape = (*shape[:axis], chance.choice(SIZES), *shape[axis + 1 :])
+        array = numbers(shape, dtype, chance)
+        return spoiled(array, chance) if chance.random() < 0.12 else array
+
+    return make
+
+
+def spoiled(array: np.ndarray[Any, Any], chance: random.Random) -> Any:
+    """The array as a kernel must not take it."""
+    wide = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    with np.errstate(all="ignore"):
+        other = array.astype(chance.choice(ARRAY_TYPES))
+    unaligned = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    swapped = array.astype(array.dtype.newbyteorder()) if array.dtype.itemsize > 1 else array.astype(np.int16)
+    broadcast = np.broadcast_to(np.zeros((), array.dtype), array.shape)
+    return chance.choice(
+        (wide[..., ::2], array[::-1], array.T, array[None], array.reshape(-1), read_only, other, unaligned, swapped,
+         broadcast, array.tolist(), array.data, np.asfortranarray(array))
+    )  # fmt: skip
+
+
+def weight(chance: random.Random) -> Any:
+    """Packed from random bytes: its scales may be infinite or no numbers."""
+    kind = chance.choice(TYPES)
+    rows, columns = chance.choice((1, 8, 9, 20)), 256 if kind.endswith("K") else chance.choice((32, 64))
+    return _native.pack(kind, numbers((rows * row_bytes(kind, columns),), np.uint8, chance), rows, columns, ARENA, POOL)
+
+
+def row_bytes(kind: str, columns: int) -> int:
+    sizes = {"F32": 128, "F16": 64, "BF16": 64, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
+    of_256 = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+    return columns // 256 * of_256[kind] if kind in of_256 else columns // 32 * sizes[kind]
+
+
+def list_of(maker: Maker) -> Maker:
+    return lambda chance: [maker(chance) for _ in range(chance.choice((0, 1, 1, 2, 3)))]
+
+
+def arrays(chance: random.Random) -> Any:
+    return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, chance.choice(("f16", "f32", "int8")))
+
+
+def layer(chance: random.Random) -> Any:
+    return arrays(chance).layer(0)
+
+
+def matrices(*widths: int) -> Maker:
+    return array_of(np.float32, *[(tokens, width) for tokens in (1, 3) for width in widths])
+
+
+def heads_of(count: int) -> Maker:
+    return array_of(np.float32, (3, count, HEAD_DIM), (3, count, HEAD_DIM), (1, count, HEAD_DIM))
+
+
+pool = one_of(POOL)
+per_token = array_of(np.int32, (3,), (3,), (1,))
+whole = one_of(*INTEGERS)
+
+
+def q8_0(rows: int, columns: int) -> Any:
+    return _native.pack("Q8_0", np.zeros(rows * columns // 32 * 34, np.uint8), rows, columns, ARENA, POOL)
+
+
+def linear_of(matrix: Any) -> Any:
+    return _native.Linear(matrix, None, 1.0)
+
+
+WIDTH = HEADS * HEAD_DIM
+TABLE, TURNS = q8_0(40, WIDTH), np.zeros((96, 8, 2), np.float32)
+NORM = _native.Norm(np.ones(WIDTH, np.float32), 1e-5, None, False)
+
+
+# A step of three tokens that fits, by argument.
+GOOD_STEP: dict[str, Callable[[], Any]] = {
+    "token_ids": lambda: np.array([0, 39, 7], np.int32),
+    "positions": lambda: np.array([0, 1, 2], np.int32),
+    "slots": lambda: np.array([0, 1, 2], np.int32),
+    "sequence_index": lambda: np.zeros(3, np.int32),
+    "block_tables": lambda: np.array([[0, 1]], np.int32),
+    "logit_rows": lambda: np.array([1, 2], np.int32),
+    "windows": lambda: [],
+    "out": lambda: np.empty((2, 20), np.float32),
+    "first": lambda: 0,
+    "last": lambda: 5,
+}
+
+
+def new_program() -> _native.Program:
+    """One that has a value, 0: rows of width 64."""
+    program = _native.Program(POOL, False)
+    program.embed(TABLE, False, 1.0)
+    return program
+
+
+def whole_program() -> _native.Program:
+    """A step from tokens to logits."""
+    program = new_program()
+    query, key = (linear_of(q8_0(rows, WIDTH)) for rows in (WIDTH, KV_HEADS * HEAD_DIM))
+    kv = _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, "f16").layer(0)
+    q = program.norm_qkv(0, NORM, query, key, key, None, None, TURNS, True, kv)
+    attended = program.attend(q, kv, 0.25, 0.0, None)
+    program.finish(program.norm_linear(program.take_rows(attended), NORM, linear_of(q8_0(20, WIDTH))))
+    return program
+
+
+def run_program() -> _native.Program:
+    """The same, run once: its values have rows."""
+    program = whole_program()
+    run: Callable[..., Any] = program.run
+    run(**{name: make() for name, make in GOOD_STEP.items()}, timed=False)
+    return program
+
+
+def on_program(method: str, make: Callable[[], _native.Program] = new_program) -> Callable[..., Any]:
+    return lambda **arguments: getattr(make(), method)(**arguments)
+
+
+def wide_program() -> _native.Program:
+    """With value 1, as wide as the keys of a token."""
+    program = new_program()
+    program.linear(0, linear_of(q8_0(KV_HEADS * HEAD_DIM, WIDTH)), None)
+    return program
+
+
+def rows_program() -> _native.Program:
+    """With value 1, a row for each logit row."""
+    program = new_program()
+    program.take_rows(0)
+    return program
+
+
+value = one_of(0, 0, 0, 1, -1, 5, *INTEGERS)
+turns = array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2))
+activation = one_of("silu", "gelu", "gelu_tanh", "relu", "", "swish", "\0")
+
+
+def norm_of(*widths: int) -> Maker:
+    """A norm that often fits."""
+
+    def make(chance: random.Random) -> Any:
+        width = chance.choice(widths) if chance.random() < 0.9 else chance.choice(SIZES[1:])
+        weight, bias = (numbers((width,), np.float32, chance) for _ in range(2))
+        return _native.Norm(weight, chance.choice(FLOATS), chance.choice((None, bias)), chance.random() < 0.5)
+
+    return make
+
+
+product = {"x": value, "norm": lambda chance: None if chance.random() < 0.2 else norm_of(WIDTH)(chance)}
+step: Arguments = {
+    "token_ids": per_token,
+    "positions": per_token,
+    "slots": per_token,
+    "sequence_index": per_token,
+    "block_tables": array_of(np.int32, (2, 3), (1, 3), (4, 1)),
+    "logit_rows": array_of(np.int32, (2,), (2,), (0,)),
+    "windows": list_of(lambda chance: (per_token(chance), array_of(np.int32, (1, 2), (2, 3))(chance))),
+}
+
+
+def any_linear(chance: random.Random) -> Any:
+    return with_bias(weight(chance), chance)
+
+
+def with_bias(matrix: Any, chance: random.Random) -> Any:
+    bias = numbers((matrix.rows,), np.float32, chance) if chance.random() < 0.5 else None
+    return _native.Linear(matrix, bias, chance.choice((1.0, *FLOATS)))
+
+
+def fitting(*shapes: tuple[int, int]) -> Maker:
+    """A projection that often fits."""
+    return lambda chance: with_bias(q8_0(*chance.choice(shapes)) if chance.random() < 0.8 else weight(chance), chance)
+
+
+# By name: a constructor, function or method, and its arguments.
+CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
+    # Not a real number of threads: they would be started. Everything that a C int does not hold is refused.
+    "ThreadPool": (_native.ThreadPool, {"num_threads": one_of(*(n for n in INTEGERS if not 3 < n < 2**31))}),
+    "KVArrays": (
+        _native.KVArrays,
+        {
+            "num_layers": one_of(1, 2, 3, *INTEGERS),
+            "num_blocks": one_of(1, 8, 9, 100, *INTEGERS),
+            "num_kv_heads": one_of(1, 2, 3, *INTEGERS),
+            "head_dim": one_of(8, 16, 24, 64, 1024, *INTEGERS),
+            "dtype": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "é" * 100),
+            "group": one_of(0, 1, 63, *INTEGERS),
+        },
+    ),
+    "KVArrays.layer": (
+        lambda index: _native.KVArrays(2, BLOCKS, KV_HEADS, HEAD_DIM, "f16").layer(index),
+        {"index": whole},
+    ),
+    "pack": (
+        _native.pack,
+        {
+            "type": one_of(*TYPES, "", "Q9_9", "q4_0", "IQ4_NL", "\0", "F32\0", "x" * 10_000),
+            "source": array_of(np.uint8, *[(8 * row_bytes(kind, 256),) for kind in TYPES], (0,), (1,), (17,)),
+            "rows": one_of(8, 8, 8, *INTEGERS),
+            "columns": one_of(256, 256, 256, 32, *INTEGERS),
+            "arena": one_of(ARENA),
+            "pool": pool,
+        },
+    ),
+    "WeightPacker": (
+        _native.WeightPacker,
+        {
+            "type": one_of(*TYPES, "", "Q9_9", "\0", "x" * 10_000),
+            "rows": one_of(8, 8, *INTEGERS),
+            "columns": one_of(256, 256, 32, *INTEGERS),
+            "arena": one_of(ARENA),
+        },
+    ),
+    "WeightPacker.add": (
+        lambda **arguments: _native.WeightPacker("Q8_0", 20, 64, ARENA).add(**arguments),
+        {"source": array_of(np.uint8, (8 * 68,), (16 * 68,), (20 * 68,), (4 * 68,), (0,)), "pool": pool},
+    ),
+    "WeightPacker.finish": (lambda: _native.WeightPacker("Q8_0", 20, 64, ARENA).finish(), {}),
+    "project": (
+        _native.project,
+        {
+            "pool": pool,
+            "x": matrices(32, 64, 256),
+            "linears": list_of(any_linear),
+            "outs": list_of(matrices(1, 8, 9, 20)),
+            "fine": one_of(True, False),
+        },
+    ),
+    "take_rows": (
+        _native.take_rows,
+        {"weight": weight, "row_ids": per_token, "scale": one_of(*FLOATS), "out": matrices(32, 64, 256)},
+    ),
+    "Norm": (
+        _native.Norm,
+        {
+            "weight": array_of(np.float32, (33,), (64,)),
+            "eps": one_of(*FLOATS),
+            "bias": lambda chance: None if chance.random() < 0.3 else array_of(np.float32, (33,), (64,))(chance),
+            "layer": one_of(True, False),
+        },
+    ),
+    "Linear": (
+        _native.Linear,
+        {"matrix": weight, "bias": array_of(np.float32, (8,), (9,), (1,)), "scale": one_of(*FLOATS)},
+    ),
+    "norm": (_native.norm, {"pool": pool, "x": matrices(33, 64), "norm": norm_of(33, 64), "out": matrices(33, 64)}),
+    "activate": (
+        _native.activate,
+        {
+            "pool": pool,
+            "activation": activation,
+            "x": matrices(33),
+            "up": lambda chance: None if chance.random() < 0.3 else matrices(33)(chance),
+            "out": matrices(33),
+        },
+    ),
+    "soft_cap": (
+        _native.soft_cap,
+        {"pool": pool, "x": matrices(33), "cap": one_of(30.0, *FLOATS), "out": matrices(33)},
+    ),
+    "add": (_native.add, {"pool": pool, "x": matrices(33), "y": matrices(33), "out": matrices(33)}),
+    "rope": (
+        _native.rope,
+        {
+            "pool": pool,
+            "x": heads_of(HEADS),
+            "positions": per_token,
+            "table": array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2)),
+            "adjacent_pairs": one_of(True, False),
+            "out": heads_of(HEADS),
+        },
+    ),
+    "write_kv": (
+        _native.write_kv,
+        {"pool": pool, "kv": layer, "k": heads_of(KV_HEADS), "v": heads_of(KV_HEADS), "slots": per_token},
+    ),
+    "attend": (
+        _native.attend,
+        {
+            "pool": pool,
+            "q": heads_of(HEADS),
+            "kv": layer,
+            "block_tables": array_of(np.int32, (2, 3), (1, 3), (4, 1)),
+            "sequence_index": per_token,
+            "positions": per_token,
+            "scale": one_of(*FLOATS),
+            "soft_cap": one_of(0.0, 30.0, *FLOATS),
+            "out": heads_of(HEADS),
+            "window": one_of(None, 1, 2, 33, *INTEGERS),
+        },
+    ),
+    "copy_blocks": (
+        _native.copy_blocks,
+        {
+            "pool": pool,
+            "arrays": arrays,
+            "copies": list_of(
+                one_of((0, 1), (3, 2), [1, 0], (1, 1), (1, 2, 3), (1,), 2, *zip(INTEGERS, INTEGERS[::-1], strict=True))
+            ),
+        },
+    ),
+    "discard_superblocks": (
+        _native.discard_superblocks,
+        {"arrays": arrays, "superblocks": list_of(one_of(0, 0, 0, *INTEGERS))},
+    ),
+    "WeightArena": (_native.WeightArena, {}),
+    "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "fine": one_of(True, False, None, 2)}),
+    "Program.embed": (
+        on_program("embed"),
+        {"table": weight, "of_positions": one_of(True, False), "scale": one_of(*FLOATS)},
+    ),
+    "Program.norm": (on_program("norm"), {"x": value, "norm": norm_of(WIDTH, HEAD_DIM)}),
+    "Program.project": (on_program("project"), {"x": value, "linears": list_of(fitting((8, WIDTH), (9, WIDTH)))}),
+    "Program.linear": (
+        on_program("linear"),
+        {"x": value, "linear": fitting((WIDTH, WIDTH), (8, WIDTH)), "residual": one_of(None, 0, *INTEGERS)},
+    ),
+    "Program.norm_linear": (on_program("norm_linear"), product | {"linear": fitting((8, WIDTH))}),
+    "Program.norm_gated": (
+        on_program("norm_gated"),
+        product
+        | {
+            "gate": fitting((9, WIDTH), (16, WIDTH)),
+            "up": fitting((9, WIDTH), (16, WIDTH)),
+            "activation": activation,
+        },
+    ),
+    "Program.norm_qkv": (
+        on_program("norm_qkv"),
+        product
+        | {
+            "query": fitting((WIDTH, WIDTH), (2 * WIDTH, WIDTH)),
+            "key": fitting((KV_HEADS * HEAD_DIM, WIDTH)),
+            "value": fitting((KV_HEADS * HEAD_DIM, WIDTH)),
+            "query_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM, WIDTH)(chance),
+            "key_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM)(chance),
+            "table": lambda chance: None if chance.random() < 0.3 else turns(chance),
+            "adjacent_pairs": one_of(True, False),
+            "kv": layer,
+        },
+    ),
+    "Program.rope": (
+        on_program("rope"),
+        {"x": value, "table": turns, "adjacent_pairs": one_of(True, False), "head_dim": one_of(HEAD_DIM, *INTEGERS)},
+    ),
+    "Program.write_kv": (
+        lambda **arguments: wide_program().write_kv(**arguments),
+        {"kv": layer, "k": one_of(1, 1, *INTEGERS), "v": one_of(1, 1, *INTEGERS)},
+    ),
+    "Program.attend": (
+        on_program("attend"),
+        {
+            "q": value,
+            "kv": layer,
+            "scale": one_of(*FLOATS),
+            "soft_cap": one_of(0.0, *FLOATS),
+            "window": one_of(None, 1, *INTEGERS),
+        },
+    ),
+    "Program.activate": (
+        on_program("activate"),
+        {"x": value, "activation": activation, "up": one_of(None, 0, *INTEGERS)},
+    ),
+    "Program.soft_cap": (on_program("soft_cap"), {"x": value, "cap": one_of(30.0, *FLOATS)}),
+    "Program.add": (on_program("add"), {"x": value, "y": value}),
+    "Program.take_rows": (on_program("take_rows"), {"x": value}),
+    "Program.finish": (
+        lambda **arguments: rows_program().finish(**arguments),
+        {"output": one_of(0, 1, 1, *INTEGERS)},
+    ),
+    "Program.run": (
+        on_program("run", whole_program),
+        step
+        | {
+            "out": matrices(20),
+            "first": one_of(0, 0, *INTEGERS),
+            "last": one_of(5, 5, *INTEGERS),
+            "timed": one_of(True, False),
+        },
+    ),
+    "Program.costs": (on_program("costs", whole_program), step),
+    "Program.is_of_logits": (on_program("is_of_logits"), {"value": value}),
+    "Program.copy_value": (on_program("copy_value", run_program), {"value": value, "out": matrices(WIDTH)}),
+    # What is allowed is read: not the largest of it, a thousand times.
+    "read_bandwidth": (
+        _native.read_bandwidth,
+        {"pool": pool, "num_bytes": one_of(*(n for n in INTEGERS if not 33 < n <= 2**30))},
+    ),
+    "integer_throughput": (_native.integer_throughput, {"pool": one_of(None, 1, "")}),
+    "float_throughput": (_native.float_throughput, {"pool": one_of(None, 1, "")}),
+    "usable_isas": (_native.usable_isas, {}),
+    "compiler": (_native.compiler, {}),
+}
+
+NOT_MADE_OUTSIDE = {"PackedWeight", "LayerKV"}
