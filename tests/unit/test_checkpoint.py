@@ -172,8 +172,8 @@ BAD: dict[str, tuple[Change, str]] = {
     "truncated": (lambda m: os.truncate(m / "model.safetensors", 200_000), r"m/model\.safetensors: truncated: tensor"),
     "0 heads": (lambda m: change_config(m, num_attention_heads=0), r"config\.json: num_attention_heads is 0"),
     "10^9 layers": (lambda m: change_config(m, num_hidden_layers=10**9), r"config\.json: num_hidden_layers is 10"),
-    "config of a number": (lambda m: (m / "config.json").write_text("7"), r"config\.json holds no JSON object"),
-    "config no JSON": (lambda m: (m / "config.json").write_text("{"), r"config\.json is not JSON"),
+    "config of a number": (lambda m: (m / "config.json").write_text("7"), r"config\.json: holds int, not an object"),
+    "config no JSON": (lambda m: (m / "config.json").write_text("{"), r"config\.json: not valid JSON"),
     "no config": (lambda m: (m / "config.json").unlink(), r"m has no config\.json"),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), r"m: there is no tokenizer\.json"),
     "small vocabulary": (
@@ -242,7 +242,7 @@ BAD_SHARDS: dict[str, tuple[Change, str]] = {
     "no name": (lambda s: write_index(s, {"a": 7}), "tensor 'a' is said to lie in 7"),
     "no map": (lambda s: write_index(s, []), r"index\.json: weight_map is \[\]"),
     "empty map": (lambda s: write_index(s, {}), r"weight_map is \{\}"),
-    "index no JSON": (lambda s: (s / "model.safetensors.index.json").write_text("["), r"index\.json is not JSON"),
+    "index no JSON": (lambda s: (s / "model.safetensors.index.json").write_text("["), r"index\.json: not valid JSON"),
     "shard missing": (
         lambda s: (s / SHARDS[1]).unlink(),
         rf"s/{SHARDS[1]} is missing; .* has \d+ tensors in it, 'model",

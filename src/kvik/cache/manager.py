@@ -85,9 +85,8 @@ class CacheManager:
         self.prefix_cache = prefix_cache
         self.stats = CacheStats()
         self._claimed: dict[int, BlockTable] = {}
-        self._being_copied: list[
-            BlockTable
-        ] = []  # sources, each at the end of its path: held until the copies are made
+        # Sources, each at the end of its path: held until the copies are made.
+        self._being_copied: list[BlockTable] = []
         self._pins: list[BlockTable] = []
         self._pin_counts: Counter[int] = Counter()  # of each pinned block
 

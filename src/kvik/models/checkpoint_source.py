@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kvik.config import WeightFormat
 from kvik.models.checkpoint import FLOATS, Checkpoint, decoder_parts
+from kvik.models.hf_parts import is_tied_head
 from kvik.models.parts import Part
 from kvik.models.progress import Progress, silent
 from kvik.models.quantize import GROUP, TYPES, Quantization, Quantizer
@@ -30,7 +31,6 @@ _EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 ROWS_TOGETHER = 8
 FEWEST_VALUES, MOST_VALUES = 1 << 16, 1 << 21  # of a chunk, which grows with the model, as what may lie beside it does
 
-_HEADS = ("lm_head.weight", "embed_out.weight")
 _TABLES = ("token_embd.weight", "output.weight")
 """In 8 bits where others get 4: what is lost here shows in the logits at once."""
 
@@ -144,11 +144,9 @@ class CheckpointSource:
 
     def _check_tied_head(self) -> None:
         """A head that is stored although it is tied must be the embedding, bit for bit."""
-        if not self.spec.tied_head:
-            return
         embedding = self.checkpoint.tensors[self.parts["token_embd.weight"].stored]
         for tensor in self.checkpoint.tensors.values():
-            if tensor.name.removeprefix("_orig_mod.") not in _HEADS:
+            if not is_tied_head(self.spec, tensor.name):
                 continue
             is_same = (tensor.dtype, tensor.shape) == (embedding.dtype, embedding.shape)
             for start in range(0, tensor.num_bytes, self._most_values):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvik.errors import ModelError
+from kvik.models.small_files import read_object
 
 MOST_CONFIG_BYTES = 1 << 20
 MOST_WIDTH = 1 << 24  # of any width or count: far above every published model
@@ -26,17 +26,10 @@ _OTHER_NAMES = {
 
 
 def read_json_object(path: Path, most_bytes: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises `ModelError`."""
-    try:
-        if path.stat().st_size > most_bytes:
-            raise ModelError(f"{path} has more than {most_bytes:,} bytes", hint=_HINT)
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", hint="check its name and permissions") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {str(error)[:80]}", hint=_HINT) from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} holds no JSON object", hint=_HINT)
+    """The object that a JSON file holds, which must be there. Raises `ModelError`."""
+    found = read_object(path, most_bytes, _HINT)
+    if found is None:
+        raise ModelError(f"{path} is no file", hint="check its name")
     return found
 
 

@@ -16,14 +16,10 @@ from kvik.errors import ModelError
 from kvik.models.gguf import GGUFFile
 from kvik.models.gguf_source import read_divisors
 from kvik.models.rope_scaling import yarn_factors, yarn_magnitude
-from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from kvik.models.spec import MOST_HEAD_DIM, MOST_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec, RopeSpec
 from kvik.ops.base import Activation
 
 MOST = 1 << 24  # of any one dimension or count: far above every published model
-MOST_HEAD_DIM = 1024
-MOST_LAYERS = 1 << 12
-
-_OTHER_MODEL = "take a model that kvik runs: docs/models.md lists them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,4 +287,4 @@ class _Reader:
         return f"blk.0.{name}.bias" in self.file.tensors
 
     def refuse(self, what: str) -> ModelError:
-        return ModelError(f"{self.file.path}: {what}", hint=_OTHER_MODEL)
+        return ModelError(f"{self.file.path}: {what}", hint=OTHER_MODEL)

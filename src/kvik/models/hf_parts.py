@@ -158,11 +158,15 @@ def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
     return parts
 
 
+def is_tied_head(spec: DecoderSpec, name: str) -> bool:
+    """Whether a stored tensor is the head of a decoder that takes its embedding for it."""
+    return spec.tied_head and name.removeprefix("_orig_mod.") == f"{_layout_of(spec).head}.weight"
+
+
 def is_unused(spec: DecoderSpec, name: str) -> bool:
-    """Whether a stored tensor is of no use to a decoder: a buffer that can be computed, or of a part that sees."""
-    if spec.tied_head and name.removeprefix("_orig_mod.") == f"{_layout_of(spec).head}.weight":
-        return True  # transformers ties the head too, whatever lies here
-    return bool(_BUFFERS.search(name) or (spec.architecture == "gemma3_text" and _OTHER_SENSES.match(name)))
+    """Whether a stored tensor is of no use to a decoder: a tied head, a buffer that can be computed, another sense."""
+    of_other_sense = spec.architecture == "gemma3_text" and _OTHER_SENSES.match(name)
+    return is_tied_head(spec, name) or bool(_BUFFERS.search(name) or of_other_sense)
 
 
 def _layout_of(spec: DecoderSpec) -> Layout:

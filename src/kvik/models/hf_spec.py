@@ -13,11 +13,8 @@ from typing import Any, Literal
 
 from kvik.models.config_fields import MOST_CONTEXT, MOST_WIDTH, ConfigFields
 from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes
-from kvik.models.spec import DecoderSpec, LayerSpec
+from kvik.models.spec import MOST_HEAD_DIM, MOST_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec
 from kvik.ops.base import Activation
-
-MOST_LAYERS = 1 << 12
-MOST_HEAD_DIM = 1024
 
 Fields = dict[str, Any]
 
@@ -30,7 +27,6 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-_OTHER_MODEL = "take a model that kvik runs: docs/models.md lists them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +114,7 @@ def _gemma2(config: ConfigFields) -> Fields:
 
 def _gemma3(config: ConfigFields) -> Fields:
     if config.find("attn_logit_softcapping") is not None:  # transformers has the field and never looks at it
-        raise config.error("attn_logit_softcapping is set, which no Gemma 3 has", _OTHER_MODEL)
+        raise config.error("attn_logit_softcapping is set, which no Gemma 3 has", OTHER_MODEL)
     return _gemma2(config) | {
         "qk_norm": "head",
         "attention_soft_cap": None,
@@ -178,9 +174,7 @@ def _falcon(config: ConfigFields) -> Fields:
     refuse_if(config, "apply_residual_connection_post_layernorm", True)
     is_new, is_parallel = (config.flag("new_decoder_architecture", False), config.flag("parallel_attn", True))
     if is_new and not is_parallel:
-        raise config.error(
-            "parallel_attn is false with new_decoder_architecture, which kvik does not run", _OTHER_MODEL
-        )
+        raise config.error("parallel_attn is false with new_decoder_architecture, which kvik does not run", OTHER_MODEL)
     num_norms = config.count("num_ln_in_parallel_attn", 2 if is_new else 1, most=2)
     parallel = "none" if not is_parallel else "two_norms" if is_new and num_norms == 2 else "one_norm"
     bias = config.flag("bias", False)
@@ -199,7 +193,7 @@ def _opt(config: ConfigFields) -> Fields:
     refuse_if(config, "_remove_final_layer_norm", True)
     hidden_size = config.count("hidden_size")
     if config.count("word_embed_proj_dim", hidden_size) != hidden_size:
-        raise config.error("word_embed_proj_dim differs from hidden_size, which kvik does not run", _OTHER_MODEL)
+        raise config.error("word_embed_proj_dim differs from hidden_size, which kvik does not run", OTHER_MODEL)
     positions = {"num_learned_positions": config.count("max_position_embeddings", most=MOST_CONTEXT)}
     bias = config.flag("enable_bias", True)
     fixed = ConfigFields({"activation_function": config.find("activation_function")}, config.path)  # the eps is fixed
@@ -314,7 +308,7 @@ def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = No
         **family.fields(fields),
     )
     if problem := spec.problem():
-        raise fields.error(problem, _OTHER_MODEL)
+        raise fields.error(problem, OTHER_MODEL)
     return spec
 
 
@@ -330,7 +324,7 @@ def _head_dim(config: ConfigFields, family: Family, hidden_size: int, num_heads:
 def refuse_if(config: ConfigFields, key: str, value: bool) -> None:
     """For a choice that the decoder does not have."""
     if config.flag(key, not value) is value:
-        raise config.error(f"{key} is {str(value).lower()}, which kvik does not run", _OTHER_MODEL)
+        raise config.error(f"{key} is {str(value).lower()}, which kvik does not run", OTHER_MODEL)
 
 
 def activation_of(config: ConfigFields, key: str, default: str) -> Activation:
@@ -369,7 +363,7 @@ def _windows(config: ConfigFields, family: Family, turns: list[bool], context: i
     types = config.list("layer_types", num_layers, (str,))
     for one in types or ():
         if one not in ("full_attention", "sliding_attention"):
-            raise config.error(f"layer_types has {one!r:.60} in it, which kvik does not run", _OTHER_MODEL)
+            raise config.error(f"layer_types has {one!r:.60} in it, which kvik does not run", OTHER_MODEL)
     window = config.optional("sliding_window") if "sliding_window" in config.fields else family.window
     asked = family.pattern is not None or config.flag("use_sliding_window", False)
     if family.windows == "none" or window is None or (family.windows == "asked" and not asked):

@@ -11,6 +11,13 @@ from kvik.cache import KVCacheSpec
 from kvik.config import KVDType
 from kvik.ops.base import Activation, RopeTable
 
+MOST_LAYERS = 1 << 12
+MOST_HEAD_DIM = 1024
+"""Far above every published model."""
+
+OTHER_MODEL = "take a model that kvik runs: docs/models.md lists them"
+"""The hint where a file asks for what no decoder here can be."""
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -103,6 +104,15 @@ def byte_level_bytes(text: str) -> bytes:
         return bytes([BYTE_OF[character] for character in text])
     except KeyError:
         return text.encode()
+
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def byte_of(text: str) -> bytes | None:
+    """The byte that a token is for by its name, as `<0x0A>`; None for any other name."""
+    match = _BYTE_TOKEN.fullmatch(text)
+    return None if match is None else bytes.fromhex(match[1])
 
 
 def missing_bytes(characters: set[str]) -> bytes:

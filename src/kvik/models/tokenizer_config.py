@@ -5,58 +5,17 @@ Read are `tokenizer_config.json` and, of older folders, `special_tokens_map.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvik.errors import ModelError
 from kvik.models.chat_template import MOST_SOURCE_BYTES, ChatTemplate
+from kvik.models.small_files import folder_error, read_object, read_text
 
 MOST_CONFIG_BYTES = 1 << 24  # published ones stay under 2 MiB
 MOST_TEMPLATES = 32
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FETCH_AGAIN = "the file is damaged or badly converted; fetch or convert it again"
-
-
-def folder_error(path: Path, what: str, hint: str = _FETCH_AGAIN) -> ModelError:
-    """The error for a file of a checkpoint folder."""
-    return ModelError(f"{path}: {what}", hint=hint)
-
-
-def read_text(path: Path, most_bytes: int) -> str | None:
-    """A file's text, or None where there is no such file. Raises ModelError."""
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            data = file.read(most_bytes + 1)
-    except OSError as error:
-        raise folder_error(path, f"cannot be read: {error.strerror}", "make the file readable") from error
-    if len(data) > most_bytes:
-        raise folder_error(path, f"more than {most_bytes:,} bytes")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise folder_error(path, f"not UTF-8 at byte {error.start:,}") from error
-
-
-def parse_object(text: str, path: Path) -> dict[str, Any]:
-    """The JSON object that `text`, from the file `path`, consists of. Raises ModelError."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise folder_error(path, f"not valid JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise folder_error(path, f"holds {type(values).__name__}, not an object")
-    return values
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file; empty where there is no such file. Raises ModelError."""
-    text = read_text(path, MOST_CONFIG_BYTES)
-    return {} if text is None else parse_object(text, path)
 
 
 class TokenizerConfig:
@@ -64,13 +23,13 @@ class TokenizerConfig:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "tokenizer_config.json"
-        self._values = read_object(self.path)
+        self._values = read_object(self.path, MOST_CONFIG_BYTES) or {}
         self.names: dict[str, str] = {}  # of special tokens, by their role
         self._read_names(self._values, self.path, ROLES)
         if "added_tokens_decoder" not in self._values:
             # Before 2023 the other file had the last word.
             older = folder / "special_tokens_map.json"
-            self._read_names(read_object(older), older, ROLES)
+            self._read_names(read_object(older, MOST_CONFIG_BYTES) or {}, older, ROLES)
         self.other_names = self._other_names()
 
     def _read_names(self, values: Mapping[str, Any], path: Path, keys: tuple[str, ...]) -> None:

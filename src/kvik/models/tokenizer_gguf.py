@@ -31,6 +31,7 @@ from kvik.models.tokenizer import (
     END_NAMES,
     Tokenizer,
     byte_level_bytes,
+    byte_of,
     check_text,
     check_token_id,
     missing_bytes,
@@ -58,7 +59,6 @@ _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".jo
 
 _SPACE_MARK = "\u2581"
 _MOST_PIECE_CHARACTERS = 256  # all its splits are tried; published vocabularies stay under 50
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,7 @@ class GGUFTokenizer(Tokenizer):
 
     def _set_up_sentencepiece(self, fields: _Metadata) -> None:
         byte_ids = {self._tokens[i]: i for i, kind in enumerate(self._types) if kind == TokenType.BYTE}
-        if len(byte_ids) != 256 or not all(map(_BYTE_TOKEN.fullmatch, byte_ids)):
+        if byte_ids.keys() != {f"<0x{byte:02X}>" for byte in range(256)}:  # so the library asks for them
             raise fields.error(f"the vocabulary has {len(byte_ids)} byte tokens that kvik can read, not 256")
         longest = max(map(len, self._tokens))
         if longest > _MOST_PIECE_CHARACTERS:
@@ -368,8 +368,9 @@ class GGUFTokenizer(Tokenizer):
         text, kind = self._tokens[token_id], self._types[token_id]
         if kind in _SPECIAL_TYPES:
             return b"" if skip_special else text.encode()
-        if kind == TokenType.BYTE and (match := _BYTE_TOKEN.fullmatch(text)):
-            data = bytes((int(match[1], 16),))
+        byte = byte_of(text) if kind == TokenType.BYTE else None
+        if byte is not None:
+            data = byte
         elif self._byte_level and kind != TokenType.USER_DEFINED:
             data = byte_level_bytes(text)
         else:

@@ -8,7 +8,6 @@ first. Everything in the folder is untrusted and checked before the library sees
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,21 +19,22 @@ from typing import Any
 import tokenizers
 
 from kvik.errors import ModelError
+from kvik.models.small_files import folder_error, parse_object, read_object, read_text
 from kvik.models.tokenizer import (
     BYTE_OF,
     END_NAMES,
     Tokenizer,
     byte_level_bytes,
+    byte_of,
     check_text,
     check_token_id,
     missing_bytes,
     no_token_for_byte,
 )
-from kvik.models.tokenizer_config import TokenizerConfig, folder_error, parse_object, read_object, read_text
+from kvik.models.tokenizer_config import MOST_CONFIG_BYTES, TokenizerConfig
 
 MOST_BYTES = 1 << 27  # the largest published tokenizer.json have 35 MB
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _DECODERS = "kvik reads ByteLevel, and Replace, ByteFallback, Metaspace, Fuse and Strip of one space at the beginning"
 _CONVERT = "let transformers write one: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
 
@@ -94,7 +94,7 @@ class FolderTokenizer(Tokenizer):
 
     def _config_ids(self, path: Path, key: str) -> list[int]:
         """The ids that are tokens: small models keep their family's defaults, which no token of theirs has."""
-        value = read_object(path).get(key)
+        value = (read_object(path, MOST_CONFIG_BYTES) or {}).get(key)
         values = value if isinstance(value, list) else [] if value is None else [value]
         for token_id in values:
             if type(token_id) is not int:
@@ -326,9 +326,8 @@ class _Decoding:
         """The bytes of the token that the vocabulary writes as `text`."""
         if self.byte_level:
             return byte_level_bytes(text)
-        if self.byte_tokens and (match := _BYTE_TOKEN.fullmatch(text)):
-            data = bytes((int(match[1], 16),))
-        else:
+        data = byte_of(text) if self.byte_tokens else None
+        if data is None:
             if starts_text and self.drops_marks:
                 text = text.replace(self.drops_marks, "")
             for old, new in self.replacements:
