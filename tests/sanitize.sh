@@ -48,7 +48,8 @@ run() {
   # libstdc++ too: its functions are looked up when the sanitizer starts, and Python itself does not load it.
   local libraries
   libraries="$(gcc -print-file-name="lib$runtime.so"):$(gcc -print-file-name=libstdc++.so.6)"
-  env LD_PRELOAD="$libraries" PYTHONPATH="$folder/path" PYTHONDONTWRITEBYTECODE=1 PYTHONFAULTHANDLER= \
+  # NumPy's BLAS has threads of its own, and the thread sanitizer does not see what orders them: it gets one.
+  env OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$libraries" PYTHONPATH="$folder/path" PYTHONDONTWRITEBYTECODE=1 PYTHONFAULTHANDLER= \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_abort=1 UBSAN_OPTIONS=print_stacktrace=1 \
     TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:second_deadlock_stack=1 \
     "${without_aslr[@]}" "$python" -c "
