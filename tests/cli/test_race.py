@@ -13,7 +13,7 @@ import pytest
 
 from command_line import CTRL_C, Kvik, Terminal
 from kvik import LLM, SamplingParams
-from kvik.cli.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
+from kvik.engine.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
 from kvik.cli.lengths import LengthCost, whole_text_s
 from kvik.cli.race import DEFAULT_PROMPT
 from kvik.cli.race_report import cost_of_token

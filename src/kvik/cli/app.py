@@ -16,6 +16,7 @@ from kvik import __version__
 from kvik.cli import models
 from kvik.cli.bench import bench
 from kvik.cli.convert import convert
+from kvik.cli.explain import explain
 from kvik.cli.plan import plan
 from kvik.cli.race import race
 from kvik.cli.run import run
@@ -97,6 +98,7 @@ app.command()(run)
 app.command()(race)
 app.command()(bench)
 app.command()(plan)
+app.command()(explain)
 app.command()(convert)
 app.add_typer(models.app, name="models")
 

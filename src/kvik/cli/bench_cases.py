@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kvik.cli.meter import Meter
+from kvik.engine.meter import Meter
 from kvik.config import KVDType, SamplingParams
 from kvik.engine.sequence import Sequence as TokenSequence
 from kvik.errors import InvalidInput

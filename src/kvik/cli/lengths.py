@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvik.cli.measure import sequence_at
-from kvik.cli.meter import Meter
+from kvik.engine.meter import Meter
 from kvik.models.work import StepWork
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from kvik.cli.lanes import RaceLane
+from kvik.engine.lanes import RaceLane
 from kvik.cli.terminal import STEERING, is_terminal, note, rate
 
 FRAME_S = 1 / 8

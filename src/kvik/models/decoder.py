@@ -100,14 +100,19 @@ class Decoder:
             x = ops.add(x, ops.embed(weights.positions, batch.positions))
         for layer, its, kv in zip(spec.layers, weights.layers, kv_cache, strict=True):
             q = ops.norm_qkv(x, its.attn_norm, its.qkv, self._ropes[layer.rope], kv, batch)  # and remember these tokens
-            attended = ops.merge_heads(ops.attend(q, kv, batch, self._rule(layer)))  # look back over all of them
+            attended = ops.merge_heads(ops.attend(q, kv, batch, self.rule(layer)))  # look back over all of them
             after = _add(ops, x, attended, its.o_proj, its.post_attn_norm)
             hidden = self._mlp_hidden(ops, its, after if spec.parallel == "none" else x)
             x = _add(ops, after, hidden, its.down_proj, its.post_mlp_norm)
-        logits = ops.norm_linear(ops.take_rows(x, batch.logit_rows), weights.norm, weights.lm_head)
-        return logits if spec.logit_soft_cap is None else ops.soft_cap(logits, spec.logit_soft_cap)
+        return self.logits(ops.take_rows(x, batch.logit_rows), ops)
 
-    def _rule(self, layer: LayerSpec) -> AttentionRule:
+    def logits(self, hidden: Array, ops: Ops) -> Array:
+        """What rows of hidden states (R, hidden_size) say about the next token: (R, vocab_size)."""
+        logits = ops.norm_linear(hidden, self.weights.norm, self.weights.lm_head)
+        return logits if self.spec.logit_soft_cap is None else ops.soft_cap(logits, self.spec.logit_soft_cap)
+
+    def rule(self, layer: LayerSpec) -> AttentionRule:
+        """How this layer's scores become weights."""
         return AttentionRule(self.spec.attention_scale, layer.window, self.spec.attention_soft_cap)
 
     def _mlp_hidden(self, ops: Ops, its: LayerWeights, x: Array) -> Array:

@@ -1,0 +1,165 @@
+"""Watches an engine: each of its steps runs as it always does, and then once more with every op noted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvik.config import KVDType
+from kvik.engine.engine import Engine
+from kvik.explain.tracing_ops import OpCall, TracingOps, weight_names
+from kvik.ops.base import Array, Batch
+
+FloatArray = npt.NDArray[np.float32]
+
+NUM_CANDIDATES = 5
+"""Most likely next tokens that are kept of each row of logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that might come next."""
+
+    token_id: int
+    probability: float
+    logit: float
+
+
+@dataclass(frozen=True, slots=True)
+class TracedStep:
+    """What one step computed."""
+
+    first_position: int
+    num_tokens: int
+    started_s: float  # by time.perf_counter, as the engine ran it
+    seconds: float
+    slots: tuple[int, ...]  # of each token: block_id * block_size + offset
+    candidates: tuple[Candidate, ...]  # the most likely first
+    calls: tuple[OpCall, ...]
+
+
+class Tracer:
+    """Stands before the forward pass of an engine with one sequence.
+
+    What an engine computes does not depend on who watches: the watched repetition writes the same keys and values into
+    the same slots, and its logits are compared with the first ones, bit for bit. Rows that are computed again are
+    compared with the first time as well.
+    """
+
+    def __init__(self, engine: Engine, layers: Collection[int]) -> None:
+        self._engine = engine
+        self._forward = engine.forward
+        self._names = weight_names(engine.decoder)
+        self.layers = tuple(sorted(layers))  # whose queries are kept
+        self.steps: list[TracedStep] = []
+        self.keys = Rows(engine.decoder.spec.num_layers)
+        self.values = Rows(engine.decoder.spec.num_layers)
+        self.hidden = Rows(1)
+        self.queries = Rows(len(self.layers))
+        self.attended = Rows(len(self.layers))
+        self.aside_s = 0.0  # spent on watching
+        engine.forward = self
+
+    def clock(self) -> float:
+        """Seconds, as `time.perf_counter`, without those spent on watching."""
+        return time.perf_counter() - self.aside_s
+
+    def __call__(self, batch: Batch) -> Array:
+        """Run the step, and once more to watch it."""
+        assert len(batch.block_tables) == 1, "one sequence is watched, not several"
+        started_s = time.perf_counter()
+        logits = self._forward(batch)
+        ended_s = time.perf_counter()
+        self._watch(batch, logits, started_s, ended_s - started_s)
+        self.aside_s += time.perf_counter() - ended_s
+        return logits
+
+    def stop(self) -> None:
+        """Leave the engine as it was."""
+        self._engine.forward = self._forward
+
+    def _watch(self, batch: Batch, logits: Array, started_s: float, seconds: float) -> None:
+        decoder = self._engine.decoder
+        ops = TracingOps(decoder.ops, self._names)
+        again = decoder.ops.to_numpy(decoder.forward(batch, self._engine.kv_arrays, ops))
+        rows = decoder.ops.to_numpy(logits)
+        assert np.array_equal(again.view(np.uint32), rows.view(np.uint32)), "watching changed the logits"
+        first = int(batch.positions[0])
+        assert ops.hidden is not None
+        self.hidden.note(first, [ops.hidden])
+        self.keys.note(first, ops.keys)
+        self.values.note(first, ops.values)
+        self.queries.note(first, [ops.queries[layer] for layer in self.layers])
+        self.attended.note(first, [ops.attended[layer] for layer in self.layers])
+        self.steps.append(
+            TracedStep(
+                first_position=first,
+                num_tokens=len(batch.positions),
+                started_s=started_s,
+                seconds=seconds,
+                slots=tuple(batch.slot_mapping.tolist()),
+                candidates=candidates(rows[-1]) if len(rows) else (),
+                calls=tuple(ops.calls),
+            )
+        )
+
+
+class Rows:
+    """One row for each position, of several arrays, and how often a row that was there came again."""
+
+    def __init__(self, num_arrays: int) -> None:
+        self._parts: list[list[FloatArray]] = [[] for _ in range(num_arrays)]
+        self.num_rows = 0  # of each array
+        self.num_repeated = 0  # rows that came again, over all arrays
+        self.num_same = 0  # of those, the same in every bit
+
+    def __getitem__(self, index: int) -> FloatArray:
+        """All rows of one array: (num_rows, ...)."""
+        self._parts[index] = [np.concatenate(self._parts[index])]
+        return self._parts[index][0]
+
+    def note(self, first: int, arrays: Sequence[FloatArray]) -> None:
+        """Rows from position `first` on: new ones are kept, known ones compared."""
+        assert first <= self.num_rows, f"rows from {first} on behind {self.num_rows}"
+        num_known = 0
+        for index, array in enumerate(arrays):
+            num_known = min(self.num_rows - first, len(array))
+            if num_known:
+                before = self[index][first : first + num_known]
+                self.num_repeated += num_known
+                self.num_same += same_rows(before, array[:num_known])
+            self._parts[index].append(array[num_known:].copy())
+        if arrays:
+            self.num_rows += len(arrays[0]) - num_known
+
+
+def same_rows(first: FloatArray, second: FloatArray) -> int:
+    """Rows that agree in every bit."""
+    if not first.size:
+        return 0
+    pairs = (np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint32) for array in (first, second))
+    one, other = pairs
+    return int((one == other).all(axis=1).sum())
+
+
+def as_kept(x: FloatArray, dtype: KVDType) -> FloatArray:
+    """Keys or values as attention reads them back from a cache of this type."""
+    if dtype == "f16":
+        return x.astype(np.float16).astype(np.float32)
+    if dtype == "int8":
+        from kvik.ops.reference import quantize_kv
+
+        return quantize_kv(x)
+    return x
+
+
+def candidates(logits: FloatArray, count: int = NUM_CANDIDATES) -> tuple[Candidate, ...]:
+    """The most likely tokens of a row of logits, and their probabilities: softmax in float64."""
+    wide = logits.astype(np.float64)
+    weights = np.exp(wide - wide.max())
+    best = np.lexsort((np.arange(len(wide)), -wide))[:count]
+    return tuple(Candidate(int(token), float(weights[token] / weights.sum()), float(logits[token])) for token in best)
