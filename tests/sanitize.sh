@@ -68,11 +68,14 @@ for kind in "${kinds[@]}"; do
   address)
     build address address,undefined,float-cast-overflow
     say "ASan and UBSan: the ops, and engines over them"
-    run address asan tests/ops tests/engine/test_several_sequences.py
-    say "The same ops in plain C++"
+    run address asan tests/ops tests/engine/test_several_sequences.py >"$root/ops.log" 2>&1 &
+    ops=$!
+    say "The same ops in plain C++, meanwhile"
     KVIK_ISA=generic run address asan tests/ops/test_bits.py tests/ops/test_program.py tests/ops/test_packing.py \
       tests/ops/test_shared_prefix.py tests/ops/test_blocks.py \
       tests/ops/test_garbage.py tests/ops/test_bad_arguments.py -k 'not reference and not instruction_set'
+    wait $ops || { cat "$root/ops.log"; exit 1; }
+    cat "$root/ops.log"
     ;;
   thread)
     build thread thread

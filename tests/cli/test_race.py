@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from command_line import CTRL_C, Kvik, Terminal
+from families.goldens import golden_of
 from kvik import LLM, SamplingParams
-from kvik.engine.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
 from kvik.cli.lengths import LengthCost, whole_text_s
 from kvik.cli.race import DEFAULT_PROMPT
 from kvik.cli.race_report import cost_of_token
+from kvik.engine.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
 from work_formulas import TinyShape
 
 SCHEMA = Path(__file__).parents[2] / "docs/schemas/race-1.json"
@@ -210,6 +211,14 @@ def test_no_curves_without_matplotlib(kvik: Kvik, tmp_path: Path, monkeypatch: p
     result = kvik("race", "--plot", str(tmp_path / "race.png"))
     assert result.exit_code == 2
     assert result.stderr == "InvalidInput: --plot needs matplotlib\nhint: install it: pip install 'kvik[plot]'\n"
+
+
+def test_layers_with_a_window_are_counted_too(tmp_path: Path) -> None:
+    folder = golden_of("gemma2").write_folder(tmp_path)
+    without, with_cache = finished(LLM(str(folder)))
+    assert compare(without, with_cache).is_same
+    assert [cost.repeated.num_tokens for cost in with_cache.costs] == [0] * 40
+    assert without.costs[-1].repeated.num_tokens == without.costs[-1].work.num_tokens - 1
 
 
 def test_a_log_gets_a_line_now_and_then(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:

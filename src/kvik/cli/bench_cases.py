@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kvik.engine.meter import Meter
 from kvik.config import KVDType, SamplingParams
+from kvik.engine.meter import Meter
 from kvik.engine.sequence import Sequence as TokenSequence
 from kvik.errors import InvalidInput
 from kvik.machine import available_memory_bytes

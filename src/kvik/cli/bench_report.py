@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvik import __version__
 from kvik.cli.race_report import work_report
+from kvik.cli.report import save_text
 from kvik.cli.terminal import columns, rate, seconds
 from kvik.errors import InvalidInput
 from kvik.machine import available_threads, processor_name
@@ -179,9 +180,7 @@ def csv_text(report: Report) -> str:
 
 def save_report(path: Path, report: Report) -> None:
     """Write it, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    save_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def read_report(path: Path) -> Report:

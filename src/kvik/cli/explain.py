@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,11 +21,11 @@ from kvik.cli.options import (
     spell_out,
     value,
 )
+from kvik.cli.report import save_text
 from kvik.cli.terminal import note, seconds, write
 from kvik.config import SamplingParams
 from kvik.errors import InvalidInput
 from kvik.models.progress import counted_progress
-from kvik.models.spec import MOST_LAYERS
 
 if TYPE_CHECKING:
     from kvik.engine.llm import LLM
@@ -38,7 +37,8 @@ PROMPT_LENGTHS = (8, 32, 128, 512)
 """Prompts whose first token is timed, as far as the context goes."""
 
 ROUNDS = 3
-MOST_KV_HEADS = 1 << 16
+MOST_PARTS = 1 << 16
+"""Layers or heads, far above every model's."""
 
 
 @spell_out
@@ -52,7 +52,7 @@ def explain(
     chat: Annotated[bool, flag(PROMPT, "--chat", "Ask it through the model's chat template.")] = False,
     second: Annotated[str | None, value(PROMPT, "TEXT", "The other prompt, to show which blocks it shares.")] = None,
     layers: Annotated[str | None, value(DRAWN, "N,N,…", "Layers whose attention is drawn; else some that fit.")] = None,
-    kv_heads: Annotated[str | None, value(DRAWN, "N,N,…", "KV heads, with their query heads; else all that fit.")] = None,
+    kv_heads: Annotated[str | None, value(DRAWN, "N,N,…", "KV heads and their query heads; else all that fit.")] = None,
     max_tokens: Annotated[int, value(SAMPLING, "N", "Tokens to write.", show_default=True)] = 40,
     engine: EngineOptions,
 ) -> None:
@@ -70,8 +70,8 @@ def explain(
     if html is None and trace is None:
         raise InvalidInput("there is nothing to write", hint="add --html page.html, or --trace trace.json")
     _check_outputs(html, trace)
-    wanted_layers = None if layers is None else parse_counts("--layers", layers, 0, MOST_LAYERS)
-    wanted_heads = None if kv_heads is None else parse_counts("--kv-heads", kv_heads, 0, MOST_KV_HEADS)
+    wanted_layers = None if layers is None else parse_counts("--layers", layers, 0, MOST_PARTS)
+    wanted_heads = None if kv_heads is None else parse_counts("--kv-heads", kv_heads, 0, MOST_PARTS)
     params = SamplingParams(max_tokens=max_tokens)
     # Not before: these bring NumPy and the engine with them, and --help of any command imports this file.
     from kvik.explain.perfetto import perfetto_trace
@@ -86,20 +86,18 @@ def explain(
     if second_ids is not None:
         check_tokens(llm, len(second_ids), 1)
     spec = llm.model.decoder.spec
-    selection = select(
-        spec, spec.kv_spec(engine.kv_dtype), len(prompt_ids) + max_tokens, wanted_layers, wanted_heads
-    )
+    selection = select(spec, spec.kv_spec(engine.kv_dtype), len(prompt_ids) + max_tokens, wanted_layers, wanted_heads)
     with counted_progress("steps of both lanes", 2 * max_tokens) as advance:
         run = trace_run(llm, prompt_ids, params, selection, advance)
     lines = [_result_line(run)]
     if html is not None:
         page = _page(llm, run, engine.model, second_ids)
-        _write_whole(html, page)
+        save_text(html, page)
         drawn = f"layers {_list(selection.layers)}, KV heads {_list(selection.kv_heads)}"
         lines.append(f"{html}: {len(page.encode()):,} bytes; attention of {drawn}")
     if trace is not None:
         events: Mapping[str, Any] = perfetto_trace(run, engine.model)
-        _write_whole(trace, json.dumps(events, allow_nan=False))
+        save_text(trace, json.dumps(events, allow_nan=False))
         lines.append(f"{trace}: {len(events['traceEvents']):,} events; open it in ui.perfetto.dev")
     write("\n".join(lines) + "\n")
     if not run.is_same:
@@ -150,20 +148,10 @@ def _result_line(run: TracedRun) -> str:
     computed = [lane.sequence.total_computed_tokens for lane in (without, with_cache)]
     verdict = "the same to the last bit" if run.is_same else "NOT the same"
     return (
-        f"{with_cache.num_tokens:,} tokens behind {len(run.prompt_ids):,}: {computed[0]:,} computed without the cache in"
-        f" {seconds(without.elapsed_s)}, {computed[1]:,} with it in {seconds(with_cache.elapsed_s)}; {verdict}"
+        f"{with_cache.num_tokens:,} tokens behind {len(run.prompt_ids):,}: {computed[0]:,} computed without the cache"
+        f" in {seconds(without.elapsed_s)}, {computed[1]:,} with it in {seconds(with_cache.elapsed_s)}; {verdict}"
     )
 
 
 def _list(numbers: tuple[int, ...]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """All of the file or nothing: a half-written page is none."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -66,9 +66,9 @@ def race(
     if plot is not None:
         check_plot_path("--plot", plot)
     # Not before: these bring NumPy and the engine with them, and --help of any command imports this file.
-    from kvik.engine.lanes import compare, make_lanes, run_race
     from kvik.cli.lengths import LATER_TOKENS, measure_lengths
     from kvik.cli.race_report import plot_panels, race_report, result_lines
+    from kvik.engine.lanes import compare, make_lanes, run_race
 
     llm = engine.load()
     wanted = _within_context(llm, wanted, LATER_TOKENS + 2, is_default=lengths == DEFAULT_LENGTHS)

@@ -9,9 +9,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from kvik.cli.growth import CONFIDENCE, Growth, fit_growth
-from kvik.engine.lanes import RaceLane, TokenCost, Verdict
 from kvik.cli.plot import Line, Panel
 from kvik.cli.terminal import columns, mebibytes, rate, seconds
+from kvik.engine.lanes import RaceLane, TokenCost, Verdict
 
 if TYPE_CHECKING:
     from kvik.cli.lengths import LengthCost

@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from kvik.engine.lanes import RaceLane
 from kvik.cli.terminal import STEERING, is_terminal, note, rate
+from kvik.engine.lanes import RaceLane
 
 FRAME_S = 1 / 8
 LINE_S = 5.0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.cli.options import EngineOptions, PromptOptions
 from kvik.cli.terminal import write
+from kvik.errors import InvalidInput
 
 if TYPE_CHECKING:
     from kvik.config import SamplingParams
@@ -48,6 +51,20 @@ def stats_report(stats: Stats) -> dict[str, Any]:
 def write_report(report: dict[str, Any]) -> None:
     """Print it in one line: ASCII, so that no terminal or pipe can spoil it."""
     write(json.dumps(report, allow_nan=False) + "\n")
+
+
+def save_text(path: Path, text: str) -> None:
+    """All of the file or nothing: a half-written one replaces no other. Raises `InvalidInput`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InvalidInput(
+            f"{path} cannot be written: {error.strerror}", hint="free some space, or name a file in another folder"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _logprobs_report(logprobs: TokenLogprobs) -> dict[str, Any]:

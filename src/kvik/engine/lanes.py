@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvik.engine.meter import Meter
 from kvik.config import SamplingParams
+from kvik.engine.meter import Meter
 from kvik.models.work import StepWork
+from kvik.ops.base import Places
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from kvik.engine.engine import Engine
     from kvik.engine.llm import LLM
     from kvik.engine.sequence import Sequence
-    from kvik.ops.base import Batch, Places
+    from kvik.ops.base import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,8 @@ def attention(
     back = positions[:, None] - positions
     scores[(back < 0) | (back >= (window or len(q)))] = -np.inf
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return (weights / weights.sum(axis=1, keepdims=True)) @ v
+    output: WideArray = (weights / weights.sum(axis=1, keepdims=True)) @ v
+    return output
 
 
 def _compare_kept(first: Tracer, second: Tracer, num_layers: int) -> tuple[int, int]:

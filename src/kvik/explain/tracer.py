@@ -78,10 +78,6 @@ class Tracer:
         self.aside_s += time.perf_counter() - ended_s
         return logits
 
-    def stop(self) -> None:
-        """Leave the engine as it was."""
-        self._engine.forward = self._forward
-
     def _watch(self, batch: Batch, logits: Array, started_s: float, seconds: float) -> None:
         decoder = self._engine.decoder
         ops = TracingOps(decoder.ops, self._names)

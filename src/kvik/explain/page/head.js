@@ -51,7 +51,8 @@ export function build(figure, trace) {
     proof.textContent =
       `The picture computes the formula in your browser from the q of this run and the k and v that lie in its cache` +
       ` (${model.kv_dtype}). The engine's own result differs from it by ${same.attention_difference.toExponential(1)} at most, over` +
-      ` all tokens and heads that this page has: rounding of single precision, no more.`;
+      ` all tokens and heads that this page has: the rounding of single precision` +
+      (model.kv_dtype === "int8" ? `, and of queries and weights to 16-bit integers.` : `.`);
   }
 
   function draw() {
@@ -71,7 +72,7 @@ export function build(figure, trace) {
       text(k, 11, "query of the newest token", { class: "small muted" }),
       text(k, TOP - 6, "keys K", { class: "small muted" }),
       text(score + columns.scoreWidth - 6, TOP - 6, columns.narrow ? "score" : "q·k/√d", { class: "small muted", "text-anchor": "end" }),
-      text(weight, TOP - 6, "weight", { class: "small muted" }),
+      text(weight, TOP - 6, columns.narrow ? "wt." : "weight", { class: "small muted" }),
       text(v, TOP - 6, "values V", { class: "small muted" }),
       keys.map((_, at) => {
         const kind = first + at >= firstNew ? "new" : "kept";
@@ -92,7 +93,7 @@ export function build(figure, trace) {
       text(v - 8, bottom + 12, columns.narrow ? "sum" : "weighted sum of V", { "text-anchor": "end", class: "strong" }),
       heat([{ x: v, y: bottom, row: output, cell, height: STRIP }], sizes.v),
       frame(v, bottom, cell * q.length, "new"),
-      text(v, bottom + 29, "what this head hands on", { class: "small muted" }),
+      text(v + cell * q.length, bottom + 29, "what this head hands on", { class: "small muted", "text-anchor": "end" }),
       svg("rect", { id: "chosen", fill: "none", style: "stroke:var(--ink)", "stroke-width": 2 }),
     );
   }

@@ -58,7 +58,7 @@ export function build(figure, trace) {
           html("td", {}, token(tokens[at], isNew ? "new" : "kept")),
           html("td", { class: "strip" }, strip(at, cell)),
           html("td", {}, shorten(predictions[at].text, 14)),
-          html("td", {}, at === last ? "not there yet" : shorten(tokens[at + 1].text, 14)),
+          html("td", {}, at === last ? "not yet" : shorten(tokens[at + 1].text, 14)),
         ),
       );
     }

@@ -101,18 +101,19 @@ function sharing(numHeads, kvHeads, width) {
 }
 
 function variants({ variants: all, contexts }, model) {
-  const columns = ["attention", "KV heads", "bytes a token", ...contexts.map((tokens) => `${count(tokens)} tokens`), `${count(model.context)} tokens, the whole context`];
+  const columns = ["attention", "KV heads", "bytes a token", ...contexts.map((tokens) => `${count(tokens)} tokens`), `${count(model.context)} tokens, all`];
+  const optional = (at) => ({ class: at > 2 && at < columns.length - 1 ? "optional" : "" });
   const most = all[0].token_bytes;
   return html("table", {},
     html("caption", {}, "Keys and values of one text, in memory"),
-    html("thead", {}, html("tr", {}, columns.map((name) => html("th", { scope: "col" }, name)))),
+    html("thead", {}, html("tr", {}, columns.map((name, at) => html("th", { scope: "col", ...optional(at) }, name)))),
     html("tbody", {},
       all.map((variant) =>
         html("tr", {},
-          html("td", {}, variant.is_own ? html("b", {}, `${variant.attention} (this model)`) : variant.attention),
+          html("td", {}, variant.is_own ? html("b", {}, `${variant.attention} (this)`) : variant.attention),
           html("td", {}, count(variant.num_kv_heads)),
           html("td", { "data-variant": variant.num_kv_heads }, `${count(variant.token_bytes)} (${percent(variant.token_bytes / most)})`),
-          contexts.map((_, at) => html("td", {}, bytes(variant.context_bytes[at]))),
+          contexts.map((_, at) => html("td", optional(at + 3), bytes(variant.context_bytes[at]))),
           html("td", {}, bytes(variant.whole_context_bytes)),
         ),
       ),

@@ -61,7 +61,7 @@ function timeline(trace, current, width, numPrompt) {
       });
       const prompt = counted(numPrompt, "token");
       return svg("g", {},
-        text(0, y - 6, `${name}: ${lane === "with_cache" ? `prefill of ${prompt}, then a token each step` : "everything again for each token"}`, { class: "small muted" }),
+        text(0, y - 6, `${name}: ${lane === "with_cache" ? `${prompt} at once, then one each step` : "all again for each token"}`, { class: "small muted" }),
         blocks,
         text(Math.max(whole * scale, 60), y + 40, time(whole), { class: "small", "text-anchor": "end" }),
       );

@@ -77,7 +77,7 @@ function costs(plain, kept, step) {
     ["keys and values computed (one vector of a head each)", "num_kv_vectors", short],
     ["multiply-adds", "multiply_adds", short],
     ["weights read", "weight_bytes", bytes],
-    ["keys and values read", "kv_bytes", bytes],
+    ["keys and values read by attention", "kv_bytes", bytes],
     ["time", "seconds", time],
   ];
   return html(
