@@ -10,7 +10,7 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test check test-oracle sanitize sanitize-address sanitize-thread benchmarks bench bench-engine bench-peers bench-llama-cpp soak goldens format stubs clean
+.PHONY: help demo test check test-oracle sanitize sanitize-address sanitize-thread benchmarks bench bench-engine bench-peers bench-llama-cpp soak docs goldens format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench        tokens per second of prefill and decode on this machine, and where the time goes"
 	@echo "make benchmarks   what docs/benchmarks.md shows of kvik race and kvik bench, measured again"
 	@echo "make bench-engine what batches, shared prefixes and prompts seen before bring, and the prefix cache's own speed"
+	@echo "make docs         the sample page of kvik explain, docs/explain.html, and the README's picture of it"
 	@echo "make soak         20 minutes of random requests: nothing wrong, nothing held for ever, no growth"
 	@echo "make bench-peers  the same file through llama-cpp-python, transformers and OpenVINO GenAI (half an hour)"
 	@echo "make bench-llama-cpp  build llama.cpp and compare with its own benchmark programs (an hour)"
@@ -77,6 +78,14 @@ bench-engine: $(VENV)/.installed
 	$(VENV)/bin/python bench/engine.py --json build/engine.json
 	$(call say,The prefix cache without a model)
 	$(VENV)/bin/python bench/radix.py
+
+docs: $(VENV)/.tests-installed
+	$(call say,Fetch the default model once)
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,The sample page)
+	$(VENV)/bin/kvik explain "The cat sat on the mat because" --html docs/explain.html
+	$(call say,A picture of it$(,) by Chromium)
+	$(VENV)/bin/python docs/make_picture.py docs/explain.html docs/explain.png
 
 soak: $(VENV)/.installed
 	$(call say,Fetch the default model once)

@@ -250,6 +250,9 @@ def test_cells_can_be_chosen_with_the_keyboard(open_page: Open, data: dict[str, 
     cells = opened.page.locator("#cells")
     cells.focus()
     assert opened.text("#detail").startswith("weight of")
+    for _ in range(11):
+        opened.page.keyboard.press("ArrowUp")
+    assert opened.text("#detail").startswith(f"weight of “{data['tokens'][0]['text']}”")
     seen = []
     for key in ("ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowUp", "ArrowDown", "ArrowDown"):
         opened.page.keyboard.press(key)

@@ -97,7 +97,7 @@ def explain(
         lines.append(f"{html}: {len(page.encode()):,} bytes; attention of {drawn}")
     if trace is not None:
         events: Mapping[str, Any] = perfetto_trace(run, engine.model)
-        save_text(trace, json.dumps(events, allow_nan=False))
+        save_text(trace, json.dumps(events, allow_nan=False, separators=(",", ":")))
         lines.append(f"{trace}: {len(events['traceEvents']):,} events; open it in ui.perfetto.dev")
     write("\n".join(lines) + "\n")
     if not run.is_same:

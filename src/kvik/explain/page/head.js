@@ -4,7 +4,8 @@ import { attend } from "kvik/attention.js";
 import { box, heat, html, picture, scaleOf, shorten, svg, text, widthOf } from "kvik/draw.js";
 import { count, counted, percent, quoted, real } from "kvik/trace.js";
 
-const [LINE, STRIP, TOP] = [20, 16, 58]; // heights: of a row, of its cells, of what stands above the rows
+const [LINE, LEAST_LINE, LONG] = [20, 11, 700]; // heights of a row: usual, least; and of all rows together
+const [STRIP, TOP] = [16, 58]; // heights of the cells of a query, of what stands above the rows
 
 export function build(figure, trace) {
   const { model, tokens, layers, same } = trace;
@@ -24,7 +25,7 @@ export function build(figure, trace) {
     proof,
   );
   let step = 0;
-  let chosen = { column: "weight", row: 0, d: 0 };
+  let chosen = null; // the largest weight, until somebody points elsewhere
   let now; // what is drawn: the head's numbers and where its columns are
   for (const choice of [layerChoice, headChoice]) choice.addEventListener("change", () => show(step));
   canvas.addEventListener("pointermove", (event) => choose(cellAt(event)));
@@ -43,8 +44,9 @@ export function build(figure, trace) {
     shared.textContent =
       (group > 1 ? `shares KV head ${kvHead} with ${counted(group - 1, "other query head")}` : `has KV head ${kvHead} of its own`) +
       (layer.window ? `; this layer sees the newest ${count(layer.window)} tokens` : "");
-    now = { ...result, layer, position, firstNew: own.first_position, columns: columnsFor(widthOf(canvas), model.head_dim) };
-    chosen.row = Math.min(chosen.row, result.keys.length - 1);
+    const line = Math.max(LEAST_LINE, Math.min(LINE, Math.floor(LONG / result.keys.length)));
+    const columns = columnsFor(widthOf(canvas), model.head_dim);
+    now = { ...result, layer, position, firstNew: own.first_position, columns, line, strip: line - 4 };
     canvas.replaceChildren(draw());
     canvas.scrollTop = canvas.scrollHeight;
     tell();
@@ -58,11 +60,14 @@ export function build(figure, trace) {
   function draw() {
     const { columns, q, keys, values, scores, weights, output, first, firstNew } = now;
     const { cell, label, k, score, weight, bar, v, width } = columns;
-    const row = (at) => TOP + at * LINE;
+    const { line, strip } = now;
+    const row = (at) => TOP + at * line;
+    const small = line < 15 ? "small" : "";
+    const foot = strip / 2 + 6; // from a row's top to its text's base
     const bottom = row(keys.length) + 26;
     const most = Math.max(...weights);
     const sizes = { k: scaleOf([q, ...keys]), v: scaleOf(values) };
-    const strips = (rows, x) => rows.map((numbers, at) => ({ x, y: row(at) + 2, row: numbers, cell, height: STRIP }));
+    const strips = (rows, x) => rows.map((numbers, at) => ({ x, y: row(at) + 2, row: numbers, cell, height: strip }));
     return svg(
       "svg",
       { viewBox: `0 0 ${width} ${bottom + 34}`, width, height: bottom + 34, role: "img", "aria-label": describe() },
@@ -79,13 +84,13 @@ export function build(figure, trace) {
         return svg(
           "g",
           {},
-          box(0, row(at) + 2, label - 4, STRIP, `${kind}-tint`, { rx: 2 }),
-          text(label - 8, row(at) + 14, shorten(tokens[first + at].text, Math.floor(label / 8)), { "text-anchor": "end" }),
-          frame(k, row(at) + 2, cell * q.length, kind),
-          frame(v, row(at) + 2, cell * q.length, kind),
-          text(score + columns.scoreWidth - 6, row(at) + 14, real(scores[at], 2), { "text-anchor": "end" }),
-          box(weight, row(at) + 4, (bar * weights[at]) / most, STRIP - 4, kind, { rx: 1 }),
-          columns.narrow ? null : text(weight + bar + 4, row(at) + 14, percent(weights[at])),
+          box(0, row(at) + 2, label - 4, strip, `${kind}-tint`, { rx: 2 }),
+          text(label - 8, row(at) + foot, shorten(tokens[first + at].text, Math.floor(label / 8)), { "text-anchor": "end", class: small }),
+          frame(k, row(at) + 2, cell * q.length, kind, strip),
+          frame(v, row(at) + 2, cell * q.length, kind, strip),
+          text(score + columns.scoreWidth - 6, row(at) + foot, real(scores[at], 2), { "text-anchor": "end", class: small }),
+          box(weight, row(at) + 3, (bar * weights[at]) / most, strip - 2, kind, { rx: 1 }),
+          columns.narrow ? null : text(weight + bar + 4, row(at) + foot, percent(weights[at]), { class: small }),
         );
       }),
       heat(strips(keys, k), sizes.k),
@@ -106,31 +111,39 @@ export function build(figure, trace) {
   function cellAt(event) {
     const drawn = canvas.firstChild.getBoundingClientRect();
     const [x, y] = [event.clientX - drawn.left, event.clientY - drawn.top];
-    const { k, score, weight, v, cell } = now.columns;
-    const dimension = (start) => Math.max(0, Math.min(now.q.length - 1, Math.floor((x - start) / cell)));
-    if (y < TOP - 16) return { column: "q", row: chosen.row, d: dimension(k) };
-    const row = Math.max(0, Math.floor((y - TOP) / LINE));
-    if (row >= now.keys.length) return { column: "sum", row: chosen.row, d: dimension(v) };
+    const { k, score, weight, v, cell: size } = now.columns;
+    const dimension = (start) => Math.max(0, Math.min(now.q.length - 1, Math.floor((x - start) / size)));
+    const { row: before, d: same } = cell();
+    if (y < TOP - 16) return { column: "q", row: before, d: dimension(k) };
+    const row = Math.max(0, Math.floor((y - TOP) / now.line));
+    if (row >= now.keys.length) return { column: "sum", row: before, d: dimension(v) };
     if (x < score) return { column: "k", row, d: dimension(k) };
-    if (x < weight) return { column: "score", row, d: chosen.d };
-    return x < v ? { column: "weight", row, d: chosen.d } : { column: "v", row, d: dimension(v) };
+    if (x < weight) return { column: "score", row, d: same };
+    return x < v ? { column: "weight", row, d: same } : { column: "v", row, d: dimension(v) };
   }
 
-  function choose(cell) {
-    chosen = cell;
+  function choose(newCell) {
+    chosen = newCell;
     tell();
+  }
+
+  // The chosen cell, or the nearest that there is in this step.
+  function cell() {
+    const { column, row, d } = chosen ?? { column: "weight", row: now.weights.indexOf(Math.max(...now.weights)), d: 0 };
+    return { column, row: Math.min(row, now.keys.length - 1), d };
   }
 
   // Arrow keys move within the picture while it has the focus, and step through the text elsewhere.
   function moveChoice(event) {
     const order = ["k", "score", "weight", "v"];
-    const { column, row, d } = chosen;
+    const from = cell();
+    const { column, row, d } = from;
     const [wide, at] = [["q", "k", "v", "sum"].includes(column), order.indexOf(column)];
     const moves = {
-      ArrowUp: () => (column === "sum" ? { ...chosen, column: "v", row: now.keys.length - 1 } : row ? { ...chosen, row: row - 1 } : { ...chosen, column: column === "k" ? "q" : column }),
-      ArrowDown: () => (column === "q" ? { ...chosen, column: "k", row: 0 } : row < now.keys.length - 1 ? { ...chosen, row: row + 1 } : { ...chosen, column: column === "v" ? "sum" : column }),
-      ArrowLeft: () => (wide && d ? { ...chosen, d: d - 1 } : at > 0 ? { column: order[at - 1], row, d: now.q.length - 1 } : chosen),
-      ArrowRight: () => (wide && d < now.q.length - 1 ? { ...chosen, d: d + 1 } : at >= 0 && at < 3 ? { column: order[at + 1], row, d: 0 } : chosen),
+      ArrowUp: () => (column === "sum" ? { ...from, column: "v", row: now.keys.length - 1 } : row ? { ...from, row: row - 1 } : { ...from, column: column === "k" ? "q" : column }),
+      ArrowDown: () => (column === "q" ? { ...from, column: "k", row: 0 } : row < now.keys.length - 1 ? { ...from, row: row + 1 } : { ...from, column: column === "v" ? "sum" : column }),
+      ArrowLeft: () => (wide && d ? { ...from, d: d - 1 } : at > 0 ? { column: order[at - 1], row, d: now.q.length - 1 } : from),
+      ArrowRight: () => (wide && d < now.q.length - 1 ? { ...from, d: d + 1 } : at >= 0 && at < 3 ? { column: order[at + 1], row, d: 0 } : from),
     };
     if (!(event.key in moves)) return;
     event.preventDefault();
@@ -139,19 +152,19 @@ export function build(figure, trace) {
   }
 
   function tell() {
-    const { columns, keys } = now;
-    const { column, row, d } = chosen;
+    const { columns, keys, line, strip } = now;
+    const { column, row, d } = cell();
     const places = {
       q: [columns.k + d * columns.cell, 18, columns.cell],
-      k: [columns.k + d * columns.cell, TOP + row * LINE + 2, columns.cell],
-      score: [columns.score, TOP + row * LINE + 1, columns.scoreWidth - 2],
-      weight: [columns.weight - 2, TOP + row * LINE + 1, columns.v - columns.weight - 4],
-      v: [columns.v + d * columns.cell, TOP + row * LINE + 2, columns.cell],
-      sum: [columns.v + d * columns.cell, TOP + keys.length * LINE + 26, columns.cell],
+      k: [columns.k + d * columns.cell, TOP + row * line + 2, columns.cell],
+      score: [columns.score, TOP + row * line + 1, columns.scoreWidth - 2],
+      weight: [columns.weight - 2, TOP + row * line + 1, columns.v - columns.weight - 4],
+      v: [columns.v + d * columns.cell, TOP + row * line + 2, columns.cell],
+      sum: [columns.v + d * columns.cell, TOP + keys.length * line + 26, columns.cell],
     };
     const [x, y, width] = places[column];
     const mark = canvas.querySelector("#chosen");
-    for (const [name, value] of Object.entries({ x, y, width, height: STRIP })) mark.setAttribute(name, value);
+    for (const [name, value] of Object.entries({ x, y, width, height: ["q", "sum"].includes(column) ? STRIP : strip })) mark.setAttribute(name, value);
     detail.textContent = arithmetic(column, row, d);
   }
 
@@ -194,8 +207,8 @@ function mostTelling(layers, position) {
   return best.slice(0, 2);
 }
 
-const frame = (x, y, width, kind) =>
-  svg("rect", { x: x - 0.5, y: y - 0.5, width: width + 1, height: STRIP + 1, fill: "none", style: `stroke:var(--${kind})` });
+const frame = (x, y, width, kind, height = STRIP) =>
+  svg("rect", { x: x - 0.5, y: y - 0.5, width: width + 1, height: height + 1, fill: "none", style: `stroke:var(--${kind})` });
 
 // Where the columns are, for a picture so wide and heads of so many dimensions.
 function columnsFor(width, dimensions) {

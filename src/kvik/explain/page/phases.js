@@ -39,7 +39,7 @@ export function build(figure, trace) {
 
 function timeline(trace, current, width, numPrompt) {
   const { steps } = trace;
-  const lanes = [["with_cache", "with the cache"], ["without", "without"]];
+  const lanes = [["with_cache", "with"], ["without", "without"]];
   const most = Math.max(...lanes.map(([lane]) => totals(steps, lane, steps.length - 1).seconds));
   const scale = (width - 2) / most;
   const id = "again-time";
@@ -61,7 +61,7 @@ function timeline(trace, current, width, numPrompt) {
       });
       const prompt = counted(numPrompt, "token");
       return svg("g", {},
-        text(0, y - 6, `${name}: ${lane === "with_cache" ? `${prompt} at once, then one each step` : "all again for each token"}`, { class: "small muted" }),
+        text(0, y - 6, `${name}: ${lane === "with_cache" ? `${prompt} at once, then one by one` : "all again for each token"}`, { class: "small muted" }),
         blocks,
         text(Math.max(whole * scale, 60), y + 40, time(whole), { class: "small", "text-anchor": "end" }),
       );
