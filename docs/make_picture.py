@@ -15,7 +15,7 @@ WIDTH, STEP = 1100, 12
 
 
 def main(page_path: Path, picture_path: Path) -> None:
-    """Draw sections 2 and 3 at one step."""
+    """Draw section 2 at one step."""
     program = shutil.which("chromium") or sys.exit("no chromium here: install Debian's package of that name")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])

@@ -13,7 +13,11 @@ import pytest
 
 from command_line import Kvik
 from gguf_files import tiny_llama
+from kvik.cli.explain import _list
+from kvik.engine.sampler import StepLogits
+from kvik.engine.sequence import Sequence
 from kvik.explain.run import TracedRun
+from models import altered
 
 SHORT = ("--max-tokens", "8")
 
@@ -32,7 +36,7 @@ def test_a_page_and_a_trace_are_written(kvik: Kvik, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     first, second, third = result.stdout.splitlines()
     assert re.fullmatch(
-        r"8 tokens behind 6: 76 computed without the cache in .*, 13 with it in .*; the same to the last bit", first
+        r"8 tokens after 6: 76 computed without the cache in .*, 13 with it in .*; the same to the last bit", first
     )
     assert second == f"{page}: {page.stat().st_size:,} bytes; attention of layers 0, 1, KV heads 0, 1"
     events = json.loads(trace.read_text())["traceEvents"]
@@ -97,9 +101,9 @@ def test_chat_goes_through_the_template(kvik: Kvik, base: Path, tmp_path: Path) 
         (("hi", "--trace", "out.html"), "--trace is out.html"),
         (("hi", "--html", "missing/out.html"), "there is no folder"),
         (("hi", "--html", "."), "a folder"),
-        (("hi", "--html", "o.html", "--max-tokens", "0"), "--max-tokens is 0|max_tokens is 0"),
-        (("hi", "--html", "o.html", "--max-tokens", "-3"), "max_tokens is -3"),
-        (("hi", "--html", "o.html", "--max-tokens", "1000000000"), "max.tokens is 1,?000"),
+        (("hi", "--html", "o.html", "--max-tokens", "0"), "--max-tokens is 0"),
+        (("hi", "--html", "o.html", "--max-tokens", "-3"), "--max-tokens is -3"),
+        (("hi", "--html", "o.html", "--max-tokens", "1000000000"), "--max-tokens is 1,000,000,000"),
         (
             ("hi", "--html", "o.html", "--max-tokens", "256"),
             "prompt of . tokens and 256 to write are .*draws 256",
@@ -112,6 +116,8 @@ def test_chat_goes_through_the_template(kvik: Kvik, base: Path, tmp_path: Path) 
         (("hi", "--html", "o.html", "--layers", "-1"), "--layers has '-1' in it"),
         (("hi", "--html", "o.html", "--kv-heads", "7"), "there is no KV head 7: the model has 2"),
         (("hi", "--html", "o.html", "--kv-heads", "a"), "--kv-heads has 'a' in it"),
+        (("hi", "--trace", "o.json", "--layers", "0"), "--layers is about the page"),
+        (("hi", "--trace", "o.json", "--second", "ho"), "--second is about the page"),
         (("hi", "--html", "o.html", "-m", "smolm2"), "smollm2"),
         (("hi", "--html", "o.html", "--kv-dtype", "f8"), "f16"),
     ],
@@ -172,10 +178,60 @@ def test_a_difference_is_exit_1_and_said(kvik: Kvik, tmp_path: Path, monkeypatch
 
 
 def test_a_text_that_ends_early_is_shorter(kvik: Kvik, tmp_path: Path) -> None:
-    """Every token ends this model's text: one is written."""
-    ends = {"tokenizer.ggml.eot_token_id": 0}
-    model = tiny_llama(tmp_path / "end.gguf", vocab_size=320, extra_metadata=ends)
+    """What this model would write first ends its texts."""
     page = tmp_path / "o.html"
-    result = kvik("explain", "hello", *SHORT, "--html", str(page), "-m", str(model))
+    source = tiny_llama(tmp_path / "a.gguf")
+    assert kvik("explain", "hello", *SHORT, "--html", str(page), "-m", str(source)).exit_code == 0
+    data = written(page)
+    assert (len(data["steps"]), data["finish_reason"]) == (8, "length")
+    ends = {"tokenizer.ggml.eos_token_id": data["steps"][0]["chosen"]["id"]}
+    model = altered(source, tmp_path / "b.gguf", metadata=ends)
+    assert kvik("explain", "hello", *SHORT, "--html", str(page), "-m", str(model)).exit_code == 0
+    data = written(page)
+    assert (len(data["steps"]), data["finish_reason"]) == (1, "stop")
+
+
+def test_as_many_tokens_as_a_page_draws(kvik: Kvik, tmp_path: Path) -> None:
+    """No room is left for another prompt that goes on: what has none is left out, and the page is written."""
+    page = tmp_path / "o.html"
+    result = kvik("explain", "hello there", "--max-tokens", "250", "--html", str(page))
     assert result.exit_code == 0, result.stderr
-    assert len(written(page)["steps"]) <= 8
+    data = written(page)
+    assert len(data["tokens"]) == 256
+    assert [each["title"] for each in data["follow_ups"]] == ["The same beginning, another end"]
+
+
+def test_lanes_that_part_are_told_and_drawn_as_far_as_both_go(
+    kvik: Kvik, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lane without the cache chooses an end where the other one goes on."""
+
+    def choose(step: StepLogits, row: int, sequence: Sequence) -> int:
+        early = not sequence.keep_cache and sequence.num_completion_tokens == 3
+        return min(sequence.stop_token_ids) if early else step.most_likely[row]
+
+    monkeypatch.setattr("kvik.engine.engine.choose", choose)
+    page, trace = tmp_path / "o.html", tmp_path / "o.json"
+    result = kvik("explain", "hello there", *SHORT, "--html", str(page), "--trace", str(trace))
+    assert result.exit_code == 1
+    assert "NOT the same" in result.stdout
+    data = written(page)
+    assert (len(data["steps"]), data["same"]["is_same"]) == (4, False)
+    assert data["same"]["num_same_kv_rows"] < data["same"]["num_kv_rows"]
+    assert json.loads(trace.read_text())["otherData"]["is_same"] is False
+
+
+def test_the_next_turn_of_a_chat_goes_through_the_template(kvik: Kvik, tmp_path: Path) -> None:
+    page = tmp_path / "o.html"
+    assert kvik("explain", "hello", "--max-tokens", "60", "--chat", "--html", str(page)).exit_code == 0
+    turn, *_ = written(page)["follow_ups"]
+    assert turn["title"] == "The next turn of the chat"
+    assert sum(token["text"] == "<|im_start|>" for token in turn["tokens"]) >= 3
+    assert turn["num_common_tokens"] > 10, "the first question in its template"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shown"), [((0,), "0"), ((0, 1), "0, 1"), ((0, 1, 2, 7, 9, 10, 11), "0-2, 7, 9-11"), ((3, 1), "3, 1")]
+)
+def test_runs_of_numbers_are_shown_by_their_ends(numbers: tuple[int, ...], shown: str) -> None:
+    assert _list(numbers) == shown

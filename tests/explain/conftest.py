@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from kvik.explain.selection import select
 
 PROMPT = "hello there"
 NUM_WRITTEN = 30
-
-Trace = Callable[..., TracedRun]
 
 
 def traced(llm: LLM, prompt: str | list[int] = PROMPT, max_tokens: int = NUM_WRITTEN) -> TracedRun:

@@ -31,6 +31,26 @@ QUIET = (  # as root, without a screen, and without its own talk to its maker
 )
 MINUS, TIMES = "\u2212", "\u00d7"
 
+FIGURES = {
+    "times(99.4, 1)": "99 x",
+    "times(99.7, 1)": "100 x",
+    "times(1234, 1)": "1,234 x",
+    "times(1, 8)": "0.13 x",
+    "time(0.0123456)": "12.3 ms",
+    "time(0.9994)": "999 ms",
+    "time(1.5)": "1.50 s",
+    "time(1234.4)": "1,234 s",
+    "short(999)": "999",
+    "short(999600)": "1.00 M",
+    "bytes(1474560)": "1.47 MB",
+    "counted(1, 'token')": "1 token",
+    "counted(1128, 'token')": "1,128 tokens",
+    "percent(0.0994)": "9.9 %",
+    "percent(1)": "100 %",
+    "real(-0.0004)": "0.000",
+    "real(-1.5)": "-1.500",
+}
+
 program = next(filter(None, map(shutil.which, PROGRAMS)), None)
 pytestmark = pytest.mark.skipif(program is None, reason="no Chromium here: install Debian's package chromium")
 
@@ -177,7 +197,7 @@ def test_totals_are_those_of_the_trace(open_page: Open, data: dict[str, Any], st
     opened = open_page(data)
     opened.go_to(step)
     cells = opened.page.locator("#work [data-total]").all()
-    assert len(cells) == 12
+    assert len(cells) == 14
     for cell in cells:
         lane, name = (cell.get_attribute("data-total") or "").split(".")
         wanted = totals(data, lane, name, step)
@@ -221,9 +241,7 @@ def test_the_head_is_computed_from_the_run(open_page: Open, data: dict[str, Any]
         return [float(number) for number in re.findall(r"(?<![\w\[])-?\d+\.\d+", text)]
 
     box = page.locator("#cells svg").bounding_box()
-    frames = page.locator("#cells svg g rect").all()
     assert box is not None
-    assert frames
     cells = page.locator("#cells")
     cells.scroll_into_view_if_needed()
     key_frame = page.locator("#cells svg g").nth(4).locator("rect").nth(1).bounding_box()
@@ -239,8 +257,7 @@ def test_the_head_is_computed_from_the_run(open_page: Open, data: dict[str, Any]
     output = weights @ v
     assert numbers() == pytest.approx([weights[4], v[4, 2], weights[4] * v[4, 2], output[2]], abs=6e-4)
     cells.focus()
-    for key in ("Home",):  # not one of the picture's: it goes to the page
-        page.keyboard.press(key)
+    page.keyboard.press("Home")  # not one of the picture's: it goes to the page
     assert opened.text("#position").startswith("step 1 of")
 
 
@@ -278,10 +295,10 @@ def test_heads_are_drawn_as_mha_gqa_and_mqa(open_page: Open, data: dict[str, Any
         opened.page.locator(f"#memory input[value='{num_kv_heads}']").check()
         assert opened.page.locator("#heads rect").count() == num_kv_heads
         assert opened.page.locator("#heads circle").count() == 4
-        opened.page.keyboard.press("Escape")
-    rows = opened.page.locator("#memory [data-variant]").all_inner_texts()
-    assert rows == ["512 (100 %)", "256 (50 %)", "128 (25 %)"]
-    assert "= 256 bytes" in opened.text("#memory-sentence")
+    rows = [row.split("\t")[:4] for row in opened.page.locator("#memory [data-variant]").all_inner_texts()]
+    assert rows == [["MHA", "4", "512", "100 %"], ["GQA (this)", "2", "256", "50 %"], ["MQA", "1", "128", "25 %"]]
+    product = f"2 layers {TIMES} 2 KV heads {TIMES} 32 bytes (16 numbers of type f16) = 256 bytes"
+    assert product in opened.text("#memory-sentence")
 
 
 def test_prefixes_say_where_the_match_ends_and_why(open_page: Open, data: dict[str, Any]) -> None:
@@ -292,7 +309,6 @@ def test_prefixes_say_where_the_match_ends_and_why(open_page: Open, data: dict[s
     assert "block that is not full yet" in turn
     assert f"agree in their first {found_other['num_common_tokens']} tokens" in other
     assert "There the match ends." in other
-    assert found_other["stop"]["text"] in other
     tokens = opened.page.locator("#prefixes article").nth(0).locator(".token")
     assert tokens.count() == len(found_turn["tokens"])
     kept = opened.page.locator("#prefixes article").nth(0).locator(".token.kept")
@@ -310,13 +326,97 @@ def test_a_window_hides_the_tokens_before_it(open_page: Open, tmp_path: Path) ->
     opened.page.keyboard.press("End")
     assert opened.page.locator("#cells svg g").count() == window["window"]
     assert "sees the newest 24 tokens" in opened.text("#head .controls")
+    assert "tanh" in opened.text("#head .formula"), "Gemma 2 caps its scores"
+    assert "this model's own scale" in opened.text("#head .formula")
+    arithmetic = pointed_at_score(opened)
+    assert arithmetic.startswith("score of")
+    assert "tanh" in arithmetic
 
 
-def test_one_token_behind_one_token(open_page: Open, llm: LLM) -> None:
+def pointed_at_score(opened: Opened) -> str:
+    """The arithmetic of the last row's score."""
+    opened.page.locator("#cells").focus()
+    opened.page.keyboard.press("ArrowLeft")
+    opened.page.locator("#cells").blur()
+    return opened.text("#detail")
+
+
+def test_blocks_that_a_window_gave_back_are_striped(open_page: Open, tmp_path: Path) -> None:
+    llm = LLM(str(golden_of("gemma3").write_folder(tmp_path / "model")))
+    run = traced(llm, list(range(3, 83)), 3)
+    data = page_data(run, "gemma", [], [])
+    (window,) = data["memory"]["windows"]
+    opened = open_page(data)
+    opened.go_to(2)
+    kept = len(data["tokens"]) - 1
+    gone = (kept + 1 - window["window"]) // 32
+    assert gone > 0
+    assert f"gave back {gone} block" in opened.text("#memory-sentence")
+    stripes = opened.page.locator("#memory svg rect[style*='given-back']")
+    assert float(stripes.get_attribute("height") or 0) == 34 * gone
+    held = run.with_cache.lane.engine.kv_spec.held_bytes(kept)
+    assert data["memory"]["held_bytes"][kept] == held
+    longest = data["memory"]["variants"][0]
+    assert longest["whole_context_bytes"] >= max(longest["context_bytes"]), "a longer text takes no less"
+
+
+def test_an_int8_cache_counts_its_scales(open_page: Open, tiny: Path) -> None:
+    opened = open_page(page_data(traced(LLM(str(tiny), kv_dtype="int8"), max_tokens=3), "tiny", [], []))
+    sentence = opened.text("#memory-sentence")
+    assert f"2 KV heads {TIMES} 20 bytes (16 numbers of type int8 and a scale) = 160 bytes" in sentence
+    assert "queries and weights to 16-bit integers" in opened.text("#head")
+
+
+def test_256_tokens_are_drawn_and_a_chosen_cell_stays_in_view(open_page: Open, llm: LLM) -> None:
+    opened = open_page(page_data(traced(llm, list(range(3, 253)), 6), "tiny", [], []))
+    page = opened.page
+    assert opened.text("#position").startswith("step 5 of 6")
+    page.locator("#cells").focus()
+    for _ in range(120):
+        page.keyboard.press("ArrowUp")
+    top, bottom, mark = page.evaluate(
+        """() => {
+            const place = (name) => document.querySelector(name).getBoundingClientRect();
+            const [outer, inner] = [place("#cells"), place("#chosen")];
+            return [outer.top, outer.bottom, (inner.top + inner.bottom) / 2];
+        }"""
+    )
+    assert top <= mark <= bottom
+    assert page.locator("#text button[tabindex='0']").count() == 1
+
+
+def test_emoji_and_long_tokens_are_cut_between_characters(open_page: Open, data: dict[str, Any]) -> None:
+    changed = [dict(token, text="\U0001f600" * 40) for token in data["tokens"]]
+    opened = open_page({**data, "tokens": changed})
+    assert "\ufffd" not in opened.text("body")
+    labels = opened.page.locator("#cells svg text").all_text_contents()
+    assert any(label.startswith("\U0001f600") and label.endswith("…") for label in labels)
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == 1280
+
+
+def test_a_space_is_seen_in_pictures(open_page: Open, data: dict[str, Any]) -> None:
+    changed = [dict(token, text=" a " if at % 2 else " ") for at, token in enumerate(data["tokens"])]
+    opened = open_page({**data, "tokens": changed})
+    labels = opened.page.locator("#cells svg text").all_text_contents()
+    assert "␣a␣" in labels
+    assert "␣" in labels
+    assert "“a”" in opened.text("#position")
+
+
+def test_figures_are_written_without_exponents(open_page: Open, data: dict[str, Any]) -> None:
+    opened = open_page(data)
+    for expression, shown in FIGURES.items():
+        found = opened.page.evaluate(f"import('kvik/trace.js').then((module) => module.{expression})")
+        assert found == shown.replace("x", TIMES).replace("-", MINUS), expression
+
+
+def test_one_token_after_one_token(open_page: Open, llm: LLM) -> None:
     opened = open_page(page_data(traced(llm, [5], 1), "tiny", [], []))
     assert opened.text("#position").startswith("step 1 of 1")
     assert opened.page.locator("#next").is_disabled()
     assert "There is one row" in opened.text("#loop")
+    assert "here the run stops" in opened.text("#loop")
+    assert "This prompt is one token" in opened.text("#phases") or "computes 1 token with" in opened.text("#phases")
     assert "no room" in opened.text("#prefixes")
     assert not re.search(r"undefined|NaN|Infinity", opened.text("body"))
 

@@ -50,6 +50,7 @@ def test_steps_cost_what_the_formulas_say(data: dict[str, Any]) -> None:
             assert lane["multiply_adds"] == SHAPE.multiply_adds(num_tokens, 1) + attention
             assert lane["weight_bytes"] == SHAPE.step_bytes()
             assert lane["kv_bytes"] == known * SHAPE.kv_token_bytes("f16")
+            assert lane["kv_written_bytes"] == num_tokens * SHAPE.kv_token_bytes("f16")
             assert lane["seconds"] > 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from kvik.cli.report import save_text
 from kvik.cli.terminal import note, seconds, write
 from kvik.config import SamplingParams
 from kvik.errors import InvalidInput
+from kvik.explain.limits import MOST_TOKENS
 from kvik.models.progress import counted_progress
 
 if TYPE_CHECKING:
@@ -70,15 +72,19 @@ def explain(
     if html is None and trace is None:
         raise InvalidInput("there is nothing to write", hint="add --html page.html, or --trace trace.json")
     _check_outputs(html, trace)
+    for option, given in (("--second", second), ("--layers", layers), ("--kv-heads", kv_heads)):
+        if html is None and given is not None:
+            raise InvalidInput(f"{option} is about the page, and there is none", hint="add --html page.html")
+    check_count("--max-tokens", max_tokens, 1, MOST_TOKENS)
     wanted_layers = None if layers is None else parse_counts("--layers", layers, 0, MOST_PARTS)
     wanted_heads = None if kv_heads is None else parse_counts("--kv-heads", kv_heads, 0, MOST_PARTS)
     params = SamplingParams(max_tokens=max_tokens)
     # Not before: these bring NumPy and the engine with them, and --help of any command imports this file.
     from kvik.explain.perfetto import perfetto_trace
-    from kvik.explain.run import MOST_TOKENS, check_tokens, trace_run
+    from kvik.explain.prefixes import next_turn
+    from kvik.explain.run import check_tokens, trace_run
     from kvik.explain.selection import select
 
-    check_count("--max-tokens", max_tokens, 1, MOST_TOKENS)
     llm = engine.load()
     prompt_ids = _token_ids(llm, prompt, chat=chat)
     check_tokens(llm, len(prompt_ids), max_tokens)
@@ -91,7 +97,10 @@ def explain(
         run = trace_run(llm, prompt_ids, params, selection, advance)
     lines = [_result_line(run)]
     if html is not None:
-        page = _page(llm, run, engine.model, second_ids)
+        chosen = [] if second_ids is None else [("The second prompt", second_ids)]
+        if chat:
+            chosen += next_turn(llm, prompt, run.with_cache.lane.sequence.completion_ids)
+        page = _page(llm, run, engine.model, chosen)
         save_text(html, page)
         drawn = f"layers {_list(selection.layers)}, KV heads {_list(selection.kv_heads)}"
         lines.append(f"{html}: {len(page.encode()):,} bytes; attention of {drawn}")
@@ -118,14 +127,12 @@ def _token_ids(llm: LLM, prompt: str, *, chat: bool) -> list[int]:
     return llm.render_chat([{"role": "user", "content": prompt}]) if chat else llm.encode(prompt)
 
 
-def _page(llm: LLM, run: TracedRun, model_name: str, second_ids: list[int] | None) -> str:
+def _page(llm: LLM, run: TracedRun, model_name: str, others: list[tuple[str, list[int]]]) -> str:
     from kvik.explain.html import render_page
     from kvik.explain.page_data import page_data
     from kvik.explain.prefixes import default_follow_ups, follow_up
 
-    follow_ups = default_follow_ups(llm, run.prompt_ids, run.token_ids)
-    if second_ids is not None:
-        follow_ups = [("The second prompt", second_ids), *follow_ups]
+    follow_ups = [*others, *default_follow_ups(llm, run.prompt_ids, run.token_ids)]
     found = [follow_up(llm, run.token_ids, title, token_ids) for title, token_ids in follow_ups]
     return render_page(page_data(run, model_name, found, _first_tokens(llm)))
 
@@ -138,7 +145,7 @@ def _first_tokens(llm: LLM) -> list[FirstToken]:
     lengths = [length for length in PROMPT_LENGTHS if length + LATER_TOKENS + 2 <= llm.model.context]
     if not lengths:
         return []
-    note(f"timing first tokens behind up to {max(lengths):,}")
+    note(f"timing first tokens after prompts of up to {max(lengths):,}")
     costs = measure_lengths(llm, lengths, ROUNDS)
     return [FirstToken(cost.length, cost.median_first_s, cost.median_later_s) for cost in costs]
 
@@ -148,10 +155,18 @@ def _result_line(run: TracedRun) -> str:
     computed = [lane.sequence.total_computed_tokens for lane in (without, with_cache)]
     verdict = "the same to the last bit" if run.is_same else "NOT the same"
     return (
-        f"{with_cache.num_tokens:,} tokens behind {len(run.prompt_ids):,}: {computed[0]:,} computed without the cache"
+        f"{with_cache.num_tokens:,} tokens after {len(run.prompt_ids):,}: {computed[0]:,} computed without the cache"
         f" in {seconds(without.elapsed_s)}, {computed[1]:,} with it in {seconds(with_cache.elapsed_s)}; {verdict}"
     )
 
 
 def _list(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers))
+    """`0-63, 70`: a run of three or more by its ends."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run) for run in runs]
+    return ", ".join(chain.from_iterable(parts))

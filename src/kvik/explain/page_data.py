@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik import __version__
-from kvik.cache import KVCacheSpec
+from kvik.cache.spec import KVCacheSpec, vector_bytes
 from kvik.explain.prefixes import FollowUp
 from kvik.explain.run import TracedLane, TracedRun
 from kvik.explain.tracer import Candidate, TracedStep, as_kept
@@ -24,7 +24,7 @@ HIDDEN_COLUMNS = 48
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """Medians of the time to a first token behind a prompt of random tokens, and of a later token's."""
+    """Medians of the time to a first token after a prompt of random tokens, and of a later token's."""
 
     length: int
     first_s: float
@@ -41,6 +41,7 @@ def page_data(
         "model": _model(run, model_name),
         "machine": {"processor": processor_name(), "threads": getattr(run.llm.model.decoder.ops, "num_threads", 1)},
         "num_prompt_tokens": len(run.prompt_ids),
+        "finish_reason": run.with_cache.lane.sequence.finish_reason,
         "tokens": [_token(tokenizer, token_id) for token_id in run.token_ids],
         "hidden": _array(run.with_cache.tracer.hidden[0][:, :HIDDEN_COLUMNS]),
         "predictions": [_candidate(tokenizer, candidate) for candidate in run.predictions],
@@ -59,7 +60,6 @@ def _model(run: TracedRun, name: str) -> dict[str, Any]:
     spec, config = run.llm.model.decoder.spec, run.llm.config
     return {
         "name": name,
-        "architecture": spec.architecture,
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "num_heads": spec.num_heads,
@@ -71,7 +71,6 @@ def _model(run: TracedRun, name: str) -> dict[str, Any]:
         "activations": config.activations,
         "weight_bytes": run.llm.model.decoder.weights.num_bytes,
         "attention": attention_name(spec.num_heads, spec.num_kv_heads),
-        "windows": [layer.window for layer in spec.layers],
     }
 
 
@@ -93,12 +92,12 @@ def _steps(run: TracedRun) -> list[dict[str, Any]]:
             "chosen": _token(tokenizer, chosen[index]),
             **{name: steps[index] for name, steps in lanes.items()},
         }
-        for index, step in enumerate(run.with_cache.tracer.steps)
+        for index, step in enumerate(run.with_cache.tracer.steps[: run.num_steps])
     ]
 
 
 def _lane_steps(traced: TracedLane) -> list[dict[str, Any]]:
-    return [step_figures(traced, index) for index in range(len(traced.tracer.steps))]
+    return [step_figures(traced, index) for index in range(len(traced.costs))]
 
 
 def step_figures(traced: TracedLane, index: int) -> dict[str, Any]:
@@ -113,9 +112,9 @@ def step_figures(traced: TracedLane, index: int) -> dict[str, Any]:
         "num_repeated_tokens": cost.repeated.num_tokens,
         "num_kv_vectors": 2 * step.num_tokens * spec.num_layers * spec.num_kv_heads,
         "multiply_adds": cost.work.multiply_adds,
-        "repeated_multiply_adds": cost.repeated.multiply_adds,
         "weight_bytes": cost.work.weight_bytes,
         "kv_bytes": cost.work.kv_bytes,
+        "kv_written_bytes": step.num_tokens * spec.token_bytes,
         "seconds": cost.seconds,
     }
 
@@ -167,22 +166,35 @@ def _memory(run: TracedRun) -> dict[str, Any]:
     return {
         "block_size": spec.block_size,
         "token_bytes": spec.token_bytes,
+        "vector_bytes": vector_bytes(spec.head_dim, spec.dtype),
         "slots": [slot for step in run.with_cache.tracer.steps for slot in step.slots],
         "held_bytes": [spec.held_bytes(num_tokens) for num_tokens in range(len(run.token_ids))],
-        "num_blocks": run.with_cache.lane.engine.cache.pool.num_blocks,
+        "windows": [
+            {
+                "window": window.window,
+                "num_layers": window.num_layers,
+                "first_blocks": [window.first_block(num_tokens) for num_tokens in range(len(run.token_ids))],
+            }
+            for window in spec.windows
+        ],
         "contexts": contexts,
         "variants": [
             {
                 "attention": attention_name(decoder.spec.num_heads, count),
                 "num_kv_heads": count,
                 "token_bytes": variant.token_bytes,
-                "context_bytes": [variant.held_bytes(num_tokens) for num_tokens in contexts],
-                "whole_context_bytes": variant.held_bytes(context),
+                "context_bytes": [_most_held_bytes(variant, num_tokens) for num_tokens in contexts],
+                "whole_context_bytes": _most_held_bytes(variant, context),
                 "is_own": count == spec.num_kv_heads,
             }
             for count, variant in kv_variants(spec, decoder.spec.num_heads)
         ],
     }
+
+
+def _most_held_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
+    """Of a text that grows so far: where a window slides, most is held just before a block is given back."""
+    return max(spec.held_bytes(count) for count in range(max(0, num_tokens - spec.block_size), num_tokens + 1))
 
 
 def kv_variants(spec: KVCacheSpec, num_heads: int) -> list[tuple[int, KVCacheSpec]]:
@@ -214,7 +226,7 @@ def _follow_up(run: TracedRun, found: FollowUp) -> dict[str, Any]:
         "shared_blocks": found.shared_blocks,
         "copied_block": found.copied_block,
         "num_computed_tokens": found.num_computed_tokens,
-        "stop": {"name": found.stop.name, "text": str(found.stop)},
+        "stop": str(found.stop),
         "known_next": _token(tokenizer, known[0]) if known else None,
         "cold_s": found.cold_s,
         "warm_s": found.warm_s,

@@ -40,7 +40,7 @@ def perfetto_trace(run: TracedRun, model_name: str) -> dict[str, Any]:
             ]
             events.append(
                 {
-                    "name": f"step {index}: {step.num_tokens} tokens",
+                    "name": f"step {index}: {step.num_tokens} token{'s' * (step.num_tokens != 1)}",
                     "cat": "step",
                     "ph": "X",
                     "pid": process,

@@ -10,7 +10,8 @@ from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.lanes import digest
 from kvik.engine.llm import LLM
-from kvik.explain.run import check_tokens
+from kvik.errors import InvalidInput
+from kvik.explain.run import check_tokens, most_tokens
 
 ROUNDS = 3
 
@@ -34,27 +35,40 @@ class FollowUp:
 
 
 def default_follow_ups(llm: LLM, prompt_ids: list[int], token_ids: list[int]) -> list[tuple[str, list[int]]]:
-    """A conversation that goes on, and another that began alike, by title; those for which there is room."""
-    tokenizer = llm.model.tokenizer
-    turn = tokenizer.encode(" What happened next?", add_special=False)
-    other = tokenizer.encode(" when it began to rain", add_special=False)
-    both = [
-        ("The whole text again, and a few words more: the next turn of a chat", token_ids + turn),
-        ("The same beginning, another end", prompt_ids[: max(1, len(prompt_ids) - 1)] + other),
-    ]
-    return [(title, ids) for title, ids in both if len(ids) < llm.model.context]
+    """A text that goes on, and another that began alike, by title; those for which the page and the model have room."""
+    encode = llm.model.tokenizer.encode
+    try:
+        both = [
+            ("The whole text again, and a few words more", token_ids + encode(" What then?", add_special=False)),
+            (
+                "The same beginning, another end",
+                prompt_ids[: max(1, len(prompt_ids) - 1)] + encode(" when it began to rain", add_special=False),
+            ),
+        ]
+    except InvalidInput:  # a vocabulary that cannot write these
+        return []
+    return [(title, ids) for title, ids in both if len(ids) < most_tokens(llm)]
+
+
+def next_turn(llm: LLM, question: str, answer_ids: list[int]) -> list[tuple[str, list[int]]]:
+    """The chat goes on, by title; nothing where there is no room for it."""
+    answer = llm.model.tokenizer.decode(answer_ids)
+    messages = [("user", question), ("assistant", answer), ("user", "What then?")]
+    token_ids = llm.render_chat([{"role": role, "content": content} for role, content in messages])
+    return [("The next turn of the chat", token_ids)] if len(token_ids) < most_tokens(llm) else []
 
 
 def follow_up(llm: LLM, known_ids: list[int], title: str, token_ids: list[int]) -> FollowUp:
-    """Ask for one token behind `token_ids` where `known_ids` was computed before, and where nothing was."""
+    """Ask for one token after `token_ids` where `known_ids` was computed before, and where nothing was kept of it."""
     check_tokens(llm, len(token_ids), 1)
-    cold, warm = [], []
+    cold: list[_FirstToken] = []
+    warm: list[_FirstToken] = []
     for _ in range(ROUNDS):
-        cold.append(_first_token(llm.new_engine(prefix_cache=False), token_ids))
-        engine = llm.new_engine(prefix_cache=True)
-        _first_token(engine, known_ids)
-        warm.append(_first_token(engine, token_ids))
-    found = warm[0]
+        for found, prefix_cache in ((cold, False), (warm, True)):
+            engine = llm.new_engine(prefix_cache=prefix_cache)
+            _first_token(engine, known_ids)  # in both: memory that was touched before is quicker
+            found.append(_first_token(engine, token_ids))
+    first = warm[0]
     common = next(
         (at for at, (one, other) in enumerate(zip(known_ids, token_ids, strict=False)) if one != other),
         min(len(known_ids), len(token_ids)),
@@ -63,12 +77,12 @@ def follow_up(llm: LLM, known_ids: list[int], title: str, token_ids: list[int]) 
         title=title,
         token_ids=token_ids,
         num_common_tokens=common,
-        num_shared_tokens=found.num_shared,
-        num_copied_tokens=found.num_copied,
-        shared_blocks=found.shared_blocks,
-        copied_block=found.copied_block,
-        stop=found.stop,
-        num_computed_tokens=found.num_computed,
+        num_shared_tokens=first.num_shared,
+        num_copied_tokens=first.num_copied,
+        shared_blocks=first.shared_blocks,
+        copied_block=first.copied_block,
+        stop=first.stop,
+        num_computed_tokens=first.num_computed,
         cold_s=statistics.median(each.seconds for each in cold),
         warm_s=statistics.median(each.seconds for each in warm),
         is_same=len({each.bits for each in (*cold, *warm)}) == 1,

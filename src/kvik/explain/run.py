@@ -12,11 +12,9 @@ from kvik.config import SamplingParams
 from kvik.engine.lanes import RaceLane, TokenCost, Verdict, compare, make_lanes, run_race
 from kvik.engine.llm import LLM
 from kvik.errors import InvalidInput
+from kvik.explain.limits import MOST_TOKENS
 from kvik.explain.selection import Selection
 from kvik.explain.tracer import Candidate, Tracer, as_kept, candidates, same_rows
-
-MOST_TOKENS = 256
-"""Tokens of prompt and answer that a page draws."""
 
 WideArray = npt.NDArray[np.float64]
 
@@ -47,25 +45,37 @@ class TracedRun:
     verdict: Verdict  # of tokens and logits
     num_kv_rows: int  # keys and values of a token in a layer
     num_same_kv_rows: int  # of those, the same in both lanes to the last bit
-    predictions: list[Candidate]  # the likeliest token behind each row of hidden states
+    predictions: list[Candidate]  # the likeliest token after each row of hidden states
     attention_difference: float  # between the engine's attention and the formula in float64, over all that is drawn
 
     @property
     def token_ids(self) -> list[int]:
         """Prompt and answer."""
-        return self.with_cache.lane.sequence.token_ids
+        return self.with_cache.lane.sequence.token_ids[: len(self.prompt_ids) + self.num_steps]
+
+    @property
+    def num_steps(self) -> int:
+        """That both lanes made: the same number, unless something is wrong."""
+        return min(len(traced.costs) for traced in (self.without, self.with_cache))
 
     @property
     def is_same(self) -> bool:
         """Whether the cache changed no bit of anything that was compared."""
         rows = (self.without.tracer.keys, self.without.tracer.values, self.without.tracer.hidden)
         again = all(each.num_same == each.num_repeated for each in rows)
-        return self.verdict.is_same and self.num_same_kv_rows == self.num_kv_rows and again
+        kept = self.num_same_kv_rows == self.num_kv_rows
+        lengths = {len(traced.costs) for traced in (self.without, self.with_cache)}
+        return len(lengths) == 1 and self.verdict.is_same and kept and again
+
+
+def most_tokens(llm: LLM) -> int:
+    """Of prompt and answer: what a page draws, or what the context holds."""
+    return min(MOST_TOKENS, llm.model.context)
 
 
 def check_tokens(llm: LLM, num_prompt_tokens: int, max_tokens: int) -> None:
-    """Raise `InvalidInput` for more tokens than a page draws, or than the context holds."""
-    most = min(MOST_TOKENS, llm.model.context)
+    """Raise `InvalidInput` for more than `most_tokens`."""
+    most = most_tokens(llm)
     if num_prompt_tokens + max_tokens <= most:
         return
     left = most - num_prompt_tokens
@@ -132,8 +142,8 @@ def _compare_kept(first: Tracer, second: Tracer, num_layers: int) -> tuple[int, 
     for rows in ((first.keys, second.keys), (first.values, second.values)):
         for layer in range(num_layers):
             one, other = (each[layer] for each in rows)
-            num_rows += len(other)
-            num_same += same_rows(one, other)
+            num_rows += max(len(one), len(other))
+            num_same += same_rows(one[: len(other)], other[: len(one)])
     return num_rows, num_same
 
 

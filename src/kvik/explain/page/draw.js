@@ -49,21 +49,24 @@ export function scaleOf(rows) {
   return magnitudes[Math.floor(0.98 * (magnitudes.length - 1))] || 1;
 }
 
-// The stripes of work that is done again, which tell it apart without colour.
-export function stripes(id) {
+// Stripes, which tell work that is done again apart without colour.
+export function stripes(id, colour = "again") {
   return svg(
     "defs",
     {},
     svg(
       "pattern",
       { id, width: 4, height: 4, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
-      svg("rect", { width: 4, height: 4, style: "fill:var(--again-tint)" }),
-      svg("rect", { width: 2, height: 4, style: "fill:var(--again)" }),
+      svg("rect", { width: 4, height: 4, style: `fill:var(--${colour === "again" ? "again-tint" : "panel"})` }),
+      svg("rect", { width: 2, height: 4, style: `fill:var(--${colour})` }),
     ),
   );
 }
 
-export const shorten = (content, letters) => (content.length > letters ? `${content.slice(0, letters - 1)}…` : content);
+export function shorten(content, most) {
+  const letters = [...content];
+  return letters.length > most ? `${letters.slice(0, Math.max(1, most - 1)).join("")}…` : content;
+}
 
 export const widthOf = (element, least = 240) => {
   const style = getComputedStyle(element);

@@ -2,7 +2,7 @@
 
 import { attend } from "kvik/attention.js";
 import { box, heat, html, picture, scaleOf, shorten, svg, text, widthOf } from "kvik/draw.js";
-import { count, counted, percent, quoted, real } from "kvik/trace.js";
+import { count, counted, percent, quoted, real, visible } from "kvik/trace.js";
 
 const [LINE, LEAST_LINE, LONG] = [20, 11, 700]; // heights of a row: usual, least; and of all rows together
 const [STRIP, TOP] = [16, 58]; // heights of the cells of a query, of what stands above the rows
@@ -17,7 +17,9 @@ export function build(figure, trace) {
     "aria-label": "Keys, scores, weights and values; arrow keys choose a cell" });
   const detail = html("p", { class: "detail", id: "detail", "aria-live": "polite" });
   const proof = html("p", { class: "proof" });
+  const formula = html("p", { class: "formula" });
   figure.append(
+    formula,
     html("div", { class: "controls" }, html("label", {}, "Layer ", layerChoice), html("label", {}, "Query head ", headChoice), shared),
     html("p", { class: "note" }, "Each little cell is a number: green above zero, purple below. Point at one, or tap it, to see its arithmetic; with the keyboard, focus the picture and use the arrow keys."),
     canvas,
@@ -50,6 +52,7 @@ export function build(figure, trace) {
     canvas.replaceChildren(draw());
     canvas.scrollTop = canvas.scrollHeight;
     tell();
+    formula.replaceChildren(...formulaOf(layer, model.head_dim));
     proof.textContent =
       `The picture computes the formula in your browser from the q of this run and the k and v that lie in its cache` +
       ` (${model.kv_dtype}). The engine's own result differs from it by ${same.attention_difference.toExponential(1)} at most, over` +
@@ -71,12 +74,12 @@ export function build(figure, trace) {
     return svg(
       "svg",
       { viewBox: `0 0 ${width} ${bottom + 34}`, width, height: bottom + 34, role: "img", "aria-label": describe() },
-      text(label - 8, 32, "q of " + shorten(tokens[now.position].text, Math.floor(label / 8) - 4), { "text-anchor": "end", class: "strong" }),
+      text(label - 8, 32, `q of ${shorten(visible(tokens[now.position]), Math.floor(label / 8) - 4)}`, { "text-anchor": "end", class: "strong" }),
       heat([{ x: k, y: 18, row: q, cell, height: STRIP }], sizes.k),
       frame(k, 18, cell * q.length, "new"),
       text(k, 11, "query of the newest token", { class: "small muted" }),
       text(k, TOP - 6, "keys K", { class: "small muted" }),
-      text(score + columns.scoreWidth - 6, TOP - 6, columns.narrow ? "score" : "q·k/√d", { class: "small muted", "text-anchor": "end" }),
+      text(score + columns.scoreWidth - 6, TOP - 6, "score", { class: "small muted", "text-anchor": "end" }),
       text(weight, TOP - 6, columns.narrow ? "wt." : "weight", { class: "small muted" }),
       text(v, TOP - 6, "values V", { class: "small muted" }),
       keys.map((_, at) => {
@@ -85,7 +88,7 @@ export function build(figure, trace) {
           "g",
           {},
           box(0, row(at) + 2, label - 4, strip, `${kind}-tint`, { rx: 2 }),
-          text(label - 8, row(at) + foot, shorten(tokens[first + at].text, Math.floor(label / 8)), { "text-anchor": "end", class: small }),
+          text(label - 8, row(at) + foot, shorten(visible(tokens[first + at]), Math.floor(label / 8)), { "text-anchor": "end", class: small }),
           frame(k, row(at) + 2, cell * q.length, kind, strip),
           frame(v, row(at) + 2, cell * q.length, kind, strip),
           text(score + columns.scoreWidth - 6, row(at) + foot, real(scores[at], 2), { "text-anchor": "end", class: small }),
@@ -105,7 +108,7 @@ export function build(figure, trace) {
 
   function describe() {
     const best = now.weights.indexOf(Math.max(...now.weights));
-    return `${counted(now.keys.length, "key")}; the largest weight, ${percent(now.weights[best])}, is that of ${tokens[now.first + best].text}`;
+    return `${counted(now.keys.length, "key")}; the largest weight, ${percent(now.weights[best])}, is that of ${visible(tokens[now.first + best])}`;
   }
 
   function cellAt(event) {
@@ -149,6 +152,7 @@ export function build(figure, trace) {
     event.preventDefault();
     event.stopPropagation();
     choose(moves[event.key]());
+    canvas.querySelector("#chosen").scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
   function tell() {
@@ -171,7 +175,9 @@ export function build(figure, trace) {
   function arithmetic(column, row, d) {
     const { q, keys, values, products, scores, powers, sum, weights, output, layer, first, largest } = now;
     const name = quoted(tokens[first + row]);
-    const scaled = `q·k × ${real(layer.scale, 4)} = ${real(products[row])} × ${real(layer.scale, 4)}`;
+    const by = isPlain(layer, q.length) ? `/ √${q.length}` : `× ${real(layer.scale, 4)}`;
+    const scaled = `q·k ${by} = ${real(products[row])} ${by}`;
+    const signed = (number) => (number < 0 ? `(${real(number)})` : real(number));
     const terms = weights
       .map((part, at) => [part, values[at][d]])
       .sort((a, b) => b[0] - a[0])
@@ -184,7 +190,7 @@ export function build(figure, trace) {
         layer.soft_cap === null
           ? `score of ${name}: ${scaled} = ${real(scores[row])}`
           : `score of ${name}: ${real(layer.soft_cap, 0)} × tanh(${scaled} / ${real(layer.soft_cap, 0)}) = ${real(scores[row])}`,
-      weight: () => `weight of ${name}: exp(${real(scores[row])} − ${real(largest)}) / Σ exp = ${real(powers[row])} / ${real(sum)} = ${real(weights[row], 4)}; all ${weights.length} weights add up to 1`,
+      weight: () => `weight of ${name}: exp(${real(scores[row])} − ${signed(largest)}) / Σ exp = ${real(powers[row])} / ${real(sum)} = ${real(weights[row], 4)}; ${weights.length === 1 ? "it is the only one" : `all ${weights.length} weights add up to 1`}`,
       v: () => `weight × v[${d}] of ${name} = ${real(weights[row], 4)} × ${real(values[row][d])} = ${real(weights[row] * values[row][d], 4)}; over all tokens these add up to ${real(output[d])}`,
       sum: () => `output[${d}] = ${terms.join(" + ")}${weights.length > terms.length ? ` + ${weights.length - terms.length} smaller` : ""} = ${real(output[d])}`,
     }[column]();
@@ -205,6 +211,21 @@ function mostTelling(layers, position) {
     });
   });
   return best.slice(0, 2);
+}
+
+// Whether scores are divided by the root of the head's dimensions, as in most models.
+const isPlain = (layer, dimensions) => Math.abs(layer.scale * Math.sqrt(dimensions) - 1) < 1e-6;
+
+// softmax(QK^T / sqrt(d)) V, or what a model with a scale or a cap of its own has in its place.
+function formulaOf(layer, dimensions) {
+  const letter = (name) => html("i", {}, name);
+  const product = [letter("Q"), " ", letter("K"), html("sup", {}, "⊤")];
+  const [scaled, where] = isPlain(layer, dimensions)
+    ? [[...product, " / √", letter("d")], [`d = ${dimensions}, the numbers of a key`]]
+    : [[letter("s"), " · ", ...product], [`s = ${real(layer.scale, 4)}, this model's own scale`]];
+  const inside = layer.soft_cap === null ? scaled : [letter("c"), " · tanh(", ...scaled, " / ", letter("c"), ")"];
+  if (layer.soft_cap !== null) where.push(`c = ${count(layer.soft_cap)}, which no score passes`);
+  return ["softmax(", ...inside, ") ", letter("V"), html("small", {}, where.join("; "))];
 }
 
 const frame = (x, y, width, kind, height = STRIP) =>

@@ -51,6 +51,7 @@ function show(target) {
     button.className = at === last + 1 ? "next" : at > last ? "later" : at < own.first_position ? "kept" : "new";
     if (at === last + 1) button.setAttribute("aria-current", "step");
     else button.removeAttribute("aria-current");
+    button.tabIndex = at === last + 1 ? 0 : -1; // one stop for the tab key, not one a token
   }
   for (const section of sections) section.show(step);
 }
@@ -58,17 +59,17 @@ function show(target) {
 function writeHeader() {
   const [plain, kept] = [totals(steps, "without", steps.length - 1), totals(steps, "with_cache", steps.length - 1)];
   element("kicker").textContent =
-    `${model.name} · ${model.attention} · ${counted(model.num_layers, "layer")} · ${model.num_heads} query heads, ${model.num_kv_heads} KV · ${bytes(model.weight_bytes)} of weights`;
+    `${model.name} · ${model.attention} · ${counted(model.num_layers, "layer")} · ${counted(model.num_heads, "query head")}, ${counted(model.num_kv_heads, "KV head")} · ${bytes(model.weight_bytes)} of weights`;
   element("summary").textContent =
     `A language model writes one token at a time, and each one depends on all before it. Here it wrote ${counted(steps.length, "token")}` +
-    ` behind a prompt of ${count(numPrompt)}, twice: once computing everything anew for each token, once keeping the keys and` +
-    ` values of the tokens that it had computed. Every number on this page is from that run.`;
+    ` after a prompt of ${count(numPrompt)}, twice: once computing everything anew for each token, once keeping the keys and` +
+    ` values of the tokens that it had computed. Every number here was measured or computed with this model, on this machine.`;
   const tiles = [
     [`${count(plain.num_tokens)} → ${count(kept.num_tokens)}`, "tokens computed, without and with the cache"],
     [`${short(plain.multiply_adds)} → ${short(kept.multiply_adds)}`, "multiply-adds"],
     [`${time(plain.seconds)} → ${time(kept.seconds)}`, `of computing; ${times(plain.seconds, kept.seconds)} as long without the cache`],
     [bytes(trace.memory.held_bytes[tokens.length - 1]), "of keys and values held at the end"],
-    [trace.same.is_same ? "same bits" : "different!", `${count(trace.same.num_tokens)} tokens, ${short(trace.same.num_logits)} logits compared`],
+    [trace.same.is_same ? "same bits" : "different!", `${counted(trace.same.num_tokens, "token")}, ${short(trace.same.num_logits)} logits compared`],
   ];
   element("tiles").append(...tiles.map(([figure, what]) => html("div", { class: "tile" }, html("b", {}, figure), html("span", {}, what))));
   element("text").append(

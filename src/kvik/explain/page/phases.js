@@ -1,4 +1,4 @@
-// Section 4: the first token against the rest, on one time line; and first tokens behind longer prompts.
+// Section 4: the first token against the rest, on one time line; and first tokens after longer prompts.
 
 import { box, html, picture, stripes, svg, text, widthOf } from "kvik/draw.js";
 import { bytes, count, counted, short, time, times, totals } from "kvik/trace.js";
@@ -22,8 +22,11 @@ export function build(figure, trace) {
     const middle = median(later.map((step) => step.seconds));
     texts.push(
       ` A later step computes one token with ${short(later[0].multiply_adds)} multiply-adds, and reads ${bytes(later[0].weight_bytes)}` +
-        ` of weights too: ${time(middle)} (median). So ${times(first.multiply_adds, later[0].multiply_adds)} the arithmetic of the prompt took` +
-        ` ${times(first.seconds, middle)} the time.`,
+        ` of weights too: ${time(middle)} (median).`,
+      first.num_tokens > 1
+        ? ` So the prompt needs ${times(first.multiply_adds, later[0].multiply_adds)} the arithmetic of a later token, and took` +
+            ` ${times(first.seconds, middle)} its time.`
+        : " This prompt is one token, so its first step is like the others: the longer a prompt, the longer its first token takes.",
     );
   }
   sentence.textContent = texts.join("");
@@ -63,7 +66,8 @@ function timeline(trace, current, width, numPrompt) {
       return svg("g", {},
         text(0, y - 6, `${name}: ${lane === "with_cache" ? `${prompt} at once, then one by one` : "all again for each token"}`, { class: "small muted" }),
         blocks,
-        text(Math.max(whole * scale, 60), y + 40, time(whole), { class: "small", "text-anchor": "end" }),
+        text(0, y + 40, "prefill | decode", { class: "small muted" }),
+        text(Math.max(whole * scale, 190), y + 40, time(whole), { class: "small", "text-anchor": "end" }),
       );
     }),
   );
@@ -94,8 +98,8 @@ function lengths(firsts, width) {
 function growth(firsts) {
   const [short_, long] = [firsts[0], firsts.at(-1)];
   return (
-    `A prompt of ${count(long.length)} tokens takes ${times(long.first_s, short_.first_s)} as long to its first token as one of` +
-    ` ${counted(short_.length, "token")}; a later token takes ${times(long.later_s, short_.later_s)} as long, for it computes one row and reads` +
+    `A prompt of ${counted(long.length, "token")} takes ${times(long.first_s, short_.first_s)} as long to its first token as a prompt of` +
+    ` ${counted(short_.length, "token")}; a later token after it takes ${times(long.later_s, short_.later_s)} as long, for it computes one row and reads` +
     ` what is kept. Users feel the first as waiting, the second as the speed of writing.`
   );
 }

@@ -20,9 +20,9 @@ function followUp(found, { memory, tokens }) {
     html(
       "p",
       {},
-      `${count(reused)} of ${counted(found.tokens.length, "token")} were there, ${count(found.num_computed_tokens)} were computed: the first token came after` +
-        ` ${time(found.warm_s)}. Where nothing was computed before it came after ${time(found.cold_s)}, ${times(found.cold_s, found.warm_s)} as long,` +
-        ` ${found.is_same ? "with the same logits, bit for bit" : "with other logits (a defect!)"}.`,
+      `${count(reused)} of ${counted(found.tokens.length, "token")} were there, ${count(found.num_computed_tokens)} had to be computed: the first token came after` +
+        ` ${time(found.warm_s)}. With an empty cache it came after ${time(found.cold_s)}${reused ? `, ${times(found.cold_s, found.warm_s)} as long` : ""};` +
+        ` ${found.is_same ? "the logits are the same, bit for bit" : "the logits differ (a defect!)"}.`,
     ),
   );
 }
@@ -56,7 +56,7 @@ function where(found, tokens, size) {
   } else if (common === tokens.length) {
     parts.push(": all that the first one has");
   }
-  parts.push(`. ${reason(found, tokens, size)} (The cache says: ${found.stop.text}.)`);
+  parts.push(`. ${reason(found, tokens, size)}`);
   return parts.join("");
 }
 
@@ -66,7 +66,7 @@ function reason(found, tokens, size) {
   const full = tokens.length - (tokens.length % size);
   if (reused === common) return common ? "There the match ends." : "So there is nothing to reuse.";
   if (reused === found.tokens.length - 1) return "Its last token is computed all the same: its logits choose the next one.";
-  if (reused === full && full === 0) return `But the first one does not fill a block of ${size}, and only full blocks are shared: nothing is reused.`;
-  if (reused === full) return `The match ends after ${count(full)}: what the first one has behind them lies in a block that is not full yet, and only full blocks are shared.`;
-  return `The match ends after ${counted(reused, "token")}.`;
+  if (reused === full && full === 0) return `But the first one does not fill a block of ${size} tokens, and only full blocks are shared: nothing is reused. A longer text would show more.`;
+  if (reused === full) return `The match ends after ${count(full)}: what the first one has after them lies in a block that is not full yet, and only full blocks are shared.`;
+  return `The match ends after ${counted(reused, "token")}: ${found.stop}.`;
 }

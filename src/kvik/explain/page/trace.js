@@ -41,7 +41,7 @@ function half(bits) {
 export const count = (number) => number.toLocaleString("en-US");
 
 // A noun with its number: "1 token", "1,128 tokens".
-export const counted = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
+export const counted = (number, noun, nouns = `${noun}s`) => `${count(number)} ${number === 1 ? noun : nouns}`;
 
 // Three digits and a unit: "4.20 G".
 export function short(number, unit = "") {
@@ -53,13 +53,14 @@ export function short(number, unit = "") {
 
 export const bytes = (number) => short(number, "B");
 
-export function time(seconds) {
-  if (seconds < 0.9995) return `${(1000 * seconds).toPrecision(3)} ms`;
-  return `${seconds.toPrecision(3)} s`;
-}
+export const time = (seconds) => (seconds < 0.9995 ? `${digits(1000 * seconds, 3)} ms` : `${digits(seconds, 3)} s`);
 
-// How many times as much: "12.3 x".
-export const times = (more, less) => `${(more / less).toPrecision(more / less < 100 ? 2 : 3)} ×`;
+// How many times as much: "12 ×", "1,234 ×".
+export const times = (more, less) => `${digits(more / less, 2)} ×`;
+
+// So many significant digits, and never fewer than stand before the point: 9.7, 97, 1,234.
+export const digits = (number, least) =>
+  number >= 10 ** least - 0.5 ? count(Math.round(number)) : number.toPrecision(least);
 
 export const real = (number, digits = 3) =>
   Math.abs(number) < 10 ** -digits / 2 ? (0).toFixed(digits) : number.toFixed(digits).replace("-", "−");
@@ -67,7 +68,10 @@ export const real = (number, digits = 3) =>
 export const percent = (part) => `${(100 * part).toFixed(part < 0.0995 ? 1 : 0)} %`;
 
 // A token as it is shown in a sentence: most begin with a space that only matters where nothing else is there.
-export const quoted = ({ text }) => `“${text.trim() || text.replaceAll(" ", "␣")}”`;
+export const quoted = ({ text }) => `“${text.trim() || visible({ text })}”`;
+
+// A token as it is shown in a picture, where blanks at its ends would be lost.
+export const visible = ({ text }) => text.replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length));
 
 // Totals of the first steps of a lane, by name.
 export function totals(steps, lane, last) {
