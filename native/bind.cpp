@@ -66,10 +66,12 @@ struct InstructionSet {
 // The best set first.
 std::vector<InstructionSet> instruction_sets() {
   return {
-#if KVIK_X86
+#if KVIK_AVX512
       {"AVX-512 F, BW, VL, DQ and VNNI", &kAvx512Kernels,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")},
+#endif
+#if KVIK_X86
       {"AVX2, FMA and F16C", &kAvx2Kernels,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif

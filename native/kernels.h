@@ -123,6 +123,8 @@ struct Kernels {
 extern const Kernels kGenericKernels;
 #if KVIK_X86
 extern const Kernels kAvx2Kernels;
+#endif
+#if KVIK_AVX512
 extern const Kernels kAvx512Kernels;
 #endif
 

@@ -27,7 +27,9 @@ build() {
   fi
   "$python" -c 'import nanobind' 2>/dev/null || "$python" -m pip install -q 'nanobind>=2.8'
   exec 9>&-
-  cmake -S . -B "$folder/cmake" -G Ninja -DPython_EXECUTABLE="$python" -DKVIK_SANITIZE="$2" >"$folder.log" 2>&1 ||
+  local avx512=ON
+  ! grep -q '^flags' /proc/cpuinfo || grep -q 'avx512_vnni' /proc/cpuinfo || avx512=OFF
+  cmake -S . -B "$folder/cmake" -G Ninja -DPython_EXECUTABLE="$python" -DKVIK_SANITIZE="$2" -DKVIK_AVX512=$avx512 >"$folder.log" 2>&1 ||
     { cat "$folder.log"; exit 1; }
   ninja -C "$folder/cmake" >"$folder.log" 2>&1 || { cat "$folder.log"; exit 1; }
   mkdir -p "$folder/path/kvik"
@@ -63,7 +65,6 @@ sys.exit(pytest.main(sys.argv[1:]))" -q --capture=sys -p no:cacheprovider -o fau
 mkdir -p "$root"
 widest=()
 for dtype in f32 f16 int8; do
-  widest+=(--deselect "tests/ops/test_bits.py::test_ragged_batches_by_chance[4-$dtype]")
   widest+=(--deselect "tests/ops/test_shared_prefix.py::test_any_sharing_gives_the_bits_of_each_token_alone[4-$dtype]")
 done
 # The thread sanitizer of older compilers knows fewer places where the system may put a program.
@@ -75,12 +76,12 @@ for kind in "${kinds[@]}"; do
     say "ASan and UBSan: the ops, and engines over them"
     run address asan tests/ops tests/engine/test_several_sequences.py >"$root/ops.log" 2>&1 &
     ops=$!
-    # Arguments are checked by the same code for every instruction set; and the widest of the random shapes, a quarter of
-    # the time, are left to the vectors.
+    # Plain C++ is ten times slower here. Arguments are checked by the same code for every instruction set; and of
+    # attention in chunks and in random batches, random sharing stays, but for its widest shapes.
     say "The same ops in plain C++, meanwhile"
     KVIK_ISA=generic run address asan tests/ops/test_bits.py tests/ops/test_program.py tests/ops/test_packing.py \
-      tests/ops/test_shared_prefix.py tests/ops/test_blocks.py -k 'not reference and not instruction_set' \
-      "${widest[@]}"
+      tests/ops/test_shared_prefix.py tests/ops/test_blocks.py "${widest[@]}" \
+      -k 'not reference and not instruction_set and not ragged and not attend_in_chunks and not window_in_chunks'
     wait $ops || { cat "$root/ops.log"; exit 1; }
     cat "$root/ops.log"
     ;;
