@@ -147,14 +147,15 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/.made
 	$(VENV)/bin/pip install -q -e .
 	@touch $@
 
+# By name: kvik is there already, and only what these extras need is added; from its sources it would be compiled again.
 $(VENV)/.tests-installed: $(VENV)/.installed
 	$(call say,Install what the tests need)
-	$(VENV)/bin/pip install -q -e '.[test]'
+	$(VENV)/bin/pip install -q 'kvik[test]'
 	@touch $@
 
 $(VENV)/.check-installed: $(VENV)/.installed
 	$(call say,Install the checkers)
-	$(VENV)/bin/pip install -q -e '.[check]'
+	$(VENV)/bin/pip install -q 'kvik[check]'
 	@touch $@
 
 $(ORACLE_VENV)/.installed: $(SOURCES)

@@ -28,24 +28,27 @@ def quick_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    "source",
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.3 s"),
-        (
-            "{% set ns = namespace(x=[]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-            "longer than 0.3 s",
-        ),
-        ("{{ 9 ** (9 ** 9) }}", "longer than 0.3 s"),
-        ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "more than 16 MiB"),
-        ("{{ '\u00e9' * 2 ** 23 }}x", "more than 16 MiB"),
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "{{ 9 ** (9 ** 9) }}",
     ],
 )
 @pytest.mark.usefixtures("quick_limit")
-def test_time_and_length_are_limited(source: str, message: str) -> None:
+def test_time_is_limited(source: str) -> None:
     start = time.monotonic()
-    with pytest.raises(TemplateError, match=message):
+    with pytest.raises(TemplateError, match=r"longer than 0\.3 s"):
         ask(source)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "source", ["{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "{{ '\u00e9' * 2 ** 23 }}x"]
+)
+def test_length_is_limited(source: str) -> None:
+    with pytest.raises(TemplateError, match="more than 16 MiB"):
+        ask(source)
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no limit on addresses")
