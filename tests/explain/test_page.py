@@ -21,7 +21,6 @@ from kvik.explain.page_data import page_data
 from kvik.explain.prefixes import default_follow_ups, follow_up
 from kvik.explain.run import TracedRun, trace_run
 from kvik.explain.selection import select
-from kvik.explain.tracer import as_kept
 
 SECTIONS = ("loop", "head", "work", "phases", "memory", "prefixes")
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -225,8 +224,8 @@ def test_the_head_is_computed_from_the_run(open_page: Open, data: dict[str, Any]
     position = data["num_prompt_tokens"] - 1 + step
     tracer = run.with_cache.tracer
     q = tracer.queries[1][position, 3].astype(np.float64)
-    k = as_kept(tracer.keys[1], "f16")[: position + 1, 1].astype(np.float64)  # query heads 2 and 3 share KV head 1
-    v = as_kept(tracer.values[1], "f16")[: position + 1, 1].astype(np.float64)
+    k = tracer.keys[1].astype(np.float16)[: position + 1, 1].astype(np.float64)  # query heads 2 and 3 share KV head 1
+    v = tracer.values[1].astype(np.float16)[: position + 1, 1].astype(np.float64)
     scores = k @ q / 4
     weights = np.exp(scores - scores.max())
     weights /= weights.sum()
@@ -234,6 +233,7 @@ def test_the_head_is_computed_from_the_run(open_page: Open, data: dict[str, Any]
     written = [text.replace(MINUS, "-") for text in texts]
     for score in scores:
         assert any(re.fullmatch(r"-?\d+\.\d\d", text) and abs(float(text) - score) < 0.0051 for text in written), score
+    assert largest_difference(opened, run, data) < 2e-6
     assert "shares KV head 1 with 1 other query head" in opened.text("#head .controls")
 
     def numbers() -> list[float]:
@@ -329,8 +329,28 @@ def test_a_window_hides_the_tokens_before_it(open_page: Open, tmp_path: Path) ->
     assert "tanh" in opened.text("#head .formula"), "Gemma 2 caps its scores"
     assert "this model's own scale" in opened.text("#head .formula")
     arithmetic = pointed_at_score(opened)
+    assert largest_difference(opened, run, data) < 2e-5, "window, scale and cap together"
     assert arithmetic.startswith("score of")
     assert "tanh" in arithmetic
+
+
+def largest_difference(opened: Opened, run: TracedRun, data: dict[str, Any]) -> float:
+    """Between what the page computes for each drawn head at each token, and what the engine's attention gave."""
+    largest = 0.0
+    for index, layer in enumerate(data["layers"]):
+        computed = opened.page.evaluate(
+            """async ([index, numHeads, numTokens]) => {
+                const { readTrace } = await import("kvik/trace.js");
+                const { attend } = await import("kvik/attention.js");
+                const layer = readTrace().layers[index];
+                const all = (count, make) => Array.from({ length: count }, (_, at) => make(at));
+                return all(numTokens, (position) => all(numHeads, (head) => attend(layer, head, position).output));
+            }""",
+            [index, len(layer["heads"]), len(data["tokens"]) - 1],
+        )
+        attended = run.with_cache.tracer.attended[index][:, layer["heads"]]
+        largest = max(largest, float(np.abs(np.array(computed) - attended).max()))
+    return largest
 
 
 def pointed_at_score(opened: Opened) -> str:
@@ -347,6 +367,7 @@ def test_blocks_that_a_window_gave_back_are_striped(open_page: Open, tmp_path: P
     data = page_data(run, "gemma", [], [])
     (window,) = data["memory"]["windows"]
     opened = open_page(data)
+    assert largest_difference(opened, run, data) < 2e-5
     opened.go_to(2)
     kept = len(data["tokens"]) - 1
     gone = (kept + 1 - window["window"]) // 32
@@ -361,7 +382,10 @@ def test_blocks_that_a_window_gave_back_are_striped(open_page: Open, tmp_path: P
 
 
 def test_an_int8_cache_counts_its_scales(open_page: Open, tiny: Path) -> None:
-    opened = open_page(page_data(traced(LLM(str(tiny), kv_dtype="int8"), max_tokens=3), "tiny", [], []))
+    run = traced(LLM(str(tiny), kv_dtype="int8"), max_tokens=3)
+    data = page_data(run, "tiny", [], [])
+    opened = open_page(data)
+    assert largest_difference(opened, run, data) < 1e-4
     sentence = opened.text("#memory-sentence")
     assert f"2 KV heads {TIMES} 20 bytes (16 numbers of type int8 and a scale) = 160 bytes" in sentence
     assert "queries and weights to 16-bit integers" in opened.text("#head")

@@ -15,8 +15,8 @@ from families.goldens import golden_of
 from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams
 from kvik.config import KVDType
-from kvik.explain.run import TracedRun, attention
-from kvik.explain.tracer import Rows, Tracer, as_kept, candidates
+from kvik.explain.run import TracedRun, kept_kv
+from kvik.explain.tracer import Rows, Tracer, candidates
 from kvik.explain.tracing_ops import TracingOps
 from kvik.ops.reference import quantize_kv
 
@@ -57,14 +57,14 @@ def test_keys_and_values_are_those_that_attention_reads(dtype: KVDType, tiny: Pa
     run = traced(LLM(str(tiny), kv_dtype=dtype), max_tokens=10)
     assert run.is_same
     assert run.attention_difference < (1e-4 if dtype == "int8" else 2e-6)  # int8 rounds queries and weights too
-    keys = run.with_cache.tracer.keys[0]
+    keys, kv = run.with_cache.tracer.keys[0], kept_kv(run.llm, run.with_cache.tracer, 0)
     wanted = {"f32": keys, "f16": keys.astype(np.float16).astype(np.float32), "int8": quantize_kv(keys)}[dtype]
-    np.testing.assert_array_equal(as_kept(keys, dtype), wanted)
+    np.testing.assert_array_equal(kv.keys.reshape(-1, 2, 16)[: len(keys)], wanted)
 
 
 def test_a_wrong_cache_would_be_seen(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 read as if it were kept whole: the difference is no rounding of float32."""
-    monkeypatch.setattr("kvik.explain.run.as_kept", lambda x, dtype: x)
+    monkeypatch.setattr("kvik.ops.reference.quantize_kv", lambda x: x)
     assert traced(LLM(str(tiny), kv_dtype="int8"), max_tokens=4).attention_difference > 1e-4
 
 
@@ -166,14 +166,3 @@ def test_rows_notice_a_single_bit() -> None:
     assert (rows.num_repeated, rows.num_same) == (12, 10), "-0.0 has other bits than 0.0"
     with pytest.raises(AssertionError, match="rows from 9 on behind 4"):
         rows.note(9, [first, first])
-
-
-def test_attention_of_the_page_knows_windows_and_soft_caps() -> None:
-    rng = np.random.default_rng(0)
-    q, k, v = rng.normal(size=(3, 6, 4))
-    np.testing.assert_allclose(attention(q, k, v, 0.5, window=1), v)
-    whole = attention(q, k, v, 0.5)
-    np.testing.assert_allclose(attention(q, k, v, 0.5, window=6), whole)
-    np.testing.assert_allclose(attention(q, k, v, 0.5, soft_cap=1e6), whole, rtol=1e-6)
-    np.testing.assert_allclose(attention(q, k, v, 0.5, soft_cap=1e-9)[-1], v.mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(whole[0], v[0])

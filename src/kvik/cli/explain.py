@@ -26,7 +26,7 @@ from kvik.cli.report import save_text
 from kvik.cli.terminal import note, seconds, write
 from kvik.config import SamplingParams
 from kvik.errors import InvalidInput
-from kvik.explain.limits import MOST_TOKENS
+from kvik.explain.limits import MOST_PAGE_TOKENS
 from kvik.models.progress import counted_progress
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def explain(
     for option, given in (("--second", second), ("--layers", layers), ("--kv-heads", kv_heads)):
         if html is None and given is not None:
             raise InvalidInput(f"{option} is about the page, and there is none", hint="add --html page.html")
-    check_count("--max-tokens", max_tokens, 1, MOST_TOKENS)
+    check_count("--max-tokens", max_tokens, 1, MOST_PAGE_TOKENS)
     wanted_layers = None if layers is None else parse_counts("--layers", layers, 0, MOST_PARTS)
     wanted_heads = None if kv_heads is None else parse_counts("--kv-heads", kv_heads, 0, MOST_PARTS)
     params = SamplingParams(max_tokens=max_tokens)

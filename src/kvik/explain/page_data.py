@@ -13,8 +13,8 @@ import numpy.typing as npt
 from kvik import __version__
 from kvik.cache.spec import KVCacheSpec, vector_bytes
 from kvik.explain.prefixes import FollowUp
-from kvik.explain.run import TracedLane, TracedRun
-from kvik.explain.tracer import Candidate, TracedStep, as_kept
+from kvik.explain.run import TracedLane, TracedRun, kept_kv
+from kvik.explain.tracer import Candidate, TracedStep
 from kvik.machine import processor_name
 from kvik.models.tokenizer import Tokenizer
 
@@ -139,13 +139,11 @@ def _same(run: TracedRun) -> dict[str, Any]:
 def _layer(run: TracedRun, index: int) -> dict[str, Any]:
     """Queries, and keys and values as the cache keeps them, of the heads that are drawn."""
     decoder, tracer, selection = run.llm.model.decoder, run.with_cache.tracer, run.selection
-    layer, dtype = selection.layers[index], run.llm.config.kv_dtype
+    layer = selection.layers[index]
     rule = decoder.rule(decoder.spec.layers[layer])
-    group = decoder.spec.num_heads // decoder.spec.num_kv_heads
-    kv_heads = list(selection.kv_heads)
-    heads = [kv_head * group + each for kv_head in kv_heads for each in range(group)]
-    keys, values = (as_kept(rows[layer][:, kv_heads], dtype) for rows in (tracer.keys, tracer.values))
-    stored = np.float16 if dtype == "f16" else np.float32
+    heads, kv_heads = selection.query_heads(decoder.spec), list(selection.kv_heads)
+    kv, num_tokens = kept_kv(run.llm, tracer, layer), tracer.keys.num_rows
+    keys, values = (kept.reshape(-1, *kept.shape[2:])[:num_tokens, kv_heads] for kept in (kv.keys, kv.values))
     return {
         "layer": layer,
         "heads": heads,
@@ -154,8 +152,8 @@ def _layer(run: TracedRun, index: int) -> dict[str, Any]:
         "window": rule.window,
         "soft_cap": rule.soft_cap,
         "queries": _array(tracer.queries[index][:, heads]),
-        "keys": _array(keys.astype(stored)),
-        "values": _array(values.astype(stored)),
+        "keys": _array(keys),
+        "values": _array(values),
     }
 
 

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from kvik.cache import KVCacheSpec
 from kvik.config import SamplingParams
 from kvik.engine.lanes import RaceLane, TokenCost, Verdict, compare, make_lanes, run_race
 from kvik.engine.llm import LLM
 from kvik.errors import InvalidInput
-from kvik.explain.limits import MOST_TOKENS
+from kvik.explain.limits import MOST_PAGE_TOKENS
 from kvik.explain.selection import Selection
-from kvik.explain.tracer import Candidate, Tracer, as_kept, candidates, same_rows
-
-WideArray = npt.NDArray[np.float64]
+from kvik.explain.tracer import Candidate, Tracer, candidates, same_rows
+from kvik.ops.base import Batch
+from kvik.ops.reference import ReferenceKV, ReferenceOps
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class TracedRun:
     num_kv_rows: int  # keys and values of a token in a layer
     num_same_kv_rows: int  # of those, the same in both lanes to the last bit
     predictions: list[Candidate]  # the likeliest token after each row of hidden states
-    attention_difference: float  # between the engine's attention and the formula in float64, over all that is drawn
+    attention_difference: float  # between the engine's attention and the reference in float64, over all that is drawn
 
     @property
     def token_ids(self) -> list[int]:
@@ -70,7 +70,7 @@ class TracedRun:
 
 def most_tokens(llm: LLM) -> int:
     """Of prompt and answer: what a page draws, or what the context holds."""
-    return min(MOST_TOKENS, llm.model.context)
+    return min(MOST_PAGE_TOKENS, llm.model.context)
 
 
 def check_tokens(llm: LLM, num_prompt_tokens: int, max_tokens: int) -> None:
@@ -79,7 +79,7 @@ def check_tokens(llm: LLM, num_prompt_tokens: int, max_tokens: int) -> None:
     if num_prompt_tokens + max_tokens <= most:
         return
     left = most - num_prompt_tokens
-    bound = f"the page draws {most:,}" if most == MOST_TOKENS else f"the context holds {most:,}"
+    bound = f"the page draws {most:,}" if most == MOST_PAGE_TOKENS else f"the context holds {most:,}"
     raise InvalidInput(
         f"a prompt of {num_prompt_tokens:,} tokens and {max_tokens:,} to write are"
         f" {num_prompt_tokens + max_tokens:,}, {bound}",
@@ -121,19 +121,18 @@ def trace_run(
     )
 
 
-def attention(
-    q: WideArray, k: WideArray, v: WideArray, scale: float, window: int | None = None, soft_cap: float | None = None
-) -> WideArray:
-    """softmax(q k^T * scale) v of one head, each row over itself and those before it (or its window): (T, head_dim)."""
-    scores = q @ k.T * scale
-    if soft_cap is not None:
-        scores = soft_cap * np.tanh(scores / soft_cap)
-    positions = np.arange(len(q))
-    back = positions[:, None] - positions
-    scores[(back < 0) | (back >= (window or len(q)))] = -np.inf
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    output: WideArray = (weights / weights.sum(axis=1, keepdims=True)) @ v
-    return output
+def kept_kv(llm: LLM, tracer: Tracer, layer: int) -> ReferenceKV:
+    """A layer's keys and values as the cache keeps them, token after token: written by the reference of the ops.
+
+    Each (num_blocks, block_size, num_kv_heads, head_dim); behind the last token zeros.
+    """
+    spec = llm.model.decoder.spec
+    kv_spec = KVCacheSpec(1, spec.num_kv_heads, spec.head_dim, llm.config.kv_dtype)
+    num_tokens = tracer.keys.num_rows
+    (kv,) = ReferenceOps().allocate_kv(kv_spec, kv_spec.num_blocks_for(num_tokens))
+    slots = np.arange(num_tokens, dtype=np.int32)
+    ReferenceOps().write_kv(kv, tracer.keys[layer], tracer.values[layer], slots)
+    return kv
 
 
 def _compare_kept(first: Tracer, second: Tracer, num_layers: int) -> tuple[int, int]:
@@ -155,16 +154,25 @@ def _predictions(llm: LLM, tracer: Tracer) -> list[Candidate]:
 
 def _attention_difference(llm: LLM, tracer: Tracer, selection: Selection) -> float:
     """The largest, over all dimensions of all query heads that are drawn."""
-    decoder, dtype = llm.model.decoder, llm.config.kv_dtype
-    group = decoder.spec.num_heads // decoder.spec.num_kv_heads
+    decoder = llm.model.decoder
+    heads = selection.query_heads(decoder.spec)
     largest = 0.0
     for index, layer in enumerate(selection.layers):
-        rule = decoder.rule(decoder.spec.layers[layer])
-        scale = rule.scale_for(decoder.spec.head_dim)
-        kept = [as_kept(rows[layer], dtype).astype(np.float64) for rows in (tracer.keys, tracer.values)]
-        queries, attended = tracer.queries[index].astype(np.float64), tracer.attended[index]
-        for head in (kv_head * group + each for kv_head in selection.kv_heads for each in range(group)):
-            k, v = (rows[:, head // group] for rows in kept)
-            wanted = attention(queries[:, head], k, v, scale, rule.window, rule.soft_cap)
-            largest = max(largest, float(np.abs(wanted - attended[:, head]).max()))
+        queries, kv = tracer.queries[index], kept_kv(llm, tracer, layer)
+        batch = _one_sequence(len(queries), len(kv.keys))
+        wanted = ReferenceOps().attend(queries, kv, batch, decoder.rule(decoder.spec.layers[layer]))
+        largest = max(largest, float(np.abs(wanted - tracer.attended[index])[:, heads].max()))
     return largest
+
+
+def _one_sequence(num_tokens: int, num_blocks: int) -> Batch:
+    """All tokens of a sequence that has the first blocks, in order."""
+    positions = np.arange(num_tokens, dtype=np.int32)
+    return Batch(
+        token_ids=np.zeros_like(positions),
+        positions=positions,
+        slot_mapping=positions,
+        sequence_index=np.zeros_like(positions),
+        block_tables=np.arange(num_blocks, dtype=np.int32)[None],
+        logit_rows=positions[:0],
+    )

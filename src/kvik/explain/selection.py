@@ -27,6 +27,11 @@ class Selection:
     layers: tuple[int, ...]
     kv_heads: tuple[int, ...]
 
+    def query_heads(self, spec: DecoderSpec) -> list[int]:
+        """Those that share the KV heads."""
+        group = spec.num_heads // spec.num_kv_heads
+        return [kv_head * group + each for kv_head in self.kv_heads for each in range(group)]
+
     def num_bytes(self, spec: DecoderSpec, kv_spec: KVCacheSpec, num_tokens: int) -> int:
         """What their queries, keys and values take in a page."""
         queries = 4 * spec.num_heads // spec.num_kv_heads

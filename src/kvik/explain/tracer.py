@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvik.config import KVDType
 from kvik.engine.engine import Engine
+from kvik.engine.sampler import token_logprobs
 from kvik.explain.tracing_ops import OpCall, TracingOps, weight_names
 from kvik.ops.base import Array, Batch
 
@@ -142,20 +143,7 @@ def same_rows(first: FloatArray, second: FloatArray) -> int:
     return int((one == other).all(axis=1).sum())
 
 
-def as_kept(x: FloatArray, dtype: KVDType) -> FloatArray:
-    """Keys or values as attention reads them back from a cache of this type."""
-    if dtype == "f16":
-        return x.astype(np.float16).astype(np.float32)
-    if dtype == "int8":
-        from kvik.ops.reference import quantize_kv
-
-        return quantize_kv(x)
-    return x
-
-
 def candidates(logits: FloatArray, count: int = NUM_CANDIDATES) -> tuple[Candidate, ...]:
-    """The most likely tokens of a row of logits, and their probabilities: softmax in float64."""
-    wide = logits.astype(np.float64)
-    weights = np.exp(wide - wide.max())
-    best = np.lexsort((np.arange(len(wide)), -wide))[:count]
-    return tuple(Candidate(int(token), float(weights[token] / weights.sum()), float(logits[token])) for token in best)
+    """The most likely tokens of a row of logits (vocab_size,), and their probabilities."""
+    top = token_logprobs(logits, 0, count).top
+    return tuple(Candidate(token_id, math.exp(logprob), float(logits[token_id])) for token_id, logprob in top.items())
