@@ -6,7 +6,7 @@ ORACLE_VENV := .venv-oracle
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 CPP := $(wildcard native/*.h native/*.cpp native/*.inl)
 # llama-cpp-python comes as source: AVX2 and no more, because its AMX code dies when compiled by gcc 12.
-LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
+LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/tests/oracle/without_common.cmake
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
@@ -158,8 +158,12 @@ $(VENV)/.check-installed: $(VENV)/.installed
 	$(VENV)/bin/pip install -q 'kvik[check]'
 	@touch $@
 
-$(ORACLE_VENV)/.installed: $(SOURCES)
+# kvik, once compiled, and what its tests need come from $(VENV): pip finds them there and adds what is missing.
+$(ORACLE_VENV)/.installed: tests/oracle/without_common.cmake $(VENV)/.tests-installed
 	$(call say,Make $(ORACLE_VENV) with torch$(,) transformers and llama.cpp$(,) which is compiled (some minutes))
 	$(PYTHON) -m venv $(ORACLE_VENV)
-	CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" $(ORACLE_VENV)/bin/pip install -q -e '.[oracle]'
+	$(ORACLE_VENV)/bin/python -c 'import sys, sysconfig; from pathlib import Path; \
+	  Path(sysconfig.get_path("purelib"), "tests.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+	  "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" $(ORACLE_VENV)/bin/pip install -q 'kvik[oracle]'
 	@touch $@

@@ -53,14 +53,14 @@ inline void add_values(const uint8_t *const *tiles, bool fetch_ahead, Span token
     ahead += (token % kBlockSize * head_dim + d) * sizeof(Stored);
     for (; token < end; ++token, row += head_dim, ahead += head_dim * sizeof(Stored)) {
       prefetch_bytes<vectors * kVectorLanes * sizeof(Stored)>(ahead);
-      V v[vectors];
+      V weight[rows];
       KVIK_UNROLL
-      for (int i = 0; i < vectors; ++i) v[i] = load_as<V>(row + i * kVectorLanes);
+      for (int r = 0; r < rows; ++r) weight[r] = spread<V>(p[r * kSegment + token]);
       KVIK_UNROLL
-      for (int r = 0; r < rows; ++r) {
-        const V weight = spread<V>(p[r * kSegment + token]);
+      for (int i = 0; i < vectors; ++i) {
+        const V v = pinned(load_as<V>(row + i * kVectorLanes));
         KVIK_UNROLL
-        for (int i = 0; i < vectors; ++i) sum[r][i] = fma(v[i], weight, sum[r][i]);
+        for (int r = 0; r < rows; ++r) sum[r][i] = fma(v, weight[r], sum[r][i]);
       }
     }
   }

@@ -71,10 +71,13 @@ template <int wides, int tokens> inline void store_tile(const LinearArgs &args, 
 template <BlockFormat format, bool fine> struct QuantizedTile {
   // With two wide vectors the sums of a tile, float and integer, take 24 of 32 registers, or 12 of 16.
   static constexpr int kTokens = (KVIK_SIMD_AVX512 ? 12 : 6) / (fine ? 3 : 2);
+  // One token waits for its weights. Row blocks one by one make a single stream, which memory serves best.
+  static constexpr int kWidesOfOne = KVIK_SIMD_AVX512 ? 2 : 1;
+  static constexpr int64_t kPrefetchAhead = 1536; // bytes, in a single stream
 
-  // Not inline: a call in the same function, as of memcpy, would have gcc keep the sums on the stack throughout.
   template <int wides, int tokens>
-  [[gnu::noinline]] static void run(const LinearArgs &args, const Place &place, float *sums) {
+  [[gnu::always_inline]] static inline void run(const LinearArgs &args, const Place &place, float *sums) {
+    constexpr bool one_stream = wides * kWideBlocks * tokens == 1;
     constexpr int kVectors = format.quant_bytes() / 32 / format.groups(); // of a group, as they lie in memory
     constexpr int kPacked = 8 / format.bits;                              // weights in a byte
     const Activations a = args.quantized;
@@ -104,7 +107,9 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
           KVIK_UNROLL
           for (int b = 0; b < wides; ++b) {
             const uint8_t *p = weight + b * wide_bytes + 32 * v;
-            if (tokens < kTokens && v % 2 == 0) { // full tiles wait for arithmetic, not for memory
+            if (one_stream) {
+              if (v % 2 == 0) prefetch(p + kPrefetchAhead);
+            } else if (tokens < kTokens && v % 2 == 0) { // full tiles wait for arithmetic, not for memory
               KVIK_UNROLL
               for (int i = 0; i < kWideBlocks; ++i) prefetch(p + wides * wide_bytes + i * row_block_bytes); // next tile
             }
@@ -134,6 +139,7 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
         for (int b = 0; b < wides; ++b) {
           const uint8_t *scales =
               weight + b * wide_bytes + format.quant_bytes() + part * kRowBlock * format.scale_bytes;
+          if (one_stream) prefetch(scales + kPrefetchAhead);
           const Wide scale = wide_scales<format.scale_bytes>(scales, next[b]);
           Wide minimum;
           if constexpr (format.minimum == Minimum::implied) minimum = scale * wide_broadcast(-8.0f);
@@ -159,9 +165,11 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
 // The same for float weights.
 template <class Weight> struct FloatTile {
   static constexpr int kTokens = KVIK_SIMD_AVX512 ? 12 : 6; // sums in 24 of 32 registers, or 12 of 16
+  // A sum takes four cycles a column: so many of them at once keep ahead of memory.
+  static constexpr int kWidesOfOne = KVIK_SIMD_AVX512 ? 2 : 4;
 
   template <int wides, int tokens>
-  [[gnu::noinline]] static void run(const LinearArgs &args, const Place &place, float *sums) {
+  [[gnu::always_inline]] static inline void run(const LinearArgs &args, const Place &place, float *sums) {
     const int64_t columns = args.columns, row_block_size = columns * kRowBlock;
     const Weight *weight = reinterpret_cast<const Weight *>(args.weight) + place.row_block * row_block_size;
     const float *x = args.x + place.token * columns;
@@ -190,20 +198,47 @@ template <class Weight> struct FloatTile {
   }
 };
 
+// Not inline: a call in the same function, as of memcpy, would have gcc keep the sums on the stack throughout.
+template <class Tile, int wides, int tokens>
+[[gnu::noinline]] void run_tile(const LinearArgs &args, const Place &place, float *sums) {
+  Tile::template run<wides, tokens>(args, place, sums);
+}
+
 // Tokens [place.token, end) in tiles of `tokens`, and one smaller tile for the rest.
 template <class Tile, int wides, int tokens>
 inline void cover_tokens(const LinearArgs &args, Place place, int64_t end) {
   for (; place.token + tokens <= end; place.token += tokens) {
     alignas(64) float sums[wides * tokens * kWideLanes];
-    Tile::template run<wides, tokens>(args, place, sums);
+    run_tile<Tile, wides, tokens>(args, place, sums);
     store_tile<wides, tokens>(args, place, sums);
   }
   if constexpr (tokens > 1) cover_tokens<Tile, wides, tokens - 1>(args, place, end);
 }
 
+// One token's tiles for all blocks of a place, in one call: sums is (tiles, wides, kWideLanes).
+template <class Tile, int wides> [[gnu::noinline]] void run_tiles(const LinearArgs &args, Place place, float *sums) {
+  for (; place.row_block < place.end; place.row_block += wides * kWideBlocks, sums += wides * kWideLanes)
+    Tile::template run<wides, 1>(args, place, sums);
+}
+
+// One token: row blocks from `first` on in whole tiles, and smaller ones for the rest.
+template <class Tile, int wides> inline void cover_one_token(const LinearArgs &args, int64_t first, int64_t last) {
+  constexpr int64_t kTile = wides * kWideBlocks, kCall = 32;
+  const int64_t end = wides == 1 ? last : last - (last - first) % kTile;
+  for (; first < end; first += kCall) {
+    const Place place{first, smaller(first + kCall, end), 0};
+    alignas(64) float sums[kCall * kLanes];
+    run_tiles<Tile, wides>(args, place, sums);
+    for (int64_t block = first; block < place.end; ++block)
+      store_rows(args, block, 0, load(sums + (block - first) * kLanes));
+  }
+  if constexpr (wides > 1) cover_one_token<Tile, wides / 2>(args, end, last);
+}
+
 // Covers row blocks [first, last) and all tokens with tiles of two wide vectors, then what is left.
 // Chunks of tokens keep the activations in the L2 cache while the weights stream by once a chunk.
 template <class Tile> void cover(const LinearArgs &args, int64_t first, int64_t last) {
+  if (args.num_tokens == 1) return cover_one_token<Tile, Tile::kWidesOfOne>(args, first, last);
   constexpr int64_t kChunk = 60; // a multiple of every tile's tokens
   static_assert(kChunk % Tile::kTokens == 0);
   for (int64_t chunk = 0; chunk < args.num_tokens; chunk += kChunk) {

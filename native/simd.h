@@ -122,8 +122,14 @@ inline void store_bytes(int8_t *p, const Int32x8 (&a)[4]) {
 // gcc must hold `a` in a register here: left alone it postpones sums until they no longer fit the registers.
 inline void pin(Int16x16 &a) { asm("" : "+x"(a.v)); }
 inline void pin(Int32x8 &a) { asm("" : "+x"(a.v)); }
+// Keeps a value in a register where the compiler would load it anew for each use.
+inline Float8 pinned(Float8 a) {
+  asm("" : "+x"(a.v));
+  return a;
+}
 // Ask for the cache line at p; reading past the end of an array is harmless here.
-inline void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+// Not the intrinsic, which gcc 12 drops from a loop that it has inlined into another.
+inline void prefetch(const void *p) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char *>(p))); }
 
 #else
 
@@ -279,6 +285,7 @@ inline void store_bytes(int8_t *p, const Int32x8 (&a)[4]) {
 }
 inline void pin(Int16x16 &) {}
 inline void pin(Int32x8 &) {}
+inline Float8 pinned(Float8 a) { return a; }
 inline void prefetch(const void *) {}
 
 #endif
@@ -319,7 +326,6 @@ inline Wide first_lanes(int count, Wide a, Wide b) {
 }
 inline Float8 low_half(Wide a) { return {_mm512_castps512_ps256(a.v)}; }
 inline Float8 high_half(Wide a) { return {_mm512_extractf32x8_ps(a.v, 1)}; }
-// Keeps a value in a register where the compiler would load it anew for each use.
 inline Wide pinned(Wide a) {
   asm("" : "+v"(a.v));
   return a;
@@ -383,14 +389,6 @@ using Wide = Float8;
 inline Wide wide_zero() { return zero8(); }
 inline Wide wide_broadcast(float x) { return broadcast(x); }
 template <class Stored> inline Wide wide_load(const Stored *p) { return load(p); }
-#if KVIK_SIMD_AVX2 && defined(__GNUC__)
-inline Wide pinned(Wide a) {
-  asm("" : "+x"(a.v));
-  return a;
-}
-#else
-inline Wide pinned(Wide a) { return a; }
-#endif
 
 constexpr int kWideBlocks = 1;
 using WideBytes = Byte32;
