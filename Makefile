@@ -158,12 +158,17 @@ $(VENV)/.check-installed: $(VENV)/.installed
 	$(VENV)/bin/pip install -q 'kvik[check]'
 	@touch $@
 
-# kvik, once compiled, and what its tests need come from $(VENV): pip finds them there and adds what is missing.
-$(ORACLE_VENV)/.installed: tests/oracle/without_common.cmake $(VENV)/.tests-installed
-	$(call say,Make $(ORACLE_VENV) with torch$(,) transformers and llama.cpp$(,) which is compiled (some minutes))
-	$(PYTHON) -m venv $(ORACLE_VENV)
+# kvik, once compiled, and what its tests need come from $(VENV). One of an older kind is made anew.
+$(ORACLE_VENV)/.made: | $(VENV)/.tests-installed
+	$(call say,Make a virtual environment in $(ORACLE_VENV) on top of $(VENV))
+	$(VENV)/bin/python -m venv --clear $(ORACLE_VENV)
 	$(ORACLE_VENV)/bin/python -c 'import sys, sysconfig; from pathlib import Path; \
 	  Path(sysconfig.get_path("purelib"), "tests.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
 	  "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+# pip finds what $(VENV) has, and adds what is missing.
+$(ORACLE_VENV)/.installed: tests/oracle/without_common.cmake $(VENV)/.tests-installed | $(ORACLE_VENV)/.made
+	$(call say,Add torch$(,) transformers and llama.cpp$(,) which is compiled (some minutes))
 	CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" $(ORACLE_VENV)/bin/pip install -q 'kvik[oracle]'
 	@touch $@

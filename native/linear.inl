@@ -71,7 +71,8 @@ template <int wides, int tokens> inline void store_tile(const LinearArgs &args, 
 template <BlockFormat format, bool fine> struct QuantizedTile {
   // With two wide vectors the sums of a tile, float and integer, take 24 of 32 registers, or 12 of 16.
   static constexpr int kTokens = (KVIK_SIMD_AVX512 ? 12 : 6) / (fine ? 3 : 2);
-  // One token waits for its weights. Row blocks one by one make a single stream, which memory serves best.
+  // One token waits for its weights. Row blocks one by one make a single stream, which memory serves best; a vector of
+  // AVX-512 is two streams in any case, and four are what was measured there.
   static constexpr int kWidesOfOne = KVIK_SIMD_AVX512 ? 2 : 1;
   static constexpr int64_t kPrefetchAhead = 1536; // bytes, in a single stream
 
@@ -224,6 +225,7 @@ template <class Tile, int wides> [[gnu::noinline]] void run_tiles(const LinearAr
 // One token: row blocks from `first` on in whole tiles, and smaller ones for the rest.
 template <class Tile, int wides> inline void cover_one_token(const LinearArgs &args, int64_t first, int64_t last) {
   constexpr int64_t kTile = wides * kWideBlocks, kCall = 32;
+  static_assert(kCall % kTile == 0);
   const int64_t end = wides == 1 ? last : last - (last - first) % kTile;
   for (; first < end; first += kCall) {
     const Place place{first, smaller(first + kCall, end), 0};
@@ -235,7 +237,7 @@ template <class Tile, int wides> inline void cover_one_token(const LinearArgs &a
   if constexpr (wides > 1) cover_one_token<Tile, wides / 2>(args, end, last);
 }
 
-// Covers row blocks [first, last) and all tokens with tiles of two wide vectors, then what is left.
+// Covers row blocks [first, last) and all tokens: several with tiles of two wide vectors, then what is left.
 // Chunks of tokens keep the activations in the L2 cache while the weights stream by once a chunk.
 template <class Tile> void cover(const LinearArgs &args, int64_t first, int64_t last) {
   if (args.num_tokens == 1) return cover_one_token<Tile, Tile::kWidesOfOne>(args, first, last);

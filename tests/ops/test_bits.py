@@ -60,6 +60,19 @@ def test_project_every_number_of_rows(kind: GGMLQuantizationType) -> None:
         same_bits(ops.linear(x[:count], packed), whole[:count])
 
 
+@pytest.mark.parametrize("rows", [1150, 1173])
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16])
+def test_project_one_token_over_many_row_blocks(kind: GGMLQuantizationType, rows: int) -> None:
+    """One token's row blocks are computed 32 to a call: here a thread's chunk has 36 of them, or 35 at the end."""
+    rng = np.random.default_rng(4)
+    ops = NativeOps(threads=1)
+    packed = random_weights(kind, rows, 64, rng).linear(ops)
+    x = rng.normal(0, 1, (3, 64)).astype(np.float32)
+    whole = ops.linear(x, packed)
+    for i in range(3):
+        same_bits(ops.linear(x[i : i + 1], packed), whole[i : i + 1])
+
+
 @every_thread_count
 def test_project_of_several_weights_is_each_alone(threads: int) -> None:
     rng = np.random.default_rng(3)
