@@ -72,10 +72,12 @@ for kind in "${kinds[@]}"; do
     say "ASan and UBSan: the ops, and engines over them"
     run address asan tests/ops tests/engine/test_several_sequences.py >"$root/ops.log" 2>&1 &
     ops=$!
+    # Several times as slow as vectors. Arguments are checked by the same code for all of them, and what attention in
+    # chunks reads and writes, ragged batches and shared prefixes by chance do too.
     say "The same ops in plain C++, meanwhile"
     KVIK_ISA=generic run address asan tests/ops/test_bits.py tests/ops/test_program.py tests/ops/test_packing.py \
       tests/ops/test_shared_prefix.py tests/ops/test_blocks.py \
-      tests/ops/test_garbage.py tests/ops/test_bad_arguments.py -k 'not reference and not instruction_set'
+      -k 'not reference and not instruction_set and not attend_in_chunks'
     wait $ops || { cat "$root/ops.log"; exit 1; }
     cat "$root/ops.log"
     ;;

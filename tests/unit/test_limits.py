@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvik.ops import limits
-from kvik.ops.limits import measured_limits
+from kvik.ops.limits import FORMAT, measured_limits
 from kvik.ops.program import MachineLimits
 
 
@@ -47,7 +47,7 @@ def test_fresh_measures_again_and_keeps_the_others(measured: list[int]) -> None:
     [
         lambda content: "",
         lambda content: content[:-5],
-        lambda content: content.replace('"format": 1', '"format": 0'),
+        lambda content: content.replace(f'"format": {FORMAT}', '"format": 0'),
         lambda content: content.replace("1000000000.0", '"fast"'),
         lambda content: content.replace("1000000000.0", "-1.0"),
         lambda content: content.replace("bytes_per_s", "bits_per_s"),
@@ -62,7 +62,7 @@ def test_a_file_that_makes_no_sense_is_measured_anew(measured: list[int], tmp_pa
     path.write_text(change(before))
     assert path.read_text() != before
     assert measured_limits(2).bytes_per_s == 2e9
-    assert json.loads(path.read_text())["format"] == 1
+    assert json.loads(path.read_text())["format"] == FORMAT
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(

@@ -19,7 +19,7 @@ READ_BYTES = 1 << 29
 
 MEASURE_S = 8.0
 LEAST_ROUNDS = 3
-FORMAT = 1
+FORMAT = 2
 
 
 def measured_limits(threads: int | None = None, *, fresh: bool = False) -> MachineLimits:
