@@ -27,9 +27,11 @@ const Program::Value &checked_value(const Program &program, int id) {
   return program.value(id);
 }
 
-int append(Program &program, std::string name, std::vector<int> inputs, int64_t width, bool of_logits,
-           std::function<void(const Frame &, int)> run, std::function<Cost(const Step &)> cost,
-           std::vector<const PackedWeight *> weights = {}) {
+// `run` is called with a frame and the id of the op's output. What it refers to should lie in few places: between two
+// runs of an op the cache holds nothing of them.
+template <class Run> int append(Program &program, std::string name, std::vector<int> inputs, int64_t width,
+                                bool of_logits, Run run, std::function<Cost(const Step &)> cost,
+                                std::vector<const PackedWeight *> weights = {}, const Norm &norm = {}) {
   require(!program.finished(), "Program: it is finished");
   const int out = program.new_value(width, of_logits);
   program.add_op({std::move(name),
@@ -37,7 +39,8 @@ int append(Program &program, std::string name, std::vector<int> inputs, int64_t 
                   {out},
                   [run = std::move(run), out](const Frame &frame) { run(frame, out); },
                   std::move(cost),
-                  std::move(weights)});
+                  std::move(weights),
+                  norm});
   return out;
 }
 
@@ -82,7 +85,7 @@ int record_norm(Program &program, int x, const NormWeights &norm) {
   require(in.width % width == 0, "norm: the width of x is no multiple of the weight's");
   return append(
       program, "norm", {x}, in.width, in.of_logits,
-      [=, &norm](const Frame &frame, int out) {
+      [=, norm = Norm(norm)](const Frame &frame, int out) {
         norm_rows(frame.pool(), norm, frame[x], frame.rows(x) * (in.width / width), frame[out]);
       },
       [=](const Step &step) { return elementwise(step, in.width, 2, 4); });
@@ -114,10 +117,7 @@ std::vector<int> record_project(Program &program, int x, nb::typed<nb::list, Lin
   return outputs;
 }
 
-// The rows of a value, with a norm before or without.
-RowsIn rows_in(const Frame &frame, int x, int64_t width, const NormWeights *norm) {
-  return {frame[x], frame.rows(x), width, norm ? Norm(*norm) : Norm{}};
-}
+Norm norm_or_none(const NormWeights *norm) { return norm ? Norm(*norm) : Norm{}; }
 
 // With a norm before and a residual behind, or without.
 int record_product(Program &program, const char *name, int x, const LinearWeights &linear, const NormWeights *norm,
@@ -134,11 +134,13 @@ int record_product(Program &program, const char *name, int x, const LinearWeight
   }
   return append(
       program, name, inputs, matrix.rows, in.of_logits,
-      [=, &linear, fine = program.fine()](const Frame &frame, int out) {
+      [=, linear = Linear(linear), norm = norm_or_none(norm), fine = program.fine()](const Frame &frame, int out) {
         const Projection projection{linear, frame[out], residual ? frame[*residual] : nullptr};
-        project(frame.pool(), frame.workspace(), rows_in(frame, x, in.width, norm), {&projection, 1}, fine);
+        const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
+        project(frame.pool(), frame.workspace(), rows, {&projection, 1}, fine);
       },
-      [=, &matrix](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&matrix}); }, {&matrix});
+      [=, &matrix](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&matrix}); }, {&matrix},
+      norm_or_none(norm));
 }
 
 int record_linear(Program &program, int x, const LinearWeights &linear, std::optional<int> residual) {
@@ -159,14 +161,15 @@ int record_norm_gated(Program &program, int x, const NormWeights *norm, const Li
   const Activation activation = activation_of(activation_name);
   return append(
       program, "norm_gated", {x}, gate.matrix.rows, in.of_logits,
-      [=, &gate, &up, fine = program.fine()](const Frame &frame, int out) {
-        project_gated(frame.pool(), frame.workspace(), rows_in(frame, x, in.width, norm), gate, up, activation,
-                      frame[out], fine);
+      [=, gate = Linear(gate), up = Linear(up), norm = norm_or_none(norm), fine = program.fine()](const Frame &frame,
+                                                                                                  int out) {
+        const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
+        project_gated(frame.pool(), frame.workspace(), rows, gate, up, activation, frame[out], fine);
       },
       [=, &gate, &up](const Step &step) {
         return product_cost(rows_of(step, in.of_logits), {&gate.matrix, &up.matrix});
       },
-      {&gate.matrix});
+      {&gate.matrix}, norm_or_none(norm));
 }
 
 void check_tokens(const Program::Value &value, const char *what) { require(!value.of_logits, what); }
@@ -237,20 +240,15 @@ int record_norm_qkv(Program &program, int x, const NormWeights *norm, const Line
   const std::vector<const PackedWeight *> weights{&query.matrix, &key.matrix, &value.matrix};
   return append(
       program, "norm_qkv", {x}, query.matrix.rows, false,
-      [=, &query, &key, &value, fine = program.fine()](const Frame &frame, int out) {
+      [=, args = QueryKeyValue{query, key, value, norm_or_none(query_norm), norm_or_none(key_norm), rope, kv},
+       norm = norm_or_none(norm), fine = program.fine()](const Frame &frame, int out) {
         (void)table; // what rope refers to
-        const QueryKeyValue args{query,
-                                 key,
-                                 value,
-                                 query_norm ? Norm(*query_norm) : Norm{},
-                                 key_norm ? Norm(*key_norm) : Norm{},
-                                 rope,
-                                 kv,
-                                 frame.step.positions,
-                                 frame.step.places[kv.group].slots};
-        project_qkv(frame.pool(), frame.workspace(), rows_in(frame, x, in.width, norm), args, frame[out], fine);
+        QueryKeyValue now = args;
+        now.positions = frame.step.positions, now.slots = frame.step.places[args.kv.group].slots;
+        const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
+        project_qkv(frame.pool(), frame.workspace(), rows, now, frame[out], fine);
       },
-      [=](const Step &step) { return product_cost(step.num_tokens, weights); }, weights);
+      [=](const Step &step) { return product_cost(step.num_tokens, weights); }, weights, norm_or_none(norm));
 }
 
 AttendArgs attend_args(const Step &step, const LayerKV &kv, int64_t query_width, int64_t window) {

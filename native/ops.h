@@ -44,8 +44,10 @@ struct RopeArgs {
 void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span<const Projection> projections,
              bool fine);
 
-// Where in these weights, whose products are computed together, a thread of the pool begins.
-const uint8_t *first_weights(const ThreadPool &pool, std::span<const PackedWeight *const> weights, int thread);
+// Where in these weights, whose products are computed together, a thread of the pool begins, and about how much it has
+// to read. It may reach past the end of a matrix: what lies there comes next as a rule.
+std::span<const uint8_t> first_weights(const ThreadPool &pool, std::span<const PackedWeight *const> weights,
+                                       int thread);
 
 // out = activation(gate(x)) * up(x): (T, rows of each matrix).
 void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const Linear &gate, const Linear &up,
@@ -57,7 +59,7 @@ struct QueryKeyValue {
   Norm query_norm, key_norm; // as wide as a head or as a row; no weight: none
   RopeArgs rope;
   LayerKV kv;
-  const int32_t *positions, *slots;
+  const int32_t *positions = nullptr, *slots = nullptr; // (T,)
 };
 void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const QueryKeyValue &args, float *q,
                  bool fine);

@@ -51,16 +51,20 @@ void Program::finish(int output) {
     }
   }
   buffers_ = std::vector<Buffer>(holder.size());
+  for (std::size_t index = 0; index < ops_.size(); ++index) {
+    Soon soon{{}, ops_[(index + 1) % ops_.size()].norm};
+    for (std::size_t next = 1; next <= ops_.size() && soon.weights.empty(); ++next)
+      if (const Op &op = ops_[(index + next) % ops_.size()]; !op.weights.empty())
+        for (int thread = 0; thread < pool_.num_threads(); ++thread)
+          soon.weights.push_back(first_weights(pool_, op.weights, thread));
+    soon_.push_back(std::move(soon));
+  }
 }
 
-void Program::announce_after(std::size_t index) {
-  for (std::size_t next = 1; next <= ops_.size(); ++next) {
-    const Op &op = ops_[(index + next) % ops_.size()];
-    if (op.weights.empty()) continue;
-    for (int thread = 0; thread < pool_.num_threads(); ++thread)
-      pool_.announce(thread, first_weights(pool_, op.weights, thread));
-    return;
-  }
+void Program::announce(const Soon &soon) {
+  pool_.announce(soon.weights);
+  const auto *norm = reinterpret_cast<const uint8_t *>(soon.norm.weight);
+  for (int64_t at = 0; norm && at < 4 * soon.norm.width; at += 64) __builtin_prefetch(norm + at);
 }
 
 void Program::run(const Step &step, float *out, int first, int last, double *seconds) {
@@ -75,7 +79,7 @@ void Program::run(const Step &step, float *out, int first, int last, double *sec
   auto before = std::chrono::steady_clock::now();
   for (int index = first; index < last; ++index) {
     // With more tokens the time goes into arithmetic, and memory keeps up.
-    if (step.num_tokens <= kFewTokens) announce_after(static_cast<std::size_t>(index));
+    if (step.num_tokens <= kFewTokens) announce(soon_[static_cast<std::size_t>(index)]);
     ops_[static_cast<std::size_t>(index)].run(frame);
     if (!seconds) continue;
     const auto now = std::chrono::steady_clock::now();

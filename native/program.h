@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -66,6 +67,7 @@ public:
     std::function<void(const Frame &)> run;
     std::function<Cost(const Step &)> cost;
     std::vector<const PackedWeight *> weights{}; // whose rows are shared out together
+    Norm norm{};                                 // that comes before them, where it has a weight
   };
 
   // Bounds that every step must keep, gathered from the ops.
@@ -111,8 +113,12 @@ public:
 private:
   friend class Frame;
 
-  // Tells the pool's threads what they read after an op: the weights of the next one that has any.
-  void announce_after(std::size_t index);
+  // What comes soon after an op, to be fetched meanwhile.
+  struct Soon {
+    std::vector<std::span<const uint8_t>> weights; // for each thread: of the next op that has any
+    Norm norm;                                     // of the next op
+  };
+  void announce(const Soon &soon);
 
   ThreadPool &pool_;
   bool fine_;
@@ -120,6 +126,7 @@ private:
   int64_t last_rows_ = 0; // room in each buffer
   std::vector<Value> values_;
   std::vector<Op> ops_;
+  std::vector<Soon> soon_; // for each op
   std::vector<int64_t> buffer_widths_;
   std::vector<Buffer> buffers_;
   Workspace workspace_;

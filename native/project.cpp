@@ -90,16 +90,18 @@ void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span
   });
 }
 
-const uint8_t *first_weights(const ThreadPool &pool, std::span<const PackedWeight *const> weights, int thread) {
+std::span<const uint8_t> first_weights(const ThreadPool &pool, std::span<const PackedWeight *const> weights,
+                                       int thread) {
   int64_t row_blocks = 0;
   for (const PackedWeight *weight : weights) row_blocks += weight->row_blocks();
-  int64_t first = pool.first_of_ranges(row_blocks, kRowGrain, thread);
+  auto [first, last] = pool.own_range(row_blocks, kRowGrain, thread);
   for (const PackedWeight *weight : weights) {
-    const int64_t count = weight->row_blocks();
-    if (first < count) return weight->data.get() + weight->num_bytes / count * first;
+    const int64_t count = weight->row_blocks(), bytes = count > 0 ? weight->num_bytes / count : 0;
+    if (first < count) return {weight->data.get() + bytes * first, static_cast<std::size_t>(bytes * (last - first))};
     first -= count;
+    last -= count;
   }
-  return nullptr;
+  return {};
 }
 
 void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const Linear &gate, const Linear &up,

@@ -2,7 +2,6 @@
 
 #include <pthread.h>
 #include <signal.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -26,29 +25,20 @@ constexpr int kSpinsBetweenLooks = 64; // at the clock
 constexpr int kYields = 50;
 constexpr int64_t kChunksPerThread = 4; // of a range: enough to even out what the system takes from one thread
 
+// How often the process was forked on the way to this one: getpid would be a system call, and there are 150 jobs in a
+// step. Static, so that it is there before any pool.
+class Forks {
+public:
+  Forks() {
+    pthread_atfork(nullptr, nullptr, [] { count.fetch_add(1, std::memory_order_relaxed); });
+  }
+  static inline std::atomic<uint64_t> count{0};
+} forks;
+
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
 #endif
-}
-
-// Returns the value once it differs from `old`, sleeping in the kernel only after a while.
-uint32_t wait_for_change(const std::atomic<uint32_t> &value, uint32_t old) {
-  const auto spin_end = std::chrono::steady_clock::now() + kSpinTime;
-  do {
-    for (int i = 0; i < kSpinsBetweenLooks; ++i) {
-      const uint32_t now = value.load(std::memory_order_acquire);
-      if (now != old) return now;
-      pause();
-    }
-  } while (std::chrono::steady_clock::now() < spin_end);
-  for (int i = 0; i < kYields; ++i) {
-    const uint32_t now = value.load(std::memory_order_acquire);
-    if (now != old) return now;
-    std::this_thread::yield();
-  }
-  value.wait(old, std::memory_order_acquire);
-  return value.load(std::memory_order_acquire);
 }
 
 // Threads started while it lives get no signals but those of their own faults: the others are for Python's threads, and
@@ -71,19 +61,61 @@ private:
 
 } // namespace
 
+// Of what comes next, the most that a thread fetches while it waits: well within an L2 cache.
+constexpr int64_t kMostAhead = 96 << 10;
+// Bytes for each pause. A core drops what it is asked for faster than memory brings it: without pauses most of it.
+constexpr int64_t kFetchedAtOnce = 6 * 64;
+
 // A thread's share of a job: neighbouring chunks, of which it takes the first and others the last.
 struct alignas(64) Share {
   // Generation, first chunk and the one behind the last: 32, 16 and 16 bits, so that one exchange takes a chunk.
   std::atomic<uint64_t> chunks{0};
-  std::atomic<const uint8_t *> ahead{nullptr}; // what the thread reads next
+  // What the thread reads after the job. Two atomics, so they may come from different announcements: no harm is done.
+  std::atomic<const uint8_t *> ahead{nullptr};
+  std::atomic<int64_t> ahead_bytes{0};
+  std::span<const uint8_t> announced; // for the next job; the caller's
+
+  // What of it was fetched; the thread's own.
+  alignas(64) const uint8_t *fetching = nullptr;
+  int64_t fetched = 0, wanted = 0;
 
   static uint64_t packed(uint32_t generation, int64_t first, int64_t last) {
     return static_cast<uint64_t>(generation) << 32 | static_cast<uint64_t>(first) << 16 | static_cast<uint64_t>(last);
   }
+
+  void begin_waiting() {
+    const uint8_t *data = ahead.load(std::memory_order_relaxed);
+    if (data != fetching) fetching = data, fetched = 0;
+    wanted = std::min(kMostAhead, ahead_bytes.load(std::memory_order_relaxed));
+  }
+  void wait_a_little() {
+    for (const int64_t end = std::min(wanted, fetched + kFetchedAtOnce); fetched < end; fetched += 64)
+      __builtin_prefetch(fetching + fetched, 0, 2);
+    pause();
+  }
 };
 constexpr int64_t kMostChunks = 65535; // of one job
-// What memory brings in the time between two jobs; well within an L2 cache.
-constexpr int kAheadBytes = 32 << 10;
+
+// Returns the value once it differs from `old`, sleeping in the kernel only after a while.
+uint32_t wait_for_change(const std::atomic<uint32_t> &value, uint32_t old, Share &share) {
+  const auto poll = [&](int times, const auto &between) {
+    for (int i = 0; i < times; ++i) {
+      if (value.load(std::memory_order_acquire) != old) return true;
+      between();
+    }
+    return false;
+  };
+  share.begin_waiting();
+  const auto wait_a_little = [&] { share.wait_a_little(); };
+  bool changed = poll(kSpinsBetweenLooks, wait_a_little);
+  if (!changed) {
+    const auto end = std::chrono::steady_clock::now() + kSpinTime;
+    do changed = poll(kSpinsBetweenLooks, wait_a_little);
+    while (!changed && std::chrono::steady_clock::now() < end);
+  }
+  if (!changed && !poll(kYields, std::this_thread::yield)) value.wait(old, std::memory_order_acquire);
+  return value.load(std::memory_order_acquire);
+}
 
 // What different threads write lies on different cache lines.
 struct ThreadPool::Shared {
@@ -97,15 +129,12 @@ struct ThreadPool::Shared {
   std::vector<std::thread> threads;
 
   // Runs the chunks of one generation: the thread's own, neighbours one after the other as their data lie in memory,
-  // then what is left of others' shares. What is announced is fetched while others end and the next job is prepared.
+  // then what is left of others' shares.
   void work(int thread, uint32_t current) {
     const int num_threads = static_cast<int>(shares.size());
     run_chunks(thread, shares[static_cast<std::size_t>(thread)], current, true);
     for (int step = 1; step < num_threads; ++step)
       run_chunks(thread, shares[static_cast<std::size_t>((thread + step) % num_threads)], current, false);
-    if (const uint8_t *ahead =
-            shares[static_cast<std::size_t>(thread)].ahead.exchange(nullptr, std::memory_order_relaxed))
-      for (int at = 0; at < kAheadBytes; at += 64) __builtin_prefetch(ahead + at, 0, 2);
   }
 
   // While a chunk is free or running its job can't be replaced, so a pointer read before a successful exchange is the
@@ -130,8 +159,10 @@ struct ThreadPool::Shared {
 ThreadPool::ThreadPool(int num_threads) : num_threads_(std::max(1, num_threads)) {}
 
 ThreadPool::~ThreadPool() {
-  if (process_id_ == getpid()) stop(shared_);
+  if (started()) stop(shared_);
 }
+
+bool ThreadPool::started() const { return shared_ && forks_ == Forks::count.load(std::memory_order_relaxed); }
 
 void ThreadPool::start() {
   Shared *made = new Shared(num_threads_);
@@ -141,7 +172,7 @@ void ThreadPool::start() {
       made->threads.emplace_back([made, index] {
         const FloatMode mode;
         for (uint32_t generation = 0; !made->stopping.load(std::memory_order_acquire);) {
-          generation = wait_for_change(made->generation, generation);
+          generation = wait_for_change(made->generation, generation, made->shares[static_cast<std::size_t>(index)]);
           made->work(index, generation);
         }
       });
@@ -151,7 +182,7 @@ void ThreadPool::start() {
     throw;
   }
   shared_ = made;
-  process_id_ = getpid();
+  forks_ = Forks::count.load(std::memory_order_relaxed);
 }
 
 void ThreadPool::stop(Shared *shared) {
@@ -162,13 +193,13 @@ void ThreadPool::stop(Shared *shared) {
   delete shared;
 }
 
-void ThreadPool::for_each(int64_t count, const Job &job) {
+void ThreadPool::for_each(int64_t count, Job job) {
   if (num_threads_ == 1 || count <= 1) {
     for (int64_t chunk = 0; chunk < count; ++chunk) job(0, chunk);
     return;
   }
   const std::lock_guard lock(one_job_at_a_time_);
-  if (process_id_ != getpid()) start();
+  if (!started()) start();
   for (int64_t first = 0; first < count; first += kMostChunks) {
     const int64_t some = std::min(count - first, kMostChunks);
     if (first == 0 && some == count) {
@@ -183,30 +214,39 @@ void ThreadPool::run_job(int64_t count, const Job &job) {
   const uint32_t generation = shared_->generation.load(std::memory_order_relaxed) + 1;
   shared_->job.store(&job, std::memory_order_relaxed);
   shared_->unfinished.store(static_cast<uint32_t>(count), std::memory_order_relaxed);
-  for (int64_t thread = 0; thread < num_threads_; ++thread)
-    shared_->shares[static_cast<std::size_t>(thread)].chunks.store(
-        Share::packed(generation, count * thread / num_threads_, count * (thread + 1) / num_threads_),
-        std::memory_order_release);
+  for (int64_t thread = 0; thread < num_threads_; ++thread) {
+    Share &share = shared_->shares[static_cast<std::size_t>(thread)];
+    share.ahead.store(share.announced.data(), std::memory_order_relaxed);
+    share.ahead_bytes.store(static_cast<int64_t>(share.announced.size()), std::memory_order_relaxed);
+    share.announced = {};
+    share.chunks.store(Share::packed(generation, count * thread / num_threads_, count * (thread + 1) / num_threads_),
+                       std::memory_order_release);
+  }
   shared_->generation.store(generation, std::memory_order_release);
   shared_->generation.notify_all();
   shared_->work(0, generation);
   for (uint32_t left = shared_->unfinished.load(std::memory_order_acquire); left != 0;)
-    left = wait_for_change(shared_->unfinished, left);
+    left = wait_for_change(shared_->unfinished, left, shared_->shares[0]);
 }
 
 int64_t ThreadPool::num_range_chunks(int64_t pieces) const { return std::min(pieces, kChunksPerThread * num_threads_); }
 
-int64_t ThreadPool::first_of_ranges(int64_t count, int64_t grain, int thread) const {
-  const int64_t pieces = (count + grain - 1) / grain, chunks = num_range_chunks(pieces);
-  return pieces * (chunks * thread / num_threads_) / chunks * grain;
+std::pair<int64_t, int64_t> ThreadPool::own_range(int64_t count, int64_t grain, int thread) const {
+  const int64_t pieces = (count + grain - 1) / grain, chunks = std::max<int64_t>(1, num_range_chunks(pieces));
+  const auto begin = [&](int64_t of) {
+    return std::min(pieces * (chunks * of / num_threads_) / chunks * grain, count);
+  };
+  return {begin(thread), begin(thread + 1)};
 }
 
-void ThreadPool::announce(int thread, const uint8_t *data) {
-  if (process_id_ == getpid())
-    shared_->shares[static_cast<std::size_t>(thread)].ahead.store(data, std::memory_order_relaxed);
+void ThreadPool::announce(std::span<const std::span<const uint8_t>> ahead) {
+  if (num_threads_ == 1) return;
+  const std::lock_guard lock(one_job_at_a_time_);
+  if (!started()) return;
+  for (std::size_t thread = 0; thread < ahead.size(); ++thread) shared_->shares[thread].announced = ahead[thread];
 }
 
-void ThreadPool::for_ranges(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)> &job) {
+void ThreadPool::for_ranges(int64_t count, int64_t grain, FunctionRef<void(int64_t, int64_t)> job) {
   const int64_t pieces = (count + grain - 1) / grain, chunks = num_range_chunks(pieces);
   for_each(chunks, [&](int, int64_t chunk) {
     job(pieces * chunk / chunks * grain, std::min(pieces * (chunk + 1) / chunks * grain, count));

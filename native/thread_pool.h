@@ -2,10 +2,25 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <mutex>
+#include <span>
+#include <utility>
 
 namespace kvik {
+
+// A function that its caller keeps for as long as it is called: two words, nothing is copied or allocated.
+template <class Signature> class FunctionRef;
+template <class... Arguments> class FunctionRef<void(Arguments...)> {
+public:
+  template <class Function> FunctionRef(const Function &function) // NOLINT: implicit, as of std::function
+      : function_(&function),
+        call_([](const void *kept, Arguments... arguments) { (*static_cast<const Function *>(kept))(arguments...); }) {}
+  void operator()(Arguments... arguments) const { call_(function_, arguments...); }
+
+private:
+  const void *function_;
+  void (*call_)(const void *, Arguments...);
+};
 
 // Runs one job at a time on up to `num_threads` threads, the caller's among them. A job is cut into chunks. Each thread
 // has neighbouring ones for its own, takes them one by one, and then those that others have not come to; the caller
@@ -16,7 +31,7 @@ namespace kvik {
 class ThreadPool {
 public:
   // Called with (thread index, chunk) for each chunk; must not throw.
-  using Job = std::function<void(int, int64_t)>;
+  using Job = FunctionRef<void(int, int64_t)>;
 
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
@@ -26,17 +41,18 @@ public:
   int num_threads() const { return num_threads_; }
 
   // Chunks 0 ... count-1, each its own task; for tasks of unequal cost.
-  void for_each(int64_t count, const Job &job);
+  void for_each(int64_t count, Job job);
 
   // Ranges that cover [0, count), cut at multiples of `grain`.
-  void for_ranges(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)> &job);
+  void for_ranges(int64_t count, int64_t grain, FunctionRef<void(int64_t, int64_t)> job);
 
-  // Where the range begins that `for_ranges` of so much will give this thread first.
-  int64_t first_of_ranges(int64_t count, int64_t grain, int thread) const;
+  // The part of [0, count) that `for_ranges` of so much gives this thread first.
+  std::pair<int64_t, int64_t> own_range(int64_t count, int64_t grain, int thread) const;
 
-  // Says what a thread will read after the present job. It fetches the beginning as soon as it has nothing else to do:
-  // memory would stand idle while a job ends and the next is prepared. Any address will do, nothing is read through it.
-  void announce(int thread, const uint8_t *data);
+  // Says for each thread what it reads after the next job. It fetches the beginning whenever it waits from then on:
+  // memory would stand idle while a job ends and the one after it is prepared. Any address will do, nothing is read
+  // through it.
+  void announce(std::span<const std::span<const uint8_t>> ahead);
 
 private:
   int64_t num_range_chunks(int64_t pieces) const;
@@ -44,12 +60,13 @@ private:
   // Apart from the pool, because a forked child has no use for its copy: the threads exist in the parent only, and
   // their handles can be neither joined nor destroyed. The child leaks it and makes its own.
   struct Shared;
+  bool started() const; // by this process
   void start();
   void run_job(int64_t count, const Job &job);
   static void stop(Shared *shared);
 
   int num_threads_;
-  int64_t process_id_ = 0;
+  uint64_t forks_ = 0; // of the process when the threads were started
   std::mutex one_job_at_a_time_;
   Shared *shared_ = nullptr;
 };
