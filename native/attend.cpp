@@ -64,7 +64,9 @@ private:
     for (int64_t u = begin; u < end; ++u) {
       const Unit &unit = unit_at(u);
       const Unit *next = u + 1 < end ? &unit_at(u + 1) : nullptr;
-      const SegmentTask &task = unit.task, *next_task = next ? &next->task : nullptr;
+      // Beyond the chunk too, for a thread takes neighbouring ones.
+      const SegmentTask &task = unit.task;
+      const SegmentTask *next_task = u + 1 < static_cast<int64_t>(plan_.units.size()) ? &unit_at(u + 1).task : nullptr;
       if (unit.slot >= 0) {
         kernels->attend_segment(args_, task, next_task, scratch, slot_rows(unit, task.first_token));
         // Whoever ends a tile's last unit merges all of them.

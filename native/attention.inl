@@ -4,22 +4,16 @@ namespace {
 
 void attend_segment(const AttendArgs &args, const SegmentTask &task, const SegmentTask *next, float *scratch,
                     const Partial &out) {
-  Work work = work_of(args, task, next);
-  Ahead ahead;
-  switch (args.kv.type) {
-  case kvik::KVType::int8:
-    return attend_bytes(args.kv, work, scratch, out);
-  case kvik::KVType::f16:
-    if (work.num_rows > 2 * kRowsAtOnce) {
-      widen(args.kv, work, scratch + work.num_rows * kSegment);
-      // The tiles' own prefetching sees the widened ones only.
-      ahead = ahead_of(args, next, work.num_rows + (work.num_rows + kRowsAtOnce - 1) / kRowsAtOnce * kSuperblock / 2);
-      return attend_floats<float>(work, scratch, out, ahead);
-    }
-    return attend_floats<Half>(work, scratch, out, ahead);
-  default:
-    return attend_floats<float>(work, scratch, out, ahead);
-  }
+  Work work = work_of(args, task);
+  const bool halves = args.kv.type == kvik::KVType::f16, widens = halves && work.num_rows > 2 * kRowsAtOnce;
+  Ahead ahead = ahead_of(args, task, next, work.all, widens);
+  if (args.kv.type == kvik::KVType::int8) return attend_bytes(args.kv, work, scratch, out, ahead);
+  if (!widens)
+    return halves ? attend_floats<Half>(work, scratch, out, ahead, 0)
+                  : attend_floats<float>(work, scratch, out, ahead, 0);
+  widen(args.kv, work, scratch + work.num_rows * kSegment);
+  const int64_t calls = work.num_rows + (work.num_rows + kRowsAtOnce - 1) / kRowsAtOnce * kSuperblock / 2;
+  attend_floats<float>(work, scratch, out, ahead, ahead.num_tiles * ahead.lines / calls + 1);
 }
 
 void merge_segments(const Partial &total, const Partial &next, int64_t rows, int64_t head_dim) {

@@ -73,8 +73,9 @@ template <int rows> inline void score_quads(const Factors *q, const RowUnit *uni
 
 // value[r][d ...) = sum over tokens; with `eight` the last eight dimensions of a head.
 template <bool eight, int rows, int vectors>
-inline void value_quads(const uint8_t *const *tiles, bool fetch_ahead, Span tokens, const Factors *p,
+inline void value_quads(const uint8_t *const *tiles, const Ahead &ahead, int64_t from, Span tokens, const Factors *p,
                         const RowUnit *units, int64_t head_dim, int64_t d, float *value) {
+  constexpr int kFetched = vectors * 4 * kWideLanes; // bytes for a quad, in the order they lie in
   QuadSum sum[rows][vectors];
   for (auto &row : sum)
     for (QuadSum &lane : row) lane = no_quads();
@@ -82,9 +83,10 @@ inline void value_quads(const uint8_t *const *tiles, bool fetch_ahead, Span toke
   for (int quad = tokens.first / 4; quad < last;) {
     const int block = quad / (kBlockSize / 4), end = smaller_int(last, (block + 1) * (kBlockSize / 4));
     const int64_t at = (quad % (kBlockSize / 4) * head_dim + d) * 4;
-    const uint8_t *bytes = tiles[block] + at, *ahead = tiles[fetch_ahead ? block + 2 : block] + at;
-    for (; quad < end; ++quad, bytes += 4 * head_dim, ahead += 4 * head_dim) {
-      prefetch_bytes<vectors * 4 * kWideLanes>(ahead);
+    const int64_t fetched_before = d * 4 * (last - tokens.first / 4) + (quad - tokens.first / 4) * kFetched;
+    const uint8_t *bytes = tiles[block] + at, *fetched = ahead.at(from + fetched_before, bytes);
+    for (; quad < end; ++quad, bytes += 4 * head_dim, fetched += kFetched) {
+      prefetch_bytes<kFetched>(fetched);
       for (int i = 0; i < vectors; ++i) {
         const Quads v = eight ? load_eight_quads(bytes) : load_quads(bytes + i * 4 * kWideLanes);
         for (int r = 0; r < rows; ++r) sum[r][i] = add_products(sum[r][i], v, p[r * kQuads + quad]);
@@ -103,7 +105,8 @@ inline void value_quads(const uint8_t *const *tiles, bool fetch_ahead, Span toke
 }
 
 // Integer sums are exact, so rows may go over tokens that they don't see: those have the factor zero.
-[[gnu::noinline]] void attend_bytes(const LayerKV &kv, const Work &work, float *scratch, const Partial &out) {
+[[gnu::noinline]] void attend_bytes(const LayerKV &kv, const Work &work, float *scratch, const Partial &out,
+                                    Ahead &ahead) {
   const int64_t head_dim = work.head_dim, num_rows = work.num_rows;
   const Span all = work.all;
   float *scores = scratch;
@@ -111,27 +114,29 @@ inline void value_quads(const uint8_t *const *tiles, bool fetch_ahead, Span toke
   RowUnit *units = reinterpret_cast<RowUnit *>(factors + num_rows * kQueryQuads);
   for (int64_t row = 0; row < num_rows; ++row)
     units[row] = quantize_query(work.query(row), head_dim, work.scale, factors + row * kQueryQuads);
-  const int first_block = all.first / kBlockSize, last_block = (all.last + kBlockSize - 1) / kBlockSize;
+  const int first_block = work.first_block(), num_blocks = work.end_block() - first_block;
+  const int64_t values_from = (num_blocks + kSoftmaxTiles) * 64 * ahead.lines;
+  const Ahead nothing{.lines = ahead.lines};
   float value_scales[kSegment];
-  for (int block = first_block; block < last_block; ++block) {
+  for (int block = first_block; block < work.end_block(); ++block) {
     const uint8_t *tile = work.keys[block];
     for_slices(num_rows, [&](int64_t row, auto count) {
       score_quads<decltype(count)::value>(factors + row * kQueryQuads, units + row, tile,
-                                          row == 0 ? work.keys[block + 2] : tile, head_dim,
+                                          (row == 0 ? ahead : nothing).tile_at(block - first_block, tile), head_dim,
                                           scores + row * kSegment + block * kBlockSize);
     });
     std::memcpy(value_scales + block * kBlockSize, scales_of(kv, work.values[block]), kBlockSize * sizeof(float));
   }
-  for (int64_t row = 0; row < num_rows; ++row) {
-    softmax_row(scores + row * kSegment, work.seen(row), work.soft_cap, out.max + row, out.sum + row);
+  softmax_rows(work, scores, ahead, num_blocks, out);
+  for (int64_t row = 0; row < num_rows; ++row)
     units[row] = quantize_weights(scores + row * kSegment, work.seen(row), all, value_scales, factors + row * kQuads);
-  }
   for_slices(num_rows, [&](int64_t row, auto count) {
     constexpr int rows = decltype(count)::value;
     constexpr int kVectors = rows <= 3 ? 4 : 2; // each has two sums where the kernels are wide
     const auto run = [&](auto eight, auto vectors, int64_t d) {
       value_quads<decltype(eight)::value == 1, rows, decltype(vectors)::value>(
-          work.values, row == 0, all, factors + row * kQuads, units + row, head_dim, d, out.value + row * head_dim);
+          work.values, row == 0 ? ahead : nothing, values_from, all, factors + row * kQuads, units + row, head_dim, d,
+          out.value + row * head_dim);
     };
     int64_t d = 0;
     for (; d + kVectors * kWideLanes <= head_dim; d += kVectors * kWideLanes) run(Count<0>{}, Count<kVectors>{}, d);

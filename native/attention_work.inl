@@ -41,11 +41,13 @@ struct Work {
   int64_t num_rows, group, head_dim;
   const float *q; // of the first token and the KV head's first query head
   int64_t token_stride;
-  Span all;                               // columns that some row sees
-  int64_t first_count, window;            // columns that the first token may see; each later token sees one more
-  const uint8_t *keys[kSuperblock + 2];   // tiles, then the first two of what comes next
-  const uint8_t *values[kSuperblock + 2]; // tiles, then the first two of the next keys
+  Span all;                                               // columns that some row sees
+  int64_t first_count, window;                            // that the first token may see; each later one sees one more
+  const uint8_t *keys[kSuperblock], *values[kSuperblock]; // tiles
   float scale, soft_cap;
+
+  int first_block() const { return all.first / kBlockSize; }
+  int end_block() const { return (all.last + kBlockSize - 1) / kBlockSize; }
 
   const float *query(int64_t row) const { return q + row / group * token_stride + row % group * head_dim; }
   Span seen(int64_t row) const {
@@ -54,7 +56,7 @@ struct Work {
   }
 };
 
-inline Work work_of(const AttendArgs &args, const SegmentTask &task, const SegmentTask *next) {
+inline Work work_of(const AttendArgs &args, const SegmentTask &task) {
   Work work;
   const LayerKV &kv = args.kv;
   const int64_t start = task.segment * kSegment;
@@ -70,29 +72,11 @@ inline Work work_of(const AttendArgs &args, const SegmentTask &task, const Segme
   work.all = {work.seen(0).first, work.seen(work.num_rows - 1).last};
 
   const int32_t *table = args.block_tables + args.sequence_index[task.first_token] * args.table_width;
-  const int first = work.all.first / kBlockSize, last = (work.all.last + kBlockSize - 1) / kBlockSize;
-  for (int i = first; i < last; ++i) {
+  for (int i = work.first_block(); i < work.end_block(); ++i) {
     const int32_t block = table[start / kBlockSize + i];
     work.keys[i] = tile_of(kv, block, task.kv_head, kKey);
     work.values[i] = tile_of(kv, block, task.kv_head, kValue);
   }
-  // A tile prefetches the next but one: after the keys come the values, after the values the next task's keys.
-  const uint8_t *upcoming[2] = {work.values[first], work.values[smaller_int(first + 1, last - 1)]};
-  work.keys[last] = upcoming[0];
-  work.keys[last + 1] = upcoming[1];
-  if (next) {
-    const int64_t next_start = next->segment * kSegment;
-    const int64_t count = args.positions[next->first_token] + 1 - next_start, from = count - args.window;
-    const int64_t begin = (from > 0 ? from : 0) / kBlockSize;
-    const int64_t end = (smaller(kSegment, count) + kBlockSize - 1) / kBlockSize;
-    const int32_t *next_table = args.block_tables + args.sequence_index[next->first_token] * args.table_width;
-    for (int i = 0; i < 2; ++i) {
-      const int64_t block = next_table[next_start / kBlockSize + smaller(begin + i, end - 1)];
-      upcoming[i] = tile_of(kv, block, next->kv_head, kKey);
-    }
-  }
-  work.values[last] = upcoming[0];
-  work.values[last + 1] = upcoming[1];
   return work;
 }
 
@@ -100,35 +84,59 @@ template <int bytes> inline void prefetch_bytes(const uint8_t *p) {
   for (int i = 0; i < bytes; i += 64) prefetch(p + i);
 }
 
-// What a thread reads next, fetched a little at a time while there is arithmetic enough to hide it.
+// The tiles that a thread reads next, in order. A core drops what it is asked for faster than memory brings it, so each
+// phase asks for its part while it has arithmetic to hide it: keys and values for a tile as they read one, line by line
+// with their own, and the softmax between them for two.
 struct Ahead {
-  const uint8_t *tiles[2 * kSuperblock];
-  int num_tiles = 0, tile = 0;
-  int64_t lines = 0, line = 0; // cache lines of a tile, and the next one of them
-  int64_t share = 0;           // lines of one call
+  const uint8_t *tiles[3 * kSuperblock];
+  int num_tiles = 0;
+  int64_t lines = 0; // cache lines of a tile
 
-  void fetch() {
-    for (int64_t left = share; left > 0 && tile < num_tiles;) {
-      const int64_t end = smaller(lines, line + left);
-      left -= end - line;
-      for (; line < end; ++line) prefetch(tiles[tile] + line * 64);
-      if (line == lines) ++tile, line = 0;
+  // What `fetch` comes to next.
+  int tile = 0;
+  int64_t line = 0;
+
+  // What lies so far behind the first tile's beginning, or `own`, which costs nothing for it is being read.
+  const uint8_t *at(int64_t bytes, const uint8_t *own) const {
+    const auto position = static_cast<uint32_t>(bytes), size = static_cast<uint32_t>(64 * lines);
+    const uint32_t index = position / size;
+    return index < static_cast<uint32_t>(num_tiles) ? tiles[index] + position % size : own;
+  }
+  const uint8_t *tile_at(int index, const uint8_t *own) const { return index < num_tiles ? tiles[index] : own; }
+
+  void fetch(int64_t count) {
+    for (; count > 0 && tile < num_tiles; --count) {
+      prefetch(tiles[tile] + line * 64);
+      if (++line == lines) ++tile, line = 0;
     }
   }
 };
 
-inline Ahead ahead_of(const AttendArgs &args, const SegmentTask *next, int64_t num_calls) {
+constexpr int kTilesAhead = 3;   // of a task, fetched before it begins, and some more
+constexpr int kSoftmaxTiles = 2; // fetched during its softmax
+
+// Tiles [first, last) of a task, keys before values.
+inline void add_tiles(Ahead &ahead, const AttendArgs &args, const SegmentTask &task, Span columns, int first,
+                      int last) {
+  const int begin = columns.first / kBlockSize, count = (columns.last + kBlockSize - 1) / kBlockSize - begin;
+  const int32_t *blocks =
+      args.block_tables + args.sequence_index[task.first_token] * args.table_width + task.segment * kSuperblock + begin;
+  for (int i = first; i < smaller_int(last, 2 * count); ++i)
+    ahead.tiles[ahead.num_tiles++] = tile_of(args.kv, blocks[i % count], task.kv_head, i < count ? kKey : kValue);
+}
+
+// What is left of a task's tiles when it begins, and the first of the next task's; or all of those and no others.
+inline Ahead ahead_of(const AttendArgs &args, const SegmentTask &task, const SegmentTask *next, Span own,
+                      bool next_only) {
   Ahead ahead;
-  if (!next) return ahead;
-  const int64_t start = next->segment * kSegment;
-  const int64_t last = smaller(kSegment, args.positions[next->first_token] + 1 - start);
-  const int64_t first = args.positions[next->first_token] + 1 - start - args.window;
-  const int32_t *table = args.block_tables + args.sequence_index[next->first_token] * args.table_width;
-  for (const Side side : {kKey, kValue})
-    for (int64_t i = (first > 0 ? first : 0) / kBlockSize; i * kBlockSize < last; ++i)
-      ahead.tiles[ahead.num_tiles++] = tile_of(args.kv, table[start / kBlockSize + i], next->kv_head, side);
   ahead.lines = args.kv.tile_bytes / 64;
-  ahead.share = ahead.num_tiles * ahead.lines / num_calls + 1;
+  if (!next_only) add_tiles(ahead, args, task, own, kTilesAhead, 2 * kSuperblock);
+  if (next) {
+    // The first token's; the others see about the same.
+    const int64_t count = args.positions[next->first_token] + 1 - next->segment * kSegment, first = count - args.window;
+    const Span seen{static_cast<int>(first > 0 ? first : 0), static_cast<int>(smaller(kSegment, count))};
+    add_tiles(ahead, args, *next, seen, 0, next_only ? 2 * kSuperblock : kTilesAhead + kSoftmaxTiles);
+  }
   return ahead;
 }
 
@@ -147,7 +155,9 @@ template <class Edge> inline Wide only_seen(Edge, Span seen, int i, Wide inside,
 }
 
 // Turns scores into exp(score - max) in place; the other lanes of a vector that holds a seen column become zero.
-inline void softmax_row(float *scores, Span seen, float cap, float *max_out, float *sum_out) {
+// Meanwhile `step` bytes from `fetched` on are fetched for each vector.
+inline void softmax_row(float *scores, Span seen, float cap, const uint8_t *fetched, int64_t step, float *max_out,
+                        float *sum_out) {
   if (cap > 0) for_vectors(seen, [&](int i, auto) { store(scores + i, soft_capped(load_as<Wide>(scores + i), cap)); });
   const Wide lowest = wide_broadcast(-INFINITY);
   Wide largest = lowest;
@@ -157,6 +167,8 @@ inline void softmax_row(float *scores, Span seen, float cap, float *max_out, flo
   const float top = max_of(largest);
   Float8 sum = zero8();
   for_vectors(seen, [&](int i, auto edge) {
+    for (int64_t at = 0; at < step; at += 64) prefetch(fetched + at);
+    fetched += step;
     const Wide p = exponential(load_as<Wide>(scores + i) - wide_broadcast(top));
     const Wide kept = only_seen(edge, seen, i, p, wide_zero());
     store(scores + i, kept);
@@ -164,6 +176,18 @@ inline void softmax_row(float *scores, Span seen, float cap, float *max_out, flo
   });
   *max_out = top;
   *sum_out = add_lanes(sum);
+}
+
+// All rows of a task; what is ahead, from that many tiles on, is fetched in even steps.
+inline void softmax_rows(const Work &work, float *scores, const Ahead &ahead, int first_tile, const Partial &out) {
+  const int64_t vectors = (work.all.last - work.all.first + kWideLanes - 1) / kWideLanes;
+  const int64_t row_bytes = kSoftmaxTiles * ahead.lines * 64 / work.num_rows,
+                step = (row_bytes + vectors - 1) / vectors;
+  for (int64_t row = 0; row < work.num_rows; ++row) {
+    float *p = scores + row * kSegment;
+    const uint8_t *fetched = ahead.at(first_tile * ahead.lines * 64 + row * row_bytes, nullptr);
+    softmax_row(p, work.seen(row), work.soft_cap, fetched, fetched ? step : 0, out.max + row, out.sum + row);
+  }
 }
 
 } // namespace
