@@ -84,8 +84,10 @@ inline void value_quads(const uint8_t *const *tiles, const Ahead &ahead, int64_t
     const int block = quad / (kBlockSize / 4), end = smaller_int(last, (block + 1) * (kBlockSize / 4));
     const int64_t at = (quad % (kBlockSize / 4) * head_dim + d) * 4;
     const int64_t fetched_before = d * 4 * (last - tokens.first / 4) + (quad - tokens.first / 4) * kFetched;
-    const uint8_t *bytes = tiles[block] + at, *fetched = ahead.at(from + fetched_before, bytes);
-    for (; quad < end; ++quad, bytes += 4 * head_dim, fetched += kFetched) {
+    const uint8_t *bytes = tiles[block] + at, *fetched = ahead.at(from + fetched_before);
+    const int64_t step = fetched ? kFetched : 0; // with nothing ahead, a line that is there already
+    if (!fetched) fetched = bytes;
+    for (; quad < end; ++quad, bytes += 4 * head_dim, fetched += step) {
       prefetch_bytes<kFetched>(fetched);
       for (int i = 0; i < vectors; ++i) {
         const Quads v = eight ? load_eight_quads(bytes) : load_quads(bytes + i * 4 * kWideLanes);

@@ -50,8 +50,10 @@ inline void add_values(const uint8_t *const *tiles, const Ahead &ahead, int64_t 
     const int block = token / kBlockSize, end = smaller_int(tokens.last, (block + 1) * kBlockSize);
     const Stored *row = reinterpret_cast<const Stored *>(tiles[block]) + token % kBlockSize * head_dim + d;
     const int64_t fetched_before = d * all_tokens * sizeof(Stored) + (token - tokens.first) * kFetched;
-    const uint8_t *fetched = ahead.at(from + fetched_before, tiles[block]);
-    for (; token < end; ++token, row += head_dim, fetched += kFetched) {
+    const uint8_t *fetched = ahead.at(from + fetched_before);
+    const int64_t step = fetched ? kFetched : 0; // with nothing ahead, a line that is there already
+    if (!fetched) fetched = reinterpret_cast<const uint8_t *>(row);
+    for (; token < end; ++token, row += head_dim, fetched += step) {
       prefetch_bytes<kFetched>(fetched);
       V weight[rows];
       KVIK_UNROLL

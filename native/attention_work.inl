@@ -96,12 +96,14 @@ struct Ahead {
   int tile = 0;
   int64_t line = 0;
 
-  // What lies so far behind the first tile's beginning, or `own`, which costs nothing for it is being read.
-  const uint8_t *at(int64_t bytes, const uint8_t *own) const {
+  // What lies so far behind the first tile's beginning; null where nothing does.
+  const uint8_t *at(int64_t bytes) const {
+    if (num_tiles == 0) return nullptr; // and be spared a division
     const auto position = static_cast<uint32_t>(bytes), size = static_cast<uint32_t>(64 * lines);
     const uint32_t index = position / size;
-    return index < static_cast<uint32_t>(num_tiles) ? tiles[index] + position % size : own;
+    return index < static_cast<uint32_t>(num_tiles) ? tiles[index] + position % size : nullptr;
   }
+  // A tile, or `own`, which costs nothing for it is being read.
   const uint8_t *tile_at(int index, const uint8_t *own) const { return index < num_tiles ? tiles[index] : own; }
 
   void fetch(int64_t count) {
@@ -185,7 +187,7 @@ inline void softmax_rows(const Work &work, float *scores, const Ahead &ahead, in
                 step = (row_bytes + vectors - 1) / vectors;
   for (int64_t row = 0; row < work.num_rows; ++row) {
     float *p = scores + row * kSegment;
-    const uint8_t *fetched = ahead.at(first_tile * ahead.lines * 64 + row * row_bytes, nullptr);
+    const uint8_t *fetched = ahead.at(first_tile * ahead.lines * 64 + row * row_bytes);
     softmax_row(p, work.seen(row), work.soft_cap, fetched, fetched ? step : 0, out.max + row, out.sum + row);
   }
 }
