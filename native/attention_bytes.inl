@@ -108,7 +108,7 @@ inline void value_quads(const uint8_t *const *tiles, const Ahead &ahead, int64_t
 
 // Integer sums are exact, so rows may go over tokens that they don't see: those have the factor zero.
 [[gnu::noinline]] void attend_bytes(const LayerKV &kv, const Work &work, float *scratch, const Partial &out,
-                                    Ahead &ahead) {
+                                    const Ahead &ahead) {
   const int64_t head_dim = work.head_dim, num_rows = work.num_rows;
   const Span all = work.all;
   float *scores = scratch;

@@ -114,7 +114,7 @@ struct Ahead {
   }
 };
 
-constexpr int kTilesAhead = 3;   // of a task, fetched before it begins, and some more
+constexpr int kTilesAhead = 3;   // of a task, fetched before it begins at least
 constexpr int kSoftmaxTiles = 2; // fetched during its softmax
 
 // Tiles [first, last) of a task, keys before values.
