@@ -18,6 +18,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWrit
 from gguf.gguf_writer import GGUFValue
 from gguf.quants import dequantize, quantize
 
+from kvik.models.texts import Texts
+
 # A plain Python value, or a GGUFValue where the type in the file matters.
 Metadata = Mapping[str, Any]
 Tensors = Mapping[str, tuple[npt.NDArray[Any], GGMLQuantizationType]]
@@ -228,4 +230,5 @@ def _typed(value: bool | int | float | str | list[Any]) -> GGUFValue:
             GGUFValueType.INT64: (-(1 << 63), 0),
         }
         return GGUFValue(value, next(kind for kind, (low, high) in ranges.items() if low <= value < high))
+    value = list(value) if isinstance(value, Texts) else value
     return GGUFValue(value, GGUFValueType.get_type(value))

@@ -26,8 +26,9 @@ import numpy.typing as npt
 from kvik.errors import ModelError
 from kvik.models.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
 from kvik.models.mapped import MappedFile, map_file
+from kvik.models.texts import Texts
 
-MetadataValue: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
+MetadataValue: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | Texts
 _Kind = TypeVar("_Kind")
 _Item = TypeVar("_Item", bool, int, float, str)
 _Number = TypeVar("_Number", int, float)
@@ -44,6 +45,8 @@ MAX_HEADER_BYTES = 1 << 27
 MAX_NUM_ARRAY_ITEMS = 1 << 22
 MAX_NUM_TENSORS = 1 << 18
 MAX_NUM_KEYS = 1 << 16
+
+_WINDOW_BYTES = 1 << 20  # of strings, copied at a time
 
 _MIN_KEY_BYTES = 8 + 4 + 1  # length of the name, type, a bool
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # length of the name, n_dims, one dimension, type, offset
@@ -144,7 +147,8 @@ class GGUFFile:
         self, key: str, kind: type[_Item], default: list[_Item] | None = None, *, length: int | None = None
     ) -> list[_Item]:
         """Return the list of `kind` under `key`, of `length` items if that is given; floats are finite."""
-        items: list[Any] = self._get(key, list, default)
+        value = self.metadata.get(key)
+        items: list[Any] = list(value) if isinstance(value, Texts) else self._get(key, list, default)
         if key not in self.metadata:
             return items
         # A GGUF array has one type, so that its first item speaks for all.
@@ -259,21 +263,35 @@ class _Header:
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not UTF-8: {error.reason} at {start + error.start:,}") from None
 
-    def texts(self, count: int, what: str) -> list[str]:
-        """Read `count` strings. A vocabulary has 10^5 of them, so the loop is bare; `text` then tells what it met."""
-        view, unpack, end = self.view, _UINT64.unpack_from, self.end
-        values: list[str] = []
-        with contextlib.suppress(struct.error, UnicodeDecodeError):
-            for _ in range(count):
-                start = self.position + 8
-                stop = start + unpack(view, self.position)[0]
-                if stop > end:
-                    break
-                values.append(str(view[start:stop], "utf-8"))
-                self.position = stop
-        while len(values) < count:
-            values.append(self.text(f"item {len(values):,} of {what}"))
-        return values
+    def texts(self, count: int, what: str) -> Texts:
+        start = self.position
+        try:
+            return Texts(self.pieces(count, what))
+        except UnicodeDecodeError:
+            self.position = start
+            for index in range(count):  # one of them raises, with its own place
+                self.text(f"item {index:,} of {what}")
+            raise
+
+    def pieces(self, count: int, what: str) -> list[bytes]:
+        """Read `count` strings as bytes. A vocabulary has 10^5, so the loop is bare, over a copy that slices fast."""
+        pieces: list[bytes] = []
+        append, unpack = pieces.append, _UINT64.unpack_from
+        while len(pieces) < count:
+            window = bytes(self.view[self.position : min(self.end, self.position + _WINDOW_BYTES)])
+            at = 0
+            with contextlib.suppress(struct.error):
+                for _ in range(count - len(pieces)):
+                    start = at + 8
+                    stop = start + unpack(window, at)[0]
+                    if stop > len(window):
+                        break
+                    append(window[start:stop])
+                    at = stop
+            self.position += at
+            if len(pieces) < count:  # the window cuts it off, or it is damaged
+                append(self.text(f"item {len(pieces):,} of {what}").encode())
+        return pieces
 
     def scalars(self, kind: ValueType, count: int, what: str) -> list[bool] | list[int] | list[float]:
         dtype = _SCALARS[kind]

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import math
 import re
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from itertools import accumulate
-from typing import Any, overload
+from typing import Any
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from kvik.errors import ModelError
+from kvik.models.texts import Texts
 from kvik.models.tokenizer import (
     BYTE_OF,
     END_NAMES,
@@ -182,6 +181,15 @@ class _Metadata:
             raise self.error(f"tokenizer.ggml.{key} has {len(values)} entries for {length} tokens")
         return values
 
+    def texts(self, key: str) -> Texts:
+        value = self._metadata.get(f"tokenizer.ggml.{key}")
+        if isinstance(value, Texts) and value:
+            return value
+        try:
+            return Texts([text.encode() for text in self.items(key, {str})])
+        except UnicodeEncodeError as error:
+            raise self.error(f"tokenizer.ggml.{key} has text that is not Unicode") from error
+
     def token_id(self, key: str, vocab_size: int) -> int | None:
         value: int | None = self.get(key, int)
         if value is not None and not 0 <= value < vocab_size:
@@ -203,12 +211,8 @@ class GGUFTokenizer(Tokenizer):
         model = fields.get("model", str, "")
         if model not in ("gpt2", "llama"):
             raise fields.error(f"tokenizer.ggml.model is {model!r}", hint="kvik reads the models 'gpt2' and 'llama'")
-        self._tokens: Sequence[str] = fields.items("tokens", {str})
+        self._tokens = fields.texts("tokens")
         self.vocab_size = len(self._tokens)
-        try:
-            "".join(self._tokens).encode()
-        except UnicodeEncodeError as error:
-            raise fields.error("tokenizer.ggml.tokens has text that is not Unicode") from error
         types = fields.items("token_type", {int}, self.vocab_size)
         if not set(types) <= set(TokenType):
             raise fields.error("tokenizer.ggml.token_type has values outside 1 to 6")
@@ -233,7 +237,6 @@ class GGUFTokenizer(Tokenizer):
         if self._add_eos and self._eos_token_id is None:
             raise fields.error("tokenizer.ggml.add_eos_token is set, but there is no eos_token_id")
         self.add_bos = fields.get("add_bos_token", bool, self._bos_by_default) and self.bos_token_id is not None
-        self._tokens = _Texts(self._tokens)
 
     def _set_up_byte_level(self, fields: _Metadata) -> None:
         rule_name = fields.get("pre", str, "default")
@@ -247,9 +250,7 @@ class GGUFTokenizer(Tokenizer):
                 hint="kvik supports it for the model 'llama' only",
             )
         vocabulary = self._ordinary_tokens()
-        self._bpe = tokenizers.Tokenizer(
-            models.BPE(vocabulary, self._merges(fields, vocabulary), ignore_merges=rule.whole_words)
-        )
+        self._bpe = tokenizers.Tokenizer(self._merging(fields, vocabulary, rule.whole_words))
         self._bpe.pre_tokenizer = rule.pre_tokenizer()
         self._prepare: Callable[[str], str] = normalizers.NFC().normalize_str if rule.nfc else str
         self._byte_level = True
@@ -258,7 +259,7 @@ class GGUFTokenizer(Tokenizer):
         self._unencodable = missing_bytes(BYTE_OF.keys() & vocabulary.keys())
 
     def _set_up_sentencepiece(self, fields: _Metadata) -> None:
-        byte_ids = {self._tokens[i]: i for i, kind in enumerate(self._types) if kind == TokenType.BYTE}
+        byte_ids = {text: token_id for text, token_id, kind in self._entries() if kind == TokenType.BYTE}
         if byte_ids.keys() != {f"<0x{byte:02X}>" for byte in range(256)}:  # so the library asks for them
             raise fields.error(f"the vocabulary has {len(byte_ids)} byte tokens that kvik can read, not 256")
         longest = max(map(len, self._tokens))
@@ -278,26 +279,25 @@ class GGUFTokenizer(Tokenizer):
         self.add_space_prefix = fields.get("add_space_prefix", bool, True)
         self._unencodable = b""
 
+    def _entries(self) -> list[tuple[str, int, int]]:
+        """Text, id and type of each token."""
+        return list(zip(self._tokens, range(self.vocab_size), self._types, strict=True))
+
     def _ordinary_tokens(self) -> dict[str, int]:
         """What BPE may produce; of entries with the same text, the first."""
         left_out = _SPECIAL_TYPES | {TokenType.BYTE}
-        entries = zip(reversed(range(self.vocab_size)), reversed(self._tokens), reversed(self._types), strict=True)
-        return {text: token_id for token_id, text, kind in entries if kind not in left_out}
+        return {text: token_id for text, token_id, kind in reversed(self._entries()) if kind not in left_out}
 
-    def _merges(self, fields: _Metadata, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-        merges = fields.items("merges", {str})
-        own = dict(zip(vocabulary, vocabulary, strict=True))  # so that no token's text is in memory once more
+    def _merging(self, fields: _Metadata, vocabulary: dict[str, int], whole_words: bool) -> models.BPE:
+        merges = fields.texts("merges")
         try:
-            pairs = [(own[left], own[right]) for left, right in (merge.split(" ") for merge in merges)]
-        except (ValueError, KeyError):
-            return self._some_merges(fields, merges, vocabulary)
-        if all(map(vocabulary.__contains__, map("".join, pairs))):
-            return pairs
-        return self._some_merges(fields, merges, vocabulary)
+            pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+            return models.BPE(vocabulary, pairs, ignore_merges=whole_words)
+        except Exception:  # noqa: BLE001  # the library raises no other for a merge that is not made of the vocabulary
+            pairs = self._some_merges(fields, list(merges), vocabulary)
+            return models.BPE(vocabulary, pairs, ignore_merges=whole_words)
 
-    def _some_merges(
-        self, fields: _Metadata, merges: list[str], vocabulary: Mapping[str, int]
-    ) -> list[tuple[str, str]]:
+    def _some_merges(self, fields: _Metadata, merges: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
         """Of merges that are not all made of ordinary tokens, those that are."""
         for index, merge in enumerate(merges):
             if merge.count(" ") != 1:
@@ -376,27 +376,6 @@ class GGUFTokenizer(Tokenizer):
         else:
             data = self._literal(text).encode()
         return data.removeprefix(b" ") if starts_text and self.add_space_prefix else data
-
-
-class _Texts(Sequence[str]):
-    """A list of strings in a quarter of its memory: one text, and where each of them ends in it."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._text = "".join(texts)
-        self._ends = array("L", accumulate(map(len, texts)))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        end = self._ends[index]
-        return self._text[self._ends[index - 1] if index % len(self) else 0 : end]
 
 
 @dataclass(frozen=True, slots=True)
