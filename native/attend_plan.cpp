@@ -79,9 +79,11 @@ int64_t AttendPlan::most_shared_tokens(int64_t num_threads) const {
   return std::min(most, rows / group);
 }
 
-// Whether all tokens of both runs see all of a segment, in the same blocks.
+// Whether two sequences have the same blocks at a segment, of which all tokens of both runs see all. Runs of one
+// sequence do not share: a larger unit saves them little, and each segment would need a place of its own.
 bool AttendPlan::share(const AttendArgs &args, const Run &run, const Run &next, int64_t segment) const {
-  return sees_all(args, run.first_token, segment) && sees_all(args, next.last_token(), segment) &&
+  return args.sequence_index[run.last_token()] != args.sequence_index[next.first_token] &&
+         sees_all(args, run.first_token, segment) && sees_all(args, next.last_token(), segment) &&
          shares_segment(args, run.last_token(), next.first_token, segment);
 }
 

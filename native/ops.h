@@ -24,13 +24,15 @@ struct Linear {
   const PackedWeight *matrix;
   const float *bias; // (rows,), or null
   float scale;
+
+  bool plain() const { return !bias && scale == 1; }
 };
 
 // y = (x W^T + bias) * scale, plus the residual where there is one.
 struct Projection {
   Linear linear;
   float *y;                        // (T, rows)
-  const float *residual = nullptr; // (T, rows); may be y itself
+  const float *residual = nullptr; // (T, rows); may be y itself where there is neither bias nor scale
 };
 
 // Cosine and sine by position: turns (positions, pairs, 2).

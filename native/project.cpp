@@ -7,8 +7,9 @@
 namespace kvik {
 namespace {
 
-constexpr int64_t kRowGrain = 4;   // row blocks: a tile of the widest vectors, two cache lines of outputs
-constexpr int64_t kTokenGrain = 8; // tokens that are worth another thread's while
+constexpr int64_t kRowGrain = 4;     // row blocks: a tile of the widest vectors, two cache lines of outputs
+constexpr int64_t kTokenGrain = 8;   // tokens that are worth another thread's while
+constexpr int64_t kGatedTokens = 60; // whose two halves are computed before they meet, while they are in cache
 
 // The rows as the kernels read them: as floats, and quantised where a weight asks for it.
 class PreparedRows {
@@ -40,16 +41,21 @@ public:
 
   // Row blocks [first, last) of one projection.
   void multiply(const Projection &projection, int64_t first, int64_t last) const {
+    multiply(projection, first, last, 0, num_tokens_);
+  }
+
+  // The same for `count` tokens from one on, of which alone y and the residual have rows.
+  void multiply(const Projection &projection, int64_t first, int64_t last, int64_t token, int64_t count) const {
     const auto &[linear, y, residual] = projection;
     const PackedWeight &weight = *linear.matrix;
-    const bool plain = !linear.bias && linear.scale == 1;
     const LinearKernel kernel = weight.quantized() ? kernels->quantized_linear[weight.block_format][fine_]
                                                    : kernels->float_linear[static_cast<int>(weight.float_format)];
-    kernel({weight.data.get(), weight.rows, columns_, quantized_, x_, num_tokens_, y, plain ? residual : nullptr},
+    kernel({weight.data.get(), weight.rows, columns_, quantized_from(token), x_ + token * columns_, count, y,
+            linear.plain() ? residual : nullptr},
            first, last);
-    if (plain) return;
+    if (linear.plain()) return;
     const int64_t begin = first * kRowBlock, end = std::min(last * kRowBlock, weight.rows);
-    for (int64_t i = 0; i < num_tokens_; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       float *row = y + i * weight.rows;
       if (linear.bias)
         for (int64_t k = begin; k < end; ++k) row[k] += linear.bias[k];
@@ -61,6 +67,13 @@ public:
   }
 
 private:
+  Activations quantized_from(int64_t token) const {
+    if (!quantized_.high) return {};
+    const int64_t at = token * columns_, group = token * (columns_ / kGroup);
+    return {quantized_.high + at, fine_ ? quantized_.low + at : nullptr, quantized_.scale + group,
+            quantized_.sums + 3 * group, quantized_.excess + 3 * group};
+  }
+
   int64_t num_tokens_, columns_;
   bool fine_;
   const float *x_;
@@ -109,14 +122,17 @@ void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, con
   if (in.num_tokens == 0) return;
   const int64_t width = gate.matrix->rows;
   const PreparedRows rows(pool, workspace, in, gate.matrix->quantized() || up.matrix->quantized(), fine);
-  float *other = workspace.up.get<float>(in.num_tokens * width);
+  // Threads have columns of it for themselves.
+  float *other = workspace.up.get<float>(std::min(in.num_tokens, kGatedTokens) * width);
   pool.for_ranges(gate.matrix->row_blocks(), kRowGrain, [&](int64_t first, int64_t last) {
-    rows.multiply({gate, out}, first, last);
-    rows.multiply({up, other}, first, last);
     const int64_t start = first * kRowBlock, count = std::min(last * kRowBlock, width) - start;
-    for (int64_t i = 0; i < in.num_tokens; ++i) {
-      float *row = out + i * width + start;
-      kernels->activate(activation, row, other + i * width + start, count, row);
+    for (int64_t token = 0; token < in.num_tokens; token += kGatedTokens) {
+      const int64_t tokens = std::min(kGatedTokens, in.num_tokens - token);
+      float *half = out + token * width;
+      rows.multiply({gate, half}, first, last, token, tokens);
+      rows.multiply({up, other}, first, last, token, tokens);
+      for (int64_t i = start; i < start + tokens * width; i += width)
+        kernels->activate(activation, half + i, other + i, count, half + i);
     }
   });
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Iterator
@@ -69,6 +70,13 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
             unused = _value_of(reclaimable, _read(folder / "memory.stat")) or 0
             least = min(least, int(limit) - max(0, int(usage) - unused))
     return max(0, least)
+
+
+def give_back_memory() -> None:
+    """Return to the system what was freed and the C library keeps, where it can do that (glibc's `malloc_trim`)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _control_groups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
