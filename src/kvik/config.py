@@ -105,6 +105,14 @@ class SamplingParams:
             _check_choice("speculate", self.speculate, get_args(Speculation), otherwise=" or None")
 
 
+TOKEN_BUDGET = 256
+"""Most tokens that one step computes, unless the caller says otherwise.
+
+Whoever decodes waits that long for a prompt's chunk, and memory for intermediate results grows with it; longer chunks
+are no faster (docs/log.md).
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How a model is run. Raises `InvalidInput`."""
@@ -114,7 +122,7 @@ class EngineConfig:
     kv_dtype: KVDType = "f16"
     context: int | None = None  # most tokens of a sequence, prompt and completion; None: the model's own limit
     threads: int | None = None  # None: the processors this process may use
-    token_budget: int = 512  # most tokens one step computes; never changes a result
+    token_budget: int = TOKEN_BUDGET  # most tokens one step computes; never changes a result
     kv_memory: int | str = "auto"  # for keys and values: bytes, or text like "2GiB", which is turned into bytes
     prefix_cache: bool = True  # keep what was computed, for requests that begin alike
     max_running: int = 64  # sequences that run at once

@@ -18,7 +18,7 @@ from kvik import LLM
 from kvik.cli import measure
 from kvik.cli.bench_cases import Bench, Case, Kind, make_cases
 from kvik.cli.bench_report import moved
-from kvik.config import KVDType
+from kvik.config import TOKEN_BUDGET, KVDType
 from kvik.machine import available_threads
 from kvik.ops.program import MachineLimits
 from work_formulas import TinyShape
@@ -73,7 +73,7 @@ def test_counts_are_those_of_closed_formulas(kvik: Kvik) -> None:
             continue
         cached = row["num_cached_tokens"]
         assert cached == (0 if row["kind"] == "prefill" else (length - 1) // 32 * 32)
-        ends = [*range(cached + 512, length, 512), length]  # of the steps
+        ends = [*range(cached + TOKEN_BUDGET, length, TOKEN_BUDGET), length]  # of the steps
         assert (row["num_steps"], row["num_computed_tokens"]) == (len(ends), length - cached)
         assert row["weight_multiply_adds"] == SHAPE.multiply_adds(length - cached, 1)
         assert row["attention_multiply_adds"] == SHAPE.attention(cached, length)

@@ -17,6 +17,7 @@ from kvik import LLM, SamplingParams
 from kvik.cli.lengths import LengthCost, whole_text_s
 from kvik.cli.race import DEFAULT_PROMPT
 from kvik.cli.race_report import cost_of_token
+from kvik.config import TOKEN_BUDGET
 from kvik.engine.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
 from work_formulas import TinyShape
 
@@ -116,7 +117,7 @@ def test_the_result_is_on_stdout(kvik: Kvik) -> None:
 def test_work_is_that_of_closed_formulas(kvik: Kvik) -> None:
     report = json.loads(kvik("race", "--raw", "q" * 600, "--json", "--max-tokens", "6", "--lengths", "5,700").stdout)
     prompt, kv = len(report["prompt"]["token_ids"]), SHAPE.kv_token_bytes("f16")
-    assert prompt > 512  # the first token takes two steps
+    assert prompt > 2 * TOKEN_BUDGET  # the first token takes three steps
     without, with_cache = report["lanes"]
     for lane in (without, with_cache):
         assert lane["num_cached_prompt_tokens"] == 0
@@ -139,8 +140,8 @@ def test_work_is_that_of_closed_formulas(kvik: Kvik) -> None:
 
 
 def assert_is_work(counts: dict[str, int], first: int, last: int, kv_token_bytes: int) -> None:
-    """Of tokens at positions `first` ... `last` - 1, in steps of 512, and one row of logits."""
-    ends = [*range(first + 512, last, 512), last]
+    """Of tokens at positions `first` ... `last` - 1, in steps of `TOKEN_BUDGET`, and one row of logits."""
+    ends = [*range(first + TOKEN_BUDGET, last, TOKEN_BUDGET), last]
     head = SHAPE.vocab * SHAPE.hidden * 34 // 32 + SHAPE.hidden * 4
     assert counts["num_steps"] == len(ends)
     assert counts["num_computed_tokens"] == last - first

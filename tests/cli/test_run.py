@@ -15,6 +15,7 @@ import pytest
 from command_line import CTRL_C, Kvik, Terminal
 from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams
+from kvik.config import TOKEN_BUDGET
 
 GREY, END = "\x1b[90m", "\x1b[0m"
 
@@ -168,7 +169,8 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
     others = {"stop": ["one", "two"], "stop_token_ids": [5, 6], "ignore_eos": True, "n": 1, "echo": False}
     assert values["params"] == options | others
     config = {"activations": "int16", "kv_dtype": "f32", "context": 300, "threads": 1, "kv_memory": 512 << 20}
-    config |= {"token_budget": 512, "backend": "native", "prefix_cache": True, "max_running": 64, "max_waiting": 1024}
+    config |= {"token_budget": TOKEN_BUDGET, "backend": "native", "prefix_cache": True}
+    config |= {"max_running": 64, "max_waiting": 1024}
     config["weights"] = None
     assert values["engine"] == config
     assert values["use_cache"] is False

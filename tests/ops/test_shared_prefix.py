@@ -111,6 +111,13 @@ def test_what_only_some_tokens_see_whole_is_not_shared() -> None:
     assert recorded.run(same, [(0, 255, 258), (1, 255, 258)])[1][0][1] == 2 * 1  # 256 and 257 of one, 255 of the other
 
 
+def test_a_sequence_shares_nothing_with_itself() -> None:
+    """A chunk over the end of a segment is cut there; shared, its parts would need places for all segments before."""
+    recorded = Recorded(HEADS)
+    assert recorded.run(tables_of("abc"), [(0, 500, 520)])[1] == [(2 * 5, 0, 1)]
+    assert recorded.run(tables_of("abc", "abc"), [(0, 500, 520), (1, 515, 520)])[1] == [(2 * (5 + 3 - 2), 2 * 2, 1)]
+
+
 def test_a_window_that_cuts_into_a_segment_keeps_it_from_being_shared() -> None:
     same = tables_of("abc", "abc")
     for window, shared in ((768, 3), (767, 2), (512, 2), (511, 1), (256, 1), (255, 0)):

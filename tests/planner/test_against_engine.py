@@ -14,7 +14,7 @@ from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams, plan
 from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.cache.spec import whole_superblocks
-from kvik.config import KVDType
+from kvik.config import TOKEN_BUDGET, KVDType
 from kvik.engine.engine import choose_pool_size
 from kvik.ops.native import NativeKVCache
 from kvik.planner import plan as plan_module
@@ -85,7 +85,7 @@ def test_a_memory_holds_as_many_tokens_as_the_engine_makes_of_it(
     superblock = BLOCKS_PER_SUPERBLOCK * BLOCK_SIZE
     whole = plan(str(path), context=superblock * num_superblocks, kv=dtype)
     assert whole.kv.num_bytes == num_superblocks * BLOCKS_PER_SUPERBLOCK * spec.block_bytes
-    size = choose_pool_size(spec, 2, whole.kv.num_bytes, token_budget=512, max_running=64)
+    size = choose_pool_size(spec, 2, whole.kv.num_bytes, token_budget=TOKEN_BUDGET, max_running=64)
     assert size.num_blocks == num_superblocks * BLOCKS_PER_SUPERBLOCK
     fit = plan(str(path), context=2, kv=dtype, memory=whole.needed_bytes).fit
     assert fit is not None
@@ -147,7 +147,7 @@ def test_windows_and_others_in_one_budget() -> None:
         context, users = rng.randint(1, 5000), rng.randint(1, 20)
         planned = kv_memory(shape, "f16", context, users=users)
         blocks = whole_superblocks(users * spec.num_blocks_for(context))
-        load = {"context": context, "step_tokens": 512, "max_running": 64}
+        load = {"context": context, "step_tokens": TOKEN_BUDGET, "max_running": 64}
         assert planned.num_bytes == spec.pool_bytes(spec.pool_size(blocks, **load)), (windows, context, users)
         assert planned.sequence_bytes == spec.held_bytes(context)
         if spec.block_bytes:

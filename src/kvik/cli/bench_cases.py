@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from kvik.config import KVDType, SamplingParams
+from kvik.config import TOKEN_BUDGET, KVDType, SamplingParams
 from kvik.engine.meter import Meter
 from kvik.engine.sequence import Sequence as TokenSequence
 from kvik.errors import InvalidInput
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["prefill", "seen", "decode"]
 
-LEAST_BUDGET = 512  # tokens of a step, as everywhere
 WARM_UP_TOKENS = 64
 
 
@@ -174,7 +173,7 @@ class _EngineBench:
             kv_memory=_kv_memory(llm, spec, cases),
             prefix_cache=True,
             max_running=max(llm.config.max_running, batch),
-            token_budget=max(LEAST_BUDGET, batch),
+            token_budget=max(TOKEN_BUDGET, batch),
         )
         self._check_room(cases)
         self._step = step

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.cache import BLOCKS_PER_SUPERBLOCK, BlockTable, CacheManager, KVCacheSpec, PoolSize
-from kvik.config import KVDType, SamplingParams
+from kvik.config import TOKEN_BUDGET, KVDType, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.drafts import NgramDrafts
 from kvik.engine.output import Completion, TextStream
@@ -60,7 +60,7 @@ class Engine:
         model: LoadedModel,
         *,
         kv_dtype: KVDType = "f16",
-        token_budget: int = 512,
+        token_budget: int = TOKEN_BUDGET,
         kv_memory: int | str = "auto",
         prefix_cache: bool = True,
         max_running: int = 64,

@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from kvik.config import Activations, Backend, EngineConfig, KVDType, SamplingParams, WeightFormat
+from kvik.config import TOKEN_BUDGET, Activations, Backend, EngineConfig, KVDType, SamplingParams, WeightFormat
 from kvik.engine.beams import Beam, search_beams
 from kvik.engine.cache_view import CacheView
 from kvik.engine.engine import Engine, choose_pool_size
@@ -20,7 +20,7 @@ from kvik.engine.output import Completion, Piece
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
-from kvik.machine import available_memory_bytes
+from kvik.machine import available_memory_bytes, give_back_memory
 from kvik.models.decoder import Decoder
 from kvik.models.loader import load_model
 from kvik.models.progress import bytes_progress, counted_progress, terminal_progress
@@ -55,7 +55,7 @@ class LLM:
         kv_dtype: KVDType = "f16",
         context: int | None = None,
         threads: int | None = None,
-        token_budget: int = 512,
+        token_budget: int = TOKEN_BUDGET,
         kv_memory: int | str = "auto",
         prefix_cache: bool = True,
         max_running: int = 64,
@@ -86,6 +86,7 @@ class LLM:
                 approve=self._check_memory,
                 progress=report,
             )
+        give_back_memory()  # of the file's vocabulary, for which the steps to come have no use
         self.engine = self.new_engine()
 
     def generate(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
+from kvik.config import TOKEN_BUDGET
 from kvik.machine import available_threads, processor_name
 from kvik.models.decoder import Decoder
 from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
@@ -19,7 +20,7 @@ from kvik.ops.limits import measured_limits
 from kvik.ops.native import NativeOps
 from kvik.ops.program import MachineLimits
 from kvik.planner.fit import Load
-from kvik.planner.memory import MLP_WIDTH, STEP_TOKENS, weight_memory
+from kvik.planner.memory import MLP_WIDTH, weight_memory
 from kvik.planner.speed import Roofline
 from kvik.planner.weights import FORMATS, WeightFormat, held_bytes
 
@@ -128,7 +129,7 @@ class _Probe:
 
     def prefill_batch(self) -> Batch:
         """The middle of one prompt, whose tokens see half of it: what a token of it costs on average."""
-        num_tokens = min(STEP_TOKENS, self.depth)
+        num_tokens = min(TOKEN_BUDGET, self.depth)
         return self._batch((self.depth - num_tokens) // 2 + np.arange(num_tokens), 1)
 
     def _batch(self, positions: np.ndarray[tuple[int], np.dtype[np.int64]], users: int) -> Batch:

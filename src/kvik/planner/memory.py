@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvik.cache.spec import BLOCK_SIZE, LEAST_SEQUENCES, WindowSpec, whole_superblocks
-from kvik.config import KVDType
+from kvik.config import TOKEN_BUDGET, KVDType
 from kvik.planner.shape import LayerKind, ModelShape
 from kvik.planner.weights import WeightFormat, file_bytes, held_bytes
 
-STEP_TOKENS = 512
-"""Most tokens that one step computes: the engine's default token budget."""
-
 MAX_RUNNING = 64
 """Most sequences that run at once: the engine's default."""
+
+GATED_TOKENS = 60
+"""Tokens for which both halves of the MLP are there at once (native/project.cpp)."""
 
 MLP_WIDTH = 4
 """The MLP's width in hidden sizes, where the facts do not tell it."""
@@ -75,7 +75,7 @@ def kv_memory(shape: ModelShape, dtype: KVDType, context: int, *, users: int = 1
             window = WindowSpec(group.window, group.num_layers, block_bytes, BLOCK_SIZE)
             blocks = -(-context // BLOCK_SIZE) - window.first_block(context)
             sequences = min(max(users, MAX_RUNNING), max(users, LEAST_SEQUENCES, whole // -(-context // BLOCK_SIZE)))
-            num_blocks = window.pool_blocks(whole, sequences, STEP_TOKENS)
+            num_blocks = window.pool_blocks(whole, sequences, TOKEN_BUDGET)
         sequence_bytes += blocks * block_bytes
         layers.append(
             LayerMemory(
@@ -125,16 +125,18 @@ def activation_bytes(shape: ModelShape, context: int, users: int) -> int:
     """Intermediate results of the largest step, and the logits that each sequence ends with.
 
     Per token in float32: hidden states, queries, what was attended and its sums (native/program.cpp shares places of
-    equal width), both halves of the MLP, new keys and values; and the widest row once more in 8 bits with the scales
-    and sums of its groups of 32. An estimate, which tests/planner/test_growth.py checks against the engine's growth.
+    equal width), one half of the MLP, new keys and values; and the widest row once more in 8 bits with the scales and
+    sums of its groups of 32. The other half of the MLP is there for some tokens at a time.
+    An estimate, which tests/planner/test_growth.py checks against the engine's growth.
     """
     queries = shape.num_heads * shape.head_dim
     width = shape.intermediate_size or MLP_WIDTH * shape.hidden_size
     rows = 4 * queries if queries == shape.hidden_size else 2 * shape.hidden_size + 3 * queries
-    floats = rows + 2 * width + 2 * shape.num_kv_heads * shape.head_dim
+    floats = rows + width + 2 * shape.num_kv_heads * shape.head_dim
     widest = max(shape.hidden_size, queries, width)
-    num_tokens = max(min(STEP_TOKENS, context), users)
-    return num_tokens * (4 * floats + widest + 28 * widest // 32) + 4 * users * shape.vocab_size
+    num_tokens = max(min(TOKEN_BUDGET, context), users)
+    half = 4 * width * min(num_tokens, GATED_TOKENS)
+    return num_tokens * (4 * floats + widest + 28 * widest // 32) + half + 4 * users * shape.vocab_size
 
 
 def table_bytes(shape: ModelShape, context: int) -> int:

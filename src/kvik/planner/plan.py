@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from kvik.cache import KVCacheSpec
-from kvik.config import MOST_BYTES, KVDType, parse_bytes
+from kvik.config import MOST_BYTES, TOKEN_BUDGET, KVDType, parse_bytes
 from kvik.errors import InvalidInput, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.planner.catalogue import Device, find_device
 from kvik.planner.fit import MOST_USERS, Fit, Load, fit
 from kvik.planner.memory import (
     MAX_RUNNING,
-    STEP_TOKENS,
     KVMemory,
     WeightMemory,
     activation_bytes,
@@ -181,7 +180,7 @@ def _auto_kv_bytes(shape: ModelShape, dtype: KVDType, context: int) -> int | Non
     )
     spec = KVCacheSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype, layer_windows=windows)
     try:
-        size = choose_pool_size(spec, context, "auto", token_budget=STEP_TOKENS, max_running=MAX_RUNNING)
+        size = choose_pool_size(spec, context, "auto", token_budget=TOKEN_BUDGET, max_running=MAX_RUNNING)
         return spec.pool_bytes(size)
     except NotEnoughMemory:
         return None
