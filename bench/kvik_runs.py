@@ -159,8 +159,10 @@ def _output_of(command: SequenceOf[str]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """A child finds kvik as this process does."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    """A child finds kvik as this process does, and its bytecode, as an installed program's is found."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"PYTHONPATH": paths}
 
 
 def _params(max_tokens: int) -> SamplingParams:
