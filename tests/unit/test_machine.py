@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,26 @@ def test_one_processor_means_one_thread() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     code += "from kvik.ops.native import NativeOps; print(NativeOps().num_threads)"
     assert python("-c", code).stdout.strip() == "1"
+
+
+FREED = """
+import os
+from kvik.machine import give_back_memory
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+pieces = [bytes(2000) for _ in range(20_000)]
+del pieces[:-1]  # the C library cannot give back what lies below the last of them by itself
+before = resident_bytes()
+give_back_memory()
+print(before - resident_bytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have nothing to call")
+def test_what_was_freed_goes_back() -> None:
+    done = python("-c", FREED)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 30e6

@@ -259,7 +259,8 @@ class GGUFTokenizer(Tokenizer):
         self._unencodable = missing_bytes(BYTE_OF.keys() & vocabulary.keys())
 
     def _set_up_sentencepiece(self, fields: _Metadata) -> None:
-        byte_ids = {text: token_id for text, token_id, kind in self._entries() if kind == TokenType.BYTE}
+        entries = zip(self._tokens, range(self.vocab_size), self._types, strict=True)
+        byte_ids = {text: token_id for text, token_id, kind in entries if kind == TokenType.BYTE}
         if byte_ids.keys() != {f"<0x{byte:02X}>" for byte in range(256)}:  # so the library asks for them
             raise fields.error(f"the vocabulary has {len(byte_ids)} byte tokens that kvik can read, not 256")
         longest = max(map(len, self._tokens))
@@ -279,14 +280,11 @@ class GGUFTokenizer(Tokenizer):
         self.add_space_prefix = fields.get("add_space_prefix", bool, True)
         self._unencodable = b""
 
-    def _entries(self) -> list[tuple[str, int, int]]:
-        """Text, id and type of each token."""
-        return list(zip(self._tokens, range(self.vocab_size), self._types, strict=True))
-
     def _ordinary_tokens(self) -> dict[str, int]:
         """What BPE may produce; of entries with the same text, the first."""
         left_out = _SPECIAL_TYPES | {TokenType.BYTE}
-        return {text: token_id for text, token_id, kind in reversed(self._entries()) if kind not in left_out}
+        backwards = map(reversed, (list(self._tokens), range(self.vocab_size), self._types))
+        return {text: token_id for text, token_id, kind in zip(*backwards, strict=True) if kind not in left_out}
 
     def _merging(self, fields: _Metadata, vocabulary: dict[str, int], whole_words: bool) -> models.BPE:
         merges = fields.texts("merges")
