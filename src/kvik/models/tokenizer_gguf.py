@@ -291,8 +291,10 @@ class GGUFTokenizer(Tokenizer):
         try:
             pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
             return models.BPE(vocabulary, pairs, ignore_merges=whole_words)
-        except Exception:  # noqa: BLE001  # the library raises no other for a merge that is not made of the vocabulary
+        except Exception:  # the library has no narrower one for a merge that is not made of the vocabulary
             pairs = self._some_merges(fields, list(merges), vocabulary)
+            if len(pairs) == len(merges):
+                raise  # it was not the merges
             return models.BPE(vocabulary, pairs, ignore_merges=whole_words)
 
     def _some_merges(self, fields: _Metadata, merges: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
