@@ -24,8 +24,8 @@ import kvik
 from kvik import _native
 from kvik.config import Activations
 from kvik.errors import KvikError
+from kvik.hub.store import resolve
 from kvik.machine import available_threads
-from kvik.models.store import resolve
 from kvik_runs import KvikRuns, NotAvailable
 from llama_cpp_runs import FlashAttention, LlamaCppRuns
 

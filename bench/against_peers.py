@@ -25,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from against_llama_cpp import MEMORY, RATE, SECONDS, Unit
 from document import replace_part
 from kvik import LLM, SamplingParams, _native
+from kvik.hub.store import resolve
 from kvik.machine import available_threads, processor_name
-from kvik.models.store import resolve
 from kvik_runs import first_byte_s
 from peer_process import NoFigure, PeerProcess
 

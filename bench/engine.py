@@ -24,8 +24,8 @@ import kvik
 from kvik import LLM, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
+from kvik.hub.store import resolve
 from kvik.machine import available_threads
-from kvik.models.store import resolve
 from kvik.ops.base import Array, Batch
 from kvik_runs import NotAvailable, random_tokens
 from llama_cpp_runs import LlamaCppRuns

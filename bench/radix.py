@@ -22,7 +22,7 @@ from kvik.cache import BLOCK_SIZE, CacheManager, KVCacheSpec
 GOAL = 200_000  # block matches a second
 NUM_SYSTEM_PROMPTS = 50
 SYSTEM_BLOCKS = 20  # of each system prompt
-MOST_TURNS, TURN_BLOCKS = 8, 6  # of a conversation behind it
+MAX_TURNS, TURN_BLOCKS = 8, 6  # of a conversation behind it
 
 
 class Traffic:
@@ -47,7 +47,7 @@ class Traffic:
             return tokens
         index = len(old) - 1 - int(min(len(old), 2000) * self.random.random() ** 2)
         old[index] = tokens = old[index] + self.turn()
-        if len(tokens) >= (SYSTEM_BLOCKS + MOST_TURNS * TURN_BLOCKS) * BLOCK_SIZE:
+        if len(tokens) >= (SYSTEM_BLOCKS + MAX_TURNS * TURN_BLOCKS) * BLOCK_SIZE:
             del old[index]
         return tokens
 

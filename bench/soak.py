@@ -30,15 +30,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from kvik import LLM, AsyncLLM, Completion, SamplingParams, Session
 from kvik.cache import BLOCKS_PER_SUPERBLOCK
 from kvik.config import Speculation
-from kvik.models.gguf import read_gguf
+from kvik.files.gguf import read_gguf
+from kvik.hub.store import resolve
 from kvik.models.gguf_spec import read_spec
-from kvik.models.store import resolve
 
 NUM_CLIENTS, NUM_TALKERS = 24, 2
 NUM_SUPERBLOCKS = 10
 CONTEXT = 2048
-MOST_PROMPT, MOST_ANSWER = 500, 250
-MOST_CONVERSATION = 400  # tokens
+MAX_PROMPT, MAX_ANSWER = 500, 250
+MAX_CONVERSATION = 400  # tokens
 ABORTS = 0.2  # share of the requests
 CHECKS = 0.15  # share of the greedy answers
 CHECKED_TOKENS = 6
@@ -46,8 +46,8 @@ SAMPLE_S = 1.0
 REPORT_S = 60.0
 STUCK_S = 120.0  # nothing ends for so long: something hangs
 BOUND = 0.03  # of the resident memory, for its growth
-LEAST_S = 600.0  # a shorter run says nothing about growth: the heap finds its size in some minutes
-MOST_FAILURES = 10
+MIN_S = 600.0  # a shorter run says nothing about growth: the heap finds its size in some minutes
+MAX_FAILURES = 10
 WORDS = (  # noqa: SIM905  # fifty words in a list of strings take fifty lines
     "the a of to and in is was that it he she they we had have not but with from as at by this which or one all were"
     " there when time water day night old man house river garden winter light hand eye work world story small green"
@@ -107,9 +107,9 @@ class Traffic:
         elif kind < 0.55 and self._seen:
             prompt = draw.choice(self._seen)
         elif kind < 0.7:
-            prompt = (self.tokens(draw.randint(1, 12)) * MOST_PROMPT)[: draw.randint(20, 200)]
+            prompt = (self.tokens(draw.randint(1, 12)) * MAX_PROMPT)[: draw.randint(20, 200)]
         else:
-            prompt = self.tokens(int(MOST_PROMPT ** draw.random()))
+            prompt = self.tokens(int(MAX_PROMPT ** draw.random()))
         self._seen.append(prompt)
         params = self.params()
         leave_after_tokens = leave_after_s = None
@@ -125,7 +125,7 @@ class Traffic:
     def params(self, *, n: bool = True) -> SamplingParams:
         """Half of them greedy."""
         draw = self.random
-        max_tokens = draw.choice((int(MOST_ANSWER ** draw.random()), draw.randint(1, MOST_ANSWER)))
+        max_tokens = draw.choice((int(MAX_ANSWER ** draw.random()), draw.randint(1, MAX_ANSWER)))
         ignore_eos = draw.random() < 0.5
         speculate: Speculation | None = "ngram" if draw.random() < 0.3 else None
         count = draw.randint(2, 4) if n and draw.random() < 0.2 else 1
@@ -324,7 +324,7 @@ class Soak:
         elif what == "say":
             session.append("user", traffic.text(draw.randint(1, 40)))
             prompt = self.llm.render_chat(session.messages)
-            if len(prompt) > MOST_CONVERSATION:
+            if len(prompt) > MAX_CONVERSATION:
                 session.rewind(len(session.messages) - 1)
                 return
             params = traffic.params(n=False)
@@ -402,7 +402,7 @@ class Soak:
         """Note it, and show it."""
         with self.lock:
             self.failures.append(what)
-            if len(self.failures) <= MOST_FAILURES:
+            if len(self.failures) <= MAX_FAILURES:
                 print(f"FAILED: {what}", flush=True)
 
     def _note(self, *, completed: bool, completions: list[Completion] | None = None, is_turn: bool = False) -> None:
@@ -433,7 +433,7 @@ class Soak:
         if len(self.samples) > 10:
             lines += self._growth()
         if not self._is_long:
-            lines.append(f"growth is not judged before {LEAST_S / 60:.0f} minutes")
+            lines.append(f"growth is not judged before {MIN_S / 60:.0f} minutes")
         lines.append(f"{self.counts.checked} greedy answers compared with the model's own without a cache")
         lines.append(f"{len(self.failures)} failures (seed {self.seed})" if self.failures else "no failures")
         return "\n".join(lines)
@@ -480,7 +480,7 @@ class Soak:
 
     @property
     def _is_long(self) -> bool:
-        return bool(self.samples) and self.samples[-1].second >= LEAST_S - 5 * SAMPLE_S
+        return bool(self.samples) and self.samples[-1].second >= MIN_S - 5 * SAMPLE_S
 
     def _around(self, second: float) -> list[Sample]:
         """The samples of a tenth of the time, which end or have their middle there."""

@@ -23,7 +23,7 @@ void merge_segments(const Partial &total, const Partial &next, int64_t rows, int
     store(factors, exponential(load(factors)));
     total.max[row] = top;
     total.sum[row] = fmaf(total.sum[row], factors[0], next.sum[row] * factors[1]);
-    const Float8 keep = broadcast(factors[0]), take = broadcast(factors[1]);
+    const F32x8 keep = broadcast(factors[0]), take = broadcast(factors[1]);
     for (int64_t d = row * head_dim; d < (row + 1) * head_dim; d += kLanes)
       store(total.value + d, fma(load(total.value + d), keep, load(next.value + d) * take));
   }

@@ -81,7 +81,7 @@ template <class Stored, int rows> inline void add_all_values(const uint8_t *cons
   for (; d + kWideLanes <= head_dim; d += kWideLanes)
     add_values<Wide, Stored, rows, 1>(tiles, ahead, from, tokens, p, head_dim, d, value);
   for (; d < head_dim; d += kLanes)
-    add_values<Float8, Stored, rows, 1>(tiles, ahead, from, tokens, p, head_dim, d, value);
+    add_values<F32x8, Stored, rows, 1>(tiles, ahead, from, tokens, p, head_dim, d, value);
 }
 
 // Tiles that were widened wait for nothing: some lines of what comes next are fetched for each slice of rows and for

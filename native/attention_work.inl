@@ -167,7 +167,7 @@ inline void softmax_row(float *scores, Span seen, float cap, const uint8_t *fetc
     largest = max(only_seen(edge, seen, i, load_as<Wide>(scores + i), lowest), largest);
   });
   const float top = max_of(largest);
-  Float8 sum = zero8();
+  F32x8 sum = zero8();
   for_vectors(seen, [&](int i, auto edge) {
     for (int64_t at = 0; at < step; at += 64) prefetch(fetched + at);
     fetched += step;

@@ -25,7 +25,7 @@ struct StepArrays {
 struct CheckedStep {
   std::vector<int32_t> token_ids, positions, sequence_index, logit_rows;
   std::vector<std::vector<int32_t>> slots, block_tables; // of each group
-  std::vector<Places> places;
+  std::vector<KVIndex> places;
   Step step;
 
   CheckedStep(const Program &program, const StepArrays &arrays) {

@@ -3,7 +3,7 @@
 namespace {
 
 inline float sum_of(const float *x, int64_t count) {
-  Float8 sums = zero8();
+  F32x8 sums = zero8();
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) sums = sums + load(x + i);
   float total = add_lanes(sums);
@@ -13,10 +13,10 @@ inline float sum_of(const float *x, int64_t count) {
 
 // Of x - center.
 inline float sum_of_squares(const float *x, int64_t count, float center) {
-  Float8 squares = zero8();
+  F32x8 squares = zero8();
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const Float8 v = load(x + i) - broadcast(center);
+    const F32x8 v = load(x + i) - broadcast(center);
     squares = fma(v, v, squares);
   }
   float total = add_lanes(squares);
@@ -33,27 +33,27 @@ void norm(const kvik::Norm &norm, const float *x, float *out) {
   for (int64_t i = 0; i < norm.width; ++i) out[i] += norm.bias[i];
 }
 
-inline Float8 silu(Float8 x) { return x / (broadcast(1.0f) + exponential(zero8() - x)); }
+inline F32x8 silu(F32x8 x) { return x / (broadcast(1.0f) + exponential(zero8() - x)); }
 
-inline Float8 gelu_tanh(Float8 x) {
-  const Float8 cubic = fma(x * x, x * broadcast(0.044715f), x);
+inline F32x8 gelu_tanh(F32x8 x) {
+  const F32x8 cubic = fma(x * x, x * broadcast(0.044715f), x);
   return x / (broadcast(1.0f) + exponential(cubic * broadcast(-2 * 0.79788456f)));
 }
 
 // x * Phi(x). Phi(-|x|) is a polynomial in t times exp(-x**2 / 2), to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
-inline Float8 gelu(Float8 x) {
-  const Float8 size = max(x, zero8() - x), z = size * broadcast(0.70710678f);
-  const Float8 t = broadcast(1.0f) / fma(z, broadcast(0.3275911f), broadcast(1.0f));
-  Float8 p = broadcast(1.061405429f);
+inline F32x8 gelu(F32x8 x) {
+  const F32x8 size = max(x, zero8() - x), z = size * broadcast(0.70710678f);
+  const F32x8 t = broadcast(1.0f) / fma(z, broadcast(0.3275911f), broadcast(1.0f));
+  F32x8 p = broadcast(1.061405429f);
   p = fma(p, t, broadcast(-1.453152027f));
   p = fma(p, t, broadcast(1.421413741f));
   p = fma(p, t, broadcast(-0.284496736f));
   p = fma(p, t, broadcast(0.254829592f));
-  const Float8 tail = p * t * exponential(zero8() - z * z) * broadcast(0.5f);
+  const F32x8 tail = p * t * exponential(zero8() - z * z) * broadcast(0.5f);
   return max(zero8(), x) - size * tail;
 }
 
-inline Float8 relu(Float8 x) { return max(zero8(), x); } // in this order NaN stays NaN
+inline F32x8 relu(F32x8 x) { return max(zero8(), x); } // in this order NaN stays NaN
 
 // Calls function(x, up) for eight items at a time; `up` is ones where there is none. The last vector may be partial.
 template <class Function>
@@ -72,18 +72,18 @@ inline void for_eights(const float *x, const float *up, int64_t count, float *ou
 void activate(kvik::Activation activation, const float *x, const float *up, int64_t count, float *out) {
   switch (activation) {
   case kvik::Activation::silu:
-    return for_eights(x, up, count, out, [](Float8 a, Float8 b) { return silu(a) * b; });
+    return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return silu(a) * b; });
   case kvik::Activation::gelu:
-    return for_eights(x, up, count, out, [](Float8 a, Float8 b) { return gelu(a) * b; });
+    return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return gelu(a) * b; });
   case kvik::Activation::gelu_tanh:
-    return for_eights(x, up, count, out, [](Float8 a, Float8 b) { return gelu_tanh(a) * b; });
+    return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return gelu_tanh(a) * b; });
   case kvik::Activation::relu:
-    return for_eights(x, up, count, out, [](Float8 a, Float8 b) { return relu(a) * b; });
+    return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return relu(a) * b; });
   }
 }
 
 void soft_cap(const float *x, float cap, int64_t count, float *out) {
-  for_eights(x, nullptr, count, out, [cap](Float8 a, Float8) { return soft_capped(a, cap); });
+  for_eights(x, nullptr, count, out, [cap](F32x8 a, F32x8) { return soft_capped(a, cap); });
 }
 
 template <bool adjacent> inline void rope_pairs(float *x, const float *turns, int64_t pairs) {

@@ -42,14 +42,14 @@ template <class Stored> void write_token(const LayerKV &kv, const float *k, cons
 struct Unit {
   float inverse, value;
 };
-inline Unit unit_of(float top, Float8 defect, float levels, float least) {
+inline Unit unit_of(float top, F32x8 defect, float levels, float least) {
   const bool usable = top > least;
   return {usable ? levels / top : 0.0f, (usable ? top / levels : 0.0f) + add_lanes(defect)};
 }
 inline Unit unit_of(const float *x, int64_t count, float levels, float least) {
-  Float8 largest = zero8(), defect = zero8(); // x - x: NaN where x is NaN or infinite, else zero
+  F32x8 largest = zero8(), defect = zero8(); // x - x: NaN where x is NaN or infinite, else zero
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Float8 v = load(x + i);
+    const F32x8 v = load(x + i);
     largest = max(abs(v), largest);
     defect = defect + (v - v);
   }
@@ -60,7 +60,7 @@ inline Unit unit_of(const float *x, int64_t count, float levels, float least) {
 template <class Put> inline float quantize_head(const float *x, int64_t head_dim, Put put) {
   const Unit unit = unit_of(x, head_dim, 127.0f, 1e-30f);
   for (int64_t d = 0; d < head_dim; d += kLanes) {
-    const Float8 scaled = load(x + d) * broadcast(unit.inverse);
+    const F32x8 scaled = load(x + d) * broadcast(unit.inverse);
     int32_t quants[kLanes];
     store(quants, to_int(max(min(scaled, broadcast(127.0f)), broadcast(-127.0f))));
     for (int i = 0; i < kLanes; ++i) put(d + i, static_cast<uint8_t>(quants[i] + 128));

@@ -11,7 +11,7 @@ using kvik::kRowBlock;
 using kvik::LinearArgs;
 using kvik::Minimum;
 
-template <int scale_bytes> inline Float8 load_scales(const uint8_t *p) {
+template <int scale_bytes> inline F32x8 load_scales(const uint8_t *p) {
   if constexpr (scale_bytes == 2)
     return load(reinterpret_cast<const Half *>(p));
   else
@@ -24,7 +24,7 @@ template <int scale_bytes> inline Wide wide_scales(const uint8_t *p, int64_t nex
     return wide_load(reinterpret_cast<const float *>(p), next / 4);
 }
 
-inline void store_rows(const LinearArgs &args, int64_t row_block, int64_t token, Float8 y) {
+inline void store_rows(const LinearArgs &args, int64_t row_block, int64_t token, F32x8 y) {
   float *out = args.y + token * args.rows + row_block * kRowBlock;
   const float *residual = args.residual ? args.residual + token * args.rows + row_block * kRowBlock : nullptr;
   const int64_t rows = args.rows - row_block * kRowBlock;
@@ -264,20 +264,20 @@ void quantize_row(const float *x, int64_t columns, bool fine, const kvik::Activa
   const float levels = fine ? 32384.0f : 127.0f; // 254 * 127.5 - 1: the high half must not round to 128
   for (int64_t group = 0; group < columns / kGroup; ++group) {
     const float *values = x + group * kGroup;
-    Float8 largest = zero8(), defect = zero8(); // x - x: NaN where x is NaN or infinite, else zero
+    F32x8 largest = zero8(), defect = zero8(); // x - x: NaN where x is NaN or infinite, else zero
     for (int i = 0; i < kGroup; i += kLanes) {
-      const Float8 v = load(values + i);
+      const F32x8 v = load(values + i);
       largest = max(abs(v), largest);
       defect = defect + (v - v);
     }
     const float top = max_lanes(largest);
     const bool usable = top > 1e-30f;
-    const Float8 inverse = broadcast(usable ? levels / top : 0.0f);
+    const F32x8 inverse = broadcast(usable ? levels / top : 0.0f);
     const float scale = (usable ? top / levels : 0.0f) + add_lanes(defect); // what is no number must not vanish
 
     Int32x8 quants[4], high[4];
     for (int i = 0; i < 4; ++i) {
-      const Float8 scaled = load(values + i * kLanes) * inverse;
+      const F32x8 scaled = load(values + i * kLanes) * inverse;
       quants[i] = to_int(max(min(scaled, broadcast(levels)), broadcast(-levels)));
     }
     if (fine) {

@@ -13,7 +13,7 @@
 namespace kvik {
 
 // Where one group of layers keeps the keys and values of a step.
-struct Places {
+struct KVIndex {
   const int32_t *slots;        // (T,)
   const int32_t *block_tables; // (sequences, table_width)
   int64_t table_width;
@@ -24,7 +24,7 @@ struct Step {
   int64_t num_tokens, num_sequences, num_logits;
   const int32_t *token_ids, *positions, *sequence_index; // (T,)
   const int32_t *logit_rows;                             // (R,) tokens whose logits are wanted
-  const Places *places;                                  // of each group
+  const KVIndex *places;                                 // of each group
 };
 
 // What an op moves and computes in a step, at least: each weight and each key and value once.

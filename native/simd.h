@@ -41,7 +41,7 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #if KVIK_SIMD_AVX2
 
-struct Float8 {
+struct F32x8 {
   __m256 v;
 };
 struct Int32x8 {
@@ -54,38 +54,38 @@ struct Byte32 {
   __m256i v;
 };
 
-inline Float8 zero8() { return {_mm256_setzero_ps()}; }
-inline Float8 broadcast(float x) { return {_mm256_set1_ps(x)}; }
-inline Float8 load(const float *p) { return {_mm256_loadu_ps(p)}; }
-inline void store(float *p, Float8 a) { _mm256_storeu_ps(p, a.v); }
-inline Float8 load(const Half *p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))}; }
-inline void store(Half *p, Float8 a) {
+inline F32x8 zero8() { return {_mm256_setzero_ps()}; }
+inline F32x8 broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline F32x8 load(const float *p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float *p, F32x8 a) { _mm256_storeu_ps(p, a.v); }
+inline F32x8 load(const Half *p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))}; }
+inline void store(Half *p, F32x8 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline Float8 load(const BFloat16 *p) {
+inline F32x8 load(const BFloat16 *p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
 }
-inline Float8 operator+(Float8 a, Float8 b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline Float8 operator-(Float8 a, Float8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline Float8 operator*(Float8 a, Float8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Float8 operator/(Float8 a, Float8 b) { return {_mm256_div_ps(a.v, b.v)}; }
-inline Float8 fma(Float8 a, Float8 b, Float8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline Float8 max(Float8 a, Float8 b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline Float8 min(Float8 a, Float8 b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline Float8 abs(Float8 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-inline Float8 round_even(Float8 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline Float8 to_float(Int32x8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
-inline Int32x8 to_int(Float8 a) { return {_mm256_cvtps_epi32(a.v)}; }
+inline F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F32x8 operator-(F32x8 a, F32x8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F32x8 operator*(F32x8 a, F32x8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F32x8 operator/(F32x8 a, F32x8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x8 max(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F32x8 min(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F32x8 abs(F32x8 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline F32x8 round_even(F32x8 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F32x8 to_float(Int32x8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Int32x8 to_int(F32x8 a) { return {_mm256_cvtps_epi32(a.v)}; }
 
 // 2**n for lanes that hold whole numbers in [-126, 127].
-inline Float8 power_of_two(Float8 n) {
+inline F32x8 power_of_two(F32x8 n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
 }
 
 // Lanes 0 ... count-1 keep a, the others take b; count may be negative or above 8.
-inline Float8 first_lanes(int count, Float8 a, Float8 b) {
+inline F32x8 first_lanes(int count, F32x8 a, F32x8 b) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane)))};
 }
@@ -123,7 +123,7 @@ inline void store_bytes(int8_t *p, const Int32x8 (&a)[4]) {
 inline void pin(Int16x16 &a) { asm("" : "+x"(a.v)); }
 inline void pin(Int32x8 &a) { asm("" : "+x"(a.v)); }
 // Keeps a value in a register where the compiler would load it anew for each use.
-inline Float8 pinned(Float8 a) {
+inline F32x8 pinned(F32x8 a) {
   asm("" : "+x"(a.v));
   return a;
 }
@@ -136,72 +136,72 @@ inline void prefetch(const void *p) { asm volatile("prefetcht0 %0" : : "m"(*stat
 template <class T, int N> struct Lanes {
   T v[N];
 };
-struct Float8 : Lanes<float, 8> {};
+struct F32x8 : Lanes<float, 8> {};
 struct Int32x8 : Lanes<int32_t, 8> {};
 struct Int16x16 : Lanes<int16_t, 16> {};
 struct Byte32 : Lanes<uint8_t, 32> {};
 
-template <class Function> inline Float8 each_lane(Function function) {
-  Float8 out;
+template <class Function> inline F32x8 each_lane(Function function) {
+  F32x8 out;
   for (int i = 0; i < kLanes; ++i) out.v[i] = function(i);
   return out;
 }
 
-inline Float8 broadcast(float x) {
+inline F32x8 broadcast(float x) {
   return each_lane([&](int) { return x; });
 }
-inline Float8 zero8() { return broadcast(0.0f); }
-inline Float8 load(const float *p) {
+inline F32x8 zero8() { return broadcast(0.0f); }
+inline F32x8 load(const float *p) {
   return each_lane([&](int i) { return p[i]; });
 }
-inline void store(float *p, Float8 a) { std::memcpy(p, a.v, sizeof a.v); }
-inline Float8 load(const Half *p) {
+inline void store(float *p, F32x8 a) { std::memcpy(p, a.v, sizeof a.v); }
+inline F32x8 load(const Half *p) {
   return each_lane([&](int i) { return to_float(p[i]); });
 }
-inline void store(Half *p, Float8 a) {
+inline void store(Half *p, F32x8 a) {
   for (int i = 0; i < kLanes; ++i) p[i] = to_half(a.v[i]);
 }
-inline Float8 load(const BFloat16 *p) {
+inline F32x8 load(const BFloat16 *p) {
   return each_lane([&](int i) { return to_float(p[i]); });
 }
-inline Float8 operator+(Float8 a, Float8 b) {
+inline F32x8 operator+(F32x8 a, F32x8 b) {
   return each_lane([&](int i) { return a.v[i] + b.v[i]; });
 }
-inline Float8 operator-(Float8 a, Float8 b) {
+inline F32x8 operator-(F32x8 a, F32x8 b) {
   return each_lane([&](int i) { return a.v[i] - b.v[i]; });
 }
-inline Float8 operator*(Float8 a, Float8 b) {
+inline F32x8 operator*(F32x8 a, F32x8 b) {
   return each_lane([&](int i) { return a.v[i] * b.v[i]; });
 }
-inline Float8 operator/(Float8 a, Float8 b) {
+inline F32x8 operator/(F32x8 a, F32x8 b) {
   return each_lane([&](int i) { return a.v[i] / b.v[i]; });
 }
-inline Float8 fma(Float8 a, Float8 b, Float8 c) {
+inline F32x8 fma(F32x8 a, F32x8 b, F32x8 c) {
   return each_lane([&](int i) { return fmaf(a.v[i], b.v[i], c.v[i]); });
 }
 // A NaN on the left gives the right operand, as the x86 instructions do.
-inline Float8 max(Float8 a, Float8 b) {
+inline F32x8 max(F32x8 a, F32x8 b) {
   return each_lane([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
-inline Float8 min(Float8 a, Float8 b) {
+inline F32x8 min(F32x8 a, F32x8 b) {
   return each_lane([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
-inline Float8 abs(Float8 a) {
+inline F32x8 abs(F32x8 a) {
   return each_lane([&](int i) { return fabsf(a.v[i]); });
 }
-inline Float8 round_even(Float8 a) {
+inline F32x8 round_even(F32x8 a) {
   return each_lane([&](int i) { return nearbyintf(a.v[i]); });
 }
-inline Float8 to_float(Int32x8 a) {
+inline F32x8 to_float(Int32x8 a) {
   return each_lane([&](int i) { return static_cast<float>(a.v[i]); });
 }
 // Callers clamp first: a cast of a value outside the integer's range would be undefined.
-inline Int32x8 to_int(Float8 a) {
+inline Int32x8 to_int(F32x8 a) {
   Int32x8 out;
   for (int i = 0; i < kLanes; ++i) out.v[i] = static_cast<int32_t>(nearbyintf(a.v[i]));
   return out;
 }
-inline Float8 power_of_two(Float8 n) {
+inline F32x8 power_of_two(F32x8 n) {
   return each_lane([&](int i) {
     if (n.v[i] != n.v[i]) return n.v[i]; // to cast a NaN would be undefined
     const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23;
@@ -210,7 +210,7 @@ inline Float8 power_of_two(Float8 n) {
     return value;
   });
 }
-inline Float8 first_lanes(int count, Float8 a, Float8 b) {
+inline F32x8 first_lanes(int count, F32x8 a, F32x8 b) {
   return each_lane([&](int i) { return i < count ? a.v[i] : b.v[i]; });
 }
 
@@ -285,7 +285,7 @@ inline void store_bytes(int8_t *p, const Int32x8 (&a)[4]) {
 }
 inline void pin(Int16x16 &) {}
 inline void pin(Int32x8 &) {}
-inline Float8 pinned(Float8 a) { return a; }
+inline F32x8 pinned(F32x8 a) { return a; }
 inline void prefetch(const void *) {}
 
 #endif
@@ -324,8 +324,8 @@ inline Wide first_lanes(int count, Wide a, Wide b) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return {_mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(_mm512_set1_epi32(count), lane), b.v, a.v)};
 }
-inline Float8 low_half(Wide a) { return {_mm512_castps512_ps256(a.v)}; }
-inline Float8 high_half(Wide a) { return {_mm512_extractf32x8_ps(a.v, 1)}; }
+inline F32x8 low_half(Wide a) { return {_mm512_castps512_ps256(a.v)}; }
+inline F32x8 high_half(Wide a) { return {_mm512_extractf32x8_ps(a.v, 1)}; }
 inline Wide pinned(Wide a) {
   asm("" : "+v"(a.v));
   return a;
@@ -341,7 +341,7 @@ struct WideInt {
   __m512i v;
 };
 // Two vectors of eight side by side.
-inline Wide join(Float8 low, Float8 high) { return {_mm512_insertf32x8(_mm512_castps256_ps512(low.v), high.v, 1)}; }
+inline Wide join(F32x8 low, F32x8 high) { return {_mm512_insertf32x8(_mm512_castps256_ps512(low.v), high.v, 1)}; }
 template <class Stored> inline Wide wide_load(const Stored *p, int64_t next) { return join(load(p), load(p + next)); }
 inline WideBytes wide_load_bytes(const uint8_t *p, int64_t next) {
   return {_mm512_inserti64x4(_mm512_castsi256_si512(load_bytes(p).v), load_bytes(p + next).v, 1)};
@@ -385,7 +385,7 @@ template <> struct Dot<8> {
 #else
 
 constexpr int kWideLanes = kLanes;
-using Wide = Float8;
+using Wide = F32x8;
 inline Wide wide_zero() { return zero8(); }
 inline Wide wide_broadcast(float x) { return broadcast(x); }
 template <class Stored> inline Wide wide_load(const Stored *p) { return load(p); }
@@ -422,22 +422,22 @@ template <> struct Dot<8> {
 
 #endif
 
-// For code written over both widths: V is Float8 or Wide.
+// For code written over both widths: V is F32x8 or Wide.
 template <class V> inline V spread(float x) {
-  if constexpr (sizeof(V) == sizeof(Float8))
+  if constexpr (sizeof(V) == sizeof(F32x8))
     return broadcast(x);
   else
     return wide_broadcast(x);
 }
 template <class V, class Stored> inline V load_as(const Stored *p) {
-  if constexpr (sizeof(V) == sizeof(Float8))
+  if constexpr (sizeof(V) == sizeof(F32x8))
     return load(p);
   else
     return wide_load(p);
 }
 // Adds eight lanes after eight lanes, so that both widths add in the same order.
-template <class V> inline Float8 add_eights(Float8 sum, V a) {
-  if constexpr (sizeof(V) == sizeof(Float8))
+template <class V> inline F32x8 add_eights(F32x8 sum, V a) {
+  if constexpr (sizeof(V) == sizeof(F32x8))
     return sum + a;
   else
     return (sum + low_half(a)) + high_half(a);
@@ -447,7 +447,7 @@ template <class V> inline Float8 add_eights(Float8 sum, V a) {
 // apart, then neighbours.
 #if KVIK_SIMD_AVX2
 
-inline float add_lanes(Float8 a) {
+inline float add_lanes(F32x8 a) {
   const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
   return _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos)));
@@ -457,7 +457,7 @@ inline int32_t add_lanes(Int32x8 a) {
   const __m128i twos = _mm_add_epi32(fours, _mm_unpackhi_epi64(fours, fours));
   return _mm_cvtsi128_si32(_mm_add_epi32(twos, _mm_shuffle_epi32(twos, 1)));
 }
-inline float max_lanes(Float8 a) {
+inline float max_lanes(F32x8 a) {
   const __m128 fours = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 twos = _mm_max_ps(fours, _mm_movehl_ps(fours, fours));
   return _mm_cvtss_f32(_mm_max_ss(twos, _mm_movehdup_ps(twos)));
@@ -465,7 +465,7 @@ inline float max_lanes(Float8 a) {
 
 #else
 
-inline float add_lanes(Float8 a) {
+inline float add_lanes(F32x8 a) {
   const float *v = a.v;
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
@@ -474,7 +474,7 @@ inline int32_t add_lanes(Int32x8 a) {
   for (int32_t lane : a.v) sum += lane;
   return sum;
 }
-inline float max_lanes(Float8 a) {
+inline float max_lanes(F32x8 a) {
   float best = a.v[0];
   for (int i = 1; i < kLanes; ++i) best = a.v[i] > best ? a.v[i] : best;
   return best;
@@ -484,7 +484,7 @@ inline float max_lanes(Float8 a) {
 
 // For what does not depend on the order of lanes.
 template <class V> inline float max_of(V a) {
-  if constexpr (sizeof(V) == sizeof(Float8))
+  if constexpr (sizeof(V) == sizeof(F32x8))
     return max_lanes(a);
   else
     return max_lanes(max(low_half(a), high_half(a)));

@@ -41,7 +41,7 @@ inline Quads load_quads(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
 inline Quads load_eight_quads(const uint8_t *p) {
   return {_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)))};
 }
-inline Float8 first_eight(Wide a) { return low_half(a); }
+inline F32x8 first_eight(Wide a) { return low_half(a); }
 inline QuadSum no_quads() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
 // Sums go in and come out by value: an array of them that inline assembly refers to would stay in memory.
 inline QuadSum add_products(QuadSum sum, Quads a, const Factors &factors) {
@@ -130,7 +130,7 @@ inline WideInt total(QuadSum sum) {
 #endif
 
 inline Quads load_eight_quads(const uint8_t *p) { return load_quads(p); }
-inline Float8 first_eight(Wide a) { return a; }
+inline F32x8 first_eight(Wide a) { return a; }
 
 #endif
 

@@ -15,7 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def default_model_path() -> Path:
     """The trained default model, fetched once for the machine."""
-    from kvik.models.store import resolve
+    from kvik.hub.store import resolve
 
     return resolve("smollm2")
 

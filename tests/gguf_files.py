@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWrit
 from gguf.gguf_writer import GGUFValue
 from gguf.quants import dequantize, quantize
 
-from kvik.models.texts import Texts
+from kvik.files.texts import Texts
 
 # A plain Python value, or a GGUFValue where the type in the file matters.
 Metadata = Mapping[str, Any]

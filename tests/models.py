@@ -18,7 +18,7 @@ from gguf_files import tiny_llama, write_gguf
 from kvik.config import Activations, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
-from kvik.models.gguf import read_gguf
+from kvik.files.gguf import read_gguf
 from kvik.models.loader import LoadedModel, load_model
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps

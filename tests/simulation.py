@@ -168,7 +168,7 @@ class SimulatedEngine(Engine):
         spec = KVCacheSpec(len(windows), num_kv_heads=1, head_dim=1, dtype="f32", layer_windows=windows)
         self.ops = FakeOps(spec)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("kvik.cache.spec.LEAST_SEQUENCES", least_sequences)
+            patch.setattr("kvik.cache.spec.MIN_SEQUENCES", least_sequences)
             size = spec.pool_size(
                 num_blocks,
                 context=CONTEXT,

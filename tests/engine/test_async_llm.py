@@ -205,7 +205,7 @@ def test_closing_ends_what_runs(llm: LLM) -> None:
 
 
 def test_a_slow_reader_loses_its_request_and_nobody_else_s(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_llm, "MOST_PIECES", 30)
+    monkeypatch.setattr(async_llm, "MAX_PIECES", 30)
 
     async def work() -> str:
         async with AsyncLLM(llm) as engine:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvik.engine.drafts import LONGEST_PAUSE, MOST_WANTED, NgramDrafts
+from kvik.engine.drafts import LONGEST_PAUSE, MAX_WANTED, NgramDrafts
 
 tokens = st.lists(st.integers(0, 3), max_size=40)
 
@@ -39,8 +39,8 @@ def wanting(num_wanted: int) -> NgramDrafts:
 @settings(deadline=None, max_examples=300)
 @given(tokens, st.integers(0, 10))
 def test_a_draft_is_what_followed_the_same_tokens_last(token_ids: list[int], most: int) -> None:
-    drafts = wanting(MOST_WANTED)
-    assert drafts.propose(token_ids, most) == plain_draft(token_ids, min(most, MOST_WANTED))
+    drafts = wanting(MAX_WANTED)
+    assert drafts.propose(token_ids, most) == plain_draft(token_ids, min(most, MAX_WANTED))
 
 
 @settings(deadline=None, max_examples=300)
@@ -48,7 +48,7 @@ def test_a_draft_is_what_followed_the_same_tokens_last(token_ids: list[int], mos
 def test_a_sequence_that_grows_and_is_cut_back_is_indexed_right(
     token_ids: list[int], changes: list[tuple[int, list[int]]]
 ) -> None:
-    drafts = wanting(MOST_WANTED)
+    drafts = wanting(MAX_WANTED)
     for num_cut, more in changes:
         if num_cut > 8:  # else it only grows
             del token_ids[max(0, len(token_ids) - (num_cut - 8)) :]
@@ -61,7 +61,7 @@ def test_a_sequence_that_grows_and_is_cut_back_is_indexed_right(
 def test_long_sequences_with_few_different_tokens(seed: int) -> None:
     rng = np.random.default_rng(seed)
     token_ids: list[int] = []
-    drafts = wanting(MOST_WANTED)
+    drafts = wanting(MAX_WANTED)
     for _ in range(120):
         token_ids += rng.integers(0, 12, rng.integers(1, 8)).tolist()
         assert drafts.propose(token_ids, 8) == plain_draft(token_ids, 8)
@@ -72,7 +72,7 @@ def test_a_sequence_rewritten_unseen_is_indexed_anew(seed: int) -> None:
     """Cut back and longer than before at the next call, with other tokens."""
     rng = np.random.default_rng(seed)
     token_ids = rng.integers(0, 50, 200).tolist()
-    drafts = wanting(MOST_WANTED)
+    drafts = wanting(MAX_WANTED)
     for _ in range(40):
         drafts.propose(token_ids, 8)
         del token_ids[-int(rng.integers(2, 100)) :]
@@ -81,7 +81,7 @@ def test_a_sequence_rewritten_unseen_is_indexed_anew(seed: int) -> None:
 
 
 def test_three_tokens_say_more_than_two_and_the_last_time_more_than_the_first() -> None:
-    drafts = wanting(MOST_WANTED)
+    drafts = wanting(MAX_WANTED)
     assert drafts.propose([1, 2, 3, 40, 9, 2, 3, 50, 1, 2, 3], 1) == [40]
     assert drafts.propose([1, 2, 3, 40, 9, 2, 3, 50, 8, 2, 3], 1) == [50]
     assert drafts.propose([1, 2, 3, 40, 1, 2, 3, 50, 1, 2, 3], 2) == [50, 1]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-import kvik.engine.engine as engine_module
+import kvik.engine.engine as sizing
 import kvik.engine.llm as llm_module
 from gguf_files import tiny_llama
 from kvik.config import SamplingParams
@@ -289,7 +289,7 @@ def test_a_cache_larger_than_the_memory_is_refused_with_what_fits(
 ) -> None:
     with_room = LLM(str(tiny_path)).engine.kv_spec
     context_bytes = 16 * with_room.block_bytes
-    for module in (engine_module, llm_module):
+    for module in (sizing, llm_module):
         monkeypatch.setattr(module, "available_memory_bytes", lambda: context_bytes - 1)
     with pytest.raises(NotEnoughMemory, match="a cache of 16 blocks") as caught:
         LLM(str(tiny_path))
@@ -297,7 +297,7 @@ def test_a_cache_larger_than_the_memory_is_refused_with_what_fits(
     assert found is not None
     assert "kv_memory" not in caught.value.hint  # a whole MiB would be too much
     assert LLM(str(tiny_path), context=int(found[1])).model.context == int(found[1])
-    for module in (engine_module, llm_module):
+    for module in (sizing, llm_module):
         monkeypatch.setattr(module, "available_memory_bytes", lambda: 100 << 20)
     with pytest.raises(NotEnoughMemory) as caught:
         LLM(str(tiny_path), kv_memory=200 << 20)

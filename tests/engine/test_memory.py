@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from gguf_files import tiny_llama
 from kvik import _native
-from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
+from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec, sizing
+from kvik.cache.sizing import AUTO_CONTEXTS, choose_pool_size
 from kvik.config import KVDType, SamplingParams
-from kvik.engine import engine as engine_module
 from kvik.engine import llm as llm_module
-from kvik.engine.engine import AUTO_CONTEXTS, KEPT_SUPERBLOCKS, Engine, choose_pool_size
+from kvik.engine.engine import KEPT_SUPERBLOCKS, Engine
 from kvik.engine.llm import LLM
 from kvik.engine.session import Session
 from kvik.errors import InvalidInput, NotEnoughMemory
@@ -202,7 +202,7 @@ contexts = st.integers(2, 2**20)
 
 def pool_blocks(available: int, spec: KVCacheSpec, context: int, kv_memory: int | str) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "available_memory_bytes", lambda: available)
+        patch.setattr(sizing, "available_memory_bytes", lambda: available)
         return choose_pool_size(spec, context, kv_memory, token_budget=512, max_running=64).num_blocks
 
 
@@ -293,7 +293,7 @@ def number(text: str) -> int:
 
 def test_what_is_refused_costs_nothing(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the weights are read."""
-    for module in (engine_module, llm_module):
+    for module in (sizing, llm_module):
         monkeypatch.setattr(module, "available_memory_bytes", lambda: 10 * MIB)
 
     def read(*arguments: Any, **options: Any) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gguf_files import tiny_vocabulary
 from kvik.engine.output import Stats, TextStream
-from kvik.models.tokenizer_gguf import GGUFTokenizer
+from kvik.text.tokenizer_gguf import GGUFTokenizer
 
 TOKENIZER = GGUFTokenizer(tiny_vocabulary(400), "tiny")
 BYTE_TOKENS = {TOKENIZER.token_bytes(i): i for i in range(400) if len(TOKENIZER.token_bytes(i)) == 1}

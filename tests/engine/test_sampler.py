@@ -12,7 +12,7 @@ import pytest
 
 from kvik.cache import BlockTable
 from kvik.cache.radix import Namespace
-from kvik.config import MOST_SEED, SamplingParams
+from kvik.config import MAX_SEED, SamplingParams
 from kvik.engine import sampler as sampler_module
 from kvik.engine.output import TextStream
 from kvik.engine.sampler import StepLogits, apply_penalties, choose, draw, prompt_logprobs, token_logprobs, uniform
@@ -216,7 +216,7 @@ def test_where_everything_is_impossible_the_first_token_is_taken(text: TextStrea
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.95}, {"top_k": 30}, {"min_p": 0.01}], ids=str)
-@pytest.mark.parametrize("seed", [77, MOST_SEED])
+@pytest.mark.parametrize("seed", [77, MAX_SEED])
 def test_draws_over_positions_are_as_frequent_as_probable(text: TextStream, options: dict[str, Any], seed: int) -> None:
     """A chi-square test with the real generator."""
     count = 4000
@@ -249,7 +249,7 @@ def test_of_equals_the_lowest_ids_are_kept(text: TextStream, monkeypatch: pytest
     assert drawn == {0, 1}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32, MOST_SEED])
+@pytest.mark.parametrize("seed", [0, 1, 2**32, MAX_SEED])
 def test_a_draw_depends_on_seed_and_position_alone(text: TextStream, seed: int) -> None:
     logits = random_logits(4)
 
@@ -259,12 +259,12 @@ def test_a_draw_depends_on_seed_and_position_alone(text: TextStream, seed: int) 
     for length in range(2, 20):
         wanted = draws(range(length), (), seed)
         assert draws([9] * (length - 1), [3], seed) == wanted
-    others = [[draws(range(n), (), other) for n in range(1, 30)] for other in (seed, (seed + 1) % MOST_SEED)]
+    others = [[draws(range(n), (), other) for n in range(1, 30)] for other in (seed, (seed + 1) % MAX_SEED)]
     assert others[0] != others[1]
 
 
 def test_uniform_numbers_are_in_range_and_all_different() -> None:
-    values = [uniform(seed, position) for seed in (0, 1, 77, MOST_SEED) for position in range(2000)]
+    values = [uniform(seed, position) for seed in (0, 1, 77, MAX_SEED) for position in range(2000)]
     assert all(0.0 <= value < 1.0 for value in values)
     assert len(set(values)) == len(values)
     histogram, _ = np.histogram(values, bins=10, range=(0, 1))
@@ -278,7 +278,7 @@ def test_uniform_numbers_are_the_same_in_every_version() -> None:
         (0, 0): 0.011546754286331562,
         (1, 0): 0.3035680343067586,
         (1, 1): 0.9002684531124185,
-        (MOST_SEED, 2**31): 0.4927357250286325,
+        (MAX_SEED, 2**31): 0.4927357250286325,
     }
     assert {arguments: uniform(*arguments) for arguments in golden} == golden
 

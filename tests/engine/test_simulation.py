@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvik.cache import BlockTable, Stop
+from kvik.cache import BlockTable, MissReason
 from kvik.config import SamplingParams
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
@@ -248,7 +248,7 @@ class Workload:
         happened.num_reclaimed += self.num_reclaimed
         happened.num_failed += self.num_failed
         happened.num_evicted_twins += sum(group.num_evicted for group in self.engine.cache.windows)
-        happened.num_short_windows += sum(sequence.cache_stop is Stop.WINDOW for sequence, _, _ in self.requests)
+        happened.num_short_windows += sum(sequence.miss_reason is MissReason.WINDOW for sequence, _, _ in self.requests)
 
     def _text(self, prompt: list[int]) -> str:
         return str(self.engine.model.tokenizer.decode(prompt))

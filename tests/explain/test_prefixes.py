@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvik import LLM, InvalidInput
-from kvik.cache import Stop
+from kvik.cache import MissReason
 from kvik.explain.prefixes import default_follow_ups, follow_up
 
 KNOWN = list(range(3, 80))  # two whole blocks, and 13 tokens of a third
@@ -16,16 +16,16 @@ KNOWN = list(range(3, 80))  # two whole blocks, and 13 tokens of a third
 @pytest.mark.parametrize(
     ("token_ids", "common", "shared", "copied", "stop"),
     [
-        ([*KNOWN, 100, 101], 77, 64, 0, Stop.SHORT),
-        ([*KNOWN[:40], *[100] * 40], 40, 32, 8, Stop.DIFFERS),
-        ([*KNOWN[:64], *[100] * 40], 64, 64, 0, Stop.UNSEEN),
-        ([*KNOWN[:6], 100, 101], 6, 0, 6, Stop.SHORT),
-        ([100, 101, 102], 0, 0, 0, Stop.SHORT),
-        (KNOWN[:64], 64, 32, 31, Stop.ALL),
+        ([*KNOWN, 100, 101], 77, 64, 0, MissReason.SHORT),
+        ([*KNOWN[:40], *[100] * 40], 40, 32, 8, MissReason.DIFFERS),
+        ([*KNOWN[:64], *[100] * 40], 64, 64, 0, MissReason.UNSEEN),
+        ([*KNOWN[:6], 100, 101], 6, 0, 6, MissReason.SHORT),
+        ([100, 101, 102], 0, 0, 0, MissReason.SHORT),
+        (KNOWN[:64], 64, 32, 31, MissReason.ALL),
     ],
 )
 def test_blocks_are_shared_up_to_the_difference(
-    llm: LLM, token_ids: list[int], common: int, shared: int, copied: int, stop: Stop
+    llm: LLM, token_ids: list[int], common: int, shared: int, copied: int, stop: MissReason
 ) -> None:
     found = follow_up(llm, KNOWN, "title", token_ids)
     assert (found.num_common_tokens, found.num_shared_tokens, found.num_copied_tokens) == (common, shared, copied)

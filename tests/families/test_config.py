@@ -16,7 +16,7 @@ from families.cases import CASES, CONTEXT
 from families.goldens import golden_of
 from families.published import PUBLISHED
 from kvik.errors import ModelError
-from kvik.models.config_fields import read_json_object
+from kvik.files.config_fields import read_json_object
 from kvik.models.hf_parts import hf_parts, is_unused
 from kvik.models.hf_spec import FAMILIES, read_hf_spec
 from kvik.models.spec import DecoderSpec

@@ -16,7 +16,7 @@ from families.gguf_cases import GGUF_CASES, tensors_of
 from families.gguf_of import gguf_of
 from gguf_files import WEIGHT_TYPES, tiny_llama, write_gguf
 from kvik.errors import ModelError
-from kvik.models.gguf import GGUFFile, read_gguf
+from kvik.files.gguf import GGUFFile, read_gguf
 from kvik.models.gguf_source import find_tensors
 from kvik.models.gguf_spec import read_spec
 from kvik.models.loader import load_model

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from families.cases import CASES
 from families.goldens import FOLDER, ROWS, all_goldens, golden_of
+from kvik.files.config_fields import read_json_object
 from kvik.models.checkpoint import read_checkpoint
 from kvik.models.checkpoint_source import CheckpointSource
-from kvik.models.config_fields import read_json_object
 from kvik.models.decoder import Decoder
 from kvik.models.hf_spec import FAMILIES, read_hf_spec
 from kvik.models.spec import DecoderSpec

@@ -14,7 +14,7 @@ from families.cases import NUM_TOKENS
 from families.gguf_cases import GGUF_CASES, tensors_of
 from families.gguf_of import gguf_of
 from kvik.errors import InvalidInput
-from kvik.models.gguf import dequantize, read_gguf
+from kvik.files.gguf import dequantize, read_gguf
 from kvik.models.gguf_spec import read_spec
 from kvik.models.loader import load_model
 from kvik.models.pool_heads import pool_kv_heads

@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from kvik.errors import TemplateError
-from kvik.models.chat_template import ChatTemplate
-from kvik.models.tokenizer_config import chat_template_of
+from kvik.text.chat_template import ChatTemplate
+from kvik.text.tokenizer_config import chat_template_of
 from template_families import CONVERSATIONS, FAMILIES
 from tokenizer_kinds import KINDS
 

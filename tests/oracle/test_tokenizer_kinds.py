@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from kvik.models.tokenizer_gguf import GGUFTokenizer
-from kvik.models.tokenizer_json import FolderTokenizer
+from kvik.text.tokenizer_gguf import GGUFTokenizer
+from kvik.text.tokenizer_json import FolderTokenizer
 from oracle.conftest import Report
 from random_texts import random_texts
 from tokenizer_kinds import KINDS

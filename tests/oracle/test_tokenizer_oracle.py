@@ -11,11 +11,11 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from kvik.errors import InvalidInput
-from kvik.models.chat_template import ChatTemplate
-from kvik.models.detokenizer import Detokenizer
-from kvik.models.gguf import read_gguf
-from kvik.models.tokenizer import Tokenizer
-from kvik.models.tokenizer_gguf import GGUFTokenizer
+from kvik.files.gguf import read_gguf
+from kvik.text.chat_template import ChatTemplate
+from kvik.text.detokenizer import Detokenizer
+from kvik.text.tokenizer import Tokenizer
+from kvik.text.tokenizer_gguf import GGUFTokenizer
 from oracle.conftest import Report
 from random_texts import random_texts
 

@@ -13,9 +13,9 @@ import pytest
 from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams, plan
 from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
+from kvik.cache.sizing import choose_pool_size
 from kvik.cache.spec import whole_superblocks
 from kvik.config import TOKEN_BUDGET, KVDType
-from kvik.engine.engine import choose_pool_size
 from kvik.ops.native import NativeKVCache
 from kvik.planner import plan as plan_module
 from kvik.planner.memory import kv_memory

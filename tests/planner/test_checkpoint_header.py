@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import tiny_checkpoint
-from kvik.models import hub
+from kvik.hub import hugging_face as hub
 from kvik.models.loader import load_model
 from kvik.ops.native import NativeOps
 from kvik.planner.plan import plan
@@ -43,6 +43,6 @@ def test_a_folder_that_kvik_does_not_run_is_planned_by_its_config(tmp_path: Path
 
 def test_a_cached_checkpoint_is_planned_by_its_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_checkpoint(tmp_path / "m")
-    monkeypatch.setattr("kvik.models.store.cached_models_of", lambda name: {hub.CHECKPOINT: folder})
+    monkeypatch.setattr("kvik.hub.store.cached_models_of", lambda name: {hub.CHECKPOINT: folder})
     for name in ("some/model", "some/model:safetensors"):
         assert find_shape(name).origin == "checkpoint"

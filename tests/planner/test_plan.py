@@ -13,7 +13,7 @@ from kvik import InvalidInput, plan
 from kvik.config import KVDType
 from kvik.planner.advice import advice
 from kvik.planner.catalogue import find_device, find_model, model_entries, shape_of
-from kvik.planner.fit import MOST_USERS, Load, fit
+from kvik.planner.fit import MAX_USERS, Load, fit
 from kvik.planner.memory import kv_memory
 from kvik.planner.plan import plan_shape
 from kvik.planner.shape import ModelShape
@@ -121,7 +121,7 @@ def test_what_is_said_to_fit_fits_and_no_more_does(
     assert found.spare_bytes == found.memory_bytes - load.num_bytes
     if found.most_users:
         assert fits(users=found.most_users)
-    assert found.most_users == MOST_USERS or not fits(users=found.most_users + 1)
+    assert found.most_users == MAX_USERS or not fits(users=found.most_users + 1)
     if found.largest_context:
         assert fits(context=found.largest_context)
     assert found.largest_context == shape.max_context or not fits(context=found.largest_context + 1)

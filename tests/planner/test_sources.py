@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from gguf_files import tiny_llama
 from kvik.errors import DownloadError, ModelError, ModelNotFound
-from kvik.models import hub, store
+from kvik.hub import hugging_face as hub
+from kvik.hub import store
 from kvik.planner.catalogue import find_model
 from kvik.planner.config_json import read_config
 from kvik.planner.shape import ModelShape

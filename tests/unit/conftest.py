@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvik.models import store
+from kvik.hub import store
 from wheels import TINY, WHEEL
 
 

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvik.cache import BlockCopy, BlockTable, CacheManager, KVCacheSpec, Stop
+from kvik.cache import BlockCopy, BlockTable, CacheManager, KVCacheSpec, MissReason
 
 SIZE = 4
 NUM_BLOCKS = 11
@@ -230,7 +230,7 @@ class CacheMachine(RuleBasedStateMachine):
         if found.tail is not None:
             block_id, count = found.tail
             assert places[block_id][1][: found.num_tokens + count] == tuple(wanted[: found.num_tokens + count])
-        assert (found.stop is Stop.ALL) == (most == len(wanted))
+        assert (found.stop is MissReason.ALL) == (most == len(wanted))
 
     def sealed(self) -> dict[int, History]:
         """What stands in each block of the tree, as the model has it."""

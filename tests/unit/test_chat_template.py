@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kvik.errors import InvalidInput, TemplateError
-from kvik.models.chat_template import ChatTemplate
+from kvik.text.chat_template import ChatTemplate
 from template_families import CONVERSATIONS as FAMILY_CONVERSATIONS
 from template_families import FAMILIES
 from templates import USER, ask, template

@@ -26,10 +26,10 @@ from checkpoints import (
 from kvik import LLM, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.errors import InvalidInput, KvikError, ModelError, NotEnoughMemory
+from kvik.hub.folder import is_whole
+from kvik.hub.progress import bytes_progress
 from kvik.models import loader
-from kvik.models.folder import is_whole
 from kvik.models.loader import LoadedModel, load_model
-from kvik.models.progress import bytes_progress
 from kvik.ops.native import NativeOps
 from models import FloatArray, run
 

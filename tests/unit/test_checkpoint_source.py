@@ -64,7 +64,7 @@ def matrix_values(source: CheckpointSource, name: str) -> FloatArray:
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch, most_values: int) -> None:
     monkeypatch.setattr(checkpoint_source, "FEWEST_VALUES", 1)
-    monkeypatch.setattr(checkpoint_source, "MOST_VALUES", most_values)
+    monkeypatch.setattr(checkpoint_source, "MAX_VALUES", most_values)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from kvik.config import (
-    MOST_BYTES,
-    MOST_COMPLETIONS,
-    MOST_SEED,
-    MOST_STOP_STRINGS,
-    MOST_TOKENS,
+    MAX_BYTES,
+    MAX_COMPLETIONS,
+    MAX_SEED,
+    MAX_STOP_STRINGS,
+    MAX_TOKENS,
     EngineConfig,
     SamplingParams,
     parse_bytes,
@@ -50,7 +50,7 @@ SIZES = {
     "0.5GiB": 1 << 29,
     "1.00001k": 1000,
     "1T": 10**12,
-    "1024TiB": MOST_BYTES,
+    "1024TiB": MAX_BYTES,
 }
 BAD_SIZES = [
     "",
@@ -87,26 +87,26 @@ BAD_SIZES += [
 BAD_SIZES += ["1 B", "1025TiB", "9" * 17, "9" * 5000, "1." + "0" * 17 + "GB", "1GB" * 1000, "1\u212a"]
 
 GOOD_SAMPLING: dict[str, list[Any]] = {
-    "n": [1, 2, MOST_COMPLETIONS],
-    "max_tokens": [1, 2, MOST_TOKENS],
+    "n": [1, 2, MAX_COMPLETIONS],
+    "max_tokens": [1, 2, MAX_TOKENS],
     "min_tokens": [0, 1, 256],
     "temperature": [0, 0.0, -0.0, TINIEST, 1, 0.7, 100.0],
-    "top_k": [0, 1, MOST_TOKENS],
+    "top_k": [0, 1, MAX_TOKENS],
     "top_p": [TINIEST, 0.5, 1, 1.0],
     "min_p": [0, 0.0, 0.05, 1.0],
     "repetition_penalty": [0.01, 1, 1.1, 100.0],
     "presence_penalty": [-100.0, -2, 0, 2.0, 100],
     "frequency_penalty": [-100.0, -2, 0, 2.0, 100],
-    "stop": [(), [], "\n", ("a",), ["a", "b"], "x" * 1024, "é" * 512, "\ud800", ["a"] * MOST_STOP_STRINGS],
-    "stop_token_ids": [(), [], (0,), [1, 2, 2], (MOST_TOKENS,)],
-    "seed": [None, 0, 1, MOST_SEED],
+    "stop": [(), [], "\n", ("a",), ["a", "b"], "x" * 1024, "é" * 512, "\ud800", ["a"] * MAX_STOP_STRINGS],
+    "stop_token_ids": [(), [], (0,), [1, 2, 2], (MAX_TOKENS,)],
+    "seed": [None, 0, 1, MAX_SEED],
     "logprobs": [None, 0, 20],
     "ignore_eos": [True, False],
     "echo": [True, False],
     "speculate": [None, "ngram"],
 }
 BAD_SAMPLING: dict[str, list[Any]] = {
-    "n": [0, -1, MOST_COMPLETIONS + 1, Integer(3), *NOT_INTEGERS],
+    "n": [0, -1, MAX_COMPLETIONS + 1, Integer(3), *NOT_INTEGERS],
     "max_tokens": [0, -1, Integer(3), *NOT_INTEGERS],
     "min_tokens": [-1, 257, *NOT_INTEGERS],
     "temperature": [-0.001, -1, 100.5, *NOT_NUMBERS],
@@ -116,9 +116,9 @@ BAD_SAMPLING: dict[str, list[Any]] = {
     "repetition_penalty": [0, 0.0, -1.0, 100.5, *NOT_NUMBERS],
     "presence_penalty": [-100.5, 100.5, *NOT_NUMBERS],
     "frequency_penalty": [-100.5, 100.5, *NOT_NUMBERS],
-    "stop": [None, 1, "", [""], ("a", ""), "x" * 1025, "é" * 513, ["a"] * (MOST_STOP_STRINGS + 1), [b"a"], {"a"}, [1]],
+    "stop": [None, 1, "", [""], ("a", ""), "x" * 1025, "é" * 513, ["a"] * (MAX_STOP_STRINGS + 1), [b"a"], {"a"}, [1]],
     "stop_token_ids": [None, 3, "12", [-1], [True], [1.0], ["1"], [2**31], [10**100], {1}],
-    "seed": [-1, True, 1.0, "1", MOST_SEED + 1, 10**100, NAN],
+    "seed": [-1, True, 1.0, "1", MAX_SEED + 1, 10**100, NAN],
     "logprobs": [-1, 21, True, 1.0, "1", 10**100],
     "ignore_eos": [None, 0, 1, "yes"],
     "echo": [None, 0, 1, "yes"],
@@ -128,10 +128,10 @@ GOOD_ENGINE: dict[str, list[Any]] = {
     "activations": ["int8", "int16"],
     "weights": [None, "q8", "q4"],
     "kv_dtype": ["f16", "f32", "int8"],
-    "context": [None, 2, 4096, MOST_TOKENS],
+    "context": [None, 2, 4096, MAX_TOKENS],
     "threads": [None, 1, 256],
     "token_budget": [1, 512, 1 << 20],
-    "kv_memory": ["auto", 1, 1 << 30, MOST_BYTES],
+    "kv_memory": ["auto", 1, 1 << 30, MAX_BYTES],
     "prefix_cache": [True, False],
     "max_running": [1, 64, 4096],
     "max_waiting": [1, 1024, 1 << 20],
@@ -148,7 +148,7 @@ BAD_ENGINE: dict[str, list[Any]] = {
         *BAD_SIZES,
         -1,
         0,
-        MOST_BYTES + 1,
+        MAX_BYTES + 1,
         Integer(3),
         None,
         True,
@@ -234,7 +234,7 @@ def test_min_tokens_above_max_tokens_names_both() -> None:
     assert SamplingParams(max_tokens=9, min_tokens=9).min_tokens == 9
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 127, MOST_COMPLETIONS])
+@pytest.mark.parametrize("n", [1, 2, 3, 127, MAX_COMPLETIONS])
 def test_all_completions_together_are_bounded(n: int) -> None:
     most = (2**31 - 1) // n
     assert SamplingParams(n=n, max_tokens=most).max_tokens == most

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvik.models.detokenizer import Detokenizer
-from kvik.models.tokenizer import Tokenizer
-from kvik.models.tokenizer_gguf import GGUFTokenizer, TokenType
+from kvik.text.detokenizer import Detokenizer
+from kvik.text.tokenizer import Tokenizer
+from kvik.text.tokenizer_gguf import GGUFTokenizer, TokenType
 
 
 def metadata(tokens: dict[str, TokenType], **fields: Any) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from gguf.quants import dequantize as library_dequantize
 
 from gguf_files import K_QUANTS, WEIGHT_TYPES, random_blocks, tiny_llama, write_gguf
 from kvik.errors import ModelError, ModelNotFound
-from kvik.models.gguf import GGUFFile, dequantize, parse_gguf, read_gguf
-from kvik.models.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
-from kvik.models.texts import Texts
+from kvik.files.gguf import GGUFFile, dequantize, parse_gguf, read_gguf
+from kvik.files.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
+from kvik.files.texts import Texts
 
 F32, Q4_0, Q4_K = GGMLQuantizationType.F32, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_K
 UINT8, UINT32, UINT64 = GGUFValueType.UINT8, GGUFValueType.UINT32, GGUFValueType.UINT64
@@ -343,7 +343,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("window_bytes", [1, 7, 8, 9, 40, 1 << 20])
     def test_texts_are_read_in_windows(self, window_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvik.models.gguf._WINDOW_BYTES", window_bytes)
+        monkeypatch.setattr("kvik.files.gguf._WINDOW_BYTES", window_bytes)
         texts = ["", "Ġthe", "x" * 100, "a\nb", "🫐", ""]
         encoded = b"".join(text(value.encode()) for value in texts)
         file = parse(build((pair("a.b", ARRAY, array(STRING, len(texts), encoded)), pair("next", UINT8, b"\x07"))))

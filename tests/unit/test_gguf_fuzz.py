@@ -17,7 +17,7 @@ from gguf.gguf_writer import GGUFValue
 
 from gguf_files import random_blocks, write_gguf
 from kvik.errors import ModelError
-from kvik.models.gguf import GGUFFile, parse_gguf
+from kvik.files.gguf import GGUFFile, parse_gguf
 
 NUM_CASES = 20_000
 SEED = os.environ.get("KVIK_FUZZ_SEED", "kvik")

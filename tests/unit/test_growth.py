@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvik.cli.growth import fit_growth, student_t
+from kvik.measure.growth import fit_growth, student_t
 
 LENGTHS = [64, 128, 256, 512, 1024, 2048]
 

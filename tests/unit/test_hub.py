@@ -75,10 +75,13 @@ class FakeHub:
         code = """
 import json, sys
 from kvik.errors import KvikError
-from kvik.models import store
+from kvik.hub import store
+from kvik.models.loader import check_config_of
 def run(function, *arguments):
     seen = []
-    keywords = {"progress": lambda *report: seen.append(report)} if function == "resolve" else {}
+    keywords = {"check_config": check_config_of} if function in ("resolve", "pull") else {}
+    if function == "resolve":
+        keywords["progress"] = lambda *report: seen.append(report)
     try:
         result = getattr(store, function)(*arguments, **keywords)
     except KvikError as error:

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from gguf_files import WEIGHT_TYPES, random_blocks, tiny_llama
 from kvik.engine.engine import Engine
 from kvik.errors import ModelError
-from kvik.models.gguf import read_gguf
+from kvik.files.gguf import read_gguf
 from kvik.models.gguf_source import PLAIN_TYPES, QUANTIZED_TYPES
 from kvik.models.gguf_spec import read_spec
 from kvik.models.loader import LoadedModel, load_model

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from kvik.cache import Match, Namespace, RadixTree, Stop, radix
+from kvik.cache import Match, MissReason, Namespace, RadixTree, radix
 
 HERE = Namespace("f16")
 SIZE = 4
@@ -48,8 +48,8 @@ def tree() -> RadixTree:
 def test_an_empty_tree_knows_nothing() -> None:
     tree = RadixTree(SIZE)
     found = match(tree, run(0, 9))
-    assert (found.block_ids, found.num_cached_tokens, found.tail, found.stop) == ([], 0, None, Stop.UNSEEN)
-    assert match(tree, []).stop is Stop.ALL
+    assert (found.block_ids, found.num_cached_tokens, found.tail, found.stop) == ([], 0, None, MissReason.UNSEEN)
+    assert match(tree, []).stop is MissReason.ALL
     assert len(tree) == 0
     tree.check()
 
@@ -57,34 +57,34 @@ def test_an_empty_tree_knows_nothing() -> None:
 @pytest.mark.parametrize(
     ("tokens", "block_ids", "tail", "stop"),
     [
-        ([], [], None, Stop.ALL),
-        (run(0, 8), [0, 1], None, Stop.ALL),
-        (run(0, 12), [0, 1, 2], None, Stop.ALL),
-        (run(0, 8) + run(50, 4), [0, 1, 3], None, Stop.ALL),
+        ([], [], None, MissReason.ALL),
+        (run(0, 8), [0, 1], None, MissReason.ALL),
+        (run(0, 12), [0, 1, 2], None, MissReason.ALL),
+        (run(0, 8) + run(50, 4), [0, 1, 3], None, MissReason.ALL),
         # The end of the tokens is found in a block that goes on.
-        (run(0, 3), [], (0, 3), Stop.ALL),
-        (run(0, 6), [0], (1, 2), Stop.ALL),
-        (run(0, 11), [0, 1], (2, 3), Stop.ALL),
-        ([*run(0, 8), 50], [0, 1], (3, 1), Stop.ALL),
+        (run(0, 3), [], (0, 3), MissReason.ALL),
+        (run(0, 6), [0], (1, 2), MissReason.ALL),
+        (run(0, 11), [0, 1], (2, 3), MissReason.ALL),
+        ([*run(0, 8), 50], [0, 1], (3, 1), MissReason.ALL),
         # Or is not, and is too short to be a block of its own.
-        ([9], [], None, Stop.SHORT),
-        ([0, 9], [], (0, 1), Stop.SHORT),
-        ([*run(0, 6), 99], [0], (1, 2), Stop.SHORT),
-        (run(0, 13), [0, 1, 2], None, Stop.SHORT),
+        ([9], [], None, MissReason.SHORT),
+        ([0, 9], [], (0, 1), MissReason.SHORT),
+        ([*run(0, 6), 99], [0], (1, 2), MissReason.SHORT),
+        (run(0, 13), [0, 1, 2], None, MissReason.SHORT),
         # Something else goes on from there.
-        ([9, 1, 2, 3], [], None, Stop.DIFFERS),
-        ([0, 1, 9, 3, 4, 5, 6, 7], [], (0, 2), Stop.DIFFERS),
-        ([*run(0, 4), 9, 5, 6, 7], [0], None, Stop.DIFFERS),
-        ([*run(0, 7), 9], [0], (1, 3), Stop.DIFFERS),
-        ([*run(0, 8), 50, 51, 9, 9, 9], [0, 1], (3, 2), Stop.DIFFERS),
-        ([*run(0, 8), 8, 9, 10, 99, 12], [0, 1], (2, 3), Stop.DIFFERS),
+        ([9, 1, 2, 3], [], None, MissReason.DIFFERS),
+        ([0, 1, 9, 3, 4, 5, 6, 7], [], (0, 2), MissReason.DIFFERS),
+        ([*run(0, 4), 9, 5, 6, 7], [0], None, MissReason.DIFFERS),
+        ([*run(0, 7), 9], [0], (1, 3), MissReason.DIFFERS),
+        ([*run(0, 8), 50, 51, 9, 9, 9], [0, 1], (3, 2), MissReason.DIFFERS),
+        ([*run(0, 8), 8, 9, 10, 99, 12], [0, 1], (2, 3), MissReason.DIFFERS),
         # Nothing does.
-        (run(0, 16), [0, 1, 2], None, Stop.UNSEEN),
-        (run(0, 8) + run(50, 9), [0, 1, 3], None, Stop.UNSEEN),
+        (run(0, 16), [0, 1, 2], None, MissReason.UNSEEN),
+        (run(0, 8) + run(50, 9), [0, 1, 3], None, MissReason.UNSEEN),
     ],
 )
 def test_what_is_found_and_why_no_more(
-    tree: RadixTree, tokens: list[int], block_ids: list[int], tail: tuple[int, int] | None, stop: Stop
+    tree: RadixTree, tokens: list[int], block_ids: list[int], tail: tuple[int, int] | None, stop: MissReason
 ) -> None:
     found = match(tree, tokens)
     assert (found.block_ids, found.tail, found.stop) == (block_ids, tail, stop)
@@ -99,7 +99,7 @@ def test_the_first_token_that_differs_is_named(tree: RadixTree, differs_at: int)
     tokens = run(0, 12)
     tokens[differs_at] = 99
     found = match(tree, tokens)
-    assert found.stop is Stop.DIFFERS
+    assert found.stop is MissReason.DIFFERS
     assert found.num_cached_tokens == differs_at
 
 
@@ -165,45 +165,45 @@ def test_only_the_end_of_a_branch_is_evicted(tree: RadixTree) -> None:
 def test_a_miss_tells_that_the_block_was_evicted(tree: RadixTree) -> None:
     tree.evict(2)
     found = match(tree, run(0, 12))
-    assert (found.block_ids, found.stop) == ([0, 1], Stop.EVICTED)
-    assert match(tree, [*run(0, 11), 99]).stop is Stop.DIFFERS, "a block that never was"
+    assert (found.block_ids, found.stop) == ([0, 1], MissReason.EVICTED)
+    assert match(tree, [*run(0, 11), 99]).stop is MissReason.DIFFERS, "a block that never was"
     tree.evict(3)
     tree.evict(1)
     tree.evict(0)
-    assert match(tree, run(0, 12)).stop is Stop.EVICTED
-    assert match(tree, run(0, 12), Namespace("f16", "other")).stop is Stop.UNSEEN
+    assert match(tree, run(0, 12)).stop is MissReason.EVICTED
+    assert match(tree, run(0, 12), Namespace("f16", "other")).stop is MissReason.UNSEEN
     insert(tree, run(0, 12), [5, 6, 7])
-    assert match(tree, run(0, 12)).stop is Stop.ALL
+    assert match(tree, run(0, 12)).stop is MissReason.ALL
 
 
 def test_evicted_blocks_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(radix, "MOST_EVICTED", 3)
+    monkeypatch.setattr(radix, "MAX_EVICTED", 3)
     tree = RadixTree(SIZE)
     for start in range(5):
         insert(tree, run(start, SIZE), [0])
         tree.evict(0)
     stops = [match(tree, run(start, SIZE)).stop for start in range(5)]
-    assert stops == [Stop.UNSEEN, Stop.UNSEEN, Stop.EVICTED, Stop.EVICTED, Stop.EVICTED]
+    assert stops == [MissReason.UNSEEN, MissReason.UNSEEN, MissReason.EVICTED, MissReason.EVICTED, MissReason.EVICTED]
 
 
 def test_nothing_is_matched_across_namespaces(tree: RadixTree) -> None:
     salted, narrow = Namespace("f16", "a"), Namespace("int8")
-    for namespace, stop in [(salted, Stop.OTHER_SALT), (narrow, Stop.OTHER_FORMAT)]:
+    for namespace, stop in [(salted, MissReason.OTHER_SALT), (narrow, MissReason.OTHER_FORMAT)]:
         found = match(tree, run(0, 12), namespace)
         assert (found.namespace, found.block_ids, found.tail, found.stop) == (namespace, [], None, stop)
     assert match(tree, run(0, 3), salted).tail is None
-    assert match(tree, run(60, 4), salted).stop is Stop.UNSEEN
+    assert match(tree, run(60, 4), salted).stop is MissReason.UNSEEN
     insert(tree, run(0, 8), [30, 31], salted)
     insert(tree, run(0, 4), [40], narrow)
     assert match(tree, run(0, 12)).block_ids == [0, 1, 2]
     assert match(tree, run(0, 12), salted).block_ids == [30, 31]
     assert match(tree, run(0, 12), narrow).block_ids == [40]
-    assert match(tree, run(0, 4), Namespace("int8", "a")).stop is Stop.OTHER_SALT
-    assert match(tree, run(0, 4), Namespace("f32", "a")).stop is Stop.OTHER_FORMAT
+    assert match(tree, run(0, 4), Namespace("int8", "a")).stop is MissReason.OTHER_SALT
+    assert match(tree, run(0, 4), Namespace("f32", "a")).stop is MissReason.OTHER_FORMAT
     for block_id in (31, 30):
         tree.evict(block_id)
-    assert match(tree, run(0, 4), salted).stop is Stop.EVICTED
-    assert match(tree, run(0, 4), Namespace("f16", "b")).stop is Stop.OTHER_SALT
+    assert match(tree, run(0, 4), salted).stop is MissReason.EVICTED
+    assert match(tree, run(0, 4), Namespace("f16", "b")).stop is MissReason.OTHER_SALT
     tree.check()
 
 

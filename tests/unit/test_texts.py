@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvik.models.texts import Texts
+from kvik.files.texts import Texts
 
 # With the separator among them, and characters of one to four bytes.
 TEXTS = st.lists(st.text(alphabet="a\nĠé\U0001fad0", max_size=4), max_size=6)

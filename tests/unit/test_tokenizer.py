@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvik.errors import InvalidInput, ModelError
-from kvik.models.tokenizer_gguf import GGUFTokenizer, TokenType
+from kvik.text.tokenizer_gguf import GGUFTokenizer, TokenType
 
 CORPUS = (
     "the quick brown fox jumps over the lazy dog; the dog isn't amused, they'll say. It's 2024 or 12345.\n"

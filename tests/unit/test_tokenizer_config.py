@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kvik.errors import ModelError
-from kvik.models.chat_template import MOST_SOURCE_BYTES
-from kvik.models.tokenizer_config import chat_template_of
+from kvik.text.chat_template import MAX_SOURCE_BYTES
+from kvik.text.tokenizer_config import chat_template_of
 from templates import USER
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
@@ -73,7 +73,7 @@ def test_a_folder_without_a_default_template_has_none(tmp_path: Path) -> None:
         ([5], r"chat_template\[0\] has no name"),
         ([{"name": "default"}], r"chat_template\[0\] has no name"),
         (named(default="") * 50, "at most 32"),
-        ("x" * (MOST_SOURCE_BYTES + 1), "more than 1,048,576"),
+        ("x" * (MAX_SOURCE_BYTES + 1), "more than 1,048,576"),
     ],
 )
 def test_a_wrong_template_is_a_model_error(tmp_path: Path, value: Any, message: str) -> None:
@@ -84,7 +84,7 @@ def test_a_wrong_template_is_a_model_error(tmp_path: Path, value: Any, message: 
 
 
 def test_a_template_file_that_is_too_large_or_no_text_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, chat_template="x" * (MOST_SOURCE_BYTES + 1))
+    write(tmp_path, chat_template="x" * (MAX_SOURCE_BYTES + 1))
     with pytest.raises(ModelError, match=r"chat_template\.jinja: more than"):
         chat_template_of(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from kvik.errors import InvalidInput, ModelError
-from kvik.models.detokenizer import Detokenizer
-from kvik.models.tokenizer import Tokenizer
-from kvik.models.tokenizer_gguf import GGUFTokenizer
-from kvik.models.tokenizer_json import FolderTokenizer
+from kvik.text.detokenizer import Detokenizer
+from kvik.text.tokenizer import Tokenizer
+from kvik.text.tokenizer_gguf import GGUFTokenizer
+from kvik.text.tokenizer_json import FolderTokenizer
 from random_texts import random_texts
 from tokenizer_kinds import KINDS, Kind, special
 
@@ -359,7 +359,7 @@ def test_files_that_are_no_text_or_too_large_are_refused(tmp_path: Path, monkeyp
     (folder / "tokenizer_config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ModelError, match="not UTF-8 at byte 7"):
         FolderTokenizer(folder, 1000)
-    monkeypatch.setattr("kvik.models.tokenizer_json.MOST_BYTES", 100)
+    monkeypatch.setattr("kvik.text.tokenizer_json.MAX_BYTES", 100)
     with pytest.raises(ModelError, match="more than 100 bytes"):
         FolderTokenizer(folder, 1000)
 

@@ -2,7 +2,7 @@
 
 from kvik.cache.block_pool import BlockPool
 from kvik.cache.manager import BlockCopy, BlockTable, CacheManager, CacheStats
-from kvik.cache.radix import Match, Namespace, RadixTree, Stop
+from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
 from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize, WindowSpec
 from kvik.cache.windows import WindowGroup, WindowTable
 
@@ -16,10 +16,10 @@ __all__ = [
     "CacheStats",
     "KVCacheSpec",
     "Match",
+    "MissReason",
     "Namespace",
     "PoolSize",
     "RadixTree",
-    "Stop",
     "WindowGroup",
     "WindowSpec",
     "WindowTable",

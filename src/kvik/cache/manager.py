@@ -10,7 +10,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from kvik.cache.block_pool import BlockPool
-from kvik.cache.radix import Match, Namespace, RadixTree, Stop
+from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
 from kvik.cache.spec import KVCacheSpec
 from kvik.cache.windows import WindowGroup, WindowTable
 
@@ -100,7 +100,7 @@ class CacheManager:
         """The cached beginning of the tokens but the last: its logits are wanted, so it is always computed."""
         namespace = Namespace(self.spec.dtype, salt)
         if not self.prefix_cache:
-            return Match(namespace, [], Stop.OFF, 0, None, None)
+            return Match(namespace, [], MissReason.OFF, 0, None, None)
         return self._within_windows(self.tree.match(_packed(token_ids[:-1]), namespace))
 
     def _within_windows(self, match: Match) -> Match:
@@ -116,7 +116,7 @@ class CacheManager:
             block_ids = block_ids[:count]
         # Who computes the next block again is not waited for: it is in the tree already.
         num_tokens = len(block_ids) * self.spec.block_size
-        return Match(match.namespace, block_ids, Stop.WINDOW, num_tokens, None, None)
+        return Match(match.namespace, block_ids, MissReason.WINDOW, num_tokens, None, None)
 
     def is_being_computed(self, match: Match) -> bool:
         """Whether a sequence is about to seal the very block at which the match stopped."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-MOST_EVICTED = 1 << 16
+MAX_EVICTED = 1 << 16
 """Evicted blocks that are remembered, so that a miss can be explained."""
 
 
@@ -20,7 +20,7 @@ class Namespace:
     salt: str | None = None
 
 
-class Stop(StrEnum):
+class MissReason(StrEnum):
     """Why a match went no further."""
 
     ALL = "all tokens are cached"
@@ -40,7 +40,7 @@ class Match:
 
     namespace: Namespace
     block_ids: list[int]  # whole blocks, in order
-    stop: Stop
+    stop: MissReason
     num_tokens: int  # in those blocks
     tail: tuple[int, int] | None  # the block that agrees longest with what follows, and for how many tokens: at least 1
     next_hash: int | None  # names the tokens up to the end of the next block; None where they fill no block
@@ -137,11 +137,11 @@ class RadixTree:
             candidates = _neighbours(node, rest)
         tail = _tail_of(rest, candidates)
         if len(rest) == 4 * (tail[1] if tail else 0):
-            stop = Stop.ALL
+            stop = MissReason.ALL
         elif next_hash is None:
-            stop = Stop.SHORT
+            stop = MissReason.SHORT
         else:
-            reason = Stop.DIFFERS if candidates else Stop.UNSEEN
+            reason = MissReason.DIFFERS if candidates else MissReason.UNSEEN
             stop = self._whereabouts(rest, next_hash, namespace, is_beginning=at == 0) or reason
         return Match(namespace, block_ids, stop, at // 4, tail, next_hash)
 
@@ -186,7 +186,7 @@ class RadixTree:
         node.block_ids.pop()
         del self._node_of[block_id], self._depth_of[block_id]
         self._evicted[node.hashes.pop()] = None
-        if len(self._evicted) > MOST_EVICTED:
+        if len(self._evicted) > MAX_EVICTED:
             self._evicted.popitem(last=False)
         key = bytes(node.tokens[-self._key_bytes :])
         del node.tokens[-self._key_bytes :]
@@ -242,15 +242,15 @@ class RadixTree:
         )
         assert seen == self._node_of.keys() == self._depth_of.keys(), "the index knows other blocks than the tree"
 
-    def _whereabouts(self, key: bytes, name: int, namespace: Namespace, *, is_beginning: bool) -> Stop | None:
+    def _whereabouts(self, key: bytes, name: int, namespace: Namespace, *, is_beginning: bool) -> MissReason | None:
         """What is known of a block that is not where it was looked for."""
         if name in self._evicted:
-            return Stop.EVICTED
+            return MissReason.EVICTED
         elsewhere = self._beginnings.get(key) if is_beginning else None
         if not elsewhere:
             return None
         same_format = any(other.format == namespace.format for other in elsewhere)
-        return Stop.OTHER_SALT if same_format else Stop.OTHER_FORMAT
+        return MissReason.OTHER_SALT if same_format else MissReason.OTHER_FORMAT
 
     def _root(self, namespace: Namespace) -> _Node:
         root = self._roots.get(namespace)

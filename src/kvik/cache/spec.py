@@ -17,10 +17,10 @@ BLOCKS_PER_SUPERBLOCK = 8
 _ITEM_BYTES: dict[KVDType, int] = {"f32": 4, "f16": 2, "int8": 1}
 _SCALE_BYTES: dict[KVDType, int] = {"f32": 0, "f16": 0, "int8": 4}  # of each key and each value of a head
 
-LEAST_SEQUENCES = 4
+MIN_SEQUENCES = 4
 """For which the layers of a window have room, whatever the context."""
 
-MOST_INT8_HEAD_DIM = 512
+MAX_INT8_HEAD_DIM = 512
 """Above it the integer sums of a score could pass 32 bits."""
 
 
@@ -84,9 +84,9 @@ class KVCacheSpec:
     layer_windows: tuple[int | None, ...] | None = None  # of each layer; None: all see all
 
     def __post_init__(self) -> None:
-        if self.dtype == "int8" and self.head_dim > MOST_INT8_HEAD_DIM:
+        if self.dtype == "int8" and self.head_dim > MAX_INT8_HEAD_DIM:
             raise InvalidInput(
-                f"an int8 cache takes a head_dim up to {MOST_INT8_HEAD_DIM}, the model has {self.head_dim}",
+                f"an int8 cache takes a head_dim up to {MAX_INT8_HEAD_DIM}, the model has {self.head_dim}",
                 hint="choose f16 for the keys and values",
             )
         assert self.layer_windows is None or len(self.layer_windows) == self.num_layers
@@ -145,9 +145,9 @@ class KVCacheSpec:
     def pool_size(self, num_blocks: int, *, context: int, step_tokens: int, max_running: int) -> PoolSize:
         """So many blocks, and in each window group what sequences that run at once come to hold.
 
-        Of these there are as many as whole contexts fit, or `LEAST_SEQUENCES`; the windows of more may have to wait.
+        Of these there are as many as whole contexts fit, or `MIN_SEQUENCES`; the windows of more may have to wait.
         """
-        sequences = min(max_running, max(LEAST_SEQUENCES, num_blocks // self.num_blocks_for(context)))
+        sequences = min(max_running, max(MIN_SEQUENCES, num_blocks // self.num_blocks_for(context)))
         return PoolSize(
             num_blocks, tuple(window.pool_blocks(num_blocks, sequences, step_tokens) for window in self.windows)
         )

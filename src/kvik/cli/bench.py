@@ -21,19 +21,19 @@ from kvik.cli.options import (
 )
 from kvik.cli.report import write_report
 from kvik.cli.terminal import Interrupt, note, write
-from kvik.config import MOST_TOKENS, KVDType
+from kvik.config import MAX_TOKENS, KVDType
 from kvik.errors import InvalidInput
-from kvik.models.progress import counted_progress
+from kvik.hub.progress import counted_progress
 
 if TYPE_CHECKING:
-    from kvik.cli.bench_cases import Bench, Case
-    from kvik.cli.measure import StepProfile
     from kvik.engine.llm import LLM
+    from kvik.measure.cases import Bench, Case
+    from kvik.measure.passes import StepProfile
 
 CASES, OUTPUT = "What is measured", "Output"
-MOST_BATCH = 4096
-MOST_THREADS = 256
-MOST_HEADS = 1 << 16
+MAX_BATCH = 4096
+MAX_THREADS = 256
+MAX_HEADS = 1 << 16
 
 
 @spell_out
@@ -68,8 +68,8 @@ def bench(
     which is asserted, and again when it was seen before. Ctrl-C ends it; what was measured is shown and saved.
     """
     from kvik.cli import bench_report
-    from kvik.cli.bench_cases import Bench, Interrupted, check_cases
-    from kvik.cli.bench_heads import variants
+    from kvik.measure.cases import Bench, Interrupted, check_cases
+    from kvik.measure.kv_heads import variants
     from kvik.ops.limits import measured_limits
 
     if as_json + as_csv + as_markdown > 1:
@@ -77,7 +77,7 @@ def bench(
     check_count("--rounds", rounds, 1, 10_000)
     if profile and kv_heads is not None:
         raise InvalidInput("--profile and --kv-heads are both given", hint="leave out one")
-    heads = parse_counts("--kv-heads", kv_heads, 1, MOST_HEADS) if kv_heads is not None else []
+    heads = parse_counts("--kv-heads", kv_heads, 1, MAX_HEADS) if kv_heads is not None else []
     cases = _cases(prompt, gen, depth, batch, kv, threads, heads)
     if save is not None:
         check_output_path("--save", save)
@@ -120,8 +120,8 @@ def bench(
 
 
 def _cases(prompt: str, gen: int, depth: str, batch: str, kv: str, threads: str | None, heads: list[int]) -> list[Case]:
-    from kvik.cli.bench_cases import make_cases
     from kvik.machine import available_threads
+    from kvik.measure.cases import make_cases
 
     kv_dtypes = parse_list("--kv", kv)
     for kv_dtype in kv_dtypes:
@@ -132,12 +132,12 @@ def _cases(prompt: str, gen: int, depth: str, batch: str, kv: str, threads: str 
                 f"--kv has {kv_dtype!r:.40} in it", hint=f"{meant}give some of {', '.join(get_args(KVDType))}"
             )
     return make_cases(
-        threads=[available_threads()] if threads is None else parse_counts("--threads", threads, 1, MOST_THREADS),
+        threads=[available_threads()] if threads is None else parse_counts("--threads", threads, 1, MAX_THREADS),
         kv_dtypes=cast(list[KVDType], kv_dtypes),
-        prompts=parse_counts("--prompt", prompt, 1, MOST_TOKENS),
-        depths=parse_counts("--depth", depth, 0, MOST_TOKENS),
-        batches=parse_counts("--batch", batch, 1, MOST_BATCH),
-        num_tokens=check_count("--gen", gen, 1, MOST_TOKENS),
+        prompts=parse_counts("--prompt", prompt, 1, MAX_TOKENS),
+        depths=parse_counts("--depth", depth, 0, MAX_TOKENS),
+        batches=parse_counts("--batch", batch, 1, MAX_BATCH),
+        num_tokens=check_count("--gen", gen, 1, MAX_TOKENS),
         kv_heads=list(dict.fromkeys(heads)) or [None],
     )
 
@@ -150,7 +150,7 @@ def _run(bench: Bench, rounds: int) -> None:
 
 def _profiles(llm: LLM, cases: list[Case], rounds: int) -> list[StepProfile]:
     """Of the first prompt and the first depth, with the first number of threads and KV type."""
-    from kvik.cli import measure
+    from kvik.measure import passes as measure
 
     prefill = next(case for case in cases if case.kind == "prefill")
     decode = next(case for case in cases if case.kind == "decode")

@@ -18,22 +18,22 @@ from kvik.cli.race_report import work_report
 from kvik.cli.report import save_text
 from kvik.cli.terminal import columns, rate, seconds
 from kvik.errors import InvalidInput
+from kvik.hub.folder import model_bytes
 from kvik.machine import available_threads, processor_name
-from kvik.models.folder import model_bytes
 
 if TYPE_CHECKING:
-    from kvik.cli.bench_cases import Row
-    from kvik.cli.measure import StepProfile
     from kvik.engine.llm import LLM
+    from kvik.measure.cases import Row
+    from kvik.measure.passes import StepProfile
     from kvik.ops.program import MachineLimits
 
 KIND, VERSION = "kvik bench", 1
 """Of the JSON: docs/schemas/bench-1.json."""
 
-LEAST_ROUNDS = 4
+MIN_ROUNDS = 4
 """Of each side, so that all of one side's times below all of the other's is no chance: 2 in 70 of equal ones."""
 
-MOST_REPORT_BYTES = 1 << 26
+MAX_REPORT_BYTES = 1 << 26
 
 Report = Mapping[str, Any]
 
@@ -188,11 +188,11 @@ def read_report(path: Path) -> Report:
     hint = "give a file that `kvik bench --save FILE` wrote"
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_REPORT_BYTES + 1)
+            content = file.read(MAX_REPORT_BYTES + 1)
     except OSError as error:
         raise InvalidInput(f"--compare is {path}: {error.strerror}", hint=hint) from None
     try:
-        if len(content) > MOST_REPORT_BYTES:
+        if len(content) > MAX_REPORT_BYTES:
             raise ValueError
         report = json.loads(content)
         kind, version = report["kind"], report["version"]
@@ -245,8 +245,8 @@ def compare_lines(old: Report, new: Report, name: str) -> list[str]:
 
 def moved(before: Sequence[float], now: Sequence[float]) -> str:
     """Whether all times of one side lie below all of the other's."""
-    if min(len(before), len(now)) < LEAST_ROUNDS:
-        return f"too few rounds to tell, {LEAST_ROUNDS} each would"
+    if min(len(before), len(now)) < MIN_ROUNDS:
+        return f"too few rounds to tell, {MIN_ROUNDS} each would"
     if max(now) < min(before):
         return "faster"
     return "slower" if min(now) > max(before) else "within noise"

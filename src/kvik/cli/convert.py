@@ -12,12 +12,12 @@ from kvik.cli.report import write_report
 from kvik.cli.terminal import columns, note, rate, write
 from kvik.config import SamplingParams
 from kvik.errors import InvalidInput
-from kvik.models.progress import bytes_progress, terminal_progress
+from kvik.hub.progress import bytes_progress, terminal_progress
 
 if TYPE_CHECKING:
     from kvik.engine.llm import LLM
 
-MOST_HEADS = 1 << 16
+MAX_HEADS = 1 << 16
 DECODED, ROUNDS = 64, 3
 
 TEXT = """A river begins as rain on high ground. Drops gather into rills, rills into brooks, and where two brooks meet
@@ -43,15 +43,16 @@ def convert(
     writes worse. Both are measured: the mean loss over a text of this program's own, memory, and decode.
     """
     from kvik.engine.llm import LLM
+    from kvik.hub.store import resolve
+    from kvik.models.loader import check_config_of
     from kvik.models.pool_heads import pool_kv_heads
-    from kvik.models.store import resolve
 
-    check_count("--kv-heads", kv_heads, 1, MOST_HEADS)
+    check_count("--kv-heads", kv_heads, 1, MAX_HEADS)
     check_output_path("--out", out)
     if out.suffix.lower() != ".gguf":
         raise InvalidInput(f"--out is {out}, kvik writes .gguf files", hint=f"name it {out.with_suffix('.gguf').name}")
     with terminal_progress() as report:
-        source = resolve(model, progress=report)
+        source = resolve(model, check_config=check_config_of, progress=report)
     if source.is_dir():
         raise InvalidInput(
             f"{model} is a checkpoint folder, kvik converts GGUF files",

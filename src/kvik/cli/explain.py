@@ -26,8 +26,8 @@ from kvik.cli.report import save_text
 from kvik.cli.terminal import note, seconds, write
 from kvik.config import SamplingParams
 from kvik.errors import InvalidInput
-from kvik.explain.limits import MOST_PAGE_TOKENS
-from kvik.models.progress import counted_progress
+from kvik.explain.limits import MAX_PAGE_TOKENS
+from kvik.hub.progress import counted_progress
 
 if TYPE_CHECKING:
     from kvik.engine.llm import LLM
@@ -39,7 +39,7 @@ PROMPT_LENGTHS = (8, 32, 128, 512)
 """Prompts whose first token is timed, as far as the context goes."""
 
 ROUNDS = 3
-MOST_PARTS = 1 << 16
+MAX_PARTS = 1 << 16
 """Layers or heads, far above every model's."""
 
 
@@ -75,9 +75,9 @@ def explain(
     for option, given in (("--second", second), ("--layers", layers), ("--kv-heads", kv_heads)):
         if html is None and given is not None:
             raise InvalidInput(f"{option} is about the page, and there is none", hint="add --html page.html")
-    check_count("--max-tokens", max_tokens, 1, MOST_PAGE_TOKENS)
-    wanted_layers = None if layers is None else parse_counts("--layers", layers, 0, MOST_PARTS)
-    wanted_heads = None if kv_heads is None else parse_counts("--kv-heads", kv_heads, 0, MOST_PARTS)
+    check_count("--max-tokens", max_tokens, 1, MAX_PAGE_TOKENS)
+    wanted_layers = None if layers is None else parse_counts("--layers", layers, 0, MAX_PARTS)
+    wanted_heads = None if kv_heads is None else parse_counts("--kv-heads", kv_heads, 0, MAX_PARTS)
     params = SamplingParams(max_tokens=max_tokens)
     # Not before: these bring NumPy and the engine with them, and --help of any command imports this file.
     from kvik.explain.perfetto import perfetto_trace
@@ -139,8 +139,8 @@ def _page(llm: LLM, run: TracedRun, model_name: str, others: list[tuple[str, lis
 
 def _first_tokens(llm: LLM) -> list[FirstToken]:
     """How long prompts of several lengths take to their first token."""
-    from kvik.cli.lengths import LATER_TOKENS, measure_lengths
     from kvik.explain.page_data import FirstToken
+    from kvik.measure.lengths import LATER_TOKENS, measure_lengths
 
     lengths = [length for length in PROMPT_LENGTHS if length + LATER_TOKENS + 2 <= llm.model.context]
     if not lengths:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kvik.models import store
-from kvik.models.progress import megabytes, terminal_progress
+from kvik.hub import store
+from kvik.hub.progress import megabytes, terminal_progress
 
 app = typer.Typer(no_args_is_help=True, help="See, download, delete and find models.")
 
@@ -42,8 +42,10 @@ def list_models(as_json: AsJson = False) -> None:
 @app.command()
 def pull(name: Name, force: Annotated[bool, typer.Option("--force", help="Download it again.")] = False) -> None:
     """Download a model, or check the one that is here, and print its path."""
+    from kvik.models.loader import check_config_of
+
     with terminal_progress() as progress:
-        path, note = store.pull(name, force=force, progress=progress)
+        path, note = store.pull(name, force=force, check_config=check_config_of, progress=progress)
     typer.echo(f"{name}: {note}", err=True)
     typer.echo(path)
 

@@ -14,7 +14,7 @@ from kvik.config import KVDType
 from kvik.errors import InvalidInput
 
 LOAD, MACHINE, OUTPUT = "What is served", "On what", "Output"
-MOST_COMPARED = 20
+MAX_COMPARED = 20
 
 
 def plan(
@@ -72,8 +72,8 @@ def plan(
         if model != "smollm2":
             raise InvalidInput(f"--compare takes the place of MODEL, {model:.60}", hint="put it among those compared")
         names = parse_list("--compare", compare)
-        if len(names) > MOST_COMPARED:
-            raise InvalidInput(f"--compare has {len(names)} models", hint=f"give at most {MOST_COMPARED}")
+        if len(names) > MAX_COMPARED:
+            raise InvalidInput(f"--compare has {len(names)} models", hint=f"give at most {MAX_COMPARED}")
         # Side by side they have the same context: the shortest of their own.
         tokens = context if context is not None else min(find_shape(name).max_context for name in names)
         plans = [planned(name, tokens) for name in names]

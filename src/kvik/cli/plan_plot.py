@@ -11,7 +11,7 @@ from kvik.planner.memory import kv_memory
 from kvik.planner.plan import Plan
 from kvik.planner.shape import ModelShape
 
-LEAST_TOKENS = 256
+MIN_TOKENS = 256
 
 
 def draw(path: Path, plans: Sequence[Plan]) -> None:
@@ -31,14 +31,14 @@ def model_lines(plan: Plan) -> list[Line]:
             shape = plan.model.with_kv_heads(what_if.num_kv_heads)
             lines.append(_line(plan, f"{plan.kv.dtype}, were it {what_if.attention}", shape=shape))
     if plan.weights is not None:
-        ends = [LEAST_TOKENS, plan.model.max_context]
+        ends = [MIN_TOKENS, plan.model.max_context]
         lines.append(Line(f"{plan.weights.format} weights", ends, [plan.weights.held_bytes / 1e9] * 2, dashed=True))
     return lines
 
 
 def _line(plan: Plan, name: str, *, shape: ModelShape | None = None, dtype: KVDType | None = None) -> Line:
     contexts = [plan.model.max_context]
-    while contexts[0] // 2 >= LEAST_TOKENS:
+    while contexts[0] // 2 >= MIN_TOKENS:
         contexts.insert(0, contexts[0] // 2)
     caches = [
         kv_memory(

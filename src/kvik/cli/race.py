@@ -24,7 +24,7 @@ from kvik.cli.options import (
 from kvik.cli.plot import check_plot_path, save_plot
 from kvik.cli.report import request_report, write_report
 from kvik.cli.terminal import Interrupt, note, write
-from kvik.config import MOST_TOKENS
+from kvik.config import MAX_TOKENS
 from kvik.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ def race(
     prompt_options.check()
     check_prompt(prompt)
     check_count("--rounds", rounds, 1, 1000)
-    wanted = [] if lengths == "none" else parse_counts("--lengths", lengths, 1, MOST_TOKENS)
+    wanted = [] if lengths == "none" else parse_counts("--lengths", lengths, 1, MAX_TOKENS)
     if plot is not None:
         check_plot_path("--plot", plot)
     # Not before: these bring NumPy and the engine with them, and --help of any command imports this file.
-    from kvik.cli.lengths import LATER_TOKENS, measure_lengths
     from kvik.cli.race_report import plot_panels, race_report, result_lines
-    from kvik.engine.lanes import compare, make_lanes, run_race
+    from kvik.measure.lanes import compare, make_lanes, run_race
+    from kvik.measure.lengths import LATER_TOKENS, measure_lengths
 
     llm = engine.load()
     wanted = _within_context(llm, wanted, LATER_TOKENS + 2, is_default=lengths == DEFAULT_LENGTHS)

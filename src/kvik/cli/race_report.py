@@ -8,13 +8,13 @@ from dataclasses import asdict
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from kvik.cli.growth import CONFIDENCE, Growth, fit_growth
 from kvik.cli.plot import Line, Panel
 from kvik.cli.terminal import columns, mebibytes, rate, seconds
-from kvik.engine.lanes import RaceLane, TokenCost, Verdict
+from kvik.measure.growth import CONFIDENCE, Growth, fit_growth
+from kvik.measure.lanes import RaceLane, TokenCost, Verdict
 
 if TYPE_CHECKING:
-    from kvik.cli.lengths import LengthCost
+    from kvik.measure.lengths import LengthCost
     from kvik.models.work import StepWork
 
 VERSION = 1
@@ -161,7 +161,7 @@ def exponent(growth: Growth) -> str:
 
 def length_lines(costs: Sequence[LengthCost]) -> list[str]:
     """Prefill against decode at each length, and texts written from their first token to there."""
-    from kvik.cli.lengths import whole_text_s
+    from kvik.measure.lengths import whole_text_s
 
     rows = [("length", "first token", "later token", "ratio", "text without", "text with", "ratio")]
     for cost in costs:
@@ -259,7 +259,7 @@ def lane_report(lane: RaceLane) -> dict[str, Any]:
 
 def length_report(cost: LengthCost, costs: Sequence[LengthCost]) -> dict[str, Any]:
     """One length as JSON has it."""
-    from kvik.cli.lengths import whole_text_s
+    from kvik.measure.lengths import whole_text_s
 
     without_s, with_s = whole_text_s(costs, cost.length)
     return {

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from kvik.cli.terminal import STEERING, is_terminal, note, rate
-from kvik.engine.lanes import RaceLane
+from kvik.measure.lanes import RaceLane
 
 FRAME_S = 1 / 8
 LINE_S = 5.0
-MOST_TEXT_LINES = 14
+MAX_TEXT_LINES = 14
 OTHER_LINES = 7  # of a panel, and one below it
 
 
@@ -92,7 +92,7 @@ class PanelView:
         return max(8, (self._console.width - len("^C") - 1) // len(self._lanes))
 
     def _panel(self, lane: RaceLane, width: int) -> Panel:
-        num_lines = max(1, min(MOST_TEXT_LINES, self._console.height - OTHER_LINES))
+        num_lines = max(1, min(MAX_TEXT_LINES, self._console.height - OTHER_LINES))
         text = Text(lane.sequence.text.text.translate(STEERING))
         lines = text.wrap(self._console, width - 4)[-num_lines:]
         figures = (

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvik.engine.llm import LLM
     from kvik.engine.output import Completion
 
-MOST_STDIN_BYTES = 64 << 20
+MAX_STDIN_BYTES = 64 << 20
 
 
 @spell_out
@@ -112,9 +112,9 @@ def read_prompt(argument: str | None) -> str | None:
 def read_stdin() -> str:
     """All of stdin, without a newline at its end."""
     # A closed stdin is None.
-    data = b"" if sys.stdin is None else sys.stdin.buffer.read(MOST_STDIN_BYTES + 1)
-    if len(data) > MOST_STDIN_BYTES:
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
         raise InvalidInput(
-            f"stdin has more than {MOST_STDIN_BYTES:,} bytes", hint="no context holds so many; give a part of it"
+            f"stdin has more than {MAX_STDIN_BYTES:,} bytes", hint="no context holds so many; give a part of it"
         )
     return check_utf8("stdin", data).removesuffix("\n").removesuffix("\r")

@@ -17,7 +17,7 @@ from kvik.engine.sequence import Sequence
 from kvik.engine.stream import PieceFeed
 from kvik.errors import EngineDead, InvalidInput, KvikError, SlowReader
 
-MOST_PIECES = 4096
+MAX_PIECES = 4096
 """Pieces that wait for a reader at most; one who is further behind loses the request."""
 
 
@@ -231,9 +231,9 @@ class _Reader:
         if self._feed.is_done:
             pieces.append(self.sequence.error)  # None: it ended well
             self.is_done = True
-        elif self._pieces.qsize() + len(pieces) > MOST_PIECES:
+        elif self._pieces.qsize() + len(pieces) > MAX_PIECES:
             raise SlowReader(
-                f"{self._pieces.qsize():,} tokens wait to be read, {MOST_PIECES:,} may", hint="read them as they come"
+                f"{self._pieces.qsize():,} tokens wait to be read, {MAX_PIECES:,} may", hint="read them as they come"
             )
         if pieces:
             self._put(pieces)

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvik.cache import BLOCK_SIZE, BlockCopy
 from kvik.engine.sequence import Sequence
-from kvik.ops.base import Batch, Places
+from kvik.ops.base import Batch, KVIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
     return ScheduledBatch(items, arrays)
 
 
-def _window_places(items: list[Scheduled], index: int, most_blocks: int) -> Places:
+def _window_places(items: list[Scheduled], index: int, most_blocks: int) -> KVIndex:
     """The same tokens in a group of layers with a window."""
     tables, slots = [], []
     for item in items:
@@ -96,4 +96,4 @@ def _window_places(items: list[Scheduled], index: int, most_blocks: int) -> Plac
         start = sequence.num_computed_tokens
         end = start + item.num_tokens + (len(sequence.draft_ids) if item.closes_gap else 0)
         slots += [table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in range(start, end)]
-    return Places(np.array(slots, np.int32), np.array(tables, np.int32))
+    return KVIndex(np.array(slots, np.int32), np.array(tables, np.int32))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from kvik.config import MOST_BEAM_WIDTH, SamplingParams
+from kvik.config import MAX_BEAM_WIDTH, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput
@@ -40,8 +40,8 @@ def search_beams(
     Each step lets every beam's 2 * `width` likeliest next tokens compete (so that ends of text, which leave the search,
     cannot empty it) and keeps the best. Equal scores: the earlier beam, then the likelier token, then the lower id.
     """
-    if type(width) is not int or not 1 <= width <= MOST_BEAM_WIDTH:
-        raise InvalidInput(f"width is {width!r}", hint=f"give a whole number from 1 to {MOST_BEAM_WIDTH}")
+    if type(width) is not int or not 1 <= width <= MAX_BEAM_WIDTH:
+        raise InvalidInput(f"width is {width!r}", hint=f"give a whole number from 1 to {MAX_BEAM_WIDTH}")
     if type(length_penalty) not in (int, float) or not math.isfinite(length_penalty) or abs(length_penalty) > 10:
         raise InvalidInput(f"length_penalty is {length_penalty!r}", hint="give a number from -10 to 10; 0 is none")
     whole = engine.new_sequence(prompt, SamplingParams(max_tokens=max_tokens))  # raises what is wrong with it

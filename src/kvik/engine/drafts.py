@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 FIRST_WANTED = 4
-MOST_WANTED = 8
+MAX_WANTED = 8
 FAILURES_BEFORE_PAUSE = 3
 FIRST_PAUSE = 8
 LONGEST_PAUSE = 64
@@ -64,9 +64,9 @@ class NgramDrafts:
         if num_drafted == 0:
             return
         if num_accepted == num_drafted:
-            self._num_wanted = min(2 * self._num_wanted, MOST_WANTED)
+            self._num_wanted = min(2 * self._num_wanted, MAX_WANTED)
         else:
-            self._num_wanted = min(num_accepted + 1, MOST_WANTED)
+            self._num_wanted = min(num_accepted + 1, MAX_WANTED)
         if num_accepted:
             self._num_failures, self._pause = 0, FIRST_PAUSE
             return

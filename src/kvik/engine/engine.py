@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from kvik.cache import BLOCKS_PER_SUPERBLOCK, BlockTable, CacheManager, KVCacheSpec, PoolSize
+from kvik.cache import BlockTable, CacheManager
+from kvik.cache.sizing import choose_pool_size
 from kvik.config import TOKEN_BUDGET, KVDType, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.drafts import NgramDrafts
@@ -23,12 +24,8 @@ from kvik.engine.output import Completion, TextStream
 from kvik.engine.sampler import StepLogits, choose, prompt_logprobs
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
-from kvik.errors import CacheTooSmall, InvalidInput, ModelError, NotEnoughMemory, PromptTooLong
-from kvik.machine import available_memory_bytes
+from kvik.errors import CacheTooSmall, InvalidInput, ModelError, PromptTooLong
 from kvik.models.loader import LoadedModel
-
-AUTO_CONTEXTS = 16
-"""Whole contexts that a cache of automatic size holds, memory permitting."""
 
 LONG_CHUNK = 32
 """Tokens of one prompt from which on a step tells what a prompt token costs."""
@@ -36,8 +33,8 @@ LONG_CHUNK = 32
 KEPT_SUPERBLOCKS = 2
 """Unused ones whose memory an idle engine keeps, so that the next request need not have it made anew."""
 
-MOST_SALT_BYTES = 256
-MOST_PRIORITY = 100
+MAX_SALT_BYTES = 256
+MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,46 +391,6 @@ class Engine:
         return stop_token_ids
 
 
-def choose_pool_size(
-    spec: KVCacheSpec, context: int, kv_memory: int | str, *, token_budget: int, max_running: int
-) -> PoolSize:
-    """The size of a cache of `kv_memory` bytes, or of "auto": some whole contexts, in half of the memory that is free.
-
-    Raises `NotEnoughMemory` where one context does not fit ("auto") or the machine has less than was asked for.
-    """
-    load = {"context": context, "step_tokens": token_budget, "max_running": max_running}
-    available = available_memory_bytes()
-    one_context = spec.pool_blocks_for(context)
-    least = spec.pool_bytes(spec.pool_size(BLOCKS_PER_SUPERBLOCK, **load))
-    least_mib = -(-least // 2**20)
-    if isinstance(kv_memory, int):
-        size = spec.pool_size_within(kv_memory, **load)
-        if size.num_blocks == 0:
-            raise InvalidInput(
-                f"kv_memory is {kv_memory:,} bytes, less than the least of {least:,}",
-                hint=f"set it to {least_mib:,} MiB or more",
-            )
-    else:
-        most = spec.pool_size_within(available // 2, **load).num_blocks
-        size = spec.pool_size(max(one_context, min(AUTO_CONTEXTS * one_context, most)), **load)
-    num_bytes = spec.pool_bytes(size)
-    if num_bytes > available:
-        fits = max(available * 3 // 4, least)
-        fits_mib = max(fits // 2**20, least_mib)
-        advice = []
-        if kv_memory == "auto" and fits <= available:
-            context = spec.pool_size_within(fits, **load).num_blocks * spec.block_size
-            advice.append(f"the context to {context} or less (`--context`)")
-        if fits_mib * 2**20 <= available:
-            advice.append(f"kv_memory to {fits_mib:,} MiB or less")
-        raise NotEnoughMemory(
-            f"a cache of {size.num_blocks:,} blocks takes {num_bytes / 2**30:,.1f} GiB,"
-            f" the machine has {available / 2**30:,.1f} GiB available",
-            hint=f"set {', or '.join(advice)}" if advice else f"free some: the least cache takes {least_mib:,} MiB",
-        )
-    return size
-
-
 def _note_prompt(sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
     """Logprobs of the prompt's tokens that follow the rows' positions; some are known if the prompt begins again."""
     start = sequence.num_computed_tokens
@@ -446,14 +403,14 @@ def _note_prompt(sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
 
 
 def _check_route(priority: int, salt: str | None) -> None:
-    if type(priority) is not int or abs(priority) > MOST_PRIORITY:
+    if type(priority) is not int or abs(priority) > MAX_PRIORITY:
         raise InvalidInput(
             f"priority is {reprlib.repr(priority)}",
-            hint=f"give a whole number from {-MOST_PRIORITY} to {MOST_PRIORITY}; more is earlier",
+            hint=f"give a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}; more is earlier",
         )
     if salt is None:
         return
-    if not isinstance(salt, str) or not salt.isprintable() or not 1 <= len(salt.encode()) <= MOST_SALT_BYTES:
+    if not isinstance(salt, str) or not salt.isprintable() or not 1 <= len(salt.encode()) <= MAX_SALT_BYTES:
         raise InvalidInput(
-            f"the salt is {reprlib.repr(salt)}", hint=f"give 1 to {MOST_SALT_BYTES} bytes of printable text"
+            f"the salt is {reprlib.repr(salt)}", hint=f"give 1 to {MAX_SALT_BYTES} bytes of printable text"
         )

@@ -12,20 +12,21 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from kvik.cache.sizing import choose_pool_size
 from kvik.config import TOKEN_BUDGET, Activations, Backend, EngineConfig, KVDType, SamplingParams, WeightFormat
 from kvik.engine.beams import Beam, search_beams
 from kvik.engine.cache_view import CacheView
-from kvik.engine.engine import Engine, choose_pool_size
+from kvik.engine.engine import Engine
 from kvik.engine.output import Completion, Piece
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
+from kvik.hub.progress import bytes_progress, counted_progress, terminal_progress
+from kvik.hub.store import resolve
 from kvik.machine import available_memory_bytes, give_back_memory
 from kvik.models.decoder import Decoder
-from kvik.models.loader import load_model
-from kvik.models.progress import bytes_progress, counted_progress, terminal_progress
+from kvik.models.loader import check_config_of, load_model
 from kvik.models.spec import DecoderSpec
-from kvik.models.store import resolve
 from kvik.ops.base import Ops
 
 Prompt: TypeAlias = str | SequenceOf[int]
@@ -76,7 +77,7 @@ class LLM:
             backend=backend,
         )
         with terminal_progress() as report:
-            path = resolve(os.fspath(model), progress=report)
+            path = resolve(os.fspath(model), check_config=check_config_of, progress=report)
         with bytes_progress(wait_s=1.0) as report:
             self.model = load_model(
                 path,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvik.cache import Stop
-from kvik.models.detokenizer import Detokenizer
-from kvik.models.tokenizer import Tokenizer
+from kvik.cache import MissReason
+from kvik.text.detokenizer import Detokenizer
+from kvik.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,9 @@ class Stats:
     num_drafted_tokens: int = 0  # guessed ahead and computed
     num_accepted_tokens: int = 0  # of those, right
     num_preemptions: int = 0  # times that others needed its blocks
-    cache_stop: Stop | None = None  # why no more of the prompt was found in the cache; None where it was not asked
+    miss_reason: MissReason | None = (
+        None  # why no more of the prompt was found in the cache; None where it was not asked
+    )
 
     @property
     def time_per_output_token_s(self) -> float:

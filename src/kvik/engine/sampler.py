@@ -23,7 +23,7 @@ IdArray = npt.NDArray[np.int64]
 
 PRESELECTED = (64, 1024)  # most likely tokens among which top_p and min_p nearly always end
 SUMMED = 256  # weights of neighbouring ids, summed as one before they are looked at singly
-MOST_ROWS_FOLDED = 64
+MAX_ROWS_FOLDED = 64
 
 
 class StepLogits:
@@ -170,7 +170,7 @@ def _bound(logits: FloatArray, count: int) -> np.float32 | None:
 
     Folded into rows, a column's maximum is one of its logits, so the `count`-th highest maximum is such a number.
     """
-    num_rows = min(MOST_ROWS_FOLDED, len(logits) // (4 * count))
+    num_rows = min(MAX_ROWS_FOLDED, len(logits) // (4 * count))
     if num_rows < 2:
         return None
     num_columns = len(logits) // num_rows

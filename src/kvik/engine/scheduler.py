@@ -6,7 +6,7 @@ from bisect import insort
 from collections.abc import Iterable
 from itertools import chain
 
-from kvik.cache import CacheManager, Match, Stop
+from kvik.cache import CacheManager, Match, MissReason
 from kvik.engine.batch import Scheduled, ScheduledBatch, build_batch
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
@@ -246,16 +246,16 @@ class Scheduler:
         """Let a waiting sequence run, with what is computed of it: by the turn before it, or by whoever sealed it."""
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        stop: Stop | None = None
+        stop: MissReason | None = None
         num_shared = self._take_over(sequence, match.num_cached_tokens)
         if num_shared is not None:
-            stop = Stop.ALL if num_shared == sequence.num_tokens - 1 else Stop.DIFFERS
+            stop = MissReason.ALL if num_shared == sequence.num_tokens - 1 else MissReason.DIFFERS
         elif self._may_reuse(sequence):
             num_shared, stop = self.cache.adopt(sequence.table, sequence.token_ids, match), match.stop
         sequence.num_computed_tokens = num_shared or 0
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
-            sequence.cache_stop = stop
+            sequence.miss_reason = stop
 
     def _take_over(self, sequence: Sequence, num_matched: int) -> int | None:
         """The blocks of the parked turn before pass on, if they hold more than the prefix tree found."""

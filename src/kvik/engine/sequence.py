@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kvik.cache import BlockTable, Stop
+from kvik.cache import BlockTable, MissReason
 from kvik.config import SamplingParams
 from kvik.engine.drafts import NgramDrafts
 from kvik.engine.output import Stats, TextStream, TokenLogprobs
@@ -41,7 +41,7 @@ class Sequence:
     place: tuple[int, int] = (0, 0)  # in the queue, the least first
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, found in the cache when the request began
-    cache_stop: Stop | None = None  # why not more of it was found
+    miss_reason: MissReason | None = None  # why not more of it was found
     drafts: NgramDrafts | None = None
     draft_ids: list[int] = field(default_factory=list)  # guesses behind the last token, computed in the same step
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -124,5 +124,5 @@ class Sequence:
             num_drafted_tokens=self.num_drafted_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
             num_preemptions=self.num_preemptions,
-            cache_stop=self.cache_stop,
+            miss_reason=self.miss_reason,
         )

@@ -1,4 +1,4 @@
 """What a page is limited to; without NumPy, for the command line's sake."""
 
-MOST_PAGE_TOKENS = 256
+MAX_PAGE_TOKENS = 256
 """Of prompt and answer together."""

@@ -16,7 +16,7 @@ from kvik.explain.prefixes import FollowUp
 from kvik.explain.run import TracedLane, TracedRun, kept_kv
 from kvik.explain.tracer import Candidate, TracedStep
 from kvik.machine import processor_name
-from kvik.models.tokenizer import Tokenizer
+from kvik.text.tokenizer import Tokenizer
 
 HIDDEN_COLUMNS = 48
 """Dimensions of the hidden states that are drawn."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from kvik.cache import Stop
+from kvik.cache import MissReason
 from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
-from kvik.engine.lanes import digest
 from kvik.engine.llm import LLM
 from kvik.errors import InvalidInput
 from kvik.explain.run import check_tokens, most_tokens
+from kvik.measure.lanes import digest
 
 ROUNDS = 3
 
@@ -27,7 +27,7 @@ class FollowUp:
     num_copied_tokens: int  # the beginning of a block that was copied, because its end differs
     shared_blocks: list[int]
     copied_block: int | None
-    stop: Stop  # why the match went no further
+    stop: MissReason  # why the match went no further
     num_computed_tokens: int  # up to its first token
     cold_s: float  # to its first token, without what was computed before
     warm_s: float  # with it; medians of `ROUNDS` both
@@ -98,7 +98,7 @@ class _FirstToken:
     num_copied: int
     shared_blocks: list[int]
     copied_block: int | None
-    stop: Stop
+    stop: MissReason
 
 
 def _first_token(engine: Engine, token_ids: list[int]) -> _FirstToken:

@@ -9,12 +9,12 @@ import numpy as np
 
 from kvik.cache import KVCacheSpec
 from kvik.config import SamplingParams
-from kvik.engine.lanes import RaceLane, TokenCost, Verdict, compare, make_lanes, run_race
 from kvik.engine.llm import LLM
 from kvik.errors import InvalidInput
-from kvik.explain.limits import MOST_PAGE_TOKENS
+from kvik.explain.limits import MAX_PAGE_TOKENS
 from kvik.explain.selection import Selection
 from kvik.explain.tracer import Candidate, Tracer, candidates, same_rows
+from kvik.measure.lanes import RaceLane, TokenCost, Verdict, compare, make_lanes, run_race
 from kvik.ops.base import Batch
 from kvik.ops.reference import ReferenceKV, ReferenceOps
 
@@ -70,7 +70,7 @@ class TracedRun:
 
 def most_tokens(llm: LLM) -> int:
     """Of prompt and answer: what a page draws, or what the context holds."""
-    return min(MOST_PAGE_TOKENS, llm.model.context)
+    return min(MAX_PAGE_TOKENS, llm.model.context)
 
 
 def check_tokens(llm: LLM, num_prompt_tokens: int, max_tokens: int) -> None:
@@ -79,7 +79,7 @@ def check_tokens(llm: LLM, num_prompt_tokens: int, max_tokens: int) -> None:
     if num_prompt_tokens + max_tokens <= most:
         return
     left = most - num_prompt_tokens
-    bound = f"the page draws {most:,}" if most == MOST_PAGE_TOKENS else f"the context holds {most:,}"
+    bound = f"the page draws {most:,}" if most == MAX_PAGE_TOKENS else f"the context holds {most:,}"
     raise InvalidInput(
         f"a prompt of {num_prompt_tokens:,} tokens and {max_tokens:,} to write are"
         f" {num_prompt_tokens + max_tokens:,}, {bound}",

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kvik.errors import ModelError
-from kvik.models.config_fields import read_json_object
-from kvik.models.folder import ADAPTER, CONFIG, INDEX, adapter_error, no_weights, path_inside, weight_files
+from kvik.files.config_fields import read_json_object
+from kvik.files.safetensors import StoredTensor, read_safetensors
+from kvik.hub.folder import ADAPTER, CONFIG, INDEX, adapter_error, no_weights, path_inside, weight_files
 from kvik.models.hf_parts import hf_parts, is_unused
 from kvik.models.hf_spec import FAMILIES
 from kvik.models.parts import Parts
-from kvik.models.safetensors import StoredTensor, read_safetensors
 from kvik.models.spec import DecoderSpec
 
 FLOATS = ("F32", "F16", "BF16")

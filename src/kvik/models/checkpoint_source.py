@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.config import WeightFormat
+from kvik.files.safetensors import StoredTensor
+from kvik.hub.progress import Progress, silent
 from kvik.models.checkpoint import FLOATS, Checkpoint, decoder_parts
 from kvik.models.hf_parts import is_tied_head
 from kvik.models.parts import Part
-from kvik.models.progress import Progress, silent
 from kvik.models.quantize import GROUP, TYPES, Quantization, Quantizer
-from kvik.models.safetensors import StoredTensor
 from kvik.models.spec import DecoderSpec
 from kvik.ops.base import Ops, Vector, Weight
 
@@ -29,7 +29,7 @@ _BITS = {"F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q4_1": 5.0}
 _EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 
 ROWS_TOGETHER = 8
-FEWEST_VALUES, MOST_VALUES = 1 << 16, 1 << 21  # of a chunk, which grows with the model, as what may lie beside it does
+FEWEST_VALUES, MAX_VALUES = 1 << 16, 1 << 21  # of a chunk, which grows with the model, as what may lie beside it does
 
 _TABLES = ("token_embd.weight", "output.weight")
 """In 8 bits where others get 4: what is lost here shows in the logits at once."""
@@ -54,7 +54,7 @@ class CheckpointSource:
         self.parts = decoder_parts(checkpoint, spec)
         self.quantizer = None if weights is None else Quantizer(weights)
         num_values = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        self._most_values = min(max(sum(num_values.values()) // 1024, FEWEST_VALUES), MOST_VALUES)
+        self._most_values = min(max(sum(num_values.values()) // 1024, FEWEST_VALUES), MAX_VALUES)
         self._progress = progress
         self._done_bytes = 0
         self._total_bytes = sum(size * _DTYPES[self._tensor(name).dtype].itemsize for name, size in num_values.items())

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.errors import ModelError
-from kvik.models.gguf import GGUFFile, GGUFTensor, dequantize
+from kvik.files.gguf import GGUFFile, GGUFTensor, dequantize
 from kvik.models.parts import Part, Parts
 from kvik.models.spec import DecoderSpec
 from kvik.ops.base import Ops, Vector, Weight

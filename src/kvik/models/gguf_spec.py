@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 
 from kvik.errors import ModelError
-from kvik.models.gguf import GGUFFile
+from kvik.files.gguf import GGUFFile
 from kvik.models.gguf_source import read_divisors
 from kvik.models.rope_scaling import yarn_factors, yarn_magnitude
-from kvik.models.spec import MOST_HEAD_DIM, MOST_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec, RopeSpec
+from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec, RopeSpec
 from kvik.ops.base import Activation
 
 MOST = 1 << 24  # of any one dimension or count: far above every published model
@@ -133,9 +133,9 @@ class _Reader:
         self.check_refused()
         hidden_size = self.count("embedding_length")
         num_heads = self.count("attention.head_count", most=hidden_size)
-        head_dim = self.count("attention.key_length", max(1, hidden_size // num_heads), most=MOST_HEAD_DIM)
+        head_dim = self.count("attention.key_length", max(1, hidden_size // num_heads), most=MAX_HEAD_DIM)
         context_length = self.count("context_length")
-        num_layers = self.count("block_count", most=MOST_LAYERS)
+        num_layers = self.count("block_count", most=MAX_LAYERS)
         wide_scale = (hidden_size // num_heads) ** -0.5 if num_layers == facts.layers_of_wide_scale else None
         spec = DecoderSpec(
             architecture=self.architecture,
@@ -222,7 +222,7 @@ class _Reader:
         if isinstance(self.file.metadata.get(key), list):
             slides = self.file.get_list(key, bool, length=num_layers)
         else:
-            every = self.file.get_int(key, self.facts.window_pattern, minimum=0, maximum=MOST_LAYERS)
+            every = self.file.get_int(key, self.facts.window_pattern, minimum=0, maximum=MAX_LAYERS)
             slides = [every == 0 or index % every < every - 1 for index in range(num_layers)]
         return slides, window if window < context_length else None
 

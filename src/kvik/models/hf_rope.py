@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from kvik.models.config_fields import MOST_CONTEXT, ConfigFields
+from kvik.files.config_fields import MAX_CONTEXT, ConfigFields
 from kvik.models.rope_scaling import llama3_factors, longrope_magnitude, yarn_factors, yarn_magnitude
 from kvik.models.spec import RopeSpec
 
@@ -61,7 +61,7 @@ def _rope(
     theta = given.number("rope_theta", theta, above=1.0)
     num_dims = int(head_dim * given.number("partial_rotary_factor", partial, most=1.0))
     original = config.optional("original_max_position_embeddings") or given.count(
-        "original_max_position_embeddings", context, most=MOST_CONTEXT
+        "original_max_position_embeddings", context, most=MAX_CONTEXT
     )
     factors, magnitude = _SCALINGS[kind](given, _Span(theta, num_dims, context, original, used))
     return RopeSpec(theta, num_dims, adjacent_pairs=False, factors=factors, magnitude=magnitude)

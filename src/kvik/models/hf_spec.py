@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kvik.models.config_fields import MOST_CONTEXT, MOST_WIDTH, ConfigFields
+from kvik.files.config_fields import MAX_CONTEXT, MAX_WIDTH, ConfigFields
 from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes
-from kvik.models.spec import MOST_HEAD_DIM, MOST_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec
+from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec
 from kvik.ops.base import Activation
 
 Fields = dict[str, Any]
@@ -140,7 +140,7 @@ def _gpt2(config: ConfigFields, activation: str = "gelu_new") -> Fields:
     refuse_if(config, "scale_attn_weights", False)
     refuse_if(config, "scale_attn_by_inverse_layer_idx", True)
     refuse_if(config, "add_cross_attention", True)
-    positions = {"num_learned_positions": config.count("max_position_embeddings", most=MOST_CONTEXT)}
+    positions = {"num_learned_positions": config.count("max_position_embeddings", most=MAX_CONTEXT)}
     return _layer_norm(config, "layer_norm_epsilon", "activation_function", activation, bias=True) | positions
 
 
@@ -194,7 +194,7 @@ def _opt(config: ConfigFields) -> Fields:
     hidden_size = config.count("hidden_size")
     if config.count("word_embed_proj_dim", hidden_size) != hidden_size:
         raise config.error("word_embed_proj_dim differs from hidden_size, which kvik does not run", OTHER_MODEL)
-    positions = {"num_learned_positions": config.count("max_position_embeddings", most=MOST_CONTEXT)}
+    positions = {"num_learned_positions": config.count("max_position_embeddings", most=MAX_CONTEXT)}
     bias = config.flag("enable_bias", True)
     fixed = ConfigFields({"activation_function": config.find("activation_function")}, config.path)  # the eps is fixed
     return _layer_norm(fixed, "layer_norm_eps", "activation_function", "relu", bias=bias) | positions
@@ -293,7 +293,7 @@ def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = No
     hidden_size = fields.count("hidden_size")
     num_heads = fields.count("num_attention_heads", most=hidden_size)
     head_dim = _head_dim(fields, family, hidden_size, num_heads)
-    context_length = fields.count("max_position_embeddings", most=MOST_CONTEXT)
+    context_length = fields.count("max_position_embeddings", most=MAX_CONTEXT)
     spec = DecoderSpec(
         architecture=model_type,
         hidden_size=hidden_size,
@@ -315,9 +315,9 @@ def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = No
 def _head_dim(config: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:
     if config.find("head_dim") is None and family.head_dim is None and hidden_size % num_heads:
         raise config.error(f"hidden_size {hidden_size:,} does not divide among {num_heads:,} heads")
-    head_dim = config.count("head_dim", family.head_dim or hidden_size // num_heads, most=MOST_HEAD_DIM)
-    if num_heads * head_dim > MOST_WIDTH:
-        raise config.error(f"{num_heads:,} heads of {head_dim:,} dimensions are more than {MOST_WIDTH:,} together")
+    head_dim = config.count("head_dim", family.head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM)
+    if num_heads * head_dim > MAX_WIDTH:
+        raise config.error(f"{num_heads:,} heads of {head_dim:,} dimensions are more than {MAX_WIDTH:,} together")
     return head_dim
 
 
@@ -336,7 +336,7 @@ def activation_of(config: ConfigFields, key: str, default: str) -> Activation:
 
 
 def _layers(config: ConfigFields, family: Family, head_dim: int, context: int, used: int) -> tuple[LayerSpec, ...]:
-    num_layers = config.count("num_hidden_layers", most=MOST_LAYERS)
+    num_layers = config.count("num_hidden_layers", most=MAX_LAYERS)
     turns = _turning_layers(config, num_layers)
     windows = _windows(config, family, turns, context)
     if family.rotary is None:

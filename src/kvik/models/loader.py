@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING
 
 from kvik.config import WeightFormat
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
+from kvik.files.gguf import GGUFFile, read_gguf
+from kvik.hub.folder import CONFIG
+from kvik.hub.progress import Progress, silent
 from kvik.machine import available_memory_bytes
-from kvik.models.chat_template import ChatTemplate
 from kvik.models.decoder import Decoder
-from kvik.models.gguf import GGUFFile, read_gguf
 from kvik.models.gguf_source import GGUFSource
 from kvik.models.gguf_spec import read_spec
-from kvik.models.progress import Progress, silent
 from kvik.models.spec import DecoderSpec
-from kvik.models.tokenizer import Tokenizer
-from kvik.models.tokenizer_gguf import GGUFTokenizer
 from kvik.models.weights import read_weights
 from kvik.ops.base import Ops
+from kvik.text.chat_template import ChatTemplate
+from kvik.text.tokenizer import Tokenizer
+from kvik.text.tokenizer_gguf import GGUFTokenizer
 
 if TYPE_CHECKING:
     from kvik.models.quantize import Quantization
@@ -40,6 +41,14 @@ class LoadedModel:
 
 Approve = Callable[[DecoderSpec, int], None]
 """Called with the decoder's shape and the context before anything large is allocated; may raise."""
+
+
+def check_config_of(folder: Path) -> None:
+    """Raise `ModelError` for a checkpoint folder whose config.json is of no model that kvik runs."""
+    from kvik.models.checkpoint import read_model_config
+    from kvik.models.hf_spec import read_hf_spec
+
+    read_hf_spec(read_model_config(folder), folder / CONFIG)
 
 
 def load_model(
@@ -83,8 +92,8 @@ def _load_folder(
     from kvik.models.checkpoint import read_checkpoint
     from kvik.models.checkpoint_source import CheckpointSource
     from kvik.models.hf_spec import read_hf_spec
-    from kvik.models.tokenizer_config import chat_template_of
-    from kvik.models.tokenizer_json import FolderTokenizer
+    from kvik.text.tokenizer_config import chat_template_of
+    from kvik.text.tokenizer_json import FolderTokenizer
 
     checkpoint = read_checkpoint(folder)
     spec = read_hf_spec(checkpoint.config, checkpoint.config_path, context)

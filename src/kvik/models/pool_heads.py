@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from kvik.errors import InvalidInput
-from kvik.models.gguf import read_gguf
+from kvik.files.gguf import read_gguf
+from kvik.hub.progress import Progress, silent
 from kvik.models.gguf_spec import read_spec
-from kvik.models.progress import Progress, silent
 from kvik.models.spec import DecoderSpec
 
 _PROJECTIONS = re.compile(r"blk\.\d+\.attn_[kv]\.(weight|bias)")

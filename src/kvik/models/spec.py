@@ -11,8 +11,8 @@ from kvik.cache import KVCacheSpec
 from kvik.config import KVDType
 from kvik.ops.base import Activation, RopeTable
 
-MOST_LAYERS = 1 << 12
-MOST_HEAD_DIM = 1024
+MAX_LAYERS = 1 << 12
+MAX_HEAD_DIM = 1024
 """Far above every published model."""
 
 OTHER_MODEL = "take a model that kvik runs: docs/models.md lists them"

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.cache import KVCacheSpec
-from kvik.config import MOST_TOKENS
+from kvik.config import MAX_TOKENS
 from kvik.models.decoder import Decoder
 from kvik.ops.base import Batch
 
@@ -53,7 +53,7 @@ def count_work(decoder: Decoder, kv_spec: KVCacheSpec, batch: Batch) -> StepWork
     layers = {None: kv_spec.num_full_layers} | {one.window: one.num_layers for one in kv_spec.windows}
     num_keys = num_read = 0
     for window, count in layers.items():
-        first = np.maximum(0, positions + 1 - (window or MOST_TOKENS))
+        first = np.maximum(0, positions + 1 - (window or MAX_TOKENS))
         num_keys += count * int((positions + 1 - first).sum())
         num_read += count * _tokens_seen(batch, first, positions)
     head = weights.lm_head.rows * weights.lm_head.matrix.columns
@@ -70,7 +70,7 @@ def count_work(decoder: Decoder, kv_spec: KVCacheSpec, batch: Batch) -> StepWork
 def _tokens_seen(batch: Batch, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> int:
     """Keys that some token of the batch sees, each sequence's once: its tokens are neighbours."""
     num_sequences = len(batch.block_tables)
-    low, high = np.full(num_sequences, MOST_TOKENS, np.int64), np.full(num_sequences, -1, np.int64)
+    low, high = np.full(num_sequences, MAX_TOKENS, np.int64), np.full(num_sequences, -1, np.int64)
     np.minimum.at(low, batch.sequence_index, first)
     np.maximum.at(high, batch.sequence_index, last)
     return int(np.maximum(0, high + 1 - low).sum())

@@ -41,7 +41,7 @@ class Weight(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class KVIndex:
     """Where one group of layers keeps a step's keys and values."""
 
     slot_mapping: IntArray  # (T,) block_id * block_size + offset: where each token's go
@@ -61,15 +61,15 @@ class Batch:
     sequence_index: IntArray  # (T,) row of block_tables
     block_tables: IntArray  # (sequences, most blocks of any); unused places hold 0
     logit_rows: IntArray  # (R,) tokens whose logits are wanted
-    windows: tuple[Places, ...] = ()
+    windows: tuple[KVIndex, ...] = ()
 
-    def places(self, group: int) -> Places:
+    def places(self, group: int) -> KVIndex:
         """Those of a group of layers: 0, or 1 and the index of a window."""
-        return self.windows[group - 1] if group else Places(self.slot_mapping, self.block_tables)
+        return self.windows[group - 1] if group else KVIndex(self.slot_mapping, self.block_tables)
 
     def with_windows(self, count: int) -> Batch:
         """The same where so many groups with a window have blocks of the same numbers as the others."""
-        return replace(self, windows=(Places(self.slot_mapping, self.block_tables),) * count)
+        return replace(self, windows=(KVIndex(self.slot_mapping, self.block_tables),) * count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,11 @@ from kvik.ops.base import (
     Batch,
     Forward,
     IntArray,
+    KVIndex,
     LayerKV,
     Linear,
     Norm,
     Ops,
-    Places,
     QKVWeights,
     RopeTable,
     Weight,
@@ -45,16 +45,16 @@ class Field:
     group: int = 0  # of layers, whose places it is one of
 
 
-_MOST_GROUPS = 64
+_MAX_GROUPS = 64
 
 
-def _places(group: int) -> Places:
-    return Places(*(cast(IntArray, Field(field.name, group)) for field in fields(Places)))
+def _places(group: int) -> KVIndex:
+    return KVIndex(*(cast(IntArray, Field(field.name, group)) for field in fields(KVIndex)))
 
 
 STEP = Batch(
     **{field.name: cast(Any, Field(field.name)) for field in fields(Batch) if field.name != "windows"},
-    windows=tuple(map(_places, range(1, _MOST_GROUPS))),
+    windows=tuple(map(_places, range(1, _MAX_GROUPS))),
 )
 """Stands for the batch of the step while its ops are traced."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvik.hub.folder import model_bytes
 from kvik.models.checkpoint import decoder_parts, read_checkpoint
-from kvik.models.folder import model_bytes
 from kvik.models.hf_spec import read_hf_spec
 from kvik.planner.held import held_shape
 from kvik.planner.shape import ModelShape

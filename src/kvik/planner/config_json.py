@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvik.models.config_fields import MOST_CONTEXT, ConfigFields, read_json_object
+from kvik.files.config_fields import MAX_CONTEXT, ConfigFields, read_json_object
 from kvik.planner.shape import LayerGroup, LayerKind, ModelShape
 
-MOST_LAYERS = 1 << 14
-MOST_HEAD_DIM = 1 << 12
+MAX_LAYERS = 1 << 14
+MAX_HEAD_DIM = 1 << 12
 
 _LAYER_TYPES: dict[str, LayerKind] = {
     "full_attention": "full",
@@ -43,7 +43,7 @@ class _Config(ConfigFields):
     """What the fields say of memory."""
 
     def shape(self, name: str) -> ModelShape:
-        num_layers = self.count("num_hidden_layers", most=MOST_LAYERS)
+        num_layers = self.count("num_hidden_layers", most=MAX_LAYERS)
         hidden_size = self.count("hidden_size")
         num_heads = self.count("num_attention_heads")
         num_kv_heads = self.kv_heads(num_heads)
@@ -51,10 +51,10 @@ class _Config(ConfigFields):
             raise self.error(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
         if self.fields.get("head_dim") is None and hidden_size % num_heads:
             raise self.error(f"hidden_size {hidden_size:,} does not divide among {num_heads} heads")
-        head_dim = self.count("head_dim", max(1, hidden_size // num_heads), most=MOST_HEAD_DIM)
+        head_dim = self.count("head_dim", max(1, hidden_size // num_heads), most=MAX_HEAD_DIM)
         groups = self.groups(num_layers, num_kv_heads, head_dim)
         if groups[0].kind == "latent":
-            head_dim = sum(self.count(key, most=MOST_HEAD_DIM) for key in ("qk_nope_head_dim", "qk_rope_head_dim"))
+            head_dim = sum(self.count(key, most=MAX_HEAD_DIM) for key in ("qk_nope_head_dim", "qk_rope_head_dim"))
         is_mixture = any(self.optional(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
         shape = ModelShape(
             name=name,
@@ -66,7 +66,7 @@ class _Config(ConfigFields):
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             groups=groups,
-            max_context=self.count("max_position_embeddings", most=MOST_CONTEXT),
+            max_context=self.count("max_position_embeddings", most=MAX_CONTEXT),
             vocab_size=self.count("vocab_size"),
             num_params=None,
             is_mixture=is_mixture,
@@ -82,7 +82,7 @@ class _Config(ConfigFields):
 
     def groups(self, num_layers: int, num_kv_heads: int, head_dim: int) -> tuple[LayerGroup, ...]:
         if self.optional("kv_lora_rank"):
-            dims = (self.count("kv_lora_rank"), self.count("qk_rope_head_dim", most=MOST_HEAD_DIM))
+            dims = (self.count("kv_lora_rank"), self.count("qk_rope_head_dim", most=MAX_HEAD_DIM))
             return (LayerGroup("latent", num_layers, latent_dims=dims),)
         kinds = self.kinds(num_layers)
         made = []
@@ -92,7 +92,7 @@ class _Config(ConfigFields):
                 made.append(LayerGroup("none", number))
                 continue
             key = "attention_chunk_size" if kind == "chunked" else "sliding_window"
-            window = self.count(key, most=MOST_CONTEXT) if kind in ("sliding", "chunked") else None
+            window = self.count(key, most=MAX_CONTEXT) if kind in ("sliding", "chunked") else None
             made.append(LayerGroup(kind, number, num_kv_heads, head_dim, window))
         return tuple(made)
 

@@ -10,8 +10,8 @@ from kvik.planner.memory import activation_bytes, kv_memory, table_bytes, weight
 from kvik.planner.shape import ModelShape
 from kvik.planner.weights import FORMATS, WeightFormat
 
-MOST_USERS = 1 << 20
-MOST_DEVICES = 64
+MAX_USERS = 1 << 20
+MAX_DEVICES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def fit(load: Load, where: str, memory_bytes: int) -> Fit:
         memory_bytes=memory_bytes,
         needed_bytes=load.num_bytes,
         largest_context=_most(lambda context: fits(shorter(context)), load.shape.max_context),
-        most_users=_most(lambda users: fits(replace(load, users=users)), MOST_USERS),
+        most_users=_most(lambda users: fits(replace(load, users=users)), MAX_USERS),
         change=change,
     )
 
@@ -130,7 +130,7 @@ def _changes(load: Load, memory_bytes: int) -> Iterator[Change]:
             yield Change(" and ".join(parts), replace(changed, kv_dtype=dtype).num_bytes, is_lossy)
     for other, what in _less(load, memory_bytes):
         yield Change(what, other.num_bytes, False)
-    for num_devices in range(2, MOST_DEVICES + 1):
+    for num_devices in range(2, MAX_DEVICES + 1):
         yield Change(f"{num_devices} such devices, each with a part", -(-load.num_bytes // num_devices), False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvik.models.gguf import read_gguf
+from kvik.files.gguf import read_gguf
 from kvik.models.gguf_source import find_tensors
 from kvik.models.gguf_spec import read_spec
 from kvik.planner.held import held_shape

@@ -29,8 +29,8 @@ PROBE_BYTES = 1 << 28
 
 PROBE_STEPS = 15
 PROBE_CHUNKS = 3
-MOST_PROBE_USERS = 8
-MOST_PROBE_VOCAB = 1 << 16
+MAX_PROBE_USERS = 8
+MAX_PROBE_VOCAB = 1 << 16
 
 
 def roofline_here(load: Load) -> Roofline:
@@ -87,7 +87,7 @@ class _Probe:
         width = shape.intermediate_size or MLP_WIDTH * shape.hidden_size
         num_layers = self._num_layers(shape.num_layers, shape.hidden_size, width, form)
         token_bytes = KVCacheSpec(num_layers, heads, head_dim, load.kv_dtype).token_bytes
-        self.users = min(load.users, MOST_PROBE_USERS)
+        self.users = min(load.users, MAX_PROBE_USERS)
         most_tokens = max(BLOCK_SIZE, PROBE_BYTES // token_bytes // self.users)
         self.depth = max(1, min(group.num_tokens(load.context), most_tokens))
         self.blocks = -(-(self.depth + 1) // BLOCK_SIZE)
@@ -99,7 +99,7 @@ class _Probe:
             num_heads=shape.num_heads,
             num_kv_heads=heads,
             head_dim=head_dim,
-            vocab_size=min(shape.vocab_size, MOST_PROBE_VOCAB),
+            vocab_size=min(shape.vocab_size, MAX_PROBE_VOCAB),
             context_length=self.blocks * BLOCK_SIZE,
             norm_eps=1e-5,
             tied_head=True,
@@ -117,7 +117,7 @@ class _Probe:
         """The median step."""
         self.forward(batch)
         took = []
-        for _ in range(PROBE_STEPS if len(batch.token_ids) <= MOST_PROBE_USERS else PROBE_CHUNKS):
+        for _ in range(PROBE_STEPS if len(batch.token_ids) <= MAX_PROBE_USERS else PROBE_CHUNKS):
             start_s = time.perf_counter()
             self.forward(batch)
             took.append(time.perf_counter() - start_s)

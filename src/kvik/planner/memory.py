@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvik.cache.spec import BLOCK_SIZE, LEAST_SEQUENCES, WindowSpec, whole_superblocks
+from kvik.cache.spec import BLOCK_SIZE, MIN_SEQUENCES, WindowSpec, whole_superblocks
 from kvik.config import TOKEN_BUDGET, KVDType
 from kvik.planner.shape import LayerKind, ModelShape
 from kvik.planner.weights import WeightFormat, file_bytes, held_bytes
@@ -62,7 +62,7 @@ def kv_memory(shape: ModelShape, dtype: KVDType, context: int, *, users: int = 1
     """The cache of `users` sequences of `context` tokens, the first `prefix` of which are the same for all.
 
     Only whole blocks are shared, and none in layers whose window the context exceeds. Layers with a window have room
-    for `LEAST_SEQUENCES` sequences at least, and for what a step computes beside what they keep.
+    for `MIN_SEQUENCES` sequences at least, and for what a step computes beside what they keep.
     """
     layers, sequence_bytes = [], 0
     whole = _pool_blocks(context, users, prefix)
@@ -74,7 +74,7 @@ def kv_memory(shape: ModelShape, dtype: KVDType, context: int, *, users: int = 1
         if group.kind == "sliding" and group.window is not None:
             window = WindowSpec(group.window, group.num_layers, block_bytes, BLOCK_SIZE)
             blocks = -(-context // BLOCK_SIZE) - window.first_block(context)
-            sequences = min(max(users, MAX_RUNNING), max(users, LEAST_SEQUENCES, whole // -(-context // BLOCK_SIZE)))
+            sequences = min(max(users, MAX_RUNNING), max(users, MIN_SEQUENCES, whole // -(-context // BLOCK_SIZE)))
             num_blocks = window.pool_blocks(whole, sequences, TOKEN_BUDGET)
         sequence_bytes += blocks * block_bytes
         layers.append(

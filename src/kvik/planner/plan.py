@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from kvik.cache import KVCacheSpec
-from kvik.config import MOST_BYTES, TOKEN_BUDGET, KVDType, parse_bytes
+from kvik.config import MAX_BYTES, TOKEN_BUDGET, KVDType, parse_bytes
 from kvik.errors import InvalidInput, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.planner.catalogue import Device, find_device
-from kvik.planner.fit import MOST_USERS, Fit, Load, fit
+from kvik.planner.fit import MAX_USERS, Fit, Load, fit
 from kvik.planner.memory import (
     MAX_RUNNING,
     KVMemory,
@@ -97,7 +97,7 @@ def plan_shape(
     """The same of a shape that is known."""
     context = shape.max_context if context is None else context
     _check_int("context", context, 1, shape.max_context, of=f"{shape.name} was made for {shape.max_context:,} tokens")
-    _check_int("users", users, 1, MOST_USERS)
+    _check_int("users", users, 1, MAX_USERS)
     _check_int("prefix", prefix, 0, context - 1, of=f"a sequence has {context:,} tokens, one of its own at least")
     if kv not in get_args(KVDType):
         raise InvalidInput(f"kv is {kv!r:.40}", hint=f"give one of {', '.join(get_args(KVDType))}")
@@ -173,7 +173,7 @@ def _roofline(load: Load, device: str | None, found: Device | None, fitting: Fit
 
 def _auto_kv_bytes(shape: ModelShape, dtype: KVDType, context: int) -> int | None:
     """What the engine would take for keys and values; `None` where it would refuse."""
-    from kvik.engine.engine import choose_pool_size
+    from kvik.cache.sizing import choose_pool_size
 
     windows = tuple(
         group.window if group.kind == "sliding" else None for group in shape.groups for _ in range(group.num_layers)
@@ -188,6 +188,6 @@ def _auto_kv_bytes(shape: ModelShape, dtype: KVDType, context: int) -> int | Non
 
 def _check_int(name: str, value: Any, least: int, most: int, *, of: str = "") -> None:
     if type(value) is not int or not least <= value <= most:
-        shown = f"{value:,}" if type(value) is int and abs(value) <= MOST_BYTES else f"{value!r:.40}"
+        shown = f"{value:,}" if type(value) is int and abs(value) <= MAX_BYTES else f"{value!r:.40}"
         reason = f"; {of}" if of and type(value) is int and value > most else ""
         raise InvalidInput(f"{name} is {shown}{reason}", hint=f"give a whole number from {least} to {most:,}")

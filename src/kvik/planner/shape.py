@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kvik.cache.spec import MOST_INT8_HEAD_DIM, KVCacheSpec, vector_bytes
+from kvik.cache.spec import MAX_INT8_HEAD_DIM, KVCacheSpec, vector_bytes
 from kvik.config import KVDType
 
 LayerKind = Literal["full", "sliding", "chunked", "latent", "none"]
@@ -31,7 +31,7 @@ class LayerGroup:
 
     def takes(self, dtype: KVDType) -> bool:
         """Whether keys and values can be kept in this type."""
-        return dtype != "int8" or max(self.head_dim, *self.latent_dims) <= MOST_INT8_HEAD_DIM
+        return dtype != "int8" or max(self.head_dim, *self.latent_dims) <= MAX_INT8_HEAD_DIM
 
     def token_bytes(self, dtype: KVDType) -> int:
         """Bytes that one remembered token occupies in these layers."""

@@ -44,7 +44,7 @@ def find_shape(name: str) -> ModelShape:
 
 def _pulled(name: str) -> ModelShape | None:
     """One of kvik's own models, where it is on this machine."""
-    from kvik.models.store import REGISTRY, find
+    from kvik.hub.store import REGISTRY, find
 
     if name not in REGISTRY:
         return None
@@ -82,8 +82,8 @@ def _read_folder(folder: Path, name: str) -> ModelShape:
 
 
 def _from_hub(name: str) -> ModelShape:
-    from kvik.models.hub import CHECKPOINT, HubName, config_file
-    from kvik.models.store import find, identify
+    from kvik.hub.hugging_face import CHECKPOINT, HubName, config_file
+    from kvik.hub.store import find, identify
 
     source = identify(name)
     assert isinstance(source, HubName)

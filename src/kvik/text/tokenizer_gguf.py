@@ -24,8 +24,8 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from kvik.errors import ModelError
-from kvik.models.texts import Texts
-from kvik.models.tokenizer import (
+from kvik.files.texts import Texts
+from kvik.text.tokenizer import (
     BYTE_OF,
     END_NAMES,
     Tokenizer,
@@ -57,7 +57,7 @@ _PHI3_KEEPS_SPACE = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 _SPACE_MARK = "\u2581"
-_MOST_PIECE_CHARACTERS = 256  # all its splits are tried; published vocabularies stay under 50
+_MAX_PIECE_CHARACTERS = 256  # all its splits are tried; published vocabularies stay under 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +264,9 @@ class GGUFTokenizer(Tokenizer):
         if byte_ids.keys() != {f"<0x{byte:02X}>" for byte in range(256)}:  # so the library asks for them
             raise fields.error(f"the vocabulary has {len(byte_ids)} byte tokens that kvik can read, not 256")
         longest = max(map(len, self._tokens))
-        if longest > _MOST_PIECE_CHARACTERS:
+        if longest > _MAX_PIECE_CHARACTERS:
             raise fields.error(
-                f"the vocabulary has a piece of {longest:,} characters, more than {_MOST_PIECE_CHARACTERS}"
+                f"the vocabulary has a piece of {longest:,} characters, more than {_MAX_PIECE_CHARACTERS}"
             )
         scores = fields.items("scores", {float, int}, self.vocab_size)
         if any(map(math.isnan, scores)):

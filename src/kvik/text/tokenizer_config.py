@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvik.models.chat_template import MOST_SOURCE_BYTES, ChatTemplate
-from kvik.models.small_files import folder_error, read_object, read_text
+from kvik.files.small_files import folder_error, read_object, read_text
+from kvik.text.chat_template import MAX_SOURCE_BYTES, ChatTemplate
 
-MOST_CONFIG_BYTES = 1 << 24  # published ones stay under 2 MiB
-MOST_TEMPLATES = 32
+MAX_CONFIG_BYTES = 1 << 24  # published ones stay under 2 MiB
+MAX_TEMPLATES = 32
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -23,13 +23,13 @@ class TokenizerConfig:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "tokenizer_config.json"
-        self._values = read_object(self.path, MOST_CONFIG_BYTES) or {}
+        self._values = read_object(self.path, MAX_CONFIG_BYTES) or {}
         self.names: dict[str, str] = {}  # of special tokens, by their role
         self._read_names(self._values, self.path, ROLES)
         if "added_tokens_decoder" not in self._values:
             # Before 2023 the other file had the last word.
             older = folder / "special_tokens_map.json"
-            self._read_names(read_object(older, MOST_CONFIG_BYTES) or {}, older, ROLES)
+            self._read_names(read_object(older, MAX_CONFIG_BYTES) or {}, older, ROLES)
         self.other_names = self._other_names()
 
     def _read_names(self, values: Mapping[str, Any], path: Path, keys: tuple[str, ...]) -> None:
@@ -54,8 +54,8 @@ class TokenizerConfig:
         value = self._values.get("chat_template")
         if value is None or isinstance(value, str):
             return {"default": value} if value else {}
-        if not isinstance(value, list) or len(value) > MOST_TEMPLATES:
-            raise folder_error(self.path, f"chat_template is neither text nor a list of at most {MOST_TEMPLATES}")
+        if not isinstance(value, list) or len(value) > MAX_TEMPLATES:
+            raise folder_error(self.path, f"chat_template is neither text nor a list of at most {MAX_TEMPLATES}")
         templates = {}
         for index, entry in enumerate(value):
             name, source = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
@@ -106,8 +106,8 @@ def chat_template_of(folder: Path) -> ChatTemplate | None:
 def _template_files(folder: Path) -> dict[str, str]:
     paths = {"default": folder / "chat_template.jinja"}
     others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    if len(others) > MOST_TEMPLATES:
-        raise folder_error(folder, f"{len(others)} additional chat templates, more than {MOST_TEMPLATES}")
+    if len(others) > MAX_TEMPLATES:
+        raise folder_error(folder, f"{len(others)} additional chat templates, more than {MAX_TEMPLATES}")
     paths |= {path.name.removesuffix(".jinja"): path for path in others}
-    sources = {name: read_text(path, MOST_SOURCE_BYTES) for name, path in paths.items()}
+    sources = {name: read_text(path, MAX_SOURCE_BYTES) for name, path in paths.items()}
     return {name: source for name, source in sources.items() if source is not None}

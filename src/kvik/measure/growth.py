@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
-LEAST_POINTS = 4
+MIN_POINTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ def fit_growth(lengths: Sequence[float], costs: Sequence[float]) -> Growth | Non
     Ordinary least squares of log(cost) over log(length), the slope's standard error and Student's t. It takes the
     points' errors for independent, which a slow spell of the machine is not.
     """
-    if len(lengths) < LEAST_POINTS or min(costs) <= 0:
+    if len(lengths) < MIN_POINTS or min(costs) <= 0:
         return None
     x, y = [math.log(one) for one in lengths], [math.log(one) for one in costs]
     count = len(x)

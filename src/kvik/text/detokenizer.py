@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 
-from kvik.models.tokenizer import Tokenizer
+from kvik.text.tokenizer import Tokenizer
 
 
 class Detokenizer:

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MOST_SOURCE_BYTES = 1 << 20
-MOST_TEXT_BYTES = 1 << 24
-MOST_MEMORY_BYTES = 1 << 29
-MOST_SECONDS = 2.0  # of processor time for one rendering; a long conversation takes some milliseconds
+MAX_SOURCE_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1 << 24
+MAX_MEMORY_BYTES = 1 << 29
+MAX_SECONDS = 2.0  # of processor time for one rendering; a long conversation takes some milliseconds
 
 _DAMAGED = "take another file of this model, or send a prompt instead of messages, which needs no template"
 
@@ -40,8 +40,8 @@ _FAILURES = {
     "refused": ("the chat template refuses the messages: {}", "send the roles in the order that the template asks for"),
     "syntax": ("the chat template is not valid Jinja: {}", _DAMAGED),
     "failed": ("the chat template failed: {}", _DAMAGED),
-    "memory": (f"the chat template needs more than {MOST_MEMORY_BYTES >> 20:,} MiB", _DAMAGED),
-    "length": (f"the chat template makes more than {MOST_TEXT_BYTES >> 20} MiB of text", "send shorter messages"),
+    "memory": (f"the chat template needs more than {MAX_MEMORY_BYTES >> 20:,} MiB", _DAMAGED),
+    "length": (f"the chat template makes more than {MAX_TEXT_BYTES >> 20} MiB of text", "send shorter messages"),
 }
 
 
@@ -63,9 +63,9 @@ class ChatTemplate:
         for_tools: ChatTemplate | None = None,
     ) -> None:
         num_bytes = len(source.encode(errors="surrogatepass"))
-        if num_bytes > MOST_SOURCE_BYTES:
+        if num_bytes > MAX_SOURCE_BYTES:
             raise TemplateError(
-                f"{name}: the chat template has {num_bytes:,} bytes, more than {MOST_SOURCE_BYTES:,}", hint=_DAMAGED
+                f"{name}: the chat template has {num_bytes:,} bytes, more than {MAX_SOURCE_BYTES:,}", hint=_DAMAGED
             )
         self._source = source
         self._special = {"bos_token": bos_token, "eos_token": eos_token, **(more_tokens or {})}
@@ -130,7 +130,7 @@ class ChatTemplate:
             return self._worker
         self._stop_worker()
         path = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
-        program = "import sys; sys.path[:] = sys.argv[1:]; from kvik.models.chat_template import serve; serve()"
+        program = "import sys; sys.path[:] = sys.argv[1:]; from kvik.text.chat_template import serve; serve()"
         try:
             worker = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", program, *path],
@@ -149,7 +149,7 @@ class ChatTemplate:
         self._worker = worker
         self._owner = os.getpid()
         self._stop = weakref.finalize(self, _end, worker, self._owner)
-        _send(worker, json.dumps({"source": self._source, "seconds": MOST_SECONDS}).encode())
+        _send(worker, json.dumps({"source": self._source, "seconds": MAX_SECONDS}).encode())
         return worker
 
     def _stop_worker(self) -> None:
@@ -175,7 +175,7 @@ class ChatTemplate:
     def _died(self, worker: subprocess.Popen[bytes]) -> TemplateError:
         code = worker.wait()
         if code == -signal.SIGPROF:
-            return TemplateError(f"{self._name}: the chat template ran longer than {MOST_SECONDS:g} s", hint=_DAMAGED)
+            return TemplateError(f"{self._name}: the chat template ran longer than {MAX_SECONDS:g} s", hint=_DAMAGED)
         return TemplateError(
             f"{self._name}: the process that renders the chat template ended with code {code}", hint=_DAMAGED
         )
@@ -236,7 +236,7 @@ def serve() -> None:
         except Exception as error:  # noqa: BLE001 whatever the template did is an answer, not an end
             kind, text = _failure(error)
         data = text.encode(errors="surrogatepass")
-        if len(data) > MOST_TEXT_BYTES:
+        if len(data) > MAX_TEXT_BYTES:
             kind, data = "length", b""
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(f"{kind} {len(data)}\n".encode() + data)
@@ -246,7 +246,7 @@ def serve() -> None:
 def _limit_this_process() -> None:
     limits = {resource.RLIMIT_NOFILE: 0, resource.RLIMIT_NPROC: 0}
     if sys.platform != "darwin":  # macOS refuses a limit on addresses; the time limit is all there is
-        limits[resource.RLIMIT_AS] = MOST_MEMORY_BYTES
+        limits[resource.RLIMIT_AS] = MAX_MEMORY_BYTES
     for limit, most in limits.items():
         _, hard = resource.getrlimit(limit)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -262,7 +262,7 @@ def _render(template: Template, context: Mapping[str, Any]) -> tuple[str, str]:
     for part in template.generate(context):
         parts.append(part)
         size += len(part)
-        if size > MOST_TEXT_BYTES:
+        if size > MAX_TEXT_BYTES:
             return "length", ""
     return "text", "".join(parts)
 

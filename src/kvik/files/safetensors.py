@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.errors import ModelError
-from kvik.models.mapped import MappedFile, map_file
+from kvik.files.mapped import MappedFile, map_file
 
 # Headers take many times their bytes as Python objects. Real ones have some hundred kB, and 10^4 tensors at most.
 MAX_HEADER_BYTES = 1 << 24

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvik.config import SamplingParams
-from kvik.engine.meter import Meter
+from kvik.measure.meter import Meter
 from kvik.models.work import StepWork
-from kvik.ops.base import Places
+from kvik.ops.base import KVIndex
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -190,5 +190,5 @@ def _computed_before(batch: Batch, num_known: int) -> Batch:
         slot_mapping=batch.slot_mapping[known],
         sequence_index=batch.sequence_index[known],
         logit_rows=np.empty(0, np.int32),
-        windows=tuple(Places(places.slot_mapping[known], places.block_tables) for places in batch.windows),
+        windows=tuple(KVIndex(places.slot_mapping[known], places.block_tables) for places in batch.windows),
     )

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.errors import ModelError
-from kvik.models.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
-from kvik.models.mapped import MappedFile, map_file
-from kvik.models.texts import Texts
+from kvik.files.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
+from kvik.files.mapped import MappedFile, map_file
+from kvik.files.texts import Texts
 
 MetadataValue: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | Texts
 _Kind = TypeVar("_Kind")

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from kvik.errors import DownloadError
-from kvik.models.progress import Progress, megabytes, silent
+from kvik.hub.progress import Progress, megabytes, silent
 
 CHUNK_BYTES = 1 << 20
 MARGIN_BYTES = 16 << 20

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from kvik.config import TOKEN_BUDGET, KVDType, SamplingParams
-from kvik.engine.meter import Meter
 from kvik.engine.sequence import Sequence as TokenSequence
 from kvik.errors import InvalidInput
 from kvik.machine import available_memory_bytes
+from kvik.measure.meter import Meter
 from kvik.models.work import StepWork
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvik.cli.measure import sequence_at
-from kvik.engine.meter import Meter
+from kvik.measure.meter import Meter
+from kvik.measure.passes import sequence_at
 from kvik.models.work import StepWork
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kvik.errors import ModelError
-from kvik.models.config_fields import read_json_object
+from kvik.files.config_fields import read_json_object
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -21,7 +21,7 @@ ADAPTER = "adapter_config.json"
 SMALL_FILES = (CONFIG, "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
 """Patterns of what belongs to a model besides its weights."""
 
-MOST_INDEX_BYTES = 1 << 25
+MAX_INDEX_BYTES = 1 << 25
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 OTHER_WEIGHTS = (*PICKLES, "*.h5", "*.msgpack", "*.npz", "*.onnx", "*.gguf")
 
@@ -82,7 +82,7 @@ def weight_files(folder: Path) -> Mapping[str, Collection[str] | None]:
 
 def read_index(path: Path) -> dict[str, set[str]]:
     """From each file that the index names to its tensors. Raises `ModelError`."""
-    weight_map = read_json_object(path, MOST_INDEX_BYTES).get("weight_map")
+    weight_map = read_json_object(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(
             f"{path}: weight_map is {reprlib.repr(weight_map)}; it must say where each tensor lies", hint=_DOWNLOAD

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
-from kvik.machine import user_folder
-from kvik.models.fetch import WheelModel, pull_wheel, remove_pulled, sha256_of
-from kvik.models.folder import is_inside, is_model_folder, is_whole, model_bytes
-from kvik.models.hub import (
+from kvik.hub.fetch import WheelModel, pull_wheel, remove_pulled, sha256_of
+from kvik.hub.folder import is_inside, is_model_folder, is_whole, model_bytes
+from kvik.hub.hugging_face import (
     CHECKPOINT,
     HUB_ID,
+    ConfigCheck,
     HubName,
+    accept,
     cached_models,
     cached_models_of,
     choose,
@@ -28,7 +29,8 @@ from kvik.models.hub import (
     pull_from_hub,
     remove_cached,
 )
-from kvik.models.progress import Progress, silent
+from kvik.hub.progress import Progress, silent
+from kvik.machine import user_folder
 
 SMOLLM2 = WheelModel(
     name="smollm2",
@@ -59,16 +61,17 @@ def models_folder() -> Path:
     return user_folder() / "models"
 
 
-def resolve(name: str, *, progress: Progress | None = None) -> Path:
+def resolve(name: str, *, check_config: ConfigCheck = accept, progress: Progress | None = None) -> Path:
     """The file or folder that a model's name stands for, downloaded first if it is not here yet.
 
+    `check_config` judges a checkpoint's config before its weights are downloaded (`models.loader.check_config_of`).
     Raises ModelNotFound (no such name, path or Hub id), DownloadError or ModelError (a file of the wrong size).
     """
     source = identify(name)
     if isinstance(source, WheelModel):
         return _installed(source) or pull_wheel(source, models_folder(), progress=progress or silent)
     if isinstance(source, HubName):
-        return pull_from_hub(source, force=False, progress=progress or silent)
+        return pull_from_hub(source, force=False, progress=progress or silent, check_config=check_config)
     return source
 
 
@@ -87,7 +90,13 @@ def find(name: str) -> Path:
     return path
 
 
-def pull(name: str, *, force: bool = False, progress: Progress | None = None) -> tuple[Path, str]:
+def pull(
+    name: str,
+    *,
+    force: bool = False,
+    check_config: ConfigCheck = accept,
+    progress: Progress | None = None,
+) -> tuple[Path, str]:
     """Bring a model to this machine and say what was done; `force` starts afresh.
 
     A model of kvik's own that is here already is read through, to prove by its SHA-256 that it is whole.
@@ -97,7 +106,7 @@ def pull(name: str, *, force: bool = False, progress: Progress | None = None) ->
         return source, "already here"
     if isinstance(source, HubName):
         before = cached_models_of(source).values()
-        path = pull_from_hub(source, force=force, progress=show)
+        path = pull_from_hub(source, force=force, progress=show, check_config=check_config)
         return path, "already here" if path in before and not force else "downloaded"
     installed = None if force else _installed(source)
     if installed is None:

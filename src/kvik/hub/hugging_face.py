@@ -6,15 +6,15 @@ Its settings hold (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE), and so does 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
-from kvik.models.fetch import MARGIN_BYTES, disk_error, require_space
-from kvik.models.folder import (
+from kvik.hub.fetch import MARGIN_BYTES, disk_error, require_space
+from kvik.hub.folder import (
     ADAPTER,
     CONFIG,
     INDEX,
@@ -27,7 +27,7 @@ from kvik.models.folder import (
     read_index,
     small_files,
 )
-from kvik.models.progress import Progress
+from kvik.hub.progress import Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedFileInfo, CachedRepoInfo, CachedRevisionInfo, HFCacheInfo
@@ -38,6 +38,13 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 CHECKPOINT = "safetensors"
 """In the place of a file's name: all files of the repository's checkpoint."""
+
+ConfigCheck: TypeAlias = Callable[[Path], None]
+"""Raises `ModelError` for a folder whose config.json is of no model that can be run."""
+
+
+def accept(folder: Path) -> None:
+    """Take any config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +67,11 @@ def is_safe_gguf(file: str) -> bool:
     return is_inside(file) and file.lower().endswith(".gguf")
 
 
-def pull_from_hub(name: HubName, *, force: bool, progress: Progress) -> Path:
-    """Download the file or the checkpoint, or give the cached copy where the Hub is out of reach."""
+def pull_from_hub(name: HubName, *, force: bool, progress: Progress, check_config: ConfigCheck) -> Path:
+    """Download the file or the checkpoint, or give the cached copy where the Hub is out of reach.
+
+    `check_config` judges a checkpoint's folder, which has its config and no more, before anything large is brought.
+    """
     from huggingface_hub import HfApi, errors
 
     cached = {} if force else cached_models_of(name)
@@ -78,7 +88,7 @@ def pull_from_hub(name: HubName, *, force: bool, progress: Progress) -> Path:
             return cached[choose(name, cached)]
         sizes_bytes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         chosen = choose(name, sizes_bytes)
-        pull = _Pull(name, sizes_bytes, force=force, progress=progress)
+        pull = _Pull(name, sizes_bytes, force=force, progress=progress, check_config=check_config)
         if chosen == CHECKPOINT:
             return pull.checkpoint()
         if chosen not in cached:
@@ -89,23 +99,26 @@ def pull_from_hub(name: HubName, *, force: bool, progress: Progress) -> Path:
 class _Pull:
     """Downloads from one repository, whose files have these sizes."""
 
-    def __init__(self, name: HubName, sizes_bytes: Mapping[str, int], *, force: bool, progress: Progress) -> None:
+    def __init__(
+        self,
+        name: HubName,
+        sizes_bytes: Mapping[str, int],
+        *,
+        force: bool,
+        progress: Progress,
+        check_config: ConfigCheck,
+    ) -> None:
         self.name = name
         self.sizes_bytes = sizes_bytes
         self.force = force
         self.progress = progress
+        self.check_config = check_config
 
     def checkpoint(self) -> Path:
-        """Bring all files of the checkpoint, of one commit, and return their folder. Nothing else is brought.
-
-        What the config says is judged before anything large is brought.
-        """
-        from kvik.models.checkpoint import read_model_config
-        from kvik.models.hf_spec import read_hf_spec
-
+        """Bring all files of the checkpoint, of one commit, and return their folder. Nothing else is brought."""
         # The first by the revision's name, which the cache remembers; the others by the commit that it stood for.
         folder = self.download(CONFIG, self.name.revision, f"{self.name.repo}: downloading {CONFIG}").parent
-        read_hf_spec(read_model_config(folder), folder / CONFIG)
+        self.check_config(folder)
         weights = [WHOLE]
         if INDEX in self.sizes_bytes:
             weights = sorted(read_index(self.download(INDEX, folder.name, f"{self.name.repo}: downloading {INDEX}")))

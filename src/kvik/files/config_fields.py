@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from kvik.errors import ModelError
-from kvik.models.small_files import read_object
+from kvik.files.small_files import read_object
 
-MOST_CONFIG_BYTES = 1 << 20
-MOST_WIDTH = 1 << 24  # of any width or count: far above every published model
-MOST_CONTEXT = 1 << 31
+MAX_CONFIG_BYTES = 1 << 20
+MAX_WIDTH = 1 << 24  # of any width or count: far above every published model
+MAX_CONTEXT = 1 << 31
 
 _HINT = "it must be the config.json of a decoder, as transformers writes it"
 _OTHER_NAMES = {
@@ -25,7 +25,7 @@ _OTHER_NAMES = {
 }
 
 
-def read_json_object(path: Path, most_bytes: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
+def read_json_object(path: Path, most_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The object that a JSON file holds, which must be there. Raises `ModelError`."""
     found = read_object(path, most_bytes, _HINT)
     if found is None:
@@ -46,7 +46,7 @@ class ConfigFields:
             (self.fields[one] for one in (key, *_OTHER_NAMES.get(key, ())) if self.fields.get(one) is not None), None
         )
 
-    def count(self, key: str, default: int | None = None, *, most: int = MOST_WIDTH) -> int:
+    def count(self, key: str, default: int | None = None, *, most: int = MAX_WIDTH) -> int:
         """A count from 1 to `most`."""
         found = self.find(key)
         if found is None:
@@ -60,7 +60,7 @@ class ConfigFields:
     def optional(self, key: str) -> int | None:
         """A count that may be missing, null or 0."""
         found = self.find(key)
-        return None if found in (None, 0) and found is not False else self.count(key, most=MOST_CONTEXT)
+        return None if found in (None, 0) and found is not False else self.count(key, most=MAX_CONTEXT)
 
     def number(self, key: str, default: float | None = None, *, above: float = 0.0, most: float = 1e12) -> float:
         """A number above `above`, up to `most`."""

@@ -1,0 +1,1 @@
+"""Tokenizers, the detokenizer and chat templates."""
