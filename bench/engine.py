@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -23,10 +22,10 @@ from rich.progress import Progress
 import kvik
 from kvik import LLM, SamplingParams
 from kvik.engine.engine import Engine
+from kvik.engine.events import StepEvent
 from kvik.engine.sequence import Sequence
 from kvik.hub.store import resolve
 from kvik.machine import available_threads
-from kvik.ops.base import Array, Batch
 from kvik_runs import NotAvailable, random_tokens
 from llama_cpp_runs import LlamaCppRuns
 
@@ -56,30 +55,16 @@ class Figures:
 
 
 class Clock:
-    """Counts the time inside forward passes, and in the scheduler: what is left is sampling and text."""
+    """An observer that counts the time of the model, and of the scheduler: what is left is sampling and text."""
 
     def __init__(self, engine: Engine) -> None:
         self.forward_s = self.scheduler_s = 0.0
-        self._forward: Callable[[Batch], Array] = engine.forward
-        engine.forward = self
-        for name in ("schedule", "record"):
-            setattr(engine.scheduler, name, self._timed(getattr(engine.scheduler, name)))
+        engine.add_observer(self)
 
-    def __call__(self, batch: Batch) -> Array:
-        """Run a step."""
-        started_s = time.perf_counter()
-        logits = self._forward(batch)
-        self.forward_s += time.perf_counter() - started_s
-        return logits
-
-    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **named: Any) -> Any:
-            started_s = time.perf_counter()
-            result = method(*arguments, **named)
-            self.scheduler_s += time.perf_counter() - started_s
-            return result
-
-        return timed
+    def __call__(self, event: StepEvent) -> None:
+        """A step has run."""
+        self.forward_s += event.run_s
+        self.scheduler_s += event.schedule_s + event.commit_s
 
 
 class Bench:
@@ -138,7 +123,7 @@ class Bench:
             whole_s = time.perf_counter() - started_s
             self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: decode step, ms", 1e3 * NUM_SHARERS / rate)
             self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: whole run, s", whole_s)
-            computed = sum(sequence.total_computed_tokens for sequence in sequences) - NUM_SHARERS * (ANSWER - 1)
+            computed = sum(sequence.costs.num_computed_tokens for sequence in sequences) - NUM_SHARERS * (ANSWER - 1)
             self.figures.add(f"16 requests of 1,520 tokens, prefix {name}: prompt tokens computed", computed)
 
     def seen_before(self) -> None:
@@ -154,7 +139,7 @@ class Bench:
 
     def _queue(self, engine: Engine, prompt: list[int], max_tokens: int, salt: str | None = None) -> Sequence:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        sequence = engine.new_sequence(prompt, params, salt=salt)
+        sequence = engine.new_sequence(engine.new_request(prompt, params, salt=salt))
         engine.add(sequence)
         return sequence
 
@@ -186,7 +171,7 @@ class Bench:
         for sequence in sequences:
             if sequence.error is not None:
                 raise sequence.error
-            if sequence.num_preemptions:
+            if sequence.costs.num_preemptions:
                 raise NotAvailable("the memory is too small for all sequences at once")
 
 

@@ -17,6 +17,7 @@ from kvik import LLM, SamplingParams
 from kvik.cache import BLOCK_SIZE
 from kvik.config import Activations
 from kvik.engine.engine import Engine
+from kvik.engine.lease import Lease
 from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput
 from kvik.ops.base import Batch
@@ -45,20 +46,20 @@ class KvikRuns:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._deep: dict[tuple[Path, str, str, int], tuple[Engine, Sequence]] = {}
+        self._deep: dict[tuple[Path, str, str, int], tuple[Engine, Lease | None]] = {}
 
     @cache  # noqa: B019  # lives as long as the program
     def llm(self, model: Path, activations: Activations = "int8", kv_dtype: str = "f16") -> LLM:
         """A loaded model; a KV format that this version does not know raises `NotAvailable`."""
         try:
-            return LLM(model, activations=activations, kv_dtype=kv_dtype, threads=self.threads, prefix_cache=False)  # type: ignore[arg-type]
+            return LLM(model, activations=activations, kv_dtype=kv_dtype, threads=self.threads, prefix_cache=False)
         except InvalidInput as error:
             raise NotAvailable(str(error)) from error
 
     def prefill(self, model: Path, num_tokens: int, activations: Activations = "int8") -> float:
         """Tokens a second of a prompt."""
         engine = self.llm(model, activations).engine
-        sequence = engine.new_sequence(random_tokens(engine, num_tokens), _params(1))
+        sequence = engine.new_sequence(engine.new_request(random_tokens(engine, num_tokens), _params(1)))
         started_s = time.perf_counter()
         _finish(engine, sequence)
         return num_tokens / (time.perf_counter() - started_s)
@@ -68,11 +69,10 @@ class KvikRuns:
     ) -> float:
         """Tokens a second after a prompt of `depth` tokens, with all that a step of the engine does."""
         key = (model, activations, kv_dtype, depth)
-        engine, previous = self._deep.get(key) or (self.llm(model, activations, kv_dtype).new_engine(), None)
-        # A later round takes over what the first one computed, and computes the last prompt token only.
-        sequence = engine.new_sequence(
-            random_tokens(engine, depth), _params(num_tokens + 1), park=True, previous=previous
-        )
+        engine, lease = self._deep.get(key) or (self.llm(model, activations, kv_dtype).new_engine(), None)
+        # A later round goes on from what the first one computed, and computes the last prompt token only.
+        params, prompt = _params(num_tokens + 1), random_tokens(engine, depth)
+        sequence = engine.new_sequence(engine.new_request(prompt, params, hold=lease is None, lease=lease))
         engine.add(sequence)
         while sequence.num_completion_tokens == 0:
             engine.step()
@@ -82,7 +82,7 @@ class KvikRuns:
             engine.step()
         elapsed_s = time.perf_counter() - started_s
         _raise(sequence)
-        self._deep[key] = engine, sequence
+        self._deep[key] = engine, lease or sequence.lease
         return num_tokens / elapsed_s
 
     def batched_decode(self, model: Path, num_sequences: int, num_prompt_tokens: int, num_tokens: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import faulthandler
 import os
 import random
@@ -27,7 +28,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvik import LLM, AsyncLLM, Completion, SamplingParams, Session
+from kvik import LLM, AsyncLLM, Completion, InvalidInput, SamplingParams, Session
 from kvik.cache import BLOCKS_PER_SUPERBLOCK
 from kvik.config import Speculation
 from kvik.files.gguf import read_gguf
@@ -316,9 +317,8 @@ class Soak:
         elif what == "pin" and session.completion is not None and session.completion.finish_reason != "abort":
             for other in sessions:  # one at a time, so that everybody's requests fit beside all pins
                 other.unpin()
-            with self.llm.engine.lock:
-                if self._is_parked(session):
-                    session.pin()
+            with contextlib.suppress(InvalidInput):  # its blocks may be gone, or a request may need them
+                session.pin()
         elif what == "unpin":
             session.unpin()
         elif what == "say":
@@ -340,10 +340,6 @@ class Soak:
             completion = session.generate(params)
             self._note(completed=True, completions=[completion], is_turn=True)
             self._offer(f"{name} after {', '.join(did)}", prompt, params, completion, draw)
-
-    def _is_parked(self, session: Session) -> bool:
-        """Whether its blocks are still there; whoever pins too late is refused, and that is no failure."""
-        return session._sequence is not None and bool(session._sequence.table.block_ids)
 
     # Checks.
 
@@ -384,7 +380,7 @@ class Soak:
             max_tokens=len(wanted), ignore_eos=True, logprobs=None if done.logprobs is None else top
         )
         before = prompt + done.token_ids[:start]
-        sequence = self.check_engine.new_sequence(before, params, keep_cache=False)
+        sequence = self.check_engine.new_sequence(self.check_engine.new_request(before, params, use_cache=False))
         self.check_engine.add(sequence)
         while sequence.finish_reason is None:
             self.check_engine.step()
@@ -449,7 +445,7 @@ class Soak:
             found = (
                 f"{name}, cleared: {pool.num_held} blocks held, {pool.num_reusable} reusable, {committed} bytes in use"
             )
-            if pool.num_free != pool.num_blocks or committed or engine.scheduler.has_work or engine.scheduler.parked:
+            if pool.num_free != pool.num_blocks or committed or engine.scheduler.has_work or engine.cache.holds:
                 self.fail(found)
             yield found
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from kvik.cache import BLOCK_SIZE
-from kvik.config import Activations, KVDType, SamplingParams
+from kvik.config import Activations, EngineConfig, KVDType, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.loader import LoadedModel
 from kvik.ops.base import Batch
@@ -19,7 +19,7 @@ class Arrangement:
     """How an engine goes about a prompt."""
 
     token_budget: int = 512
-    keep_cache: bool = True
+    use_cache: bool = True
     threads: int = 1
     shuffled: bool = False
 
@@ -27,10 +27,12 @@ class Arrangement:
         self, model: LoadedModel, prompt: list[int], params: SamplingParams, kv_dtype: KVDType, activations: Activations
     ) -> Run:
         """Completes the prompt so, on an engine of its own."""
-        engine = Engine(with_ops(model, activations, self.threads), kv_dtype=kv_dtype, token_budget=self.token_budget)
+        engine = Engine(
+            with_ops(model, activations, self.threads), EngineConfig(kv_dtype=kv_dtype, token_budget=self.token_budget)
+        )
         if self.shuffled:
             shuffle_free_blocks(engine, seed=len(prompt))
-        return run(engine, prompt, params, keep_cache=self.keep_cache)
+        return run(engine, prompt, params, use_cache=self.use_cache)
 
 
 def assert_same(result: Run, wanted: Run, message: object) -> None:

@@ -22,6 +22,7 @@ from kvik.files.gguf import read_gguf
 from kvik.models.loader import LoadedModel, load_model
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
+from sequences import new_sequence
 
 FloatArray = npt.NDArray[np.float32]
 Tensor = tuple[npt.NDArray[Any], GGMLQuantizationType]
@@ -102,9 +103,9 @@ def run_sequence(engine: Engine, sequence: Sequence) -> Run:
     return Run(sequence, sequence.completion_ids, np.stack(rows))
 
 
-def run(engine: Engine, prompt: SequenceOf[int], params: SamplingParams = GREEDY, *, keep_cache: bool = True) -> Run:
+def run(engine: Engine, prompt: SequenceOf[int], params: SamplingParams = GREEDY, *, use_cache: bool = True) -> Run:
     """Complete one prompt on an engine that nobody else uses."""
-    return run_sequence(engine, engine.new_sequence(prompt, params, keep_cache=keep_cache))
+    return run_sequence(engine, new_sequence(engine, prompt, params, use_cache=use_cache))
 
 
 def num_common_tokens(first: SequenceOf[int], second: SequenceOf[int]) -> int:

@@ -7,8 +7,9 @@ is written.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
-from kvik.config import SamplingParams
+from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize
+from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
-from kvik.engine.output import TextStream, TokenLogprobs
-from kvik.engine.sampler import StepLogits, choose, token_logprobs
+from kvik.engine.output import TokenLogprobs
+from kvik.engine.sampler import NumpySampler, Sampled, SampleRow, token_logprobs
 from kvik.engine.sequence import Sequence
-from kvik.ops.base import Batch
 
 VOCAB = 11
 CONTEXT = 400
@@ -61,67 +61,71 @@ class StepFailed(Exception):
     """What a simulation asked for."""
 
 
-@dataclass
-class FakeOps:
-    """What the engine asks of ops, and nothing else."""
+class SimulatedRunner:
+    """A runner whose arithmetic is `logits_after`."""
 
-    spec: KVCacheSpec
-    name: str = "fake"
-    batch_salts: list[int] = field(default_factory=list)  # of the sequences of the step that is about to run
-    fails: bool = False  # the next step stops half way
-
-    def allocate_kv(
-        self, spec: KVCacheSpec, num_blocks: int, window_blocks: SequenceOf[int] | None = None
-    ) -> list[Slots]:
-        """Of each group of layers: those that see all tokens, then the windows."""
-        return [
+    def __init__(self, spec: KVCacheSpec, size: PoolSize) -> None:
+        self.spec = spec
+        self.fails = False  # the next step stops half way
+        self._sampler = NumpySampler()
+        # Of each group of layers: those that see all tokens, then the windows.
+        self.slots = [
             Slots(*(np.full(count * BLOCK_SIZE, UNWRITTEN, np.int64) for _ in range(3)))
-            for count in (num_blocks, *(window_blocks or ()))
+            for count in (size.num_blocks, *size.window_blocks)
         ]
 
-    def copy_blocks(self, kv: list[Slots], copies: SequenceOf[tuple[int, int]], group: int = 0) -> None:
+    def copy_blocks(self, copies: SequenceOf[tuple[int, int]], group: int) -> None:
         for source, target in copies:
-            for array in kv[group].arrays():
+            for array in self.slots[group].arrays():
                 array[target * BLOCK_SIZE : (target + 1) * BLOCK_SIZE] = array[
                     source * BLOCK_SIZE : (source + 1) * BLOCK_SIZE
                 ]
 
-    def discard_blocks(self, kv: list[Slots], superblocks: SequenceOf[int], group: int = 0) -> None:
+    def discard_blocks(self, superblocks: SequenceOf[int], group: int) -> None:
         size = BLOCKS_PER_SUPERBLOCK * BLOCK_SIZE
         for superblock in superblocks:
-            for array in kv[group].arrays():
+            for array in self.slots[group].arrays():
                 array[superblock * size : (superblock + 1) * size] = UNWRITTEN
 
-    def to_numpy(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return x
+    def step_bytes(self, *, with_logits: bool) -> int:
+        return 1
 
-    def forward(self, kv: list[Slots], batch: Batch) -> npt.NDArray[np.float32]:
-        groups = sorted(set(self.spec.groups))
+    def sample(self, logits: npt.NDArray[np.float32], rows: SequenceOf[SampleRow]) -> list[Sampled]:
+        return self._sampler.sample(logits, rows)
+
+    def prompt_logprobs(
+        self, logits: npt.NDArray[np.float32], next_ids: SequenceOf[int], num_top: int
+    ) -> list[TokenLogprobs]:
+        return self._sampler.prompt_logprobs(logits, next_ids, num_top)
+
+    def run(self, batch: ScheduledBatch) -> npt.NDArray[np.float32]:
+        arrays = batch.arrays
+        batch_salts = np.array([salt_number(item.sequence.request.salt) for item in batch.items])
         fails, self.fails = self.fails, False
-        for group in groups:
-            slots, written = batch.places(group).slot_mapping, kv[group]
+        for group in sorted(set(self.spec.groups)):
+            slots, written = arrays.places(group).slot_mapping, self.slots[group]
             assert len(set(slots.tolist())) == len(slots), "two tokens in one slot"
             if fails:
                 written.positions[slots[::2]] = UNWRITTEN
                 continue
-            written.tokens[slots] = batch.token_ids
-            written.positions[slots] = batch.positions
-            written.salts[slots] = np.array(self.batch_salts)[batch.sequence_index]
+            written.tokens[slots] = arrays.token_ids
+            written.positions[slots] = arrays.positions
+            written.salts[slots] = batch_salts[arrays.sequence_index]
         if fails:
             raise StepFailed
-        rows = np.zeros((len(batch.logit_rows), VOCAB), np.float32)
+        rows = np.zeros((len(arrays.logit_rows), VOCAB), np.float32)
         windows = self.spec.layer_windows
         assert windows is not None
         for window, group in zip(windows, self.spec.groups, strict=True):
-            tables, stored = batch.places(group).block_tables, kv[group]
-            for index, token in enumerate(batch.logit_rows):
-                sequence, position = batch.sequence_index[token], batch.positions[token]
+            tables, stored = arrays.places(group).block_tables, self.slots[group]
+            for index, token in enumerate(arrays.logit_rows):
+                sequence, position = arrays.sequence_index[token], arrays.positions[token]
                 seen = np.arange(0 if window is None else max(0, position + 1 - window), position + 1)
                 slots = tables[sequence, seen // BLOCK_SIZE] * BLOCK_SIZE + seen % BLOCK_SIZE
                 assert (stored.positions[slots] == seen).all(), "a slot holds another position"
-                salts = stored.salts[slots]
-                assert (salts == self.batch_salts[sequence]).all(), "a slot was written under another salt"
-                rows[index] += logits_after(stored.tokens[slots], self.batch_salts[sequence])
+                salt = int(batch_salts[sequence])
+                assert (stored.salts[slots] == salt).all(), "a slot was written under another salt"
+                rows[index] += logits_after(stored.tokens[slots], salt)
         return rows
 
 
@@ -138,13 +142,10 @@ class FakeTokenizer:
         return bytes([ord("a") + token_id])
 
 
-def fake_model(ops: FakeOps, spec: KVCacheSpec) -> Any:
+def fake_model(spec: KVCacheSpec) -> Any:
     """As much of a `LoadedModel` as an engine uses."""
     decoder = SimpleNamespace(
-        spec=SimpleNamespace(kv_spec=lambda dtype: spec, vocab_size=VOCAB, context_length=CONTEXT),
-        ops=ops,
-        record=lambda kv: lambda batch: ops.forward(kv, batch),
-        weights=SimpleNamespace(step_bytes=lambda *, with_logits: 1),
+        spec=SimpleNamespace(kv_spec=lambda dtype: spec, vocab_size=VOCAB, context_length=CONTEXT)
     )
     return SimpleNamespace(decoder=decoder, context=CONTEXT, tokenizer=FakeTokenizer(), path=Path("fake.gguf"))
 
@@ -161,12 +162,13 @@ def salt_number(salt: str | None) -> int:
 
 
 class SimulatedEngine(Engine):
-    """The real engine; the fake ops are told whose tokens they compute."""
+    """The real engine over a simulated runner; `num_blocks` is the size of its cache."""
+
+    runner: SimulatedRunner
 
     def __init__(self, *, num_blocks: int, windows: Windows = ALL, least_sequences: int = 8, **options: Any) -> None:
         self.windows = windows
         spec = KVCacheSpec(len(windows), num_kv_heads=1, head_dim=1, dtype="f32", layer_windows=windows)
-        self.ops = FakeOps(spec)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("kvik.cache.spec.MIN_SEQUENCES", least_sequences)
             size = spec.pool_size(
@@ -175,32 +177,36 @@ class SimulatedEngine(Engine):
                 step_tokens=options["token_budget"],
                 max_running=options["max_running"],
             )
-            memory = max(1, spec.pool_bytes(size))
-            super().__init__(fake_model(self.ops, spec), kv_dtype="f32", kv_memory=memory, **options)
-
-    def _run(self, batch: ScheduledBatch) -> StepLogits:
-        self.ops.batch_salts = [salt_number(item.sequence.table.namespace.salt) for item in batch.items]
-        return super()._run(batch)
+            config = EngineConfig(kv_dtype="f32", kv_memory=max(1, spec.pool_bytes(size)), **options)
+            super().__init__(
+                fake_model(spec), config, make_runner=lambda model, kv_spec, size: SimulatedRunner(kv_spec, size)
+            )
 
 
 def expected_sequence(
     engine: SimulatedEngine, prompt: list[int], params: SamplingParams, seed: int, salt: str | None
 ) -> Sequence:
     """The same request, written by nothing but the model's definition: no cache, no batch, no engine."""
-    tokenizer: Any = FakeTokenizer()
-    sequence = Sequence(
-        token_ids=list(prompt),
-        num_prompt_tokens=len(prompt),
-        params=params,
-        seed=seed,
-        stop_token_ids=engine._stop_token_ids(params),
-        text=TextStream(tokenizer, params.stop),
-        table=engine.cache.new_table(salt),
-        most_tokens=min(len(prompt) + params.max_tokens, CONTEXT),
-    )
+    # With the seed of the completion that is asked for, it is the only one.
+    params = dataclasses.replace(params, n=1, seed=seed, echo=False)
+    sequence = engine.new_sequence(engine.new_request(prompt, params, salt=salt))
+    stop_token_ids = tuple(sequence.request.stop_token_ids)
     while sequence.finish_reason is None:
-        row = logits_of_layers(np.array(sequence.token_ids, np.int64), salt_number(salt), engine.windows)
-        sequence.accept(choose(StepLogits(row[None]), 0, sequence))
+        logits = logits_of_layers(np.array(sequence.token_ids, np.int64), salt_number(salt), engine.windows)
+        is_short = sequence.num_completion_tokens < params.min_tokens
+        row = SampleRow(
+            row=0,
+            params=params,
+            seed=seed,
+            position=sequence.num_tokens,
+            token_ids=sequence.token_ids,
+            num_prompt_tokens=len(prompt),
+            forbidden_ids=stop_token_ids if is_short else (),
+        )
+        (sampled,) = NumpySampler().sample(logits[None], [row])
+        if sampled.logprobs is not None:
+            sequence.logprobs.append(sampled.logprobs)
+        sequence.accept(sampled.token_id)
     return sequence
 
 

@@ -31,7 +31,7 @@ class KvikWorker(Worker):
         # The first tokens of all prompts, so that their keys and values are in the cache; then all of them together.
         engine = self.llm.engine
         self.llm.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
-        sequences = [engine.new_sequence(prompt, params) for prompt in prompts]
+        sequences = [engine.new_sequence(engine.new_request(prompt, params)) for prompt in prompts]
         for sequence in sequences:
             engine.add(sequence)
         while any(sequence.num_completion_tokens == 0 for sequence in sequences):

@@ -11,12 +11,16 @@
     ├── NotEnoughMemory         the machine cannot hold what was asked for
     ├── QueueFull               more requests wait than the engine takes
     ├── SlowReader              a stream was not read while its tokens kept coming
-    └── EngineDead              the engine's thread has ended; nothing more will come
+    ├── RequestsFailed          some of several requests failed; it has the completions of the others
+    ├── StepInterrupted         a step was interrupted half way, and every request with it
+    └── EngineDead              the engine has ended; nothing more will come
 
 Each carries one line that names the thing with its numbers, and a `hint` that says what to do about it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class KvikError(Exception):
@@ -71,5 +75,18 @@ class QueueFull(KvikError):
     """More requests wait than the engine takes."""
 
 
+class RequestsFailed(KvikError):
+    """Some of several requests failed while they ran; the first failure is its cause."""
+
+    def __init__(self, message: str, *, hint: str, completions: list[Any], errors: dict[int, Exception]) -> None:
+        super().__init__(message, hint=hint)
+        self.completions = completions  # in the order of the requests, None where one failed
+        self.errors = errors  # by that order
+
+
+class StepInterrupted(KvikError):
+    """A step was interrupted half way, so that nothing of what it worked on can be trusted."""
+
+
 class EngineDead(KvikError):
-    """The engine's thread has ended; nothing more will come."""
+    """The engine has ended, by `close` or after steps that failed one after the other; nothing more will come."""

@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 from command_line import Kvik
 from gguf_files import tiny_llama
 from kvik.cli.app import app
-from kvik.engine.engine import Engine, StepResult
+from kvik.engine.engine import Engine
+from kvik.engine.events import StepResult
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 
 from command_line import Kvik
 from gguf_files import tiny_llama
+from kvik.config import EngineConfig
 from kvik.engine.engine import Engine
 from kvik.files.gguf import dequantize, read_gguf
 from kvik.models.gguf_spec import read_spec
@@ -63,7 +64,7 @@ def test_equal_heads_pool_without_loss(tmp_path: Path) -> None:
     pool_kv_heads(both, tmp_path / "c.gguf", 1)
     models = [load_model(path, NativeOps(threads=1)) for path in (source, both, tmp_path / "c.gguf")]
     prompt = random_prompt(models[0], 40, 7)
-    wanted, *others = [run(Engine(model, kv_dtype="f32"), prompt).logits for model in models]
+    wanted, *others = [run(Engine(model, EngineConfig(kv_dtype="f32")), prompt).logits for model in models]
     for logits in others:
         np.testing.assert_array_equal(wanted, logits)
 

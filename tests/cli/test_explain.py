@@ -14,7 +14,6 @@ import pytest
 from command_line import Kvik
 from gguf_files import tiny_llama
 from kvik.cli.explain import _list
-from kvik.engine.sampler import StepLogits
 from kvik.engine.sequence import Sequence
 from kvik.explain.run import TracedRun
 from models import altered
@@ -206,11 +205,13 @@ def test_lanes_that_part_are_told_and_drawn_as_far_as_both_go(
 ) -> None:
     """The lane without the cache chooses an end where the other one goes on."""
 
-    def choose(step: StepLogits, row: int, sequence: Sequence) -> int:
-        early = not sequence.keep_cache and sequence.num_completion_tokens == 3
-        return min(sequence.stop_token_ids) if early else step.most_likely[row]
+    accept = Sequence.accept
 
-    monkeypatch.setattr("kvik.engine.engine.choose", choose)
+    def end_early(sequence: Sequence, token_id: int) -> None:
+        early = not sequence.request.use_cache and sequence.num_completion_tokens == 3
+        accept(sequence, min(sequence.request.stop_token_ids) if early else token_id)
+
+    monkeypatch.setattr(Sequence, "accept", end_early)
     page, trace = tmp_path / "o.html", tmp_path / "o.json"
     result = kvik("explain", "hello there", *SHORT, "--html", str(page), "--trace", str(trace))
     assert result.exit_code == 1

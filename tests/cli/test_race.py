@@ -45,8 +45,8 @@ def test_both_lanes_do_the_same_bit_for_bit(llm: LLM, temperature: float) -> Non
     assert compare(*lanes).is_same
     without, with_cache = lanes
     prompt = without.sequence.num_prompt_tokens
-    assert with_cache.sequence.total_computed_tokens == prompt + 39
-    assert without.sequence.total_computed_tokens == sum(range(prompt, prompt + 40))
+    assert with_cache.sequence.costs.num_computed_tokens == prompt + 39
+    assert without.sequence.costs.num_computed_tokens == sum(range(prompt, prompt + 40))
     assert without.kv_kept_bytes == 0
     assert with_cache.kv_kept_bytes > 0
 
@@ -57,8 +57,8 @@ def test_the_lane_that_is_behind_steps_next(llm: LLM, monkeypatch: pytest.Monkey
 
     def step(lane: RaceLane) -> None:
         lane.engine.step()
-        lane.elapsed_s += 1.0 if lane.sequence.keep_cache else 2.5
-        order.append("+" if lane.sequence.keep_cache else "-")
+        lane.elapsed_s += 1.0 if lane.sequence.request.use_cache else 2.5
+        order.append("+" if lane.sequence.request.use_cache else "-")
 
     monkeypatch.setattr(RaceLane, "step", step)
     assert run_race(lanes, lambda: None)
@@ -257,7 +257,7 @@ def test_a_difference_is_exit_1(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> 
 
     def wrong_step(lane: RaceLane) -> None:
         step(lane)
-        if lane.sequence.keep_cache and lane.num_tokens == 17:
+        if lane.sequence.request.use_cache and lane.num_tokens == 17:
             lane.digests[-1] = digest(np.zeros(1, np.float32))
 
     monkeypatch.setattr(RaceLane, "step", wrong_step)
@@ -272,9 +272,9 @@ def test_other_tokens_are_exit_1_and_both_texts_are_shown(kvik: Kvik, monkeypatc
 
     def wrong_step(lane: RaceLane) -> None:
         step(lane)
-        if lane.sequence.keep_cache and lane.num_tokens == 9:
+        if lane.sequence.request.use_cache and lane.num_tokens == 9:
             lane.sequence.token_ids[-1] ^= 1
-            lane.sequence.text.text += "!"
+            lane.sequence.text.parts[-1] += "!"
 
     monkeypatch.setattr(RaceLane, "step", wrong_step)
     result = kvik("race", *SHORT)

@@ -10,11 +10,14 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from kvik.config import KVDType, SamplingParams
+from kvik.config import EngineConfig, KVDType, SamplingParams
+from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
+from kvik.engine.runner import ModelRunner
 from kvik.engine.sequence import Sequence
 from kvik.models.loader import LoadedModel
 from models import FloatArray, Run, assert_idle, random_prompt, run, shuffle_free_blocks, with_ops
+from sequences import new_sequence
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 LENGTHS = (5, 33, 64, 1, 90, 31, 32, 130, 7, 65, 12, 200, 40, 3, 96, 58)
@@ -23,11 +26,11 @@ VOCAB = 320
 
 def alone(model: LoadedModel, prompt: list[int], params: SamplingParams = PARAMS, **options: Any) -> Run:
     """Nothing is kept, nobody else is there: what every arrangement is compared with."""
-    return run(Engine(model, **options), prompt, params, keep_cache=False)
+    return run(Engine(model, EngineConfig(**options)), prompt, params, use_cache=False)
 
 
 def add_all(engine: Engine, prompts: SequenceOf[list[int]], params: SequenceOf[SamplingParams]) -> list[Sequence]:
-    sequences = [engine.new_sequence(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    sequences = [new_sequence(engine, prompt, each) for prompt, each in zip(prompts, params, strict=True)]
     for sequence in sequences:
         engine.add(sequence)
     return sequences
@@ -71,11 +74,11 @@ def wanted(tiny: LoadedModel) -> list[Run]:
 @pytest.mark.parametrize("token_budget", [1, 7, 33, 512])
 @pytest.mark.parametrize("count", [1, 3, 16])
 def test_batches_of_ragged_lengths(tiny: LoadedModel, wanted: list[Run], count: int, token_budget: int) -> None:
-    engine = Engine(tiny, token_budget=token_budget)
+    engine = Engine(tiny, EngineConfig(token_budget=token_budget))
     shuffle_free_blocks(engine, seed=count)
     runs = run_batch(engine, prompts_of(tiny, count))
     assert_same(runs, wanted[:count])
-    assert all(each.sequence.total_computed_tokens == each.sequence.num_tokens - 1 for each in runs)
+    assert all(each.sequence.costs.num_computed_tokens == each.sequence.num_tokens - 1 for each in runs)
     if count == 16 and token_budget == 512:
         assert engine.scheduler._num_steps < 2 * 16, "they ran in one batch"
 
@@ -85,7 +88,7 @@ def test_batches_of_ragged_lengths(tiny: LoadedModel, wanted: list[Run], count: 
 def test_threads_and_formats(tiny: LoadedModel, kv_dtype: KVDType, threads: int) -> None:
     prompts = prompts_of(tiny, 6)
     first = [alone(tiny, prompt, kv_dtype=kv_dtype) for prompt in prompts]
-    engine = Engine(with_ops(tiny, "int8", threads), kv_dtype=kv_dtype, token_budget=50)
+    engine = Engine(with_ops(tiny, "int8", threads), EngineConfig(kv_dtype=kv_dtype, token_budget=50))
     shuffle_free_blocks(engine, seed=threads)
     assert_same(run_batch(engine, prompts), first)
     assert_same(run_batch(engine, prompts), first, "found in the cache")
@@ -98,24 +101,24 @@ def test_threads_and_formats(tiny: LoadedModel, kv_dtype: KVDType, threads: int)
 @pytest.mark.parametrize("token_budget", [7, 512])
 def test_prompts_seen_before(tiny: LoadedModel, wanted: list[Run], token_budget: int) -> None:
     """Full blocks are found, and what agrees within a block that follows; the last token is always computed."""
-    engine = Engine(tiny, token_budget=token_budget)
+    engine = Engine(tiny, EngineConfig(token_budget=token_budget))
     prompts = prompts_of(tiny, 12)
     assert_same(run_batch(engine, prompts), wanted[:12])
     again = run_batch(engine, prompts)
     assert_same(again, wanted[:12])
     for each in again:
         full = (each.sequence.num_tokens - 1) // 32 * 32
-        assert each.sequence.num_cached_tokens == min(full, each.sequence.num_prompt_tokens - 1)
+        assert each.sequence.costs.num_cached_tokens == min(full, each.sequence.num_prompt_tokens - 1)
 
 
 def test_a_prompt_that_agrees_up_to_the_middle_of_a_block(tiny: LoadedModel) -> None:
-    engine, first = Engine(tiny, token_budget=20), random_prompt(tiny, 100, seed=31)
+    engine, first = Engine(tiny, EngineConfig(token_budget=20)), random_prompt(tiny, 100, seed=31)
     run(engine, first)
     for shared in (1, 31, 32, 33, 50, 63, 64, 90, 95, 96):
         second = [*first[:shared], (first[shared] + 1) % VOCAB, *random_prompt(tiny, 20, seed=shared)]
         found = run(engine, second, PARAMS)
         assert_same([found], [alone(tiny, second)], shared)
-        assert found.sequence.num_cached_tokens == shared
+        assert found.sequence.costs.num_cached_tokens == shared
     assert engine.cache.stats.num_copied_blocks > 0
 
 
@@ -125,22 +128,22 @@ def test_prompts_that_begin_alike_are_prefilled_once(tiny: LoadedModel, token_bu
     prefix = random_prompt(tiny, 128, seed=32)
     prompts = [[*prefix, *random_prompt(tiny, length, seed=length)] for length in (6, 3, 20, 11, 5)]
     prompts += [prompts[0]] * 3 + [random_prompt(tiny, 10, seed=33)]
-    engine = Engine(tiny, token_budget=token_budget)
+    engine = Engine(tiny, EngineConfig(token_budget=token_budget))
     runs = run_batch(engine, prompts)
     assert_same(runs, [alone(tiny, prompt) for prompt in prompts])
-    computed = sum(each.sequence.total_computed_tokens for each in runs)
+    computed = sum(each.sequence.costs.num_computed_tokens for each in runs)
     own = sum(len(prompt) - 128 for prompt in prompts[:-1]) + 10
     assert computed == 128 + own + len(prompts) * 7
-    assert sorted(each.sequence.num_cached_tokens for each in runs) == [0, 0, *[128] * 7]
+    assert sorted(each.sequence.costs.num_cached_tokens for each in runs) == [0, 0, *[128] * 7]
 
 
 def test_without_the_prefix_cache_nothing_is_shared(tiny: LoadedModel, wanted: list[Run]) -> None:
-    engine = Engine(tiny, prefix_cache=False)
+    engine = Engine(tiny, EngineConfig(prefix_cache=False))
     prompts = prompts_of(tiny, 4)
     for _ in range(2):
         runs = run_batch(engine, prompts * 2)
         assert_same(runs, wanted[:4] * 2)
-        assert all(each.sequence.num_cached_tokens == 0 for each in runs)
+        assert all(each.sequence.costs.num_cached_tokens == 0 for each in runs)
     assert (engine.cache.pool.num_reusable, len(engine.cache.tree)) == (0, 0)
 
 
@@ -155,12 +158,14 @@ def test_preemption(tiny: LoadedModel, num_blocks: int, prefix_cache: bool, toke
     params = dataclasses.replace(PARAMS, max_tokens=100)
     prompts = prompts_of(tiny, 7)
     block_bytes = Engine(tiny).kv_spec.block_bytes
-    engine = Engine(tiny, token_budget=token_budget, prefix_cache=prefix_cache, kv_memory=num_blocks * block_bytes)
+    engine = Engine(
+        tiny, EngineConfig(token_budget=token_budget, prefix_cache=prefix_cache, kv_memory=num_blocks * block_bytes)
+    )
     runs = run_batch(engine, prompts, params)
     assert engine.cache.pool.num_blocks == num_blocks
     assert engine.scheduler.num_preemptions > 0
-    assert engine.scheduler.num_preemptions == sum(each.sequence.num_preemptions for each in runs)
-    fresh = Engine(tiny, prefix_cache=False)
+    assert engine.scheduler.num_preemptions == sum(each.sequence.costs.num_preemptions for each in runs)
+    fresh = Engine(tiny, EngineConfig(prefix_cache=False))
     assert_same(runs, [run(fresh, prompt, params) for prompt in prompts])
 
 
@@ -179,11 +184,13 @@ def test_speculation(tiny: LoadedModel) -> None:
     pairs = [(prompt, each) for prompt in prompts for each in params]
     plain = [alone(tiny, prompt, dataclasses.replace(each, speculate=None)) for prompt, each in pairs]
     for token_budget, num_blocks in ((512, 512), (60, 512), (3, 512), (512, 8)):
-        engine = Engine(tiny, token_budget=token_budget, kv_memory=num_blocks * Engine(tiny).kv_spec.block_bytes)
+        engine = Engine(
+            tiny, EngineConfig(token_budget=token_budget, kv_memory=num_blocks * Engine(tiny).kv_spec.block_bytes)
+        )
         runs = run_together(engine, add_all(engine, *zip(*pairs, strict=True)))
         assert_same(runs, plain, (token_budget, num_blocks))
-        drafted = sum(each.sequence.num_drafted_tokens for each in runs)
-        accepted = sum(each.sequence.num_accepted_tokens for each in runs)
+        drafted = sum(each.sequence.costs.num_drafted_tokens for each in runs)
+        accepted = sum(each.sequence.costs.num_accepted_tokens for each in runs)
         if token_budget > 3:
             assert 0 < accepted < drafted, "some right, some wrong"
         assert (engine.scheduler.num_preemptions > 0) == (num_blocks == 8)
@@ -193,10 +200,10 @@ def test_a_guess_saves_steps(tiny: LoadedModel) -> None:
     params = SamplingParams(max_tokens=100, ignore_eos=True, speculate="ngram")
     engine = Engine(tiny)
     found = run(engine, random_prompt(tiny, 10, seed=34) * 6, params)
-    accepted = found.sequence.num_accepted_tokens
+    accepted = found.sequence.costs.num_accepted_tokens
     assert engine.scheduler._num_steps == 100 - accepted
     assert accepted > 30
-    assert found.sequence.total_computed_tokens == 159 + found.sequence.num_drafted_tokens - accepted
+    assert found.sequence.costs.num_computed_tokens == 159 + found.sequence.costs.num_drafted_tokens - accepted
 
 
 # Several completions of one prompt.
@@ -207,8 +214,8 @@ def test_a_guess_saves_steps(tiny: LoadedModel) -> None:
 def test_branches_compute_the_prompt_once(tiny: LoadedModel, length: int, token_budget: int) -> None:
     prompt = random_prompt(tiny, length, seed=36)
     params = SamplingParams(n=3, max_tokens=12, temperature=1.0, seed=2**64 - 2, ignore_eos=True)
-    engine = Engine(tiny, token_budget=token_budget)
-    sequence = engine.new_sequence(prompt, params)
+    engine = Engine(tiny, EngineConfig(token_budget=token_budget))
+    sequence = new_sequence(engine, prompt, params)
     branches = list(sequence.all_branches())
     engine.add(sequence)
     runs = run_together(engine, branches)
@@ -216,22 +223,22 @@ def test_branches_compute_the_prompt_once(tiny: LoadedModel, length: int, token_
         single = dataclasses.replace(params, n=1, seed=(params.seed + index) % 2**64)  # type: ignore[operator]
         assert_same([each], [alone(tiny, prompt, single)], index)
     assert len({tuple(each.token_ids) for each in runs}) == 3
-    assert sum(branch.total_computed_tokens for branch in branches) == length + 3 * 11
-    assert [branch.num_cached_tokens for branch in branches] == [0, length, length]
+    assert sum(branch.costs.num_computed_tokens for branch in branches) == length + 3 * 11
+    assert [branch.costs.num_cached_tokens for branch in branches] == [0, length, length]
 
 
 def test_branches_under_pressure(tiny: LoadedModel) -> None:
     prompt = random_prompt(tiny, 70, seed=36)
     params = SamplingParams(n=5, max_tokens=90, temperature=1.0, seed=3, ignore_eos=True, speculate="ngram")
     for max_running in (2, 64):
-        engine = Engine(tiny, kv_memory=16 * Engine(tiny).kv_spec.block_bytes, max_running=max_running)
-        sequence = engine.new_sequence(prompt, params)
+        engine = Engine(tiny, EngineConfig(kv_memory=16 * Engine(tiny).kv_spec.block_bytes, max_running=max_running))
+        sequence = new_sequence(engine, prompt, params)
         branches = list(sequence.all_branches())
         engine.add(sequence)
         runs = run_together(engine, branches)
         assert engine.scheduler.num_preemptions > 0 or max_running == 2
         singles = [dataclasses.replace(params, n=1, seed=3 + index, speculate=None) for index in range(5)]
-        fresh = Engine(tiny, prefix_cache=False)
+        fresh = Engine(tiny, EngineConfig(prefix_cache=False))
         assert_same(runs, [run(fresh, prompt, single) for single in singles], max_running)
 
 
@@ -239,14 +246,14 @@ def test_branches_under_pressure(tiny: LoadedModel) -> None:
 
 
 def test_a_recorded_step_is_its_ops_one_by_one(tiny: LoadedModel, wanted: list[Run]) -> None:
-    engine = Engine(tiny, token_budget=50)
     calls: list[int] = []
 
-    def forward(batch: Any) -> Any:
-        calls.append(len(batch.token_ids))
-        return engine.decoder.forward(batch, kv_cache=engine.kv_arrays)
+    class OneByOne(ModelRunner):
+        def run(self, batch: ScheduledBatch) -> Any:
+            calls.append(len(batch.arrays.token_ids))
+            return self.decoder.forward(batch.arrays, kv_cache=self.kv_arrays)
 
-    engine.forward = forward
+    engine = Engine(tiny, EngineConfig(token_budget=50), make_runner=OneByOne)
     assert_same(run_batch(engine, prompts_of(tiny, 16)), wanted)
     assert calls
 
@@ -259,14 +266,16 @@ def test_random_crowds(tiny: LoadedModel, seed: int) -> None:
     """Requests come while others run; engine, prompts, salts and settings by chance."""
     rng = random.Random(seed)
     kv_dtype = rng.choice(get_args(KVDType))
-    spec = Engine(tiny, kv_dtype=kv_dtype).kv_spec
+    spec = Engine(tiny, EngineConfig(kv_dtype=kv_dtype)).kv_spec
     num_blocks = 8 * rng.choice((2, 3, 64))
     engine = Engine(
         with_ops(tiny, "int8", rng.choice((1, 2))),
-        kv_dtype=kv_dtype,
-        token_budget=rng.choice((5, 40, 256)),
-        kv_memory=num_blocks * spec.block_bytes,
-        max_running=rng.choice((2, 5, 64)),
+        EngineConfig(
+            kv_dtype=kv_dtype,
+            token_budget=rng.choice((5, 40, 256)),
+            kv_memory=num_blocks * spec.block_bytes,
+            max_running=rng.choice((2, 5, 64)),
+        ),
     )
     beginnings = [random_prompt(tiny, rng.randrange(1, 200), seed=100 * seed + index) for index in range(3)]
     waiting: list[Sequence] = []
@@ -280,7 +289,7 @@ def test_random_crowds(tiny: LoadedModel, seed: int) -> None:
             ignore_eos=True,
             speculate=rng.choice((None, "ngram")),
         )
-        waiting.append(engine.new_sequence(prompt, params, salt=rng.choice((None, None, "ada"))))
+        waiting.append(new_sequence(engine, prompt, params, salt=rng.choice((None, None, "ada"))))
     sequences = list(waiting)
     rows: dict[Sequence, list[FloatArray]] = {sequence: [] for sequence in waiting}
     while waiting or engine.scheduler.has_work:
@@ -291,7 +300,7 @@ def test_random_crowds(tiny: LoadedModel, seed: int) -> None:
         assert result is not None
         for sequence, row in zip(result.sequences, result.logits, strict=True):
             rows[sequence].append(row)
-    fresh = Engine(tiny, kv_dtype=kv_dtype, prefix_cache=False)
+    fresh = Engine(tiny, EngineConfig(kv_dtype=kv_dtype, prefix_cache=False))
     for index, sequence in enumerate(sequences):
         prompt = sequence.token_ids[: sequence.num_prompt_tokens]
         other = run(fresh, prompt, dataclasses.replace(sequence.params, speculate=None))
@@ -313,7 +322,7 @@ def trained_prompts(trained: LoadedModel) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def trained_wanted(trained: LoadedModel, trained_prompts: list[list[int]]) -> list[Run]:
-    engine = Engine(trained, prefix_cache=False)
+    engine = Engine(trained, EngineConfig(prefix_cache=False))
     return [run(engine, prompt) for prompt in trained_prompts]
 
 
@@ -336,7 +345,7 @@ def test_the_default_model_in_batches(
     if "kv_memory" in options:
         options["kv_memory"] = 8 * Engine(trained).kv_spec.block_bytes
         params = dataclasses.replace(params, max_tokens=max_tokens)
-    engine = Engine(trained, **options)
+    engine = Engine(trained, EngineConfig(**options))
     shuffle_free_blocks(engine, seed=1)
     for _ in range(2):
         runs = run_batch(engine, trained_prompts, params)
@@ -345,16 +354,16 @@ def test_the_default_model_in_batches(
     if max_tokens > 8:
         assert engine.scheduler.num_preemptions > 0
     if params.speculate:
-        assert sum(each.sequence.num_accepted_tokens for each in runs) > 0
+        assert sum(each.sequence.costs.num_accepted_tokens for each in runs) > 0
 
 
 def test_branches_of_the_default_model(trained: LoadedModel, trained_prompts: list[list[int]]) -> None:
     params = SamplingParams(n=3, max_tokens=6, temperature=0.9, seed=7, ignore_eos=True)
     engine = Engine(trained)
-    sequence = engine.new_sequence(trained_prompts[0], params)
+    sequence = new_sequence(engine, trained_prompts[0], params)
     branches = list(sequence.all_branches())
     engine.add(sequence)
     runs = run_together(engine, branches)
-    fresh = Engine(trained, prefix_cache=False)
+    fresh = Engine(trained, EngineConfig(prefix_cache=False))
     singles = [dataclasses.replace(params, n=1, seed=7 + index) for index in range(3)]
     assert_same(runs, [run(fresh, trained_prompts[0], single) for single in singles])

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvik.config import SamplingParams
+from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.beams import Beam, search_beams
 from kvik.engine.engine import Engine
+from kvik.engine.events import StepEvent
 from kvik.engine.llm import LLM
 from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong
 from kvik.models.loader import LoadedModel
 from models import assert_idle, random_prompt, run, tiny_model
+from runners import failing, watched_engine
+from sequences import new_sequence
 
 
 @dataclass
@@ -34,7 +37,7 @@ class PlainSearch:
     """Beams one by one; next tokens by a forward pass over all tokens of the beam."""
 
     def __init__(self, model: LoadedModel, prompt: list[int]) -> None:
-        self.engine = Engine(model, prefix_cache=False)
+        self.engine = Engine(model, EngineConfig(prefix_cache=False))
         self.prompt = prompt
         self.ends = model.tokenizer.eos_token_ids
         self.known: dict[tuple[int, ...], list[tuple[int, float]]] = {}
@@ -44,7 +47,7 @@ class PlainSearch:
         key = tuple(token_ids)
         if key not in self.known:
             params = SamplingParams(max_tokens=1, ignore_eos=True)
-            row = run(self.engine, [*self.prompt, *token_ids], params, keep_cache=False).logits[0].astype(np.float32)
+            row = run(self.engine, [*self.prompt, *token_ids], params, use_cache=False).logits[0].astype(np.float32)
             below = (row - row.max()).astype(np.float64)
             total = math.log(np.exp(below).sum())
             order = np.argsort(-row, kind="stable")
@@ -92,12 +95,12 @@ def plain(tiny: LoadedModel) -> PlainSearch:
 def test_beams_are_those_of_the_plain_search(
     plain: PlainSearch, width: int, most: int, penalty: float, token_budget: int
 ) -> None:
-    engine = Engine(plain.engine.model, token_budget=token_budget)
+    engine = Engine(plain.engine.model, EngineConfig(token_budget=token_budget))
     found = search_beams(engine, plain.prompt, width=width, max_tokens=most, length_penalty=penalty)
     assert_equal(found, plain.search(width, most, penalty))
     assert all(beam.text == engine.model.tokenizer.decode(beam.token_ids) for beam in found)
     assert_idle(engine)
-    assert engine.scheduler.parked == {}
+    assert not engine.cache.holds
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -122,15 +125,13 @@ def test_ends_of_text_leave_the_search(tmp_path: Path, seed: int, penalty: float
 
 
 def test_what_beams_have_in_common_is_computed_once(tiny: LoadedModel) -> None:
-    prompt, engine = random_prompt(tiny, 100, seed=42), Engine(tiny)
-    computed, forward = 0, engine.forward
+    prompt, engine, computed = random_prompt(tiny, 100, seed=42), Engine(tiny), 0
 
-    def counted(batch):  # type: ignore[no-untyped-def]
+    def count(event: StepEvent) -> None:
         nonlocal computed
-        computed += len(batch.token_ids)
-        return forward(batch)
+        computed += len(event.batch.arrays.token_ids)
 
-    engine.forward = counted
+    engine.add_observer(count)
     search_beams(engine, prompt, width=4, max_tokens=10, length_penalty=1.0)
     assert computed == 100 + 4 * 9
     assert_idle(engine)
@@ -154,14 +155,14 @@ def test_too_little_room_for_all_beams_changes_nothing(tiny: LoadedModel) -> Non
     """Parked beams lose their blocks to each other, and are computed again."""
     prompt = random_prompt(tiny, 200, seed=44)
     wanted = search_beams(Engine(tiny), prompt, width=10, max_tokens=20, length_penalty=1.0)
-    engine = Engine(tiny, kv_memory=8 * Engine(tiny).kv_spec.block_bytes)
+    engine = Engine(tiny, EngineConfig(kv_memory=8 * Engine(tiny).kv_spec.block_bytes))
     assert search_beams(engine, prompt, width=10, max_tokens=20, length_penalty=1.0) == wanted
     assert_idle(engine)
 
 
 def test_requests_beside_a_search_are_served(tiny: LoadedModel) -> None:
     engine = Engine(tiny)
-    other = engine.new_sequence(random_prompt(tiny, 30, seed=45), SamplingParams(max_tokens=6, ignore_eos=True))
+    other = new_sequence(engine, random_prompt(tiny, 30, seed=45), SamplingParams(max_tokens=6, ignore_eos=True))
     engine.add(other)
     search_beams(engine, random_prompt(tiny, 20, seed=46), width=2, max_tokens=10, length_penalty=1.0)
     assert other.finish_reason == "length"
@@ -195,19 +196,11 @@ def test_what_the_engine_refuses_is_refused(llm: LLM) -> None:
     assert_idle(llm.engine)
 
 
-def test_an_exception_in_a_step_leaves_nothing_behind(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, prompt = Engine(tiny), random_prompt(tiny, 40, seed=47)
-    forward, count = engine.forward, 0
-
-    def fail_late(batch):  # type: ignore[no-untyped-def]
-        nonlocal count
-        count += 1
-        return forward(batch) if count < 4 else 1 / 0
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "forward", fail_late)
-        with pytest.raises(ZeroDivisionError):
-            search_beams(engine, prompt, width=3, max_tokens=10, length_penalty=1.0)
+def test_an_exception_in_a_step_leaves_nothing_behind(tiny: LoadedModel) -> None:
+    (engine, runner), prompt = watched_engine(tiny), random_prompt(tiny, 40, seed=47)
+    runner.before = failing(ZeroDivisionError(), after=3)
+    with pytest.raises(ZeroDivisionError):
+        search_beams(engine, prompt, width=3, max_tokens=10, length_penalty=1.0)
     assert_idle(engine)
     wanted = search_beams(Engine(tiny), prompt, width=3, max_tokens=10, length_penalty=1.0)
     assert search_beams(engine, prompt, width=3, max_tokens=10, length_penalty=1.0) == wanted

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from kvik.cache import BLOCK_SIZE
-from kvik.config import SamplingParams
+from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
 from kvik.engine.output import Completion
 from kvik.models.loader import LoadedModel
 from kvik.ops.base import Batch
 from models import FloatArray, assert_idle, random_prompt, run, run_sequence
+from sequences import new_sequence
 
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True, echo=True, logprobs=3)
 TEXT = "The quick brown fox jumps over the lazy dog. "
@@ -88,7 +89,7 @@ def test_a_stop_string_in_the_prompt_does_not_stop(llm: LLM) -> None:
 @pytest.mark.parametrize("length", [1, 2, 33, 64, 65, 200])
 def test_prompt_logprobs_are_those_of_the_tokens_before(tiny: LoadedModel, length: int, token_budget: int) -> None:
     prompt = random_prompt(tiny, length, seed=length)
-    engine = Engine(tiny, token_budget=token_budget)
+    engine = Engine(tiny, EngineConfig(token_budget=token_budget))
     rows = teacher_forced(tiny, prompt)
     for _ in range(2):
         result = run(engine, prompt, PARAMS)
@@ -101,9 +102,9 @@ def test_prompt_logprobs_are_those_of_the_tokens_before(tiny: LoadedModel, lengt
 
 @pytest.mark.parametrize("keep_cache", [True, False])
 def test_logprobs_of_nothing_but_the_token(tiny: LoadedModel, keep_cache: bool) -> None:
-    engine, prompt = Engine(tiny, token_budget=20), random_prompt(tiny, 70, seed=2)
+    engine, prompt = Engine(tiny, EngineConfig(token_budget=20)), random_prompt(tiny, 70, seed=2)
     params = dataclasses.replace(PARAMS, logprobs=0)
-    result = run(engine, prompt, params, keep_cache=keep_cache)
+    result = run(engine, prompt, params, use_cache=keep_cache)
     found = engine.completion(result.sequence).prompt_logprobs
     assert found is not None
     assert [entry and entry.token_id for entry in found] == [None, *prompt[1:]]
@@ -112,8 +113,8 @@ def test_logprobs_of_nothing_but_the_token(tiny: LoadedModel, keep_cache: bool) 
 
 @pytest.mark.parametrize("length", [1, 70])
 def test_every_branch_has_the_prompt_s(tiny: LoadedModel, length: int) -> None:
-    engine, prompt = Engine(tiny, token_budget=40), random_prompt(tiny, length, seed=3)
-    sequence = engine.new_sequence(prompt, dataclasses.replace(PARAMS, n=3, temperature=1.0, seed=1))
+    engine, prompt = Engine(tiny, EngineConfig(token_budget=40)), random_prompt(tiny, length, seed=3)
+    sequence = new_sequence(engine, prompt, dataclasses.replace(PARAMS, n=3, temperature=1.0, seed=1))
     branches = list(sequence.all_branches())
     engine.add(sequence)
     while engine.scheduler.has_work:
@@ -126,26 +127,26 @@ def test_every_branch_has_the_prompt_s(tiny: LoadedModel, length: int) -> None:
 @pytest.mark.parametrize("token_budget", [3, 40])
 def test_a_preemption_in_the_middle_of_the_prompt(tiny: LoadedModel, token_budget: int) -> None:
     """What is computed again is not told again, and nothing is left out."""
-    engine = Engine(tiny, token_budget=token_budget, kv_memory=16 * Engine(tiny).kv_spec.block_bytes)
-    first = engine.new_sequence(random_prompt(tiny, 130, seed=4), SamplingParams(max_tokens=250, ignore_eos=True))
+    engine = Engine(tiny, EngineConfig(token_budget=token_budget, kv_memory=16 * Engine(tiny).kv_spec.block_bytes))
+    first = new_sequence(engine, random_prompt(tiny, 130, seed=4), SamplingParams(max_tokens=250, ignore_eos=True))
     engine.add(first)
     while first.num_completion_tokens == 0:
         engine.step()
     prompt = random_prompt(tiny, 300, seed=5)
-    second = engine.new_sequence(prompt, PARAMS)
+    second = new_sequence(engine, prompt, PARAMS)
     result = run_sequence(engine, second)
     if token_budget == 3:
-        assert second.num_preemptions > 0
+        assert second.costs.num_preemptions > 0
     assert_scored(engine.completion(second), prompt, teacher_forced(tiny, prompt))
     assert result.token_ids == run(Engine(tiny), prompt, dataclasses.replace(PARAMS, echo=False)).token_ids
 
 
 @pytest.mark.parametrize("token_budget", [16, 512])
 def test_a_preemption_behind_the_prompt(tiny: LoadedModel, token_budget: int) -> None:
-    engine = Engine(tiny, token_budget=token_budget, kv_memory=8 * Engine(tiny).kv_spec.block_bytes)
+    engine = Engine(tiny, EngineConfig(token_budget=token_budget, kv_memory=8 * Engine(tiny).kv_spec.block_bytes))
     params = dataclasses.replace(PARAMS, max_tokens=120, speculate="ngram")
     prompts = [random_prompt(tiny, length, seed=length) for length in (40, 50, 60)]
-    sequences = [engine.new_sequence(prompt, params) for prompt in prompts]
+    sequences = [new_sequence(engine, prompt, params) for prompt in prompts]
     for sequence in sequences:
         engine.add(sequence)
     while engine.scheduler.has_work:

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvik.config import SamplingParams
+from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong
 from kvik.models.loader import LoadedModel
 from models import assert_idle, random_prompt, run, run_sequence, tiny_model
+from runners import failing, watched_engine
+from sequences import new_sequence
 
 PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
 VOCAB = 320
@@ -22,7 +24,7 @@ VOCAB = 320
 
 @pytest.fixture
 def engine(tiny: LoadedModel) -> Engine:
-    return Engine(tiny, token_budget=50)
+    return Engine(tiny, EngineConfig(token_budget=50))
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def test_a_request_that_may_never_end_is_refused(engine: Engine, prompt: list[in
 
 def test_a_stop_token_outside_the_vocabulary_is_refused(engine: Engine, prompt: list[int]) -> None:
     with pytest.raises(InvalidInput, match=f"stop_token_ids: {VOCAB} is not in the vocabulary"):
-        engine.new_sequence(prompt, dataclasses.replace(PARAMS, stop_token_ids=(VOCAB,)))
+        new_sequence(engine, prompt, dataclasses.replace(PARAMS, stop_token_ids=(VOCAB,)))
 
 
 # What a request costs.
@@ -114,9 +116,9 @@ def test_a_stop_token_outside_the_vocabulary_is_refused(engine: Engine, prompt: 
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (40, 1), (40, 10), (64, 1), (64, 2), (100, 30)])
 def test_counts_with_the_cache(tiny: LoadedModel, length: int, count: int, token_budget: int) -> None:
     """Each token goes through the model once, but for the last, which nobody asks about."""
-    engine = Engine(tiny, token_budget=token_budget)
+    engine = Engine(tiny, EngineConfig(token_budget=token_budget))
     params = dataclasses.replace(PARAMS, max_tokens=count)
-    sequence = run_sequence(engine, engine.new_sequence(random_prompt(tiny, length, 23), params)).sequence
+    sequence = run_sequence(engine, new_sequence(engine, random_prompt(tiny, length, 23), params)).sequence
     assert_idle(engine)
     stats = engine.completion(sequence).stats
     computed = length + count - 1
@@ -136,9 +138,9 @@ def test_counts_with_the_cache(tiny: LoadedModel, length: int, count: int, token
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (40, 10), (64, 2)])
 def test_counts_without_the_cache(tiny: LoadedModel, length: int, count: int, token_budget: int) -> None:
     """Before each token, all tokens before it are computed again."""
-    engine = Engine(tiny, token_budget=token_budget)
+    engine = Engine(tiny, EngineConfig(token_budget=token_budget))
     params = dataclasses.replace(PARAMS, max_tokens=count)
-    sequence = engine.new_sequence(random_prompt(tiny, length, 24), params, keep_cache=False)
+    sequence = new_sequence(engine, random_prompt(tiny, length, 24), params, use_cache=False)
     stats = engine.completion(run_sequence(engine, sequence).sequence).stats
     assert stats.num_computed_tokens == count * length + count * (count - 1) // 2
     steps = sum(-(-(length + done) // token_budget) for done in range(count))
@@ -151,7 +153,7 @@ def test_counts_without_the_cache(tiny: LoadedModel, length: int, count: int, to
 
 
 def test_logprobs_and_seed_come_with_the_completion(engine: Engine, prompt: list[int]) -> None:
-    sequence = engine.new_sequence(prompt, dataclasses.replace(PARAMS, logprobs=2, seed=77))
+    sequence = new_sequence(engine, prompt, dataclasses.replace(PARAMS, logprobs=2, seed=77))
     result = run_sequence(engine, sequence)
     completion = engine.completion(sequence)
     assert completion.seed == 77
@@ -160,7 +162,7 @@ def test_logprobs_and_seed_come_with_the_completion(engine: Engine, prompt: list
     for entry, row in zip(completion.logprobs, result.logits, strict=True):
         assert next(iter(entry.top)) == entry.token_id == row.argmax()
         assert len(entry.top) == 2
-    seeds = {engine.new_sequence(prompt, PARAMS).seed for _ in range(5)}
+    seeds = {new_sequence(engine, prompt, PARAMS).seed for _ in range(5)}
     assert len(seeds) == 5, "a seed of its own is drawn for each request"
 
 
@@ -171,22 +173,22 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tmp_path: Path)
     engine = Engine(tiny_model(tmp_path, context_length=2000))
     for length in (2000, 2001, 5000):
         with pytest.raises(PromptTooLong) as caught:
-            engine.new_sequence([5] * length, PARAMS)
+            new_sequence(engine, [5] * length, PARAMS)
         assert f"{length:,}" in caught.value.message
         assert "2,000" in caught.value.message
         assert caught.value.hint
-    assert engine.new_sequence([5] * 1999, PARAMS).num_tokens == 1999
+    assert new_sequence(engine, [5] * 1999, PARAMS).num_tokens == 1999
 
 
 def test_an_empty_prompt_is_refused(engine: Engine) -> None:
     with pytest.raises(InvalidInput, match="empty"):
-        engine.new_sequence([], PARAMS)
+        new_sequence(engine, [], PARAMS)
 
 
 @pytest.mark.parametrize("token_id", [-1, VOCAB, 2**31, -(2**63), 2**64])
 def test_a_token_outside_the_vocabulary_is_refused(engine: Engine, token_id: int) -> None:
     with pytest.raises(InvalidInput, match=f"{token_id}") as caught:
-        engine.new_sequence([1, token_id, 2], PARAMS)
+        new_sequence(engine, [1, token_id, 2], PARAMS)
     assert f"{VOCAB - 1}" in caught.value.hint
     assert_idle(engine)
 
@@ -194,32 +196,35 @@ def test_a_token_outside_the_vocabulary_is_refused(engine: Engine, token_id: int
 # Blocks.
 
 
-@pytest.mark.parametrize("park", [False, True])
-def test_a_sequence_holds_the_blocks_its_tokens_need_and_no_more(engine: Engine, prompt: list[int], park: bool) -> None:
-    """At its end they go back, full ones to be found again; a parked one holds them until it is released."""
-    sequence = engine.new_sequence(prompt, dataclasses.replace(PARAMS, max_tokens=40), park=park)
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_sequence_holds_the_blocks_its_tokens_need_and_no_more(engine: Engine, prompt: list[int], hold: bool) -> None:
+    """At its end they go back, full ones to be found again; a lease holds them until it is closed."""
+    sequence = new_sequence(engine, prompt, dataclasses.replace(PARAMS, max_tokens=40), hold=hold)
     engine.add(sequence)
     pool = engine.cache.pool
     assert pool.num_held == 0
     while sequence.finish_reason is None:
         engine.step()
         engine.scheduler.check()
-        if sequence.finish_reason is None or park:
+        if sequence.finish_reason is None:
             assert len(sequence.table.block_ids) == pool.num_held == -(-sequence.num_computed_tokens // 32)
-    assert (pool.num_held, pool.num_reusable) == ((3, 0) if park else (0, 2))
-    assert (sequence in engine.scheduler.parked) == park
-    engine.release(sequence)
-    engine.release(sequence)  # nothing is left to give back
+    assert (pool.num_held, pool.num_reusable) == ((3, 0) if hold else (0, 2))
     assert sequence.table.block_ids == []
+    assert (sequence.lease is not None) == hold
+    if sequence.lease is not None:
+        assert sequence.lease.num_tokens == 79
+        sequence.lease.close()
+        sequence.lease.close()  # nothing is left to give back
+        assert sequence.lease.num_tokens == 0
     assert (pool.num_held, pool.num_reusable) == (0, 2), "79 tokens have a key and a value"
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("park", [False, True])
-def test_abort_at_every_step(tiny: LoadedModel, park: bool) -> None:
-    engine, prompt = Engine(tiny, token_budget=50, prefix_cache=False), random_prompt(tiny, 130, seed=25)
+@pytest.mark.parametrize("hold", [False, True])
+def test_abort_at_every_step(tiny: LoadedModel, hold: bool) -> None:
+    engine, prompt = Engine(tiny, EngineConfig(token_budget=50, prefix_cache=False)), random_prompt(tiny, 130, seed=25)
     for num_steps in range(8):
-        sequence = engine.new_sequence(prompt, PARAMS, park=park)
+        sequence = new_sequence(engine, prompt, PARAMS, hold=hold)
         engine.add(sequence)
         for _ in range(num_steps):
             engine.step()
@@ -227,32 +232,37 @@ def test_abort_at_every_step(tiny: LoadedModel, park: bool) -> None:
         assert sequence.finish_reason == "abort"
         assert sequence.num_completion_tokens == max(0, num_steps - 2)
         engine.scheduler.check()
-        assert engine.cache.pool.num_held == (-(-sequence.num_computed_tokens // 32) if park else 0)
-        engine.release(sequence)
+        num_computed = min(50 * num_steps, 130) + max(0, num_steps - 3)
+        assert engine.cache.pool.num_held == (-(-num_computed // 32) if hold else 0)
+        if sequence.lease is not None:
+            assert sequence.lease.num_tokens == num_computed
+            sequence.lease.close()
         assert_idle(engine)
 
 
 def test_abort_of_a_finished_sequence_changes_nothing(engine: Engine, prompt: list[int]) -> None:
-    sequence = run_sequence(engine, engine.new_sequence(prompt, PARAMS)).sequence
+    sequence = run_sequence(engine, new_sequence(engine, prompt, PARAMS)).sequence
     text = sequence.text.text
     engine.abort(sequence)
     assert (sequence.finish_reason, sequence.text.text) == ("length", text)
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("park", [False, True])
+@pytest.mark.parametrize("hold", [False, True])
 def test_an_exception_in_a_step_ends_its_sequences_and_leaves_the_accounts_right(
-    engine: Engine, prompt: list[int], park: bool, monkeypatch: pytest.MonkeyPatch
+    tiny: LoadedModel, prompt: list[int], hold: bool
 ) -> None:
+    engine, runner = watched_engine(tiny)
     wanted = run(engine, prompt, PARAMS)
     engine.clear_cache()
-    sequence = engine.new_sequence(prompt, PARAMS, park=park)
+    sequence = new_sequence(engine, prompt, PARAMS, hold=hold)
     engine.add(sequence)
     engine.step()
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "forward", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            engine.step()
+    error = ZeroDivisionError()
+    runner.before = failing(error)
+    result = engine.step()
+    assert result is not None
+    assert (result.error, result.sequences) == (error, [])
     assert sequence.finish_reason == "abort"
     assert isinstance(sequence.error, ZeroDivisionError)
     assert_idle(engine)  # nothing is parked either: its blocks may be half written
@@ -267,10 +277,10 @@ def test_what_could_never_fit_is_refused_with_both_numbers_and_a_hint_that_works
     tiny: LoadedModel, max_tokens: int
 ) -> None:
     block_bytes = Engine(tiny).kv_spec.block_bytes
-    engine = Engine(tiny, kv_memory=8 * block_bytes)
+    engine = Engine(tiny, EngineConfig(kv_memory=8 * block_bytes))
     prompt, params = random_prompt(tiny, 250, seed=1), dataclasses.replace(PARAMS, max_tokens=max_tokens)
     with pytest.raises(CacheTooSmall) as caught:
-        engine.new_sequence(prompt, params)
+        new_sequence(engine, prompt, params)
     most = min(250 + max_tokens, 512)
     assert f"{-(-(most - 1) // 32)} blocks ({most:,} tokens), the cache has 8" in caught.value.message
     found = re.fullmatch(
@@ -279,26 +289,26 @@ def test_what_could_never_fit_is_refused_with_both_numbers_and_a_hint_that_works
     assert found is not None, caught.value.hint
     assert_idle(engine)
     lower, more = int(found[1]), int(found[2])
-    for larger in (Engine(tiny, kv_memory=more << 20), engine):
+    for larger in (Engine(tiny, EngineConfig(kv_memory=more << 20)), engine):
         count = lower if larger is engine else max_tokens
         result = run(larger, prompt, dataclasses.replace(params, max_tokens=count))
         assert len(result.token_ids) == min(count, 262)
     with pytest.raises(CacheTooSmall):
-        engine.new_sequence(prompt, dataclasses.replace(params, max_tokens=lower + 1))
+        new_sequence(engine, prompt, dataclasses.replace(params, max_tokens=lower + 1))
 
 
 def test_a_prompt_that_could_never_fit_is_not_told_to_lower_max_tokens(tiny: LoadedModel) -> None:
-    engine = Engine(tiny, kv_memory=8 * Engine(tiny).kv_spec.block_bytes)
+    engine = Engine(tiny, EngineConfig(kv_memory=8 * Engine(tiny).kv_spec.block_bytes))
     with pytest.raises(CacheTooSmall) as caught:
-        engine.new_sequence(random_prompt(tiny, 300, seed=1), PARAMS)
+        new_sequence(engine, random_prompt(tiny, 300, seed=1), PARAMS)
     assert caught.value.hint.startswith("raise kv_memory")
 
 
 def test_blocks_that_nobody_gives_back_are_an_error_with_numbers(tiny: LoadedModel) -> None:
     """It can only happen to what was promised room before: here another holder takes it away."""
-    engine = Engine(tiny, kv_memory=16 * Engine(tiny).kv_spec.block_bytes)
-    waiting = engine.new_sequence(random_prompt(tiny, 250, seed=2), PARAMS)
-    running = engine.new_sequence(random_prompt(tiny, 60, seed=26), dataclasses.replace(PARAMS, max_tokens=100))
+    engine = Engine(tiny, EngineConfig(kv_memory=16 * Engine(tiny).kv_spec.block_bytes))
+    waiting = new_sequence(engine, random_prompt(tiny, 250, seed=2), PARAMS)
+    running = new_sequence(engine, random_prompt(tiny, 60, seed=26), dataclasses.replace(PARAMS, max_tokens=100))
     blocks = engine.cache.pool.allocate(13)
     assert blocks is not None
     holder = _holder(engine, blocks)
@@ -319,6 +329,6 @@ def test_blocks_that_nobody_gives_back_are_an_error_with_numbers(tiny: LoadedMod
 
 
 def _holder(engine: Engine, blocks: list[int]) -> Sequence:
-    sequence = engine.new_sequence([1], PARAMS)
+    sequence = new_sequence(engine, [1], PARAMS)
     sequence.table.block_ids = blocks
     return sequence

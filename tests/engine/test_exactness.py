@@ -16,7 +16,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from arrangements import Arrangement, assert_same, prompt_logits
-from kvik.config import Activations, KVDType, SamplingParams
+from kvik.config import Activations, EngineConfig, KVDType, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.loader import LoadedModel
 from models import random_prompt, run, shuffle_free_blocks, tiny_model, tiny_reference_model, with_ops
@@ -44,10 +44,10 @@ PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
 def arrangements() -> Iterator[Arrangement]:
-    for budget, keep_cache, threads in itertools.product(BUDGETS, (True, False), (1, 2)):
-        yield Arrangement(budget, keep_cache, threads, shuffled=threads == 2)
+    for budget, use_cache, threads in itertools.product(BUDGETS, (True, False), (1, 2)):
+        yield Arrangement(budget, use_cache, threads, shuffled=threads == 2)
     yield Arrangement(33, threads=3, shuffled=True)
-    yield Arrangement(7, keep_cache=False, threads=3)
+    yield Arrangement(7, use_cache=False, threads=3)
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"seed{shape['seed']}")
@@ -75,7 +75,7 @@ def test_lengths_at_the_edges_of_blocks_and_segments(shaped: LoadedModel, length
     params = dataclasses.replace(PARAMS, max_tokens=12)
     wanted = Arrangement().run(shaped, prompt, params, "f16", "int8")
     for arrangement in (
-        Arrangement(keep_cache=False, threads=2),
+        Arrangement(use_cache=False, threads=2),
         Arrangement(token_budget=1, shuffled=True),
         Arrangement(token_budget=100, threads=3),
     ):
@@ -89,7 +89,7 @@ def test_a_context_of_several_segments(tmp_path: Path, kv_dtype: KVDType) -> Non
     prompt = random_prompt(model, 1020, seed=18)
     wanted = Arrangement().run(model, prompt, PARAMS, kv_dtype, "int8")
     for arrangement in (
-        Arrangement(keep_cache=False, threads=3),
+        Arrangement(use_cache=False, threads=3),
         Arrangement(token_budget=1, threads=2, shuffled=True),
         Arrangement(token_budget=100, threads=3, shuffled=True),
     ):
@@ -108,7 +108,7 @@ def test_random_arrangements_with_sampling(tiny: LoadedModel, seed: int) -> None
     for _ in range(4):
         arrangement = Arrangement(
             token_budget=int(rng.integers(1, 300)),
-            keep_cache=bool(rng.integers(0, 2)),
+            use_cache=bool(rng.integers(0, 2)),
             threads=int(rng.integers(1, 4)),
             shuffled=bool(rng.integers(0, 2)),
         )
@@ -140,7 +140,7 @@ def test_blocks_of_another_sequence_do_not_show(tiny: LoadedModel) -> None:
     """A pool that was full of other text a moment ago."""
     prompt = random_prompt(tiny, 90, seed=14)
     fresh = run(Engine(tiny), prompt, PARAMS)
-    engine = Engine(tiny, token_budget=50)
+    engine = Engine(tiny, EngineConfig(token_budget=50))
     for seed in range(4):
         run(engine, random_prompt(tiny, 400, seed), PARAMS)
         shuffle_free_blocks(engine, seed)
@@ -148,7 +148,7 @@ def test_blocks_of_another_sequence_do_not_show(tiny: LoadedModel) -> None:
 
 
 TRAINED_ARRANGEMENTS = [
-    Arrangement(keep_cache=False, threads=2),
+    Arrangement(use_cache=False, threads=2),
     Arrangement(token_budget=1, threads=2, shuffled=True),
     Arrangement(token_budget=7, threads=1),
     Arrangement(token_budget=32, threads=2),
@@ -182,7 +182,7 @@ def test_the_default_model_in_its_other_settings(
     params = SamplingParams(max_tokens=4)
     wanted = Arrangement(threads=2).run(trained, prompt, params, kv_dtype, activations)
     assert "Paris" in wanted.sequence.text.text
-    for arrangement in (Arrangement(keep_cache=False, threads=1), Arrangement(token_budget=3, shuffled=True)):
+    for arrangement in (Arrangement(use_cache=False, threads=1), Arrangement(token_budget=3, shuffled=True)):
         assert_same(arrangement.run(trained, prompt, params, kv_dtype, activations), wanted, arrangement)
 
 
@@ -195,7 +195,7 @@ def test_the_reference_backend_agrees(
     native = tiny_model(tmp_path, activations=activations, **shape)
     reference = tiny_reference_model(tmp_path, activations=activations, **shape)
     prompt = random_prompt(native, 45, seed=16)
-    results = [run(Engine(model, kv_dtype="f32"), prompt, PARAMS) for model in (native, reference)]
+    results = [run(Engine(model, EngineConfig(kv_dtype="f32")), prompt, PARAMS) for model in (native, reference)]
     assert results[0].token_ids == results[1].token_ids
     assert abs(results[0].logits - results[1].logits).max() < tolerance
 
@@ -205,7 +205,7 @@ def test_the_reference_backend_in_chunks(tmp_path: Path) -> None:
     model = tiny_reference_model(tmp_path, seed=6)
     prompt = random_prompt(model, 40, seed=17)
     whole = run(Engine(model), prompt, PARAMS)
-    for engine, keep_cache in ((Engine(model, token_budget=7), True), (Engine(model), False)):
-        result = run(engine, prompt, PARAMS, keep_cache=keep_cache)
+    for engine, use_cache in ((Engine(model, EngineConfig(token_budget=7)), True), (Engine(model), False)):
+        result = run(engine, prompt, PARAMS, use_cache=use_cache)
         assert result.token_ids == whole.token_ids
         assert abs(result.logits - whole.logits).max() < 0.01

@@ -20,7 +20,7 @@ from gguf_files import tiny_llama
 from kvik import _native
 from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec, sizing
 from kvik.cache.sizing import AUTO_CONTEXTS, choose_pool_size
-from kvik.config import KVDType, SamplingParams
+from kvik.config import EngineConfig, KVDType, SamplingParams
 from kvik.engine import llm as llm_module
 from kvik.engine.engine import KEPT_SUPERBLOCKS, Engine
 from kvik.engine.llm import LLM
@@ -28,6 +28,7 @@ from kvik.engine.session import Session
 from kvik.errors import InvalidInput, NotEnoughMemory
 from kvik.models.loader import LoadedModel
 from models import assert_idle, random_prompt, run
+from sequences import new_sequence
 from subprocesses import python
 
 MIB = 2**20
@@ -111,7 +112,7 @@ def test_resident_memory_is_what_the_cache_says(large_kv_path: Path, dtype: KVDT
 def num_unused_superblocks(engine: Engine) -> int:
     """Superblocks that are committed, and of which no block is held or reusable."""
     pool = engine.cache.pool
-    pool.check([pin.block_ids for pin in engine.cache._pins])
+    pool.check([hold.table.block_ids for hold in engine.cache.holds])
     used = {block_id // BLOCKS_PER_SUPERBLOCK for block_id in range(pool.num_blocks) if not pool._is_free[block_id]}
     return engine.cache.committed_bytes // (BLOCKS_PER_SUPERBLOCK * engine.kv_spec.block_bytes) - len(used)
 
@@ -136,7 +137,7 @@ def after_a_stream_was_left(llm: LLM) -> None:
 def after_an_abort(llm: LLM) -> None:
     engine = llm.engine
     sequences = [
-        engine.new_sequence(random_prompt(llm.model, 500, seed), SamplingParams(ignore_eos=True)) for seed in range(6)
+        new_sequence(engine, random_prompt(llm.model, 500, seed), SamplingParams(ignore_eos=True)) for seed in range(6)
     ]
     for sequence in sequences:
         engine.add(sequence)
@@ -225,7 +226,7 @@ def test_the_figure_is_never_above_what_was_asked_for(spec: KVCacheSpec, context
 def test_the_figure_is_that_of_the_arrays(tiny: LoadedModel, dtype: KVDType, spare_bytes: int) -> None:
     spec = tiny.decoder.spec.kv_spec(dtype)
     kv_memory = 5 * BLOCKS_PER_SUPERBLOCK * spec.block_bytes + spare_bytes
-    engine = Engine(tiny, kv_dtype=dtype, kv_memory=kv_memory)
+    engine = Engine(tiny, EngineConfig(kv_dtype=dtype, kv_memory=kv_memory))
     num_bytes = engine.cache.pool.num_blocks * spec.block_bytes
     arrays = _native.KVArrays(
         spec.num_layers, engine.cache.pool.num_blocks, spec.num_kv_heads, spec.head_dim, spec.dtype

@@ -6,16 +6,17 @@ import dataclasses
 import re
 from typing import Any
 
-import numpy as np
 import pytest
 
-from kvik.config import SamplingParams
+from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.scheduler import PRIORITY_STEPS
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, InvalidInput, QueueFull
 from kvik.models.loader import LoadedModel
 from models import assert_idle, random_prompt, run
+from runners import failing, watched_engine
+from sequences import new_sequence
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 
@@ -23,11 +24,11 @@ PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 def small(model: LoadedModel, num_superblocks: int, **options: Any) -> Engine:
     """An engine whose cache has room for 256 tokens a superblock."""
     superblock_bytes = 8 * model.decoder.spec.kv_spec("f16").block_bytes
-    return Engine(model, kv_memory=num_superblocks * superblock_bytes, **options)
+    return Engine(model, EngineConfig(kv_memory=num_superblocks * superblock_bytes, **options))
 
 
 def queue(engine: Engine, prompt: list[int], params: SamplingParams = PARAMS, **options: Any) -> Sequence:
-    sequence = engine.new_sequence(prompt, params, **options)
+    sequence = new_sequence(engine, prompt, params, **options)
     engine.add(sequence)
     return sequence
 
@@ -41,13 +42,13 @@ def order_of_ends(engine: Engine) -> list[Sequence]:
 
 
 def test_first_come_first_served(tiny: LoadedModel) -> None:
-    engine = Engine(tiny, max_running=1)
+    engine = Engine(tiny, EngineConfig(max_running=1))
     sequences = [queue(engine, random_prompt(tiny, 20, seed=index)) for index in range(4)]
     assert order_of_ends(engine) == sequences
 
 
 def test_a_higher_priority_is_served_earlier(tiny: LoadedModel) -> None:
-    engine = Engine(tiny, max_running=1)
+    engine = Engine(tiny, EngineConfig(max_running=1))
     low, middle, high = (
         queue(engine, random_prompt(tiny, 20, seed=index), priority=priority)
         for index, priority in enumerate((-1, 0, 1))
@@ -57,7 +58,7 @@ def test_a_higher_priority_is_served_earlier(tiny: LoadedModel) -> None:
 
 def test_a_low_priority_is_not_starved(tiny: LoadedModel) -> None:
     """A stream of higher ones that never ends: after so many steps it is the low one's turn all the same."""
-    engine = Engine(tiny, max_running=1)
+    engine = Engine(tiny, EngineConfig(max_running=1))
     low = queue(engine, random_prompt(tiny, 10, seed=0), priority=-1)
     one = dataclasses.replace(PARAMS, max_tokens=1)
     for index in range(PRIORITY_STEPS + 20):
@@ -71,7 +72,7 @@ def test_a_low_priority_is_not_starved(tiny: LoadedModel) -> None:
 
 def test_long_prompts_do_not_hold_up_those_who_write(tiny: LoadedModel) -> None:
     """A prompt takes what is left of the budget: the one that writes gets a token in every step."""
-    engine = Engine(tiny, token_budget=33)
+    engine = Engine(tiny, EngineConfig(token_budget=33))
     writer = queue(engine, random_prompt(tiny, 5, seed=1), dataclasses.replace(PARAMS, max_tokens=30))
     engine.step()
     queue(engine, random_prompt(tiny, 320, seed=2))
@@ -87,19 +88,20 @@ def assert_idle_after(engine: Engine) -> None:
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("park", [False, True])
-def test_a_prompt_that_was_left_half_way_keeps_nobody_waiting(tiny: LoadedModel, park: bool) -> None:
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_prompt_that_was_left_half_way_keeps_nobody_waiting(tiny: LoadedModel, hold: bool) -> None:
     """While it is computed, others that begin alike wait for its blocks."""
-    engine, prompt = Engine(tiny, token_budget=40), random_prompt(tiny, 200, seed=6)
-    first = queue(engine, prompt, park=park)
+    engine, prompt = Engine(tiny, EngineConfig(token_budget=40)), random_prompt(tiny, 200, seed=6)
+    first = queue(engine, prompt, hold=hold)
     engine.step()
     second = queue(engine, prompt)
     engine.step()
     assert (len(engine.scheduler.waiting), first.num_computed_tokens) == (1, 80)
     engine.abort(first)
     assert order_of_ends(engine) == [second]
-    assert second.num_cached_tokens == 64
-    engine.release(first)
+    assert second.costs.num_cached_tokens == 64
+    if first.lease is not None:
+        first.lease.close()
     assert_idle(engine)
 
 
@@ -114,7 +116,7 @@ def test_nobody_begins_on_the_block_that_another_needs_next(tiny: LoadedModel) -
 
 
 def test_a_full_queue_is_refused(tiny: LoadedModel) -> None:
-    engine = Engine(tiny, max_running=1, max_waiting=2)
+    engine = Engine(tiny, EngineConfig(max_running=1, max_waiting=2))
     for index in range(2):
         queue(engine, [1, 2, index])
     with pytest.raises(QueueFull, match="2 requests wait, the engine takes 2") as caught:
@@ -127,7 +129,7 @@ def test_a_full_queue_is_refused(tiny: LoadedModel) -> None:
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
 def test_abort_releases_everything_wherever_it_comes(tiny: LoadedModel, num_steps: int) -> None:
-    engine = Engine(tiny, token_budget=50, max_running=3)
+    engine = Engine(tiny, EngineConfig(token_budget=50, max_running=3))
     several = dataclasses.replace(PARAMS, n=3, max_tokens=20)
     sequences = [queue(engine, random_prompt(tiny, 60, seed=index), several) for index in range(3)]
     branches = [branch for sequence in sequences for branch in sequence.all_branches()]
@@ -144,11 +146,11 @@ def test_what_never_fits_is_refused_with_both_numbers_and_a_hint_that_works(tiny
     prompt = random_prompt(tiny, 300, seed=3)
     engine = small(tiny, 1)
     with pytest.raises(CacheTooSmall) as caught:
-        engine.new_sequence(prompt, PARAMS)
+        new_sequence(engine, prompt, PARAMS)
     assert "10 blocks (308 tokens), the cache has 8" in caught.value.message
     mebibytes = re.search(r"raise kv_memory \(`--kv-memory`\) to ([\d,]+) MiB", caught.value.hint)
     assert mebibytes is not None
-    larger = Engine(tiny, kv_memory=int(mebibytes[1].replace(",", "")) << 20)
+    larger = Engine(tiny, EngineConfig(kv_memory=int(mebibytes[1].replace(",", "")) << 20))
     assert len(run(larger, prompt, PARAMS).token_ids) == 8
     assert_idle(engine)
 
@@ -157,25 +159,25 @@ def test_the_hint_names_the_max_tokens_that_fit(tiny: LoadedModel) -> None:
     engine = small(tiny, 1)
     prompt = random_prompt(tiny, 200, seed=3)
     with pytest.raises(CacheTooSmall) as caught:
-        engine.new_sequence(prompt, dataclasses.replace(PARAMS, max_tokens=100))
+        new_sequence(engine, prompt, dataclasses.replace(PARAMS, max_tokens=100))
     room = re.search(r"lower max_tokens to (\d+) or less", caught.value.hint)
     assert room is not None
     fitting = dataclasses.replace(PARAMS, max_tokens=int(room[1]))
     assert len(run(engine, prompt, fitting).token_ids) == int(room[1])
     with pytest.raises(CacheTooSmall):
-        engine.new_sequence(prompt, dataclasses.replace(PARAMS, max_tokens=int(room[1]) + 1))
+        new_sequence(engine, prompt, dataclasses.replace(PARAMS, max_tokens=int(room[1]) + 1))
 
 
 @pytest.mark.parametrize("salt", ["", "a\x00b", "a\nb", "x" * 257, "\ud800", 7, b"salt"])
 def test_a_bad_salt_is_refused(tiny: LoadedModel, salt: Any) -> None:
     with pytest.raises(InvalidInput, match="salt"):
-        Engine(tiny).new_sequence([1, 2], PARAMS, salt=salt)
+        new_sequence(Engine(tiny), [1, 2], PARAMS, salt=salt)
 
 
 @pytest.mark.parametrize("priority", [101, -101, 1.0, None, True, "1"])
 def test_a_bad_priority_is_refused(tiny: LoadedModel, priority: Any) -> None:
     with pytest.raises(InvalidInput, match="priority"):
-        Engine(tiny).new_sequence([1, 2], PARAMS, priority=priority)
+        new_sequence(Engine(tiny), [1, 2], PARAMS, priority=priority)
 
 
 def test_nothing_is_shared_across_salts(tiny: LoadedModel) -> None:
@@ -185,19 +187,21 @@ def test_nothing_is_shared_across_salts(tiny: LoadedModel) -> None:
         sequence = queue(engine, prompt, salt=salt)
         while engine.step() is not None:
             pass
-        cached.append(sequence.num_cached_tokens)
+        cached.append(sequence.costs.num_cached_tokens)
     assert cached == [0, 0, 0, 96, 96]  # the last block of each is not full
 
 
 def test_a_turn_of_another_salt_takes_nothing_over(tiny: LoadedModel) -> None:
     engine, prompt = Engine(tiny), random_prompt(tiny, 100, seed=4)
-    previous = queue(engine, prompt, park=True, salt="ada")
+    previous = queue(engine, prompt, hold=True, salt="ada")
     while engine.step() is not None:
         pass
-    turn = queue(engine, [*prompt, 5], salt="bob", previous=previous)
+    assert previous.lease is not None
+    turn = queue(engine, [*prompt, 5], salt="bob", lease=previous.lease)
     engine.step()
-    assert turn.num_cached_tokens == 0
+    assert turn.costs.num_cached_tokens == 0
     assert turn.table.namespace.salt == "bob"
+    previous.lease.close()
     assert_idle_after(engine)
 
 
@@ -226,20 +230,16 @@ def test_a_request_that_fails_while_it_is_sampled_fails_alone(
 
 
 def test_a_step_that_fails_ends_its_requests_and_leaves_the_cache_in_order(tiny: LoadedModel) -> None:
-    engine, prompt = Engine(tiny), random_prompt(tiny, 70, seed=5)
+    (engine, runner), prompt = watched_engine(tiny), random_prompt(tiny, 70, seed=5)
     wanted = run(Engine(tiny), prompt, PARAMS)
-    forward = engine.forward
-
-    def fail(batch: object) -> np.ndarray[Any, Any]:
-        raise MemoryError("no room for this step")
-
+    error = MemoryError("no room for this step")
     sequences = [queue(engine, prompt), queue(engine, [*prompt, 5])]
     engine.step()
-    engine.forward = fail
-    with pytest.raises(MemoryError):
-        engine.step()
+    runner.before = failing(error)
+    result = engine.step()
+    assert result is not None
+    assert result.error is error
     engine.scheduler.check()
-    assert any(isinstance(sequence.error, MemoryError) for sequence in sequences)
-    engine.forward = forward
+    assert error in [sequence.error for sequence in sequences]
     assert_idle_after(engine)
     assert run(engine, prompt, PARAMS).token_ids == wanted.token_ids

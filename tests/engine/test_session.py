@@ -16,6 +16,7 @@ from kvik.engine.output import Completion, Piece
 from kvik.engine.session import Session
 from kvik.errors import InvalidInput, PromptTooLong
 from models import FloatArray, assert_idle, num_common_tokens, run
+from runners import failing, watched_engine
 
 PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
 
@@ -145,12 +146,13 @@ def test_the_newest_completion_can_be_asked_for(session: Session) -> None:
     assert session.completion is None
 
 
-def test_an_exception_in_a_turn_can_be_survived(llm: LLM, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_a_turn_can_be_survived(llm: LLM) -> None:
+    llm.engine, runner = watched_engine(llm.model, llm.config)
+    session = Session(llm)
     session.append("user", "Hello")
-    with monkeypatch.context() as patch:
-        patch.setattr(llm.engine, "forward", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            answer(session)
+    runner.before = failing(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        answer(session)
     assert_idle(llm.engine)
     session.append("user", "Hello?")
     prompt = llm.render_chat(session.messages)
@@ -241,7 +243,7 @@ def test_closing_in_the_middle_of_an_answer_ends_it(llm: LLM, session: Session) 
 
 def test_a_message_that_is_no_text_is_refused(session: Session) -> None:
     with pytest.raises(InvalidInput, match="a message has 5"):
-        session.append("user", 5)  # type: ignore[arg-type]
+        session.append("user", 5)
     assert all(message["role"] == "system" for message in session.messages)
 
 
@@ -252,7 +254,7 @@ def test_a_stream_that_starts_after_its_session_has_moved_on_keeps_no_blocks(llm
     session.close()
     messages = list(session.messages)
     for stream in (superseded, closed):
-        assert list(stream) == [], "its sequence was ended before it began"
+        assert list(stream) == [], "a closed session begins no turn"
         assert_idle(llm.engine)
     assert session.messages == messages
     assert_idle(llm.engine)

@@ -9,6 +9,7 @@ import pytest
 
 from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
+from kvik.engine.events import StepEvent
 from kvik.engine.llm import LLM
 from kvik.engine.session import Session
 from kvik.errors import CacheTooSmall, InvalidInput
@@ -115,7 +116,7 @@ def test_others_take_a_session_s_blocks_when_they_need_them(tiny_path: Path) -> 
     session = Session(llm)
     ask(session, "Why is the sky blue? " * 6)
     llm.generate([[7, index] * 120 for index in range(4)], PARAMS)
-    assert session._sequence not in llm.engine.scheduler.parked
+    assert not llm.engine.cache.holds
     ask(session, "And the sea?")
 
 
@@ -144,7 +145,7 @@ def test_a_pin_that_would_strand_a_request_is_refused(tiny_path: Path) -> None:
     ask(session, "Why is the sky blue? " * 6)
     stream = llm.stream([5, 6] * 100, SamplingParams(max_tokens=300, ignore_eos=True))
     next(stream)
-    assert session._sequence in llm.engine.scheduler.parked
+    assert len(llm.engine.cache.holds) == 1
     with pytest.raises(CacheTooSmall, match="no longer fits"):
         session.pin()
     assert llm.engine.cache.num_pinned == 0
@@ -171,18 +172,18 @@ def test_a_session_forgotten_in_the_middle_of_a_step(llm: LLM) -> None:
     session = Session(llm)
     ask(session, "Why is the sky blue? " * 4)
     session.pin()
-    sequence, pin = session._sequence, session._pin
-    session._sequence = session._pin = None
-    schedule = llm.engine.scheduler.schedule
+    sessions = [session]
+    del session
 
-    def forget_and_schedule() -> object:
-        llm.engine.forget(sequence, pin)
-        assert sequence in llm.engine.scheduler.parked
-        return schedule()
+    def forget(event: StepEvent) -> None:
+        sessions.clear()
+        gc.collect()
+        assert len(llm.engine.cache.holds) == 2
 
-    llm.engine.scheduler.schedule = forget_and_schedule  # type: ignore[method-assign, assignment]
-    llm.engine.step()
-    llm.engine.scheduler.schedule = schedule  # type: ignore[method-assign]
+    llm.engine.add_observer(forget)
+    llm.generate("Hello", SamplingParams(max_tokens=1))
+    llm.engine.remove_observer(forget)
+    assert not llm.engine.cache.holds
     assert_idle(llm.engine)
 
 
@@ -200,10 +201,9 @@ def test_pinned_blocks_are_no_room_for_a_request_that_may_not_reuse_them(tiny_pa
     session = Session(llm)
     ask(session, "Why is the sky blue? " * 6)
     session.pin()
-    sequence = session._sequence
-    assert sequence is not None
-    prompt = (sequence.token_ids[: 32 * llm.engine.cache.num_pinned] + [5, 6] * 300)[:440]
+    known = llm.render_chat(session.messages)[: 32 * llm.engine.cache.num_pinned]
+    prompt = (known + [5, 6] * 300)[:440]
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     assert llm.generate(prompt, params)[0].stats.num_cached_tokens >= 32 * 3
     with pytest.raises(CacheTooSmall, match="prompt and answer need 14 blocks"):
-        llm.engine.new_sequence(prompt, SamplingParams(max_tokens=8, echo=True, logprobs=1))
+        llm.generate(prompt, SamplingParams(max_tokens=8, echo=True, logprobs=1))

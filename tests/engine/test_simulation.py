@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvik.cache import BlockTable, MissReason
+from kvik.cache import MissReason
 from kvik.config import SamplingParams
+from kvik.engine.lease import Lease
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
+from sequences import new_sequence
 from simulation import ALL, CONTEXT, VOCAB, SimulatedEngine, StepFailed, expected_prompt_logprobs, expected_sequence
 
 NUM_SIMULATIONS = int(os.environ.get("KVIK_SIMULATIONS", "2000"))
@@ -35,7 +37,7 @@ class Happened:
     num_evicted_blocks: int = 0
     num_accepted_tokens: int = 0
     num_refused: int = 0
-    num_reclaimed: int = 0  # parked sequences that lost their blocks to others
+    num_reclaimed: int = 0  # leases that lost their blocks to others
     num_aborted: int = 0
     num_failed: int = 0  # steps
     num_evicted_twins: int = 0  # blocks of windows
@@ -50,11 +52,12 @@ class Workload:
     rng: random.Random = field(init=False)
     engine: SimulatedEngine = field(init=False)
     requests: list[tuple[Sequence, list[int], str | None]] = field(default_factory=list)  # each branch, prompt and salt
-    parked: list[Sequence] = field(default_factory=list)
-    pins: list[BlockTable] = field(default_factory=list)
+    leases: list[tuple[Lease, list[int], str | None]] = field(default_factory=list)  # each with its tokens and salt
+    pins: list[Lease] = field(default_factory=list)
     num_refused: int = 0
     num_reclaimed: int = 0
     num_failed: int = 0
+    failed_last: bool = False
 
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(self.seed)
@@ -103,12 +106,12 @@ class Workload:
     def submit(self) -> None:
         rng, engine = self.rng, self.engine
         beginning = rng.choice(self.beginnings)
-        previous = rng.choice(self.parked) if self.parked and rng.random() < 0.4 else None
-        if previous is not None:
-            beginning = previous.token_ids
+        lease, leased_salt = None, None
+        if self.leases and rng.random() < 0.4:
+            lease, beginning, leased_salt = rng.choice(self.leases)
         prompt = beginning[: rng.randrange(1, len(beginning) + 1)] if rng.random() < 0.5 else list(beginning)
         prompt = (prompt + self._tokens(rng.choice((0, 0, 1, 5, 40))))[: CONTEXT - 1]
-        salt = previous.table.namespace.salt if previous and rng.random() < 0.8 else rng.choice(SALTS)
+        salt = leased_salt if lease and rng.random() < 0.8 else rng.choice(SALTS)
         params = SamplingParams(
             max_tokens=rng.choice((1, 2, 10, 40, 80, 120)),
             temperature=rng.choice((0.0, 0.0, 1.0)),
@@ -121,17 +124,15 @@ class Workload:
             echo=rng.random() < 0.2,
         )
         # Computing all tokens for each new one, one a step, would take most of the test's time.
-        keep_cache = rng.random() < 0.9 or engine.scheduler.token_budget < 16 or params.max_tokens > 10
-        park = params.n == 1 and rng.random() < 0.4
-        if previous is not None:
-            self.parked.remove(previous)
+        use_cache = rng.random() < 0.9 or engine.scheduler.token_budget < 16 or params.max_tokens > 10
         try:
-            sequence = engine.new_sequence(
+            sequence = new_sequence(
+                engine,
                 prompt,
                 params,
-                keep_cache=keep_cache,
-                park=park,
-                previous=previous,
+                use_cache=use_cache,
+                hold=rng.random() < 0.4,
+                lease=lease,
                 priority=rng.choice((0, 0, 0, 1, -1)),
                 salt=salt,
             )
@@ -139,60 +140,63 @@ class Workload:
             engine.add(sequence)
         except (CacheTooSmall, QueueFull):
             self.num_refused += 1
-            if previous is not None:
-                engine.release(previous)
             return
+        if lease is not None and rng.random() < 0.5:  # whether it has begun or not
+            self.leases = [each for each in self.leases if each[0] is not lease]
+            lease.close()
         self.requests += [(branch, prompt, salt) for branch in branches]
 
     def step(self) -> None:
-        engine = self.engine
-        try:
-            result = engine.step()
-        except StepFailed:
+        result = self.engine.step()
+        self.engine.scheduler.check()
+        self.failed_last = result is not None and result.error is not None
+        if result is not None and result.error is not None:
+            assert isinstance(result.error, StepFailed)
             self.num_failed += 1
-            result = None
-        engine.scheduler.check()
-        if result is not None:
-            for sequence in result.sequences:
-                if sequence.finish_reason is not None and sequence in engine.scheduler.parked:
-                    self.parked.append(sequence)
-        kept = [sequence for sequence in dict.fromkeys(self.parked) if sequence in engine.scheduler.parked]
-        self.num_reclaimed += len(self.parked) - len(kept)
-        self.parked = kept
+        self._take_leases()
+
+    def _take_leases(self) -> None:
+        for sequence, _, salt in self.requests:
+            lease, sequence.lease = sequence.lease, None
+            if lease is not None:
+                self.leases.append((lease, sequence.token_ids, salt))
+        kept = [each for each in self.leases if each[0].num_tokens]
+        self.num_reclaimed += len(self.leases) - len(kept)
+        self.leases = kept
 
     def abort(self) -> None:
         unfinished = [sequence for sequence, _, _ in self.requests if sequence.finish_reason is None]
         if unfinished and self.rng.random() < 0.8:
-            aborted = self.rng.choice(unfinished)
-            self.engine.abort(aborted)
-            if aborted in self.engine.scheduler.parked:
-                self.parked.append(aborted)
+            self.engine.abort(self.rng.choice(unfinished))
         elif self.requests:
             self.engine.abort(self.rng.choice(self.requests)[0])
+        self._take_leases()
 
     def fork(self) -> None:
-        if self.parked:
-            self.parked.append(self.engine.fork(self.rng.choice(self.parked)))
-            self.parked = [sequence for sequence in self.parked if sequence in self.engine.scheduler.parked]
+        if self.leases:
+            lease, tokens, salt = self.rng.choice(self.leases)
+            self.leases.append((lease.fork(), tokens, salt))
 
     def release(self) -> None:
-        if self.parked:
-            self.engine.release(self.parked.pop(self.rng.randrange(len(self.parked))))
+        if self.leases:
+            lease, _, _ = self.leases.pop(self.rng.randrange(len(self.leases)))
+            if self.rng.random() < 0.5:
+                lease.close()  # else the finaliser does
 
     def pin(self) -> None:
-        if self.parked:
+        if self.leases:
             try:
-                self.pins.append(self.engine.pin(self.rng.choice(self.parked)))
+                self.pins.append(self.rng.choice(self.leases)[0].pin())
             except CacheTooSmall:
                 self.num_refused += 1
 
     def unpin(self) -> None:
         if self.pins:
-            self.engine.unpin(self.pins.pop())
+            self.pins.pop().close()
 
     def fail(self) -> None:
         """The next step stops half way; what it ran has ended."""
-        self.engine.ops.fails = True
+        self.engine.runner.fails = not self.failed_last  # several in a row would end the engine
 
     def clear(self) -> None:
         self.engine.clear_cache()
@@ -222,12 +226,13 @@ class Workload:
             )
             if sequence.params.logprobs is not None:
                 assert sequence.logprobs == wanted.logprobs
-            if sequence.wants_prompt_logprobs:
+            if sequence.request.wants_prompt_logprobs:
                 assert engine.completion(sequence).prompt_logprobs == expected_prompt_logprobs(
                     engine, prompt, sequence, salt
                 )
-        for sequence in list(engine.scheduler.parked):
-            engine.release(sequence)
+        self._take_leases()
+        for lease, _, _ in self.leases:
+            lease.close()
         engine.clear_cache()
         engine.scheduler.check()
         for pool in (engine.cache.pool, *(group.pool for group in engine.cache.windows)):
@@ -242,13 +247,14 @@ class Workload:
         happened.num_cached_tokens += stats.num_cached_tokens
         happened.num_copied_blocks += stats.num_copied_blocks
         happened.num_evicted_blocks += stats.num_evicted_blocks
-        happened.num_accepted_tokens += sum(sequence.num_accepted_tokens for sequence, _, _ in self.requests)
+        happened.num_accepted_tokens += sum(sequence.costs.num_accepted_tokens for sequence, _, _ in self.requests)
         happened.num_aborted += sum(sequence.finish_reason == "abort" for sequence, _, _ in self.requests)
         happened.num_refused += self.num_refused
         happened.num_reclaimed += self.num_reclaimed
         happened.num_failed += self.num_failed
         happened.num_evicted_twins += sum(group.num_evicted for group in self.engine.cache.windows)
-        happened.num_short_windows += sum(sequence.miss_reason is MissReason.WINDOW for sequence, _, _ in self.requests)
+        all_costs = [sequence.costs for sequence, _, _ in self.requests]
+        happened.num_short_windows += sum(costs.miss_reason is MissReason.WINDOW for costs in all_costs)
 
     def _text(self, prompt: list[int]) -> str:
         return str(self.engine.model.tokenizer.decode(prompt))

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvik.config import EngineConfig
+from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
+from kvik.engine.runner import ModelRunner
 from kvik.models.work import StepWork, count_work
-from kvik.ops.base import Batch
-from kvik.ops.program import RecordedStep
 from models import GREEDY, random_prompt, tiny_model
+from sequences import new_sequence
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -20,23 +22,18 @@ def test_counts_equal_those_of_the_recorded_ops(tmp_path: Path, seed: int, dtype
     rng = np.random.default_rng(seed)
     kv_heads = int(rng.integers(1, 4))
     model = tiny_model(tmp_path, num_layers=3, num_kv_heads=kv_heads, num_heads=kv_heads * 2, hidden_size=64)
-    engine = Engine(model, kv_dtype=dtype, token_budget=90)  # type: ignore[arg-type]
+    engine = Engine(model, EngineConfig(kv_dtype=dtype, token_budget=90))  # type: ignore[arg-type]
     for index in range(3):
-        engine.add(engine.new_sequence(random_prompt(model, int(rng.integers(1, 120)), 10 * seed + index), GREEDY))
-    recorded, seen = engine.forward, []
-    assert isinstance(recorded, RecordedStep)
-
-    def forward(batch: Batch) -> object:
-        seen.append(batch)
-        return recorded(batch)
-
-    engine.forward = forward
+        engine.add(new_sequence(engine, random_prompt(model, int(rng.integers(1, 120)), 10 * seed + index), GREEDY))
+    runner, seen = engine.runner, list[ScheduledBatch]()
+    assert isinstance(runner, ModelRunner)
+    engine.add_observer(lambda event: seen.append(event.batch))
     while engine.step() is not None:
         pass
     assert len(seen) >= 8
     for batch in seen:
-        work = count_work(model.decoder, engine.kv_spec, batch)
-        ops = recorded.profile(batch)
+        work = count_work(model.decoder, engine.kv_spec, batch.arrays)
+        ops = runner.profile(batch)
         assert 2 * work.attention_multiply_adds == sum(op.operations for op in ops if op.name == "attend")
         assert work.kv_bytes == sum(op.bytes for op in ops if op.name == "attend"), f"seed {seed}"
         products = ("norm_qkv", "linear", "norm_gated", "norm_linear")

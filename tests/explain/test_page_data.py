@@ -81,7 +81,9 @@ def test_memory_is_that_of_the_cache(data: dict[str, Any], run: TracedRun) -> No
     spec, memory = run.with_cache.lane.engine.kv_spec, data["memory"]
     assert memory["token_bytes"] == spec.token_bytes == 2 * 2 * 2 * 16 * 2
     assert memory["held_bytes"] == [spec.held_bytes(count) for count in range(len(data["tokens"]))]
-    table = run.with_cache.lane.sequence.table.block_ids
+    lease = run.with_cache.lane.sequence.lease
+    assert lease is not None
+    table = lease.hold.table.block_ids
     wanted = [table[position // 32] * 32 + position % 32 for position in range(len(data["tokens"]) - 1)]
     assert memory["slots"] == wanted
     own = [variant for variant in memory["variants"] if variant["is_own"]]

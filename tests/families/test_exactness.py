@@ -8,12 +8,13 @@ import pytest
 from arrangements import Arrangement, assert_same
 from families.cases import CASES
 from families.goldens import golden_of
-from kvik.config import SamplingParams
+from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.loader import LoadedModel, load_model
 from kvik.ops.base import Batch
 from kvik.ops.native import NativeOps
 from models import Run, random_prompt, run
+from sequences import new_sequence
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 ARRANGEMENTS = (
@@ -21,8 +22,8 @@ ARRANGEMENTS = (
     Arrangement(token_budget=5, threads=3),
     Arrangement(token_budget=16, threads=1, shuffled=True),
     Arrangement(token_budget=64, threads=2),
-    Arrangement(keep_cache=False, threads=3),
-    Arrangement(token_budget=16, keep_cache=False, shuffled=True),
+    Arrangement(use_cache=False, threads=3),
+    Arrangement(token_budget=16, use_cache=False, shuffled=True),
 )
 
 
@@ -43,7 +44,7 @@ def test_every_arrangement_gives_the_same_bits(model: LoadedModel) -> None:
 def test_what_was_cached_before_does_not_show(model: LoadedModel) -> None:
     """The same prompt again, a beginning of it, and one that goes on from it; windows have left its first blocks."""
     prompt = random_prompt(model, 150, seed=13)
-    engine = Engine(model, token_budget=40)
+    engine = Engine(model, EngineConfig(token_budget=40))
     for wanted_prompt in (prompt, prompt, prompt[:70], [*prompt, *random_prompt(model, 20, seed=14)]):
         assert_same(run(engine, wanted_prompt, PARAMS), run(Engine(model), wanted_prompt, PARAMS), len(wanted_prompt))
     assert engine.cache.stats.num_cached_tokens > 0
@@ -52,8 +53,8 @@ def test_what_was_cached_before_does_not_show(model: LoadedModel) -> None:
 def test_batch_mates_do_not_show(model: LoadedModel) -> None:
     prompts = [random_prompt(model, length, seed=length) for length in (75, 3, 40)]
     alone = [run(Engine(model), prompt, PARAMS) for prompt in prompts]
-    engine = Engine(model, token_budget=50)
-    sequences = [engine.new_sequence(prompt, PARAMS) for prompt in prompts]
+    engine = Engine(model, EngineConfig(token_budget=50))
+    sequences = [new_sequence(engine, prompt, PARAMS) for prompt in prompts]
     for sequence in sequences:
         engine.add(sequence)
     rows: dict[int, list[np.ndarray]] = {id(sequence): [] for sequence in sequences}

@@ -9,7 +9,7 @@ import pytest
 
 from families.cases import CASES, NUM_TOKENS
 from families.goldens import ROWS, golden_of
-from kvik.config import SamplingParams
+from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.hf_spec import read_hf_spec
 from kvik.models.loader import load_model
@@ -49,7 +49,9 @@ def test_greedy_completions(saved: SavedModel) -> None:
     prompt = random_ids(100, seed=2)
     expected = continue_greedily(saved.model, prompt, NUM_NEW_TOKENS)
     params = SamplingParams(max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
-    found = run(Engine(load_model(saved.folder, NativeOps()), kv_dtype="f32", token_budget=48), prompt, params)
+    found = run(
+        Engine(load_model(saved.folder, NativeOps()), EngineConfig(kv_dtype="f32", token_budget=48)), prompt, params
+    )
     clear = next((index for index, gap in enumerate(expected.gaps) if gap < 2 * TOLERANCE), NUM_NEW_TOKENS)
     assert clear > 4
     assert found.token_ids[:clear] == expected.token_ids[:clear]

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from checkpoints import write_tokenizer
+from kvik.config import EngineConfig
 from kvik.engine.engine import Engine
 from kvik.models.loader import load_model
 from kvik.ops.native import NativeOps
@@ -106,5 +107,5 @@ def test_the_documented_lines_save_what_kvik_runs(tmp_path: Path, monkeypatch: p
         "tokenizer_config.json",
     ]
     model = load_model(tmp_path / "folder", NativeOps(threads=1))
-    first = run(Engine(model, kv_dtype="f32"), PROMPT).logits[0]
+    first = run(Engine(model, EngineConfig(kv_dtype="f32")), PROMPT).logits[0]
     np.testing.assert_allclose(first, logits(state)[-1], atol=2e-5)

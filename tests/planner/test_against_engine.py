@@ -16,11 +16,13 @@ from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.cache.sizing import choose_pool_size
 from kvik.cache.spec import whole_superblocks
 from kvik.config import TOKEN_BUDGET, KVDType
+from kvik.engine.runner import ModelRunner
 from kvik.ops.native import NativeKVCache
 from kvik.planner import plan as plan_module
 from kvik.planner.memory import kv_memory
 from kvik.planner.shape import LayerGroup
 from kvik.planner.sources import find_shape
+from sequences import new_sequence
 
 
 def random_model(path: Path, rng: random.Random) -> dict[str, int]:
@@ -54,7 +56,8 @@ def test_the_cache_has_the_planned_bytes_and_serves_the_planned_load(tmp_path: P
     (layers,) = planned.kv.layers
 
     llm = LLM(str(path), threads=1, kv_dtype=dtype, kv_memory=planned.kv.num_bytes)
-    arrays = llm.engine.kv_arrays
+    assert isinstance(llm.engine.runner, ModelRunner)
+    arrays = llm.engine.runner.kv_arrays
     assert isinstance(arrays, NativeKVCache)
     assert sum(one.num_bytes for one in arrays.arrays.values()) == planned.kv.num_bytes == llm.cache.num_bytes
     assert llm.cache.num_blocks == layers.num_blocks
@@ -120,17 +123,19 @@ def test_layers_with_a_window_take_what_the_engine_gives_them(tmp_path: Path, co
     (layers,) = planned.kv.layers
     assert (layers.kind, layers.window) == ("sliding", 40)
     llm = LLM(str(path), threads=1, context=context + 1, kv_memory=planned.kv.num_bytes)
-    arrays = llm.engine.kv_arrays
+    assert isinstance(llm.engine.runner, ModelRunner)
+    arrays = llm.engine.runner.kv_arrays
     assert isinstance(arrays, NativeKVCache)
     assert sum(one.num_bytes for one in arrays.arrays.values()) == planned.kv.num_bytes == llm.cache.num_bytes
     prompts = [[3 + (index * 7 + user) % 200 for index in range(context)] for user in range(users)]
     done = llm.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
     assert {one.stats.kv_bytes for one in done} <= set(range(planned.kv.sequence_bytes, planned.kv.num_bytes + 1))
-    sequence = llm.engine.new_sequence(prompts[0], SamplingParams(max_tokens=1, ignore_eos=True), park=True)
+    sequence = new_sequence(llm.engine, prompts[0], SamplingParams(max_tokens=1, ignore_eos=True), hold=True)
     llm.engine.add(sequence)
     while llm.engine.step() is not None:
         pass
-    assert llm.engine.cache.held_bytes(sequence.table) == planned.kv.sequence_bytes
+    assert sequence.lease is not None
+    assert llm.engine.cache.held_bytes(sequence.lease.hold.table) == planned.kv.sequence_bytes
 
 
 def test_windows_and_others_in_one_budget() -> None:

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvik.cache import BlockCopy, BlockTable, CacheManager, KVCacheSpec, MissReason
+from kvik.cache import BlockCopy, BlockTable, CacheManager, Hold, KVCacheSpec, MissReason, packed
 
 SIZE = 4
 NUM_BLOCKS = 11
@@ -46,7 +46,7 @@ class Running:
 class Pin:
     """Blocks that are pinned, and what stands in them."""
 
-    table: BlockTable
+    hold: Hold
     salt: str | None
     tokens: list[int] = field(default_factory=list)
 
@@ -196,14 +196,20 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def pin(self, data: st.DataObject) -> None:
         sequence = self.a_sequence(data)
-        self.pins.append(Pin(self.cache.pin(sequence.table), sequence.salt, list(sequence.tokens)))
+        self.pins.append(
+            Pin(
+                self.cache.keep(sequence.table, packed(sequence.tokens), is_pinned=True),
+                sequence.salt,
+                list(sequence.tokens),
+            )
+        )
 
     @precondition(lambda self: self.pins)
     @rule(data=st.data())
     def unpin(self, data: st.DataObject) -> None:
         pin = data.draw(st.sampled_from(self.pins))
         self.pins.remove(pin)
-        self.cache.unpin(pin.table)
+        self.cache.let_go(pin.hold)
 
     @precondition(lambda self: self.cache.pool.num_reusable > 4)
     @rule()
@@ -241,8 +247,8 @@ class CacheMachine(RuleBasedStateMachine):
         for sequence in self.running:
             yield sequence.table, sequence.num_computed, sequence.history(sequence.num_computed)
         for pin in self.pins:
-            num_tokens = len(pin.table.block_ids) * SIZE
-            yield pin.table, num_tokens, (pin.salt, tuple(pin.tokens[:num_tokens]))
+            num_tokens = len(pin.hold.table.block_ids) * SIZE
+            yield pin.hold.table, num_tokens, (pin.salt, tuple(pin.tokens[:num_tokens]))
 
     def note_holds(self) -> None:
         self.clock += 1
@@ -279,7 +285,7 @@ class CacheMachine(RuleBasedStateMachine):
         for sequence in self.running:
             self.cache.release(sequence.table)
         for pin in self.pins:
-            self.cache.unpin(pin.table)
+            self.cache.let_go(pin.hold)
         self.cache.clear()
         self.cache.check([])
         assert self.cache.pool.num_free == NUM_BLOCKS

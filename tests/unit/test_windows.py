@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvik.cache import BlockTable, CacheManager, KVCacheSpec, MissReason, WindowSpec
+from kvik.cache import BlockTable, CacheManager, KVCacheSpec, MissReason, WindowSpec, packed
 
 SIZE = 4  # tokens of a block
 
@@ -215,14 +215,14 @@ def test_shortage_in_a_window_is_not_now() -> None:
 def test_pins_hold_what_a_hit_needs() -> None:
     cache = manager(None, 6, window_blocks=5)
     table = computed(cache, run(0, 20), step=2)
-    pin = cache.pin(table)
+    pin = cache.keep(table, packed(run(0, 20)), is_pinned=True)
     cache.release(table)
     (group,) = cache.windows
     other = computed(cache, run(50, 20), step=2)  # takes all twins that nobody holds
     assert cache.match(run(0, 21)).num_tokens == 20
     assert cache.num_blocks_within_reach(cache.match([99])) == 32 - 5
     cache.release(other)
-    cache.unpin(pin)
+    cache.let_go(pin)
     assert group.pool.num_held == 0
     cache.check([])
 
@@ -230,10 +230,10 @@ def test_pins_hold_what_a_hit_needs() -> None:
 def test_pins_that_leave_too_little_of_a_window_limit_what_can_come() -> None:
     cache = manager(None, 6, window_blocks=4)
     table = computed(cache, run(0, 20), step=2)
-    pin = cache.pin(table)
+    pin = cache.keep(table, packed(run(0, 20)), is_pinned=True)
     cache.release(table)
     assert cache.num_blocks_within_reach(cache.match([99])) == 2, "of four blocks two are pinned, a step needs three"
-    cache.unpin(pin)
+    cache.let_go(pin)
     assert cache.num_blocks_within_reach(cache.match([99])) == 32
 
 

@@ -1,19 +1,23 @@
 """Who owns which block, how large a block is, and which blocks hold what others need. No arrays here."""
 
 from kvik.cache.block_pool import BlockPool
-from kvik.cache.manager import BlockCopy, BlockTable, CacheManager, CacheStats
+from kvik.cache.manager import CacheManager, packed
 from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
 from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize, WindowSpec
+from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold
 from kvik.cache.windows import WindowGroup, WindowTable
 
 __all__ = [
     "BLOCKS_PER_SUPERBLOCK",
     "BLOCK_SIZE",
     "BlockCopy",
+    "BlockEvents",
     "BlockPool",
     "BlockTable",
     "CacheManager",
     "CacheStats",
+    "HeldMatch",
+    "Hold",
     "KVCacheSpec",
     "Match",
     "MissReason",
@@ -23,4 +27,5 @@ __all__ = [
     "WindowGroup",
     "WindowSpec",
     "WindowTable",
+    "packed",
 ]

@@ -5,58 +5,17 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
+from weakref import WeakSet
 
 from kvik.cache.block_pool import BlockPool
-from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
-from kvik.cache.spec import KVCacheSpec
+from kvik.cache.radix import Match, MissReason, Namespace, RadixTree, common_bytes
+from kvik.cache.spec import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
+from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold
 from kvik.cache.windows import WindowGroup, WindowTable
 
 IDLE_TICKS = 256
 """Steps after which memory that nobody uses goes back to the system."""
-
-
-class BlockCopy(NamedTuple):
-    """Keys and values to be copied before a step writes: a block that others keep as it is, and the writer's own."""
-
-    source: int
-    target: int
-    group: int = 0  # of layers: 0 those that see all tokens, else 1 and the index of the window
-
-
-@dataclass(slots=True, eq=False)
-class BlockTable:
-    """The blocks of one sequence, in the order of its tokens. It holds each of them once."""
-
-    namespace: Namespace
-    block_ids: list[int] = field(default_factory=list)
-    num_sealed: int = 0  # blocks at the beginning that are full and in the prefix tree
-    claims: list[int] = field(default_factory=list)  # hashes of the blocks it is about to seal, the next one last
-    windows: list[WindowTable] = field(default_factory=list)  # for each group of layers with a window
-
-
-@dataclass(slots=True)
-class CacheStats:
-    """What the prefix cache was asked and what it gave, since the engine began."""
-
-    num_queries: int = 0
-    num_queried_tokens: int = 0
-    num_cached_tokens: int = 0  # of those, found
-    num_evicted_blocks: int = 0
-    num_copied_blocks: int = 0
-
-    def note(self, num_asked: int, num_found: int) -> None:
-        """One more query, for so many tokens."""
-        self.num_queries += 1
-        self.num_queried_tokens += num_asked
-        self.num_cached_tokens += num_found
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the tokens asked for that were found."""
-        return self.num_cached_tokens / self.num_queried_tokens if self.num_queried_tokens else 0.0
 
 
 class CacheManager:
@@ -79,29 +38,80 @@ class CacheManager:
     ) -> None:
         self.spec = spec
         self.step_tokens = step_tokens  # most that a step computes of one sequence
-        self.pool = BlockPool(num_blocks)
-        self.windows = [WindowGroup(window, count) for window, count in zip(spec.windows, window_blocks, strict=True)]
-        self.tree = RadixTree(spec.block_size)
         self.prefix_cache = prefix_cache
         self.stats = CacheStats()
+        self.events: BlockEvents | None = None  # noted where somebody watches
+        self._tables: WeakSet[BlockTable] = WeakSet()  # of sequences and holds
+        self._size = (num_blocks, tuple(window_blocks))
+        self._begin_empty()
+
+    def _begin_empty(self) -> None:
+        num_blocks, window_blocks = self._size
+        groups = zip(self.spec.windows, window_blocks, strict=True)
+        self.pool = BlockPool(num_blocks)
+        self.windows = [WindowGroup(window, count) for window, count in groups]
+        self.tree = RadixTree(self.spec.block_size)
+        self.holds: dict[Hold, None] = {}  # the oldest first
         self._claimed: dict[int, BlockTable] = {}
         # Sources, each at the end of its path: held until the copies are made.
         self._being_copied: list[BlockTable] = []
-        self._pins: list[BlockTable] = []
         self._pin_counts: Counter[int] = Counter()  # of each pinned block
+
+    def reset(self) -> None:
+        """Forget everything, whatever state an interruption has left it in: all tables are empty, all holds lost."""
+        for hold in self.holds:
+            hold.tokens = b""
+        for table in self._tables:
+            table.block_ids, table.num_sealed, table.claims = [], 0, []
+            table.windows = [WindowTable() for _ in self.spec.windows]
+        self._begin_empty()
 
     # A sequence's life, in order.
 
     def new_table(self, salt: str | None = None) -> BlockTable:
         """No blocks yet. Nothing is shared between tables of different salts."""
-        return BlockTable(Namespace(self.spec.dtype, salt), windows=[WindowTable() for _ in self.windows])
+        return self._table(Namespace(self.spec.dtype, salt), [], 0, [WindowTable() for _ in self.windows])
 
-    def match(self, token_ids: Sequence[int], salt: str | None = None) -> Match:
-        """The cached beginning of the tokens but the last: its logits are wanted, so it is always computed."""
+    def _table(
+        self, namespace: Namespace, block_ids: list[int], num_sealed: int, windows: list[WindowTable]
+    ) -> BlockTable:
+        table = BlockTable(namespace, block_ids, num_sealed, windows=windows)
+        self._tables.add(table)
+        return table
+
+    def match(self, token_ids: Sequence[int], salt: str | None = None, hold: Hold | None = None) -> Match:
+        """The cached beginning of the tokens but the last: its logits are wanted, so it is always computed.
+
+        It is what the prefix tree has, or `hold` where that has more.
+        """
         namespace = Namespace(self.spec.dtype, salt)
-        if not self.prefix_cache:
-            return Match(namespace, [], MissReason.OFF, 0, None, None)
-        return self._within_windows(self.tree.match(_packed(token_ids[:-1]), namespace))
+        tokens = packed(token_ids[:-1])
+        found = Match(namespace, [], MissReason.OFF, 0, None, None)
+        if self.prefix_cache:
+            found = self._within_windows(self.tree.match(tokens, namespace))
+        held = self._held_match(hold, tokens, namespace) if hold is not None else None
+        if held is not None and held.num_cached_tokens > found.num_cached_tokens:
+            return held
+        return found
+
+    def _held_match(self, hold: Hold, tokens: bytes, namespace: Namespace) -> HeldMatch | None:
+        """What a hold has of the tokens, if they can be gone on from."""
+        num_common = common_bytes(tokens, 0, hold.tokens) // 4
+        is_known = hold in self.holds and hold.table.namespace == namespace
+        if not num_common or not is_known or not self.can_go_back(hold.table, num_common):
+            return None
+        num_whole, num_more = divmod(num_common, self.spec.block_size)
+        tail = (hold.table.block_ids[num_whole], num_more) if num_more else None
+        if 4 * num_common == len(tokens):
+            reason = MissReason.ALL
+        elif num_common < hold.num_tokens:
+            reason = MissReason.DIFFERS
+        elif len(tokens) // 4 - num_whole * self.spec.block_size < self.spec.block_size:
+            reason = MissReason.SHORT
+        else:
+            reason = MissReason.UNSEEN
+        num_tokens = num_whole * self.spec.block_size
+        return HeldMatch(namespace, hold.table.block_ids[:num_whole], reason, num_tokens, tail, None, hold)
 
     def _within_windows(self, match: Match) -> Match:
         """As much of the match as can be gone on from: layers with a window need the twins that it reaches back to."""
@@ -131,7 +141,12 @@ class CacheManager:
         assert not table.block_ids
         assert not table.claims
         assert match.namespace == table.namespace, "a match in another namespace"
-        self.stats.note(len(token_ids) - 1, match.num_cached_tokens)
+        if isinstance(match, HeldMatch):
+            held = self.fork(match.hold.table, match.hold.num_tokens)
+            self.release(held, match.num_cached_tokens)
+            table.block_ids, table.num_sealed, table.windows = held.block_ids, held.num_sealed, held.windows
+            held.block_ids, held.windows = [], []
+            return match.num_cached_tokens
         table.block_ids = _ids_of(match)
         table.num_sealed = len(match.block_ids)
         self.pool.hold(table.block_ids)
@@ -186,11 +201,13 @@ class CacheManager:
         while table.num_sealed < num_full and self.prefix_cache:
             index = table.num_sealed
             mine = table.block_ids[index]
-            key = _packed(token_ids[index * self.spec.block_size : (index + 1) * self.spec.block_size])
+            key = packed(token_ids[index * self.spec.block_size : (index + 1) * self.spec.block_size])
             previous = table.block_ids[index - 1] if index else None
             sealed = self.tree.append(table.namespace, previous, key, mine)
             if sealed == mine:
                 self.pool.name(mine)
+                if self.events is not None:
+                    self.events.sealed.append(mine)
             else:
                 self.pool.hold([sealed])
                 self.pool.release([mine])
@@ -226,9 +243,7 @@ class CacheManager:
         """
         assert len(table.block_ids) == self.spec.num_blocks_for(num_computed_tokens)
         self.pool.hold(table.block_ids)
-        return BlockTable(
-            table.namespace, list(table.block_ids), table.num_sealed, windows=self._hold_windows(table.windows)
-        )
+        return self._table(table.namespace, list(table.block_ids), table.num_sealed, self._hold_windows(table.windows))
 
     def release(self, table: BlockTable, num_kept_tokens: int = 0) -> None:
         """Give back the blocks behind the first `num_kept_tokens` tokens; sealed ones stay in the tree for a while."""
@@ -247,23 +262,45 @@ class CacheManager:
 
     # Beside sequences.
 
-    def pin(self, table: BlockTable) -> BlockTable:
-        """Hold the table's sealed blocks until `unpin`, whatever becomes of the table."""
-        self.pool.hold(table.block_ids[: table.num_sealed])
-        self._pin_counts.update(table.block_ids[: table.num_sealed])
-        pin = BlockTable(table.namespace, table.block_ids[: table.num_sealed], table.num_sealed)
-        pin.windows = self._hold_windows(table.windows, table.num_sealed)
-        self._pins.append(pin)
-        return pin
+    def keep(self, table: BlockTable, tokens: bytes, *, is_pinned: bool = False) -> Hold:
+        """Hold what a table has of its computed tokens until `let_go` or `take_back`, whatever becomes of the table.
 
-    def unpin(self, pin: BlockTable) -> None:
-        """Let the blocks of a pin go."""
-        self._pins.remove(pin)
-        for block_id in pin.block_ids:
-            self._pin_counts[block_id] -= 1
-            if not self._pin_counts[block_id]:
-                del self._pin_counts[block_id]
-        self.release(pin)
+        A pinned hold is one of the full blocks alone, and `take_back` leaves it.
+        """
+        if is_pinned:
+            sealed = table.block_ids[: table.num_sealed]
+            self.pool.hold(sealed)
+            self._pin_counts.update(sealed)
+            windows = self._hold_windows(table.windows, table.num_sealed)
+            kept = self._table(table.namespace, sealed, table.num_sealed, windows)
+            tokens = tokens[: 4 * table.num_sealed * self.spec.block_size]
+        else:
+            kept = self.fork(table, len(tokens) // 4)
+        hold = Hold(kept, tokens, is_pinned)
+        self.holds[hold] = None
+        return hold
+
+    def let_go(self, hold: Hold) -> None:
+        """Give back the blocks of a hold; once more is no error."""
+        if hold not in self.holds:
+            return
+        del self.holds[hold]
+        if hold.is_pinned:
+            self._pin_counts -= Counter(hold.table.block_ids)
+        hold.tokens = b""
+        self.release(hold.table)
+
+    def take_back(self, spared: Hold | None = None) -> bool:
+        """Let the oldest hold go that is not pinned, `spared` only where it is the last; False where there is none."""
+        holds = [hold for hold in self.holds if not hold.is_pinned]
+        if not holds:
+            return False
+        self.let_go(next((hold for hold in holds if hold is not spared), holds[0]))
+        return True
+
+    @property
+    def _pins(self) -> list[Hold]:
+        return [hold for hold in self.holds if hold.is_pinned]
 
     @property
     def num_pinned(self) -> int:
@@ -273,10 +310,21 @@ class CacheManager:
     def num_blocks_within_reach(self, match: Match) -> int:
         """The most blocks that a sequence with this match could come to hold: all that are not pinned by others."""
         num_shared = sum(block_id in self._pin_counts for block_id in match.block_ids)
-        reach = self.pool.num_blocks - (self.num_pinned - num_shared)
-        for index, group in enumerate(self.windows):
-            pinned = set(chain.from_iterable(pin.windows[index].block_ids for pin in self._pins))
-            left = group.pool.num_blocks - len(pinned)
+        pinned = [
+            len(set(chain.from_iterable(pin.table.windows[index].block_ids for pin in self._pins)))
+            for index in range(len(self.windows))
+        ]
+        return self._reach(self.num_pinned - num_shared, pinned)
+
+    @property
+    def num_reachable_blocks(self) -> int:
+        """The most blocks that a sequence could come to hold while nothing is pinned."""
+        return self._reach(0, [0] * len(self.windows))
+
+    def _reach(self, num_pinned: int, pinned_in_windows: Sequence[int]) -> int:
+        reach = self.pool.num_blocks - num_pinned
+        for group, count in zip(self.windows, pinned_in_windows, strict=True):
+            left = group.pool.num_blocks - count
             if left < group.spec.num_blocks_for(reach * self.spec.block_size, self.step_tokens):
                 reach = min(reach, left)
         return reach
@@ -286,16 +334,21 @@ class CacheManager:
         while (block_id := self.pool.oldest_reusable()) is not None:
             self._evict(block_id)
 
-    def take_idle(self, most_kept: int | None = None) -> list[list[int]]:
-        """Superblocks whose memory can be given back now: idle for `IDLE_TICKS` calls, or more than `most_kept`.
+    def take_idle(self, max_kept: int | None = None) -> list[list[int]]:
+        """Superblocks whose memory can be given back now: idle for `IDLE_TICKS` calls, or more than `max_kept`.
 
         A list for each group: those of layers that see all tokens first.
         """
         taken = []
         for pool in (self.pool, *(group.pool for group in self.windows)):
             pool.tick()
-            taken.append(pool.take_idle(IDLE_TICKS, most_kept))
+            taken.append(pool.take_idle(IDLE_TICKS, max_kept))
         return taken
+
+    def all_superblocks(self) -> list[list[int]]:
+        """Every superblock, a list for each group as in `take_idle`."""
+        pools = (self.pool, *(group.pool for group in self.windows))
+        return [list(range(-(-pool.num_blocks // BLOCKS_PER_SUPERBLOCK))) for pool in pools]
 
     @property
     def committed_bytes(self) -> int:
@@ -304,8 +357,11 @@ class CacheManager:
         return self.pool.num_committed * self.spec.block_bytes + windows
 
     def check(self, tables: Iterable[BlockTable]) -> None:
-        """Prove that pool, tree and these tables, which are all that live, agree."""
-        tables = [*tables, *self._pins]
+        """Prove that pool, tree, holds and these tables, which are all that live, agree."""
+        for hold in self.holds:
+            assert len(hold.table.block_ids) == self.spec.num_blocks_for(hold.num_tokens), "a hold of other blocks"
+            assert not hold.table.claims, "others wait for what nobody computes"
+        tables = [*tables, *(hold.table for hold in self.holds)]
         everyone = [*tables, *self._being_copied]
         self.pool.check(table.block_ids for table in everyone)
         self.tree.check()
@@ -323,7 +379,8 @@ class CacheManager:
                     assert self.tree.place_of(block_id) == (table.namespace, before), (
                         f"block {block_id} without its path"
                     )
-        assert self._pin_counts == Counter(chain.from_iterable(pin.block_ids for pin in self._pins)), "pins miscounted"
+        pinned = Counter(chain.from_iterable(pin.table.block_ids for pin in self._pins))
+        assert self._pin_counts == pinned, "pins miscounted"
         claimed = {claim: table for table in tables for claim in table.claims if self._claimed.get(claim) is table}
         assert claimed.keys() == self._claimed.keys(), "a claim of a table that is gone"
 
@@ -366,9 +423,8 @@ class CacheManager:
         taken = self._take(1 + num_more, path[-1] if path else None) if self._windows_have(1 + num_more) else None
         if taken is not None:
             # The table may go before the copy is made, and none of these blocks may then be older than the source.
-            held = BlockTable(table.namespace, [*path, source])
             self.pool.hold(path)
-            held.windows = self._hold_windows(table.windows)
+            held = self._table(table.namespace, [*path, source], 0, self._hold_windows(table.windows))
             self._being_copied.append(held)
             table.block_ids[-1:] = taken
             copies = [BlockCopy(source, taken[0])] if self.spec.block_bytes else []
@@ -379,6 +435,8 @@ class CacheManager:
                 group.pool.release(window.block_ids[-1:])
                 window.block_ids[-1:] = twins
             self.stats.num_copied_blocks += 1
+            if self.events is not None:
+                self.events.copied += copies
             return copies
         if self.pool.ref_count(source) > 1:
             return None
@@ -400,7 +458,10 @@ class CacheManager:
             oldest = self.pool.oldest_reusable()
             assert oldest is not None
             self._evict(oldest)
-        return self.pool.allocate(count, after)
+        taken = self.pool.allocate(count, after)
+        if self.events is not None and taken:
+            self.events.taken += taken
+        return taken
 
     def _evict(self, block_id: int) -> None:
         for group in self.windows:
@@ -408,6 +469,8 @@ class CacheManager:
         self.tree.evict(block_id)
         self.pool.forget(block_id)
         self.stats.num_evicted_blocks += 1
+        if self.events is not None:
+            self.events.evicted.append(block_id)
 
     def _claim(self, table: BlockTable, token_ids: Sequence[int], match: Match) -> None:
         size, name = self.spec.block_size, match.next_hash
@@ -415,7 +478,7 @@ class CacheManager:
             return
         claims = [name]
         for start in range(match.num_tokens + size, len(token_ids) - size + 1, size):
-            name = hash((name, _packed(token_ids[start : start + size])))
+            name = hash((name, packed(token_ids[start : start + size])))
             claims.append(name)
         for claim in claims:
             self._claimed.setdefault(claim, table)
@@ -431,5 +494,6 @@ def _ids_of(match: Match) -> list[int]:
     return [*match.block_ids, *([match.tail[0]] if match.tail else [])]
 
 
-def _packed(token_ids: Sequence[int]) -> bytes:
+def packed(token_ids: Sequence[int]) -> bytes:
+    """Tokens as the prefix tree compares them: an int32 each."""
     return array("i", token_ids).tobytes()

@@ -119,7 +119,7 @@ class RadixTree:
                 break
             count = len(child.block_ids)
             if not tokens.startswith(child.tokens, at):
-                count = _common_bytes(tokens, at, child.tokens) // key_bytes
+                count = common_bytes(tokens, at, child.tokens) // key_bytes
             block_ids += child.block_ids[:count]
             at += count * key_bytes
             last_hash = child.hashes[count - 1]
@@ -202,16 +202,21 @@ class RadixTree:
         assert node.parent is not None
         return node.namespace, node.parent.block_ids[-1] if node.parent.block_ids else None
 
-    def edges(self) -> Iterator[tuple[Namespace, Edge]]:
-        """All edges, each after the one above it."""
+    def edges(self, max_depth: int | None = None, max_edges: int | None = None) -> Iterator[tuple[Namespace, Edge]]:
+        """All edges, each after the one above it; none deeper than `max_depth`, and the first `max_edges`."""
+        num_left = len(self._node_of) if max_edges is None else max_edges
         for namespace, root in self._roots.items():
             stack = [(root, -1)]
             while stack:
                 node, level = stack.pop()
                 if node is not root:
+                    if num_left == 0:
+                        return
+                    num_left -= 1
                     first_token = node.depth * (self._key_bytes // 4)
                     yield namespace, Edge(level, first_token, bytes(node.tokens), list(node.block_ids))
-                stack += [(node.children[key], level + 1) for key in reversed(node.keys)]
+                if max_depth is None or level < max_depth:
+                    stack += [(node.children[key], level + 1) for key in reversed(node.keys)]
 
     def check(self) -> None:
         """Prove that nodes, indexes and tokens agree."""
@@ -298,11 +303,11 @@ def _neighbours(node: _Node, rest: bytes) -> list[tuple[bytes, int]]:
 
 def _tail_of(rest: bytes, candidates: list[tuple[bytes, int]]) -> tuple[int, int] | None:
     """The candidate that agrees longest with `rest`, and for how many tokens, if for any."""
-    best = max(((_common_bytes(rest, 0, key) // 4, block_id) for key, block_id in candidates), default=(0, -1))
+    best = max(((common_bytes(rest, 0, key) // 4, block_id) for key, block_id in candidates), default=(0, -1))
     return (best[1], best[0]) if best[0] else None
 
 
-def _common_bytes(tokens: bytes, start: int, other: bytes | bytearray) -> int:
+def common_bytes(tokens: bytes, start: int, other: bytes | bytearray) -> int:
     """How many bytes of `other` agree with `tokens` from `start` on."""
     low, high = 0, min(len(tokens) - start, len(other))
     while low < high:  # the first `low` agree

@@ -152,7 +152,7 @@ def _first_tokens(llm: LLM) -> list[FirstToken]:
 
 def _result_line(run: TracedRun) -> str:
     without, with_cache = (traced.lane for traced in (run.without, run.with_cache))
-    computed = [lane.sequence.total_computed_tokens for lane in (without, with_cache)]
+    computed = [lane.sequence.costs.num_computed_tokens for lane in (without, with_cache)]
     verdict = "the same to the last bit" if run.is_same else "NOT the same"
     return (
         f"{with_cache.num_tokens:,} tokens after {len(run.prompt_ids):,}: {computed[0]:,} computed without the cache"

@@ -55,7 +55,7 @@ def table_lines(lanes: Lanes) -> list[str]:
             f"{lane.elapsed_s:,.2f} s",
             rate(lane.tokens_per_s),
             "-" if lane.time_to_first_token_s is None else seconds(lane.time_to_first_token_s),
-            f"{lane.sequence.total_computed_tokens:,}",
+            f"{lane.sequence.costs.num_computed_tokens:,}",
             mebibytes(lane.kv_kept_bytes),
         )
         for lane in lanes
@@ -186,7 +186,7 @@ def ratio(lanes: Lanes) -> str:
     if not without.num_tokens or without.num_tokens != with_cache.num_tokens:
         return "not known, the lanes did not come equally far"
     faster = without.elapsed_s / with_cache.elapsed_s
-    fewer = without.sequence.total_computed_tokens / with_cache.sequence.total_computed_tokens
+    fewer = without.sequence.costs.num_computed_tokens / with_cache.sequence.costs.num_computed_tokens
     return f"{faster:.1f} × faster, {fewer:.1f} × fewer tokens computed"  # noqa: RUF001
 
 
@@ -235,13 +235,13 @@ def lane_report(lane: RaceLane) -> dict[str, Any]:
     """One lane as JSON has it."""
     return {
         "name": lane.name,
-        "use_cache": lane.sequence.keep_cache,
+        "use_cache": lane.sequence.request.use_cache,
         "text": lane.sequence.text.text,
         "token_ids": lane.sequence.completion_ids,
         "seed": lane.sequence.seed,
         "num_completion_tokens": lane.num_tokens,
-        "num_cached_prompt_tokens": lane.sequence.num_cached_tokens,
-        "num_computed_tokens": lane.sequence.total_computed_tokens,
+        "num_cached_prompt_tokens": lane.sequence.costs.num_cached_tokens,
+        "num_computed_tokens": lane.sequence.costs.num_computed_tokens,
         "num_repeated_tokens": sum(cost.repeated.num_tokens for cost in lane.costs),
         "repeated_multiply_adds": sum(cost.repeated.multiply_adds for cost in lane.costs),
         "multiply_adds": sum(cost.work.multiply_adds for cost in lane.costs),
@@ -249,7 +249,7 @@ def lane_report(lane: RaceLane) -> dict[str, Any]:
         "time_to_first_token_s": lane.time_to_first_token_s,
         "tokens_per_s": lane.tokens_per_s,
         "kv_kept_bytes": lane.kv_kept_bytes,
-        "weight_bytes": lane.sequence.weight_bytes,
+        "weight_bytes": lane.sequence.costs.weight_bytes,
         "tokens": [
             {"length": cost.length, "num_tokens": cost.num_tokens, "seconds": cost.seconds, **work_report(cost.work)}
             for cost in lane.costs

@@ -97,7 +97,7 @@ class PanelView:
         lines = text.wrap(self._console, width - 4)[-num_lines:]
         figures = (
             f"{lane.num_tokens:,}/{self._max_tokens:,} tokens · {lane.elapsed_s:,.1f} s"
-            f" · {rate(lane.tokens_per_s)} tok/s\n{lane.sequence.total_computed_tokens:,} tokens computed"
+            f" · {rate(lane.tokens_per_s)} tok/s\n{lane.sequence.costs.num_computed_tokens:,} tokens computed"
         )
         return Panel(
             Group(
@@ -107,5 +107,5 @@ class PanelView:
             ),
             title=lane.name,
             width=width,
-            border_style="green" if lane.sequence.keep_cache else "yellow",
+            border_style="green" if lane.sequence.request.use_cache else "yellow",
         )

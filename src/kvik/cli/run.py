@@ -85,7 +85,7 @@ def answer(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, use_cache
     from kvik.engine.stream import stream_sequence
 
     with Interrupt() as interrupted:
-        sequence = llm.engine.new_sequence(prompt_ids, params, keep_cache=use_cache)
+        sequence = llm.engine.new_sequence(llm.engine.new_request(prompt_ids, params, use_cache=use_cache))
         pieces = stream_sequence(llm.engine, sequence, interrupted)
         if show:
             completion = write_answer(pieces, lambda: llm.engine.completion(sequence))

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
+from functools import partial
+from typing import Unpack
 
 from kvik.config import SamplingParams
-from kvik.engine.engine import Engine
-from kvik.engine.llm import GREEDY, LLM, Message, Prompt
+from kvik.engine.engine import MAX_FAILED_STEPS, Engine
+from kvik.engine.llm import GREEDY, LLM, Prompt
 from kvik.engine.output import Completion, Piece
+from kvik.engine.request import (
+    ChatOptions,
+    Message,
+    Request,
+    RequestOptions,
+    TemplateOptions,
+    request_options,
+    template_options,
+)
 from kvik.engine.sequence import Sequence
-from kvik.engine.stream import PieceFeed
-from kvik.errors import EngineDead, InvalidInput, KvikError, SlowReader
+from kvik.engine.session import AsyncSession
+from kvik.engine.stream import PieceFeed, collect
+from kvik.errors import EngineDead, KvikError, SlowReader
+
+log = logging.getLogger(__name__)
 
 MAX_PIECES = 4096
-"""Pieces that wait for a reader at most; one who is further behind loses the request."""
+"""Pieces that wait for a reader; one who is further behind loses the request."""
 
 
 class AsyncLLM:
     """An `LLM` that many tasks of an event loop share; requests are batched as they come.
 
-    Leaving an iterator, or cancelling the task that reads it, aborts the request within a step. When the engine's
-    thread ends, for whatever reason, every request gets `EngineDead`.
+    Requests go into an inbox, which the engine's thread empties between two steps, so that nobody waits for a step to
+    be admitted; what a step brought leaves with one call to the event loop. Leaving an iterator, or cancelling the task
+    that reads it, aborts the request within a step. A step that fails ends its own requests; when the engine's thread
+    ends, for whatever reason, every request gets `EngineDead`.
 
     >>> async with AsyncLLM(LLM("smollm2")) as llm:
     ...     async for piece in llm.stream("Once upon a time"):
@@ -35,8 +53,8 @@ class AsyncLLM:
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._engine = llm.engine
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._readers: dict[Sequence, _Reader] = {}  # the engine thread's own
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._readers: dict[_Reader, None] = {}  # the engine thread's own
         self._death: BaseException | None = None
         self._is_closing = False
         self._beat_s = time.monotonic()
@@ -55,65 +73,79 @@ class AsyncLLM:
         return time.monotonic() - self._beat_s
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams = GREEDY, *, priority: int = 0, salt: str | None = None
+        self, prompt: Prompt, params: SamplingParams = GREEDY, **options: Unpack[RequestOptions]
     ) -> list[Completion]:
-        """Completes a prompt, `params.n` times. Cancelling aborts it."""
-        sequence = await self._new_sequence(prompt, params, priority, salt)
+        """Completes a prompt, `params.n` times. Cancelling aborts it.
+
+        Raises the error of a completion that failed; where others are whole, `RequestsFailed` with them.
+        """
+        request = await self._new_request(prompt, params, options)
+        sequence = self._engine.new_sequence(request)
         branches = list(sequence.all_branches())
-        readers = [_Reader(self._engine, branch) for branch in branches]
-        self._submit(sequence, readers)
+        reader = _Reader(self._engine, sequence, wants_pieces=False)
+        self._submit(reader)
         try:
-            for reader in readers:
-                async for _ in reader:
-                    pass
+            while await reader.read():
+                pass
         finally:
             self._leave(branches)
-        return [self._engine.completion(branch) for branch in branches]
+        return collect(self._engine, branches)
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams = GREEDY, *, priority: int = 0, salt: str | None = None
+        self, prompt: Prompt, params: SamplingParams = GREEDY, **options: Unpack[RequestOptions]
     ) -> AsyncIterator[Piece]:
-        """Completes one prompt piece by piece; the last piece carries the `Completion`."""
-        if isinstance(params, SamplingParams) and params.n > 1:
-            raise InvalidInput(f"n is {params.n}", hint="a stream has one completion; `generate` gives several")
-        sequence = await self._new_sequence(prompt, params, priority, salt)
-        reader = _Reader(self._engine, sequence)
-        self._submit(sequence, [reader])
-        try:
-            async for piece in reader:
-                yield piece
-        finally:
-            self._leave([sequence])
+        """Completes one prompt piece by piece; the last piece of a completion carries the `Completion`.
+
+        With `params.n` above 1 the pieces of all completions come as they are written; `Piece.index` says whose each
+        is.
+        """
+        request = await self._new_request(prompt, params, options)
+        async for piece in self.stream_sequence(self._engine.new_sequence(request)):
+            yield piece
 
     async def chat(
-        self,
-        messages: SequenceOf[Message],
-        params: SamplingParams = GREEDY,
-        *,
-        priority: int = 0,
-        salt: str | None = None,
+        self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
     ) -> list[Completion]:
         """Answers a conversation, `params.n` times."""
-        token_ids = await asyncio.to_thread(self.llm.render_chat, messages)
-        return await self.generate(token_ids, params, priority=priority, salt=salt)
+        token_ids = await self._render_chat(messages, template_options(options))
+        return await self.generate(token_ids, params, **request_options(options))
 
     async def stream_chat(
-        self,
-        messages: SequenceOf[Message],
-        params: SamplingParams = GREEDY,
-        *,
-        priority: int = 0,
-        salt: str | None = None,
+        self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
     ) -> AsyncIterator[Piece]:
         """Answers a conversation piece by piece."""
-        token_ids = await asyncio.to_thread(self.llm.render_chat, messages)
-        async for piece in self.stream(token_ids, params, priority=priority, salt=salt):
+        token_ids = await self._render_chat(messages, template_options(options))
+        async for piece in self.stream(token_ids, params, **request_options(options)):
             yield piece
+
+    def session(self, *, system: str | None = None, **options: Unpack[ChatOptions]) -> AsyncSession:
+        """A conversation that keeps its cache; `options` are those of `chat`, and hold for every turn."""
+        return AsyncSession(self, system=system, **options)
+
+    async def stream_sequence(self, sequence: Sequence) -> AsyncIterator[Piece]:
+        """Queues a sequence of this engine and gives its tokens, and those of its branches, as they come."""
+        branches = list(sequence.all_branches())
+        reader = _Reader(self._engine, sequence, wants_pieces=True)
+        self._submit(reader)
+        try:
+            while pieces := await reader.read():
+                for piece in pieces:
+                    yield piece
+        finally:
+            self._leave(branches)
+
+    async def abort(self, sequences: SequenceOf[Sequence]) -> None:
+        """Stop those that are not finished, and wait until they are."""
+        if all(sequence.finish_reason is not None for sequence in sequences):
+            return
+        done = asyncio.get_running_loop().create_future()
+        self._leave(sequences, done)
+        await asyncio.shield(done)
 
     async def close(self) -> None:
         """End the engine's thread after its present step; what still runs gets `EngineDead`."""
         self._is_closing = True
-        self._commands.put(lambda: None)
+        self._inbox.put(lambda: None)
         await asyncio.to_thread(self._thread.join)
 
     async def __aenter__(self) -> AsyncLLM:
@@ -124,44 +156,55 @@ class AsyncLLM:
 
     # On the event loop's side.
 
-    async def _new_sequence(self, prompt: Prompt, params: SamplingParams, priority: int, salt: str | None) -> Sequence:
-        """Checked elsewhere than on the event loop: it takes the engine's lock, and tokenizing takes its time."""
+    async def _new_request(self, prompt: Prompt, params: SamplingParams, options: RequestOptions) -> Request:
+        """Checked elsewhere than on the event loop, for tokenizing takes its time."""
         if not self.is_alive:
             raise self._dead()
 
-        def make() -> Sequence:
-            return self._engine.new_sequence(self.llm.encode(prompt), params, priority=priority, salt=salt)
+        def make() -> Request:
+            return self._engine.new_request(self.llm.encode(prompt), params, **options)
 
         return await asyncio.to_thread(make)
 
-    def _submit(self, sequence: Sequence, readers: list[_Reader]) -> None:
+    async def _render_chat(self, messages: SequenceOf[Message], options: TemplateOptions) -> list[int]:
+        return await asyncio.to_thread(lambda: self.llm.render_chat(messages, **options))
+
+    def _submit(self, reader: _Reader) -> None:
         def begin() -> None:
-            self._readers |= {reader.sequence: reader for reader in readers}
             try:
-                self._engine.add(sequence)
-            except KvikError as error:  # the queue is full
-                for reader in readers:
-                    del self._readers[reader.sequence]
-                    reader.fail(error)
+                self._engine.add(reader.sequence)
+            except KvikError as error:  # the queue is full, or there is no room beside what is pinned
+                reader.fail(error)
+            else:
+                self._readers[reader] = None
 
         self._command(begin)
 
-    def _leave(self, branches: list[Sequence]) -> None:
-        def end() -> None:
-            for branch in branches:
-                self._readers.pop(branch, None)
-                self._engine.abort(branch)
+    def _leave(self, branches: SequenceOf[Sequence], done: asyncio.Future[None] | None = None) -> None:
+        """Abort what is not finished, at the end of the present step; `done` is told."""
+        if all(branch.finish_reason is not None for branch in branches) or not self.is_alive:
+            if done is not None:
+                done.set_result(None)
+            return
 
-        if any(branch.finish_reason is None for branch in branches) and self.is_alive:
-            self._command(end)
+        def end() -> None:
+            for reader in [reader for reader in self._readers if reader.sequence in branches]:
+                del self._readers[reader]
+            self._engine.abort(*branches)
+            if done is not None:
+                _call(done.get_loop(), partial(_resolve, done))
+
+        self._command(end)
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._lock:
             if self._death is not None:
                 raise self._dead()
-            self._commands.put(command)
+            self._inbox.put(command)
 
     def _dead(self) -> EngineDead:
+        if isinstance(self._death, EngineDead):
+            return EngineDead(self._death.message, hint=self._death.hint)
         why = "it was closed" if self._death is None or isinstance(self._death, _Closed) else repr(self._death)
         error = EngineDead(f"the engine's thread has ended: {why}", hint="make another AsyncLLM")
         error.__cause__ = self._death
@@ -171,12 +214,23 @@ class AsyncLLM:
 
     def _main(self) -> None:
         death: BaseException = _Closed()
+        num_failed = 0
         try:
             while not self._is_closing:
                 # Another thread's step may have ended what readers here still wait for.
                 self._obey(wait=not (self._engine.scheduler.has_work or self._readers))
                 self._beat_s = time.monotonic()
-                self._engine.step()
+                try:
+                    self._engine.step()
+                    num_failed = 0
+                except EngineDead:
+                    raise
+                except Exception:
+                    # The engine has forgotten all it cannot trust, and told those whose requests went with it.
+                    log.exception("the engine failed between two steps")
+                    num_failed += 1
+                    if num_failed == MAX_FAILED_STEPS:
+                        raise
                 self._deliver()
         except BaseException as error:  # noqa: BLE001  # all who wait must hear of it, whatever it was
             death = error
@@ -185,76 +239,136 @@ class AsyncLLM:
                 self._death = death
             self._obey(wait=False)  # requests that came meanwhile have readers too
             readers, self._readers = self._readers, {}
-            for reader in readers.values():
+            for reader in readers:
                 reader.fail(self._dead())
-            for sequence in readers:
-                self._engine.abort(sequence)
+            self._engine.abort(*(branch for reader in readers for branch in reader.branches))
 
     def _obey(self, *, wait: bool) -> None:
         """Do what the event loop asked for; with `wait`, sleep until it asks for something."""
         while True:
             try:
-                command = self._commands.get(block=wait)
+                command = self._inbox.get(block=wait)
             except queue.Empty:
                 return
             command()
             wait = False
 
     def _deliver(self) -> None:
-        for sequence, reader in list(self._readers.items()):
-            try:
-                reader.deliver()
-            except SlowReader as error:
-                self._engine.abort(sequence)
-                reader.fail(error)
-            if reader.is_done:
-                del self._readers[sequence]
+        """Hand on what is new, with one call to each event loop."""
+        outbox: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, _Delivery]]] = {}
+        late: list[_Reader] = []
+        with self._engine.lock:
+            for reader in self._readers:
+                delivery = reader.take()
+                if delivery is None:
+                    continue
+                outbox.setdefault(reader.loop, []).append((reader, delivery))
+                if not delivery.is_last and reader.num_waiting > MAX_PIECES:
+                    late.append(reader)
+        for reader in late:
+            self._engine.abort(*reader.branches)
+            outbox[reader.loop].append((reader, _Delivery([], is_last=True, error=reader.slow_error())))
+        for loop, deliveries in outbox.items():
+            for reader, delivery in deliveries:
+                if delivery.is_last:
+                    del self._readers[reader]
+            _call(loop, partial(_hand_out, deliveries))
 
 
 class _Closed(Exception):
     """The thread was asked to end."""
 
 
+class _Delivery:
+    """What one step brought one reader."""
+
+    __slots__ = ("error", "is_last", "pieces")
+
+    def __init__(self, pieces: list[Piece], *, is_last: bool, error: Exception | None) -> None:
+        self.pieces = pieces
+        self.is_last = is_last
+        self.error = error
+
+
 class _Reader:
     """One request's pieces on their way from the engine's thread to a task."""
 
-    def __init__(self, engine: Engine, sequence: Sequence) -> None:
-        self.sequence = sequence
-        self.is_done = False
-        self._feed = PieceFeed(engine, sequence)
-        self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    __slots__ = ("_engine", "_error", "_feeds", "_is_done", "_pieces", "_waiter", "branches", "loop", "sequence")
 
-    def deliver(self) -> None:
-        """Hand over what is new. Raises `SlowReader` where too much of the old is still there."""
-        pieces: list[Piece | Exception | None] = [*self._feed.take()]
-        if self._feed.is_done:
-            pieces.append(self.sequence.error)  # None: it ended well
-            self.is_done = True
-        elif self._pieces.qsize() + len(pieces) > MAX_PIECES:
-            raise SlowReader(
-                f"{self._pieces.qsize():,} tokens wait to be read, {MAX_PIECES:,} may", hint="read them as they come"
-            )
-        if pieces:
-            self._put(pieces)
+    def __init__(self, engine: Engine, sequence: Sequence, *, wants_pieces: bool) -> None:
+        self.sequence = sequence
+        self.branches = list(sequence.all_branches())
+        self.loop = asyncio.get_running_loop()
+        self._engine = engine
+        self._feeds = [PieceFeed(engine, branch) for branch in self.branches] if wants_pieces else []
+        self._pieces: deque[Piece] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_done = False
+        self._error: Exception | None = None
+
+    # For the engine's thread.
+
+    @property
+    def num_waiting(self) -> int:
+        """Pieces that nobody has read yet."""
+        return len(self._pieces)
+
+    def take(self) -> _Delivery | None:
+        """What is new, if anything is; the caller holds the engine's lock."""
+        pieces: list[Piece] = []
+        for feed in self._feeds:
+            pieces += feed.take()
+        for branch in self.branches:
+            if branch.finish_reason is None:
+                return _Delivery(pieces, is_last=False, error=None) if pieces else None
+        # Who asked for completions gets the errors with them.
+        error = next((branch.error for branch in self.branches if branch.error is not None), None)
+        return _Delivery(pieces, is_last=True, error=error if self._feeds else None)
 
     def fail(self, error: Exception) -> None:
         """No more pieces: this went wrong."""
-        self.is_done = True
-        self._put([error])
+        _call(self.loop, lambda: self.receive(_Delivery([], is_last=True, error=error)))
 
-    def _put(self, items: list[Piece | Exception | None]) -> None:
-        def put() -> None:
-            for item in items:
-                self._pieces.put_nowait(item)
+    def slow_error(self) -> SlowReader:
+        """Why it gets no more."""
+        return SlowReader(
+            f"{self.num_waiting:,} tokens wait to be read, {MAX_PIECES:,} may", hint="read them as they come"
+        )
 
-        try:
-            self._loop.call_soon_threadsafe(put)
-        except RuntimeError:  # the loop is closed: nobody reads any more
-            self.is_done = True
+    # For the event loop's.
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        while (item := await self._pieces.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+    def receive(self, delivery: _Delivery) -> None:
+        """Take a delivery, and wake the task that waits for it."""
+        self._pieces += delivery.pieces
+        self._is_done = self._is_done or delivery.is_last
+        self._error = self._error or delivery.error
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def read(self) -> list[Piece]:
+        """Pieces, as many as there are; none at the end. Raises what ended the request."""
+        while not self._pieces and not self._is_done:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        pieces = list(self._pieces)
+        self._pieces.clear()
+        if not pieces and self._error is not None:
+            raise self._error
+        return pieces
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _hand_out(deliveries: list[tuple[_Reader, _Delivery]]) -> None:
+    for reader, delivery in deliveries:
+        reader.receive(delivery)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    try:
+        loop.call_soon_threadsafe(function)
+    except RuntimeError:  # the loop is closed: nobody reads any more
+        log.debug("an event loop was closed while requests of it ran")

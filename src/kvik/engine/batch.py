@@ -20,13 +20,7 @@ class Scheduled:
     num_tokens: int  # without drafts
     copies: list[BlockCopy]  # to be made before
     closes_gap: bool  # a token is sampled from what the step computes
-
-    @property
-    def num_logits(self) -> int:
-        """Rows of logits, those of its last tokens."""
-        if self.sequence.wants_prompt_logprobs and self.sequence.num_completion_tokens == 0:
-            return self.num_tokens
-        return 1 + len(self.sequence.draft_ids) if self.closes_gap else 0
+    num_logits: int  # rows of logits, those of its last tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +67,7 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
         tables.append(table + [0] * (most_blocks - len(table)))
         logit_rows += range(len(token_ids) - item.num_logits, len(token_ids))
     windows = tuple(_window_places(items, index, most_blocks) for index in range(len(items[0].sequence.table.windows)))
-    # After a decode step the caches hold weights and no code: few kinds of calls are quicker than few calls.
+    # Python's code is cold after a decode step, so calling `np.array` seven times beats one clever call.
     arrays = Batch(
         token_ids=np.array(token_ids, np.int32),
         positions=np.array(positions, np.int32),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from kvik.config import MAX_BEAM_WIDTH, SamplingParams
 from kvik.engine.engine import Engine
+from kvik.engine.lease import Lease
 from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput
 
@@ -25,11 +27,11 @@ class Beam:
 
 @dataclass(frozen=True, slots=True)
 class _Branch:
-    """A beam that goes on: its tokens, and the parked sequence that computed all of them but the last."""
+    """A beam that goes on: its tokens, and the lease of what was computed: all of them but the last."""
 
     token_ids: list[int]
     logprob: float
-    parked: Sequence | None
+    lease: Lease | None  # others may go on from it too
 
 
 def search_beams(
@@ -44,9 +46,10 @@ def search_beams(
         raise InvalidInput(f"width is {width!r}", hint=f"give a whole number from 1 to {MAX_BEAM_WIDTH}")
     if type(length_penalty) not in (int, float) or not math.isfinite(length_penalty) or abs(length_penalty) > 10:
         raise InvalidInput(f"length_penalty is {length_penalty!r}", hint="give a number from -10 to 10; 0 is none")
-    whole = engine.new_sequence(prompt, SamplingParams(max_tokens=max_tokens))  # raises what is wrong with it
+    whole = engine.new_request(prompt, SamplingParams(max_tokens=max_tokens))  # raises what is wrong with it
+    engine.check_room(whole)
     step = SamplingParams(max_tokens=1, logprobs=2 * width)
-    most, ends = whole.most_tokens - len(prompt), whole.stop_token_ids
+    most, ends = whole.max_total_tokens - len(prompt), whole.stop_token_ids
     beams, found = [_Branch([], 0.0, None)], list[Beam]()
 
     def finished(token_ids: list[int], logprob: float, reason: str) -> Beam:
@@ -55,12 +58,12 @@ def search_beams(
 
     try:
         for length in range(1, most + 1):
-            parked = _compute(engine, prompt, beams, step)
-            for beam in beams:
-                _forget(engine, beam.parked)
+            sequences = _compute(engine, prompt, beams, step)
+            leases = [sequence.lease for sequence in sequences]
+            _close_all(beam.lease for beam in beams)
             candidates = [
                 (beam.logprob + logprob, index, token_id)
-                for index, (beam, sequence) in enumerate(zip(beams, parked, strict=True))
+                for index, (beam, sequence) in enumerate(zip(beams, sequences, strict=True))
                 for token_id, logprob in sequence.logprobs[0].top.items()
             ]
             candidates.sort(key=lambda each: -each[0])
@@ -70,9 +73,8 @@ def search_beams(
                 if token_id in ends:
                     found.append(finished(token_ids, logprob, "stop"))
                 elif len(going_on) < width:
-                    going_on.append(_Branch(token_ids, logprob, engine.fork(parked[index])))
-            for sequence in parked:
-                engine.release(sequence)
+                    going_on.append(_Branch(token_ids, logprob, leases[index]))
+            _close_all(lease for lease in leases if all(lease is not beam.lease for beam in going_on))
             beams = going_on
             if not beams:
                 break
@@ -84,15 +86,15 @@ def search_beams(
         else:
             found += [finished(beam.token_ids, beam.logprob, "length") for beam in beams]
     finally:
-        for beam in beams:
-            _forget(engine, beam.parked)
+        _close_all(beam.lease for beam in beams)
     return sorted(found, key=lambda beam: -beam.score)[:width]
 
 
 def _compute(engine: Engine, prompt: SequenceOf[int], beams: list[_Branch], params: SamplingParams) -> list[Sequence]:
-    """One more token for each beam, all in one batch: parked sequences with the logprobs of what may follow."""
+    """One more token for each beam, all in one batch: sequences with leases, and the logprobs of what may follow."""
     sequences = [
-        engine.new_sequence([*prompt, *beam.token_ids], params, park=True, previous=beam.parked) for beam in beams
+        engine.new_sequence(engine.new_request([*prompt, *beam.token_ids], params, hold=True, lease=beam.lease))
+        for beam in beams
     ]
     try:
         for sequence in sequences:
@@ -103,13 +105,12 @@ def _compute(engine: Engine, prompt: SequenceOf[int], beams: list[_Branch], para
             if sequence.error is not None:
                 raise sequence.error
     except BaseException:
-        for sequence in sequences:
-            engine.abort(sequence)
-            engine.release(sequence)
+        engine.abort(*sequences)
         raise
     return sequences
 
 
-def _forget(engine: Engine, parked: Sequence | None) -> None:
-    if parked is not None:
-        engine.release(parked)
+def _close_all(leases: Iterable[Lease | None]) -> None:
+    for lease in leases:
+        if lease is not None:
+            lease.close()

@@ -1,4 +1,4 @@
-"""The cache, to look at."""
+"""A snapshot of the KV cache and its hit statistics; `print()` shows a summary."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 
 from kvik.cache import CacheStats, PoolSize
 from kvik.engine.engine import Engine
+from kvik.errors import InvalidInput
 
 TEXT_WIDTH = 60
+MAX_SHOWN_ROWS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +70,34 @@ class CacheView:
         """Tokens asked for and found, blocks evicted and copied, since the engine began."""
         return self._engine.cache.stats
 
-    def tree(self) -> list[TreeRow]:
-        """The prefix tree, each run below the one it goes on from."""
+    def tree(self, *, max_level: int | None = None, max_rows: int | None = None) -> list[TreeRow]:
+        """The prefix tree, each run below the one it goes on from.
+
+        `max_level` leaves out what lies deeper, `max_rows` all rows behind so many. The engine waits while token ids
+        are copied, not while they are turned into text.
+        """
+        for name, value in (("max_level", max_level), ("max_rows", max_rows)):
+            if value is not None and (type(value) is not int or value < 0):
+                raise InvalidInput(f"{name} is {value!r}", hint="give a whole number, or None for all")
         engine = self._engine
         decode = engine.model.tokenizer.decode
         with engine.lock:
-            return [
-                TreeRow(
-                    level=edge.depth,
-                    first_token=edge.first_token,
-                    num_tokens=len(edge.tokens) // 4,
-                    num_holders=engine.cache.pool.ref_count(edge.block_ids[-1]),
-                    block_ids=edge.block_ids,
-                    text=decode(np.frombuffer(edge.tokens, np.int32).tolist(), skip_special=False),
-                    salt=namespace.salt,
-                )
-                for namespace, edge in engine.cache.tree.edges()
+            edges = [
+                (namespace, edge, engine.cache.pool.ref_count(edge.block_ids[-1]))
+                for namespace, edge in engine.cache.tree.edges(max_level, max_rows)
             ]
+        return [
+            TreeRow(
+                level=edge.depth,
+                first_token=edge.first_token,
+                num_tokens=len(edge.tokens) // 4,
+                num_holders=num_holders,
+                block_ids=edge.block_ids,
+                text=decode(np.frombuffer(edge.tokens, np.int32).tolist(), skip_special=False),
+                salt=namespace.salt,
+            )
+            for namespace, edge, num_holders in edges
+        ]
 
     def clear(self) -> None:
         """Forget every block that nobody holds, and give the memory back."""
@@ -100,10 +113,13 @@ class CacheView:
             f"{stats.num_cached_tokens:,} of {stats.num_queried_tokens:,} prompt tokens found ({stats.hit_rate:.0%});"
             f" {stats.num_evicted_blocks:,} blocks evicted, {stats.num_copied_blocks:,} copied",
         ]
-        for row in self.tree():
+        rows = self.tree(max_rows=MAX_SHOWN_ROWS + 1)
+        for row in rows[:MAX_SHOWN_ROWS]:
             text = row.text if len(row.text) <= TEXT_WIDTH else f"{row.text[: TEXT_WIDTH - 2]} …"
             held = f" ×{row.num_holders}" if row.num_holders else ""  # noqa: RUF001
             salt = f" [{row.salt}]" if row.salt is not None else ""
             first, end = f"{row.first_token:,}", f"{row.first_token + row.num_tokens:,}"
             lines.append(f"{'  ' * row.level}{first} … {end}{held}{salt} {text!r}")
+        if len(rows) > MAX_SHOWN_ROWS:
+            lines.append(f"and more than {MAX_SHOWN_ROWS:,} runs: tree() has all of them")
         return "\n".join(lines)

@@ -1,317 +1,411 @@
-"""The loop at the centre: schedule, run the model, sample, record."""
+"""The loop at the centre: schedule, run the model, sample, commit."""
 
 from __future__ import annotations
 
-import os
-import reprlib
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from typing import TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from kvik.cache import BlockTable, CacheManager
+from kvik.cache import BlockEvents, CacheManager, Hold, KVCacheSpec, PoolSize
 from kvik.cache.sizing import choose_pool_size
-from kvik.config import TOKEN_BUDGET, KVDType, SamplingParams
+from kvik.config import EngineConfig, SamplingParams
+from kvik.engine.admission import Admission
 from kvik.engine.batch import ScheduledBatch
-from kvik.engine.drafts import NgramDrafts
+from kvik.engine.events import Observer, StepEvent, StepResult
+from kvik.engine.interrupts import uninterrupted
+from kvik.engine.lease import Lease
 from kvik.engine.output import Completion, TextStream
-from kvik.engine.sampler import StepLogits, choose, prompt_logprobs
+from kvik.engine.request import Request, RequestOptions
+from kvik.engine.runner import ModelRunner, Runner
+from kvik.engine.sampler import SampleRow
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
-from kvik.errors import CacheTooSmall, InvalidInput, ModelError, PromptTooLong
+from kvik.errors import CacheTooSmall, EngineDead, KvikError, ModelError, StepInterrupted
 from kvik.models.loader import LoadedModel
 
+log = logging.getLogger(__name__)
+
 LONG_CHUNK = 32
-"""Tokens of one prompt from which on a step tells what a prompt token costs."""
+"""Smallest prefill chunk used to estimate the cost of a prompt token."""
 
 KEPT_SUPERBLOCKS = 2
-"""Unused ones whose memory an idle engine keeps, so that the next request need not have it made anew."""
+"""Superblocks an idle engine keeps committed, so the next request does not page-fault."""
 
-MAX_SALT_BYTES = 256
-MAX_PRIORITY = 100
+MAX_FAILED_STEPS = 3
+"""Steps that may fail one after the other before the engine ends."""
+
+MakeRunner: TypeAlias = Callable[[LoadedModel, KVCacheSpec, PoolSize], Runner]
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step brought: a sequence for each token that was chosen, and the logits it was chosen from."""
+class _Clock:
+    """The times at which the parts of a step ended."""
 
-    sequences: list[Sequence]
-    logits: npt.NDArray[np.float32]  # (tokens, vocab_size)
+    def __init__(self) -> None:
+        self.times_s = [time.perf_counter()]
+
+    def lap(self) -> None:
+        """Another part has ended."""
+        self.times_s.append(time.perf_counter())
+
+    def parts_s(self) -> tuple[float, float, float, float]:
+        """Seconds of each part; 0 for those that a failed step never came to."""
+        started_s, scheduled_s, *ends_s = self.times_s
+        run_s, sampled_s, ended_s = (*ends_s, *[ends_s[-1]] * 2)[:3]
+        return scheduled_s - started_s, run_s - scheduled_s, sampled_s - run_s, ended_s - sampled_s
 
 
 class Engine:
     """Runs sequences of one model over one pool of blocks.
 
     Threads may share it: a step, and whatever else changes sequences or blocks, holds `lock`; so does whoever wants to
-    read a sequence that another thread may be stepping.
+    read a sequence that another thread may be stepping. `new_request` and `new_sequence` need no lock.
+
+    A step that fails ends its own sequences, whose `error` says why, and the engine goes on; `MAX_FAILED_STEPS` of them
+    in a row end the engine (`EngineDead`).
     """
 
     def __init__(
         self,
         model: LoadedModel,
+        config: EngineConfig | None = None,
         *,
-        kv_dtype: KVDType = "f16",
-        token_budget: int = TOKEN_BUDGET,
-        kv_memory: int | str = "auto",
-        prefix_cache: bool = True,
-        max_running: int = 64,
-        max_waiting: int = 1024,
+        make_runner: MakeRunner = ModelRunner,
+        observers: SequenceOf[Observer] = (),
     ) -> None:
         self.model = model
+        self.config = config = config or EngineConfig()
         self.decoder = model.decoder
-        self.kv_spec = model.decoder.spec.kv_spec(kv_dtype)
+        self.kv_spec = model.decoder.spec.kv_spec(config.kv_dtype)
         size = choose_pool_size(
-            self.kv_spec, model.context, kv_memory, token_budget=token_budget, max_running=max_running
+            self.kv_spec,
+            model.context,
+            config.kv_memory,
+            token_budget=config.token_budget,
+            max_running=config.max_running,
         )
         self.cache = CacheManager(
             self.kv_spec,
             size.num_blocks,
             window_blocks=size.window_blocks,
-            prefix_cache=prefix_cache,
-            step_tokens=token_budget,
+            prefix_cache=config.prefix_cache,
+            step_tokens=config.token_budget,
         )
-        self.kv_arrays = model.decoder.ops.allocate_kv(self.kv_spec, size.num_blocks, size.window_blocks)
-        self.forward = model.decoder.record(self.kv_arrays)
-        self.scheduler = Scheduler(
-            self.cache, token_budget=token_budget, max_running=max_running, max_waiting=max_waiting
-        )
-        self.lock = threading.RLock()
-        self._depth = 0  # of calls that change something, by the thread that holds the lock
-        self._forgotten: deque[tuple[Sequence | None, BlockTable | None]] = deque()
+        self.runner = make_runner(model, self.kv_spec, size)
+        self.scheduler = Scheduler(self.cache, config, lambda hold: Lease(self, hold))
+        self.admission = Admission(model, self.cache, self.scheduler.max_running)
+        self.lock = threading.Lock()
         self.prefill_token_s: float | None = None  # a prompt token's share of a step's time, of the newest long chunk
-        weights = model.decoder.weights
-        self._step_bytes = {wanted: weights.step_bytes(with_logits=wanted) for wanted in (False, True)}
+        self.death: Exception | None = None  # why no step will run any more
+        self.observers: tuple[Observer, ...] = ()
+        self._forgotten: deque[Hold] = deque()
+        self._num_failed_steps = 0  # in a row
+        self._is_torn = False  # something is being changed, or was when it was interrupted
+        self._step_bytes = {wanted: self.runner.step_bytes(with_logits=wanted) for wanted in (False, True)}
+        for observer in observers:
+            self.add_observer(observer)
 
-    def new_sequence(
-        self,
-        token_ids: SequenceOf[int],
-        params: SamplingParams,
-        *,
-        keep_cache: bool = True,
-        park: bool = False,
-        previous: Sequence | None = None,
-        priority: int = 0,
-        salt: str | None = None,
-    ) -> Sequence:
-        """A checked request, to be given to `add`.
+    # What is asked of it.
 
-        `park` keeps its blocks after its end, for a turn that follows. `previous` is such a turn, aborted here if it
-        still runs: the tokens that both begin with are not computed again. A higher `priority` is served earlier. With
-        a `salt` nothing is shared with requests of another salt, or of none. Raises `InvalidInput`, `PromptTooLong`,
-        `CacheTooSmall`.
+    def new_request(
+        self, prompt_ids: SequenceOf[int], params: SamplingParams, **options: Unpack[RequestOptions]
+    ) -> Request:
+        """A request, checked as far as it can be without the lock; its options are those of `RequestOptions`.
+
+        Raises `InvalidInput`, `PromptTooLong`, `CacheTooSmall`.
         """
-        if not isinstance(params, SamplingParams):
-            raise InvalidInput(f"params is {reprlib.repr(params)}", hint="give SamplingParams(...)")
-        self._check_prompt(token_ids)
-        _check_route(priority, salt)
-        stop_token_ids = self._stop_token_ids(params)
-        seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed
-        prompt_text = self.model.tokenizer.decode(list(token_ids)) if params.echo else ""
+        return self.admission.new_request(prompt_ids, params, **options)
+
+    def new_sequence(self, request: Request) -> Sequence:
+        """What `add` takes: the request's first completion, and the others as its branches."""
+        tokenizer, params = self.model.tokenizer, request.params
+        before = tokenizer.decode(list(request.prompt_ids)) if params.echo else ""
         branches = [
             Sequence(
-                token_ids=list(token_ids),
-                num_prompt_tokens=len(token_ids),
-                params=params,
-                seed=(seed + index) % 2**64,
-                stop_token_ids=stop_token_ids,
-                text=TextStream(self.model.tokenizer, params.stop, prompt_text),
-                table=self.cache.new_table(salt),
-                most_tokens=min(len(token_ids) + params.max_tokens, self.model.context),
-                priority=priority,
-                keep_cache=keep_cache,
-                park=park,
-                drafts=NgramDrafts() if params.speculate == "ngram" and keep_cache else None,
+                request,
+                branch,
+                table=self.cache.new_table(request.salt),
+                text=TextStream(tokenizer, params.stop, before),
             )
-            for index in range(params.n)
+            for branch in range(params.n)
         ]
-        sequence = branches[0]
-        sequence.branches = branches[1:]
+        branches[0].branches = branches[1:]
+        return branches[0]
+
+    def check_room(self, request: Request) -> None:
+        """Raise `CacheTooSmall` for a request that what is pinned leaves no room for."""
         with self._exclusive():
-            self._check_room(sequence)
-            if previous is not None:
-                self.scheduler.abort(previous)
-                sequence.previous = previous
-        return sequence
+            self._check_room(self.new_sequence(request))
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence and start its clock. Raises `QueueFull`."""
+        """Queue a sequence and start its clock. Raises `CacheTooSmall`, `QueueFull`, `EngineDead`."""
         with self._exclusive():
+            self._check_alive()
+            self._check_room(sequence)
             for branch in sequence.all_branches():
-                branch.started_s = time.perf_counter()
+                branch.costs.queued_s = time.perf_counter()
             self.scheduler.add(sequence)
 
     def step(self) -> StepResult | None:
-        """Advance by one step; `None` when nothing is to do."""
+        """Advance by one step; `None` when nothing is to do. Raises `EngineDead`."""
         with self._exclusive():
+            self._check_alive()
+            clock = _Clock()
             batch = self.scheduler.schedule()
             if batch is None:
                 self._trim()
                 return None
-            logits = self._run(batch)
-            result = self._sample(batch, logits)
-            self.scheduler.record(batch, weight_bytes=self._step_bytes[len(logits.rows) > 0])
+            clock.lap()
+            try:
+                logits = self._run(batch)
+                clock.lap()
+                result = self._sample(batch, logits)
+                clock.lap()
+                self.scheduler.commit(batch, weight_bytes=self._step_bytes[len(logits) > 0])
+                self._num_failed_steps = 0
+            except Exception as error:  # noqa: BLE001  # whatever it was, the sequences of this step get it
+                result = self._fail(batch, error)
             self._trim()
+            self._tell(clock, batch, result)
             return result
 
-    def abort(self, sequence: Sequence) -> None:
-        """Stop a sequence that is not finished; a finished one stays as it is."""
+    def abort(self, *sequences: Sequence) -> None:
+        """Stop those that are not finished; a finished one stays as it is."""
         with self._exclusive():
-            self.scheduler.abort(sequence)
+            for sequence in sequences:
+                self.scheduler.abort(sequence)
             self._trim_idle()
-
-    def release(self, sequence: Sequence) -> None:
-        """Give back the blocks of a parked sequence."""
-        with self._exclusive():
-            self.scheduler.release(sequence)
-            self._trim_idle()
-
-    def forget(self, sequence: Sequence | None, pin: BlockTable | None) -> None:
-        """Abort and release a sequence and its pin, now or after the step that is going on.
-
-        For finalisers: Python may run one anywhere, in the middle of a step too.
-        """
-        self._forgotten.append((sequence, pin))
-        if self._depth == 0 and self.lock.acquire(blocking=False):
-            try:
-                with self._exclusive():
-                    pass
-            finally:
-                self.lock.release()
-
-    def fork(self, sequence: Sequence) -> Sequence:
-        """A finished sequence once more, parked beside the first if that one is: it costs no block until it goes on."""
-        with self._exclusive():
-            assert sequence.finish_reason is not None
-            copy = replace(
-                sequence, token_ids=list(sequence.token_ids), table=self.cache.new_table(sequence.table.namespace.salt)
-            )
-            copy.num_computed_tokens = 0
-            self.scheduler.fork(sequence, copy)
-            return copy
-
-    def pin(self, sequence: Sequence) -> BlockTable:
-        """Keep the full blocks of a parked sequence until `unpin`. Raises `CacheTooSmall`.
-
-        It is refused where a request that waits or runs could no longer be served.
-        """
-        with self._exclusive():
-            pin = self.cache.pin(sequence.table)
-            for other in (*self.scheduler.waiting, *self.scheduler.running):
-                try:
-                    self._check_room(other)
-                except CacheTooSmall as error:
-                    self.cache.unpin(pin)
-                    raise CacheTooSmall(
-                        f"with {len(pin.block_ids):,} blocks pinned, a request under way no longer fits:"
-                        f" {error.message}",
-                        hint="pin when it is done, or give the cache more memory",
-                    ) from None
-            return pin
-
-    def unpin(self, pin: BlockTable) -> None:
-        """Let go what `pin` kept."""
-        with self._exclusive():
-            self.cache.unpin(pin)
-
-    def clear_cache(self) -> None:
-        """Forget every block that nobody holds, and give the memory of free ones back."""
-        with self._exclusive():
-            self.cache.clear()
-            self._give_back(self.cache.take_idle(most_kept=0))
 
     def completion(self, sequence: Sequence) -> Completion:
         """The result of a finished sequence."""
         assert sequence.finish_reason is not None
-        wants_logprobs = sequence.params.logprobs is not None
+        request = sequence.request
         return Completion(
             text=sequence.text.text,
             token_ids=sequence.completion_ids,
             finish_reason=sequence.finish_reason,
             stats=sequence.stats(),
             seed=sequence.seed,
-            logprobs=sequence.logprobs if wants_logprobs else None,
-            prompt_logprobs=[None, *sequence.prompt_logprobs] if sequence.wants_prompt_logprobs else None,
+            logprobs=None if request.params.logprobs is None else sequence.logprobs,
+            prompt_logprobs=[None, *sequence.prompt_logprobs] if request.wants_prompt_logprobs else None,
         )
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Hold the lock to change something; what finalisers wanted meanwhile is done at the end."""
-        with self.lock:
-            self._depth += 1
-            try:
-                yield
-                while self._depth == 1 and self._forgotten:
-                    sequence, pin = self._forgotten.popleft()
-                    if pin is not None:
-                        self.cache.unpin(pin)
-                    if sequence is not None:
-                        self.scheduler.abort(sequence)
-                        self.scheduler.release(sequence)
-            finally:
-                self._depth -= 1
+    def clear_cache(self) -> None:
+        """Forget every block that nobody holds, and give the memory of free ones back."""
+        with self._exclusive():
+            self.cache.clear()
+            self._give_back(self.cache.take_idle(max_kept=0))
 
-    # The four statements of a step.
+    # Leases.
 
-    def _run(self, batch: ScheduledBatch) -> StepLogits:
-        try:
-            for group, copies in batch.copies.items():
-                self.decoder.ops.copy_blocks(self.kv_arrays, copies, group)
-            started_s = time.perf_counter()
-            logits = StepLogits(self.decoder.ops.to_numpy(self.forward(batch.arrays)))
-            if any(item.num_tokens >= LONG_CHUNK for item in batch.items):
-                self.prefill_token_s = (time.perf_counter() - started_s) / len(batch.arrays.token_ids)
-            return logits
-        except BaseException as error:
-            # Blocks may be half written: nobody may go on from them. The caller learns of it, and so do those who wait.
-            self.cache.end_copies()
-            for item in batch.items:
-                cause = error if isinstance(error, Exception) else RuntimeError(f"the step was interrupted: {error!r}")
-                item.sequence.park = False
-                self.scheduler.abort(item.sequence, cause)
-            raise
+    def fork_lease(self, lease: Lease) -> Lease:
+        """Another lease of the same blocks."""
+        with self._exclusive():
+            return Lease(self, self.cache.keep(lease.hold.table, lease.hold.tokens))
 
-    def _sample(self, batch: ScheduledBatch, logits: StepLogits) -> StepResult:
+    def pin_lease(self, lease: Lease) -> Lease:
+        """Another lease, of the full blocks, which nobody's need takes away. Raises `CacheTooSmall`.
+
+        It is refused where a request that waits or runs could no longer be served.
+        """
+        with self._exclusive():
+            pin = self.cache.keep(lease.hold.table, lease.hold.tokens, is_pinned=True)
+            for other in (*self.scheduler.waiting, *self.scheduler.running):
+                try:
+                    self._check_room(other)
+                except CacheTooSmall as error:
+                    self.cache.let_go(pin)
+                    raise CacheTooSmall(
+                        f"with {len(pin.table.block_ids):,} blocks pinned, a request under way no longer fits:"
+                        f" {error.message}",
+                        hint="pin when it is done, or give the cache more memory",
+                    ) from None
+            return Lease(self, pin)
+
+    def close_lease(self, lease: Lease) -> None:
+        """Give the blocks of a lease back."""
+        with self._exclusive():
+            self.cache.let_go(lease.hold)
+            self._trim_idle()
+
+    def forget_lease(self, hold: Hold) -> None:
+        """The same for finalisers: now, or after the step that is going on."""
+        self._forgotten.append(hold)
+        if self.lock.acquire(blocking=False):  # not where this very thread is in the middle of a step
+            self.lock.release()
+            with self._exclusive():
+                pass
+
+    # Watching.
+
+    def add_observer(self, observer: Observer) -> None:
+        """Call `observer` after each step from now on, with the lock held: it must not call the engine."""
+        with self._exclusive():
+            self.observers += (observer,)
+            self.cache.events = self.cache.events or BlockEvents()
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Call it no more."""
+        with self._exclusive():
+            self.observers = tuple(other for other in self.observers if other is not observer)
+            if not self.observers:
+                self.cache.events = None
+
+    # The parts of a step.
+
+    def _run(self, batch: ScheduledBatch) -> npt.NDArray[np.float32]:
+        for group, copies in batch.copies.items():
+            self.runner.copy_blocks(copies, group)
+        started_s = time.perf_counter()
+        logits = self.runner.run(batch)
+        if any(item.num_tokens >= LONG_CHUNK for item in batch.items):
+            self.prefill_token_s = (time.perf_counter() - started_s) / len(batch.arrays.token_ids)
+        return logits
+
+    def _sample(self, batch: ScheduledBatch, logits: npt.NDArray[np.float32]) -> StepResult:
         """Choose tokens, a draft's successor only where the draft was chosen itself."""
-        chosen: list[Sequence] = []
-        rows: list[int] = []
+        asked: list[SampleRow] = []
+        askers: list[tuple[Sequence, int | None]] = []  # whose token it is, and the draft that it must equal
         first = 0
         for item in batch.items:
             sequence, end = item.sequence, first + item.num_logits
-            try:
-                if not all(map(logits.is_finite, range(first, end))):
-                    raise self._no_numbers(sequence)
-                if sequence.wants_prompt_logprobs and item.num_logits:
-                    _note_prompt(sequence, logits.rows[first:end])
-                if item.closes_gap:
-                    at = end - 1 - len(sequence.draft_ids)
-                    for branch in sequence.branches:
-                        branch.prompt_logprobs = sequence.prompt_logprobs
-                        branch.accept(choose(logits, at, branch))
-                        chosen.append(branch)
-                        rows.append(at)
-                    for draft_id in (*sequence.draft_ids, None):
-                        token_id = choose(logits, at, sequence)
-                        sequence.accept(token_id)
-                        chosen.append(sequence)
-                        rows.append(at)
-                        if token_id != draft_id or sequence.finish_reason is not None:
-                            break
-                        at += 1
-            except Exception as error:  # noqa: BLE001  # whatever it was, it is this request's alone
-                for branch in sequence.all_branches():
-                    branch.finish("abort", error)
+            if item.num_logits and sequence.request.wants_prompt_logprobs:
+                self._note_prompt(sequence, logits[first:end])
+            if item.closes_gap:
+                at = end - 1 - len(sequence.draft_ids)
+                for branch in sequence.branches:
+                    branch.prompt_logprobs = sequence.prompt_logprobs
+                    asked.append(_sample_row(branch, at, ()))
+                    askers.append((branch, None))
+                for index, draft_id in enumerate((*sequence.draft_ids, None)):
+                    asked.append(_sample_row(sequence, at + index, sequence.draft_ids[:index]))
+                    askers.append((sequence, draft_id))
             first = end
-        whole = len(rows) == len(logits.rows) and rows == list(range(len(rows)))
-        return StepResult(chosen, logits.rows if whole else logits.rows[rows])
+        chosen: list[Sequence] = []
+        rows: list[int] = []
+        rejected: Sequence | None = None  # what follows a draft that was not chosen counts no more
+        for (sequence, draft_id), row, sampled in zip(askers, asked, self.runner.sample(logits, asked), strict=True):
+            if sequence is rejected or sequence.finish_reason is not None:
+                continue
+            if sampled.token_id < 0:
+                sequence.finish("abort", self._not_finite(sequence))
+                continue
+            try:
+                if sampled.logprobs is not None:
+                    sequence.logprobs.append(sampled.logprobs)
+                sequence.accept(sampled.token_id)
+            except Exception as error:  # noqa: BLE001  # whatever it was, it is this request's alone
+                sequence.finish("abort", error)
+                continue
+            chosen.append(sequence)
+            rows.append(row.row)
+            if sampled.token_id != draft_id:
+                rejected = sequence
+        return StepResult(chosen, rows, logits)
+
+    def _note_prompt(self, sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
+        """Append prompt logprobs for these rows, skipping those already known from before a preemption."""
+        if not np.isfinite(rows).all(axis=1).all():
+            sequence.finish("abort", self._not_finite(sequence))
+            return
+        start = sequence.num_computed_tokens
+        skipped = max(0, len(sequence.prompt_logprobs) - start)
+        num_rows = max(0, len(rows) - skipped)
+        next_ids = sequence.token_ids[start + skipped + 1 : sequence.num_prompt_tokens][:num_rows]
+        num_top = sequence.params.logprobs
+        assert num_top is not None
+        if next_ids:
+            sequence.prompt_logprobs += self.runner.prompt_logprobs(
+                rows[skipped : skipped + len(next_ids)], next_ids, num_top
+            )
+
+    def _fail(self, batch: ScheduledBatch, error: Exception) -> StepResult:
+        """End the step's sequences; after several such steps, the engine."""
+        self._num_failed_steps += 1
+        names = ", ".join(dict.fromkeys(item.sequence.request.request_id for item in batch.items))
+        log.error("a step failed, and with it %s: %r", names, error)
+        self.scheduler.fail(batch, error)
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            self.death = error
+            log.critical("the engine ends: %d steps failed, one after the other", self._num_failed_steps)
+            for sequence in list(self.scheduler.unfinished):
+                self.scheduler.abort(sequence, self._dead())
+        return StepResult([], [], np.empty((0, self.decoder.spec.vocab_size), np.float32), error)
+
+    def _tell(self, clock: _Clock, batch: ScheduledBatch, result: StepResult) -> None:
+        """Call the observers; an error of theirs is the caller's, and tears nothing."""
+        scheduler, cache = self.scheduler, self.cache
+        if not self.observers:
+            scheduler.begun.clear()
+            scheduler.ended.clear()
+            return
+        clock.lap()
+        begun, scheduler.begun = scheduler.begun, []
+        ended, scheduler.ended = scheduler.ended, []
+        blocks, cache.events = cache.events or BlockEvents(), BlockEvents()
+        schedule_s, run_s, sample_s, commit_s = clock.parts_s()
+        event = StepEvent(
+            started_s=clock.times_s[0],
+            schedule_s=schedule_s,
+            run_s=run_s,
+            sample_s=sample_s,
+            commit_s=commit_s,
+            batch=batch,
+            result=result,
+            begun=begun,
+            ended=ended,
+            blocks=blocks,
+        )
+        self._is_torn = False
+        for observer in self.observers:
+            observer(event)
+
+    # Accounts that an interruption does not tear.
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Take the lock for a change; run releases deferred by finalizers before letting go.
+
+        Ctrl-C waits until the change is whole. Whatever else ends it half way, an error that refuses it aside, leaves
+        accounts that nobody can trust: then everything is forgotten, here or, if that is interrupted too, next time.
+        """
+        with uninterrupted(), self.lock:
+            if self._is_torn:
+                self._recover()
+            self._is_torn = True
+            try:
+                yield
+                while self._forgotten:
+                    self.cache.let_go(self._forgotten.popleft())
+                self._is_torn = False
+            except KvikError:  # raised by a check, before anything was changed
+                self._is_torn = False
+                raise
+            except BaseException:
+                if self._is_torn:
+                    self._recover()
+                raise
+
+    def _recover(self) -> None:
+        """Forget all sequences and blocks: what is left is an engine as it was made."""
+        log.error("a step was interrupted half way; all requests end, and the cache is empty")
+        error = StepInterrupted(
+            "the engine was interrupted in the middle of a step", hint="send the request again; nothing else is lost"
+        )
+        self.scheduler.reset(error)
+        self.cache.reset()
+        self._give_back(self.cache.all_superblocks())
+        self._is_torn = False
 
     def _trim(self) -> None:
-        """Memory that stays unused goes back to the system; little is kept once nothing runs."""
+        """Return the memory of superblocks that stay unused, nearly all of it once nothing runs."""
         self._give_back(self.cache.take_idle(None if self.scheduler.has_work else KEPT_SUPERBLOCKS))
 
     def _trim_idle(self) -> None:
@@ -322,95 +416,41 @@ class Engine:
     def _give_back(self, superblocks_by_group: list[list[int]]) -> None:
         for group, superblocks in enumerate(superblocks_by_group):
             if superblocks and (group or self.kv_spec.block_bytes):
-                self.decoder.ops.discard_blocks(self.kv_arrays, superblocks, group)
+                self.runner.discard_blocks(superblocks, group)
 
     # What is refused.
 
-    def _check_prompt(self, token_ids: SequenceOf[int]) -> None:
-        if not token_ids:
-            raise InvalidInput("the prompt is empty", hint="give at least one token of text")
-        self._check_token_ids("the prompt's token id", token_ids)
-        if len(token_ids) >= self.model.context:
-            raise PromptTooLong(
-                f"the prompt has {len(token_ids):,} tokens, the context holds {self.model.context:,} with the answer",
-                hint=self._context_hint(),
-            )
-
     def _check_room(self, sequence: Sequence) -> None:
-        """Refuse what could never fit, whatever the others give back. The last token of all needs no place."""
-        spec = self.kv_spec
-        needed = spec.num_blocks_for(sequence.most_tokens - 1)
-        has = self.cache.num_blocks_within_reach(self.scheduler.match(sequence))
-        if needed <= has:
-            return
-        room = has * spec.block_size + 1 - sequence.num_prompt_tokens
-        advice = f"lower max_tokens to {room:,} or less, or " if room > 0 else ""
-        wanted = spec.pool_bytes(
-            spec.pool_size(
-                spec.pool_blocks_for(sequence.most_tokens),
-                context=self.model.context,
-                step_tokens=self.cache.step_tokens,
-                max_running=self.scheduler.max_running,
-            )
-        )
-        raise CacheTooSmall(
-            f"prompt and answer need {needed:,} blocks ({sequence.most_tokens:,} tokens), the cache has {has:,}"
-            + (f" besides {self.cache.num_pinned:,} pinned ones" if self.cache.num_pinned else ""),
-            hint=f"{advice}raise kv_memory (`--kv-memory`) to {-(-wanted // 2**20):,} MiB or more",
-        )
+        self.admission.check_room(sequence.request, self.scheduler.match(sequence))
 
-    def _context_hint(self) -> str:
-        limit = self.decoder.spec.context_length
-        return (
-            f"shorten the prompt, or raise the context, up to {limit}" if self.model.context < limit else "shorten it"
-        )
+    def _check_alive(self) -> None:
+        if self.death is not None:
+            raise self._dead()
 
-    def _no_numbers(self, sequence: Sequence) -> ModelError:
+    def _dead(self) -> EngineDead:
+        error = EngineDead(
+            f"{self._num_failed_steps} steps failed, one after the other: {self.death!r}", hint="load the model again"
+        )
+        error.__cause__ = self.death
+        return error
+
+    def _not_finite(self, sequence: Sequence) -> ModelError:
         return ModelError(
-            f"{self.model.path.name}: the logits after {sequence.num_tokens:,} tokens are no finite numbers",
+            f"{self.model.path.name}: the logits after {sequence.num_tokens:,} tokens are not finite",
             hint="the file's weights are damaged; download it again",
         )
 
-    def _check_token_ids(self, what: str, token_ids: Iterable[int]) -> None:
-        vocab_size = self.decoder.spec.vocab_size
-        for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
-                raise InvalidInput(
-                    f"{what} {token_id} is not in the vocabulary", hint=f"ids go from 0 to {vocab_size - 1}"
-                )
 
-    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        self._check_token_ids("stop_token_ids:", params.stop_token_ids)
-        ends = frozenset() if params.ignore_eos else self.model.tokenizer.eos_token_ids
-        stop_token_ids = ends.union(params.stop_token_ids)
-        if params.min_tokens and len(stop_token_ids) == self.decoder.spec.vocab_size:
-            raise InvalidInput(
-                f"min_tokens is {params.min_tokens}, but every token is one that ends the text",
-                hint="set min_tokens to 0, or leave some tokens out of stop_token_ids",
-            )
-        return stop_token_ids
-
-
-def _note_prompt(sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
-    """Logprobs of the prompt's tokens that follow the rows' positions; some are known if the prompt begins again."""
-    start = sequence.num_computed_tokens
-    skipped = max(0, len(sequence.prompt_logprobs) - start)
-    next_ids = sequence.token_ids[start + skipped + 1 : sequence.num_prompt_tokens][: max(0, len(rows) - skipped)]
-    num_top = sequence.params.logprobs
-    assert num_top is not None
-    if next_ids:
-        sequence.prompt_logprobs += prompt_logprobs(rows[skipped : skipped + len(next_ids)], next_ids, num_top)
-
-
-def _check_route(priority: int, salt: str | None) -> None:
-    if type(priority) is not int or abs(priority) > MAX_PRIORITY:
-        raise InvalidInput(
-            f"priority is {reprlib.repr(priority)}",
-            hint=f"give a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}; more is earlier",
-        )
-    if salt is None:
-        return
-    if not isinstance(salt, str) or not salt.isprintable() or not 1 <= len(salt.encode()) <= MAX_SALT_BYTES:
-        raise InvalidInput(
-            f"the salt is {reprlib.repr(salt)}", hint=f"give 1 to {MAX_SALT_BYTES} bytes of printable text"
-        )
+def _sample_row(sequence: Sequence, row: int, drafts: SequenceOf[int]) -> SampleRow:
+    request = sequence.request
+    token_ids = [*sequence.token_ids, *drafts] if drafts else sequence.token_ids
+    below_min = len(token_ids) - request.num_prompt_tokens < request.params.min_tokens
+    return SampleRow(
+        row=row,
+        params=request.params,
+        seed=sequence.seed,
+        position=len(token_ids),
+        token_ids=token_ids,
+        num_prompt_tokens=request.num_prompt_tokens,
+        forbidden_ids=tuple(request.stop_token_ids) if below_min else (),
+    )

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-import operator
 import os
 import reprlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 from kvik.cache.sizing import choose_pool_size
-from kvik.config import TOKEN_BUDGET, Activations, Backend, EngineConfig, KVDType, SamplingParams, WeightFormat
+from kvik.config import EngineConfig, SamplingParams
+from kvik.engine.admission import check_token_id_list
 from kvik.engine.beams import Beam, search_beams
 from kvik.engine.cache_view import CacheView
 from kvik.engine.engine import Engine
 from kvik.engine.output import Completion, Piece
+from kvik.engine.request import ChatOptions, Message, RequestOptions, TemplateOptions, request_options, template_options
 from kvik.engine.sequence import Sequence
-from kvik.engine.stream import stream_sequence
-from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
+from kvik.engine.stream import collect, stream_sequence
+from kvik.errors import CacheTooSmall, InvalidInput, ModelError, NotEnoughMemory, QueueFull
 from kvik.hub.progress import bytes_progress, counted_progress, terminal_progress
 from kvik.hub.store import resolve
 from kvik.machine import available_memory_bytes, give_back_memory
@@ -30,7 +31,6 @@ from kvik.models.spec import DecoderSpec
 from kvik.ops.base import Ops
 
 Prompt: TypeAlias = str | SequenceOf[int]
-Message: TypeAlias = Mapping[str, Any]
 
 GREEDY = SamplingParams()
 
@@ -39,8 +39,8 @@ class LLM:
     """A model ready to write.
 
     `model` is `smollm2`, a path to a .gguf file or to a checkpoint folder, or a Hub id (`org/name`,
-    `org/name@revision`, `org/name:file.gguf`, `org/name:safetensors`). The other arguments are those of `EngineConfig`.
-    Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
+    `org/name@revision`, `org/name:file.gguf`, `org/name:safetensors`). The other arguments are an `EngineConfig`, its
+    fields by name, or both. Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
 
     >>> llm = LLM("smollm2")
     >>> for piece in llm.stream("Once upon a time", SamplingParams(max_tokens=64)):
@@ -48,118 +48,69 @@ class LLM:
     """
 
     def __init__(
-        self,
-        model: str | os.PathLike[str] = "smollm2",
-        *,
-        activations: Activations = "int8",
-        weights: WeightFormat | None = None,
-        kv_dtype: KVDType = "f16",
-        context: int | None = None,
-        threads: int | None = None,
-        token_budget: int = TOKEN_BUDGET,
-        kv_memory: int | str = "auto",
-        prefix_cache: bool = True,
-        max_running: int = 64,
-        max_waiting: int = 1024,
-        backend: Backend = "native",
+        self, model: str | os.PathLike[str] = "smollm2", config: EngineConfig | None = None, **changes: Any
     ) -> None:
-        self.config = EngineConfig(
-            activations=activations,
-            weights=weights,
-            kv_dtype=kv_dtype,
-            context=context,
-            threads=threads,
-            token_budget=token_budget,
-            kv_memory=kv_memory,
-            prefix_cache=prefix_cache,
-            max_running=max_running,
-            max_waiting=max_waiting,
-            backend=backend,
-        )
+        self.config = replace(config or EngineConfig(), **changes)
         with terminal_progress() as report:
             path = resolve(os.fspath(model), check_config=check_config_of, progress=report)
         with bytes_progress(wait_s=1.0) as report:
             self.model = load_model(
                 path,
                 _make_ops(self.config),
-                context=context,
-                weights=weights,
+                context=self.config.context,
+                weights=self.config.weights,
                 approve=self._check_memory,
                 progress=report,
             )
-        give_back_memory()  # of the file's vocabulary, for which the steps to come have no use
+        give_back_memory()  # return the memory freed after building the tokenizer
         self.engine = self.new_engine()
 
     def generate(
         self,
         prompts: Prompt | SequenceOf[Prompt],
         params: SamplingParams = GREEDY,
-        *,
-        use_cache: bool = True,
-        priority: int = 0,
-        salt: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> list[Completion]:
         """Completes each prompt, text or token ids, all in one batch; one prompt gives a list of one.
 
         With `params.n` above 1 there are so many completions for each prompt, one after the other. All prompts are
-        checked before any runs; where a request fails while it runs, the others end before its error is raised. A
-        higher `priority` is served earlier; requests of different `salt` share nothing. A terminal shows the progress.
+        checked before any runs. Where a request fails while it runs, the others end before its error is raised, as
+        `RequestsFailed` with their completions where there are any. A higher `priority` is served earlier; requests of
+        different `salt` share nothing. A terminal shows the progress.
         """
-        route: dict[str, Any] = {"keep_cache": use_cache, "priority": priority, "salt": salt}
-        sequences = [self.engine.new_sequence(self.encode(prompt), params, **route) for prompt in _as_list(prompts)]
+        engine = self.engine
+        requests = [engine.new_request(self.encode(prompt), params, **options) for prompt in _as_list(prompts)]
+        for request in requests:
+            engine.check_room(request)
+        sequences = [engine.new_sequence(request) for request in requests]
         branches = [branch for sequence in sequences for branch in sequence.all_branches()]
         self._run_all(sequences, branches)
-        for branch in branches:
-            if branch.error is not None:
-                raise branch.error
-        return [self.engine.completion(branch) for branch in branches]
+        return collect(engine, branches)
 
     def stream(
-        self,
-        prompt: Prompt,
-        params: SamplingParams = GREEDY,
-        *,
-        use_cache: bool = True,
-        priority: int = 0,
-        salt: str | None = None,
+        self, prompt: Prompt, params: SamplingParams = GREEDY, **options: Unpack[RequestOptions]
     ) -> Iterator[Piece]:
-        """Completes one prompt piece by piece, a token each; the last piece carries the `Completion`.
+        """Completes one prompt piece by piece, a token each; the last piece of a completion carries the `Completion`.
 
-        Closing the iterator early stops the request. The prompt is checked before this returns.
+        With `params.n` above 1 the pieces of all completions come as they are written; `Piece.index` says whose each
+        is. Closing the iterator early stops the request. The prompt is checked before this returns.
         """
-        if isinstance(params, SamplingParams) and params.n > 1:
-            raise InvalidInput(f"n is {params.n}", hint="a stream has one completion; `generate` gives several")
-        token_ids = self.encode(prompt)
-        return stream_sequence(
-            self.engine,
-            self.engine.new_sequence(token_ids, params, keep_cache=use_cache, priority=priority, salt=salt),
-        )
+        request = self.engine.new_request(self.encode(prompt), params, **options)
+        return stream_sequence(self.engine, self.engine.new_sequence(request))
 
     def chat(
-        self,
-        messages: SequenceOf[Message],
-        params: SamplingParams = GREEDY,
-        *,
-        use_cache: bool = True,
-        priority: int = 0,
-        salt: str | None = None,
+        self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
     ) -> Completion:
         """Answers a conversation of messages like {"role": "user", "content": "..."}; of several answers, the first."""
-        token_ids = self.render_chat(messages)
-        return self.generate(token_ids, params, use_cache=use_cache, priority=priority, salt=salt)[0]
+        token_ids = self.render_chat(messages, **template_options(options))
+        return self.generate(token_ids, params, **request_options(options))[0]
 
     def stream_chat(
-        self,
-        messages: SequenceOf[Message],
-        params: SamplingParams = GREEDY,
-        *,
-        use_cache: bool = True,
-        priority: int = 0,
-        salt: str | None = None,
+        self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
     ) -> Iterator[Piece]:
         """Answers a conversation piece by piece; see `stream`."""
-        token_ids = self.render_chat(messages)
-        return self.stream(token_ids, params, use_cache=use_cache, priority=priority, salt=salt)
+        token_ids = self.render_chat(messages, **template_options(options))
+        return self.stream(token_ids, params, **request_options(options))
 
     def beam_search(
         self, prompt: Prompt, *, width: int = 4, max_tokens: int = 64, length_penalty: float = 1.0
@@ -181,16 +132,9 @@ class LLM:
         """Token ids of a prompt; ids pass unchanged."""
         if isinstance(prompt, str):
             return self.model.tokenizer.encode(prompt)
-        try:
-            if isinstance(prompt, bytes | bytearray) or any(isinstance(token_id, bool) for token_id in prompt):
-                raise TypeError
-            return [operator.index(token_id) for token_id in prompt]
-        except TypeError:
-            raise InvalidInput(
-                f"the prompt is {reprlib.repr(prompt)}", hint="give text, or a list of token ids"
-            ) from None
+        return check_token_id_list(prompt)
 
-    def render_chat(self, messages: SequenceOf[Message]) -> list[int]:
+    def render_chat(self, messages: SequenceOf[Message], **options: Unpack[TemplateOptions]) -> list[int]:
         """Token ids of a conversation in the model's own chat template, ready for the answer.
 
         As in transformers, the names of control tokens are read as those tokens wherever they stand, also inside a
@@ -203,7 +147,8 @@ class LLM:
                 hint="use generate or stream (`kvik run --raw`): it is a model for plain completion",
             )
         # The template writes the beginning-of-text token itself where the model wants one.
-        return self.model.tokenizer.encode(template.render(messages), add_special=False)
+        text = template.render(messages, tools=options.get("tools"), **(options.get("template_vars") or {}))
+        return self.model.tokenizer.encode(text, add_special=False)
 
     @property
     def is_chat_model(self) -> bool:
@@ -226,15 +171,7 @@ class LLM:
         model = self.model
         if config.threads != self.config.threads:
             model = replace(model, decoder=model.decoder.with_ops(_make_ops(config)))
-        return Engine(
-            model,
-            kv_dtype=config.kv_dtype,
-            token_budget=config.token_budget,
-            kv_memory=config.kv_memory,
-            prefix_cache=config.prefix_cache,
-            max_running=config.max_running,
-            max_waiting=config.max_waiting,
-        )
+        return Engine(model, config)
 
     def with_decoder(self, decoder: Decoder) -> LLM:
         """The same tokenizer and settings around another decoder, with an engine of its own."""
@@ -268,16 +205,26 @@ class LLM:
         with counted_progress("completions", len(branches)) as advance:
             try:
                 while unfinished:
-                    with engine.lock:
-                        while queue and not engine.scheduler.is_full:
-                            engine.add(queue.popleft())
+                    while queue and not engine.scheduler.is_full:
+                        _add(engine, queue)
                     engine.step()
                     left = [branch for branch in unfinished if branch.finish_reason is None]
                     advance(len(unfinished) - len(left))
                     unfinished = left
             finally:
-                for sequence in unfinished:
-                    engine.abort(sequence)
+                engine.abort(*unfinished)
+
+
+def _add(engine: Engine, queue: deque[Sequence]) -> None:
+    """Queue the first of the sequences, unless another thread was quicker to fill the engine's queue."""
+    try:
+        engine.add(queue[0])
+    except QueueFull:
+        return
+    except CacheTooSmall as error:  # blocks were pinned after it was checked
+        for branch in queue[0].all_branches():
+            branch.finish("abort", error)
+    queue.popleft()
 
 
 def _make_ops(config: EngineConfig) -> Ops:

@@ -69,14 +69,17 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One step of a stream: a token, and the text that is now certain (it may be empty).
+    """One token of a stream, and the text that is now certain (it may be empty).
 
-    The last piece carries the completion.
+    The last piece of each completion has its `finish_reason`, and carries it whole.
     """
 
     text: str
     token_id: int
     completion: Completion | None = None
+    index: int = 0  # which of the `n` completions it belongs to
+    logprobs: TokenLogprobs | None = None  # where they were asked for
+    finish_reason: str | None = None
 
 
 class TextStream:
@@ -86,35 +89,52 @@ class TextStream:
         self._detokenizer = Detokenizer(tokenizer, continues_text=True)
         self._stop = stop
         self._pending = ""  # decoded, and perhaps the beginning of a stop string
-        self.text = before  # certain
+        self._before = before
+        self.parts: list[str] = []  # what each token made certain; the first one also what stands before it
         self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All that is certain."""
+        return "".join(self.parts) if self.parts else self._before
 
     def add(self, token_id: int, *, may_stop: bool = True) -> None:
         """Take one token; `stopped` tells whether a stop string is complete. `may_stop` False only collects text."""
+        self.parts.append("" if self.parts else self._before)
         self._accept(self._detokenizer.add(token_id), may_stop=may_stop)
+
+    def skip(self) -> None:
+        """Count one token that has no text, such as one that ends it."""
+        self.parts.append("" if self.parts else self._before)
 
     def finish(self) -> None:
         """No more tokens will come: what was held back is text."""
         if not self.stopped:
             self._accept(self._detokenizer.finish(), may_stop=True)
         if not self.stopped:
-            self.text += self._pending
+            self._append(self._pending)
             self._pending = ""
+
+    def _append(self, text: str) -> None:
+        if self.parts:
+            self.parts[-1] += text
+        else:
+            self._before += text
 
     def _accept(self, text: str, *, may_stop: bool) -> None:
         if not may_stop or not self._stop:
-            self.text += text
+            self._append(text)
             return
         self._pending += text
         found = [at for at in (self._pending.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.stopped = True
-            self.text += self._pending[: min(found)]
+            self._append(self._pending[: min(found)])
             self._pending = ""
             return
         held = max((_overlap(self._pending, stop) for stop in self._stop), default=0)
         certain = len(self._pending) - held
-        self.text += self._pending[:certain]
+        self._append(self._pending[:certain])
         self._pending = self._pending[certain:]
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvik.config import SamplingParams
 from kvik.engine.output import TokenLogprobs
-from kvik.engine.sequence import Sequence
 
 FloatArray = npt.NDArray[np.float32]
 WideArray = npt.NDArray[np.float64]
@@ -26,35 +26,57 @@ SUMMED = 256  # weights of neighbouring ids, summed as one before they are looke
 MAX_ROWS_FOLDED = 64
 
 
-class StepLogits:
-    """The logits of one step, with the most likely token of each row found once for all."""
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What one row of logits is sampled with."""
 
-    def __init__(self, logits: FloatArray) -> None:
-        self.rows = logits  # (R, vocab_size), never written to
-        self.most_likely: list[int] = logits.argmax(axis=1).tolist()  # the lowest id of equals
+    row: int  # index into the step's logits
+    params: SamplingParams
+    seed: int
+    position: int  # tokens before the one to be drawn
+    token_ids: SequenceOf[int]  # of prompt and completion; read only where a penalty is set
+    num_prompt_tokens: int
+    forbidden_ids: SequenceOf[int] = ()
 
-    def is_finite(self, row: int) -> bool:
-        """Whether a token can be chosen: no NaN, no +inf, and not -inf alone."""
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was drawn from a row."""
+
+    token_id: int  # -1 where the row's logits are not finite
+    logprobs: TokenLogprobs | None
+
+
+class NumpySampler:
+    """Samples row by row."""
+
+    def sample(self, logits: FloatArray, rows: SequenceOf[SampleRow]) -> list[Sampled]:
+        """A token for each row."""
+        if not rows:
+            return []
+        most_likely = logits.argmax(axis=1).tolist()
+        return [self._one(logits[row.row], row, most_likely[row.row]) for row in rows]
+
+    def prompt_logprobs(self, logits: FloatArray, next_ids: SequenceOf[int], num_top: int) -> list[TokenLogprobs]:
+        """Logprobs of known tokens."""
+        return prompt_logprobs(logits, next_ids, num_top)
+
+    def _one(self, logits: FloatArray, row: SampleRow, most_likely: int) -> Sampled:
         # argmax gives the first NaN where there is one.
-        return math.isfinite(self.rows[row, self.most_likely[row]])
+        if not math.isfinite(logits[most_likely]):
+            return Sampled(-1, None)
+        adjusted = apply_penalties(logits, row)
+        token_id = draw(adjusted, row, most_likely if adjusted is logits else None)
+        num_top = row.params.logprobs
+        return Sampled(token_id, None if num_top is None else token_logprobs(logits, token_id, num_top))
 
 
-def choose(step: StepLogits, row: int, sequence: Sequence) -> int:
-    """The token after those that `sequence` now has, from a row that is finite; notes logprobs where asked for."""
-    logits = step.rows[row]
-    adjusted = apply_penalties(logits, sequence)
-    token_id = draw(adjusted, sequence, step.most_likely[row] if adjusted is logits else None)
-    if sequence.params.logprobs is not None:
-        sequence.logprobs.append(token_logprobs(logits, token_id, sequence.params.logprobs))
-    return token_id
-
-
-def apply_penalties(logits: FloatArray, sequence: Sequence) -> FloatArray:
+def apply_penalties(logits: FloatArray, sequence: SampleRow) -> FloatArray:
     """The logits after penalties, with forbidden end tokens at -inf; the given array itself where nothing is to do."""
     params = sequence.params
     repeats = params.repetition_penalty != 1.0
     counts = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-    forbids = sequence.num_completion_tokens < params.min_tokens and len(sequence.stop_token_ids) > 0
+    forbids = len(sequence.forbidden_ids) > 0
     if not (repeats or counts or forbids):
         return logits
     adjusted = logits.copy()
@@ -66,16 +88,18 @@ def apply_penalties(logits: FloatArray, sequence: Sequence) -> FloatArray:
         # A token seen twice is written twice, with the same value.
         adjusted[seen] = np.minimum(values, np.finfo(np.float32).max)
     if counts:
-        completion = seen[sequence.num_prompt_tokens :] if repeats else _ids_of(sequence.completion_ids)
+        completion = (
+            seen[sequence.num_prompt_tokens :] if repeats else _ids_of(sequence.token_ids[sequence.num_prompt_tokens :])
+        )
         times = np.bincount(completion)
         used = np.flatnonzero(times)
         adjusted[used] -= (params.presence_penalty + params.frequency_penalty * times[used]).astype(np.float32)
     if forbids:
-        adjusted[list(sequence.stop_token_ids)] = -np.inf
+        adjusted[list(sequence.forbidden_ids)] = -np.inf
     return adjusted
 
 
-def draw(logits: FloatArray, sequence: Sequence, most_likely: int | None = None) -> int:
+def draw(logits: FloatArray, sequence: SampleRow, most_likely: int | None = None) -> int:
     """The most likely token at temperature 0 (the lowest id of equals), else one draw from what the filters leave.
 
     The draw inverts the cumulative distribution: over token ids in order where no filter is set, over tokens from the
@@ -87,7 +111,7 @@ def draw(logits: FloatArray, sequence: Sequence, most_likely: int | None = None)
     highest = float(logits[most_likely])
     if params.temperature == 0.0 or highest == -math.inf:
         return most_likely
-    number = uniform(sequence.seed, sequence.num_tokens)
+    number = uniform(sequence.seed, sequence.position)
     if not 0 < params.top_k < len(logits) and params.top_p == 1.0 and params.min_p == 0.0:
         return _pick(_weights(logits, highest, params.temperature), number)
     kept, weights = _filtered(logits, highest, params)
@@ -211,5 +235,5 @@ def _first_above(cumulative: WideArray, target: float) -> int:
     return index if index < len(cumulative) else int(np.searchsorted(cumulative, cumulative[-1], side="left"))
 
 
-def _ids_of(token_ids: list[int]) -> IdArray:
+def _ids_of(token_ids: SequenceOf[int]) -> IdArray:
     return np.fromiter(token_ids, np.int64, len(token_ids))

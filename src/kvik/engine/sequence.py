@@ -1,63 +1,96 @@
-"""One request inside the engine: its tokens, its blocks, and how far it is."""
+"""A request while it runs: its tokens, its blocks, and how far it is."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from kvik.cache import BlockTable, MissReason
 from kvik.config import SamplingParams
 from kvik.engine.drafts import NgramDrafts
+from kvik.engine.lease import Lease
 from kvik.engine.output import Stats, TextStream, TokenLogprobs
+from kvik.engine.request import Request
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True)
+class Costs:
+    """What a sequence cost so far. Seconds are those of `time.perf_counter`."""
+
+    num_cached_tokens: int = 0  # of the prompt, found in the cache when the request began
+    miss_reason: MissReason | None = None  # why not more of it was found
+    num_computed_tokens: int = 0  # put through the model, over all steps
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0  # of those, chosen
+    num_preemptions: int = 0
+    kv_bytes: int = 0  # of the blocks held when it last computed
+    weight_bytes: int = 0  # that its steps went over
+    queued_s: float = 0.0
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+
 class Sequence:
-    """A sequence of tokens, of which the first `num_computed_tokens` have their keys and values in the cache.
+    """One completion of a request: tokens, of which the first `num_computed_tokens` have keys and values in the cache.
 
     There is no prefill and no decode: a step closes part of the gap between the two counts, and the step that closes it
     samples one more token.
     """
 
-    token_ids: list[int]
-    num_prompt_tokens: int
-    params: SamplingParams
-    seed: int  # of this request's draws
-    stop_token_ids: frozenset[int]  # the caller's, and the model's own unless they are ignored
-    text: TextStream
-    table: BlockTable
-    most_tokens: int  # of prompt and completion
-    priority: int = 0
-    keep_cache: bool = True  # False: forget everything computed after each token, as naive decoding does
-    park: bool = False  # keep the blocks after the end, for a turn that follows
-    previous: Sequence | None = None  # a parked turn before this one, whose blocks it takes over when it begins
-    branches: list[Sequence] = field(
-        default_factory=list
-    )  # others of the same prompt, which begin with its first token
-    place: tuple[int, int] = (0, 0)  # in the queue, the least first
-    num_computed_tokens: int = 0
-    num_cached_tokens: int = 0  # of the prompt, found in the cache when the request began
-    miss_reason: MissReason | None = None  # why not more of it was found
-    drafts: NgramDrafts | None = None
-    draft_ids: list[int] = field(default_factory=list)  # guesses behind the last token, computed in the same step
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's second token and on
-    finish_reason: FinishReason | None = None
-    error: Exception | None = None  # why it was aborted, where it was not the caller who did
-    # What it cost.
-    total_computed_tokens: int = 0
-    num_drafted_tokens: int = 0
-    num_accepted_tokens: int = 0  # of those, chosen
-    num_preemptions: int = 0
-    kv_bytes: int = 0  # of the blocks held when it last computed
-    weight_bytes: int = 0
-    started_s: float = 0.0  # when it was queued
-    first_token_s: float | None = None
-    last_token_s: float | None = None
+    __slots__ = (
+        "__weakref__",
+        "branch",
+        "branches",
+        "costs",
+        "draft_ids",
+        "drafts",
+        "error",
+        "finish_reason",
+        "lease",
+        "logprobs",
+        "num_computed_tokens",
+        "place",
+        "prompt_logprobs",
+        "request",
+        "seed",
+        "table",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, branch: int, *, table: BlockTable, text: TextStream) -> None:
+        params = request.params
+        self.request = request
+        self.branch = branch  # which of the request's completions
+        self.seed = (request.seed + branch) % 2**64
+        self.token_ids = list(request.prompt_ids)
+        self.num_computed_tokens = 0
+        self.table = table
+        self.text = text
+        self.branches: list[Sequence] = []  # others of the same request, which begin with its first token
+        self.place = (0, 0)  # in the queue, the least first
+        self.drafts = NgramDrafts() if params.speculate == "ngram" and request.use_cache else None
+        self.draft_ids: list[int] = []  # guesses behind the last token, computed in the same step
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's second token and on
+        self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None  # why it was aborted, where it was not the caller who did
+        self.lease: Lease | None = None  # what was computed, where the request asked to hold it
+        self.costs = Costs()
+
+    @property
+    def params(self) -> SamplingParams:
+        """How its tokens are chosen."""
+        return self.request.params
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -72,30 +105,28 @@ class Sequence:
     @property
     def num_completion_tokens(self) -> int:
         """Tokens that were sampled."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
     def completion_ids(self) -> list[int]:
         """The tokens that were sampled."""
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Whether each prompt token's logits are asked for, so that none can come from the prefix cache."""
-        return self.params.echo and self.params.logprobs is not None
+        return self.token_ids[len(self.request.prompt_ids) :]
 
     def accept(self, token_id: int) -> None:
         """Add a sampled token, note the time, and see whether it ends the sequence."""
         self.token_ids.append(token_id)
-        self.last_token_s = time.perf_counter()
-        if self.first_token_s is None:
-            self.first_token_s = self.last_token_s
-        ended = token_id in self.stop_token_ids
-        if not ended:  # the text of an end-of-text token is not part of the completion
-            self.text.add(token_id, may_stop=self.num_completion_tokens >= self.params.min_tokens)
-        if ended or self.text.stopped:
+        costs, request = self.costs, self.request
+        costs.last_token_s = time.perf_counter()
+        if costs.first_token_s is None:
+            costs.first_token_s = costs.last_token_s
+        if token_id in request.stop_token_ids:  # the text of an end-of-text token is not part of the completion
+            self.text.skip()
             self.finish("stop")
-        elif self.num_tokens >= self.most_tokens:
+            return
+        self.text.add(token_id, may_stop=self.num_completion_tokens >= request.params.min_tokens)
+        if self.text.stopped:
+            self.finish("stop")
+        elif len(self.token_ids) >= request.max_total_tokens:
             self.finish("length")
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
@@ -110,19 +141,20 @@ class Sequence:
         yield from self.branches
 
     def stats(self) -> Stats:
-        """What the request cost so far."""
-        first, last = self.first_token_s, self.last_token_s
+        """What the completion cost so far."""
+        costs = self.costs
+        first_s, last_s = costs.first_token_s, costs.last_token_s
         return Stats(
             num_prompt_tokens=self.num_prompt_tokens,
-            num_cached_tokens=self.num_cached_tokens,
-            num_computed_tokens=self.total_computed_tokens,
+            num_cached_tokens=costs.num_cached_tokens,
+            num_computed_tokens=costs.num_computed_tokens,
             num_completion_tokens=self.num_completion_tokens,
-            time_to_first_token_s=0.0 if first is None else first - self.started_s,
-            decode_s=0.0 if first is None or last is None else last - first,
-            kv_bytes=self.kv_bytes,
-            weight_bytes=self.weight_bytes,
-            num_drafted_tokens=self.num_drafted_tokens,
-            num_accepted_tokens=self.num_accepted_tokens,
-            num_preemptions=self.num_preemptions,
-            miss_reason=self.miss_reason,
+            time_to_first_token_s=0.0 if first_s is None else first_s - costs.queued_s,
+            decode_s=0.0 if first_s is None or last_s is None else last_s - first_s,
+            kv_bytes=costs.kv_bytes,
+            weight_bytes=costs.weight_bytes,
+            num_drafted_tokens=costs.num_drafted_tokens,
+            num_accepted_tokens=costs.num_accepted_tokens,
+            num_preemptions=costs.num_preemptions,
+            miss_reason=costs.miss_reason,
         )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, Self, Unpack
 
-from kvik.cache import BlockTable
 from kvik.config import SamplingParams
-from kvik.engine.engine import Engine
+from kvik.engine.lease import Lease
 from kvik.engine.llm import GREEDY, LLM
 from kvik.engine.output import Completion, Piece, Stats
+from kvik.engine.request import ChatOptions, Request, request_options, template_options
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput
@@ -25,11 +28,133 @@ class TurnStats:
     saved_s: float | None  # the time that computing them would have taken, as measured; None before any measurement
 
 
-class Session:
+class Conversation:
+    """The messages of a session, and the lease of what was computed of them."""
+
+    def __init__(self, llm: LLM, *, system: str | None, options: ChatOptions) -> None:
+        self.llm = llm
+        self.messages: list[dict[str, Any]] = []
+        self.turns: list[TurnStats] = []
+        self._options = options
+        self._writing: Sequence | None = None  # the turn that is being written
+        self._completion: Completion | None = None
+        self._lease: Lease | None = None
+        self._pin: Lease | None = None
+        self._is_closed = False
+        if system is not None:
+            self.append("system", system)
+
+    @property
+    def use_cache(self) -> bool:
+        """Whether what is computed is kept."""
+        return self._options.get("use_cache", True)
+
+    @property
+    def salt(self) -> str | None:
+        """Nothing is shared with requests of another."""
+        return self._options.get("salt")
+
+    def append(self, role: str, content: Any, **fields: Any) -> None:
+        """Add a message; `fields` are further ones, such as `tool_calls`."""
+        if not isinstance(role, str):
+            raise InvalidInput(f"a message has {reprlib.repr(role)}", hint="role and content are text")
+        if not isinstance(content, str | list) and (content is not None or not fields):
+            raise InvalidInput(f"a message has {reprlib.repr(content)}", hint="role and content are text")
+        self.messages.append({"role": role, "content": content, **fields})
+
+    @property
+    def completion(self) -> Completion | None:
+        """The newest answer and what it cost; `None` before the first and while one is being written."""
+        return None if self._is_writing else self._completion
+
+    @property
+    def _is_writing(self) -> bool:
+        return self._writing is not None and self._writing.finish_reason is None
+
+    def rewind(self, num_messages: int = 1) -> None:
+        """Forget the last messages; what was computed of those before them is still in the cache."""
+        self._check_not_writing("rewind")
+        if type(num_messages) is not int or not 0 <= num_messages <= len(self.messages):
+            raise InvalidInput(
+                f"cannot rewind {reprlib.repr(num_messages)} messages",
+                hint=f"the session has {len(self.messages)} messages",
+            )
+        if num_messages:
+            del self.messages[-num_messages:]
+
+    def _new_request(self, params: SamplingParams) -> Request:
+        if self._is_closed:
+            raise InvalidInput("the session is closed", hint="make another one")
+        if isinstance(params, SamplingParams) and (params.n > 1 or params.echo):
+            raise InvalidInput(
+                "a session has one answer a turn", hint="leave n and echo as they are, or use LLM.generate"
+            )
+        token_ids = self.llm.render_chat(self.messages, **template_options(self._options))
+        options = request_options(self._options) | {"hold": True, "lease": self._lease}
+        return self.llm.engine.new_request(token_ids, params, **options)
+
+    def _end_turn(self, sequence: Sequence, give_back: Callable[[Lease], None]) -> None:
+        """Append the answer, whole or as far as it came; `give_back` closes a lease that nobody needs any more."""
+        lease, was_asked = sequence.lease, sequence.finish_reason is not None
+        if self._writing is not sequence or self._is_closed:  # a newer turn, or the end, has left this one behind
+            if lease is not None:
+                give_back(lease)
+            return
+        self._writing = None
+        if not was_asked:  # the engine did not take it
+            return
+        if lease is not None:
+            self._lease, lease = lease, self._lease
+            if lease is not None:
+                give_back(lease)
+        engine = self.llm.engine
+        self._completion = engine.completion(sequence)
+        stats = self._completion.stats
+        if sequence.error is None or stats.num_completion_tokens:
+            self.append("assistant", sequence.text.text)
+        cost_s = engine.prefill_token_s
+        saved_s = None if cost_s is None else stats.num_cached_tokens * cost_s
+        self.turns.append(TurnStats(stats, stats.num_cached_tokens, saved_s))
+
+    def _copy_to(self, fork: Conversation) -> None:
+        """Everything that a fork begins with but the lease."""
+        fork.messages = copy.deepcopy(self.messages)
+        fork._completion = self._completion
+
+    def _forked_lease(self) -> Lease | None:
+        return self._lease.fork() if self._lease is not None and self._lease.num_tokens else None
+
+    def _replace_pin(self) -> None:
+        if self._lease is None or not self._lease.num_tokens:
+            raise InvalidInput("nothing of the session is in the cache", hint="pin it after an answer")
+        before, self._pin = self._pin, self._lease.pin()
+        if before is not None:
+            before.close()
+
+    def _close(self) -> None:
+        self._is_closed = True
+        self._completion = None
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self.llm.engine.abort(writing)
+        for lease in (self._pin, self._lease):
+            if lease is not None:
+                lease.close()
+        self._pin = self._lease = None
+
+    def _check_not_writing(self, what: str) -> None:
+        if self._is_writing:
+            raise InvalidInput(
+                f"cannot {what} a session while it writes", hint="wait until its answer is whole, or close the stream"
+            )
+
+
+class Session(Conversation):
     """A conversation as an object: each turn computes only what the turns before it have not.
 
     Between turns its blocks stay with it for as long as nobody else needs them (`pin` keeps them in any case); what was
-    taken is computed again. They go back when the session is closed, left (`with`) or forgotten.
+    taken is computed again. They go back when the session is closed, left (`with`) or forgotten. `options` are those of
+    `LLM.chat`, and hold for every turn.
 
     >>> with Session(LLM("smollm2")) as session:
     ...     session.append("user", "Why is the sky blue?")
@@ -38,23 +163,8 @@ class Session:
     ...     session.rewind(1)  # as if the answer had not been given
     """
 
-    def __init__(self, llm: LLM, *, system: str | None = None, use_cache: bool = True, salt: str | None = None) -> None:
-        self.llm = llm
-        self.use_cache = use_cache
-        self.salt = salt
-        self.messages: list[dict[str, str]] = []
-        self.turns: list[TurnStats] = []
-        self._sequence: Sequence | None = None
-        self._pin: BlockTable | None = None
-        if system is not None:
-            self.append("system", system)
-
-    def append(self, role: str, content: str) -> None:
-        """Add a message."""
-        for value in (role, content):
-            if not isinstance(value, str):
-                raise InvalidInput(f"a message has {reprlib.repr(value)}", hint="role and content are text")
-        self.messages.append({"role": role, "content": content})
+    def __init__(self, llm: LLM, *, system: str | None = None, **options: Unpack[ChatOptions]) -> None:
+        super().__init__(llm, system=system, options=options)
 
     def generate(self, params: SamplingParams = GREEDY) -> Completion:
         """Answers the messages so far, and appends the answer."""
@@ -68,38 +178,18 @@ class Session:
     ) -> Iterator[Piece]:
         """Answers the messages so far, piece by piece, and appends the answer, whole or as far as it came.
 
-        `should_stop` is asked between steps, and ends the answer as closing the iterator does.
+        `should_stop` is asked between steps, and ends the answer as closing the iterator does. The messages are
+        checked before this returns; reading begins the turn, and ends one that is still being written.
         """
-        if isinstance(params, SamplingParams) and (params.n > 1 or params.echo):
-            raise InvalidInput(
-                "a session has one answer a turn", hint="leave n and echo as they are, or use LLM.generate"
-            )
-        engine = self.llm.engine
-        token_ids = self.llm.render_chat(self.messages)
-        self._sequence = engine.new_sequence(
-            token_ids, params, keep_cache=self.use_cache, park=True, previous=self._sequence, salt=self.salt
-        )
-        return self._stream(engine, self._sequence, should_stop)
+        return self._stream(self._new_request(params), should_stop)
 
     def fork(self) -> Session:
         """Another session with the same past and the same blocks: only what they come to differ in costs anything."""
         self._check_not_writing("fork")
-        fork = Session(self.llm, use_cache=self.use_cache, salt=self.salt)
-        fork.messages = [dict(message) for message in self.messages]
-        if self._sequence is not None:
-            fork._sequence = self.llm.engine.fork(self._sequence)
+        fork = Session(self.llm, **self._options)
+        self._copy_to(fork)
+        fork._lease = self._forked_lease()
         return fork
-
-    def rewind(self, num_messages: int = 1) -> None:
-        """Forget the last messages; what was computed of those before them is still in the cache."""
-        self._check_not_writing("rewind")
-        if type(num_messages) is not int or not 0 <= num_messages <= len(self.messages):
-            raise InvalidInput(
-                f"cannot rewind {reprlib.repr(num_messages)} messages",
-                hint=f"the session has {len(self.messages)} messages",
-            )
-        if num_messages:
-            del self.messages[-num_messages:]
 
     def pin(self) -> None:
         """Keep what is computed of the conversation until `unpin` or `close`, whoever else needs memory.
@@ -107,61 +197,109 @@ class Session:
         Later turns are not pinned until `pin` is called again. Raises `CacheTooSmall` where a request under way would
         no longer fit.
         """
-        if self._sequence is None or not self._sequence.table.block_ids:
-            raise InvalidInput("nothing of the session is in the cache", hint="pin it after an answer")
-        engine, before = self.llm.engine, self._pin
-        self._pin = engine.pin(self._sequence)
-        if before is not None:
-            engine.unpin(before)
+        self._replace_pin()
 
     def unpin(self) -> None:
         """Let others have the memory again, should they need it."""
-        if self._pin is not None:
-            self.llm.engine.unpin(self._pin)
-            self._pin = None
-
-    @property
-    def completion(self) -> Completion | None:
-        """The newest answer and what it cost; `None` before the first and while one is being written."""
-        if self._sequence is None or self._sequence.finish_reason is None:
-            return None
-        return self.llm.engine.completion(self._sequence)
+        pin, self._pin = self._pin, None
+        if pin is not None:
+            pin.close()
 
     def close(self) -> None:
         """Stop what is being written and give back the session's blocks."""
-        self.unpin()
-        if self._sequence is not None:
-            self.llm.engine.abort(self._sequence)
-            self.llm.engine.release(self._sequence)
-            self._sequence = None
+        self._close()
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # A constructor that raised has left no sequence behind.
-        sequence, pin = getattr(self, "_sequence", None), getattr(self, "_pin", None)
-        if sequence is not None or pin is not None:
-            self.llm.engine.forget(sequence, pin)
-
-    def _check_not_writing(self, what: str) -> None:
-        if self._sequence is not None and self._sequence.finish_reason is None:
-            raise InvalidInput(
-                f"cannot {what} a session while it writes", hint="wait until its answer is whole, or close the stream"
-            )
-
-    def _stream(self, engine: Engine, sequence: Sequence, should_stop: Callable[[], bool]) -> Iterator[Piece]:
+    def _stream(self, request: Request, should_stop: Callable[[], bool]) -> Iterator[Piece]:
+        engine = self.llm.engine
+        if self._is_closed:
+            return
+        sequence = engine.new_sequence(request)
         try:
+            previous, self._writing = self._writing, sequence
+            if previous is not None:
+                engine.abort(previous)
             yield from stream_sequence(engine, sequence, should_stop)
         finally:
-            if sequence is self._sequence:
-                self.append("assistant", sequence.text.text)
-                stats = engine.completion(sequence).stats
-                cost_s = engine.prefill_token_s
-                saved_s = None if cost_s is None else stats.num_cached_tokens * cost_s
-                self.turns.append(TurnStats(stats, stats.num_cached_tokens, saved_s))
-            else:  # a newer turn, or the session's end, has left this one behind
-                engine.release(sequence)
+            self._end_turn(sequence, Lease.close)
+
+
+class Streams(Protocol):
+    """An `AsyncLLM`, as far as a session needs it."""
+
+    llm: LLM
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are served."""
+
+    def stream_sequence(self, sequence: Sequence) -> AsyncIterator[Piece]:
+        """The tokens of a sequence as they come."""
+
+    async def abort(self, sequences: list[Sequence]) -> None:
+        """Stop those that are not finished, and wait until they are."""
+
+
+class AsyncSession(Conversation):
+    """A `Session` for tasks of an event loop; `AsyncLLM.session` makes one."""
+
+    def __init__(self, llm: Streams, *, system: str | None = None, **options: Unpack[ChatOptions]) -> None:
+        super().__init__(llm.llm, system=system, options=options)
+        self._async_llm = llm
+
+    async def generate(self, params: SamplingParams = GREEDY) -> Completion:
+        """Answers the messages so far, and appends the answer. Cancelling ends it."""
+        async for _ in self.stream(params):
+            pass
+        assert self.completion is not None
+        return self.completion
+
+    async def stream(self, params: SamplingParams = GREEDY) -> AsyncIterator[Piece]:
+        """Answers the messages so far, piece by piece, and appends the answer, whole or as far as it came."""
+        request = await asyncio.to_thread(self._new_request, params)
+        if self._is_closed:
+            return
+        sequence = self.llm.engine.new_sequence(request)
+        try:
+            previous, self._writing = self._writing, sequence
+            if previous is not None:
+                await self._async_llm.abort([previous])
+            async for piece in self._async_llm.stream_sequence(sequence):
+                yield piece
+        finally:
+            if self._async_llm.is_alive:
+                await self._async_llm.abort([sequence])  # it has its lease when the engine's thread has done so
+            self._end_turn(sequence, Lease.close_later)
+
+    async def fork(self) -> AsyncSession:
+        """Another session with the same past and the same blocks: only what they come to differ in costs anything."""
+        self._check_not_writing("fork")
+        fork = AsyncSession(self._async_llm, **self._options)
+        self._copy_to(fork)
+        fork._lease = await asyncio.to_thread(self._forked_lease)
+        return fork
+
+    async def pin(self) -> None:
+        """Keep what is computed of the conversation; see `Session.pin`."""
+        await asyncio.to_thread(self._replace_pin)
+
+    async def unpin(self) -> None:
+        """Let others have the memory again, should they need it."""
+        pin, self._pin = self._pin, None
+        if pin is not None:
+            await asyncio.to_thread(pin.close)
+
+    async def close(self) -> None:
+        """Stop what is being written and give back the session's blocks."""
+        await asyncio.to_thread(self._close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()

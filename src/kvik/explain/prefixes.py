@@ -103,7 +103,8 @@ class _FirstToken:
 
 def _first_token(engine: Engine, token_ids: list[int]) -> _FirstToken:
     """Write one token, and tell what the cache had of the prompt."""
-    sequence = engine.new_sequence(token_ids, SamplingParams(max_tokens=1, ignore_eos=True))
+    request = engine.new_request(token_ids, SamplingParams(max_tokens=1, ignore_eos=True))
+    sequence = engine.new_sequence(request)
     match = engine.scheduler.match(sequence)
     engine.add(sequence)
     bits = b""

@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.engine.engine import Engine
+from kvik.engine.events import StepEvent
+from kvik.engine.runner import ModelRunner
 from kvik.engine.sampler import token_logprobs
 from kvik.explain.tracing_ops import OpCall, TracingOps, weight_names
-from kvik.ops.base import Array, Batch
+from kvik.ops.base import Batch
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -44,7 +46,7 @@ class TracedStep:
 
 
 class Tracer:
-    """Stands before the forward pass of an engine with one sequence.
+    """An observer of an engine with one sequence.
 
     What an engine computes does not depend on who watches: the watched repetition writes the same keys and values into
     the same slots, and its logits are compared with the first ones, bit for bit. Rows that are computed again are
@@ -52,8 +54,8 @@ class Tracer:
     """
 
     def __init__(self, engine: Engine, layers: Collection[int]) -> None:
-        self._engine = engine
-        self._forward = engine.forward
+        assert isinstance(engine.runner, ModelRunner)
+        self._runner = engine.runner
         self._names = weight_names(engine.decoder)
         self.layers = tuple(sorted(layers))  # whose queries are kept
         self.steps: list[TracedStep] = []
@@ -63,27 +65,24 @@ class Tracer:
         self.queries = Rows(len(self.layers))
         self.attended = Rows(len(self.layers))
         self.aside_s = 0.0  # spent on watching
-        engine.forward = self
+        engine.add_observer(self)
 
     def clock(self) -> float:
         """Seconds, as `time.perf_counter`, without those spent on watching."""
         return time.perf_counter() - self.aside_s
 
-    def __call__(self, batch: Batch) -> Array:
-        """Run the step, and once more to watch it."""
-        assert len(batch.block_tables) == 1, "one sequence is watched, not several"
+    def __call__(self, event: StepEvent) -> None:
+        """A step has run: it runs once more, watched."""
         started_s = time.perf_counter()
-        logits = self._forward(batch)
-        ended_s = time.perf_counter()
-        self._watch(batch, logits, started_s, ended_s - started_s)
-        self.aside_s += time.perf_counter() - ended_s
-        return logits
+        batch = event.batch.arrays
+        assert len(batch.block_tables) == 1, "one sequence is watched, not several"
+        self._watch(batch, event.result.all_logits, event.run_started_s, event.run_s)
+        self.aside_s += time.perf_counter() - started_s
 
-    def _watch(self, batch: Batch, logits: Array, started_s: float, seconds: float) -> None:
-        decoder = self._engine.decoder
+    def _watch(self, batch: Batch, rows: FloatArray, started_s: float, seconds: float) -> None:
+        decoder = self._runner.decoder
         ops = TracingOps(decoder.ops, self._names)
-        again = decoder.ops.to_numpy(decoder.forward(batch, self._engine.kv_arrays, ops))
-        rows = decoder.ops.to_numpy(logits)
+        again = decoder.ops.to_numpy(decoder.forward(batch, self._runner.kv_arrays, ops))
         assert np.array_equal(again.view(np.uint32), rows.view(np.uint32)), "watching changed the logits"
         first = int(batch.positions[0])
         assert ops.hidden is not None

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 
 from kvik.config import TOKEN_BUDGET, KVDType, SamplingParams
+from kvik.engine.lease import Lease
+from kvik.engine.request import RequestOptions
 from kvik.engine.sequence import Sequence as TokenSequence
 from kvik.errors import InvalidInput
 from kvik.machine import available_memory_bytes
@@ -161,6 +163,15 @@ def _engine_of(case: Case) -> tuple[int, KVDType, int | None]:
     return case.threads, case.kv_dtype, case.num_kv_heads
 
 
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What a decode case goes on from, in each round."""
+
+    prompt: list[int]
+    salt: str
+    lease: Lease
+
+
 class _EngineBench:
     """The cases of one engine."""
 
@@ -178,9 +189,9 @@ class _EngineBench:
         self._check_room(cases)
         self._step = step
         self._num_prompts = 0
-        self._contexts: dict[Case, list[TokenSequence]] = {}  # parked, from round to round
+        self._contexts: dict[Case, list[_Context]] = {}  # from round to round
         warm_up, _ = self._fresh(min(WARM_UP_TOKENS, llm.model.context - 1))
-        self._run(self._new([warm_up], min(8, llm.model.context - len(warm_up))))
+        self._run([self._new(warm_up, min(8, llm.model.context - len(warm_up)))])
         self._meter = Meter(self.engine)
 
     def measure(self, row: Row) -> None:
@@ -198,34 +209,28 @@ class _EngineBench:
         self._make_room(case)
         prompt, salt = self._fresh(case.length)
         if case.kind == "seen":
-            self._run(self._new([prompt], 1, salts=[salt]))
+            self._run([self._new(prompt, 1, salt=salt)])
         self._meter.take()
-        (sequence,) = self._new([prompt], 1, salts=[salt])
+        sequence = self._new(prompt, 1, salt=salt)
         started_s = time.perf_counter()
         self._run([sequence])
         seconds = time.perf_counter() - started_s
-        assert case.kind == "seen" or sequence.num_cached_tokens == 0, "a cold prompt was found in the cache"
-        return seconds, self._meter.take_work(), sequence.num_cached_tokens
+        num_cached = sequence.costs.num_cached_tokens
+        assert case.kind == "seen" or num_cached == 0, "a cold prompt was found in the cache"
+        return seconds, self._meter.take_work(), num_cached
 
     def _decode(self, case: Case) -> tuple[float, StepWork, int]:
         """All sequences write together, from the same place on: each has all but its context's last token computed."""
         if case not in self._contexts:
             self._make_room(case)
-            contexts = []
-            for _ in range(case.batch):
-                prompt, salt = self._fresh(max(1, case.length))
-                contexts += self._new([prompt], 1, salts=[salt], park=True)
-                self._run(contexts[-1:])
-            self._contexts[case] = contexts
-        before = self._contexts[case]
-        sequences = self._new(
-            [sequence.token_ids[: sequence.num_prompt_tokens] for sequence in before],
-            case.num_tokens + 1,
-            salts=[sequence.table.namespace.salt for sequence in before],
-            park=True,
-            previous=before,
-        )
-        self._contexts[case] = sequences
+            self._contexts[case] = [self._context(max(1, case.length)) for _ in range(case.batch)]
+        contexts = self._contexts[case]
+        params = SamplingParams(max_tokens=case.num_tokens + 1, ignore_eos=True)
+        requests = [
+            self.engine.new_request(context.prompt, params, salt=context.salt, lease=context.lease)
+            for context in contexts
+        ]
+        sequences = [self.engine.new_sequence(request) for request in requests]
         for sequence in sequences:
             self.engine.add(sequence)
         self._step(self.engine)  # the last token of each context, which brings the first token
@@ -239,21 +244,17 @@ class _EngineBench:
             _raise(sequence)
         return seconds, self._meter.take_work(), 0
 
-    def _new(
-        self,
-        prompts: Sequence[list[int]],
-        max_tokens: int,
-        *,
-        salts: Sequence[str | None] = (None,),
-        park: bool = False,
-        previous: Sequence[TokenSequence | None] = (),
-    ) -> list[TokenSequence]:
+    def _new(self, prompt: list[int], max_tokens: int, **options: Unpack[RequestOptions]) -> TokenSequence:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        previous = previous or [None] * len(prompts)
-        return [
-            self.engine.new_sequence(prompt, params, park=park, previous=turn, salt=salt)
-            for prompt, salt, turn in zip(prompts, salts, previous, strict=True)
-        ]
+        return self.engine.new_sequence(self.engine.new_request(prompt, params, **options))
+
+    def _context(self, length: int) -> _Context:
+        """A prompt of so many tokens, computed."""
+        prompt, salt = self._fresh(length)
+        sequence = self._new(prompt, 1, salt=salt, hold=True)
+        self._run([sequence])
+        assert sequence.lease is not None
+        return _Context(prompt, salt, sequence.lease)
 
     def _run(self, sequences: Sequence[TokenSequence]) -> None:
         for sequence in sequences:
@@ -275,8 +276,8 @@ class _EngineBench:
         needed = case.num_blocks(spec)
         for other in list(self._contexts):
             if pool.num_blocks - pool.num_held < needed:
-                for sequence in self._contexts.pop(other):
-                    self.engine.release(sequence)
+                for context in self._contexts.pop(other):
+                    context.lease.close()
 
     def _check_room(self, cases: Sequence[Case]) -> None:
         spec, pool = self.engine.kv_spec, self.engine.cache.pool

@@ -71,8 +71,9 @@ class RaceLane:
     @property
     def kv_kept_bytes(self) -> int:
         """Bytes of the blocks whose keys and values the next token will not compute again."""
-        spec = self.engine.kv_spec
-        return spec.held_bytes(self.sequence.num_computed_tokens)
+        lease = self.sequence.lease  # once it has ended
+        num_kept = self.sequence.num_computed_tokens if lease is None else lease.num_tokens
+        return self.engine.kv_spec.held_bytes(num_kept)
 
     def step(self) -> None:
         """Advance by one step, on this lane's clock."""
@@ -119,9 +120,10 @@ def make_lanes(llm: LLM, prompt_ids: list[int], params: SamplingParams) -> tuple
     if params.seed is None:
         params = replace(params, seed=int.from_bytes(os.urandom(8)))
     lanes = []
-    for name, keep_cache in (("without the cache", False), ("with the cache", True)):
+    for name, use_cache in (("without the cache", False), ("with the cache", True)):
         engine = llm.new_engine()
-        sequence = engine.new_sequence(prompt_ids, params, keep_cache=keep_cache, park=True)
+        request = engine.new_request(prompt_ids, params, use_cache=use_cache, hold=True)
+        sequence = engine.new_sequence(request)
         _warm_up(engine, prompt_ids[:1])
         _assert_cold(engine)
         engine.add(sequence)
@@ -167,7 +169,7 @@ def compare(first: RaceLane, second: RaceLane) -> Verdict:
 
 def _warm_up(engine: Engine, token_ids: list[int]) -> None:
     """Touch all weights once, so that no lane's clock pays for their first use."""
-    sequence = engine.new_sequence(token_ids, SamplingParams(max_tokens=1))
+    sequence = engine.new_sequence(engine.new_request(token_ids, SamplingParams(max_tokens=1)))
     engine.add(sequence)
     while sequence.finish_reason is None:
         engine.step()

@@ -59,7 +59,7 @@ def measure_lengths(
             started_s = time.perf_counter()
             with sequence_at(engine, cost.length) as sequence:
                 cost.first_token_s.append(time.perf_counter() - started_s)
-                assert sequence.num_cached_tokens == 0
+                assert sequence.costs.num_cached_tokens == 0
                 cost.first_work = meter.take_work()
                 steps = []
                 for index in range(LATER_TOKENS):

@@ -1,29 +1,27 @@
-"""Counts what an engine really computes: between it and its forward pass stands a meter."""
+"""Counts what an engine really computes."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
 
 from kvik.engine.engine import Engine
+from kvik.engine.events import StepEvent
 from kvik.models.work import StepWork, count_work
 from kvik.ops.base import Batch
 
 
 class Meter:
-    """Notes each batch that an engine runs from now on; counting them is done by `take`, off anybody's clock."""
+    """An observer that notes each batch an engine runs from now on; counting is done by `take`, off anybody's clock."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._forward = engine.forward
         self._batches: list[Batch] = []
-        engine.forward = self
+        engine.add_observer(self)
 
-    def __call__(self, batch: Batch) -> Any:
-        """Run the step."""
-        self._batches.append(batch)
-        return self._forward(batch)
+    def __call__(self, event: StepEvent) -> None:
+        """A step has run."""
+        self._batches.append(event.batch.arrays)
 
     def take(self) -> list[Batch]:
         """The batches since the last time."""

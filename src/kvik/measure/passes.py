@@ -11,10 +11,11 @@ import numpy as np
 
 from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
+from kvik.engine.events import StepEvent
+from kvik.engine.runner import ModelRunner
 from kvik.engine.sequence import Sequence
-from kvik.ops.base import Batch
 from kvik.ops.native import NativeOps
-from kvik.ops.program import MachineLimits, OpProfile, RecordedStep
+from kvik.ops.program import MachineLimits, OpProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def random_prompt(engine: Engine, num_tokens: int) -> list[int]:
 def sequence_at(engine: Engine, num_tokens: int) -> Iterator[Sequence]:
     """A sequence whose first `num_tokens` tokens are computed, ready to write; its blocks go back at the end."""
     params = SamplingParams(max_tokens=engine.model.context, ignore_eos=True)
-    sequence = engine.new_sequence(random_prompt(engine, max(1, num_tokens)), params)
+    sequence = engine.new_sequence(engine.new_request(random_prompt(engine, max(1, num_tokens)), params))
     engine.add(sequence)
     try:
         _step_to(engine, sequence, min(num_tokens, 1))
@@ -58,7 +59,7 @@ def profile_prefill(engine: Engine, num_tokens: int, *, rounds: int) -> StepProf
     """Where the time of one chunk of a prompt goes."""
     params = SamplingParams(max_tokens=1, ignore_eos=True)
     num_tokens = min(num_tokens, engine.scheduler.token_budget)
-    sequence = engine.new_sequence(random_prompt(engine, num_tokens), params)
+    sequence = engine.new_sequence(engine.new_request(random_prompt(engine, num_tokens), params))
     engine.add(sequence)
     try:
         return _profile_next(engine, f"prefill, {num_tokens:,} tokens", rounds)
@@ -73,20 +74,26 @@ def profile_decode(engine: Engine, *, depth: int, rounds: int) -> StepProfile:
 
 
 def _profile_next(engine: Engine, title: str, rounds: int) -> StepProfile:
-    step, ops = engine.forward, engine.decoder.ops
-    assert isinstance(step, RecordedStep)
+    runner, ops = engine.runner, engine.decoder.ops
+    assert isinstance(runner, ModelRunner)
     assert isinstance(ops, NativeOps)
-    with engine.lock:
-        scheduled = engine.scheduler.schedule()
-        assert scheduled is not None
+    profiles: list[list[OpProfile]] = []
+
+    def profile(event: StepEvent) -> None:
         # Computing a step again writes the same keys and values to the same slots.
-        merged, counts = _by_kind(_median_profile(step, scheduled.arrays, rounds))
-        limits = ops.limits(engine.decoder.weights.step_bytes(with_logits=True))
+        profiles.extend(runner.profile(event.batch) for _ in range(rounds))
+
+    engine.add_observer(profile)
+    try:
+        engine.step()
+    finally:
+        engine.remove_observer(profile)
+    merged, counts = _by_kind(_median_profile(profiles))
+    limits = ops.limits(engine.decoder.weights.step_bytes(with_logits=True))
     return StepProfile(title, merged, counts, limits)
 
 
-def _median_profile(step: RecordedStep, batch: Batch, rounds: int) -> list[OpProfile]:
-    profiles = [step.profile(batch) for _ in range(rounds)]
+def _median_profile(profiles: list[list[OpProfile]]) -> list[OpProfile]:
     return [_with_seconds(same, statistics.median(op.seconds for op in same)) for same in zip(*profiles, strict=True)]
 
 

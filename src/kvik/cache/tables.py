@@ -1,0 +1,85 @@
+"""What names blocks: tables of sequences, holds, and matches with them; and what is counted of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvik.cache.radix import Match, Namespace
+from kvik.cache.windows import WindowTable
+
+
+class BlockCopy(NamedTuple):
+    """Keys and values to be copied before a step writes: a block that others keep as it is, and the writer's own."""
+
+    source: int
+    target: int
+    group: int = 0  # of layers: 0 those that see all tokens, else 1 and the index of the window
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class BlockTable:
+    """The blocks of one sequence, in the order of its tokens. It holds each of them once."""
+
+    namespace: Namespace
+    block_ids: list[int] = field(default_factory=list)
+    num_sealed: int = 0  # blocks at the beginning that are full and in the prefix tree
+    claims: list[int] = field(default_factory=list)  # hashes of the blocks it is about to seal, the next one last
+    windows: list[WindowTable] = field(default_factory=list)  # for each group of layers with a window
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """Blocks that are held outside of any sequence, for whoever goes on from their tokens.
+
+    They are a path of the prefix tree, and behind it a last block that may be open. One that is not pinned is taken
+    back when blocks are short: then it has no tokens any more.
+    """
+
+    table: BlockTable
+    tokens: bytes  # an int32 each; those whose keys and values the blocks have
+    is_pinned: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values are held."""
+        return len(self.tokens) // 4
+
+
+@dataclass(frozen=True, slots=True)
+class HeldMatch(Match):
+    """A match with what a hold has."""
+
+    hold: Hold
+
+
+@dataclass(slots=True)
+class BlockEvents:
+    """What happened to blocks, in order, for those who watch."""
+
+    taken: list[int] = field(default_factory=list)
+    sealed: list[int] = field(default_factory=list)
+    evicted: list[int] = field(default_factory=list)
+    copied: list[BlockCopy] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """What the prefix cache was asked and what it gave, since the engine began."""
+
+    num_queries: int = 0
+    num_queried_tokens: int = 0
+    num_cached_tokens: int = 0  # of those, found
+    num_evicted_blocks: int = 0
+    num_copied_blocks: int = 0
+
+    def note(self, num_asked: int, num_found: int) -> None:
+        """One more query, for so many tokens."""
+        self.num_queries += 1
+        self.num_queried_tokens += num_asked
+        self.num_cached_tokens += num_found
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens asked for that were found."""
+        return self.num_cached_tokens / self.num_queried_tokens if self.num_queried_tokens else 0.0

@@ -1,0 +1,153 @@
+"""What is refused: every check of a request, before anything is queued."""
+
+from __future__ import annotations
+
+import operator
+import os
+import reprlib
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from typing import Unpack
+
+from kvik.cache import CacheManager, Match
+from kvik.config import SamplingParams
+from kvik.engine.lease import Lease
+from kvik.engine.request import Request, RequestOptions
+from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong
+from kvik.models.loader import LoadedModel
+
+MAX_SALT_BYTES = 256
+MAX_REQUEST_ID_BYTES = 256
+MAX_PRIORITY = 100
+
+
+class Admission:
+    """Builds requests that an engine can serve.
+
+    `new_request` looks at the model and the size of the pool alone, so that any thread may call it while a step runs;
+    `check_room` looks at what is pinned too, and belongs to whoever holds the engine's lock.
+    """
+
+    def __init__(self, model: LoadedModel, cache: CacheManager, max_running: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.max_running = max_running
+
+    def new_request(
+        self, prompt_ids: SequenceOf[int], params: SamplingParams, **options: Unpack[RequestOptions]
+    ) -> Request:
+        """A checked request. Raises `InvalidInput`, `PromptTooLong`, `CacheTooSmall`."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidInput(f"params is {reprlib.repr(params)}", hint="give SamplingParams(...)")
+        self._check_prompt(prompt_ids)
+        _check_options(options)
+        named = {name: value for name, value in options.items() if name != "lease" and value is not None}
+        lease = options.get("lease")
+        request = Request(
+            prompt_ids=tuple(prompt_ids),
+            params=params,
+            seed=int.from_bytes(os.urandom(8)) if params.seed is None else params.seed,
+            stop_token_ids=self._stop_token_ids(params),
+            max_total_tokens=min(len(prompt_ids) + params.max_tokens, self.model.context),
+            held=None if lease is None else lease.hold,
+            **named,  # type: ignore[arg-type]  # `_check_options` has seen to it
+        )
+        self._check_blocks(request, self.cache.num_reachable_blocks, 0)
+        return request
+
+    def check_room(self, request: Request, match: Match) -> None:
+        """Raise `CacheTooSmall` for what could never fit beside what is pinned, whatever the others give back."""
+        self._check_blocks(request, self.cache.num_blocks_within_reach(match), self.cache.num_pinned)
+
+    def _check_blocks(self, request: Request, num_blocks: int, num_pinned: int) -> None:
+        spec = self.cache.spec
+        needed = spec.num_blocks_for(request.max_total_tokens - 1)  # the last token of all needs no place
+        if needed <= num_blocks:
+            return
+        room = num_blocks * spec.block_size + 1 - request.num_prompt_tokens
+        advice = f"lower max_tokens to {room:,} or less, or " if room > 0 else ""
+        wanted = spec.pool_bytes(
+            spec.pool_size(
+                spec.pool_blocks_for(request.max_total_tokens),
+                context=self.model.context,
+                step_tokens=self.cache.step_tokens,
+                max_running=self.max_running,
+            )
+        )
+        raise CacheTooSmall(
+            f"prompt and answer need {needed:,} blocks ({request.max_total_tokens:,} tokens), the cache has"
+            f" {num_blocks:,}" + (f" besides {num_pinned:,} pinned ones" if num_pinned else ""),
+            hint=f"{advice}raise kv_memory (`--kv-memory`) to {-(-wanted // 2**20):,} MiB or more",
+        )
+
+    def _check_prompt(self, prompt_ids: SequenceOf[int]) -> None:
+        if not prompt_ids:
+            raise InvalidInput("the prompt is empty", hint="give at least one token of text")
+        self._check_token_ids("the prompt's token id", prompt_ids)
+        if len(prompt_ids) >= self.model.context:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt_ids):,} tokens, the context holds {self.model.context:,} with the answer",
+                hint=self._context_hint(),
+            )
+
+    def _context_hint(self) -> str:
+        limit = self.model.decoder.spec.context_length
+        return (
+            f"shorten the prompt, or raise the context, up to {limit}" if self.model.context < limit else "shorten it"
+        )
+
+    def _check_token_ids(self, what: str, token_ids: Iterable[int]) -> None:
+        vocab_size = self.model.decoder.spec.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidInput(
+                    f"{what} {token_id} is not in the vocabulary", hint=f"ids go from 0 to {vocab_size - 1}"
+                )
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        self._check_token_ids("stop_token_ids:", params.stop_token_ids)
+        ends = frozenset() if params.ignore_eos else self.model.tokenizer.eos_token_ids
+        stop_token_ids = ends.union(params.stop_token_ids)
+        if params.min_tokens and len(stop_token_ids) == self.model.decoder.spec.vocab_size:
+            raise InvalidInput(
+                f"min_tokens is {params.min_tokens}, but every token is one that ends the text",
+                hint="set min_tokens to 0, or leave some tokens out of stop_token_ids",
+            )
+        return stop_token_ids
+
+
+def check_token_id_list(prompt: SequenceOf[int]) -> list[int]:
+    """The prompt as plain integers. Raises `InvalidInput` for anything else."""
+    try:
+        if isinstance(prompt, str | bytes | bytearray) or any(isinstance(token_id, bool) for token_id in prompt):
+            raise TypeError
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise InvalidInput(f"the prompt is {reprlib.repr(prompt)}", hint="give text, or a list of token ids") from None
+
+
+def _check_options(options: RequestOptions) -> None:
+    for name in options:
+        if name not in RequestOptions.__annotations__:
+            raise TypeError(f"a request has no option {name!r}: it has {', '.join(RequestOptions.__annotations__)}")
+    for name in ("use_cache", "hold"):
+        if type(options.get(name, True)) is not bool:
+            raise InvalidInput(f"{name} is {reprlib.repr(options[name])}", hint="give True or False")  # type: ignore[literal-required]
+    priority = options.get("priority", 0)
+    if type(priority) is not int or abs(priority) > MAX_PRIORITY:
+        raise InvalidInput(
+            f"priority is {reprlib.repr(priority)}",
+            hint=f"give a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}; more is earlier",
+        )
+    lease = options.get("lease")
+    if lease is not None and not isinstance(lease, Lease):
+        raise InvalidInput(f"lease is {reprlib.repr(lease)}", hint="give the lease of a sequence of this engine")
+    _check_text("the salt", options.get("salt"), MAX_SALT_BYTES)
+    _check_text("request_id", options.get("request_id"), MAX_REQUEST_ID_BYTES)
+
+
+def _check_text(name: str, value: str | None, max_bytes: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str) or not value.isprintable() or not 1 <= len(value.encode()) <= max_bytes:
+        raise InvalidInput(f"{name} is {reprlib.repr(value)}", hint=f"give 1 to {max_bytes} bytes of printable text")

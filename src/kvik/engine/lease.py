@@ -1,0 +1,74 @@
+"""A handle to blocks that are held outside of any running sequence."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvik.cache import Hold
+
+
+class LeaseOwner(Protocol):
+    """The engine whose blocks are leased."""
+
+    def fork_lease(self, lease: Lease) -> Lease:
+        """Another lease of the same blocks."""
+
+    def pin_lease(self, lease: Lease) -> Lease:
+        """Another lease, of the full blocks, which nobody's need takes away. Raises `CacheTooSmall`."""
+
+    def close_lease(self, lease: Lease) -> None:
+        """Give the blocks back."""
+
+    def forget_lease(self, hold: Hold) -> None:
+        """The same for finalisers, which may run anywhere, in the middle of a step too."""
+
+
+class Lease:
+    """Holds what was computed of some tokens until `close`, for requests that go on from them.
+
+    The blocks are a path of the prefix tree, and behind it a last one that may be open. When a running sequence finds
+    no block, the lease that was made first loses its own, unless it is pinned: `num_tokens` is 0 then, and what is
+    needed is computed again. A lease is a context manager, and one that is forgotten gives its blocks back.
+    """
+
+    __slots__ = ("_owner", "hold")
+
+    def __init__(self, owner: LeaseOwner, hold: Hold) -> None:
+        self._owner = owner
+        self.hold = hold
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values are held."""
+        return self.hold.num_tokens
+
+    def fork(self) -> Lease:
+        """Another lease of the same blocks, with an end of its own."""
+        return self._owner.fork_lease(self)
+
+    def pin(self) -> Lease:
+        """Another lease, of the full blocks, which nobody's need takes away.
+
+        Raises `CacheTooSmall` where a request that waits or runs could no longer be served.
+        """
+        return self._owner.pin_lease(self)
+
+    def close(self) -> None:
+        """Give the blocks back; once more is no error."""
+        self._owner.close_lease(self)
+
+    def close_later(self) -> None:
+        """The same without waiting for a step that is going on: at its end."""
+        self._owner.forget_lease(self.hold)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # A constructor that was interrupted has left no hold behind.
+        hold = getattr(self, "hold", None)
+        if hold is not None and hold.num_tokens:
+            self._owner.forget_lease(hold)

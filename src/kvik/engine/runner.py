@@ -1,0 +1,85 @@
+"""A model with its KV arrays: all of the arithmetic that the engine asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvik.cache import KVCacheSpec, PoolSize
+from kvik.engine.batch import ScheduledBatch
+from kvik.engine.output import TokenLogprobs
+from kvik.engine.sampler import NumpySampler, Sampled, SampleRow
+from kvik.models.loader import LoadedModel
+
+if TYPE_CHECKING:
+    from kvik.ops.program import OpProfile
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class Runner(Protocol):
+    """What an engine needs of a model; `copy_blocks` and `discard_blocks` name blocks of one group of layers."""
+
+    def run(self, batch: ScheduledBatch) -> FloatArray:
+        """Compute the batch's tokens, keep their keys and values, and give the logits (R, vocab_size)."""
+
+    def sample(self, logits: FloatArray, rows: SequenceOf[SampleRow]) -> list[Sampled]:
+        """The next token of each row, all in one call."""
+
+    def prompt_logprobs(self, logits: FloatArray, next_ids: SequenceOf[int], num_top: int) -> list[TokenLogprobs]:
+        """Logprobs of the token that does follow each row of `logits`, and of the `num_top` most likely."""
+
+    def copy_blocks(self, copies: SequenceOf[tuple[int, int]], group: int) -> None:
+        """Copy keys and values from the first block of each pair to the second."""
+
+    def discard_blocks(self, superblocks: SequenceOf[int], group: int) -> None:
+        """Give the memory of whole superblocks back; what was in them is gone."""
+
+    def step_bytes(self, *, with_logits: bool) -> int:
+        """Bytes of the weights that a step reads."""
+
+
+class ModelRunner:
+    """Runs a decoder over the KV arrays of one engine."""
+
+    def __init__(self, model: LoadedModel, kv_spec: KVCacheSpec, size: PoolSize) -> None:
+        self.decoder = model.decoder
+        self.kv_spec = kv_spec
+        self.kv_arrays = model.decoder.ops.allocate_kv(kv_spec, size.num_blocks, size.window_blocks)
+        self._forward = model.decoder.record(self.kv_arrays)
+        self._sampler = NumpySampler()
+
+    def run(self, batch: ScheduledBatch) -> FloatArray:
+        """Compute a batch; see `Runner`."""
+        logits: FloatArray = self.decoder.ops.to_numpy(self._forward(batch.arrays))
+        return logits
+
+    def sample(self, logits: FloatArray, rows: SequenceOf[SampleRow]) -> list[Sampled]:
+        """Choose tokens; see `Runner`."""
+        return self._sampler.sample(logits, rows)
+
+    def prompt_logprobs(self, logits: FloatArray, next_ids: SequenceOf[int], num_top: int) -> list[TokenLogprobs]:
+        """Logprobs of tokens that are known; see `Runner`."""
+        return self._sampler.prompt_logprobs(logits, next_ids, num_top)
+
+    def copy_blocks(self, copies: SequenceOf[tuple[int, int]], group: int) -> None:
+        """Copy blocks; see `Runner`."""
+        self.decoder.ops.copy_blocks(self.kv_arrays, copies, group)
+
+    def discard_blocks(self, superblocks: SequenceOf[int], group: int) -> None:
+        """Give memory back; see `Runner`."""
+        self.decoder.ops.discard_blocks(self.kv_arrays, superblocks, group)
+
+    def step_bytes(self, *, with_logits: bool) -> int:
+        """Bytes of weights; see `Runner`."""
+        return self.decoder.weights.step_bytes(with_logits=with_logits)
+
+    def profile(self, batch: ScheduledBatch) -> list[OpProfile]:
+        """Run a batch that has run before once more, with a clock beside each op; it writes what is there already."""
+        from kvik.ops.program import RecordedStep
+
+        assert isinstance(self._forward, RecordedStep), "only the native backend has a profile"
+        return self._forward.profile(batch.arrays)
