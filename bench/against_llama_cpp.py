@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import kvik
 from kvik import _native
-from kvik.config import Activations
+from kvik.config import ActivationDType
 from kvik.errors import KvikError
 from kvik.hub.store import resolve
 from kvik.machine import available_threads
@@ -85,7 +85,7 @@ def cases(ours: KvikRuns, theirs: LlamaCppRuns, model: Path) -> Iterator[Case]:
         count: int,
         depth: int,
         peers: Mapping[str, Measure],
-        acts: Activations = "int8",
+        acts: ActivationDType = "int8",
         kv: str = "f16",
         *,
         target: float,

@@ -26,12 +26,12 @@ namespace kvik {
 
 const Kernels *kernels = nullptr;
 
-Activation activation_of(std::string_view name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
+Nonlinearity nonlinearity_of(std::string_view name) {
+  if (name == "silu") return Nonlinearity::silu;
+  if (name == "gelu") return Nonlinearity::gelu;
+  if (name == "gelu_tanh") return Nonlinearity::gelu_tanh;
   require(name == "relu", "activate: the activation must be silu, gelu, gelu_tanh or relu");
-  return Activation::relu;
+  return Nonlinearity::relu;
 }
 
 // Of block tables only what some token sees is looked at: behind a window a block may have gone to someone else.
@@ -218,7 +218,7 @@ void checked_activate(ThreadPool &pool, std::string_view activation, Floats<2> x
     require_aligned(*up, "activate", "up");
     require_same_shape(x, *up, "activate: x and up differ in shape");
   }
-  activate(pool, activation_of(activation), x.data(), up ? up->data() : nullptr, size(x, 0), size(x, 1), out.data());
+  activate(pool, nonlinearity_of(activation), x.data(), up ? up->data() : nullptr, size(x, 0), size(x, 1), out.data());
 }
 
 void checked_soft_cap(ThreadPool &pool, Floats<2> x, float cap, FloatsOut<2> out) {

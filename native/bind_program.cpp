@@ -158,7 +158,7 @@ int record_norm_gated(Program &program, int x, const NormWeights *norm, const Li
   require(gate.matrix.columns == in.width && up.matrix.columns == in.width,
           "norm_gated: x has another number of columns");
   require(gate.matrix.rows == up.matrix.rows, "norm_gated: gate and up differ in shape");
-  const Activation activation = activation_of(activation_name);
+  const Nonlinearity activation = nonlinearity_of(activation_name);
   return append(
       program, "norm_gated", {x}, gate.matrix.rows, in.of_logits,
       [=, gate = Linear(gate), up = Linear(up), norm = norm_or_none(norm), fine = program.fine()](const Frame &frame,
@@ -315,7 +315,7 @@ int record_activate(Program &program, int x, std::string_view name, std::optiona
     require(in.width == other.width && in.of_logits == other.of_logits, "activate: x and up differ in shape");
     inputs.push_back(*up);
   }
-  const Activation activation = activation_of(name);
+  const Nonlinearity activation = nonlinearity_of(name);
   return append(
       program, "activate", inputs, in.width, in.of_logits,
       [=](const Frame &frame, int out) {

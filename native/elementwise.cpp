@@ -46,7 +46,7 @@ void norm_rows(ThreadPool &pool, const Norm &norm, const float *x, int64_t rows,
   });
 }
 
-void activate(ThreadPool &pool, Activation activation, const float *x, const float *up, int64_t rows, int64_t columns,
+void activate(ThreadPool &pool, Nonlinearity activation, const float *x, const float *up, int64_t rows, int64_t columns,
               float *out) {
   pool.for_ranges(rows, kGrain, [&](int64_t first, int64_t last) {
     const int64_t at = first * columns;

@@ -69,15 +69,15 @@ inline void for_eights(const float *x, const float *up, int64_t count, float *ou
   std::memcpy(out + i, lanes[0], bytes);
 }
 
-void activate(kvik::Activation activation, const float *x, const float *up, int64_t count, float *out) {
+void activate(kvik::Nonlinearity activation, const float *x, const float *up, int64_t count, float *out) {
   switch (activation) {
-  case kvik::Activation::silu:
+  case kvik::Nonlinearity::silu:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return silu(a) * b; });
-  case kvik::Activation::gelu:
+  case kvik::Nonlinearity::gelu:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return gelu(a) * b; });
-  case kvik::Activation::gelu_tanh:
+  case kvik::Nonlinearity::gelu_tanh:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return gelu_tanh(a) * b; });
-  case kvik::Activation::relu:
+  case kvik::Nonlinearity::relu:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return relu(a) * b; });
   }
 }

@@ -7,8 +7,8 @@
 
 namespace kvik {
 
-// Activation rows quantised per group of 32 columns: x = scale * (high), or scale * (254 * high + low).
-struct Activations {
+// Rows of activations, quantised per group of 32 columns: x = scale * (high), or scale * (254 * high + low).
+struct QuantizedRows {
   const int8_t *high;    // (T, columns)
   const int8_t *low;     // (T, columns), null with int8 activations
   const float *scale;    // (T, columns / 32)
@@ -16,7 +16,7 @@ struct Activations {
   const int32_t *excess; // (T, columns / 32, 3): -128 * the same sums of the quants
 };
 
-struct ActivationsOut {
+struct QuantizedRowsOut {
   int8_t *high;
   int8_t *low;
   float *scale;
@@ -27,8 +27,8 @@ struct ActivationsOut {
 struct LinearArgs {
   const uint8_t *weight; // packed, format.h
   int64_t rows, columns;
-  Activations quantized; // quantised formats read this
-  const float *x;        // float formats read this: (T, columns)
+  QuantizedRows quantized; // quantised formats read this
+  const float *x;          // float formats read this: (T, columns)
   int64_t num_tokens;
   float *y;              // (T, rows)
   const float *residual; // (T, rows) to add to the products, may be y; or null
@@ -44,7 +44,7 @@ struct Norm {
   bool layer;
 };
 
-enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu };
+enum class Nonlinearity : uint8_t { silu, gelu, gelu_tanh, relu };
 
 // Computes y for row blocks [first, last).
 using LinearKernel = void (*)(const LinearArgs &, int64_t first, int64_t last);
@@ -104,11 +104,11 @@ struct Kernels {
   const char *isa;
   LinearKernel quantized_linear[kNumBlockFormats][2]; // [format][int8, int16 activations]
   LinearKernel float_linear[kNumFloatFormats];
-  void (*quantize)(const float *x, int64_t columns, bool fine, const ActivationsOut &out); // one row
+  void (*quantize)(const float *x, int64_t columns, bool fine, const QuantizedRowsOut &out); // one row
   void (*dequantize_row)(int format, const uint8_t *weight, int64_t columns, int64_t row, float *out);
   void (*norm)(const Norm &, const float *x, float *out); // one row
   // out = activation(x), times `up` where that is not null.
-  void (*activate)(Activation, const float *x, const float *up, int64_t count, float *out);
+  void (*activate)(Nonlinearity, const float *x, const float *up, int64_t count, float *out);
   void (*soft_cap)(const float *x, float cap, int64_t count, float *out);
   // Turns the pairs of one head in place by turns (pairs, 2).
   void (*rope)(float *x, const float *turns, int64_t pairs, bool adjacent_pairs);

@@ -3,13 +3,13 @@
 
 namespace {
 
-using kvik::Activations;
 using kvik::BlockFormat;
 using kvik::kBlockFormats;
 using kvik::kGroup;
 using kvik::kRowBlock;
 using kvik::LinearArgs;
 using kvik::Minimum;
+using kvik::QuantizedRows;
 
 template <int scale_bytes> inline F32x8 load_scales(const uint8_t *p) {
   if constexpr (scale_bytes == 2)
@@ -81,7 +81,7 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
     constexpr bool one_stream = wides * kWideBlocks * tokens == 1;
     constexpr int kVectors = format.quant_bytes() / 32 / format.groups(); // of a group, as they lie in memory
     constexpr int kPacked = 8 / format.bits;                              // weights in a byte
-    const Activations a = args.quantized;
+    const QuantizedRows a = args.quantized;
     const int64_t columns = args.columns, groups = columns / kGroup;
     const int64_t row_block_bytes = groups * format.block_bytes(), wide_bytes = kWideBlocks * row_block_bytes;
     const uint8_t *weight = args.weight + place.row_block * row_block_bytes;
@@ -260,7 +260,7 @@ template <class Weight> void float_linear(const LinearArgs &args, int64_t first,
 }
 
 // Four vectors make a group. Values too small for a scale that float32 divides by become zero.
-void quantize_row(const float *x, int64_t columns, bool fine, const kvik::ActivationsOut &out) {
+void quantize_row(const float *x, int64_t columns, bool fine, const kvik::QuantizedRowsOut &out) {
   const float levels = fine ? 32384.0f : 127.0f; // 254 * 127.5 - 1: the high half must not round to 128
   for (int64_t group = 0; group < columns / kGroup; ++group) {
     const float *values = x + group * kGroup;

@@ -53,7 +53,7 @@ std::span<const uint8_t> first_weights(const ThreadPool &pool, std::span<const P
 
 // out = activation(gate(x)) * up(x): (T, rows of each matrix).
 void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const Linear &gate, const Linear &up,
-                   Activation activation, float *out, bool fine);
+                   Nonlinearity activation, float *out, bool fine);
 
 // Queries (T, heads * head_dim) of the rows, normed and turned; their keys and values go to their slots.
 struct QueryKeyValue {
@@ -71,7 +71,7 @@ void take_weight_rows(const PackedWeight &weight, const int32_t *row_ids, int64_
 void take_rows(const float *x, const int32_t *row_ids, int64_t count, int64_t columns, float *out);
 // Norms (rows, norm.width).
 void norm_rows(ThreadPool &pool, const Norm &norm, const float *x, int64_t rows, float *out);
-void activate(ThreadPool &pool, Activation activation, const float *x, const float *up, int64_t rows, int64_t columns,
+void activate(ThreadPool &pool, Nonlinearity activation, const float *x, const float *up, int64_t rows, int64_t columns,
               float *out);
 void soft_cap(ThreadPool &pool, const float *x, float cap, int64_t rows, int64_t columns, float *out);
 void add(ThreadPool &pool, const float *x, const float *y, int64_t rows, int64_t columns, float *out);

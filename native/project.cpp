@@ -17,7 +17,7 @@ public:
   PreparedRows(ThreadPool &pool, Workspace &workspace, const RowsIn &in, bool quantize, bool fine)
       : num_tokens_(in.num_tokens), columns_(in.columns), fine_(fine), x_(in.x) {
     const int64_t size = num_tokens_ * columns_, groups = columns_ / kGroup;
-    ActivationsOut out{};
+    QuantizedRowsOut out{};
     if (quantize) {
       out = {workspace.high.get<int8_t>(size), fine ? workspace.low.get<int8_t>(size) : nullptr,
              workspace.scale.get<float>(num_tokens_ * groups), workspace.sums.get<float>(3 * num_tokens_ * groups),
@@ -67,7 +67,7 @@ public:
   }
 
 private:
-  Activations quantized_from(int64_t token) const {
+  QuantizedRows quantized_from(int64_t token) const {
     if (!quantized_.high) return {};
     const int64_t at = token * columns_, group = token * (columns_ / kGroup);
     return {quantized_.high + at, fine_ ? quantized_.low + at : nullptr, quantized_.scale + group,
@@ -77,7 +77,7 @@ private:
   int64_t num_tokens_, columns_;
   bool fine_;
   const float *x_;
-  Activations quantized_{};
+  QuantizedRows quantized_{};
 };
 
 } // namespace
@@ -118,7 +118,7 @@ std::span<const uint8_t> first_weights(const ThreadPool &pool, std::span<const P
 }
 
 void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const Linear &gate, const Linear &up,
-                   Activation activation, float *out, bool fine) {
+                   Nonlinearity activation, float *out, bool fine) {
   if (in.num_tokens == 0) return;
   const int64_t width = gate.matrix->rows;
   const PreparedRows rows(pool, workspace, in, gate.matrix->quantized() || up.matrix->quantized(), fine);

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from kvik.cache import BLOCK_SIZE
-from kvik.config import Activations, KVDType, SamplingParams
+from kvik.config import ActivationDType, KVDType, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.loader import LoadedModel
 from kvik.ops.base import Batch
@@ -24,7 +24,12 @@ class Arrangement:
     shuffled: bool = False
 
     def run(
-        self, model: LoadedModel, prompt: list[int], params: SamplingParams, kv_dtype: KVDType, activations: Activations
+        self,
+        model: LoadedModel,
+        prompt: list[int],
+        params: SamplingParams,
+        kv_dtype: KVDType,
+        activations: ActivationDType,
     ) -> Run:
         """Completes the prompt so, on an engine of its own."""
         engine = Engine(with_ops(model, activations, self.threads), kv_dtype=kv_dtype, token_budget=self.token_budget)

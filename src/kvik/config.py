@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from kvik.errors import InvalidInput
 
-Activations = Literal["int8", "int16"]
+ActivationDType = Literal["int8", "int16"]
 KVDType = Literal["f32", "f16", "int8"]
 Backend = Literal["native", "reference"]
 Speculation = Literal["ngram"]
@@ -117,7 +117,7 @@ are no faster (docs/log.md).
 class EngineConfig:
     """How a model is run. Raises `InvalidInput`."""
 
-    activations: Activations = "int8"  # what quantised weights are multiplied with; "int16" equals float32 in practice
+    activations: ActivationDType = "int8"  # what quantised weights are multiplied with; int16 is as good as float32
     weights: WeightFormat | None = None  # quantise a checkpoint's weights to this when they are loaded; None: keep them
     kv_dtype: KVDType = "f16"
     context: int | None = None  # most tokens of a sequence, prompt and completion; None: the model's own limit
@@ -130,7 +130,7 @@ class EngineConfig:
     backend: Backend = "native"
 
     def __post_init__(self) -> None:
-        _check_choice("activations", self.activations, get_args(Activations))
+        _check_choice("activations", self.activations, get_args(ActivationDType))
         _check_choice("kv_dtype", self.kv_dtype, get_args(KVDType))
         _check_choice("backend", self.backend, get_args(Backend))
         if self.weights is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gguf_files import WEIGHT_TYPES
 from kvik import _native
-from kvik.config import Activations, KVDType
+from kvik.config import ActivationDType, KVDType
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import Norm
 from kvik.ops.native import NativeOps
@@ -33,7 +33,7 @@ def same_bits(left: FloatArray, right: FloatArray) -> None:
 
 @pytest.mark.parametrize("activations", ["int8", "int16"])
 @pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
-def test_project_row_by_row(kind: GGMLQuantizationType, activations: Activations) -> None:
+def test_project_row_by_row(kind: GGMLQuantizationType, activations: ActivationDType) -> None:
     """A decode step's row of one is a prompt's row of seventy, however many threads share the outputs."""
     rng = np.random.default_rng(1)
     rows = 53  # 7 row blocks, the last one not full

@@ -12,13 +12,13 @@ from gguf import GGMLQuantizationType
 
 from gguf_files import WEIGHT_TYPES
 from kvik.models.spec import RopeSpec
-from kvik.ops.base import Activation, Linear, Norm, Ops
+from kvik.ops.base import Linear, Nonlinearity, Norm, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
 from ops.arrangement import FloatArray, random_weights
 
 WideArray = npt.NDArray[np.float64]
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+NONLINEARITIES: tuple[Nonlinearity, ...] = get_args(Nonlinearity)
 
 UNIT = 2.0**-24
 TINIEST = 2.0**-126  # the smallest normal number: below it, results lose bits
@@ -127,7 +127,7 @@ def test_gelu_and_relu(ops: Ops, shape: tuple[int, int], size: float) -> None:
     x = normal(rng, *shape, size=size)
     wide = x.astype(np.float64)
     curve = np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3))
-    wanted: dict[Activation, WideArray] = {
+    wanted: dict[Nonlinearity, WideArray] = {
         "gelu": wide * normal_distribution(wide),
         "gelu_tanh": wide / 2 * (1 + curve),
         "relu": np.maximum(wide, 0),
@@ -140,8 +140,8 @@ def test_gelu_and_relu(ops: Ops, shape: tuple[int, int], size: float) -> None:
         )
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_keep_what_is_no_number(ops: Ops, activation: Activation) -> None:
+@pytest.mark.parametrize("activation", NONLINEARITIES)
+def test_activations_keep_what_is_no_number(ops: Ops, activation: Nonlinearity) -> None:
     x = np.asarray([[np.nan, 1.0, np.nan, 2.0, 3.0, 4.0, 5.0, 6.0, np.nan]], np.float32)
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(np.isnan(ops.to_numpy(ops.activate(x, activation))), np.isnan(x))

@@ -13,17 +13,17 @@ from gguf import GGMLQuantizationType
 
 from kvik import _native
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
-from kvik.config import Activations, KVDType
+from kvik.config import ActivationDType, KVDType
 from kvik.models.loader import LoadedModel, load_model
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import (
     PLAIN,
-    Activation,
     Array,
     AttentionRule,
     Batch,
     LayerKV,
     Linear,
+    Nonlinearity,
     Norm,
     Ops,
     QKVWeights,
@@ -39,7 +39,7 @@ from ops.digest import digest
 from ops.test_bits import same_bits
 
 Q4_1, Q8_0, F16 = GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16
-ACTIVATIONS: tuple[Activations, ...] = ("int8", "int16")
+ACTIVATIONS: tuple[ActivationDType, ...] = ("int8", "int16")
 
 
 def batch_of(lengths: list[tuple[int, int]], rng: np.random.Generator, *, vocab_size: int, num_blocks: int) -> Batch:
@@ -62,7 +62,7 @@ class Layer:
     """Weights of all kinds for one small layer: odd numbers of row blocks, and one matrix of floats."""
 
     hidden_size, vocab_size, num_blocks, num_kv_heads, head_dim = 96, 50, 24, 2, 24
-    activation: Activation = "silu"
+    activation: Nonlinearity = "silu"
     rule = PLAIN
 
     def __init__(self, ops: Ops, kv_dtype: KVDType, window: int | None = None) -> None:
@@ -143,7 +143,7 @@ class LayerOfOtherFamilies(Layer):
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_recorded_and_eager_fused_and_small_ops_give_the_same_bits(
-    activations: Activations, kv_dtype: KVDType, threads: int
+    activations: ActivationDType, kv_dtype: KVDType, threads: int
 ) -> None:
     ops = NativeOps(activations, threads)
     layer = Layer(ops, kv_dtype)

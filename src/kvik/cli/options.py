@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from kvik.cli.terminal import note
-from kvik.config import Activations, KVDType, SamplingParams, Speculation, WeightFormat
+from kvik.config import ActivationDType, KVDType, SamplingParams, Speculation, WeightFormat
 from kvik.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class ModelOptions:
         ),
     ] = "smollm2"
     activations: Annotated[
-        Activations, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
+        ActivationDType, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
     ] = "int8"
     weights: Annotated[
         WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")

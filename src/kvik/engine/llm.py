@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from kvik.cache.sizing import choose_pool_size
-from kvik.config import TOKEN_BUDGET, Activations, Backend, EngineConfig, KVDType, SamplingParams, WeightFormat
+from kvik.config import TOKEN_BUDGET, ActivationDType, Backend, EngineConfig, KVDType, SamplingParams, WeightFormat
 from kvik.engine.beams import Beam, search_beams
 from kvik.engine.cache_view import CacheView
 from kvik.engine.engine import Engine
@@ -51,7 +51,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] = "smollm2",
         *,
-        activations: Activations = "int8",
+        activations: ActivationDType = "int8",
         weights: WeightFormat | None = None,
         kv_dtype: KVDType = "f16",
         context: int | None = None,

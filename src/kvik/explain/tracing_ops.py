@@ -15,13 +15,13 @@ from kvik.cache import KVCacheSpec
 from kvik.models.decoder import Decoder
 from kvik.ops.base import (
     PLAIN,
-    Activation,
     Array,
     AttentionRule,
     Batch,
     IntArray,
     LayerKV,
     Linear,
+    Nonlinearity,
     Norm,
     Ops,
     QKVWeights,
@@ -118,7 +118,7 @@ class TracingOps(Ops):
         self.attended.append(self._inner.to_numpy(attended))
         return attended
 
-    def activate(self, x: Array, activation: Activation, up: Array | None = None) -> Array:
+    def activate(self, x: Array, activation: Nonlinearity, up: Array | None = None) -> Array:
         return self._pass_on("activate", x, activation, up)
 
     def soft_cap(self, x: Array, cap: float) -> Array:

@@ -17,7 +17,7 @@ from kvik.files.gguf import GGUFFile
 from kvik.models.gguf_source import read_divisors
 from kvik.models.rope_scaling import yarn_factors, yarn_magnitude
 from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec, RopeSpec
-from kvik.ops.base import Activation
+from kvik.ops.base import Nonlinearity
 
 MOST = 1 << 24  # of any one dimension or count: far above every published model
 
@@ -31,7 +31,7 @@ class Architecture:
     norm_places: Literal["before", "after", "around"] = "before"
     qk_norm: Literal["none", "head", "row"] = "none"
     parallel: Literal["none", "one_norm", "two_norms"] = "none"  # where neither key nor tensor tells otherwise
-    activation: Activation = "silu"
+    activation: Nonlinearity = "silu"
     gated: bool = True
     scales_embedding: bool = False  # by the square root of hidden_size
     attention_soft_cap: float = 0.0  # where no key tells; 0: none

@@ -14,11 +14,11 @@ from typing import Any, Literal
 from kvik.files.config_fields import MAX_CONTEXT, MAX_WIDTH, ConfigFields
 from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes
 from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec
-from kvik.ops.base import Activation
+from kvik.ops.base import Nonlinearity
 
 Fields = dict[str, Any]
 
-_ACTIVATIONS: Mapping[str, Activation] = {
+_NONLINEARITIES: Mapping[str, Nonlinearity] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -51,7 +51,7 @@ def _llama(config: ConfigFields, norm_eps: float = 1e-6) -> Fields:
     bias = config.flag("attention_bias", False)
     return {
         "norm_eps": config.number("rms_norm_eps", norm_eps),
-        "activation": activation_of(config, "hidden_act", "silu"),
+        "activation": nonlinearity_of(config, "hidden_act", "silu"),
         "qkv_bias": bias,
         "output_bias": bias,
         "mlp_bias": config.flag("mlp_bias", False),
@@ -94,7 +94,7 @@ def _cap(config: ConfigFields, key: str) -> float | None:
 def _gemma(config: ConfigFields) -> Fields:
     refuse_if(config, "use_bidirectional_attention", True)
     key = "hidden_act" if config.find("hidden_activation") is None else "hidden_activation"
-    activation = activation_of(config, key, "gelu_pytorch_tanh")
+    activation = nonlinearity_of(config, key, "gelu_pytorch_tanh")
     return _llama(config) | {
         "activation": "gelu_tanh" if activation == "gelu" else activation,  # a slip in the first configs
         "embedding_scale": math.sqrt(config.count("hidden_size")),
@@ -128,7 +128,7 @@ def _layer_norm(config: ConfigFields, eps_key: str, activation_key: str, activat
         "norm": "layer",
         "norm_bias": True,
         "norm_eps": config.number(eps_key, 1e-5),
-        "activation": activation_of(config, activation_key, activation),
+        "activation": nonlinearity_of(config, activation_key, activation),
         "gated": False,
         "qkv_bias": bias,
         "output_bias": bias,
@@ -327,12 +327,12 @@ def refuse_if(config: ConfigFields, key: str, value: bool) -> None:
         raise config.error(f"{key} is {str(value).lower()}, which kvik does not run", OTHER_MODEL)
 
 
-def activation_of(config: ConfigFields, key: str, default: str) -> Activation:
-    """The activation that a config names."""
+def nonlinearity_of(config: ConfigFields, key: str, default: str) -> Nonlinearity:
+    """The nonlinearity that a config names."""
     name = config.text(key, default)
-    if name not in _ACTIVATIONS:
-        raise config.error(f"{key} {name!r:.60} is not one that kvik runs", f"kvik runs {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    if name not in _NONLINEARITIES:
+        raise config.error(f"{key} {name!r:.60} is not one that kvik runs", f"kvik runs {', '.join(_NONLINEARITIES)}")
+    return _NONLINEARITIES[name]
 
 
 def _layers(config: ConfigFields, family: Family, head_dim: int, context: int, used: int) -> tuple[LayerSpec, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvik.cache import KVCacheSpec
 from kvik.config import KVDType
-from kvik.ops.base import Activation, RopeTable
+from kvik.ops.base import Nonlinearity, RopeTable
 
 MAX_LAYERS = 1 << 12
 MAX_HEAD_DIM = 1024
@@ -82,7 +82,7 @@ class DecoderSpec:
     head_bias: bool = False
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_soft_cap: float | None = None
-    activation: Activation = "silu"
+    activation: Nonlinearity = "silu"
     gated: bool = True  # activation(gate(x)) * up(x), else activation(up(x))
     parallel: Literal["none", "one_norm", "two_norms"] = "none"  # attention and MLP read the same x, and both add to it
     # Beginning and end.

@@ -21,7 +21,7 @@ Array: TypeAlias = Any
 LayerKV: TypeAlias = Any
 IntArray: TypeAlias = npt.NDArray[np.int32]
 Vector: TypeAlias = npt.NDArray[np.float32]
-Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Nonlinearity: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 class Weight(Protocol):
@@ -240,7 +240,7 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def activate(self, x: Array, activation: Activation, up: Array | None = None) -> Array:
+    def activate(self, x: Array, activation: Nonlinearity, up: Array | None = None) -> Array:
         """activation(x), times `up` where there is one (Shazeer, 2020), element by element.
 
         silu: x * sigmoid(x). gelu: x * Phi(x), the normal distribution's (Hendrycks and Gimpel, 2016); gelu_tanh: their
@@ -266,7 +266,7 @@ class Ops(ABC):
         self.write_kv(kv, k, v, batch.places(kv.group).slot_mapping)
         return q
 
-    def norm_gated(self, x: Array, norm: Norm | None, gate: Linear, up: Linear, activation: Activation) -> Array:
+    def norm_gated(self, x: Array, norm: Norm | None, gate: Linear, up: Linear, activation: Nonlinearity) -> Array:
         """activation(gate(normed x)) * up(normed x): (T, intermediate_size)."""
         gated, raised = self.project(x if norm is None else self.norm(x, norm), (gate, up))
         return self.activate(gated, activation, raised)

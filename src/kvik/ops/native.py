@@ -9,16 +9,16 @@ import numpy.typing as npt
 
 from kvik import _native
 from kvik.cache import KVCacheSpec
-from kvik.config import Activations
+from kvik.config import ActivationDType
 from kvik.machine import available_threads
 from kvik.ops.base import (
     PLAIN,
-    Activation,
     AttentionRule,
     Batch,
     Forward,
     IntArray,
     Linear,
+    Nonlinearity,
     Norm,
     Ops,
     RopeTable,
@@ -48,8 +48,8 @@ class NativeOps(Ops):
 
     name = "native"
 
-    def __init__(self, activations: Activations = "int8", threads: int | None = None) -> None:
-        self.activations: Activations = activations
+    def __init__(self, activations: ActivationDType = "int8", threads: int | None = None) -> None:
+        self.activations: ActivationDType = activations
         self._fine = activations == "int16"
         self._pool = _native.ThreadPool(threads or available_threads())
         self._arena = _native.WeightArena()
@@ -129,7 +129,7 @@ class NativeOps(Ops):
         _native.attend(self._pool, q, kv, *places, scale, cap, out, rule.window)
         return out
 
-    def activate(self, x: FloatArray, activation: Activation, up: FloatArray | None = None) -> FloatArray:
+    def activate(self, x: FloatArray, activation: Nonlinearity, up: FloatArray | None = None) -> FloatArray:
         out = np.empty_like(x)
         _native.activate(self._pool, activation, x, up, out)
         return out

@@ -12,8 +12,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
-from kvik.config import Activations
-from kvik.ops.base import PLAIN, Activation, AttentionRule, Batch, IntArray, Linear, Norm, Ops, RopeTable, Weight
+from kvik.config import ActivationDType
+from kvik.ops.base import PLAIN, AttentionRule, Batch, IntArray, Linear, Nonlinearity, Norm, Ops, RopeTable, Weight
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -22,7 +22,7 @@ GROUP = 32
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
-_LEVELS: dict[Activations, float] = {"int8": 127.0, "int16": 32384.0}
+_LEVELS: dict[ActivationDType, float] = {"int8": 127.0, "int16": 32384.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class ReferenceKV:
     group: int = 0  # of layers: 0 those that see all tokens, else 1 and the index of the window
 
 
-def quantize_activations(x: FloatArray, activations: Activations) -> FloatArray:
+def quantize_activations(x: FloatArray, activations: ActivationDType) -> FloatArray:
     """x as the integer kernels see it: whole multiples of max|group| / 127 (int8) or / 32384 (int16)."""
     groups = x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
     return _whole_multiples(groups, _LEVELS[activations]).reshape(x.shape)
@@ -85,8 +85,8 @@ class ReferenceOps(Ops):
 
     name = "reference"
 
-    def __init__(self, activations: Activations = "int8") -> None:
-        self.activations: Activations = activations
+    def __init__(self, activations: ActivationDType = "int8") -> None:
+        self.activations: ActivationDType = activations
 
     def load_rows(
         self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int
@@ -201,7 +201,7 @@ class ReferenceOps(Ops):
             out[token] = np.einsum("ht,thd->hd", weights, values)
         return out
 
-    def activate(self, x: FloatArray, activation: Activation, up: FloatArray | None = None) -> FloatArray:
+    def activate(self, x: FloatArray, activation: Nonlinearity, up: FloatArray | None = None) -> FloatArray:
         wide = x.astype(np.float64)
         with np.errstate(over="ignore"):  # exp(-x) may reach infinity: the quotient is then the right zero
             match activation:

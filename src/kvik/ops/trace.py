@@ -12,7 +12,6 @@ import numpy.typing as npt
 from kvik.cache import KVCacheSpec
 from kvik.ops.base import (
     PLAIN,
-    Activation,
     Array,
     AttentionRule,
     Batch,
@@ -21,6 +20,7 @@ from kvik.ops.base import (
     KVIndex,
     LayerKV,
     Linear,
+    Nonlinearity,
     Norm,
     Ops,
     QKVWeights,
@@ -133,7 +133,7 @@ class _Tracer(Ops):
     def attend(self, q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> Value:
         return self._one("attend", (q, kv, batch, rule), q.shape)
 
-    def activate(self, x: Value, activation: Activation, up: Value | None = None) -> Value:
+    def activate(self, x: Value, activation: Nonlinearity, up: Value | None = None) -> Value:
         return self._one("activate", (x, activation, up), x.shape)
 
     def soft_cap(self, x: Value, cap: float) -> Value:
@@ -145,7 +145,7 @@ class _Tracer(Ops):
         shape = (weights.query.rows // weights.head_dim, weights.head_dim)
         return self._one("norm_qkv", (x, norm, weights, rope, kv, batch), shape)
 
-    def norm_gated(self, x: Value, norm: Norm | None, gate: Linear, up: Linear, activation: Activation) -> Value:
+    def norm_gated(self, x: Value, norm: Norm | None, gate: Linear, up: Linear, activation: Nonlinearity) -> Value:
         return self._one("norm_gated", (x, norm, gate, up, activation), (gate.rows,))
 
     def norm_linear(self, x: Value, norm: Norm | None, linear: Linear) -> Value:
