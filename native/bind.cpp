@@ -161,7 +161,7 @@ LinearWeights make_linear(const PackedWeight &matrix, std::optional<Floats<1>> b
 
 // Each projection of x; x is quantised once for all of them.
 void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const LinearWeights *> &linears,
-                     const std::vector<FloatsOut<2>> &outs, bool fine) {
+                     const std::vector<FloatsOut<2>> &outs, bool int16_activations) {
   const int64_t num_tokens = size(x, 0), columns = size(x, 1);
   require(linears.size() == outs.size(), "project: one output a projection");
   require_aligned(x, "project", "x");
@@ -175,7 +175,7 @@ void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const Line
     projections.push_back({*linears[i], outs[i].data()});
   }
   Workspace workspace;
-  project(pool, workspace, {x.data(), num_tokens, columns}, projections, fine);
+  project(pool, workspace, {x.data(), num_tokens, columns}, projections, int16_activations);
 }
 
 // Rows of the weight as floats, times the scale: out (T, columns).
@@ -405,7 +405,8 @@ NB_MODULE(_native, m) {
   m.def("pack", &pack_tensor, Unlocked(), "type"_a, "source"_a.noconvert(), "rows"_a, "columns"_a, "arena"_a, "pool"_a,
         "Packs a GGUF tensor's bytes without loss.");
   m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "linears"_a.noconvert(),
-        "outs"_a.noconvert(), "fine"_a, "outs[i] = linears[i] of x; activations in int16 where `fine`, else int8.");
+        "outs"_a.noconvert(), "int16_activations"_a,
+        "outs[i] = linears[i] of x; activations in int16 where `int16_activations`, else int8.");
   m.def("take_rows", &checked_take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "scale"_a,
         "out"_a.noconvert(), "out = weight[row_ids] * scale as float32.");
   m.def("norm", &checked_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "norm"_a, "out"_a.noconvert(),

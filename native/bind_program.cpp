@@ -106,11 +106,11 @@ std::vector<int> record_project(Program &program, int x, nb::typed<nb::list, Lin
   const nb::tuple alive(linear_list); // the list itself may change
   for (const PackedWeight *weight : weights) op.outputs.push_back(program.new_value(weight->rows, in.of_logits));
   const std::vector<int> outputs = op.outputs;
-  op.run = [=, fine = program.fine()](const Frame &frame) {
+  op.run = [=, int16_activations = program.int16_activations()](const Frame &frame) {
     (void)alive;
     std::vector<Projection> projections;
     for (std::size_t i = 0; i < linears.size(); ++i) projections.push_back({*linears[i], frame[outputs[i]]});
-    project(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width}, projections, fine);
+    project(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width}, projections, int16_activations);
   };
   op.cost = [=](const Step &step) { return product_cost(rows_of(step, in.of_logits), weights); };
   program.add_op(std::move(op));
@@ -134,10 +134,11 @@ int record_product(Program &program, const char *name, int x, const LinearWeight
   }
   return append(
       program, name, inputs, matrix.rows, in.of_logits,
-      [=, linear = Linear(linear), norm = norm_or_none(norm), fine = program.fine()](const Frame &frame, int out) {
+      [=, linear = Linear(linear), norm = norm_or_none(norm),
+       int16_activations = program.int16_activations()](const Frame &frame, int out) {
         const Projection projection{linear, frame[out], residual ? frame[*residual] : nullptr};
         const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
-        project(frame.pool(), frame.workspace(), rows, {&projection, 1}, fine);
+        project(frame.pool(), frame.workspace(), rows, {&projection, 1}, int16_activations);
       },
       [=, &matrix](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&matrix}); }, {&matrix},
       norm_or_none(norm));
@@ -161,10 +162,10 @@ int record_norm_gated(Program &program, int x, const NormWeights *norm, const Li
   const Nonlinearity activation = nonlinearity_of(activation_name);
   return append(
       program, "norm_gated", {x}, gate.matrix.rows, in.of_logits,
-      [=, gate = Linear(gate), up = Linear(up), norm = norm_or_none(norm), fine = program.fine()](const Frame &frame,
-                                                                                                  int out) {
+      [=, gate = Linear(gate), up = Linear(up), norm = norm_or_none(norm),
+       int16_activations = program.int16_activations()](const Frame &frame, int out) {
         const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
-        project_gated(frame.pool(), frame.workspace(), rows, gate, up, activation, frame[out], fine);
+        project_gated(frame.pool(), frame.workspace(), rows, gate, up, activation, frame[out], int16_activations);
       },
       [=, &gate, &up](const Step &step) {
         return product_cost(rows_of(step, in.of_logits), {&gate.matrix, &up.matrix});
@@ -241,12 +242,12 @@ int record_norm_qkv(Program &program, int x, const NormWeights *norm, const Line
   return append(
       program, "norm_qkv", {x}, query.matrix.rows, false,
       [=, args = QueryKeyValue{query, key, value, norm_or_none(query_norm), norm_or_none(key_norm), rope, kv},
-       norm = norm_or_none(norm), fine = program.fine()](const Frame &frame, int out) {
+       norm = norm_or_none(norm), int16_activations = program.int16_activations()](const Frame &frame, int out) {
         (void)table; // what rope refers to
         QueryKeyValue now = args;
         now.positions = frame.step.positions, now.slots = frame.step.places[args.kv.group].slots;
         const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
-        project_qkv(frame.pool(), frame.workspace(), rows, now, frame[out], fine);
+        project_qkv(frame.pool(), frame.workspace(), rows, now, frame[out], int16_activations);
       },
       [=](const Step &step) { return product_cost(step.num_tokens, weights); }, weights, norm_or_none(norm));
 }
@@ -436,7 +437,7 @@ void bind_program(nb::module_ &m) {
   // keep_alive: a program refers to the weights and arrays that its ops use.
   using Keep = nb::keep_alive<1, 3>;
   nb::class_<Program>(m, "Program", "A recorded step: ops are appended, each giving the id of its value, then run.")
-      .def(nb::init<ThreadPool &, bool>(), nb::keep_alive<1, 2>(), "pool"_a, "fine"_a)
+      .def(nb::init<ThreadPool &, bool>(), nb::keep_alive<1, 2>(), "pool"_a, "int16_activations"_a)
       .def("embed", &record_embed, nb::keep_alive<1, 2>(), "table"_a, "of_positions"_a, "scale"_a)
       .def("norm", &record_norm, Keep(), "x"_a, "norm"_a)
       .def("project", &record_project, "x"_a, "linears"_a)

@@ -104,7 +104,7 @@ struct Kernels {
   const char *isa;
   LinearKernel quantized_linear[kNumBlockFormats][2]; // [format][int8, int16 activations]
   LinearKernel float_linear[kNumFloatFormats];
-  void (*quantize)(const float *x, int64_t columns, bool fine, const QuantizedRowsOut &out); // one row
+  void (*quantize)(const float *x, int64_t columns, bool int16_activations, const QuantizedRowsOut &out); // one row
   void (*dequantize_row)(int format, const uint8_t *weight, int64_t columns, int64_t row, float *out);
   void (*norm)(const Norm &, const float *x, float *out); // one row
   // out = activation(x), times `up` where that is not null.

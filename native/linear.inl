@@ -68,9 +68,9 @@ template <int wides, int tokens> inline void store_tile(const LinearArgs &args, 
 }
 
 // One tile of products with quantised weights, all columns: sums is (wides, tokens, kWideLanes).
-template <BlockFormat format, bool fine> struct QuantizedTile {
+template <BlockFormat format, bool int16_activations> struct QuantizedTile {
   // With two wide vectors the sums of a tile, float and integer, take 24 of 32 registers, or 12 of 16.
-  static constexpr int kTokens = (KVIK_SIMD_AVX512 ? 12 : 6) / (fine ? 3 : 2);
+  static constexpr int kTokens = (KVIK_SIMD_AVX512 ? 12 : 6) / (int16_activations ? 3 : 2);
   // One token waits for its weights. Row blocks one by one make a single stream, which memory serves best; a vector of
   // AVX-512 is two streams in any case, and four are what was measured there.
   static constexpr int kWidesOfOne = KVIK_SIMD_AVX512 ? 2 : 1;
@@ -101,7 +101,7 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
         KVIK_UNROLL
         for (int b = 0; b < wides; ++b) KVIK_UNROLL
         for (int t = 0; t < tokens; ++t)
-          (fine ? low : high)[b][t] = Dot<format.bits>(a.excess[3 * (at + t * groups) + sum]);
+          (int16_activations ? low : high)[b][t] = Dot<format.bits>(a.excess[3 * (at + t * groups) + sum]);
 
         for (int v = part * kVectors; v < (part + 1) * kVectors; ++v) {
           WideBytes packed[wides];
@@ -127,7 +127,7 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
               const WideBytes q = wide_broadcast4(a.high + (place.token + t) * columns + column);
               KVIK_UNROLL
               for (int b = 0; b < wides; ++b) high[b][t].add(w[b], q);
-              if constexpr (fine) {
+              if constexpr (int16_activations) {
                 const WideBytes rest = wide_broadcast4(a.low + (place.token + t) * columns + column);
                 KVIK_UNROLL
                 for (int b = 0; b < wides; ++b) low[b][t].add(w[b], rest);
@@ -149,7 +149,7 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
           KVIK_UNROLL
           for (int t = 0; t < tokens; ++t) {
             WideInt dot = high[b][t].total();
-            if constexpr (fine) dot = scale_int(dot, 254) + low[b][t].total();
+            if constexpr (int16_activations) dot = scale_int(dot, 254) + low[b][t].total();
             y[b][t] = fma(scale * wide_broadcast(a.scale[at + t * groups]), to_float(dot), y[b][t]);
             if constexpr (format.minimum != Minimum::none)
               y[b][t] = fma(minimum, wide_broadcast(a.sums[3 * (at + t * groups) + sum]), y[b][t]);
@@ -252,16 +252,17 @@ template <class Tile> void cover(const LinearArgs &args, int64_t first, int64_t 
   }
 }
 
-template <int format, bool fine> void quantized_linear(const LinearArgs &args, int64_t first, int64_t last) {
-  cover<QuantizedTile<kBlockFormats[format], fine>>(args, first, last);
+template <int format, bool int16_activations>
+void quantized_linear(const LinearArgs &args, int64_t first, int64_t last) {
+  cover<QuantizedTile<kBlockFormats[format], int16_activations>>(args, first, last);
 }
 template <class Weight> void float_linear(const LinearArgs &args, int64_t first, int64_t last) {
   cover<FloatTile<Weight>>(args, first, last);
 }
 
 // Four vectors make a group. Values too small for a scale that float32 divides by become zero.
-void quantize_row(const float *x, int64_t columns, bool fine, const kvik::QuantizedRowsOut &out) {
-  const float levels = fine ? 32384.0f : 127.0f; // 254 * 127.5 - 1: the high half must not round to 128
+void quantize_row(const float *x, int64_t columns, bool int16_activations, const kvik::QuantizedRowsOut &out) {
+  const float levels = int16_activations ? 32384.0f : 127.0f; // 254 * 127.5 - 1: the high half must not round to 128
   for (int64_t group = 0; group < columns / kGroup; ++group) {
     const float *values = x + group * kGroup;
     F32x8 largest = zero8(), defect = zero8(); // x - x: NaN where x is NaN or infinite, else zero
@@ -280,7 +281,7 @@ void quantize_row(const float *x, int64_t columns, bool fine, const kvik::Quanti
       const F32x8 scaled = load(values + i * kLanes) * inverse;
       quants[i] = to_int(max(min(scaled, broadcast(levels)), broadcast(-levels)));
     }
-    if (fine) {
+    if (int16_activations) {
       Int32x8 low[4];
       for (int i = 0; i < 4; ++i) {
         high[i] = to_int(to_float(quants[i]) * broadcast(1.0f / 254));

@@ -44,7 +44,7 @@ struct RopeArgs {
 
 // All projections of the same rows, which are normed and quantised once.
 void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span<const Projection> projections,
-             bool fine);
+             bool int16_activations);
 
 // Where in these weights, whose products are computed together, a thread of the pool begins, and about how much it has
 // to read. It may reach past the end of a matrix: what lies there comes next as a rule.
@@ -53,7 +53,7 @@ std::span<const uint8_t> first_weights(const ThreadPool &pool, std::span<const P
 
 // out = activation(gate(x)) * up(x): (T, rows of each matrix).
 void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const Linear &gate, const Linear &up,
-                   Nonlinearity activation, float *out, bool fine);
+                   Nonlinearity activation, float *out, bool int16_activations);
 
 // Queries (T, heads * head_dim) of the rows, normed and turned; their keys and values go to their slots.
 struct QueryKeyValue {
@@ -64,7 +64,7 @@ struct QueryKeyValue {
   const int32_t *positions = nullptr, *slots = nullptr; // (T,)
 };
 void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const QueryKeyValue &args, float *q,
-                 bool fine);
+                 bool int16_activations);
 
 // Rows of the weight, times the scale.
 void take_weight_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out);

@@ -80,7 +80,7 @@ public:
     std::vector<GroupLimits> groups{1};
   };
 
-  Program(ThreadPool &pool, bool fine) : pool_(pool), fine_(fine) {}
+  Program(ThreadPool &pool, bool int16_activations) : pool_(pool), int16_activations_(int16_activations) {}
 
   int new_value(int64_t width, bool of_logits);
   void add_op(Op op);
@@ -104,7 +104,7 @@ public:
   const std::vector<Op> &ops() const { return ops_; }
   const Value &value(int index) const { return values_[static_cast<std::size_t>(index)]; }
   int num_values() const { return static_cast<int>(values_.size()); }
-  bool fine() const { return fine_; }
+  bool int16_activations() const { return int16_activations_; }
   bool finished() const { return output_ >= 0; }
   int output() const { return output_; }
 
@@ -121,7 +121,7 @@ private:
   void announce(const Soon &soon);
 
   ThreadPool &pool_;
-  bool fine_;
+  bool int16_activations_;
   int output_ = -1;
   int64_t last_rows_ = 0; // room in each buffer
   std::vector<Value> values_;

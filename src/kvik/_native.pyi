@@ -112,10 +112,10 @@ def project(
     x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
     linears: Sequence[Linear],
     outs: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")]],
-    fine: bool,
+    int16_activations: bool,
 ) -> None:
     """
-    outs[i] = linears[i] of x; activations in int16 where `fine`, else int8.
+    outs[i] = linears[i] of x; activations in int16 where `int16_activations`, else int8.
     """
 
 def take_rows(
@@ -220,7 +220,7 @@ class Program:
     A recorded step: ops are appended, each giving the id of its value, then run.
     """
 
-    def __init__(self, pool: ThreadPool, fine: bool) -> None: ...
+    def __init__(self, pool: ThreadPool, int16_activations: bool) -> None: ...
     def embed(self, table: PackedWeight, of_positions: bool, scale: float) -> int: ...
     def norm(self, x: int, norm: Norm) -> int: ...
     def project(self, x: int, linears: list[Linear]) -> list[int]: ...

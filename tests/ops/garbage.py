@@ -277,7 +277,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "x": matrices(32, 64, 256),
             "linears": list_of(any_linear),
             "outs": list_of(matrices(1, 8, 9, 20)),
-            "fine": one_of(True, False),
+            "int16_activations": one_of(True, False),
         },
     ),
     "take_rows": (
@@ -358,7 +358,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         {"arrays": arrays, "superblocks": list_of(one_of(0, 0, 0, *INTEGERS))},
     ),
     "WeightArena": (_native.WeightArena, {}),
-    "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "fine": one_of(True, False, None, 2)}),
+    "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "int16_activations": one_of(True, False, None, 2)}),
     "Program.embed": (
         on_program("embed"),
         {"table": weight, "of_positions": one_of(True, False), "scale": one_of(*FLOATS)},

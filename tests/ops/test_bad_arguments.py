@@ -83,7 +83,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "x": lambda: floats(TOKENS, COLUMNS),
             "linears": lambda: [linear(), linear("F32")],
             "outs": lambda: [floats(TOKENS, ROWS), floats(TOKENS, ROWS)],
-            "fine": lambda: False,
+            "int16_activations": lambda: False,
         },
     ),
     "take_rows": (

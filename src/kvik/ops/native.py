@@ -50,7 +50,7 @@ class NativeOps(Ops):
 
     def __init__(self, activations: ActivationDType = "int8", threads: int | None = None) -> None:
         self.activations: ActivationDType = activations
-        self._fine = activations == "int16"
+        self._int16_activations = activations == "int16"
         self._pool = _native.ThreadPool(threads or available_threads())
         self._arena = _native.WeightArena()
 
@@ -105,7 +105,7 @@ class NativeOps(Ops):
 
     def project(self, x: FloatArray, linears: Sequence[Linear]) -> tuple[FloatArray, ...]:
         outs = [np.empty((len(x), linear.rows), np.float32) for linear in linears]
-        _native.project(self._pool, x, [native_linear(linear) for linear in linears], outs, self._fine)
+        _native.project(self._pool, x, [native_linear(linear) for linear in linears], outs, self._int16_activations)
         return tuple(outs)
 
     def split_heads(self, x: FloatArray, head_dim: int) -> FloatArray:
@@ -148,7 +148,7 @@ class NativeOps(Ops):
         return x[rows]
 
     def record(self, forward: Forward) -> RecordedStep:
-        return RecordedStep(forward, self._pool, fine=self._fine)
+        return RecordedStep(forward, self._pool, int16_activations=self._int16_activations)
 
     def to_numpy(self, x: FloatArray) -> FloatArray:
         return x

@@ -58,9 +58,9 @@ class RecordedStep:
     Threads may share it: they take turns.
     """
 
-    def __init__(self, forward: Forward, pool: _native.ThreadPool, *, fine: bool) -> None:
+    def __init__(self, forward: Forward, pool: _native.ThreadPool, *, int16_activations: bool) -> None:
         self.ops, self._output = trace(forward)
-        self._program = _native.Program(pool, fine)
+        self._program = _native.Program(pool, int16_activations)
         self._ids: dict[int, int] = {}  # of a traced value: the program's
         for call in self.ops:
             results = _append(self._program, self._ids, call)
