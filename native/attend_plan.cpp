@@ -71,12 +71,12 @@ void AttendPlan::make_runs(const AttendArgs &args) {
 
 // Tokens that share a unit at most: 96 rows, and fewer where so large a unit would leave a thread without work.
 int64_t AttendPlan::most_shared_tokens(int64_t num_threads) const {
-  const int64_t group = num_heads_ / num_kv_heads_, most = kUnitRows / group;
+  const int64_t queries_per_kv = num_heads_ / num_kv_heads_, most = kUnitRows / queries_per_kv;
   if (num_threads == 1) return most;
   int64_t total = 0;
-  for (const Run &run : runs_) total += run.num_segments * unit_cost(kSegment, run.num_tokens * group);
+  for (const Run &run : runs_) total += run.num_segments * unit_cost(kSegment, run.num_tokens * queries_per_kv);
   const int64_t rows = total * num_kv_heads_ / (2 * num_threads) / (kSegment + kUnitKeys) - kLoadRows;
-  return std::min(most, rows / group);
+  return std::min(most, rows / queries_per_kv);
 }
 
 // Whether two sequences have the same blocks at a segment, of which all tokens of both runs see all. Runs of one
@@ -194,12 +194,12 @@ void AttendPlan::make_chunks(const AttendArgs &args, int64_t num_threads) {
 }
 
 void AttendPlan::place_slots() {
-  const int64_t group = num_heads_ / num_kv_heads_, num_tiles = static_cast<int64_t>(tiles.size());
+  const int64_t queries_per_kv = num_heads_ / num_kv_heads_, num_tiles = static_cast<int64_t>(tiles.size());
   slot_floats = 0;
   for (Unit &unit : units) {
     if (!tiles[static_cast<std::size_t>(unit.first_tile)].merged) continue;
     unit.slot = slot_floats;
-    slot_floats += (unit.task.num_tokens * group * (head_dim_ + 2) + 15) / 16 * 16;
+    slot_floats += (unit.task.num_tokens * queries_per_kv * (head_dim_ + 2) + 15) / 16 * 16;
   }
   if (slot_floats == 0) return;
   if (num_tiles > unfinished_size_) {

@@ -295,7 +295,7 @@ void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<cons
   attend(pool, workspace, args);
 }
 
-constexpr int64_t kMostGroups = 64; // of layers with block tables of their own
+constexpr int64_t kMaxKVGroups = 64; // of layers with block tables of their own
 
 KVType kv_type_of(std::string_view name) {
   if (name == "f32") return KVType::f32;
@@ -305,7 +305,7 @@ KVType kv_type_of(std::string_view name) {
 }
 
 std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
-                                         std::string_view dtype, int64_t group) {
+                                         std::string_view dtype, int64_t kv_group) {
   const KVType type = kv_type_of(dtype);
   require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 1024,
           "KVArrays: head_dim must be a multiple of 8 up to 1024");
@@ -317,8 +317,8 @@ std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks,
                        static_cast<double>(num_kv_heads) * static_cast<double>(head_dim);
   if (bytes > 1e15) throw std::bad_alloc();
   require(num_blocks * kBlockSize <= std::numeric_limits<int32_t>::max(), "KVArrays: slots must fit 32 bits");
-  require(group >= 0 && group < kMostGroups, "KVArrays: the group must be in 0 ... 63");
-  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim, type, group);
+  require(kv_group >= 0 && kv_group < kMaxKVGroups, "KVArrays: kv_group must be in 0 ... 63");
+  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim, type, kv_group);
 }
 
 LayerKV layer_of(const KVArrays &arrays, int64_t index) {
@@ -394,10 +394,10 @@ NB_MODULE(_native, m) {
   nb::class_<LinearWeights>(m, "Linear", "(x @ matrix.T + bias) * scale.")
       .def(nb::new_(&make_linear), "matrix"_a, "bias"_a.noconvert().none(), "scale"_a);
   nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.")
-      .def_ro("group", &LayerKV::group, "Which block tables of a step are its own.");
+      .def_ro("kv_group", &LayerKV::kv_group, "Which block tables of a step are its own.");
   nb::class_<KVArrays>(m, "KVArrays", "Keys and values of all layers, in blocks of 32 tokens.")
       .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "dtype"_a,
-           "group"_a = 0)
+           "kv_group"_a = 0)
       .def_prop_ro("num_bytes", &KVArrays::num_bytes)
       .def("layer", &layer_of, "index"_a, nb::keep_alive<0, 1>());
 

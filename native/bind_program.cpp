@@ -191,11 +191,11 @@ int record_rope(Program &program, int x, Floats<3> table, bool adjacent_pairs, i
       [=](const Step &step) { return elementwise(step, in.width, 2, 3); });
 }
 
-// The bounds of the layer's group, its blocks among them.
-Program::GroupLimits &limit_blocks(Program &program, const LayerKV &kv) {
-  const auto group = static_cast<std::size_t>(kv.group);
-  if (group >= program.limits.groups.size()) program.limits.groups.resize(group + 1);
-  Program::GroupLimits &limits = program.limits.groups[group];
+// The bounds of the layer's KV group, its blocks among them.
+Program::KVGroupLimits &limit_blocks(Program &program, const LayerKV &kv) {
+  const auto kv_group = static_cast<std::size_t>(kv.kv_group);
+  if (kv_group >= program.limits.kv_groups.size()) program.limits.kv_groups.resize(kv_group + 1);
+  Program::KVGroupLimits &limits = program.limits.kv_groups[kv_group];
   limits.blocks = std::min(limits.blocks, kv.num_blocks);
   return limits;
 }
@@ -211,7 +211,7 @@ void record_write_kv(Program &program, const LayerKV &kv, int k, int v) {
                   {k, v},
                   {},
                   [=](const Frame &frame) {
-                    write_kv(frame.pool(), kv, frame[k], frame[v], frame.step.places[kv.group].slots,
+                    write_kv(frame.pool(), kv, frame[k], frame[v], frame.step.places[kv.kv_group].slots,
                              frame.step.num_tokens);
                   },
                   [=](const Step &step) { return elementwise(step, kv.num_kv_heads * kv.head_dim, 4, 0); }});
@@ -245,7 +245,7 @@ int record_norm_qkv(Program &program, int x, const NormWeights *norm, const Line
        norm = norm_or_none(norm), int16_activations = program.int16_activations()](const Frame &frame, int out) {
         (void)table; // what rope refers to
         QueryKeyValue now = args;
-        now.positions = frame.step.positions, now.slots = frame.step.places[args.kv.group].slots;
+        now.positions = frame.step.positions, now.slots = frame.step.places[args.kv.kv_group].slots;
         const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
         project_qkv(frame.pool(), frame.workspace(), rows, now, frame[out], int16_activations);
       },
@@ -255,8 +255,8 @@ int record_norm_qkv(Program &program, int x, const NormWeights *norm, const Line
 AttendArgs attend_args(const Step &step, const LayerKV &kv, int64_t query_width, int64_t window) {
   AttendArgs args{};
   args.kv = kv;
-  args.block_tables = step.places[kv.group].block_tables;
-  args.table_width = step.places[kv.group].table_width;
+  args.block_tables = step.places[kv.kv_group].block_tables;
+  args.table_width = step.places[kv.kv_group].table_width;
   args.sequence_index = step.sequence_index;
   args.positions = step.positions;
   args.num_tokens = step.num_tokens;
@@ -293,7 +293,7 @@ int record_attend(Program &program, int q, const LayerKV &kv, float scale, float
   require(!given_window || *given_window > 0, "attend: the window must be 1 or more");
   require(soft_cap >= 0, "attend: the soft cap must be 0, for none, or more");
   const int64_t window = std::min(given_window.value_or(kNoWindow), kNoWindow);
-  Program::GroupLimits &limits = limit_blocks(program, kv);
+  Program::KVGroupLimits &limits = limit_blocks(program, kv);
   limits.window = std::max(limits.window, window);
   return append(
       program, "attend", {q}, in.width, false,

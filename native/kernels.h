@@ -7,7 +7,7 @@
 
 namespace kvik {
 
-// Rows of activations, quantised per group of 32 columns: x = scale * (high), or scale * (254 * high + low).
+// Rows of activations, quantised per scale group of 32 columns: x = scale * (high), or scale * (254 * high + low).
 struct QuantizedRows {
   const int8_t *high;    // (T, columns)
   const int8_t *low;     // (T, columns), null with int8 activations
@@ -66,7 +66,7 @@ struct LayerKV {
   int64_t num_blocks, num_kv_heads, head_dim;
   int64_t tile_bytes;
   int64_t superblock_bytes; // from one superblock to the next: all layers'
-  int64_t group;            // of layers that keep the same tokens; each has block tables of its own
+  int64_t kv_group;         // of layers that keep the same tokens; each has block tables of its own
 
   // Bytes that one token's key and value take.
   int64_t token_bytes() const { return 2 * num_kv_heads * tile_bytes / kBlockSize; }
@@ -88,7 +88,7 @@ struct AttendArgs {
 
 // Neighbouring tokens that all see something of a segment: of one sequence and at neighbouring positions, or of any,
 // where `whole` says that each sees all of it and in the same blocks. A row is the query of a token and a head, so with
-// the heads that share a KV head there are num_tokens * group rows.
+// the heads that share a KV head there are num_tokens * queries_per_kv rows.
 struct SegmentTask {
   int64_t first_token, num_tokens, kv_head, segment;
   bool whole;

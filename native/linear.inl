@@ -79,8 +79,8 @@ template <BlockFormat format, bool int16_activations> struct QuantizedTile {
   template <int wides, int tokens>
   [[gnu::always_inline]] static inline void run(const LinearArgs &args, const Place &place, float *sums) {
     constexpr bool one_stream = wides * kWideBlocks * tokens == 1;
-    constexpr int kVectors = format.quant_bytes() / 32 / format.groups(); // of a group, as they lie in memory
-    constexpr int kPacked = 8 / format.bits;                              // weights in a byte
+    constexpr int kVectors = format.quant_bytes() / 32 / format.scale_groups(); // of a group, as they lie in memory
+    constexpr int kPacked = 8 / format.bits;                                    // weights in a byte
     const QuantizedRows a = args.quantized;
     const int64_t columns = args.columns, groups = columns / kGroup;
     const int64_t row_block_bytes = groups * format.block_bytes(), wide_bytes = kWideBlocks * row_block_bytes;
@@ -94,9 +94,9 @@ template <BlockFormat format, bool int16_activations> struct QuantizedTile {
     for (int b = 0; b < wides; ++b) KVIK_UNROLL
     for (int t = 0; t < tokens; ++t) y[b][t] = wide_zero();
     for (int64_t group = 0; group < groups; ++group, weight += format.block_bytes()) {
-      for (int part = 0; part < format.groups(); ++part) {
-        const int64_t at = place.token * groups + group;     // of the first token's scale
-        const int sum = format.groups() == 1 ? 0 : 1 + part; // which of an activation group's three sums
+      for (int part = 0; part < format.scale_groups(); ++part) {
+        const int64_t at = place.token * groups + group;           // of the first token's scale
+        const int sum = format.scale_groups() == 1 ? 0 : 1 + part; // which of an activation group's three sums
         Dot<format.bits> high[wides][tokens], low[wides][tokens];
         KVIK_UNROLL
         for (int b = 0; b < wides; ++b) KVIK_UNROLL
@@ -315,7 +315,7 @@ template <BlockFormat format> void dequantize_packed(const uint8_t *weight, int6
   const uint8_t *block = weight + row / kRowBlock * (columns / kGroup) * format.block_bytes();
   for (int64_t start = 0; start < columns; start += kGroup, block += format.block_bytes()) {
     for (int k = 0; k < kGroup; ++k) {
-      const uint8_t *scales = block + format.quant_bytes() + k / format.group * kRowBlock * format.scale_bytes;
+      const uint8_t *scales = block + format.quant_bytes() + k / format.scale_group * kRowBlock * format.scale_bytes;
       float lanes[kLanes];
       store(lanes, load_scales<format.scale_bytes>(scales));
       const float scale = lanes[lane];

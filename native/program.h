@@ -12,7 +12,7 @@
 
 namespace kvik {
 
-// Where one group of layers keeps the keys and values of a step.
+// Where one KV group keeps the keys and values of a step.
 struct KVIndex {
   const int32_t *slots;        // (T,)
   const int32_t *block_tables; // (sequences, table_width)
@@ -24,7 +24,7 @@ struct Step {
   int64_t num_tokens, num_sequences, num_logits;
   const int32_t *token_ids, *positions, *sequence_index; // (T,)
   const int32_t *logit_rows;                             // (R,) tokens whose logits are wanted
-  const KVIndex *places;                                 // of each group
+  const KVIndex *places;                                 // of each KV group
 };
 
 // What an op moves and computes in a step, at least: each weight and each key and value once.
@@ -71,13 +71,13 @@ public:
   };
 
   // Bounds that every step must keep, gathered from the ops.
-  struct GroupLimits {
+  struct KVGroupLimits {
     int64_t blocks = INT32_MAX;
     int64_t window = 1; // the longest of any op: so far back block tables must be right
   };
   struct Limits {
     int64_t token_ids = INT32_MAX, positions = INT32_MAX;
-    std::vector<GroupLimits> groups{1};
+    std::vector<KVGroupLimits> kv_groups{1};
   };
 
   Program(ThreadPool &pool, bool int16_activations) : pool_(pool), int16_activations_(int16_activations) {}

@@ -73,33 +73,33 @@ class FakeOps:
     def allocate_kv(
         self, spec: KVCacheSpec, num_blocks: int, window_blocks: SequenceOf[int] | None = None
     ) -> list[Slots]:
-        """Of each group of layers: those that see all tokens, then the windows."""
+        """Of each KV group: those that see all tokens, then the windows."""
         return [
             Slots(*(np.full(count * BLOCK_SIZE, UNWRITTEN, np.int64) for _ in range(3)))
             for count in (num_blocks, *(window_blocks or ()))
         ]
 
-    def copy_blocks(self, kv: list[Slots], copies: SequenceOf[tuple[int, int]], group: int = 0) -> None:
+    def copy_blocks(self, kv: list[Slots], copies: SequenceOf[tuple[int, int]], kv_group: int = 0) -> None:
         for source, target in copies:
-            for array in kv[group].arrays():
+            for array in kv[kv_group].arrays():
                 array[target * BLOCK_SIZE : (target + 1) * BLOCK_SIZE] = array[
                     source * BLOCK_SIZE : (source + 1) * BLOCK_SIZE
                 ]
 
-    def discard_blocks(self, kv: list[Slots], superblocks: SequenceOf[int], group: int = 0) -> None:
+    def discard_blocks(self, kv: list[Slots], superblocks: SequenceOf[int], kv_group: int = 0) -> None:
         size = BLOCKS_PER_SUPERBLOCK * BLOCK_SIZE
         for superblock in superblocks:
-            for array in kv[group].arrays():
+            for array in kv[kv_group].arrays():
                 array[superblock * size : (superblock + 1) * size] = UNWRITTEN
 
     def to_numpy(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return x
 
     def forward(self, kv: list[Slots], batch: Batch) -> npt.NDArray[np.float32]:
-        groups = sorted(set(self.spec.groups))
+        kv_groups = sorted(set(self.spec.groups))
         fails, self.fails = self.fails, False
-        for group in groups:
-            slots, written = batch.places(group).slot_mapping, kv[group]
+        for kv_group in kv_groups:
+            slots, written = batch.places(kv_group).slot_mapping, kv[kv_group]
             assert len(set(slots.tolist())) == len(slots), "two tokens in one slot"
             if fails:
                 written.positions[slots[::2]] = UNWRITTEN
@@ -112,8 +112,8 @@ class FakeOps:
         rows = np.zeros((len(batch.logit_rows), VOCAB), np.float32)
         windows = self.spec.layer_windows
         assert windows is not None
-        for window, group in zip(windows, self.spec.groups, strict=True):
-            tables, stored = batch.places(group).block_tables, kv[group]
+        for window, kv_group in zip(windows, self.spec.groups, strict=True):
+            tables, stored = batch.places(kv_group).block_tables, kv[kv_group]
             for index, token in enumerate(batch.logit_rows):
                 sequence, position = batch.sequence_index[token], batch.positions[token]
                 seen = np.arange(0 if window is None else max(0, position + 1 - window), position + 1)

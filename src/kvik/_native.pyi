@@ -84,14 +84,14 @@ class LayerKV:
     """One layer's keys and values; keep its KVArrays alive."""
 
     @property
-    def group(self) -> int:
+    def kv_group(self) -> int:
         """Which block tables of a step are its own."""
 
 class KVArrays:
     """Keys and values of all layers, in blocks of 32 tokens."""
 
     def __init__(
-        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: str, group: int = 0
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: str, kv_group: int = 0
     ) -> None: ...
     @property
     def num_bytes(self) -> int: ...

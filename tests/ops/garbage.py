@@ -238,7 +238,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "num_kv_heads": one_of(1, 2, 3, *INTEGERS),
             "head_dim": one_of(8, 16, 24, 64, 1024, *INTEGERS),
             "dtype": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "é" * 100),
-            "group": one_of(0, 1, 63, *INTEGERS),
+            "kv_group": one_of(0, 1, 63, *INTEGERS),
         },
     ),
     "KVArrays.layer": (

@@ -172,7 +172,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "num_kv_heads": lambda: KV_HEADS,
             "head_dim": lambda: HEAD_DIM,
             "dtype": lambda: "f16",
-            "group": lambda: 0,
+            "kv_group": lambda: 0,
         },
     ),
     "copy_blocks": (
@@ -276,7 +276,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "num_kv_heads": [*HUGE, 2**26],
         "head_dim": [*HUGE, 4, 12, 1032, 2**40],
         "dtype": ["", "f64", "F16", "q8", "f16\0"],
-        "group": [-1, 64, 2**31, 2**62, 2**63, 2**70],
+        "kv_group": [-1, 64, 2**31, 2**62, 2**63, 2**70],
     },
     "copy_blocks": {
         "copies": [

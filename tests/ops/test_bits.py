@@ -131,10 +131,10 @@ def written_in_chunks(
 
 
 @every_kv_type
-@pytest.mark.parametrize("group", [1, 3, 4])
-def test_attend_in_chunks(group: int, dtype: KVDType) -> None:
+@pytest.mark.parametrize("queries_per_kv", [1, 3, 4])
+def test_attend_in_chunks(queries_per_kv: int, dtype: KVDType) -> None:
     """One token at a time, a segment a task, up to all at once, a row a task; 530 positions make three segments."""
-    history = random_history(Heads(group, 1, 40), [530], np.random.default_rng(group), sharpness=2.0)
+    history = random_history(Heads(queries_per_kv, 1, 40), [530], np.random.default_rng(queries_per_kv), sharpness=2.0)
     one_by_one = written_in_chunks(history, NativeOps(threads=1), dtype, 1)
     assert np.isfinite(one_by_one).all()
     for threads in THREADS:

@@ -21,7 +21,7 @@ from ops.sharing import SEGMENT, Sharers, batch_of, filled, random_sharers
 from ops.test_bits import same_bits
 
 SEED = random.SystemRandom().randrange(2**32)
-GROUPS = (1, 3, 8, 40)
+QUERIES_PER_KV = (1, 3, 8, 40)
 WINDOWS = (None, None, 1, 200, SEGMENT, 700)
 Plan = tuple[int, int, int]
 """Units, those of them that are shared, chunks."""
@@ -32,8 +32,8 @@ Plan = tuple[int, int, int]
 def test_any_sharing_gives_the_bits_of_each_token_alone(seed: int, dtype: KVDType) -> None:
     rng = np.random.default_rng(seed)
     print(f"default_rng({seed})")  # noqa: T201
-    num_kv_heads, group = int(rng.integers(1, 4)), int(rng.choice(GROUPS))
-    heads = Heads(group * num_kv_heads, num_kv_heads, 8 * int(rng.integers(1, 10)))
+    num_kv_heads, queries_per_kv = int(rng.integers(1, 4)), int(rng.choice(QUERIES_PER_KV))
+    heads = Heads(queries_per_kv * num_kv_heads, num_kv_heads, 8 * int(rng.integers(1, 10)))
     sharers = random_sharers(heads, int(rng.integers(2, 14)), int(rng.choice([1, 4, 40])), rng)
     window = WINDOWS[int(rng.integers(len(WINDOWS)))]
     alone = NativeOps(threads=1)

@@ -29,8 +29,8 @@ class Selection:
 
     def query_heads(self, spec: DecoderSpec) -> list[int]:
         """Those that share the KV heads."""
-        group = spec.num_heads // spec.num_kv_heads
-        return [kv_head * group + each for kv_head in self.kv_heads for each in range(group)]
+        queries_per_kv = spec.num_heads // spec.num_kv_heads
+        return [kv_head * queries_per_kv + each for kv_head in self.kv_heads for each in range(queries_per_kv)]
 
     def num_bytes(self, spec: DecoderSpec, kv_spec: KVCacheSpec, num_tokens: int) -> int:
         """What their queries, keys and values take in a page."""

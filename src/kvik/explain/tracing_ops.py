@@ -82,10 +82,12 @@ class TracingOps(Ops):
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None) -> NoReturn:
         raise AssertionError("KV arrays are allocated before a step is watched")
 
-    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], group: int = 0) -> NoReturn:
+    def copy_blocks(
+        self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
+    ) -> NoReturn:
         raise AssertionError("blocks are copied before a step, not in it")
 
-    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], group: int = 0) -> NoReturn:
+    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], kv_group: int = 0) -> NoReturn:
         raise AssertionError("memory is given back between steps, not in one")
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Array:

@@ -15,7 +15,7 @@ from kvik.hub.progress import Progress, silent
 from kvik.models.checkpoint import FLOATS, Checkpoint, decoder_parts
 from kvik.models.hf_parts import is_tied_head
 from kvik.models.parts import Part
-from kvik.models.quantize import GROUP, TYPES, Quantization, Quantizer
+from kvik.models.quantize import SCALE_GROUP, TYPES, Quantization, Quantizer
 from kvik.models.spec import DecoderSpec
 from kvik.ops.base import Ops, Vector, Weight
 
@@ -79,7 +79,7 @@ class CheckpointSource:
         kind = self._type_of(name)
         if self.quantizer is not None and kind not in FLOATS:
             return self.ops.load_rows(kind, self._quantized_rows(name, kind, self.quantizer), rows, columns)
-        if self.quantizer is not None and columns % GROUP:
+        if self.quantizer is not None and columns % SCALE_GROUP:
             self.quantizer.kept.append(self.parts[name].stored)
         return self.ops.load_rows(kind, self._stored_rows(name), rows, columns)
 
@@ -177,7 +177,7 @@ class CheckpointSource:
 
     def _type_of(self, name: str) -> str:
         """The GGUF type that a matrix becomes. A table of positions is added, not multiplied: it stays as it is."""
-        if self.quantizer is None or self.shapes[name][1] % GROUP or name == "position_embd.weight":
+        if self.quantizer is None or self.shapes[name][1] % SCALE_GROUP or name == "position_embd.weight":
             return self._tensor(name).dtype
         return TYPES["q8" if name in _TABLES else self.quantizer.weights]
 

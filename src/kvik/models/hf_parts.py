@@ -212,7 +212,8 @@ def _part(layout: Layout, name: str, where: str, shape: tuple[int, ...], cut: _C
 
 def _grouped_rows(spec: DecoderSpec) -> tuple[Rows, Rows, Rows]:
     """Rows of queries, keys and values where each KV head has its own beside those of the queries that share it."""
-    group = spec.num_heads // spec.num_kv_heads
+    queries_per_kv = spec.num_heads // spec.num_kv_heads
     rows = np.arange((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
-    by_head = rows.reshape(spec.num_kv_heads, group + 2, spec.head_dim)
-    return by_head[:, :group].reshape(-1), by_head[:, group].reshape(-1), by_head[:, group + 1].reshape(-1)
+    by_head = rows.reshape(spec.num_kv_heads, queries_per_kv + 2, spec.head_dim)
+    query, key, value = by_head[:, :queries_per_kv], by_head[:, queries_per_kv], by_head[:, queries_per_kv + 1]
+    return query.reshape(-1), key.reshape(-1), value.reshape(-1)

@@ -30,17 +30,24 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class NativeKVCache(list[_native.LayerKV]):
-    """The layers of one allocation, and the arrays that they are parts of, by group of layers."""
+    """The layers of one allocation, and the arrays that they are parts of, by KV group."""
 
     def __init__(self, spec: KVCacheSpec, counts: Sequence[int]) -> None:
-        groups = spec.groups
+        kv_groups = spec.groups
         self.arrays = {
-            group: _native.KVArrays(
-                groups.count(group), counts[group], spec.num_kv_heads, spec.head_dim, spec.dtype, group
+            kv_group: _native.KVArrays(
+                kv_groups.count(kv_group),
+                counts[kv_group],
+                spec.num_kv_heads,
+                spec.head_dim,
+                spec.dtype,
+                kv_group,
             )
-            for group in sorted(set(groups))
+            for kv_group in sorted(set(kv_groups))
         }
-        super().__init__(self.arrays[group].layer(groups[:index].count(group)) for index, group in enumerate(groups))
+        super().__init__(
+            self.arrays[kv_group].layer(kv_groups[:index].count(kv_group)) for index, kv_group in enumerate(kv_groups)
+        )
 
 
 class NativeOps(Ops):
@@ -85,12 +92,14 @@ class NativeOps(Ops):
         return NativeKVCache(spec, (num_blocks, *(window_blocks or (num_blocks,) * len(spec.windows))))
 
     def copy_blocks(
-        self, kv_cache: Sequence[_native.LayerKV], copies: Sequence[tuple[int, int]], group: int = 0
+        self, kv_cache: Sequence[_native.LayerKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
     ) -> None:
-        _native.copy_blocks(self._pool, _arrays_of(kv_cache, group), copies)
+        _native.copy_blocks(self._pool, _arrays_of(kv_cache, kv_group), copies)
 
-    def discard_blocks(self, kv_cache: Sequence[_native.LayerKV], superblocks: Sequence[int], group: int = 0) -> None:
-        _native.discard_superblocks(_arrays_of(kv_cache, group), superblocks)
+    def discard_blocks(
+        self, kv_cache: Sequence[_native.LayerKV], superblocks: Sequence[int], kv_group: int = 0
+    ) -> None:
+        _native.discard_superblocks(_arrays_of(kv_cache, kv_group), superblocks)
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
         out = np.empty((len(token_ids), table.columns), np.float32)
@@ -125,7 +134,7 @@ class NativeOps(Ops):
     def attend(self, q: FloatArray, kv: _native.LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> FloatArray:
         out = np.empty_like(q)
         scale, cap = rule.scale_for(q.shape[2]), rule.soft_cap or 0.0
-        places = (batch.places(kv.group).block_tables, batch.sequence_index, batch.positions)
+        places = (batch.places(kv.kv_group).block_tables, batch.sequence_index, batch.positions)
         _native.attend(self._pool, q, kv, *places, scale, cap, out, rule.window)
         return out
 
@@ -159,6 +168,6 @@ def _packed(weight: Weight) -> _native.PackedWeight:
     return weight
 
 
-def _arrays_of(kv_cache: Sequence[_native.LayerKV], group: int) -> _native.KVArrays:
+def _arrays_of(kv_cache: Sequence[_native.LayerKV], kv_group: int) -> _native.KVArrays:
     assert isinstance(kv_cache, NativeKVCache)
-    return kv_cache.arrays[group]
+    return kv_cache.arrays[kv_group]

@@ -113,7 +113,7 @@ class RecordedStep:
         if isinstance(argument, Value):
             return self._read(argument, batch, out)
         if isinstance(argument, Field):
-            return getattr(batch.places(argument.group) if argument.group else batch, argument.name)
+            return getattr(batch.places(argument.kv_group) if argument.kv_group else batch, argument.name)
         return batch if isinstance(argument, Batch) else argument
 
     def _read(self, value: Value, batch: Batch, out: FloatArray) -> FloatArray:

@@ -42,19 +42,19 @@ class Field:
     """An array of the batch, known when a step runs."""
 
     name: str
-    group: int = 0  # of layers, whose places it is one of
+    kv_group: int = 0  # whose places it is one of
 
 
-_MAX_GROUPS = 64
+_MAX_KV_GROUPS = 64
 
 
-def _places(group: int) -> KVIndex:
-    return KVIndex(*(cast(IntArray, Field(field.name, group)) for field in fields(KVIndex)))
+def _places(kv_group: int) -> KVIndex:
+    return KVIndex(*(cast(IntArray, Field(field.name, kv_group)) for field in fields(KVIndex)))
 
 
 STEP = Batch(
     **{field.name: cast(Any, Field(field.name)) for field in fields(Batch) if field.name != "windows"},
-    windows=tuple(map(_places, range(1, _MAX_GROUPS))),
+    windows=tuple(map(_places, range(1, _MAX_KV_GROUPS))),
 )
 """Stands for the batch of the step while its ops are traced."""
 
@@ -100,10 +100,12 @@ class _Tracer(Ops):
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None) -> NoReturn:
         raise AssertionError("KV arrays are allocated before a step is traced")
 
-    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], group: int = 0) -> NoReturn:
+    def copy_blocks(
+        self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
+    ) -> NoReturn:
         raise AssertionError("blocks are copied before a step, not in it")
 
-    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], group: int = 0) -> NoReturn:
+    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], kv_group: int = 0) -> NoReturn:
         raise AssertionError("memory is given back between steps, not in one")
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Value:
