@@ -179,13 +179,13 @@ void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const Line
 }
 
 // Rows of the weight as floats, times the scale: out (T, columns).
-void checked_take_rows(const PackedWeight &weight, Integers row_ids, float scale, FloatsOut<2> out) {
-  require_aligned(row_ids, "take_rows", "row_ids");
-  require_aligned(out, "take_rows", "out");
-  require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "take_rows: wrong output shape");
+void checked_embed_rows(const PackedWeight &weight, Integers row_ids, float scale, FloatsOut<2> out) {
+  require_aligned(row_ids, "embed_rows", "row_ids");
+  require_aligned(out, "embed_rows", "out");
+  require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "embed_rows: wrong output shape");
   const std::vector<int32_t> ids = copied(row_ids);
-  for (const int32_t id : ids) require(id >= 0 && id < weight.rows, "take_rows: a row id is outside the weight");
-  take_weight_rows(weight, ids.data(), size(row_ids, 0), scale, out.data());
+  for (const int32_t id : ids) require(id >= 0 && id < weight.rows, "embed_rows: a row id is outside the weight");
+  embed_rows(weight, ids.data(), size(row_ids, 0), scale, out.data());
 }
 
 void require_same_shape(const auto &x, const auto &y, const char *what) {
@@ -407,7 +407,7 @@ NB_MODULE(_native, m) {
   m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "linears"_a.noconvert(),
         "outs"_a.noconvert(), "int16_activations"_a,
         "outs[i] = linears[i] of x; activations in int16 where `int16_activations`, else int8.");
-  m.def("take_rows", &checked_take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "scale"_a,
+  m.def("embed_rows", &checked_embed_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "scale"_a,
         "out"_a.noconvert(), "out = weight[row_ids] * scale as float32.");
   m.def("norm", &checked_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "norm"_a, "out"_a.noconvert(),
         "out = x normed, row by row.");

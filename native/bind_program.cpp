@@ -72,7 +72,7 @@ int record_embed(Program &program, const PackedWeight &table, bool of_positions,
       program, "embed", {}, table.columns, false,
       [=, &table](const Frame &frame, int out) {
         const int32_t *ids = of_positions ? frame.step.positions : frame.step.token_ids;
-        take_weight_rows(table, ids, frame.step.num_tokens, scale, frame[out]);
+        embed_rows(table, ids, frame.step.num_tokens, scale, frame[out]);
       },
       [&table](const Step &step) {
         return Cost{static_cast<double>(step.num_tokens * table.num_bytes / table.rows), 0};

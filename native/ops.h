@@ -67,7 +67,7 @@ void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const
                  bool int16_activations);
 
 // Rows of the weight, times the scale.
-void take_weight_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out);
+void embed_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out);
 void take_rows(const float *x, const int32_t *row_ids, int64_t count, int64_t columns, float *out);
 // Norms (rows, norm.width).
 void norm_rows(ThreadPool &pool, const Norm &norm, const float *x, int64_t rows, float *out);

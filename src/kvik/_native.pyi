@@ -118,7 +118,7 @@ def project(
     outs[i] = linears[i] of x; activations in int16 where `int16_activations`, else int8.
     """
 
-def take_rows(
+def embed_rows(
     weight: PackedWeight,
     row_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     scale: float,

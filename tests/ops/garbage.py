@@ -280,8 +280,8 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "int16_activations": one_of(True, False),
         },
     ),
-    "take_rows": (
-        _native.take_rows,
+    "embed_rows": (
+        _native.embed_rows,
         {"weight": weight, "row_ids": per_token, "scale": one_of(*FLOATS), "out": matrices(32, 64, 256)},
     ),
     "Norm": (

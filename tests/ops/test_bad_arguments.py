@@ -86,8 +86,8 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "int16_activations": lambda: False,
         },
     ),
-    "take_rows": (
-        _native.take_rows,
+    "embed_rows": (
+        _native.embed_rows,
         {
             "weight": weight,
             "row_ids": lambda: integers(0, ROWS - 1, 3),
@@ -215,7 +215,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
             [read_only(floats(TOKENS, ROWS)), read_only(floats(TOKENS, ROWS))],
         ],
     },
-    "take_rows": {
+    "embed_rows": {
         "row_ids": [integers(0, 1, ROWS), integers(-1, 0, 1), integers(0, 1, 2**31 - 1), integers(0, 1), integers()],
         "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS), floats(TOKENS + 1, COLUMNS)],
     },
@@ -408,7 +408,7 @@ def test_an_object_that_was_never_made_is_refused() -> None:
     with pytest.raises(TypeError):
         _native.write_kv(POOL, kv, empty, empty, integers())
     with pytest.raises(TypeError):
-        _native.take_rows(packed, integers(), 1.0, floats(0, COLUMNS))
+        _native.embed_rows(packed, integers(), 1.0, floats(0, COLUMNS))
     with pytest.raises(TypeError):
         _native.Linear(packed, None, 1.0)
 

@@ -103,7 +103,7 @@ class NativeOps(Ops):
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
         out = np.empty((len(token_ids), table.columns), np.float32)
-        _native.take_rows(_packed(table), token_ids, scale, out)
+        _native.embed_rows(_packed(table), token_ids, scale, out)
         return out
 
     def norm(self, x: FloatArray, norm: Norm) -> FloatArray:
