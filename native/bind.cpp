@@ -229,7 +229,7 @@ void checked_soft_cap(ThreadPool &pool, Floats<2> x, float cap, FloatsOut<2> out
   soft_cap(pool, x.data(), cap, size(x, 0), size(x, 1), out.data());
 }
 
-// Turns pairs of dimensions by position * frequency; table (positions, pairs, 2) holds cosine and sine.
+// Rotates pairs of dimensions by position * frequency; table (positions, pairs, 2) holds cosine and sine.
 void checked_rope(ThreadPool &pool, Floats<3> x, Integers positions, Floats<3> table, bool adjacent_pairs,
                   FloatsOut<3> out) {
   require_aligned(x, "rope", "x");

@@ -72,7 +72,7 @@ void rope(ThreadPool &pool, float *x, const int32_t *positions, int64_t num_toke
   pool.for_ranges(num_tokens, kGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       for (int64_t head = 0; head < heads; ++head)
-        kernels->rope(x + (i * heads + head) * head_dim, args.turns + positions[i] * args.pairs * 2, args.pairs,
+        kernels->rope(x + (i * heads + head) * head_dim, args.cos_sin + positions[i] * args.pairs * 2, args.pairs,
                       args.adjacent_pairs);
   });
 }

@@ -146,15 +146,15 @@ void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const
   project(pool, workspace, in, projections, int16_activations);
   // Neighbouring tokens share cache lines of a K tile, so a thread takes whole blocks' worth of them.
   pool.for_ranges(in.num_tokens, kBlockSize, [&](int64_t first, int64_t last) {
-    const auto turn = [&](const Norm &norm, float *heads, int64_t size, int32_t position) {
+    const auto norm_and_rotate = [&](const Norm &norm, float *heads, int64_t size, int32_t position) {
       for (int64_t at = 0; norm.weight && at < size; at += norm.width) kernels->norm(norm, heads + at, heads + at);
       for (int64_t at = 0; args.rope.pairs > 0 && at < size; at += kv.head_dim)
-        kernels->rope(heads + at, args.rope.turns + position * args.rope.pairs * 2, args.rope.pairs,
+        kernels->rope(heads + at, args.rope.cos_sin + position * args.rope.pairs * 2, args.rope.pairs,
                       args.rope.adjacent_pairs);
     };
     for (int64_t i = first; i < last; ++i) {
-      turn(args.query_norm, q + i * query_width, query_width, args.positions[i]);
-      turn(args.key_norm, k + i * width, width, args.positions[i]);
+      norm_and_rotate(args.query_norm, q + i * query_width, query_width, args.positions[i]);
+      norm_and_rotate(args.key_norm, k + i * width, width, args.positions[i]);
       kernels->write_kv(kv, k + i * width, v + i * width, args.slots[i]);
     }
   });

@@ -185,7 +185,7 @@ def rows_program() -> _native.Program:
 
 
 value = one_of(0, 0, 0, 1, -1, 5, *INTEGERS)
-turns = array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2))
+cos_sin = array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2))
 activation = one_of("silu", "gelu", "gelu_tanh", "relu", "", "swish", "\0")
 
 
@@ -388,14 +388,14 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "value": fitting((KV_HEADS * HEAD_DIM, WIDTH)),
             "query_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM, WIDTH)(chance),
             "key_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM)(chance),
-            "table": lambda chance: None if chance.random() < 0.3 else turns(chance),
+            "table": lambda chance: None if chance.random() < 0.3 else cos_sin(chance),
             "adjacent_pairs": one_of(True, False),
             "kv": layer,
         },
     ),
     "Program.rope": (
         on_program("rope"),
-        {"x": value, "table": turns, "adjacent_pairs": one_of(True, False), "head_dim": one_of(HEAD_DIM, *INTEGERS)},
+        {"x": value, "table": cos_sin, "adjacent_pairs": one_of(True, False), "head_dim": one_of(HEAD_DIM, *INTEGERS)},
     ),
     "Program.write_kv": (
         lambda **arguments: wide_program().write_kv(**arguments),

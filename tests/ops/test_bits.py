@@ -100,14 +100,14 @@ def test_rows_of_norm_activation_and_rope(seed: int, shape: tuple[int, int], cut
     weight = rng.normal(0, 1, width).astype(np.float32)
     heads = rng.normal(0, 1, (tokens, 2, 2 * width)).astype(np.float32)
     positions = rng.integers(0, 100, tokens, dtype=np.int32)
-    turn = RopeSpec(10_000.0, 2 * width, adjacent_pairs=bool(seed % 2)).table(100)
+    table = RopeSpec(10_000.0, 2 * width, adjacent_pairs=bool(seed % 2)).table(100)
     alone, shared = NativeOps(threads=1), NativeOps(threads=threads)
 
     def results(ops: NativeOps, part: slice) -> list[FloatArray]:
         return [
             ops.norm(x[part], Norm(weight, 1e-5)),
             ops.activate(x[part], "silu", y[part]),
-            ops.rope(heads[part], positions[part], turn),
+            ops.rope(heads[part], positions[part], table),
         ]
 
     whole = results(shared, slice(None))

@@ -186,12 +186,12 @@ def test_rope(ops: Ops, head_dim: int, num_dims: int, adjacent_pairs: bool) -> N
         positions = rng.integers(0, 600, num_tokens, dtype=np.int32)
         out = ops.to_numpy(ops.rope(x, positions, table))
         angles = positions[:, None] * 10_000.0 ** (-2.0 * np.arange(num_dims // 2) / num_dims)
-        turn = np.exp(1j * angles)[:, None]  # (T, 1, pairs)
+        rotation = np.exp(1j * angles)[:, None]  # (T, 1, pairs)
         wanted = x.astype(np.float64)
         first = slice(0, num_dims, 2) if adjacent_pairs else slice(0, num_dims // 2)
         second = slice(1, num_dims, 2) if adjacent_pairs else slice(num_dims // 2, num_dims)
-        turned = (x[..., first] + 1j * x[..., second].astype(np.complex128)) * turn
-        wanted[..., first], wanted[..., second] = turned.real, turned.imag
+        rotated = (x[..., first] + 1j * x[..., second].astype(np.complex128)) * rotation
+        wanted[..., first], wanted[..., second] = rotated.real, rotated.imag
         # Cosine and sine are rounded once, two products and their sum once each.
         bound = np.zeros_like(wanted)
         bound[..., first] = bound[..., second] = 3 * UNIT * (abs(x[..., first]) + abs(x[..., second]))
@@ -207,16 +207,16 @@ def test_rope_leaves_its_input_alone(ops: Ops) -> None:
 
 
 def test_rope_table_turns_by_theta_and_factors() -> None:
-    plain = RopeSpec(500.0, 4, adjacent_pairs=True).table(10).turns
+    plain = RopeSpec(500.0, 4, adjacent_pairs=True).table(10).cos_sin
     assert plain.shape == (10, 2, 2)
     assert plain.dtype == np.float32
     np.testing.assert_array_equal(plain[0], [[1, 0], [1, 0]])
-    slower = RopeSpec(500.0, 4, adjacent_pairs=True, factors=2.0).table(10).turns
+    slower = RopeSpec(500.0, 4, adjacent_pairs=True, factors=2.0).table(10).cos_sin
     np.testing.assert_array_equal(slower[4], plain[2])
-    mixed = RopeSpec(500.0, 4, adjacent_pairs=True, factors=(1.0, 4.0)).table(10).turns
+    mixed = RopeSpec(500.0, 4, adjacent_pairs=True, factors=(1.0, 4.0)).table(10).cos_sin
     np.testing.assert_array_equal(mixed[8, 0], plain[8, 0])
     np.testing.assert_array_equal(mixed[8, 1], plain[2, 1])
-    longer = RopeSpec(500.0, 4, adjacent_pairs=True).table(1000).turns
+    longer = RopeSpec(500.0, 4, adjacent_pairs=True).table(1000).cos_sin
     np.testing.assert_array_equal(longer[:10], plain)
 
 

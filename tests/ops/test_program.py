@@ -282,7 +282,7 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
     layer = Layer(ops, "f16")
     assert layer.norm is not None
     assert layer.rope is not None
-    norm, turns = native_norm(layer.norm), layer.rope.turns
+    norm, cos_sin = native_norm(layer.norm), layer.rope.cos_sin
     narrow = _native.Norm(layer.norm.weight[:8].copy(), 1e-5, None, False)
     gate, down, head = map(native_linear, (layer.gate, layer.down, layer.head))
     query, key, value = map(native_linear, layer.qkv.linears)
@@ -305,11 +305,11 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
         ("the soft cap must be 0", lambda: program.attend(x, layer.kv, 1.0, -1.0, None)),
         ("query heads must be a multiple", lambda: program.attend(projected, layer.kv, 1.0, 0.0, None)),
         ("k or v has a wrong shape", lambda: program.write_kv(layer.kv, x, x)),
-        ("the table does not fit", lambda: program.rope(x, turns, True, 8)),
-        ("no multiple of head_dim", lambda: program.rope(x, turns, True, 7)),
+        ("the table does not fit", lambda: program.rope(x, cos_sin, True, 8)),
+        ("no multiple of head_dim", lambda: program.rope(x, cos_sin, True, 7)),
         (
             "keys or values do not fit",
-            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, turns, True, layer.kv),
+            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, cos_sin, True, layer.kv),
         ),
         (
             "as wide as neither a head nor all heads",

@@ -26,7 +26,7 @@ MOST = 1 << 24  # of any one dimension or count: far above every published model
 class Architecture:
     """What a file of one architecture does not say, because all of them have it."""
 
-    pairs: Literal["adjacent", "halves"] | None  # dimensions that turn together; None: a table of positions
+    pairs: Literal["adjacent", "halves"] | None  # dimensions that rotate together; None: a table of positions
     norm: Literal["rms", "layer"] = "rms"
     norm_places: Literal["before", "after", "around"] = "before"
     qk_norm: Literal["none", "head", "row"] = "none"
@@ -41,8 +41,8 @@ class Architecture:
     window_pattern: int = 0  # each so-many-th layer sees all; 0: none does
     local_theta: float | None = None  # of layers with a window, where no key tells; None: as that of the others
     local_scaling: bool = True  # whether these layers' rotary embeddings are stretched with the others'
-    nope_pattern: int = 0  # each so-many-th layer is told no positions
-    rope_switch: bool = False  # whether the key rope.scaling.finetuned can turn rotary embeddings off
+    nope_pattern: int = 0  # each so-many-th layer has no RoPE
+    rope_switch: bool = False  # whether the key rope.scaling.finetuned can switch RoPE off
 
 
 _GPT2 = Architecture(None, norm="layer", activation="gelu_tanh", gated=False)
@@ -193,8 +193,8 @@ class _Reader:
     def layers(self, num_layers: int, head_dim: int, context_length: int, context: int) -> tuple[LayerSpec, ...]:
         facts = self.facts
         slides, window = self.windows(num_layers, context_length)
-        told = not facts.rope_switch or self.file.get_bool(f"{self.architecture}.rope.scaling.finetuned", True)
-        if facts.pairs is None or not told:
+        has_rope = not facts.rope_switch or self.file.get_bool(f"{self.architecture}.rope.scaling.finetuned", True)
+        if facts.pairs is None or not has_rope:
             return tuple(LayerSpec(None, window if slide else None) for slide in slides)
         theta = self.theta("rope.freq_base", 10_000.0)
         everywhere = self.rope(theta, head_dim, context_length, context, scaled=True)

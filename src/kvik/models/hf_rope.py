@@ -69,7 +69,7 @@ def _rope(
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """What is stretched: pairs that turn by powers of theta, from the original context to the whole one."""
+    """What is stretched: pairs that rotate by powers of theta, from the original context to the whole one."""
 
     theta: float
     num_dims: int

@@ -337,29 +337,29 @@ def nonlinearity_of(config: ConfigFields, key: str, default: str) -> Nonlinearit
 
 def _layers(config: ConfigFields, family: Family, head_dim: int, context: int, used: int) -> tuple[LayerSpec, ...]:
     num_layers = config.count("num_hidden_layers", most=MAX_LAYERS)
-    turns = _turning_layers(config, num_layers)
-    windows = _windows(config, family, turns, context)
+    has_rope = _layers_with_rope(config, num_layers)
+    windows = _windows(config, family, has_rope, context)
     if family.rotary is None:
         return tuple(LayerSpec(None, window) for window in windows)
     everywhere, in_windows = read_ropes(config, family.rotary, head_dim, context, used)
     return tuple(
-        LayerSpec(None if not turning else everywhere if window is None else in_windows, window)
-        for turning, window in zip(turns, windows, strict=True)
+        LayerSpec(None if not rope else everywhere if window is None else in_windows, window)
+        for rope, window in zip(has_rope, windows, strict=True)
     )
 
 
-def _turning_layers(config: ConfigFields, num_layers: int) -> list[bool]:
-    """Whether a layer is told positions at all: in SmolLM3 not every one is."""
+def _layers_with_rope(config: ConfigFields, num_layers: int) -> list[bool]:
+    """Whether each layer has RoPE: SmolLM3 has NoPE layers."""
     if config.text("model_type") != "smollm3":
         return [True] * num_layers
-    flags = config.list("no_rope_layers", num_layers, (int, bool))  # 1 where positions are told
+    flags = config.list("no_rope_layers", num_layers, (int, bool))  # 1 where there is RoPE
     every = config.count("no_rope_layer_interval", 4)
     return [bool(flags[index] if flags else (index + 1) % every) for index in range(num_layers)]
 
 
-def _windows(config: ConfigFields, family: Family, turns: list[bool], context: int) -> list[int | None]:
+def _windows(config: ConfigFields, family: Family, has_rope: list[bool], context: int) -> list[int | None]:
     """Of each layer; a window as long as the context is none."""
-    num_layers = len(turns)
+    num_layers = len(has_rope)
     types = config.list("layer_types", num_layers, (str,))
     for one in types or ():
         if one not in ("full_attention", "sliding_attention"):
@@ -377,8 +377,8 @@ def _windows(config: ConfigFields, family: Family, turns: list[bool], context: i
     elif family.pattern is not None:
         every = config.count("sliding_window_pattern", family.pattern)
         slides = [(index + 1) % every != 0 for index in range(num_layers)]
-    elif not all(turns):
-        slides = [not turning for turning in turns]
+    elif not all(has_rope):
+        slides = [not rope for rope in has_rope]
     else:
         first = config.fields.get("max_window_layers", 28)
         if type(first) is not int:

@@ -76,8 +76,8 @@ class Batch:
 class RopeTable:
     """Cosine and sine by position: rotary position embedding (Su et al., 2021)."""
 
-    turns: npt.NDArray[np.float32]  # (positions, pairs, 2)
-    adjacent_pairs: bool  # dimensions (2i, 2i+1) turn together, else (i, i + pairs)
+    cos_sin: npt.NDArray[np.float32]  # (positions, pairs, 2)
+    adjacent_pairs: bool  # dimensions (2i, 2i+1) rotate together, else (i, i + pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ class Ops(ABC):
 
     @abstractmethod
     def rope(self, x: Array, positions: IntArray, table: RopeTable) -> Array:
-        """Turn pairs of dimensions of x (T, heads, head_dim) by their position's angles."""
+        """Rotate pairs of dimensions of x (T, heads, head_dim) by their position's angles."""
 
     @abstractmethod
     def write_kv(self, kv: LayerKV, k: Array, v: Array, slot_mapping: IntArray) -> None:
@@ -254,7 +254,7 @@ class Ops(ABC):
     def norm_qkv(
         self, x: Array, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, kv: LayerKV, batch: Batch
     ) -> Array:
-        """Queries of the normed x, turned by position: (T, num_heads, head_dim); keys and values go to their slots."""
+        """Queries of the normed x, rotated by position: (T, num_heads, head_dim); keys and values go to their slots."""
         q, k, v = self.project(x if norm is None else self.norm(x, norm), weights.linears)
         if weights.query_norm is not None:
             q = self.norm(q, weights.query_norm)

@@ -125,7 +125,7 @@ class NativeOps(Ops):
 
     def rope(self, x: FloatArray, positions: IntArray, table: RopeTable) -> FloatArray:
         out = np.empty_like(x)
-        _native.rope(self._pool, x, positions, table.turns, table.adjacent_pairs, out)
+        _native.rope(self._pool, x, positions, table.cos_sin, table.adjacent_pairs, out)
         return out
 
     def write_kv(self, kv: _native.LayerKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:

@@ -181,12 +181,12 @@ def _append(program: _native.Program, ids: dict[int, int], call: Call) -> list[i
         case "norm_qkv", (x, norm, weights, rope, kv, _):
             query, key, value = map(native_linear, weights.linears)
             query_norm, key_norm = map(_native_form, (weights.query_norm, weights.key_norm))
-            turns, adjacent_pairs = (None, False) if rope is None else (rope.turns, rope.adjacent_pairs)
-            return [program.norm_qkv(x, norm, query, key, value, query_norm, key_norm, turns, adjacent_pairs, kv)]
+            cos_sin, adjacent_pairs = (None, False) if rope is None else (rope.cos_sin, rope.adjacent_pairs)
+            return [program.norm_qkv(x, norm, query, key, value, query_norm, key_norm, cos_sin, adjacent_pairs, kv)]
         case "project", (x, linears):
             return program.project(x, [native_linear(linear) for linear in linears])
         case "rope", (x, _, rope):
-            return [program.rope(x, rope.turns, rope.adjacent_pairs, call.results[0].shape[-1])]
+            return [program.rope(x, rope.cos_sin, rope.adjacent_pairs, call.results[0].shape[-1])]
         case "write_kv", (kv, k, v, _):
             program.write_kv(kv, k, v)
             return []

@@ -168,8 +168,8 @@ class ReferenceOps(Ops):
         return x.reshape(len(x), x.shape[1] * x.shape[2])
 
     def rope(self, x: FloatArray, positions: IntArray, table: RopeTable) -> FloatArray:
-        turns = table.turns[positions][:, None]  # (T, 1, pairs, 2)
-        cosine, sine = turns[..., 0], turns[..., 1]
+        cos_sin = table.cos_sin[positions][:, None]  # (T, 1, pairs, 2)
+        cosine, sine = cos_sin[..., 0], cos_sin[..., 1]
         pairs = cosine.shape[-1]
         first = slice(0, 2 * pairs, 2) if table.adjacent_pairs else slice(0, pairs)
         second = slice(1, 2 * pairs, 2) if table.adjacent_pairs else slice(pairs, 2 * pairs)
