@@ -18,9 +18,9 @@ public:
         queries_per_kv_(args.num_heads / args.kv.num_kv_heads), head_dim_(args.kv.head_dim) {}
 
   void run() {
-    const int64_t threads = pool_.num_threads(), total_rows = plan_.most_run_tokens * queries_per_kv_;
+    const int64_t threads = pool_.num_threads(), total_rows = plan_.max_run_tokens * queries_per_kv_;
     total_stride_ = (total_rows * (head_dim_ + 2) + 15) / 16 * 16;
-    scratch_stride_ = scratch_floats(plan_.most_unit_tokens * queries_per_kv_);
+    scratch_stride_ = scratch_floats(plan_.max_unit_tokens * queries_per_kv_);
     scratch_ = space_.scratch.get<float>(threads * scratch_stride_);
     totals_ = space_.totals.get<float>(threads * 2 * total_stride_);
     slots_ = space_.slots.get<float>(plan_.slot_floats);
@@ -39,7 +39,7 @@ private:
 
   // Scores, then widened tiles or the integer kernels' factors.
   int64_t scratch_floats(int64_t rows) const {
-    const int64_t tiles = 2 * kSegment * head_dim_, factors = rows * (kMostInt8HeadDim / 2 + 2);
+    const int64_t tiles = 2 * kSegment * head_dim_, factors = rows * (kMaxInt8HeadDim / 2 + 2);
     return (rows * kSegment + std::max(tiles, factors) + 15) / 16 * 16;
   }
 
@@ -49,7 +49,7 @@ private:
   }
   // A thread's sums so far (0), or its latest segment (1).
   Partial thread_rows(int thread, int which, int64_t token = 0) const {
-    return partial(totals_ + (2 * thread + which) * total_stride_, plan_.most_run_tokens * queries_per_kv_,
+    return partial(totals_ + (2 * thread + which) * total_stride_, plan_.max_run_tokens * queries_per_kv_,
                    token * queries_per_kv_);
   }
   // Of a unit's tokens, from one on.

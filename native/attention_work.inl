@@ -16,11 +16,11 @@ constexpr int kTileVectors = kBlockSize / kWideLanes; // of 32 tokens
 template <int n> struct Count {
   static constexpr int value = n;
 };
-// Calls function(Count<count>) for a count in 1 ... most.
-template <int most, class Function> inline void with_count(int64_t count, const Function &function) {
-  if constexpr (most > 1)
-    if (count < most) return with_count<most - 1>(count, function);
-  function(Count<most>{});
+// Calls function(Count<count>) for a count in 1 ... max_count.
+template <int max_count, class Function> inline void with_count(int64_t count, const Function &function) {
+  if constexpr (max_count > 1)
+    if (count < max_count) return with_count<max_count - 1>(count, function);
+  function(Count<max_count>{});
 }
 // Calls function(first row, Count<rows>) for slices of all rows.
 template <class Function> inline void for_slices(int64_t num_rows, const Function &function) {

@@ -105,9 +105,8 @@ const Kernels *choose_kernels() {
 const GgufType &checked_type(std::string_view name, int64_t rows, int64_t columns) {
   const GgufType *type = find_gguf_type(name);
   if (!type) throw nb::value_error(("pack: no packed format for type " + std::string(name)).c_str());
-  constexpr int64_t kMost = int64_t{1} << 31;
-  require(rows > 0 && columns > 0 && rows < kMost && columns < kMost,
-          "pack: rows and columns must be in 1 ... 2**31-1");
+  constexpr int64_t kMax = int64_t{1} << 31;
+  require(rows > 0 && columns > 0 && rows < kMax && columns < kMax, "pack: rows and columns must be in 1 ... 2**31-1");
   require(columns % columns_multiple(*type) == 0, "pack: columns must be a multiple of the type's block");
   return *type;
 }
@@ -309,7 +308,7 @@ std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks,
   const KVType type = kv_type_of(dtype);
   require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 1024,
           "KVArrays: head_dim must be a multiple of 8 up to 1024");
-  require(type != KVType::int8 || head_dim <= kMostInt8HeadDim,
+  require(type != KVType::int8 || head_dim <= kMaxInt8HeadDim,
           "KVArrays: int8 takes a head_dim up to 512, where integer scores still fit 32 bits");
   for (const int64_t count : {num_layers, num_blocks, num_kv_heads})
     require(count > 0 && count < (int64_t{1} << 26), "KVArrays: layers, blocks and heads must be in 1 ... 2**26-1");

@@ -54,7 +54,7 @@ enum class KVType : uint8_t { f32, f16, int8 };
 constexpr int kBlockSize = 32;                     // tokens of a KV block
 constexpr int kSuperblock = 8;                     // blocks that lie together
 constexpr int kSegment = kBlockSize * kSuperblock; // tokens whose attention is one (max, sum, value)
-constexpr int kMostInt8HeadDim = 512;              // 32639 * 127 * 512 is the largest integer score: it fits 32 bits
+constexpr int kMaxInt8HeadDim = 512;               // 32639 * 127 * 512 is the largest integer score: it fits 32 bits
 constexpr int64_t kNoWindow = int64_t{1} << 40;
 
 // One layer's keys and values: (num_kv_heads, 2, 8, tile) in each superblock. A block's K tile is [head_dim][32
