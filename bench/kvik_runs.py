@@ -96,7 +96,7 @@ class KvikRuns:
         engine = self.llm(model).engine
         decoder, kv_spec = engine.decoder, engine.kv_spec
         blocks = kv_spec.num_blocks_for(num_prompt_tokens + num_tokens)
-        forward = decoder.record(decoder.ops.allocate_kv(kv_spec, num_sequences * blocks))
+        forward = decoder.capture(decoder.ops.allocate_kv(kv_spec, num_sequences * blocks))
         tables = np.arange(num_sequences * blocks, dtype=np.int32).reshape(num_sequences, blocks)
         latest = []
         for table in tables:

@@ -1,4 +1,4 @@
-// A recorded step: the ops of one forward pass, run in one call for any number of tokens.
+// A captured step: the ops of one forward pass, run in one call for any number of tokens.
 #pragma once
 
 #include <cstdint>

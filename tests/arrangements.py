@@ -49,7 +49,7 @@ def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: K
     spec = model.decoder.spec.kv_spec(kv_dtype)
     count = spec.num_blocks_for(len(prompt))
     tables = np.random.default_rng(seed).permutation(count + 3)[None, :count].astype(np.int32)
-    forward = model.decoder.record(model.decoder.ops.allocate_kv(spec, count + 3))
+    forward = model.decoder.capture(model.decoder.ops.allocate_kv(spec, count + 3))
     rows = []
     for start in range(0, len(prompt), chunk):
         token_ids = np.asarray(prompt[start : start + chunk], np.int32)

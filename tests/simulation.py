@@ -143,7 +143,7 @@ def fake_model(ops: FakeOps, spec: KVCacheSpec) -> Any:
     decoder = SimpleNamespace(
         spec=SimpleNamespace(kv_spec=lambda dtype: spec, vocab_size=VOCAB, context_length=CONTEXT),
         ops=ops,
-        record=lambda kv: lambda batch: ops.forward(kv, batch),
+        capture=lambda kv: lambda batch: ops.forward(kv, batch),
         weights=SimpleNamespace(step_bytes=lambda *, with_logits: 1),
     )
     return SimpleNamespace(decoder=decoder, context=CONTEXT, tokenizer=FakeTokenizer(), path=Path("fake.gguf"))

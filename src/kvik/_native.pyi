@@ -217,7 +217,7 @@ def float_throughput(pool: ThreadPool) -> float:
 
 class Program:
     """
-    A recorded step: ops are appended, each giving the id of its value, then run.
+    A captured step: ops are appended, each giving the id of its value, then run.
     """
 
     def __init__(self, pool: ThreadPool, int16_activations: bool) -> None: ...

@@ -1,4 +1,4 @@
-"""A step's work as it is counted, against what the recorded step says of each op."""
+"""A step's work as it is counted, against what the captured step says of each op."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from kvik.engine.engine import Engine
 from kvik.models.work import StepWork, count_work
 from kvik.ops.base import Batch
-from kvik.ops.program import RecordedStep
+from kvik.ops.program import CapturedStep
 from models import GREEDY, random_prompt, tiny_model
 
 
@@ -23,12 +23,12 @@ def test_counts_equal_those_of_the_recorded_ops(tmp_path: Path, seed: int, dtype
     engine = Engine(model, kv_dtype=dtype, token_budget=90)  # type: ignore[arg-type]
     for index in range(3):
         engine.add(engine.new_sequence(random_prompt(model, int(rng.integers(1, 120)), 10 * seed + index), GREEDY))
-    recorded, seen = engine.forward, []
-    assert isinstance(recorded, RecordedStep)
+    captured, seen = engine.forward, []
+    assert isinstance(captured, CapturedStep)
 
     def forward(batch: Batch) -> object:
         seen.append(batch)
-        return recorded(batch)
+        return captured(batch)
 
     engine.forward = forward
     while engine.step() is not None:
@@ -36,7 +36,7 @@ def test_counts_equal_those_of_the_recorded_ops(tmp_path: Path, seed: int, dtype
     assert len(seen) >= 8
     for batch in seen:
         work = count_work(model.decoder, engine.kv_spec, batch)
-        ops = recorded.profile(batch)
+        ops = captured.profile(batch)
         assert 2 * work.attention_multiply_adds == sum(op.operations for op in ops if op.name == "attend")
         assert work.kv_bytes == sum(op.bytes for op in ops if op.name == "attend"), f"seed {seed}"
         products = ("norm_qkv", "linear", "norm_gated", "norm_linear")

@@ -129,9 +129,9 @@ def test_the_clock_stands_still_while_watching(llm: LLM, monkeypatch: pytest.Mon
 
 def test_nothing_of_it_is_there_when_nobody_watches(tiny: Path) -> None:
     code = (
-        "import sys; from kvik import LLM, SamplingParams; from kvik.ops.program import RecordedStep\n"
+        "import sys; from kvik import LLM, SamplingParams; from kvik.ops.program import CapturedStep\n"
         f"llm = LLM({str(tiny)!r}); llm.generate('hello', SamplingParams(max_tokens=2))\n"
-        "assert type(llm.engine.forward) is RecordedStep\n"
+        "assert type(llm.engine.forward) is CapturedStep\n"
         "assert not [name for name in sys.modules if name.startswith('kvik.explain')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -77,7 +77,7 @@ class Engine:
             step_tokens=token_budget,
         )
         self.kv_arrays = model.decoder.ops.allocate_kv(self.kv_spec, size.num_blocks, size.window_blocks)
-        self.forward = model.decoder.record(self.kv_arrays)
+        self.forward = model.decoder.capture(self.kv_arrays)
         self.scheduler = Scheduler(
             self.cache, token_budget=token_budget, max_running=max_running, max_waiting=max_waiting
         )

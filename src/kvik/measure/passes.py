@@ -14,7 +14,7 @@ from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
 from kvik.ops.base import Batch
 from kvik.ops.native import NativeOps
-from kvik.ops.program import MachineLimits, OpProfile, RecordedStep
+from kvik.ops.program import CapturedStep, MachineLimits, OpProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def profile_decode(engine: Engine, *, depth: int, rounds: int) -> StepProfile:
 
 def _profile_next(engine: Engine, title: str, rounds: int) -> StepProfile:
     step, ops = engine.forward, engine.decoder.ops
-    assert isinstance(step, RecordedStep)
+    assert isinstance(step, CapturedStep)
     assert isinstance(ops, NativeOps)
     with engine.lock:
         scheduled = engine.scheduler.schedule()
@@ -85,7 +85,7 @@ def _profile_next(engine: Engine, title: str, rounds: int) -> StepProfile:
     return StepProfile(title, merged, counts, limits)
 
 
-def _median_profile(step: RecordedStep, batch: Batch, rounds: int) -> list[OpProfile]:
+def _median_profile(step: CapturedStep, batch: Batch, rounds: int) -> list[OpProfile]:
     profiles = [step.profile(batch) for _ in range(rounds)]
     return [_with_seconds(same, statistics.median(op.seconds for op in same)) for same in zip(*profiles, strict=True)]
 

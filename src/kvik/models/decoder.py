@@ -88,9 +88,9 @@ class Decoder:
         """The same weights, run by other ops of the same backend, which pack weights alike."""
         return Decoder(self.spec, self.weights, ops, self.num_positions)
 
-    def record(self, kv_cache: Sequence[LayerKV]) -> Callable[[Batch], Array]:
+    def capture(self, kv_cache: Sequence[LayerKV]) -> Callable[[Batch], Array]:
         """The forward pass over these KV arrays as one function of the batch, its ops noted where the backend can."""
-        return self.ops.record(lambda ops, batch: self.forward(batch, kv_cache, ops))
+        return self.ops.capture(lambda ops, batch: self.forward(batch, kv_cache, ops))
 
     def forward(self, batch: Batch, kv_cache: Sequence[LayerKV], ops: Ops | None = None) -> Array:
         """Computes the batch's tokens, remembers their keys and values, and gives logits (R, vocab_size)."""

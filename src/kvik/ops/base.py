@@ -283,7 +283,7 @@ class Ops(ABC):
     def take_rows(self, x: Array, rows: IntArray) -> Array:
         """x[rows]: (R, hidden_size)."""
 
-    def record(self, forward: Forward) -> Callable[[Batch], Array]:
+    def capture(self, forward: Forward) -> Callable[[Batch], Array]:
         """The forward pass as a function of the batch; a backend may note its ops once and replay them."""
         return functools.partial(forward, self)
 

@@ -24,7 +24,7 @@ from kvik.ops.base import (
     RopeTable,
     Weight,
 )
-from kvik.ops.program import MachineLimits, RecordedStep, native_linear, native_norm
+from kvik.ops.program import CapturedStep, MachineLimits, native_linear, native_norm
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -156,8 +156,8 @@ class NativeOps(Ops):
     def take_rows(self, x: FloatArray, rows: IntArray) -> FloatArray:
         return x[rows]
 
-    def record(self, forward: Forward) -> RecordedStep:
-        return RecordedStep(forward, self._pool, int16_activations=self._int16_activations)
+    def capture(self, forward: Forward) -> CapturedStep:
+        return CapturedStep(forward, self._pool, int16_activations=self._int16_activations)
 
     def to_numpy(self, x: FloatArray) -> FloatArray:
         return x

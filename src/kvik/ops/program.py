@@ -1,4 +1,4 @@
-"""A recorded step of the native backend: one call runs all of its ops, and each can be looked at alone."""
+"""A captured step of the native backend: one call runs all of its ops, and each can be looked at alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvik import _native
 from kvik.ops.base import Batch, Forward, IntArray, Linear, Norm, QKVWeights
-from kvik.ops.trace import Call, Field, Value, trace
+from kvik.ops.capture import Call, Field, Value, capture
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -52,16 +52,16 @@ class OpReplay:
     results: tuple[FloatArray, ...]
 
 
-class RecordedStep:
+class CapturedStep:
     """The ops of a forward pass, noted once; calling it with a batch gives the logits (R, vocab_size).
 
     Threads may share it: they take turns.
     """
 
     def __init__(self, forward: Forward, pool: _native.ThreadPool, *, int16_activations: bool) -> None:
-        self.ops, self._output = trace(forward)
+        self.ops, self._output = capture(forward)
         self._program = _native.Program(pool, int16_activations)
-        self._ids: dict[int, int] = {}  # of a traced value: the program's
+        self._ids: dict[int, int] = {}  # of a captured value: the program's
         for call in self.ops:
             results = _append(self._program, self._ids, call)
             self._ids |= {value.id: number for value, number in zip(call.results, results, strict=True)}
@@ -199,4 +199,4 @@ def _append(program: _native.Program, ids: dict[int, int], call: Call) -> list[i
             return [program.take_rows(x)]
         case "norm" | "norm_linear" | "norm_gated" | "linear" | "activate" | "soft_cap" | "add", _:
             return [getattr(program, call.name)(*given)]
-    raise AssertionError(f"no recorded form of {call.name}")
+    raise AssertionError(f"no captured form of {call.name}")

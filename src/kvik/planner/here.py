@@ -108,7 +108,7 @@ class _Probe:
         self.decoder = Decoder(self.spec, weights, self.ops, self.blocks * BLOCK_SIZE)
         self.kv_spec = self.spec.kv_spec(load.kv_dtype)
         arrays = self.ops.allocate_kv(self.kv_spec, self.kv_spec.pool_blocks_for(self.users * self.blocks * BLOCK_SIZE))
-        self.forward: Callable[[Batch], object] = self.decoder.record(arrays)
+        self.forward: Callable[[Batch], object] = self.decoder.capture(arrays)
         self.forward(self._batch(np.arange(min(BLOCK_SIZE, self.depth)), 1))
         # Memory that was never written costs nothing to read.
         self.ops.copy_blocks(arrays, [(0, block) for block in range(1, self.users * self.blocks)])

@@ -56,7 +56,7 @@ STEP = Batch(
     **{field.name: cast(Any, Field(field.name)) for field in fields(Batch) if field.name != "windows"},
     windows=tuple(map(_places, range(1, _MAX_KV_GROUPS))),
 )
-"""Stands for the batch of the step while its ops are traced."""
+"""Stands for the batch of the step while its ops are captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +68,18 @@ class Call:
     results: tuple[Value, ...]
 
 
-def trace(forward: Forward) -> tuple[list[Call], Value]:
+def capture(forward: Forward) -> tuple[list[Call], Value]:
     """The calls of a forward pass, and the value that it returns."""
-    tracer = _Tracer()
-    output = forward(tracer, STEP)
+    capturing = _CapturingOps()
+    output = forward(capturing, STEP)
     assert isinstance(output, Value)
-    return tracer.calls, output
+    return capturing.calls, output
 
 
-class _Tracer(Ops):
+class _CapturingOps(Ops):
     """Notes each call as it comes, fused ones whole."""
 
-    name = "trace"
+    name = "capture"
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -95,10 +95,10 @@ class _Tracer(Ops):
         return self._note(name, arguments, shape)[0]
 
     def load_rows(self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int) -> NoReturn:
-        raise AssertionError("weights are loaded before a step is traced")
+        raise AssertionError("weights are loaded before a step is captured")
 
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None) -> NoReturn:
-        raise AssertionError("KV arrays are allocated before a step is traced")
+        raise AssertionError("KV arrays are allocated before a step is captured")
 
     def copy_blocks(
         self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
@@ -160,4 +160,4 @@ class _Tracer(Ops):
         return self._one("take_rows", (x, rows), x.shape)
 
     def to_numpy(self, x: Array) -> NoReturn:
-        raise AssertionError("a traced value has no content")
+        raise AssertionError("a captured value has no content")
