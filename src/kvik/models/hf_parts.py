@@ -195,7 +195,7 @@ def _cuts(spec: DecoderSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...
         rows: Sequence[Rows] = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         if layout.fused == "grouped":
             rows = _grouped_rows(spec)
-        cuts |= {name: _Cut(its, ends[-1]) for name, its in zip(siblings, rows, strict=True)}
+        cuts |= {name: _Cut(cut_rows, ends[-1]) for name, cut_rows in zip(siblings, rows, strict=True)}
     return cuts
 
 
