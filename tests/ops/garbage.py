@@ -34,8 +34,8 @@ def one_of(*values: Any) -> Maker:
 def numbers(shape: tuple[int, ...], dtype: Any, chance: random.Random) -> np.ndarray[Any, Any]:
     rng = np.random.default_rng(chance.randrange(2**32))
     if dtype is np.int32:
-        most = chance.choice((1, 3, 8, 95, 2**31 - 1))
-        return rng.integers(-1 if chance.random() < 0.1 else 0, most, shape, np.int32)
+        high = chance.choice((1, 3, 8, 95, 2**31 - 1))
+        return rng.integers(-1 if chance.random() < 0.1 else 0, high, shape, np.int32)
     if dtype is np.float32:
         array = rng.normal(0, 10.0 ** chance.randint(-30, 30), shape).astype(np.float32)
         if array.size and chance.random() < 0.3:

@@ -437,13 +437,13 @@ def test_memory_goes_back_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None
     table = start(cache, run(50, 40))
     assert cache.committed_bytes == 24 * cache.spec.block_bytes
     cache.release(table)
-    assert cache.take_idle(most_kept=0) == [[]]
+    assert cache.take_idle(max_kept=0) == [[]]
     cache.clear()
     assert cache.take_idle() == [[]]
     assert [sorted(taken) for taken in cache.take_idle()] == [[0, 1, 2]]
     assert cache.committed_bytes == 0
     fill(cache, run(0, 3))
-    assert [len(taken) for taken in cache.take_idle(most_kept=0)] == [1]
+    assert [len(taken) for taken in cache.take_idle(max_kept=0)] == [1]
     cache.check([])
 
 

@@ -118,15 +118,15 @@ class BlockPool:
         """Let time pass, for `take_idle`."""
         self._clock += 1
 
-    def take_idle(self, age: int, most_kept: int | None = None) -> list[int]:
-        """Committed superblocks that have been idle for `age` ticks, and the oldest of those above `most_kept`.
+    def take_idle(self, age: int, max_kept: int | None = None) -> list[int]:
+        """Committed superblocks that have been idle for `age` ticks, and the oldest of those above `max_kept`.
 
         From now on they count as not committed.
         """
         taken = []
         while self._idle:
             superblock, since = next(iter(self._idle.items()))
-            if self._clock - since < age and (most_kept is None or len(self._idle) <= most_kept):
+            if self._clock - since < age and (max_kept is None or len(self._idle) <= max_kept):
                 break
             del self._idle[superblock]
             self._untouched[superblock] = None

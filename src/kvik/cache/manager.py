@@ -286,15 +286,15 @@ class CacheManager:
         while (block_id := self.pool.oldest_reusable()) is not None:
             self._evict(block_id)
 
-    def take_idle(self, most_kept: int | None = None) -> list[list[int]]:
-        """Superblocks whose memory can be given back now: idle for `IDLE_TICKS` calls, or more than `most_kept`.
+    def take_idle(self, max_kept: int | None = None) -> list[list[int]]:
+        """Superblocks whose memory can be given back now: idle for `IDLE_TICKS` calls, or more than `max_kept`.
 
         A list for each group: those of layers that see all tokens first.
         """
         taken = []
         for pool in (self.pool, *(group.pool for group in self.windows)):
             pool.tick()
-            taken.append(pool.take_idle(IDLE_TICKS, most_kept))
+            taken.append(pool.take_idle(IDLE_TICKS, max_kept))
         return taken
 
     @property

@@ -223,7 +223,7 @@ class Engine:
         """Forget every block that nobody holds, and give the memory of free ones back."""
         with self._exclusive():
             self.cache.clear()
-            self._give_back(self.cache.take_idle(most_kept=0))
+            self._give_back(self.cache.take_idle(max_kept=0))
 
     def completion(self, sequence: Sequence) -> Completion:
         """The result of a finished sequence."""

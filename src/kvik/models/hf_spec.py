@@ -37,7 +37,7 @@ class Family:
     rotary: Rotary | None = PLAIN_ROTARY
     tied: bool = False  # where the config does not say
     kv_heads: Callable[[ConfigFields, int], int] = lambda config, heads: config.count(
-        "num_key_value_heads", heads, most=heads
+        "num_key_value_heads", heads, maximum=heads
     )
     head_dim: int | None = None  # where the config does not say; None: hidden_size / num_attention_heads
     inner: int | None = None  # intermediate_size by hidden_size, where the config does not say
@@ -84,11 +84,11 @@ def _granite(config: ConfigFields) -> Fields:
 
 
 def _scale(config: ConfigFields, key: str, default: float) -> float:
-    return config.number(key, default, above=1e-6, most=1e6)
+    return config.number(key, default, above=1e-6, maximum=1e6)
 
 
 def _cap(config: ConfigFields, key: str) -> float | None:
-    return config.optional_number(key, above=1e-3, most=1e6)
+    return config.optional_number(key, above=1e-3, maximum=1e6)
 
 
 def _gemma(config: ConfigFields) -> Fields:
@@ -140,7 +140,7 @@ def _gpt2(config: ConfigFields, activation: str = "gelu_new") -> Fields:
     refuse_if(config, "scale_attn_weights", False)
     refuse_if(config, "scale_attn_by_inverse_layer_idx", True)
     refuse_if(config, "add_cross_attention", True)
-    positions = {"num_learned_positions": config.count("max_position_embeddings", most=MAX_CONTEXT)}
+    positions = {"num_learned_positions": config.count("max_position_embeddings", maximum=MAX_CONTEXT)}
     return _layer_norm(config, "layer_norm_epsilon", "activation_function", activation, bias=True) | positions
 
 
@@ -175,7 +175,7 @@ def _falcon(config: ConfigFields) -> Fields:
     is_new, is_parallel = (config.flag("new_decoder_architecture", False), config.flag("parallel_attn", True))
     if is_new and not is_parallel:
         raise config.error("parallel_attn is false with new_decoder_architecture, which kvik does not run", OTHER_MODEL)
-    num_norms = config.count("num_ln_in_parallel_attn", 2 if is_new else 1, most=2)
+    num_norms = config.count("num_ln_in_parallel_attn", 2 if is_new else 1, maximum=2)
     parallel = "none" if not is_parallel else "two_norms" if is_new and num_norms == 2 else "one_norm"
     bias = config.flag("bias", False)
     return _layer_norm(config, "layer_norm_epsilon", "activation", "gelu", bias=bias) | {"parallel": parallel}
@@ -183,7 +183,7 @@ def _falcon(config: ConfigFields) -> Fields:
 
 def _falcon_kv_heads(config: ConfigFields, num_heads: int) -> int:
     if config.flag("new_decoder_architecture", False):
-        return config.count("num_kv_heads", config.count("n_head_kv", num_heads, most=num_heads), most=num_heads)
+        return config.count("num_kv_heads", config.count("n_head_kv", num_heads, maximum=num_heads), maximum=num_heads)
     return 1 if config.flag("multi_query", True) else num_heads
 
 
@@ -194,7 +194,7 @@ def _opt(config: ConfigFields) -> Fields:
     hidden_size = config.count("hidden_size")
     if config.count("word_embed_proj_dim", hidden_size) != hidden_size:
         raise config.error("word_embed_proj_dim differs from hidden_size, which kvik does not run", OTHER_MODEL)
-    positions = {"num_learned_positions": config.count("max_position_embeddings", most=MAX_CONTEXT)}
+    positions = {"num_learned_positions": config.count("max_position_embeddings", maximum=MAX_CONTEXT)}
     bias = config.flag("enable_bias", True)
     fixed = ConfigFields({"activation_function": config.find("activation_function")}, config.path)  # the eps is fixed
     return _layer_norm(fixed, "layer_norm_eps", "activation_function", "relu", bias=bias) | positions
@@ -291,9 +291,9 @@ def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = No
     model_type = fields.text("model_type")
     family = FAMILIES[model_type]
     hidden_size = fields.count("hidden_size")
-    num_heads = fields.count("num_attention_heads", most=hidden_size)
+    num_heads = fields.count("num_attention_heads", maximum=hidden_size)
     head_dim = _head_dim(fields, family, hidden_size, num_heads)
-    context_length = fields.count("max_position_embeddings", most=MAX_CONTEXT)
+    context_length = fields.count("max_position_embeddings", maximum=MAX_CONTEXT)
     spec = DecoderSpec(
         architecture=model_type,
         hidden_size=hidden_size,
@@ -315,7 +315,7 @@ def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = No
 def _head_dim(config: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:
     if config.find("head_dim") is None and family.head_dim is None and hidden_size % num_heads:
         raise config.error(f"hidden_size {hidden_size:,} does not divide among {num_heads:,} heads")
-    head_dim = config.count("head_dim", family.head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM)
+    head_dim = config.count("head_dim", family.head_dim or hidden_size // num_heads, maximum=MAX_HEAD_DIM)
     if num_heads * head_dim > MAX_WIDTH:
         raise config.error(f"{num_heads:,} heads of {head_dim:,} dimensions are more than {MAX_WIDTH:,} together")
     return head_dim
@@ -336,7 +336,7 @@ def nonlinearity_of(config: ConfigFields, key: str, default: str) -> Nonlinearit
 
 
 def _layers(config: ConfigFields, family: Family, head_dim: int, context: int, used: int) -> tuple[LayerSpec, ...]:
-    num_layers = config.count("num_hidden_layers", most=MAX_LAYERS)
+    num_layers = config.count("num_hidden_layers", maximum=MAX_LAYERS)
     has_rope = _layers_with_rope(config, num_layers)
     windows = _windows(config, family, has_rope, context)
     if family.rotary is None:
