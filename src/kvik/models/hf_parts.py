@@ -164,7 +164,7 @@ def is_tied_head(spec: DecoderSpec, name: str) -> bool:
 
 
 def is_unused(spec: DecoderSpec, name: str) -> bool:
-    """Whether a stored tensor is of no use to a decoder: a tied head, a buffer that can be computed, another sense."""
+    """Whether a stored tensor is of no use to a decoder: a tied head, a recomputable buffer, a vision tower."""
     of_other_sense = spec.architecture == "gemma3_text" and _OTHER_SENSES.match(name)
     return is_tied_head(spec, name) or bool(_BUFFERS.search(name) or of_other_sense)
 

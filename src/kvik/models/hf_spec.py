@@ -213,7 +213,7 @@ def _all_heads(config: ConfigFields, num_heads: int) -> int:
     return num_heads
 
 
-_GEMMA3_DEFAULTS: Fields = {  # of the part that reads text in a model that sees too
+_GEMMA3_DEFAULTS: Fields = {  # of the text decoder of a multimodal model
     "vocab_size": 262_208,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -256,8 +256,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-_SEEING = {"gemma3": "gemma3_text"}
-"""Models that see too, by the family of the part that reads and writes text."""
+_MULTIMODAL = {"gemma3": "gemma3_text"}
+"""Multimodal model types and the family of their text decoder."""
 
 
 def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
@@ -267,9 +267,9 @@ def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
     """
     fields = ConfigFields(config, path)
     name = fields.text("model_type")
-    inner = fields.object("text_config") if name in _SEEING else None
+    inner = fields.object("text_config") if name in _MULTIMODAL else None
     if inner is not None:
-        fields = ConfigFields({**config, "model_type": _SEEING[name], **inner.fields}, path)
+        fields = ConfigFields({**config, "model_type": _MULTIMODAL[name], **inner.fields}, path)
         name = fields.text("model_type")
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if fields.optional(key):

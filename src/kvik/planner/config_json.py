@@ -34,7 +34,7 @@ def read_config(path: Path, name: str) -> ModelShape:
     """The shape that a config.json describes. Raises `ModelError`, which names the field."""
     config = read_json_object(path)
     inner = config.get("text_config")
-    if isinstance(inner, dict):  # of a model that sees or hears too
+    if isinstance(inner, dict):  # of a multimodal model
         config = config | inner
     return _Config(config, path).shape(name)
 

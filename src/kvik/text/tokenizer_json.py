@@ -146,7 +146,10 @@ class FolderTokenizer(Tokenizer):
 
 @contextmanager
 def _library_errors(path: Path, what: str) -> Iterator[None]:
-    """Turn what the library raises into ModelError; a panic of it is no Exception, and none but it has that name."""
+    """Turn what the library raises into ModelError.
+
+    Rust panics surface as PanicException, a BaseException, so they are caught by name.
+    """
     try:
         yield
     except BaseException as error:
