@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import kvik
 from kvik import _native
-from kvik.config import Activations
+from kvik.config import ActivationDType
 from kvik.errors import KvikError
 from kvik.hub.store import resolve
 from kvik.machine import available_threads
@@ -66,7 +66,7 @@ class Case:
     target: float = 1.0  # of the ratio: how many times better than the best of theirs
     step_bytes: Callable[[], float] | None = None  # bytes of memory that a step reads
     tokens_of_step: int = 1
-    most: Callable[[], float] | None = None  # a target for our figure itself
+    maximum: Callable[[], float] | None = None  # a target for our figure itself
     once: bool = False  # one round tells it
 
 
@@ -85,7 +85,7 @@ def cases(ours: KvikRuns, theirs: LlamaCppRuns, model: Path) -> Iterator[Case]:
         count: int,
         depth: int,
         peers: Mapping[str, Measure],
-        acts: Activations = "int8",
+        acts: ActivationDType = "int8",
         kv: str = "f16",
         *,
         target: float,
@@ -144,10 +144,10 @@ def cases(ours: KvikRuns, theirs: LlamaCppRuns, model: Path) -> Iterator[Case]:
     peers = {f"fa {on}": partial(theirs.peak_memory, model, on) for on in flash}
     memory = partial(ours.peak_memory, model)
     yield Case("peak memory, context of 8,192, f16 KV", memory, peers, MEMORY, once=True,
-               most=partial(ours.memory_target, model))  # fmt: skip
+               maximum=partial(ours.memory_target, model))  # fmt: skip
     cold = {"llama-completion": partial(theirs.cold_start, model, COLD_PROMPT)}
     mine = partial(ours.cold_start, model, COLD_PROMPT)
-    yield Case("cold start to first token", mine, cold, SECONDS, most=lambda: 0.7)
+    yield Case("cold start to first token", mine, cold, SECONDS, maximum=lambda: 0.7)
 
 
 def with_file(theirs: LlamaCppRuns, model: Path, kind: str, measure: Callable[[], float]) -> float:
@@ -229,7 +229,9 @@ def table(results: Results, chosen: Sequence[Case]) -> str:
         ratio = "-"
         if ours and theirs:
             ratio = f"{ours / theirs if case.unit.more_is_better else theirs / ours:.2f}"
-        target = f"≥ {case.target:g}" if case.most is None else f"≤ {case.unit.show(case.most())} {case.unit.name}"
+        target = (
+            f"≥ {case.target:g}" if case.maximum is None else f"≤ {case.unit.show(case.maximum())} {case.unit.name}"
+        )
         share = "-"
         if bandwidth and ours and case.step_bytes:
             share = f"{ours * case.step_bytes() / case.tokens_of_step / bandwidth:.0%}"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvik import LLM, SamplingParams
 from kvik.cache import BLOCK_SIZE
-from kvik.config import Activations
+from kvik.config import ActivationDType
 from kvik.engine.engine import Engine
 from kvik.engine.lease import Lease
 from kvik.engine.sequence import Sequence
@@ -49,14 +49,14 @@ class KvikRuns:
         self._deep: dict[tuple[Path, str, str, int], tuple[Engine, Lease | None]] = {}
 
     @cache  # noqa: B019  # lives as long as the program
-    def llm(self, model: Path, activations: Activations = "int8", kv_dtype: str = "f16") -> LLM:
+    def llm(self, model: Path, activations: ActivationDType = "int8", kv_dtype: str = "f16") -> LLM:
         """A loaded model; a KV format that this version does not know raises `NotAvailable`."""
         try:
             return LLM(model, activations=activations, kv_dtype=kv_dtype, threads=self.threads, prefix_cache=False)
         except InvalidInput as error:
             raise NotAvailable(str(error)) from error
 
-    def prefill(self, model: Path, num_tokens: int, activations: Activations = "int8") -> float:
+    def prefill(self, model: Path, num_tokens: int, activations: ActivationDType = "int8") -> float:
         """Tokens a second of a prompt."""
         engine = self.llm(model, activations).engine
         sequence = engine.new_sequence(engine.new_request(random_tokens(engine, num_tokens), _params(1)))
@@ -65,7 +65,13 @@ class KvikRuns:
         return num_tokens / (time.perf_counter() - started_s)
 
     def decode(
-        self, model: Path, num_tokens: int, *, depth: int = 1, activations: Activations = "int8", kv_dtype: str = "f16"
+        self,
+        model: Path,
+        num_tokens: int,
+        *,
+        depth: int = 1,
+        activations: ActivationDType = "int8",
+        kv_dtype: str = "f16",
     ) -> float:
         """Tokens a second after a prompt of `depth` tokens, with all that a step of the engine does."""
         key = (model, activations, kv_dtype, depth)
@@ -90,7 +96,7 @@ class KvikRuns:
         engine = self.llm(model).engine
         decoder, kv_spec = engine.decoder, engine.kv_spec
         blocks = kv_spec.num_blocks_for(num_prompt_tokens + num_tokens)
-        forward = decoder.record(decoder.ops.allocate_kv(kv_spec, num_sequences * blocks))
+        forward = decoder.capture(decoder.ops.allocate_kv(kv_spec, num_sequences * blocks))
         tables = np.arange(num_sequences * blocks, dtype=np.int32).reshape(num_sequences, blocks)
         latest = []
         for table in tables:
@@ -106,7 +112,12 @@ class KvikRuns:
         return num_sequences * num_tokens / (time.perf_counter() - started_s)
 
     def step_bytes(
-        self, model: Path, context: float, num_sequences: int = 1, activations: Activations = "int8", kv: str = "f16"
+        self,
+        model: Path,
+        context: float,
+        num_sequences: int = 1,
+        activations: ActivationDType = "int8",
+        kv: str = "f16",
     ) -> float:
         """Bytes of weights and of keys and values that a decode step reads."""
         engine = self.llm(model, activations, kv).engine

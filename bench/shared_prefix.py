@@ -14,7 +14,7 @@ import numpy as np
 from kvik import LLM
 from kvik.cache import BLOCK_SIZE
 from kvik.ops.base import Batch
-from kvik.ops.program import RecordedStep
+from kvik.ops.program import CapturedStep
 from kvik_runs import IntArray, one_step, random_tokens
 
 TOKENS = 24  # that each sequence has of its own at first
@@ -33,7 +33,7 @@ class Sharers:
         self.shared = self.own.copy()
         self.shared[:, :whole] = self.own[0, :whole]
         kv_cache = self.decoder.ops.allocate_kv(spec, self.own.size)
-        self.forward = self.decoder.record(kv_cache)
+        self.forward = self.decoder.capture(kv_cache)
         prefix, rng = random_tokens(engine, num_prefix_tokens), np.random.default_rng(1)
         self._prefill(prefix, self.own[0], 0)
         last = range(whole * BLOCK_SIZE, num_prefix_tokens)  # the block that is not full is everybody's own
@@ -56,7 +56,7 @@ class Sharers:
 
     def attention(self, index: int, tables: IntArray) -> tuple[float, float]:
         """Milliseconds of attention in one step, and megabytes that it has to read."""
-        assert isinstance(self.forward, RecordedStep)
+        assert isinstance(self.forward, CapturedStep)
         ops = [op for op in self.forward.profile(self._batch(index, tables)) if op.name == "attend"]
         return 1e3 * sum(op.seconds for op in ops), 1e-6 * sum(op.bytes for op in ops)
 

@@ -329,10 +329,10 @@ class Soak:
                 return
             params = traffic.params(n=False)
             if draw.random() < ABORTS:
-                most = draw.randint(1, params.max_tokens)
+                max_pieces = draw.randint(1, params.max_tokens)
                 stream = session.stream(params)
                 for count, _ in enumerate(stream, start=1):
-                    if count >= most:
+                    if count >= max_pieces:
                         break
                 stream.close()  # type: ignore[attr-defined]
                 self._note(completed=False)

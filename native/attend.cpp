@@ -15,12 +15,12 @@ class Attention {
 public:
   Attention(ThreadPool &pool, const AttendArgs &args, AttentionSpace &space)
       : pool_(pool), args_(args), space_(space), plan_(space.plan(args, pool.num_threads())),
-        group_(args.num_heads / args.kv.num_kv_heads), head_dim_(args.kv.head_dim) {}
+        queries_per_kv_(args.num_heads / args.kv.num_kv_heads), head_dim_(args.kv.head_dim) {}
 
   void run() {
-    const int64_t threads = pool_.num_threads(), total_rows = plan_.most_run_tokens * group_;
+    const int64_t threads = pool_.num_threads(), total_rows = plan_.max_run_tokens * queries_per_kv_;
     total_stride_ = (total_rows * (head_dim_ + 2) + 15) / 16 * 16;
-    scratch_stride_ = scratch_floats(plan_.most_unit_tokens * group_);
+    scratch_stride_ = scratch_floats(plan_.max_unit_tokens * queries_per_kv_);
     scratch_ = space_.scratch.get<float>(threads * scratch_stride_);
     totals_ = space_.totals.get<float>(threads * 2 * total_stride_);
     slots_ = space_.slots.get<float>(plan_.slot_floats);
@@ -39,7 +39,7 @@ private:
 
   // Scores, then widened tiles or the integer kernels' factors.
   int64_t scratch_floats(int64_t rows) const {
-    const int64_t tiles = 2 * kSegment * head_dim_, factors = rows * (kMostInt8HeadDim / 2 + 2);
+    const int64_t tiles = 2 * kSegment * head_dim_, factors = rows * (kMaxInt8HeadDim / 2 + 2);
     return (rows * kSegment + std::max(tiles, factors) + 15) / 16 * 16;
   }
 
@@ -49,12 +49,13 @@ private:
   }
   // A thread's sums so far (0), or its latest segment (1).
   Partial thread_rows(int thread, int which, int64_t token = 0) const {
-    return partial(totals_ + (2 * thread + which) * total_stride_, plan_.most_run_tokens * group_, token * group_);
+    return partial(totals_ + (2 * thread + which) * total_stride_, plan_.max_run_tokens * queries_per_kv_,
+                   token * queries_per_kv_);
   }
   // Of a unit's tokens, from one on.
   Partial slot_rows(const Unit &unit, int64_t token) const {
-    const int64_t rows = unit.task.num_tokens * group_;
-    return partial(slots_ + unit.slot, rows, (token - unit.task.first_token) * group_);
+    const int64_t rows = unit.task.num_tokens * queries_per_kv_;
+    return partial(slots_ + unit.slot, rows, (token - unit.task.first_token) * queries_per_kv_);
   }
 
   void run_chunk(int thread, int64_t chunk) {
@@ -93,7 +94,7 @@ private:
       const bool begins = first_segment(token) == segment;
       while (stop < end && (first_segment(stop) == segment) == begins) ++stop;
       const Partial total = thread_rows(thread, 0, token - tile.first_token);
-      const int64_t skipped = (token - first) * group_, count = (stop - token) * group_;
+      const int64_t skipped = (token - first) * queries_per_kv_, count = (stop - token) * queries_per_kv_;
       const Partial next{rows.max + skipped, rows.sum + skipped, rows.value + skipped * head_dim_};
       if (begins) {
         std::copy_n(next.max, count, total.max);
@@ -123,10 +124,11 @@ private:
   void write_output(int thread, const Tile &tile) const {
     const Partial total = thread_rows(thread, 0);
     for (int64_t token = 0; token < tile.num_tokens; ++token) {
-      float *out = args_.out + ((tile.first_token + token) * args_.num_heads + tile.kv_head * group_) * head_dim_;
-      for (int64_t h = 0; h < group_; ++h) {
-        const float *value = total.value + (token * group_ + h) * head_dim_;
-        const float sum = total.sum[token * group_ + h];
+      float *out =
+          args_.out + ((tile.first_token + token) * args_.num_heads + tile.kv_head * queries_per_kv_) * head_dim_;
+      for (int64_t h = 0; h < queries_per_kv_; ++h) {
+        const float *value = total.value + (token * queries_per_kv_ + h) * head_dim_;
+        const float sum = total.sum[token * queries_per_kv_ + h];
         for (int64_t d = 0; d < head_dim_; ++d) out[h * head_dim_ + d] = value[d] / sum;
       }
     }
@@ -136,7 +138,7 @@ private:
   const AttendArgs &args_;
   AttentionSpace &space_;
   AttendPlan &plan_;
-  const int64_t group_, head_dim_;
+  const int64_t queries_per_kv_, head_dim_;
   int64_t total_stride_ = 0, scratch_stride_ = 0;
   float *scratch_ = nullptr, *totals_ = nullptr, *slots_ = nullptr;
 };

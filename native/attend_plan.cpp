@@ -40,15 +40,15 @@ void AttendPlan::make(const AttendArgs &args, int64_t num_threads) {
   units.clear();
   parts.clear();
   make_runs(args);
-  most_unit_tokens = most_run_tokens;
+  max_unit_tokens = max_run_tokens;
   num_shared_units = 0;
-  const int64_t most_tokens = most_shared_tokens(num_threads);
+  const int64_t max_tokens = max_shared_tokens(num_threads);
   for (std::size_t begin = 0, end; begin < runs_.size(); begin = end) {
     const auto goes_on = [&](const Run &run, const Run &next) {
-      return run.num_tokens + next.num_tokens <= most_tokens && share_any(args, run, next);
+      return run.num_tokens + next.num_tokens <= max_tokens && share_any(args, run, next);
     };
     for (end = begin + 1; end < runs_.size() && goes_on(runs_[end - 1], runs_[end]); ++end) continue;
-    add_cluster(args, begin, end, most_tokens);
+    add_cluster(args, begin, end, max_tokens);
   }
   make_chunks(args, num_threads);
   place_slots();
@@ -56,27 +56,27 @@ void AttendPlan::make(const AttendArgs &args, int64_t num_threads) {
 
 void AttendPlan::make_runs(const AttendArgs &args) {
   runs_.clear();
-  const int64_t most = std::max<int64_t>(1, kUnitRows / (num_heads_ / num_kv_heads_));
-  most_run_tokens = 1;
+  const int64_t max_tokens = std::max<int64_t>(1, kUnitRows / (num_heads_ / num_kv_heads_));
+  max_run_tokens = 1;
   for (int64_t first = 0, last; first < args.num_tokens; first = last) {
-    for (last = first + 1; last < args.num_tokens && last - first < most; ++last)
+    for (last = first + 1; last < args.num_tokens && last - first < max_tokens; ++last)
       if (args.sequence_index[last] != args.sequence_index[first] ||
           args.positions[last] != args.positions[last - 1] + 1 || args.positions[last] % kSegment == 0)
         break;
-    most_run_tokens = std::max(most_run_tokens, last - first);
+    max_run_tokens = std::max(max_run_tokens, last - first);
     const int64_t begin = first_segment_of(args, first);
     runs_.push_back({first, last - first, begin, segment_of(args, last - 1) + 1 - begin});
   }
 }
 
 // Tokens that share a unit at most: 96 rows, and fewer where so large a unit would leave a thread without work.
-int64_t AttendPlan::most_shared_tokens(int64_t num_threads) const {
-  const int64_t group = num_heads_ / num_kv_heads_, most = kUnitRows / group;
-  if (num_threads == 1) return most;
+int64_t AttendPlan::max_shared_tokens(int64_t num_threads) const {
+  const int64_t queries_per_kv = num_heads_ / num_kv_heads_, max_tokens = kUnitRows / queries_per_kv;
+  if (num_threads == 1) return max_tokens;
   int64_t total = 0;
-  for (const Run &run : runs_) total += run.num_segments * unit_cost(kSegment, run.num_tokens * group);
+  for (const Run &run : runs_) total += run.num_segments * unit_cost(kSegment, run.num_tokens * queries_per_kv);
   const int64_t rows = total * num_kv_heads_ / (2 * num_threads) / (kSegment + kUnitKeys) - kLoadRows;
-  return std::min(most, rows / group);
+  return std::min(max_tokens, rows / queries_per_kv);
 }
 
 // Whether two sequences have the same blocks at a segment, of which all tokens of both runs see all. Runs of one
@@ -104,7 +104,7 @@ SegmentTask AttendPlan::own_task(const AttendArgs &args, const Run &run, int64_t
 }
 
 // Tiles and units of neighbouring runs, of which each shares some segment with the one before it; mostly one run alone.
-void AttendPlan::add_cluster(const AttendArgs &args, std::size_t begin, std::size_t end, int64_t most_tokens) {
+void AttendPlan::add_cluster(const AttendArgs &args, std::size_t begin, std::size_t end, int64_t max_tokens) {
   const std::size_t first_tile = tiles.size(), first_unit = units.size(), first_part = parts.size();
   for (std::size_t r = begin; r < end; ++r) {
     const Run &run = runs_[r];
@@ -121,7 +121,7 @@ void AttendPlan::add_cluster(const AttendArgs &args, std::size_t begin, std::siz
       std::size_t last = r + 1;
       for (int64_t num_tokens = runs_[r].num_tokens; last < end; ++last) {
         num_tokens += runs_[last].num_tokens;
-        if (num_tokens > most_tokens || !share(args, runs_[last - 1], runs_[last], segment)) break;
+        if (num_tokens > max_tokens || !share(args, runs_[last - 1], runs_[last], segment)) break;
         task = {runs_[r].first_token, num_tokens, 0, segment, true};
       }
       for (std::size_t i = r; i < last; ++i) {
@@ -131,7 +131,7 @@ void AttendPlan::add_cluster(const AttendArgs &args, std::size_t begin, std::siz
         tile.merged = tile.merged || task.whole;
       }
       units.push_back({task, static_cast<int64_t>(first_tile + r - begin), static_cast<int64_t>(last - r), -1});
-      most_unit_tokens = std::max(most_unit_tokens, task.num_tokens);
+      max_unit_tokens = std::max(max_unit_tokens, task.num_tokens);
       num_shared_units += task.whole ? num_kv_heads_ : 0;
     }
   }
@@ -172,7 +172,7 @@ void AttendPlan::make_chunks(const AttendArgs &args, int64_t num_threads) {
     total += costs_.back();
   }
   const int64_t wanted = num_threads == 1 ? 1 : num_threads * kChunksPerThread;
-  const bool keep_whole = most_run_tokens > 1 && static_cast<int64_t>(tiles.size()) >= 2 * wanted;
+  const bool keep_whole = max_run_tokens > 1 && static_cast<int64_t>(tiles.size()) >= 2 * wanted;
   int64_t so_far = 0;
   std::size_t tile_begin = 0, chunk_begin = 0;
   for (std::size_t u = 0; u < units.size(); ++u) {
@@ -194,12 +194,12 @@ void AttendPlan::make_chunks(const AttendArgs &args, int64_t num_threads) {
 }
 
 void AttendPlan::place_slots() {
-  const int64_t group = num_heads_ / num_kv_heads_, num_tiles = static_cast<int64_t>(tiles.size());
+  const int64_t queries_per_kv = num_heads_ / num_kv_heads_, num_tiles = static_cast<int64_t>(tiles.size());
   slot_floats = 0;
   for (Unit &unit : units) {
     if (!tiles[static_cast<std::size_t>(unit.first_tile)].merged) continue;
     unit.slot = slot_floats;
-    slot_floats += (unit.task.num_tokens * group * (head_dim_ + 2) + 15) / 16 * 16;
+    slot_floats += (unit.task.num_tokens * queries_per_kv * (head_dim_ + 2) + 15) / 16 * 16;
   }
   if (slot_floats == 0) return;
   if (num_tiles > unfinished_size_) {

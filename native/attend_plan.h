@@ -51,7 +51,7 @@ public:
   std::vector<int64_t> chunk_ends;                    // units
   std::vector<int64_t> parts;                         // units
   std::unique_ptr<std::atomic<int64_t>[]> unfinished; // units of each tile
-  int64_t most_run_tokens, most_unit_tokens;
+  int64_t max_run_tokens, max_unit_tokens;
   int64_t slot_floats;      // all slots together
   int64_t num_shared_units; // units of several tiles
 
@@ -63,10 +63,10 @@ private:
   };
 
   void make_runs(const AttendArgs &args);
-  int64_t most_shared_tokens(int64_t num_threads) const;
+  int64_t max_shared_tokens(int64_t num_threads) const;
   bool share(const AttendArgs &args, const Run &run, const Run &next, int64_t segment) const;
   bool share_any(const AttendArgs &args, const Run &run, const Run &next) const;
-  void add_cluster(const AttendArgs &args, std::size_t begin, std::size_t end, int64_t most_tokens);
+  void add_cluster(const AttendArgs &args, std::size_t begin, std::size_t end, int64_t max_tokens);
   SegmentTask own_task(const AttendArgs &args, const Run &run, int64_t segment) const;
   int64_t cost(const AttendArgs &args, const SegmentTask &task) const;
   void make_chunks(const AttendArgs &args, int64_t num_threads);

@@ -3,7 +3,7 @@
 namespace {
 
 constexpr int kQuads = kSegment / 4;
-constexpr int kQueryQuads = kvik::kMostInt8HeadDim / 4;
+constexpr int kQueryQuads = kvik::kMaxInt8HeadDim / 4;
 
 // What makes a row's whole numbers values again.
 struct RowUnit {
@@ -13,13 +13,13 @@ struct RowUnit {
 
 inline RowUnit quantize_query(const float *q, int64_t head_dim, float scale, Factors *factors) {
   const Unit unit = unit_of(q, head_dim, kFactorLevels, 1e-30f);
-  float padded[kvik::kMostInt8HeadDim + kWideLanes];
+  float padded[kvik::kMaxInt8HeadDim + kWideLanes];
   std::memcpy(padded, q, static_cast<std::size_t>(head_dim) * sizeof(float));
   std::memset(padded + head_dim, 0, kWideLanes * sizeof(float));
-  const Wide most = wide_broadcast(kFactorLevels), least = wide_broadcast(-kFactorLevels);
+  const Wide max_level = wide_broadcast(kFactorLevels), min_level = wide_broadcast(-kFactorLevels);
   WideInt sum = wide_int(0);
   for (int64_t d = 0; d < head_dim; d += kWideLanes) {
-    const WideInt whole = to_int(max(min(wide_load(padded + d) * wide_broadcast(unit.inverse), most), least));
+    const WideInt whole = to_int(max(min(wide_load(padded + d) * wide_broadcast(unit.inverse), max_level), min_level));
     sum = sum + whole;
     store_factors(factors + d / 4, whole);
   }
@@ -38,10 +38,10 @@ inline RowUnit quantize_weights(float *p, Span seen, Span all, const float *scal
   });
   const Unit unit = unit_of(max_of(largest), add_eights(zero8(), defect), kFactorLevels, 1e-34f);
   WideInt sum = wide_int(0);
-  const Wide inverse = wide_broadcast(unit.inverse), most = wide_broadcast(kFactorLevels);
+  const Wide inverse = wide_broadcast(unit.inverse), max_level = wide_broadcast(kFactorLevels);
   int first = seen.first / kWideLanes * kWideLanes, last = first;
   for (; last < seen.last; last += kWideLanes) {
-    const WideInt whole = to_int(min(load_as<Wide>(p + last) * inverse, most));
+    const WideInt whole = to_int(min(load_as<Wide>(p + last) * inverse, max_level));
     sum = sum + whole;
     store_factors(factors + last / 4, whole);
   }

@@ -16,11 +16,11 @@ constexpr int kTileVectors = kBlockSize / kWideLanes; // of 32 tokens
 template <int n> struct Count {
   static constexpr int value = n;
 };
-// Calls function(Count<count>) for a count in 1 ... most.
-template <int most, class Function> inline void with_count(int64_t count, const Function &function) {
-  if constexpr (most > 1)
-    if (count < most) return with_count<most - 1>(count, function);
-  function(Count<most>{});
+// Calls function(Count<count>) for a count in 1 ... max_count.
+template <int max_count, class Function> inline void with_count(int64_t count, const Function &function) {
+  if constexpr (max_count > 1)
+    if (count < max_count) return with_count<max_count - 1>(count, function);
+  function(Count<max_count>{});
 }
 // Calls function(first row, Count<rows>) for slices of all rows.
 template <class Function> inline void for_slices(int64_t num_rows, const Function &function) {
@@ -38,7 +38,7 @@ inline Span overlap(Span a, Span b) { return {larger_int(a.first, b.first), smal
 
 // Where rows, tiles and what they see lie.
 struct Work {
-  int64_t num_rows, group, head_dim;
+  int64_t num_rows, queries_per_kv, head_dim;
   const float *q; // of the first token and the KV head's first query head
   int64_t token_stride;
   Span all;                                               // columns that some row sees
@@ -49,9 +49,11 @@ struct Work {
   int first_block() const { return all.first / kBlockSize; }
   int end_block() const { return (all.last + kBlockSize - 1) / kBlockSize; }
 
-  const float *query(int64_t row) const { return q + row / group * token_stride + row % group * head_dim; }
+  const float *query(int64_t row) const {
+    return q + row / queries_per_kv * token_stride + row % queries_per_kv * head_dim;
+  }
   Span seen(int64_t row) const {
-    const int64_t count = first_count + row / group, first = count - window;
+    const int64_t count = first_count + row / queries_per_kv, first = count - window;
     return {static_cast<int>(first > 0 ? first : 0), static_cast<int>(smaller(kSegment, count))};
   }
 };
@@ -60,11 +62,11 @@ inline Work work_of(const AttendArgs &args, const SegmentTask &task) {
   Work work;
   const LayerKV &kv = args.kv;
   const int64_t start = task.segment * kSegment;
-  work.group = args.num_heads / kv.num_kv_heads;
-  work.num_rows = task.num_tokens * work.group;
+  work.queries_per_kv = args.num_heads / kv.num_kv_heads;
+  work.num_rows = task.num_tokens * work.queries_per_kv;
   work.head_dim = kv.head_dim;
   work.token_stride = args.num_heads * kv.head_dim;
-  work.q = args.q + task.first_token * work.token_stride + task.kv_head * work.group * kv.head_dim;
+  work.q = args.q + task.first_token * work.token_stride + task.kv_head * work.queries_per_kv * kv.head_dim;
   work.first_count = task.whole ? kSegment : args.positions[task.first_token] + 1 - start;
   work.window = task.whole ? kvik::kNoWindow : args.window;
   work.scale = args.scale;

@@ -26,12 +26,12 @@ namespace kvik {
 
 const Kernels *kernels = nullptr;
 
-Activation activation_of(std::string_view name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
+Nonlinearity nonlinearity_of(std::string_view name) {
+  if (name == "silu") return Nonlinearity::silu;
+  if (name == "gelu") return Nonlinearity::gelu;
+  if (name == "gelu_tanh") return Nonlinearity::gelu_tanh;
   require(name == "relu", "activate: the activation must be silu, gelu, gelu_tanh or relu");
-  return Activation::relu;
+  return Nonlinearity::relu;
 }
 
 // Of block tables only what some token sees is looked at: behind a window a block may have gone to someone else.
@@ -105,9 +105,8 @@ const Kernels *choose_kernels() {
 const GgufType &checked_type(std::string_view name, int64_t rows, int64_t columns) {
   const GgufType *type = find_gguf_type(name);
   if (!type) throw nb::value_error(("pack: no packed format for type " + std::string(name)).c_str());
-  constexpr int64_t kMost = int64_t{1} << 31;
-  require(rows > 0 && columns > 0 && rows < kMost && columns < kMost,
-          "pack: rows and columns must be in 1 ... 2**31-1");
+  constexpr int64_t kMax = int64_t{1} << 31;
+  require(rows > 0 && columns > 0 && rows < kMax && columns < kMax, "pack: rows and columns must be in 1 ... 2**31-1");
   require(columns % columns_multiple(*type) == 0, "pack: columns must be a multiple of the type's block");
   return *type;
 }
@@ -161,7 +160,7 @@ LinearWeights make_linear(const PackedWeight &matrix, std::optional<Floats<1>> b
 
 // Each projection of x; x is quantised once for all of them.
 void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const LinearWeights *> &linears,
-                     const std::vector<FloatsOut<2>> &outs, bool fine) {
+                     const std::vector<FloatsOut<2>> &outs, bool int16_activations) {
   const int64_t num_tokens = size(x, 0), columns = size(x, 1);
   require(linears.size() == outs.size(), "project: one output a projection");
   require_aligned(x, "project", "x");
@@ -175,17 +174,17 @@ void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const Line
     projections.push_back({*linears[i], outs[i].data()});
   }
   Workspace workspace;
-  project(pool, workspace, {x.data(), num_tokens, columns}, projections, fine);
+  project(pool, workspace, {x.data(), num_tokens, columns}, projections, int16_activations);
 }
 
 // Rows of the weight as floats, times the scale: out (T, columns).
-void checked_take_rows(const PackedWeight &weight, Integers row_ids, float scale, FloatsOut<2> out) {
-  require_aligned(row_ids, "take_rows", "row_ids");
-  require_aligned(out, "take_rows", "out");
-  require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "take_rows: wrong output shape");
+void checked_embed_rows(const PackedWeight &weight, Integers row_ids, float scale, FloatsOut<2> out) {
+  require_aligned(row_ids, "embed_rows", "row_ids");
+  require_aligned(out, "embed_rows", "out");
+  require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "embed_rows: wrong output shape");
   const std::vector<int32_t> ids = copied(row_ids);
-  for (const int32_t id : ids) require(id >= 0 && id < weight.rows, "take_rows: a row id is outside the weight");
-  take_weight_rows(weight, ids.data(), size(row_ids, 0), scale, out.data());
+  for (const int32_t id : ids) require(id >= 0 && id < weight.rows, "embed_rows: a row id is outside the weight");
+  embed_rows(weight, ids.data(), size(row_ids, 0), scale, out.data());
 }
 
 void require_same_shape(const auto &x, const auto &y, const char *what) {
@@ -218,7 +217,7 @@ void checked_activate(ThreadPool &pool, std::string_view activation, Floats<2> x
     require_aligned(*up, "activate", "up");
     require_same_shape(x, *up, "activate: x and up differ in shape");
   }
-  activate(pool, activation_of(activation), x.data(), up ? up->data() : nullptr, size(x, 0), size(x, 1), out.data());
+  activate(pool, nonlinearity_of(activation), x.data(), up ? up->data() : nullptr, size(x, 0), size(x, 1), out.data());
 }
 
 void checked_soft_cap(ThreadPool &pool, Floats<2> x, float cap, FloatsOut<2> out) {
@@ -229,7 +228,7 @@ void checked_soft_cap(ThreadPool &pool, Floats<2> x, float cap, FloatsOut<2> out
   soft_cap(pool, x.data(), cap, size(x, 0), size(x, 1), out.data());
 }
 
-// Turns pairs of dimensions by position * frequency; table (positions, pairs, 2) holds cosine and sine.
+// Rotates pairs of dimensions by position * frequency; table (positions, pairs, 2) holds cosine and sine.
 void checked_rope(ThreadPool &pool, Floats<3> x, Integers positions, Floats<3> table, bool adjacent_pairs,
                   FloatsOut<3> out) {
   require_aligned(x, "rope", "x");
@@ -295,7 +294,7 @@ void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<cons
   attend(pool, workspace, args);
 }
 
-constexpr int64_t kMostGroups = 64; // of layers with block tables of their own
+constexpr int64_t kMaxKVGroups = 64; // of layers with block tables of their own
 
 KVType kv_type_of(std::string_view name) {
   if (name == "f32") return KVType::f32;
@@ -305,11 +304,11 @@ KVType kv_type_of(std::string_view name) {
 }
 
 std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
-                                         std::string_view dtype, int64_t group) {
+                                         std::string_view dtype, int64_t kv_group) {
   const KVType type = kv_type_of(dtype);
   require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 1024,
           "KVArrays: head_dim must be a multiple of 8 up to 1024");
-  require(type != KVType::int8 || head_dim <= kMostInt8HeadDim,
+  require(type != KVType::int8 || head_dim <= kMaxInt8HeadDim,
           "KVArrays: int8 takes a head_dim up to 512, where integer scores still fit 32 bits");
   for (const int64_t count : {num_layers, num_blocks, num_kv_heads})
     require(count > 0 && count < (int64_t{1} << 26), "KVArrays: layers, blocks and heads must be in 1 ... 2**26-1");
@@ -317,8 +316,8 @@ std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks,
                        static_cast<double>(num_kv_heads) * static_cast<double>(head_dim);
   if (bytes > 1e15) throw std::bad_alloc();
   require(num_blocks * kBlockSize <= std::numeric_limits<int32_t>::max(), "KVArrays: slots must fit 32 bits");
-  require(group >= 0 && group < kMostGroups, "KVArrays: the group must be in 0 ... 63");
-  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim, type, group);
+  require(kv_group >= 0 && kv_group < kMaxKVGroups, "KVArrays: kv_group must be in 0 ... 63");
+  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim, type, kv_group);
 }
 
 LayerKV layer_of(const KVArrays &arrays, int64_t index) {
@@ -394,10 +393,10 @@ NB_MODULE(_native, m) {
   nb::class_<LinearWeights>(m, "Linear", "(x @ matrix.T + bias) * scale.")
       .def(nb::new_(&make_linear), "matrix"_a, "bias"_a.noconvert().none(), "scale"_a);
   nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.")
-      .def_ro("group", &LayerKV::group, "Which block tables of a step are its own.");
+      .def_ro("kv_group", &LayerKV::kv_group, "Which block tables of a step are its own.");
   nb::class_<KVArrays>(m, "KVArrays", "Keys and values of all layers, in blocks of 32 tokens.")
       .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "dtype"_a,
-           "group"_a = 0)
+           "kv_group"_a = 0)
       .def_prop_ro("num_bytes", &KVArrays::num_bytes)
       .def("layer", &layer_of, "index"_a, nb::keep_alive<0, 1>());
 
@@ -405,8 +404,9 @@ NB_MODULE(_native, m) {
   m.def("pack", &pack_tensor, Unlocked(), "type"_a, "source"_a.noconvert(), "rows"_a, "columns"_a, "arena"_a, "pool"_a,
         "Packs a GGUF tensor's bytes without loss.");
   m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "linears"_a.noconvert(),
-        "outs"_a.noconvert(), "fine"_a, "outs[i] = linears[i] of x; activations in int16 where `fine`, else int8.");
-  m.def("take_rows", &checked_take_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "scale"_a,
+        "outs"_a.noconvert(), "int16_activations"_a,
+        "outs[i] = linears[i] of x; activations in int16 where `int16_activations`, else int8.");
+  m.def("embed_rows", &checked_embed_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "scale"_a,
         "out"_a.noconvert(), "out = weight[row_ids] * scale as float32.");
   m.def("norm", &checked_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "norm"_a, "out"_a.noconvert(),
         "out = x normed, row by row.");

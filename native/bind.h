@@ -63,7 +63,7 @@ struct LinearWeights {
   operator Linear() const { return {&matrix, bias ? bias->data() : nullptr, scale}; }
 };
 
-Activation activation_of(std::string_view name);
+Nonlinearity nonlinearity_of(std::string_view name);
 
 inline void check_norm(const NormWeights &norm, int64_t width) {
   require(size(norm.weight, 0) == width, "norm: the weight has another width than x");

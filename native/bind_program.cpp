@@ -1,4 +1,4 @@
-// Python's side of recorded steps: each method checks its arguments, appends one op and names the values it gives.
+// Python's side of captured steps: each method checks its arguments, appends one op and names the values it gives.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -64,7 +64,7 @@ Cost product_cost(int64_t num_rows, const std::vector<const PackedWeight *> &wei
 
 int64_t rows_of(const Step &step, bool of_logits) { return of_logits ? step.num_logits : step.num_tokens; }
 
-int record_embed(Program &program, const PackedWeight &table, bool of_positions, float scale) {
+int capture_embed(Program &program, const PackedWeight &table, bool of_positions, float scale) {
   require(!program.finished(), "Program: it is finished");
   int64_t &limit = of_positions ? program.limits.positions : program.limits.token_ids;
   limit = std::min(limit, table.rows);
@@ -72,14 +72,14 @@ int record_embed(Program &program, const PackedWeight &table, bool of_positions,
       program, "embed", {}, table.columns, false,
       [=, &table](const Frame &frame, int out) {
         const int32_t *ids = of_positions ? frame.step.positions : frame.step.token_ids;
-        take_weight_rows(table, ids, frame.step.num_tokens, scale, frame[out]);
+        embed_rows(table, ids, frame.step.num_tokens, scale, frame[out]);
       },
       [&table](const Step &step) {
         return Cost{static_cast<double>(step.num_tokens * table.num_bytes / table.rows), 0};
       });
 }
 
-int record_norm(Program &program, int x, const NormWeights &norm) {
+int capture_norm(Program &program, int x, const NormWeights &norm) {
   const Program::Value in = checked_value(program, x);
   const int64_t width = size(norm.weight, 0);
   require(in.width % width == 0, "norm: the width of x is no multiple of the weight's");
@@ -91,7 +91,7 @@ int record_norm(Program &program, int x, const NormWeights &norm) {
       [=](const Step &step) { return elementwise(step, in.width, 2, 4); });
 }
 
-std::vector<int> record_project(Program &program, int x, nb::typed<nb::list, LinearWeights> linear_list) {
+std::vector<int> capture_project(Program &program, int x, nb::typed<nb::list, LinearWeights> linear_list) {
   const Program::Value in = checked_value(program, x);
   Program::Op op{"project", {x}, {}, {}, {}};
   std::vector<const LinearWeights *> linears;
@@ -106,11 +106,11 @@ std::vector<int> record_project(Program &program, int x, nb::typed<nb::list, Lin
   const nb::tuple alive(linear_list); // the list itself may change
   for (const PackedWeight *weight : weights) op.outputs.push_back(program.new_value(weight->rows, in.of_logits));
   const std::vector<int> outputs = op.outputs;
-  op.run = [=, fine = program.fine()](const Frame &frame) {
+  op.run = [=, int16_activations = program.int16_activations()](const Frame &frame) {
     (void)alive;
     std::vector<Projection> projections;
     for (std::size_t i = 0; i < linears.size(); ++i) projections.push_back({*linears[i], frame[outputs[i]]});
-    project(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width}, projections, fine);
+    project(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width}, projections, int16_activations);
   };
   op.cost = [=](const Step &step) { return product_cost(rows_of(step, in.of_logits), weights); };
   program.add_op(std::move(op));
@@ -120,8 +120,8 @@ std::vector<int> record_project(Program &program, int x, nb::typed<nb::list, Lin
 Norm norm_or_none(const NormWeights *norm) { return norm ? Norm(*norm) : Norm{}; }
 
 // With a norm before and a residual behind, or without.
-int record_product(Program &program, const char *name, int x, const LinearWeights &linear, const NormWeights *norm,
-                   std::optional<int> residual) {
+int capture_product(Program &program, const char *name, int x, const LinearWeights &linear, const NormWeights *norm,
+                    std::optional<int> residual) {
   const Program::Value in = checked_value(program, x);
   const PackedWeight &matrix = linear.matrix;
   require(matrix.columns == in.width, "linear: x has another number of columns than the matrix");
@@ -134,37 +134,38 @@ int record_product(Program &program, const char *name, int x, const LinearWeight
   }
   return append(
       program, name, inputs, matrix.rows, in.of_logits,
-      [=, linear = Linear(linear), norm = norm_or_none(norm), fine = program.fine()](const Frame &frame, int out) {
+      [=, linear = Linear(linear), norm = norm_or_none(norm),
+       int16_activations = program.int16_activations()](const Frame &frame, int out) {
         const Projection projection{linear, frame[out], residual ? frame[*residual] : nullptr};
         const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
-        project(frame.pool(), frame.workspace(), rows, {&projection, 1}, fine);
+        project(frame.pool(), frame.workspace(), rows, {&projection, 1}, int16_activations);
       },
       [=, &matrix](const Step &step) { return product_cost(rows_of(step, in.of_logits), {&matrix}); }, {&matrix},
       norm_or_none(norm));
 }
 
-int record_linear(Program &program, int x, const LinearWeights &linear, std::optional<int> residual) {
-  return record_product(program, "linear", x, linear, nullptr, residual);
+int capture_linear(Program &program, int x, const LinearWeights &linear, std::optional<int> residual) {
+  return capture_product(program, "linear", x, linear, nullptr, residual);
 }
 
-int record_norm_linear(Program &program, int x, const NormWeights *norm, const LinearWeights &linear) {
-  return record_product(program, "norm_linear", x, linear, norm, std::nullopt);
+int capture_norm_linear(Program &program, int x, const NormWeights *norm, const LinearWeights &linear) {
+  return capture_product(program, "norm_linear", x, linear, norm, std::nullopt);
 }
 
-int record_norm_gated(Program &program, int x, const NormWeights *norm, const LinearWeights &gate,
-                      const LinearWeights &up, std::string_view activation_name) {
+int capture_norm_gated(Program &program, int x, const NormWeights *norm, const LinearWeights &gate,
+                       const LinearWeights &up, std::string_view activation_name) {
   const Program::Value in = checked_value(program, x);
   if (norm) check_norm(*norm, in.width);
   require(gate.matrix.columns == in.width && up.matrix.columns == in.width,
           "norm_gated: x has another number of columns");
   require(gate.matrix.rows == up.matrix.rows, "norm_gated: gate and up differ in shape");
-  const Activation activation = activation_of(activation_name);
+  const Nonlinearity activation = nonlinearity_of(activation_name);
   return append(
       program, "norm_gated", {x}, gate.matrix.rows, in.of_logits,
-      [=, gate = Linear(gate), up = Linear(up), norm = norm_or_none(norm), fine = program.fine()](const Frame &frame,
-                                                                                                  int out) {
+      [=, gate = Linear(gate), up = Linear(up), norm = norm_or_none(norm),
+       int16_activations = program.int16_activations()](const Frame &frame, int out) {
         const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
-        project_gated(frame.pool(), frame.workspace(), rows, gate, up, activation, frame[out], fine);
+        project_gated(frame.pool(), frame.workspace(), rows, gate, up, activation, frame[out], int16_activations);
       },
       [=, &gate, &up](const Step &step) {
         return product_cost(rows_of(step, in.of_logits), {&gate.matrix, &up.matrix});
@@ -174,7 +175,7 @@ int record_norm_gated(Program &program, int x, const NormWeights *norm, const Li
 
 void check_tokens(const Program::Value &value, const char *what) { require(!value.of_logits, what); }
 
-int record_rope(Program &program, int x, Floats<3> table, bool adjacent_pairs, int64_t head_dim) {
+int capture_rope(Program &program, int x, Floats<3> table, bool adjacent_pairs, int64_t head_dim) {
   const Program::Value in = checked_value(program, x);
   check_tokens(in, "rope: x must have a row a token");
   require(head_dim > 0 && in.width % head_dim == 0, "rope: the width is no multiple of head_dim");
@@ -190,16 +191,16 @@ int record_rope(Program &program, int x, Floats<3> table, bool adjacent_pairs, i
       [=](const Step &step) { return elementwise(step, in.width, 2, 3); });
 }
 
-// The bounds of the layer's group, its blocks among them.
-Program::GroupLimits &limit_blocks(Program &program, const LayerKV &kv) {
-  const auto group = static_cast<std::size_t>(kv.group);
-  if (group >= program.limits.groups.size()) program.limits.groups.resize(group + 1);
-  Program::GroupLimits &limits = program.limits.groups[group];
+// The bounds of the layer's KV group, its blocks among them.
+Program::KVGroupLimits &limit_blocks(Program &program, const LayerKV &kv) {
+  const auto kv_group = static_cast<std::size_t>(kv.kv_group);
+  if (kv_group >= program.limits.kv_groups.size()) program.limits.kv_groups.resize(kv_group + 1);
+  Program::KVGroupLimits &limits = program.limits.kv_groups[kv_group];
   limits.blocks = std::min(limits.blocks, kv.num_blocks);
   return limits;
 }
 
-void record_write_kv(Program &program, const LayerKV &kv, int k, int v) {
+void capture_write_kv(Program &program, const LayerKV &kv, int k, int v) {
   for (const int id : {k, v}) {
     const Program::Value value = checked_value(program, id);
     require(value.width == kv.num_kv_heads * kv.head_dim, "write_kv: k or v has a wrong shape");
@@ -210,16 +211,16 @@ void record_write_kv(Program &program, const LayerKV &kv, int k, int v) {
                   {k, v},
                   {},
                   [=](const Frame &frame) {
-                    write_kv(frame.pool(), kv, frame[k], frame[v], frame.step.places[kv.group].slots,
+                    write_kv(frame.pool(), kv, frame[k], frame[v], frame.step.places[kv.kv_group].slots,
                              frame.step.num_tokens);
                   },
                   [=](const Step &step) { return elementwise(step, kv.num_kv_heads * kv.head_dim, 4, 0); }});
 }
 
-int record_norm_qkv(Program &program, int x, const NormWeights *norm, const LinearWeights &query,
-                    const LinearWeights &key, const LinearWeights &value, const NormWeights *query_norm,
-                    const NormWeights *key_norm, std::optional<Floats<3>> table, bool adjacent_pairs,
-                    const LayerKV &kv) {
+int capture_norm_qkv(Program &program, int x, const NormWeights *norm, const LinearWeights &query,
+                     const LinearWeights &key, const LinearWeights &value, const NormWeights *query_norm,
+                     const NormWeights *key_norm, std::optional<Floats<3>> table, bool adjacent_pairs,
+                     const LayerKV &kv) {
   const Program::Value in = checked_value(program, x);
   check_tokens(in, "norm_qkv: x must have a row a token");
   if (norm) check_norm(*norm, in.width);
@@ -241,12 +242,12 @@ int record_norm_qkv(Program &program, int x, const NormWeights *norm, const Line
   return append(
       program, "norm_qkv", {x}, query.matrix.rows, false,
       [=, args = QueryKeyValue{query, key, value, norm_or_none(query_norm), norm_or_none(key_norm), rope, kv},
-       norm = norm_or_none(norm), fine = program.fine()](const Frame &frame, int out) {
+       norm = norm_or_none(norm), int16_activations = program.int16_activations()](const Frame &frame, int out) {
         (void)table; // what rope refers to
         QueryKeyValue now = args;
-        now.positions = frame.step.positions, now.slots = frame.step.places[args.kv.group].slots;
+        now.positions = frame.step.positions, now.slots = frame.step.places[args.kv.kv_group].slots;
         const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
-        project_qkv(frame.pool(), frame.workspace(), rows, now, frame[out], fine);
+        project_qkv(frame.pool(), frame.workspace(), rows, now, frame[out], int16_activations);
       },
       [=](const Step &step) { return product_cost(step.num_tokens, weights); }, weights, norm_or_none(norm));
 }
@@ -254,8 +255,8 @@ int record_norm_qkv(Program &program, int x, const NormWeights *norm, const Line
 AttendArgs attend_args(const Step &step, const LayerKV &kv, int64_t query_width, int64_t window) {
   AttendArgs args{};
   args.kv = kv;
-  args.block_tables = step.places[kv.group].block_tables;
-  args.table_width = step.places[kv.group].table_width;
+  args.block_tables = step.places[kv.kv_group].block_tables;
+  args.table_width = step.places[kv.kv_group].table_width;
   args.sequence_index = step.sequence_index;
   args.positions = step.positions;
   args.num_tokens = step.num_tokens;
@@ -284,15 +285,15 @@ Cost attend_cost(const Step &step, const LayerKV &kv, int64_t query_width, int64
   return {read * static_cast<double>(kv.token_bytes()), 4 * keys * static_cast<double>(query_width)};
 }
 
-int record_attend(Program &program, int q, const LayerKV &kv, float scale, float soft_cap,
-                  std::optional<int64_t> given_window) {
+int capture_attend(Program &program, int q, const LayerKV &kv, float scale, float soft_cap,
+                   std::optional<int64_t> given_window) {
   const Program::Value in = checked_value(program, q);
   check_tokens(in, "attend: q must have a row a token");
   require(in.width % (kv.num_kv_heads * kv.head_dim) == 0, "attend: query heads must be a multiple of KV heads");
   require(!given_window || *given_window > 0, "attend: the window must be 1 or more");
   require(soft_cap >= 0, "attend: the soft cap must be 0, for none, or more");
   const int64_t window = std::min(given_window.value_or(kNoWindow), kNoWindow);
-  Program::GroupLimits &limits = limit_blocks(program, kv);
+  Program::KVGroupLimits &limits = limit_blocks(program, kv);
   limits.window = std::max(limits.window, window);
   return append(
       program, "attend", {q}, in.width, false,
@@ -307,7 +308,7 @@ int record_attend(Program &program, int q, const LayerKV &kv, float scale, float
       [=](const Step &step) { return attend_cost(step, kv, in.width, window); });
 }
 
-int record_activate(Program &program, int x, std::string_view name, std::optional<int> up) {
+int capture_activate(Program &program, int x, std::string_view name, std::optional<int> up) {
   const Program::Value in = checked_value(program, x);
   std::vector<int> inputs{x};
   if (up) {
@@ -315,7 +316,7 @@ int record_activate(Program &program, int x, std::string_view name, std::optiona
     require(in.width == other.width && in.of_logits == other.of_logits, "activate: x and up differ in shape");
     inputs.push_back(*up);
   }
-  const Activation activation = activation_of(name);
+  const Nonlinearity activation = nonlinearity_of(name);
   return append(
       program, "activate", inputs, in.width, in.of_logits,
       [=](const Frame &frame, int out) {
@@ -324,7 +325,7 @@ int record_activate(Program &program, int x, std::string_view name, std::optiona
       [=](const Step &step) { return elementwise(step, in.width, up ? 3 : 2, 20); });
 }
 
-int record_soft_cap(Program &program, int x, float cap) {
+int capture_soft_cap(Program &program, int x, float cap) {
   const Program::Value in = checked_value(program, x);
   require(cap > 0, "soft_cap: the cap must be above 0");
   return append(
@@ -336,7 +337,7 @@ int record_soft_cap(Program &program, int x, float cap) {
       });
 }
 
-int record_add(Program &program, int x, int y) {
+int capture_add(Program &program, int x, int y) {
   const Program::Value in = checked_value(program, x), other = checked_value(program, y);
   require(in.width == other.width && in.of_logits == other.of_logits, "add: x and y differ in shape");
   return append(
@@ -345,7 +346,7 @@ int record_add(Program &program, int x, int y) {
       [=](const Step &step) { return elementwise(step, in.width, 3, 1); });
 }
 
-int record_take_rows(Program &program, int x) {
+int capture_take_rows(Program &program, int x) {
   const Program::Value in = checked_value(program, x);
   check_tokens(in, "take_rows: x must have a row a token");
   return append(
@@ -435,26 +436,26 @@ void copy_value(Program &program, int id, FloatsOut<2> out) {
 void bind_program(nb::module_ &m) {
   // keep_alive: a program refers to the weights and arrays that its ops use.
   using Keep = nb::keep_alive<1, 3>;
-  nb::class_<Program>(m, "Program", "A recorded step: ops are appended, each giving the id of its value, then run.")
-      .def(nb::init<ThreadPool &, bool>(), nb::keep_alive<1, 2>(), "pool"_a, "fine"_a)
-      .def("embed", &record_embed, nb::keep_alive<1, 2>(), "table"_a, "of_positions"_a, "scale"_a)
-      .def("norm", &record_norm, Keep(), "x"_a, "norm"_a)
-      .def("project", &record_project, "x"_a, "linears"_a)
-      .def("linear", &record_linear, Keep(), "x"_a, "linear"_a, "residual"_a.none())
-      .def("norm_linear", &record_norm_linear, Keep(), nb::keep_alive<1, 4>(), "x"_a, "norm"_a.none(), "linear"_a)
-      .def("norm_gated", &record_norm_gated, Keep(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), "x"_a,
+  nb::class_<Program>(m, "Program", "A captured step: ops are appended, each giving the id of its value, then run.")
+      .def(nb::init<ThreadPool &, bool>(), nb::keep_alive<1, 2>(), "pool"_a, "int16_activations"_a)
+      .def("embed", &capture_embed, nb::keep_alive<1, 2>(), "table"_a, "of_positions"_a, "scale"_a)
+      .def("norm", &capture_norm, Keep(), "x"_a, "norm"_a)
+      .def("project", &capture_project, "x"_a, "linears"_a)
+      .def("linear", &capture_linear, Keep(), "x"_a, "linear"_a, "residual"_a.none())
+      .def("norm_linear", &capture_norm_linear, Keep(), nb::keep_alive<1, 4>(), "x"_a, "norm"_a.none(), "linear"_a)
+      .def("norm_gated", &capture_norm_gated, Keep(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), "x"_a,
            "norm"_a.none(), "gate"_a, "up"_a, "activation"_a)
-      .def("norm_qkv", &record_norm_qkv, Keep(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
-           nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 11>(), "x"_a, "norm"_a.none(), "query"_a,
-           "key"_a, "value"_a, "query_norm"_a.none(), "key_norm"_a.none(), "table"_a.noconvert().none(),
-           "adjacent_pairs"_a, "kv"_a)
-      .def("rope", &record_rope, "x"_a, "table"_a.noconvert(), "adjacent_pairs"_a, "head_dim"_a)
-      .def("write_kv", &record_write_kv, nb::keep_alive<1, 2>(), "kv"_a, "k"_a, "v"_a)
-      .def("attend", &record_attend, Keep(), "q"_a, "kv"_a, "scale"_a, "soft_cap"_a, "window"_a.none())
-      .def("activate", &record_activate, "x"_a, "activation"_a, "up"_a.none())
-      .def("soft_cap", &record_soft_cap, "x"_a, "cap"_a)
-      .def("add", &record_add, "x"_a, "y"_a)
-      .def("take_rows", &record_take_rows, "x"_a)
+      .def("norm_qkv", &capture_norm_qkv, Keep(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
+           nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 11>(), "x"_a,
+           "norm"_a.none(), "query"_a, "key"_a, "value"_a, "query_norm"_a.none(), "key_norm"_a.none(),
+           "table"_a.noconvert().none(), "adjacent_pairs"_a, "kv"_a)
+      .def("rope", &capture_rope, "x"_a, "table"_a.noconvert(), "adjacent_pairs"_a, "head_dim"_a)
+      .def("write_kv", &capture_write_kv, nb::keep_alive<1, 2>(), "kv"_a, "k"_a, "v"_a)
+      .def("attend", &capture_attend, Keep(), "q"_a, "kv"_a, "scale"_a, "soft_cap"_a, "window"_a.none())
+      .def("activate", &capture_activate, "x"_a, "activation"_a, "up"_a.none())
+      .def("soft_cap", &capture_soft_cap, "x"_a, "cap"_a)
+      .def("add", &capture_add, "x"_a, "y"_a)
+      .def("take_rows", &capture_take_rows, "x"_a)
       .def("finish", &finish, "output"_a)
       .def("run", &run_arrays, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "sequence_index"_a.noconvert(), "block_tables"_a.noconvert(), "logit_rows"_a.noconvert(),

@@ -18,13 +18,13 @@ struct StepArrays {
   Integers token_ids, positions, slots, sequence_index;
   Array<const int32_t, 2> block_tables;
   Integers logit_rows;
-  PlacesArrays windows; // of the groups behind the first
+  PlacesArrays windows; // of the KV groups behind the first
 };
 
 // A copy of them that was checked; `step` refers to it.
 struct CheckedStep {
   std::vector<int32_t> token_ids, positions, sequence_index, logit_rows;
-  std::vector<std::vector<int32_t>> slots, block_tables; // of each group
+  std::vector<std::vector<int32_t>> slots, block_tables; // of each KV group
   std::vector<KVIndex> places;
   Step step;
 
@@ -41,11 +41,11 @@ struct CheckedStep {
     require(all_below(token_ids, program.limits.token_ids), "Program: a token id is outside the embedding");
     require(all_below(positions, program.limits.positions), "Program: a position is outside a table of positions");
     require(all_below(logit_rows, step.num_tokens), "Program: a logit row is no token of the step");
-    const auto &groups = program.limits.groups;
-    require(arrays.windows.size() + 1 >= groups.size(), "Program: a group of layers has no block tables");
-    add_places(arrays.slots, arrays.block_tables, groups[0]);
-    for (std::size_t i = 1; i < groups.size(); ++i)
-      add_places(arrays.windows[i - 1].first, arrays.windows[i - 1].second, groups[i]);
+    const auto &kv_groups = program.limits.kv_groups;
+    require(arrays.windows.size() + 1 >= kv_groups.size(), "Program: a KV group has no block tables");
+    add_places(arrays.slots, arrays.block_tables, kv_groups[0]);
+    for (std::size_t i = 1; i < kv_groups.size(); ++i)
+      add_places(arrays.windows[i - 1].first, arrays.windows[i - 1].second, kv_groups[i]);
     for (std::size_t i = 0; i < places.size(); ++i)
       places[i].slots = slots[i].data(), places[i].block_tables = block_tables[i].data();
     step.places = places.data();
@@ -59,12 +59,12 @@ private:
   }
 
   void add_places(const Integers &given_slots, const Array<const int32_t, 2> &tables,
-                  const Program::GroupLimits &limits) {
+                  const Program::KVGroupLimits &limits) {
     require_aligned(given_slots, "Program", "slots");
     require_aligned(tables, "Program", "block_tables");
     require(size(given_slots, 0) == step.num_tokens,
             "Program: positions, slots and sequence_index need one item a token");
-    require(size(tables, 0) == step.num_sequences, "Program: groups differ in their number of block tables");
+    require(size(tables, 0) == step.num_sequences, "Program: KV groups differ in their number of block tables");
     slots.push_back(copied(given_slots));
     block_tables.push_back(copied(tables));
     places.push_back({nullptr, nullptr, size(tables, 1)});

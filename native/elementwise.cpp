@@ -24,7 +24,7 @@ float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
 
 } // namespace
 
-void take_weight_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out) {
+void embed_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out) {
   for (int64_t i = 0; i < count; ++i, out += weight.columns) {
     if (weight.quantized()) {
       kernels->dequantize_row(weight.block_format, weight.data.get(), weight.columns, row_ids[i], out);
@@ -46,7 +46,7 @@ void norm_rows(ThreadPool &pool, const Norm &norm, const float *x, int64_t rows,
   });
 }
 
-void activate(ThreadPool &pool, Activation activation, const float *x, const float *up, int64_t rows, int64_t columns,
+void activate(ThreadPool &pool, Nonlinearity activation, const float *x, const float *up, int64_t rows, int64_t columns,
               float *out) {
   pool.for_ranges(rows, kGrain, [&](int64_t first, int64_t last) {
     const int64_t at = first * columns;
@@ -72,7 +72,7 @@ void rope(ThreadPool &pool, float *x, const int32_t *positions, int64_t num_toke
   pool.for_ranges(num_tokens, kGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       for (int64_t head = 0; head < heads; ++head)
-        kernels->rope(x + (i * heads + head) * head_dim, args.turns + positions[i] * args.pairs * 2, args.pairs,
+        kernels->rope(x + (i * heads + head) * head_dim, args.cos_sin + positions[i] * args.pairs * 2, args.pairs,
                       args.adjacent_pairs);
   });
 }

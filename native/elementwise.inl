@@ -69,15 +69,15 @@ inline void for_eights(const float *x, const float *up, int64_t count, float *ou
   std::memcpy(out + i, lanes[0], bytes);
 }
 
-void activate(kvik::Activation activation, const float *x, const float *up, int64_t count, float *out) {
+void activate(kvik::Nonlinearity activation, const float *x, const float *up, int64_t count, float *out) {
   switch (activation) {
-  case kvik::Activation::silu:
+  case kvik::Nonlinearity::silu:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return silu(a) * b; });
-  case kvik::Activation::gelu:
+  case kvik::Nonlinearity::gelu:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return gelu(a) * b; });
-  case kvik::Activation::gelu_tanh:
+  case kvik::Nonlinearity::gelu_tanh:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return gelu_tanh(a) * b; });
-  case kvik::Activation::relu:
+  case kvik::Nonlinearity::relu:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return relu(a) * b; });
   }
 }
@@ -86,19 +86,19 @@ void soft_cap(const float *x, float cap, int64_t count, float *out) {
   for_eights(x, nullptr, count, out, [cap](F32x8 a, F32x8) { return soft_capped(a, cap); });
 }
 
-template <bool adjacent> inline void rope_pairs(float *x, const float *turns, int64_t pairs) {
+template <bool adjacent> inline void rope_pairs(float *x, const float *cos_sin, int64_t pairs) {
   const int64_t step = adjacent ? 2 : 1, partner = adjacent ? 1 : pairs;
   for (int64_t pair = 0; pair < pairs; ++pair) {
     float &a = x[pair * step], &b = x[pair * step + partner];
-    const float cosine = turns[2 * pair], sine = turns[2 * pair + 1], old = a;
+    const float cosine = cos_sin[2 * pair], sine = cos_sin[2 * pair + 1], old = a;
     a = old * cosine - b * sine;
     b = old * sine + b * cosine;
   }
 }
 
-void rope(float *x, const float *turns, int64_t pairs, bool adjacent_pairs) {
-  if (adjacent_pairs) return rope_pairs<true>(x, turns, pairs);
-  rope_pairs<false>(x, turns, pairs);
+void rope(float *x, const float *cos_sin, int64_t pairs, bool adjacent_pairs) {
+  if (adjacent_pairs) return rope_pairs<true>(x, cos_sin, pairs);
+  rope_pairs<false>(x, cos_sin, pairs);
 }
 
 } // namespace

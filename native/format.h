@@ -4,7 +4,7 @@
 //
 //   4 bits: 4 vectors of 32 bytes; in vector v, byte 4r+b holds row r: low nibble k = 4v+b, high nibble k = 16+4v+b
 //   8 bits: 8 vectors of 32 bytes; in vector v, byte 4r+b holds row r, k = 4v+b, signed
-//   then for each group: 8 scales (one a row), and after all scales 8 minima a group where they are stored
+//   then for each scale group: 8 scales (one a row), and after all scales 8 minima a scale group where they are stored
 //
 // so that one vector is 8 rows by 4 columns, and no matrix product adds across lanes. Float formats are
 // [column][8 rows].
@@ -16,7 +16,7 @@
 namespace kvik {
 
 constexpr int kRowBlock = 8; // rows that are interleaved
-constexpr int kGroup = 32;   // columns of one packed block, and of one activation group
+constexpr int kGroup = 32;   // columns of one packed block, and of the activations that share a scale
 
 enum class Minimum : uint8_t {
   none,
@@ -26,13 +26,13 @@ enum class Minimum : uint8_t {
 
 struct BlockFormat {
   int bits;
-  int group; // columns that share a scale
+  int scale_group; // columns that share a scale
   Minimum minimum;
   int scale_bytes; // 2: float16, 4: float32
 
-  constexpr int groups() const { return kGroup / group; }
+  constexpr int scale_groups() const { return kGroup / scale_group; }
   constexpr int quant_bytes() const { return kRowBlock * kGroup * bits / 8; }
-  constexpr int scales_bytes() const { return groups() * kRowBlock * scale_bytes; }
+  constexpr int scales_bytes() const { return scale_groups() * kRowBlock * scale_bytes; }
   constexpr int block_bytes() const { return quant_bytes() + scales_bytes() * (minimum == Minimum::stored ? 2 : 1); }
 };
 

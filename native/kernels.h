@@ -7,8 +7,8 @@
 
 namespace kvik {
 
-// Activation rows quantised per group of 32 columns: x = scale * (high), or scale * (254 * high + low).
-struct Activations {
+// Rows of activations, quantised per scale group of 32 columns: x = scale * (high), or scale * (254 * high + low).
+struct QuantizedRows {
   const int8_t *high;    // (T, columns)
   const int8_t *low;     // (T, columns), null with int8 activations
   const float *scale;    // (T, columns / 32)
@@ -16,7 +16,7 @@ struct Activations {
   const int32_t *excess; // (T, columns / 32, 3): -128 * the same sums of the quants
 };
 
-struct ActivationsOut {
+struct QuantizedRowsOut {
   int8_t *high;
   int8_t *low;
   float *scale;
@@ -27,8 +27,8 @@ struct ActivationsOut {
 struct LinearArgs {
   const uint8_t *weight; // packed, format.h
   int64_t rows, columns;
-  Activations quantized; // quantised formats read this
-  const float *x;        // float formats read this: (T, columns)
+  QuantizedRows quantized; // quantised formats read this
+  const float *x;          // float formats read this: (T, columns)
   int64_t num_tokens;
   float *y;              // (T, rows)
   const float *residual; // (T, rows) to add to the products, may be y; or null
@@ -44,7 +44,7 @@ struct Norm {
   bool layer;
 };
 
-enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu };
+enum class Nonlinearity : uint8_t { silu, gelu, gelu_tanh, relu };
 
 // Computes y for row blocks [first, last).
 using LinearKernel = void (*)(const LinearArgs &, int64_t first, int64_t last);
@@ -54,7 +54,7 @@ enum class KVType : uint8_t { f32, f16, int8 };
 constexpr int kBlockSize = 32;                     // tokens of a KV block
 constexpr int kSuperblock = 8;                     // blocks that lie together
 constexpr int kSegment = kBlockSize * kSuperblock; // tokens whose attention is one (max, sum, value)
-constexpr int kMostInt8HeadDim = 512;              // 32639 * 127 * 512 is the largest integer score: it fits 32 bits
+constexpr int kMaxInt8HeadDim = 512;               // 32639 * 127 * 512 is the largest integer score: it fits 32 bits
 constexpr int64_t kNoWindow = int64_t{1} << 40;
 
 // One layer's keys and values: (num_kv_heads, 2, 8, tile) in each superblock. A block's K tile is [head_dim][32
@@ -66,7 +66,7 @@ struct LayerKV {
   int64_t num_blocks, num_kv_heads, head_dim;
   int64_t tile_bytes;
   int64_t superblock_bytes; // from one superblock to the next: all layers'
-  int64_t group;            // of layers that keep the same tokens; each has block tables of its own
+  int64_t kv_group;         // of layers that keep the same tokens; each has block tables of its own
 
   // Bytes that one token's key and value take.
   int64_t token_bytes() const { return 2 * num_kv_heads * tile_bytes / kBlockSize; }
@@ -88,7 +88,7 @@ struct AttendArgs {
 
 // Neighbouring tokens that all see something of a segment: of one sequence and at neighbouring positions, or of any,
 // where `whole` says that each sees all of it and in the same blocks. A row is the query of a token and a head, so with
-// the heads that share a KV head there are num_tokens * group rows.
+// the heads that share a KV head there are num_tokens * queries_per_kv rows.
 struct SegmentTask {
   int64_t first_token, num_tokens, kv_head, segment;
   bool whole;
@@ -104,14 +104,14 @@ struct Kernels {
   const char *isa;
   LinearKernel quantized_linear[kNumBlockFormats][2]; // [format][int8, int16 activations]
   LinearKernel float_linear[kNumFloatFormats];
-  void (*quantize)(const float *x, int64_t columns, bool fine, const ActivationsOut &out); // one row
+  void (*quantize)(const float *x, int64_t columns, bool int16_activations, const QuantizedRowsOut &out); // one row
   void (*dequantize_row)(int format, const uint8_t *weight, int64_t columns, int64_t row, float *out);
   void (*norm)(const Norm &, const float *x, float *out); // one row
   // out = activation(x), times `up` where that is not null.
-  void (*activate)(Activation, const float *x, const float *up, int64_t count, float *out);
+  void (*activate)(Nonlinearity, const float *x, const float *up, int64_t count, float *out);
   void (*soft_cap)(const float *x, float cap, int64_t count, float *out);
-  // Turns the pairs of one head in place by turns (pairs, 2).
-  void (*rope)(float *x, const float *turns, int64_t pairs, bool adjacent_pairs);
+  // Rotates the pairs of one head in place by cos_sin (pairs, 2).
+  void (*rope)(float *x, const float *cos_sin, int64_t pairs, bool adjacent_pairs);
   void (*write_kv)(const LayerKV &, const float *k, const float *v, int64_t slot); // one token, all heads
   // Attention of some rows over one segment; `next` is what this thread will be asked for after it, or null.
   void (*attend_segment)(const AttendArgs &, const SegmentTask &, const SegmentTask *next, float *scratch,

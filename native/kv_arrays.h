@@ -16,11 +16,12 @@ namespace kvik {
 class KVArrays {
 public:
   // Throws std::bad_alloc where the address space cannot be had.
-  KVArrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KVType type, int64_t group)
+  KVArrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KVType type,
+           int64_t kv_group)
       : num_layers_(num_layers), shape_{nullptr, type, num_blocks, num_kv_heads, head_dim, tile_bytes(type, head_dim)} {
     layer_bytes_ = kSuperblock * num_kv_heads * 2 * shape_.tile_bytes;
     shape_.superblock_bytes = num_layers * layer_bytes_;
-    shape_.group = group;
+    shape_.kv_group = kv_group;
     num_bytes_ = num_superblocks() * shape_.superblock_bytes;
     memory_ = mmap(nullptr, static_cast<std::size_t>(num_bytes_), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -42,18 +42,18 @@ template <class Stored> void write_token(const LayerKV &kv, const float *k, cons
 struct Unit {
   float inverse, value;
 };
-inline Unit unit_of(float top, F32x8 defect, float levels, float least) {
-  const bool usable = top > least;
+inline Unit unit_of(float top, F32x8 defect, float levels, float min_top) {
+  const bool usable = top > min_top;
   return {usable ? levels / top : 0.0f, (usable ? top / levels : 0.0f) + add_lanes(defect)};
 }
-inline Unit unit_of(const float *x, int64_t count, float levels, float least) {
+inline Unit unit_of(const float *x, int64_t count, float levels, float min_top) {
   F32x8 largest = zero8(), defect = zero8(); // x - x: NaN where x is NaN or infinite, else zero
   for (int64_t i = 0; i < count; i += kLanes) {
     const F32x8 v = load(x + i);
     largest = max(abs(v), largest);
     defect = defect + (v - v);
   }
-  return unit_of(max_lanes(largest), defect, levels, least);
+  return unit_of(max_lanes(largest), defect, levels, min_top);
 }
 
 // Writes the bytes through `put(d, byte)` and gives the scale.

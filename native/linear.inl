@@ -3,13 +3,13 @@
 
 namespace {
 
-using kvik::Activations;
 using kvik::BlockFormat;
 using kvik::kBlockFormats;
 using kvik::kGroup;
 using kvik::kRowBlock;
 using kvik::LinearArgs;
 using kvik::Minimum;
+using kvik::QuantizedRows;
 
 template <int scale_bytes> inline F32x8 load_scales(const uint8_t *p) {
   if constexpr (scale_bytes == 2)
@@ -68,9 +68,9 @@ template <int wides, int tokens> inline void store_tile(const LinearArgs &args, 
 }
 
 // One tile of products with quantised weights, all columns: sums is (wides, tokens, kWideLanes).
-template <BlockFormat format, bool fine> struct QuantizedTile {
+template <BlockFormat format, bool int16_activations> struct QuantizedTile {
   // With two wide vectors the sums of a tile, float and integer, take 24 of 32 registers, or 12 of 16.
-  static constexpr int kTokens = (KVIK_SIMD_AVX512 ? 12 : 6) / (fine ? 3 : 2);
+  static constexpr int kTokens = (KVIK_SIMD_AVX512 ? 12 : 6) / (int16_activations ? 3 : 2);
   // One token waits for its weights. Row blocks one by one make a single stream, which memory serves best; a vector of
   // AVX-512 is two streams in any case, and four are what was measured there.
   static constexpr int kWidesOfOne = KVIK_SIMD_AVX512 ? 2 : 1;
@@ -79,9 +79,9 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
   template <int wides, int tokens>
   [[gnu::always_inline]] static inline void run(const LinearArgs &args, const Place &place, float *sums) {
     constexpr bool one_stream = wides * kWideBlocks * tokens == 1;
-    constexpr int kVectors = format.quant_bytes() / 32 / format.groups(); // of a group, as they lie in memory
-    constexpr int kPacked = 8 / format.bits;                              // weights in a byte
-    const Activations a = args.quantized;
+    constexpr int kVectors = format.quant_bytes() / 32 / format.scale_groups(); // of a group, as they lie in memory
+    constexpr int kPacked = 8 / format.bits;                                    // weights in a byte
+    const QuantizedRows a = args.quantized;
     const int64_t columns = args.columns, groups = columns / kGroup;
     const int64_t row_block_bytes = groups * format.block_bytes(), wide_bytes = kWideBlocks * row_block_bytes;
     const uint8_t *weight = args.weight + place.row_block * row_block_bytes;
@@ -94,14 +94,14 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
     for (int b = 0; b < wides; ++b) KVIK_UNROLL
     for (int t = 0; t < tokens; ++t) y[b][t] = wide_zero();
     for (int64_t group = 0; group < groups; ++group, weight += format.block_bytes()) {
-      for (int part = 0; part < format.groups(); ++part) {
-        const int64_t at = place.token * groups + group;     // of the first token's scale
-        const int sum = format.groups() == 1 ? 0 : 1 + part; // which of an activation group's three sums
+      for (int part = 0; part < format.scale_groups(); ++part) {
+        const int64_t at = place.token * groups + group;           // of the first token's scale
+        const int sum = format.scale_groups() == 1 ? 0 : 1 + part; // which of an activation group's three sums
         Dot<format.bits> high[wides][tokens], low[wides][tokens];
         KVIK_UNROLL
         for (int b = 0; b < wides; ++b) KVIK_UNROLL
         for (int t = 0; t < tokens; ++t)
-          (fine ? low : high)[b][t] = Dot<format.bits>(a.excess[3 * (at + t * groups) + sum]);
+          (int16_activations ? low : high)[b][t] = Dot<format.bits>(a.excess[3 * (at + t * groups) + sum]);
 
         for (int v = part * kVectors; v < (part + 1) * kVectors; ++v) {
           WideBytes packed[wides];
@@ -127,7 +127,7 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
               const WideBytes q = wide_broadcast4(a.high + (place.token + t) * columns + column);
               KVIK_UNROLL
               for (int b = 0; b < wides; ++b) high[b][t].add(w[b], q);
-              if constexpr (fine) {
+              if constexpr (int16_activations) {
                 const WideBytes rest = wide_broadcast4(a.low + (place.token + t) * columns + column);
                 KVIK_UNROLL
                 for (int b = 0; b < wides; ++b) low[b][t].add(w[b], rest);
@@ -149,7 +149,7 @@ template <BlockFormat format, bool fine> struct QuantizedTile {
           KVIK_UNROLL
           for (int t = 0; t < tokens; ++t) {
             WideInt dot = high[b][t].total();
-            if constexpr (fine) dot = scale_int(dot, 254) + low[b][t].total();
+            if constexpr (int16_activations) dot = scale_int(dot, 254) + low[b][t].total();
             y[b][t] = fma(scale * wide_broadcast(a.scale[at + t * groups]), to_float(dot), y[b][t]);
             if constexpr (format.minimum != Minimum::none)
               y[b][t] = fma(minimum, wide_broadcast(a.sums[3 * (at + t * groups) + sum]), y[b][t]);
@@ -252,16 +252,17 @@ template <class Tile> void cover(const LinearArgs &args, int64_t first, int64_t 
   }
 }
 
-template <int format, bool fine> void quantized_linear(const LinearArgs &args, int64_t first, int64_t last) {
-  cover<QuantizedTile<kBlockFormats[format], fine>>(args, first, last);
+template <int format, bool int16_activations>
+void quantized_linear(const LinearArgs &args, int64_t first, int64_t last) {
+  cover<QuantizedTile<kBlockFormats[format], int16_activations>>(args, first, last);
 }
 template <class Weight> void float_linear(const LinearArgs &args, int64_t first, int64_t last) {
   cover<FloatTile<Weight>>(args, first, last);
 }
 
 // Four vectors make a group. Values too small for a scale that float32 divides by become zero.
-void quantize_row(const float *x, int64_t columns, bool fine, const kvik::ActivationsOut &out) {
-  const float levels = fine ? 32384.0f : 127.0f; // 254 * 127.5 - 1: the high half must not round to 128
+void quantize_row(const float *x, int64_t columns, bool int16_activations, const kvik::QuantizedRowsOut &out) {
+  const float levels = int16_activations ? 32384.0f : 127.0f; // 254 * 127.5 - 1: the high half must not round to 128
   for (int64_t group = 0; group < columns / kGroup; ++group) {
     const float *values = x + group * kGroup;
     F32x8 largest = zero8(), defect = zero8(); // x - x: NaN where x is NaN or infinite, else zero
@@ -280,7 +281,7 @@ void quantize_row(const float *x, int64_t columns, bool fine, const kvik::Activa
       const F32x8 scaled = load(values + i * kLanes) * inverse;
       quants[i] = to_int(max(min(scaled, broadcast(levels)), broadcast(-levels)));
     }
-    if (fine) {
+    if (int16_activations) {
       Int32x8 low[4];
       for (int i = 0; i < 4; ++i) {
         high[i] = to_int(to_float(quants[i]) * broadcast(1.0f / 254));
@@ -314,7 +315,7 @@ template <BlockFormat format> void dequantize_packed(const uint8_t *weight, int6
   const uint8_t *block = weight + row / kRowBlock * (columns / kGroup) * format.block_bytes();
   for (int64_t start = 0; start < columns; start += kGroup, block += format.block_bytes()) {
     for (int k = 0; k < kGroup; ++k) {
-      const uint8_t *scales = block + format.quant_bytes() + k / format.group * kRowBlock * format.scale_bytes;
+      const uint8_t *scales = block + format.quant_bytes() + k / format.scale_group * kRowBlock * format.scale_bytes;
       float lanes[kLanes];
       store(lanes, load_scales<format.scale_bytes>(scales));
       const float scale = lanes[lane];

@@ -35,16 +35,16 @@ struct Projection {
   const float *residual = nullptr; // (T, rows); may be y itself where there is neither bias nor scale
 };
 
-// Cosine and sine by position: turns (positions, pairs, 2).
+// Cosine and sine by position: cos_sin (positions, pairs, 2).
 struct RopeArgs {
-  const float *turns;
-  int64_t pairs;       // 0: nothing turns
-  bool adjacent_pairs; // dimensions (2i, 2i+1) turn together, else (i, i + pairs)
+  const float *cos_sin;
+  int64_t pairs;       // 0: nothing rotates
+  bool adjacent_pairs; // dimensions (2i, 2i+1) rotate together, else (i, i + pairs)
 };
 
 // All projections of the same rows, which are normed and quantised once.
 void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span<const Projection> projections,
-             bool fine);
+             bool int16_activations);
 
 // Where in these weights, whose products are computed together, a thread of the pool begins, and about how much it has
 // to read. It may reach past the end of a matrix: what lies there comes next as a rule.
@@ -53,9 +53,9 @@ std::span<const uint8_t> first_weights(const ThreadPool &pool, std::span<const P
 
 // out = activation(gate(x)) * up(x): (T, rows of each matrix).
 void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const Linear &gate, const Linear &up,
-                   Activation activation, float *out, bool fine);
+                   Nonlinearity activation, float *out, bool int16_activations);
 
-// Queries (T, heads * head_dim) of the rows, normed and turned; their keys and values go to their slots.
+// Queries (T, heads * head_dim) of the rows, normed and rotated; their keys and values go to their slots.
 struct QueryKeyValue {
   Linear query, key, value;
   Norm query_norm, key_norm; // as wide as a head or as a row; no weight: none
@@ -64,19 +64,19 @@ struct QueryKeyValue {
   const int32_t *positions = nullptr, *slots = nullptr; // (T,)
 };
 void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const QueryKeyValue &args, float *q,
-                 bool fine);
+                 bool int16_activations);
 
 // Rows of the weight, times the scale.
-void take_weight_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out);
+void embed_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out);
 void take_rows(const float *x, const int32_t *row_ids, int64_t count, int64_t columns, float *out);
 // Norms (rows, norm.width).
 void norm_rows(ThreadPool &pool, const Norm &norm, const float *x, int64_t rows, float *out);
-void activate(ThreadPool &pool, Activation activation, const float *x, const float *up, int64_t rows, int64_t columns,
+void activate(ThreadPool &pool, Nonlinearity activation, const float *x, const float *up, int64_t rows, int64_t columns,
               float *out);
 void soft_cap(ThreadPool &pool, const float *x, float cap, int64_t rows, int64_t columns, float *out);
 void add(ThreadPool &pool, const float *x, const float *y, int64_t rows, int64_t columns, float *out);
 
-// Turns x (T, heads, head_dim) in place.
+// Rotates x (T, heads, head_dim) in place.
 void rope(ThreadPool &pool, float *x, const int32_t *positions, int64_t num_tokens, int64_t heads, int64_t head_dim,
           const RopeArgs &args);
 

@@ -7,7 +7,7 @@
 
 namespace kvik {
 
-// 32 columns of one row: value[k] = scales[k / group] * quants[k] + minima[k / group].
+// 32 columns of one row: value[k] = scales[k / scale_group] * quants[k] + minima[k / scale_group].
 struct Group {
   int8_t quants[kGroup];
   float scales[2];
@@ -137,7 +137,7 @@ void unpack_q6_k(const uint8_t *block, int part, Group &out) {
 constexpr int find_format(BlockFormat wanted) {
   for (int i = 0; i < kNumBlockFormats; ++i) {
     const BlockFormat &f = kBlockFormats[i];
-    if (f.bits == wanted.bits && f.group == wanted.group && f.minimum == wanted.minimum &&
+    if (f.bits == wanted.bits && f.scale_group == wanted.scale_group && f.minimum == wanted.minimum &&
         f.scale_bytes == wanted.scale_bytes)
       return i;
   }
@@ -191,7 +191,7 @@ void interleave(const Group (&rows)[kRowBlock], const BlockFormat &format, uint8
     }
   }
   uint8_t *scales = out + format.quant_bytes(), *minima = scales + format.scales_bytes();
-  for (int part = 0; part < format.groups(); ++part) {
+  for (int part = 0; part < format.scale_groups(); ++part) {
     float lanes[2][kRowBlock];
     for (int r = 0; r < kRowBlock; ++r) {
       lanes[0][r] = rows[r].scales[part];

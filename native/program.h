@@ -1,4 +1,4 @@
-// A recorded step: the ops of one forward pass, run in one call for any number of tokens.
+// A captured step: the ops of one forward pass, run in one call for any number of tokens.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace kvik {
 
-// Where one group of layers keeps the keys and values of a step.
+// Where one KV group keeps the keys and values of a step.
 struct KVIndex {
   const int32_t *slots;        // (T,)
   const int32_t *block_tables; // (sequences, table_width)
@@ -24,7 +24,7 @@ struct Step {
   int64_t num_tokens, num_sequences, num_logits;
   const int32_t *token_ids, *positions, *sequence_index; // (T,)
   const int32_t *logit_rows;                             // (R,) tokens whose logits are wanted
-  const KVIndex *places;                                 // of each group
+  const KVIndex *places;                                 // of each KV group
 };
 
 // What an op moves and computes in a step, at least: each weight and each key and value once.
@@ -71,16 +71,16 @@ public:
   };
 
   // Bounds that every step must keep, gathered from the ops.
-  struct GroupLimits {
+  struct KVGroupLimits {
     int64_t blocks = INT32_MAX;
     int64_t window = 1; // the longest of any op: so far back block tables must be right
   };
   struct Limits {
     int64_t token_ids = INT32_MAX, positions = INT32_MAX;
-    std::vector<GroupLimits> groups{1};
+    std::vector<KVGroupLimits> kv_groups{1};
   };
 
-  Program(ThreadPool &pool, bool fine) : pool_(pool), fine_(fine) {}
+  Program(ThreadPool &pool, bool int16_activations) : pool_(pool), int16_activations_(int16_activations) {}
 
   int new_value(int64_t width, bool of_logits);
   void add_op(Op op);
@@ -104,7 +104,7 @@ public:
   const std::vector<Op> &ops() const { return ops_; }
   const Value &value(int index) const { return values_[static_cast<std::size_t>(index)]; }
   int num_values() const { return static_cast<int>(values_.size()); }
-  bool fine() const { return fine_; }
+  bool int16_activations() const { return int16_activations_; }
   bool finished() const { return output_ >= 0; }
   int output() const { return output_; }
 
@@ -121,7 +121,7 @@ private:
   void announce(const Soon &soon);
 
   ThreadPool &pool_;
-  bool fine_;
+  bool int16_activations_;
   int output_ = -1;
   int64_t last_rows_ = 0; // room in each buffer
   std::vector<Value> values_;

@@ -14,12 +14,12 @@ constexpr int64_t kGatedTokens = 60; // whose two halves are computed before the
 // The rows as the kernels read them: as floats, and quantised where a weight asks for it.
 class PreparedRows {
 public:
-  PreparedRows(ThreadPool &pool, Workspace &workspace, const RowsIn &in, bool quantize, bool fine)
-      : num_tokens_(in.num_tokens), columns_(in.columns), fine_(fine), x_(in.x) {
+  PreparedRows(ThreadPool &pool, Workspace &workspace, const RowsIn &in, bool quantize, bool int16_activations)
+      : num_tokens_(in.num_tokens), columns_(in.columns), int16_activations_(int16_activations), x_(in.x) {
     const int64_t size = num_tokens_ * columns_, groups = columns_ / kGroup;
-    ActivationsOut out{};
+    QuantizedRowsOut out{};
     if (quantize) {
-      out = {workspace.high.get<int8_t>(size), fine ? workspace.low.get<int8_t>(size) : nullptr,
+      out = {workspace.high.get<int8_t>(size), int16_activations ? workspace.low.get<int8_t>(size) : nullptr,
              workspace.scale.get<float>(num_tokens_ * groups), workspace.sums.get<float>(3 * num_tokens_ * groups),
              workspace.excess.get<int32_t>(3 * num_tokens_ * groups)};
       quantized_ = {out.high, out.low, out.scale, out.sums, out.excess};
@@ -32,8 +32,8 @@ public:
         const int64_t at = i * columns_;
         if (normed) kernels->norm(in.norm, in.x + at, normed + at);
         if (quantize)
-          kernels->quantize(x_ + at, columns_, fine,
-                            {out.high + at, fine ? out.low + at : nullptr, out.scale + i * groups,
+          kernels->quantize(x_ + at, columns_, int16_activations,
+                            {out.high + at, int16_activations ? out.low + at : nullptr, out.scale + i * groups,
                              out.sums + 3 * i * groups, out.excess + 3 * i * groups});
       }
     });
@@ -48,7 +48,7 @@ public:
   void multiply(const Projection &projection, int64_t first, int64_t last, int64_t token, int64_t count) const {
     const auto &[linear, y, residual] = projection;
     const PackedWeight &weight = *linear.matrix;
-    const LinearKernel kernel = weight.quantized() ? kernels->quantized_linear[weight.block_format][fine_]
+    const LinearKernel kernel = weight.quantized() ? kernels->quantized_linear[weight.block_format][int16_activations_]
                                                    : kernels->float_linear[static_cast<int>(weight.float_format)];
     kernel({weight.data.get(), weight.rows, columns_, quantized_from(token), x_ + token * columns_, count, y,
             linear.plain() ? residual : nullptr},
@@ -67,23 +67,23 @@ public:
   }
 
 private:
-  Activations quantized_from(int64_t token) const {
+  QuantizedRows quantized_from(int64_t token) const {
     if (!quantized_.high) return {};
     const int64_t at = token * columns_, group = token * (columns_ / kGroup);
-    return {quantized_.high + at, fine_ ? quantized_.low + at : nullptr, quantized_.scale + group,
+    return {quantized_.high + at, int16_activations_ ? quantized_.low + at : nullptr, quantized_.scale + group,
             quantized_.sums + 3 * group, quantized_.excess + 3 * group};
   }
 
   int64_t num_tokens_, columns_;
-  bool fine_;
+  bool int16_activations_;
   const float *x_;
-  Activations quantized_{};
+  QuantizedRows quantized_{};
 };
 
 } // namespace
 
 void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span<const Projection> projections,
-             bool fine) {
+             bool int16_activations) {
   if (in.num_tokens == 0) return;
   bool quantize = false;
   int64_t row_blocks = 0;
@@ -91,7 +91,7 @@ void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span
     quantize = quantize || projection.linear.matrix->quantized();
     row_blocks += projection.linear.matrix->row_blocks();
   }
-  const PreparedRows rows(pool, workspace, in, quantize, fine);
+  const PreparedRows rows(pool, workspace, in, quantize, int16_activations);
   // The row blocks of all weights in a row, cut evenly.
   pool.for_ranges(row_blocks, kRowGrain, [&](int64_t first, int64_t last) {
     for (const Projection &projection : projections) {
@@ -118,10 +118,10 @@ std::span<const uint8_t> first_weights(const ThreadPool &pool, std::span<const P
 }
 
 void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const Linear &gate, const Linear &up,
-                   Activation activation, float *out, bool fine) {
+                   Nonlinearity activation, float *out, bool int16_activations) {
   if (in.num_tokens == 0) return;
   const int64_t width = gate.matrix->rows;
-  const PreparedRows rows(pool, workspace, in, gate.matrix->quantized() || up.matrix->quantized(), fine);
+  const PreparedRows rows(pool, workspace, in, gate.matrix->quantized() || up.matrix->quantized(), int16_activations);
   // Threads have columns of it for themselves.
   float *other = workspace.up.get<float>(std::min(in.num_tokens, kGatedTokens) * width);
   pool.for_ranges(gate.matrix->row_blocks(), kRowGrain, [&](int64_t first, int64_t last) {
@@ -138,23 +138,23 @@ void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, con
 }
 
 void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const QueryKeyValue &args, float *q,
-                 bool fine) {
+                 bool int16_activations) {
   const LayerKV &kv = args.kv;
   const int64_t width = kv.num_kv_heads * kv.head_dim, query_width = args.query.matrix->rows;
   float *k = workspace.keys.get<float>(in.num_tokens * width), *v = workspace.values.get<float>(in.num_tokens * width);
   const Projection projections[] = {{args.query, q}, {args.key, k}, {args.value, v}};
-  project(pool, workspace, in, projections, fine);
+  project(pool, workspace, in, projections, int16_activations);
   // Neighbouring tokens share cache lines of a K tile, so a thread takes whole blocks' worth of them.
   pool.for_ranges(in.num_tokens, kBlockSize, [&](int64_t first, int64_t last) {
-    const auto turn = [&](const Norm &norm, float *heads, int64_t size, int32_t position) {
+    const auto norm_and_rotate = [&](const Norm &norm, float *heads, int64_t size, int32_t position) {
       for (int64_t at = 0; norm.weight && at < size; at += norm.width) kernels->norm(norm, heads + at, heads + at);
       for (int64_t at = 0; args.rope.pairs > 0 && at < size; at += kv.head_dim)
-        kernels->rope(heads + at, args.rope.turns + position * args.rope.pairs * 2, args.rope.pairs,
+        kernels->rope(heads + at, args.rope.cos_sin + position * args.rope.pairs * 2, args.rope.pairs,
                       args.rope.adjacent_pairs);
     };
     for (int64_t i = first; i < last; ++i) {
-      turn(args.query_norm, q + i * query_width, query_width, args.positions[i]);
-      turn(args.key_norm, k + i * width, width, args.positions[i]);
+      norm_and_rotate(args.query_norm, q + i * query_width, query_width, args.positions[i]);
+      norm_and_rotate(args.key_norm, k + i * width, width, args.positions[i]);
       kernels->write_kv(kv, k + i * width, v + i * width, args.slots[i]);
     }
   });

@@ -62,7 +62,7 @@ private:
 } // namespace
 
 // Of what comes next, the most that a thread fetches while it waits: well within an L2 cache.
-constexpr int64_t kMostAhead = 96 << 10;
+constexpr int64_t kMaxAhead = 96 << 10;
 // Bytes for each pause. A core drops what it is asked for faster than memory brings it: without pauses most of it.
 constexpr int64_t kFetchedAtOnce = 6 * 64;
 
@@ -86,7 +86,7 @@ struct alignas(64) Share {
   void begin_waiting() {
     const uint8_t *data = ahead.load(std::memory_order_relaxed);
     if (data != fetching) fetching = data, fetched = 0;
-    wanted = std::min(kMostAhead, ahead_bytes.load(std::memory_order_relaxed));
+    wanted = std::min(kMaxAhead, ahead_bytes.load(std::memory_order_relaxed));
   }
   void wait_a_little() {
     for (const int64_t end = std::min(wanted, fetched + kFetchedAtOnce); fetched < end; fetched += 64)
@@ -94,7 +94,7 @@ struct alignas(64) Share {
     pause();
   }
 };
-constexpr int64_t kMostChunks = 65535; // of one job
+constexpr int64_t kMaxChunks = 65535; // of one job
 
 // Returns the value once it differs from `old`, sleeping in the kernel only after a while.
 uint32_t wait_for_change(const std::atomic<uint32_t> &value, uint32_t old, Share &share) {
@@ -200,8 +200,8 @@ void ThreadPool::for_each(int64_t count, Job job) {
   }
   const std::lock_guard lock(one_job_at_a_time_);
   if (!started()) start();
-  for (int64_t first = 0; first < count; first += kMostChunks) {
-    const int64_t some = std::min(count - first, kMostChunks);
+  for (int64_t first = 0; first < count; first += kMaxChunks) {
+    const int64_t some = std::min(count - first, kMaxChunks);
     if (first == 0 && some == count) {
       run_job(count, job);
     } else {

@@ -26,8 +26,8 @@ private:
 // has neighbouring ones for its own, takes them one by one, and then those that others have not come to; the caller
 // waits only for chunks that another thread has taken. So data are read in the order they lie in, and a thread that the
 // system does not schedule costs its share of speed, and nothing more. Idle threads spin for some tens of microseconds,
-// yield, then sleep. After a fork the child starts its own threads at the next job; only a fork in the middle of
-// another thread's job leaves it a pool that is locked for ever.
+// yield, then sleep. After a fork the child starts its own threads at the next job; forking while another thread runs a
+// job leaves the child's pool locked.
 class ThreadPool {
 public:
   // Called with (thread index, chunk) for each chunk; must not throw.

@@ -57,7 +57,7 @@ struct AttentionSpace {
   Buffer scratch, totals, slots;
 };
 
-// One op at a time; a recorded step keeps one for all of its ops.
+// One op at a time; a captured step keeps one for all of its ops.
 struct Workspace {
   Buffer high, low, scale, sums, excess; // quantised activations
   Buffer normed;                         // rows after their norm, for float weights

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from kvik.cache import BLOCK_SIZE
-from kvik.config import Activations, EngineConfig, KVDType, SamplingParams
+from kvik.config import ActivationDType, EngineConfig, KVDType, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.loader import LoadedModel
 from kvik.ops.base import Batch
@@ -24,7 +24,12 @@ class Arrangement:
     shuffled: bool = False
 
     def run(
-        self, model: LoadedModel, prompt: list[int], params: SamplingParams, kv_dtype: KVDType, activations: Activations
+        self,
+        model: LoadedModel,
+        prompt: list[int],
+        params: SamplingParams,
+        kv_dtype: KVDType,
+        activations: ActivationDType,
     ) -> Run:
         """Completes the prompt so, on an engine of its own."""
         engine = Engine(
@@ -46,7 +51,7 @@ def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: K
     spec = model.decoder.spec.kv_spec(kv_dtype)
     count = spec.num_blocks_for(len(prompt))
     tables = np.random.default_rng(seed).permutation(count + 3)[None, :count].astype(np.int32)
-    forward = model.decoder.record(model.decoder.ops.allocate_kv(spec, count + 3))
+    forward = model.decoder.capture(model.decoder.ops.allocate_kv(spec, count + 3))
     rows = []
     for start in range(0, len(prompt), chunk):
         token_ids = np.asarray(prompt[start : start + chunk], np.int32)

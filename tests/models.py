@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from gguf_files import tiny_llama, write_gguf
-from kvik.config import Activations, SamplingParams
+from kvik.config import ActivationDType, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
 from kvik.files.gguf import read_gguf
@@ -31,19 +31,19 @@ GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
 def tiny_model(
-    folder: Path, *, activations: Activations = "int8", threads: int = 1, context: int | None = None, **options: Any
+    folder: Path, *, activations: ActivationDType = "int8", threads: int = 1, context: int | None = None, **options: Any
 ) -> LoadedModel:
     """A random model on the native backend; `options` are those of `tiny_llama`."""
     path = tiny_llama(folder / "tiny.gguf", **options)
     return load_model(path, NativeOps(activations, threads), context=context)
 
 
-def tiny_reference_model(folder: Path, *, activations: Activations = "int8", **options: Any) -> LoadedModel:
+def tiny_reference_model(folder: Path, *, activations: ActivationDType = "int8", **options: Any) -> LoadedModel:
     """The same on the reference backend."""
     return load_model(tiny_llama(folder / "tiny.gguf", **options), ReferenceOps(activations))
 
 
-def with_ops(model: LoadedModel, activations: Activations, threads: int) -> LoadedModel:
+def with_ops(model: LoadedModel, activations: ActivationDType, threads: int) -> LoadedModel:
     """The same weights, run by other native ops: neither setting shows in how a weight is packed."""
     return dataclasses.replace(model, decoder=model.decoder.with_ops(NativeOps(activations, threads)))
 

@@ -84,14 +84,14 @@ class LayerKV:
     """One layer's keys and values; keep its KVArrays alive."""
 
     @property
-    def group(self) -> int:
+    def kv_group(self) -> int:
         """Which block tables of a step are its own."""
 
 class KVArrays:
     """Keys and values of all layers, in blocks of 32 tokens."""
 
     def __init__(
-        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: str, group: int = 0
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: str, kv_group: int = 0
     ) -> None: ...
     @property
     def num_bytes(self) -> int: ...
@@ -112,13 +112,13 @@ def project(
     x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
     linears: Sequence[Linear],
     outs: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")]],
-    fine: bool,
+    int16_activations: bool,
 ) -> None:
     """
-    outs[i] = linears[i] of x; activations in int16 where `fine`, else int8.
+    outs[i] = linears[i] of x; activations in int16 where `int16_activations`, else int8.
     """
 
-def take_rows(
+def embed_rows(
     weight: PackedWeight,
     row_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     scale: float,
@@ -217,10 +217,10 @@ def float_throughput(pool: ThreadPool) -> float:
 
 class Program:
     """
-    A recorded step: ops are appended, each giving the id of its value, then run.
+    A captured step: ops are appended, each giving the id of its value, then run.
     """
 
-    def __init__(self, pool: ThreadPool, fine: bool) -> None: ...
+    def __init__(self, pool: ThreadPool, int16_activations: bool) -> None: ...
     def embed(self, table: PackedWeight, of_positions: bool, scale: float) -> int: ...
     def norm(self, x: int, norm: Norm) -> int: ...
     def project(self, x: int, linears: list[Linear]) -> list[int]: ...

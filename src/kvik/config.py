@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from kvik.errors import InvalidInput
 
-Activations = Literal["int8", "int16"]
+ActivationDType = Literal["int8", "int16"]
 KVDType = Literal["f32", "f16", "int8"]
 Backend = Literal["native", "reference"]
 Speculation = Literal["ngram"]
@@ -23,7 +23,7 @@ MAX_COMPLETIONS = 128
 MAX_BEAM_WIDTH = 10
 MAX_SEED = 2**64 - 1
 MAX_TOKENS = 2**31 - 1
-MAX_BYTES = 2**50
+MAX_SIZE_BYTES = 2**50
 
 _UNITS = {"": 1} | {
     letter + ending: base**power
@@ -117,7 +117,7 @@ are no faster (docs/log.md).
 class EngineConfig:
     """How a model is run. Raises `InvalidInput`."""
 
-    activations: Activations = "int8"  # what quantised weights are multiplied with; "int16" equals float32 in practice
+    activations: ActivationDType = "int8"  # what quantised weights are multiplied with; int16 is as good as float32
     weights: WeightFormat | None = None  # quantise a checkpoint's weights to this when they are loaded; None: keep them
     kv_dtype: KVDType = "f16"
     context: int | None = None  # most tokens of a sequence, prompt and completion; None: the model's own limit
@@ -130,7 +130,7 @@ class EngineConfig:
     backend: Backend = "native"
 
     def __post_init__(self) -> None:
-        _check_choice("activations", self.activations, get_args(Activations))
+        _check_choice("activations", self.activations, get_args(ActivationDType))
         _check_choice("kv_dtype", self.kv_dtype, get_args(KVDType))
         _check_choice("backend", self.backend, get_args(Backend))
         if self.weights is not None:
@@ -156,7 +156,7 @@ def parse_bytes(name: str, value: int | str) -> int:
     if type(value) is str and (match := _SIZE.fullmatch(value)):
         whole, decimals, unit = match[1], match[2] or "", match[3].lower()
         num_bytes = int(whole + decimals) * _UNITS[unit] // 10 ** len(decimals)
-    if type(num_bytes) is not int or not 1 <= num_bytes <= MAX_BYTES:
+    if type(num_bytes) is not int or not 1 <= num_bytes <= MAX_SIZE_BYTES:
         raise InvalidInput(
             f"{name} is {_shown(value)}", hint="give bytes or a size like 512MiB, 2GiB or 1.5GB, up to 1024TiB"
         )
@@ -169,16 +169,16 @@ def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _check_int(name: str, value: Any, least: int, most: int) -> None:
-    if type(value) is not int or not least <= value <= most:
-        raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give a whole number from {least} to {most:,}")
+def _check_int(name: str, value: Any, minimum: int, maximum: int) -> None:
+    if type(value) is not int or not minimum <= value <= maximum:
+        raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give a whole number from {minimum} to {maximum:,}")
 
 
-def _check_number(name: str, value: Any, least: float, most: float, *, above: bool = False) -> None:
+def _check_number(name: str, value: Any, minimum: float, maximum: float, *, above: bool = False) -> None:
     # NaN fails every comparison.
-    if type(value) not in (int, float) or not least <= value <= most or (above and value == least):
-        low = f"above {least:g}" if above else f"from {least:g}"
-        raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give a number {low} to {most:g}")
+    if type(value) not in (int, float) or not minimum <= value <= maximum or (above and value == minimum):
+        low = f"above {minimum:g}" if above else f"from {minimum:g}"
+        raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give a number {low} to {maximum:g}")
 
 
 def _check_bool(name: str, value: Any) -> None:

@@ -59,17 +59,17 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     were not used lately do not count, as the kernel takes them back. Source: the kernel's cgroup-v2 document and, for
     version 1, memory.rst.
     """
-    least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if (available := _value_of("MemAvailable:", _read(root / "proc/meminfo"))) is not None:
-        least = available * 1024
+        num_bytes = available * 1024
     for folder, version in _control_groups("memory", root):
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
         limit, usage = (_read(folder / name).strip() for name in names)
         if limit.isdigit() and usage.isdigit():
             reclaimable = "total_inactive_file" if version == 1 else "inactive_file"
             unused = _value_of(reclaimable, _read(folder / "memory.stat")) or 0
-            least = min(least, int(limit) - max(0, int(usage) - unused))
-    return max(0, least)
+            num_bytes = min(num_bytes, int(limit) - max(0, int(usage) - unused))
+    return max(0, num_bytes)
 
 
 def give_back_memory() -> None:

@@ -242,7 +242,7 @@ def test_branches_under_pressure(tiny: LoadedModel) -> None:
         assert_same(runs, [run(fresh, prompt, single) for single in singles], max_running)
 
 
-# The recorded step and the ops one by one.
+# The captured step and the ops one by one.
 
 
 def test_a_recorded_step_is_its_ops_one_by_one(tiny: LoadedModel, wanted: list[Run]) -> None:

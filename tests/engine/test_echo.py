@@ -36,7 +36,7 @@ def teacher_forced(model: LoadedModel, token_ids: list[int]) -> FloatArray:
         logit_rows=positions,
     )
     assert spec.block_size == BLOCK_SIZE
-    return model.decoder.ops.to_numpy(model.decoder.record(model.decoder.ops.allocate_kv(spec, count))(batch))
+    return model.decoder.ops.to_numpy(model.decoder.capture(model.decoder.ops.allocate_kv(spec, count))(batch))
 
 
 def logprobs_of(rows: FloatArray) -> Iterator[list[float]]:

@@ -16,7 +16,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from arrangements import Arrangement, assert_same, prompt_logits
-from kvik.config import Activations, EngineConfig, KVDType, SamplingParams
+from kvik.config import ActivationDType, EngineConfig, KVDType, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.loader import LoadedModel
 from models import random_prompt, run, shuffle_free_blocks, tiny_model, tiny_reference_model, with_ops
@@ -58,7 +58,7 @@ def shaped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("activations", ["int8", "int16"])
 @pytest.mark.parametrize("kv_dtype", get_args(KVDType))
 def test_every_arrangement_gives_the_same_bits(
-    shaped: LoadedModel, kv_dtype: KVDType, activations: Activations
+    shaped: LoadedModel, kv_dtype: KVDType, activations: ActivationDType
 ) -> None:
     prompt = random_prompt(shaped, 70, seed=11)
     wanted = Arrangement().run(shaped, prompt, PARAMS, kv_dtype, activations)
@@ -176,7 +176,7 @@ def test_every_prompt_logit_of_the_default_model(trained: LoadedModel, chunk: in
 
 @pytest.mark.parametrize(("kv_dtype", "activations"), [("f32", "int8"), ("f16", "int16"), ("int8", "int8")])
 def test_the_default_model_in_its_other_settings(
-    trained: LoadedModel, kv_dtype: KVDType, activations: Activations
+    trained: LoadedModel, kv_dtype: KVDType, activations: ActivationDType
 ) -> None:
     prompt = trained.tokenizer.encode("The capital of France is")
     params = SamplingParams(max_tokens=4)
@@ -189,7 +189,7 @@ def test_the_default_model_in_its_other_settings(
 @pytest.mark.parametrize(("activations", "tolerance"), [("int16", 0.01), ("int8", 0.15)])
 @pytest.mark.parametrize("shape", SHAPES[:2] + SHAPES[3:], ids=lambda shape: f"seed{shape['seed']}")
 def test_the_reference_backend_agrees(
-    tmp_path: Path, shape: dict[str, Any], activations: Activations, tolerance: float
+    tmp_path: Path, shape: dict[str, Any], activations: ActivationDType, tolerance: float
 ) -> None:
     """Logits have a standard deviation of 2. int16: rounding alone; int8: a tie may fall on the other side."""
     native = tiny_model(tmp_path, activations=activations, **shape)

@@ -1,4 +1,4 @@
-"""A step's work as it is counted, against what the recorded step says of each op."""
+"""A step's work as it is counted, against what the captured step says of each op."""
 
 from __future__ import annotations
 

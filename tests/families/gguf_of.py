@@ -160,8 +160,8 @@ def _rope_tensors(config: Config) -> dict[str, FloatArray]:
             factors = []
             for pair in range(num_dims // 2):
                 wave = 2 * math.pi * config["rope_theta"] ** (2 * pair / num_dims)
-                turns = scaling["original_max_position_embeddings"] / wave
-                way = min(1.0, max(0.0, (turns - low) / (high - low)))
+                rotations = scaling["original_max_position_embeddings"] / wave
+                way = min(1.0, max(0.0, (rotations - low) / (high - low)))
                 factors.append(1 / ((1 - way) / factor + way))
             return {"rope_freqs.weight": np.asarray(factors, np.float32)}
     return {}
@@ -193,7 +193,7 @@ def _values(architecture: str, config: Config, name: str, values: FloatArray) ->
 
 
 def _pairs_beside(values: FloatArray, num_heads: int) -> FloatArray:
-    """Rows that turn together, half a head apart, become neighbours."""
+    """Rows that rotate together, half a head apart, become neighbours."""
     halves = values.reshape(num_heads, 2, -1, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 

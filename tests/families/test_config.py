@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fraction": (changed("llama", hidden_size=138.0), "hidden_size is 138.0"),
     "flag": (changed("llama", num_key_value_heads=True), "num_key_value_heads is True"),
     "eps": (changed("llama", rms_norm_eps=math.nan), "rms_norm_eps is nan; it must be a number above 0"),
-    "odd-rope": (changed("phi", partial_rotary_factor=0.24), "19 dimensions of a head of 80 cannot turn in pairs"),
+    "odd-rope": (changed("phi", partial_rotary_factor=0.24), "19 dimensions of a head of 80 cannot rotate in pairs"),
     "few-factors": (
         changed("phi3-long", rope_scaling=CASES["phi3-short"]["rope_scaling"]),
         "long_factor is .* a list of 48",
@@ -182,7 +182,7 @@ def assert_whole(spec: DecoderSpec) -> None:
     assert spec.problem() is None
     assert 0 < spec.norm_eps < math.inf
     for rope in spec.ropes:
-        assert np.isfinite(rope.table(3).turns).all(), rope
+        assert np.isfinite(rope.table(3).cos_sin).all(), rope
     for value in (spec.attention_scale, spec.embedding_scale, spec.residual_scale, spec.logit_scale):
         assert value is None or 0 < np.float32(value) < math.inf
     if spec.num_layers * spec.num_heads < 100 and spec.num_heads * spec.head_dim < 10_000:

@@ -1,4 +1,4 @@
-"""Bits that must not change, over every family: cache, chunks, batch mates, threads, recorded or eager."""
+"""Bits that must not change, over every family: cache, chunks, batch mates, threads, captured or eager."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ def test_a_recorded_pass_gives_the_bits_of_an_eager_one(model: LoadedModel) -> N
         logit_rows=positions,
     ).with_windows(len(spec.windows))
     eager = decoder.ops.to_numpy(decoder.forward(batch, decoder.ops.allocate_kv(spec, num_blocks)))
-    recorded = decoder.ops.to_numpy(decoder.record(decoder.ops.allocate_kv(spec, num_blocks))(batch))
-    np.testing.assert_array_equal(recorded.view(np.uint32), eager.view(np.uint32))
+    captured = decoder.ops.to_numpy(decoder.capture(decoder.ops.allocate_kv(spec, num_blocks))(batch))
+    np.testing.assert_array_equal(captured.view(np.uint32), eager.view(np.uint32))

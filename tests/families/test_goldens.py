@@ -78,7 +78,7 @@ CHANGES: list[tuple[str, str, Change]] = [
     ("mistral", "window - 1", partial(wider_windows, by=-1)),
     ("qwen2", "window + 1", wider_windows),
     ("smollm3-windows", "window + 1", wider_windows),
-    ("smollm3", "all layers turn", one_rope),
+    ("smollm3", "all layers have RoPE", one_rope),
     ("gemma3_text", "one base", one_rope),
     ("gemma3_text", "window + 1", wider_windows),
     ("olmo3", "one rope", one_rope),

@@ -12,20 +12,20 @@ from typing import get_args
 import numpy as np
 
 from gguf_files import WEIGHT_TYPES
-from kvik.config import Activations, KVDType
+from kvik.config import ActivationDType, KVDType
 from kvik.models.spec import RopeSpec
-from kvik.ops.base import Activation, Linear, Norm
+from kvik.ops.base import Linear, Nonlinearity, Norm
 from kvik.ops.native import NativeOps
 from ops.arrangement import FloatArray, Heads, random_history, random_weights
 from ops.sharing import filled, random_sharers
 
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+NONLINEARITIES: tuple[Nonlinearity, ...] = get_args(Nonlinearity)
 
 
 def outputs(threads: int = 2) -> Iterator[FloatArray]:
     """Every op and kernel once or more, sizes that leave a rest at each step, values from tiny to large."""
     rng = np.random.default_rng(20)
-    both: tuple[Activations, ...] = ("int8", "int16")
+    both: tuple[ActivationDType, ...] = ("int8", "int16")
     for activations in both:
         ops = NativeOps(activations, threads=threads)
         for kind in WEIGHT_TYPES:
@@ -37,7 +37,7 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
     x, y = (rng.normal(0, 10, (11, 45)).astype(np.float32) for _ in range(2))
     yield ops.norm(x, Norm(y[0], 1e-5))
     yield ops.norm(x, Norm(y[0], 1e-5, y[1], "layer"))
-    for activation in ACTIVATIONS:
+    for activation in NONLINEARITIES:
         yield ops.activate(10 * x, activation, y)
         yield ops.activate(x, activation)
     yield ops.soft_cap(10 * x, 30.0)

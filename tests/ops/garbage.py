@@ -34,8 +34,8 @@ def one_of(*values: Any) -> Maker:
 def numbers(shape: tuple[int, ...], dtype: Any, chance: random.Random) -> np.ndarray[Any, Any]:
     rng = np.random.default_rng(chance.randrange(2**32))
     if dtype is np.int32:
-        most = chance.choice((1, 3, 8, 95, 2**31 - 1))
-        return rng.integers(-1 if chance.random() < 0.1 else 0, most, shape, np.int32)
+        high = chance.choice((1, 3, 8, 95, 2**31 - 1))
+        return rng.integers(-1 if chance.random() < 0.1 else 0, high, shape, np.int32)
     if dtype is np.float32:
         array = rng.normal(0, 10.0 ** chance.randint(-30, 30), shape).astype(np.float32)
         if array.size and chance.random() < 0.3:
@@ -185,7 +185,7 @@ def rows_program() -> _native.Program:
 
 
 value = one_of(0, 0, 0, 1, -1, 5, *INTEGERS)
-turns = array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2))
+cos_sin = array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2))
 activation = one_of("silu", "gelu", "gelu_tanh", "relu", "", "swish", "\0")
 
 
@@ -238,7 +238,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "num_kv_heads": one_of(1, 2, 3, *INTEGERS),
             "head_dim": one_of(8, 16, 24, 64, 1024, *INTEGERS),
             "dtype": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "é" * 100),
-            "group": one_of(0, 1, 63, *INTEGERS),
+            "kv_group": one_of(0, 1, 63, *INTEGERS),
         },
     ),
     "KVArrays.layer": (
@@ -277,11 +277,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "x": matrices(32, 64, 256),
             "linears": list_of(any_linear),
             "outs": list_of(matrices(1, 8, 9, 20)),
-            "fine": one_of(True, False),
+            "int16_activations": one_of(True, False),
         },
     ),
-    "take_rows": (
-        _native.take_rows,
+    "embed_rows": (
+        _native.embed_rows,
         {"weight": weight, "row_ids": per_token, "scale": one_of(*FLOATS), "out": matrices(32, 64, 256)},
     ),
     "Norm": (
@@ -358,7 +358,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         {"arrays": arrays, "superblocks": list_of(one_of(0, 0, 0, *INTEGERS))},
     ),
     "WeightArena": (_native.WeightArena, {}),
-    "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "fine": one_of(True, False, None, 2)}),
+    "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "int16_activations": one_of(True, False, None, 2)}),
     "Program.embed": (
         on_program("embed"),
         {"table": weight, "of_positions": one_of(True, False), "scale": one_of(*FLOATS)},
@@ -388,14 +388,14 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "value": fitting((KV_HEADS * HEAD_DIM, WIDTH)),
             "query_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM, WIDTH)(chance),
             "key_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM)(chance),
-            "table": lambda chance: None if chance.random() < 0.3 else turns(chance),
+            "table": lambda chance: None if chance.random() < 0.3 else cos_sin(chance),
             "adjacent_pairs": one_of(True, False),
             "kv": layer,
         },
     ),
     "Program.rope": (
         on_program("rope"),
-        {"x": value, "table": turns, "adjacent_pairs": one_of(True, False), "head_dim": one_of(HEAD_DIM, *INTEGERS)},
+        {"x": value, "table": cos_sin, "adjacent_pairs": one_of(True, False), "head_dim": one_of(HEAD_DIM, *INTEGERS)},
     ),
     "Program.write_kv": (
         lambda **arguments: wide_program().write_kv(**arguments),

@@ -62,7 +62,7 @@ class Sharers:
         return np.concatenate(outs)
 
 
-def random_sharers(heads: Heads, num_sequences: int, most_tokens: int, rng: np.random.Generator) -> Sharers:
+def random_sharers(heads: Heads, num_sequences: int, max_tokens: int, rng: np.random.Generator) -> Sharers:
     """At each segment a sequence has the blocks of the one before it, all but one of them, or its own."""
     lengths = rng.integers(1, 5 * SEGMENT, num_sequences)
     if rng.random() < 0.5:  # of about one length, as sharers often are
@@ -78,7 +78,7 @@ def random_sharers(heads: Heads, num_sequences: int, most_tokens: int, rng: np.r
                 ]
             if 0.6 < chance < 0.7:
                 tables[row, first + rng.integers(BLOCKS_PER_SUPERBLOCK)] ^= 1
-    counts = np.minimum(rng.integers(1, most_tokens + 1, num_sequences), lengths)
+    counts = np.minimum(rng.integers(1, max_tokens + 1, num_sequences), lengths)
     chunks = [(row, int(lengths[row] - counts[row]), int(lengths[row])) for row in range(num_sequences)]
     q = rng.normal(0, 2, (int(counts.sum()), heads.num_heads, heads.head_dim)).astype(np.float32)
     return Sharers(heads, num_blocks, tables, chunks, q)

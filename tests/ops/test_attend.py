@@ -16,7 +16,7 @@ from ops.arrangement import FloatArray, Heads, History, WideArray, random_histor
 
 UNIT = 2.0**-24  # half a unit in the last place of 1.0: what rounding one float32 result may lose
 
-GROUPS = (1, 2, 3, 4, 5, 8)
+QUERIES_PER_KV = (1, 2, 3, 4, 5, 8)
 HEAD_DIMS = (8, 16, 40, 64, 80, 128, 256)
 # Both sides of a block's and a segment's edge, one and two segments back.
 POSITIONS = (0, 1, 31, 32, 254, 255, 256, 257, 300, 511, 512, 540)
@@ -99,11 +99,11 @@ def check(ops: Ops, history: History, dtype: KVDType, tokens: list[tuple[int, in
 
 @every_kv_type
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("group", GROUPS)
-def test_every_group_and_head_dim(ops: Ops, group: int, head_dim: int, dtype: KVDType) -> None:
-    rng = np.random.default_rng(1000 * group + head_dim)
+@pytest.mark.parametrize("queries_per_kv", QUERIES_PER_KV)
+def test_every_queries_per_kv_and_head_dim(ops: Ops, queries_per_kv: int, head_dim: int, dtype: KVDType) -> None:
+    rng = np.random.default_rng(1000 * queries_per_kv + head_dim)
     num_kv_heads = int(rng.integers(1, 4))
-    history = random_history(Heads(group * num_kv_heads, num_kv_heads, head_dim), [45, 300], rng)
+    history = random_history(Heads(queries_per_kv * num_kv_heads, num_kv_heads, head_dim), [45, 300], rng)
     check(ops, history, dtype, [(1, 299), (0, 44), (1, 256), (0, 0), (1, 255)])
 
 
@@ -216,9 +216,9 @@ def test_a_window_of_any_size(ops: Ops, window: int | None, dtype: KVDType) -> N
 def test_shapes_by_chance(ops: Ops, seed: int) -> None:
     """Groups that fill no register evenly, head sizes with a rest of eight, a prompt's chunk beside single tokens."""
     rng = np.random.default_rng(seed)
-    group = int(rng.choice([*range(1, 13), 71, 128]))
-    num_kv_heads = int(rng.integers(1, 4)) if group < 20 else 1
-    heads = Heads(group * num_kv_heads, num_kv_heads, 8 * int(rng.integers(1, 33)))
+    queries_per_kv = int(rng.choice([*range(1, 13), 71, 128]))
+    num_kv_heads = int(rng.integers(1, 4)) if queries_per_kv < 20 else 1
+    heads = Heads(queries_per_kv * num_kv_heads, num_kv_heads, 8 * int(rng.integers(1, 33)))
     lengths = [int(rng.integers(1, 40)), int(rng.integers(257, 600))]
     history = random_history(heads, lengths, rng, sharpness=float(rng.choice([0.5, 2.0])))
     kv_types: tuple[KVDType, ...] = get_args(KVDType)

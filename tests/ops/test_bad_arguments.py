@@ -83,11 +83,11 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "x": lambda: floats(TOKENS, COLUMNS),
             "linears": lambda: [linear(), linear("F32")],
             "outs": lambda: [floats(TOKENS, ROWS), floats(TOKENS, ROWS)],
-            "fine": lambda: False,
+            "int16_activations": lambda: False,
         },
     ),
-    "take_rows": (
-        _native.take_rows,
+    "embed_rows": (
+        _native.embed_rows,
         {
             "weight": weight,
             "row_ids": lambda: integers(0, ROWS - 1, 3),
@@ -172,7 +172,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "num_kv_heads": lambda: KV_HEADS,
             "head_dim": lambda: HEAD_DIM,
             "dtype": lambda: "f16",
-            "group": lambda: 0,
+            "kv_group": lambda: 0,
         },
     ),
     "copy_blocks": (
@@ -215,7 +215,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
             [read_only(floats(TOKENS, ROWS)), read_only(floats(TOKENS, ROWS))],
         ],
     },
-    "take_rows": {
+    "embed_rows": {
         "row_ids": [integers(0, 1, ROWS), integers(-1, 0, 1), integers(0, 1, 2**31 - 1), integers(0, 1), integers()],
         "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS), floats(TOKENS + 1, COLUMNS)],
     },
@@ -276,7 +276,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "num_kv_heads": [*HUGE, 2**26],
         "head_dim": [*HUGE, 4, 12, 1032, 2**40],
         "dtype": ["", "f64", "F16", "q8", "f16\0"],
-        "group": [-1, 64, 2**31, 2**62, 2**63, 2**70],
+        "kv_group": [-1, 64, 2**31, 2**62, 2**63, 2**70],
     },
     "copy_blocks": {
         "copies": [
@@ -408,7 +408,7 @@ def test_an_object_that_was_never_made_is_refused() -> None:
     with pytest.raises(TypeError):
         _native.write_kv(POOL, kv, empty, empty, integers())
     with pytest.raises(TypeError):
-        _native.take_rows(packed, integers(), 1.0, floats(0, COLUMNS))
+        _native.embed_rows(packed, integers(), 1.0, floats(0, COLUMNS))
     with pytest.raises(TypeError):
         _native.Linear(packed, None, 1.0)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gguf_files import WEIGHT_TYPES
 from kvik import _native
-from kvik.config import Activations, KVDType
+from kvik.config import ActivationDType, KVDType
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import Norm
 from kvik.ops.native import NativeOps
@@ -33,7 +33,7 @@ def same_bits(left: FloatArray, right: FloatArray) -> None:
 
 @pytest.mark.parametrize("activations", ["int8", "int16"])
 @pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
-def test_project_row_by_row(kind: GGMLQuantizationType, activations: Activations) -> None:
+def test_project_row_by_row(kind: GGMLQuantizationType, activations: ActivationDType) -> None:
     """A decode step's row of one is a prompt's row of seventy, however many threads share the outputs."""
     rng = np.random.default_rng(1)
     rows = 53  # 7 row blocks, the last one not full
@@ -100,14 +100,14 @@ def test_rows_of_norm_activation_and_rope(seed: int, shape: tuple[int, int], cut
     weight = rng.normal(0, 1, width).astype(np.float32)
     heads = rng.normal(0, 1, (tokens, 2, 2 * width)).astype(np.float32)
     positions = rng.integers(0, 100, tokens, dtype=np.int32)
-    turn = RopeSpec(10_000.0, 2 * width, adjacent_pairs=bool(seed % 2)).table(100)
+    table = RopeSpec(10_000.0, 2 * width, adjacent_pairs=bool(seed % 2)).table(100)
     alone, shared = NativeOps(threads=1), NativeOps(threads=threads)
 
     def results(ops: NativeOps, part: slice) -> list[FloatArray]:
         return [
             ops.norm(x[part], Norm(weight, 1e-5)),
             ops.activate(x[part], "silu", y[part]),
-            ops.rope(heads[part], positions[part], turn),
+            ops.rope(heads[part], positions[part], table),
         ]
 
     whole = results(shared, slice(None))
@@ -131,10 +131,10 @@ def written_in_chunks(
 
 
 @every_kv_type
-@pytest.mark.parametrize("group", [1, 3, 4])
-def test_attend_in_chunks(group: int, dtype: KVDType) -> None:
+@pytest.mark.parametrize("queries_per_kv", [1, 3, 4])
+def test_attend_in_chunks(queries_per_kv: int, dtype: KVDType) -> None:
     """One token at a time, a segment a task, up to all at once, a row a task; 530 positions make three segments."""
-    history = random_history(Heads(group, 1, 40), [530], np.random.default_rng(group), sharpness=2.0)
+    history = random_history(Heads(queries_per_kv, 1, 40), [530], np.random.default_rng(queries_per_kv), sharpness=2.0)
     one_by_one = written_in_chunks(history, NativeOps(threads=1), dtype, 1)
     assert np.isfinite(one_by_one).all()
     for threads in THREADS:

@@ -143,7 +143,7 @@ def test_what_garbage_found_stays_refused() -> None:
     rows = np.zeros(64, np.int32)
     weights = np.full((2, 32), 1e30, np.float32).view(np.uint8).reshape(-1)
     packed = _native.pack("F32", weights, 2, 32, ARENA, POOL)
-    _native.take_rows(packed, rows[:2], 1.0, rows.view(np.float32).reshape(2, 32))
+    _native.embed_rows(packed, rows[:2], 1.0, rows.view(np.float32).reshape(2, 32))
     far = np.array([2**31 - 1], np.int32)
     q = np.zeros((1, 1, 8), np.float32)
     with pytest.raises(ValueError, match="past its block table"):

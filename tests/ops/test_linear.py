@@ -7,26 +7,26 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gguf_files import FLOAT_TYPES, WEIGHT_TYPES
-from kvik.config import Activations
+from kvik.config import ActivationDType
 from kvik.ops.base import Linear, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps, quantize_activations
 from ops.arrangement import FloatArray, Matrix, WideArray, random_weights
 
 UNIT = 2.0**-24
-LEVELS: dict[Activations, float] = {"int8": 127.0, "int16": 32384.0}
+LEVELS: dict[ActivationDType, float] = {"int8": 127.0, "int16": 32384.0}
 
 every_type = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
 
 
 @pytest.fixture(params=["int8", "int16"])
-def activations(request: pytest.FixtureRequest) -> Activations:
-    name: Activations = request.param
+def activations(request: pytest.FixtureRequest) -> ActivationDType:
+    name: ActivationDType = request.param
     return name
 
 
 @pytest.fixture(params=["native", "reference"])
-def ops(request: pytest.FixtureRequest, activations: Activations) -> Ops:
+def ops(request: pytest.FixtureRequest, activations: ActivationDType) -> Ops:
     return NativeOps(activations, threads=2) if request.param == "native" else ReferenceOps(activations)
 
 
@@ -80,7 +80,7 @@ def check(ops: Ops, x: FloatArray, weights: list[Matrix], levels: float) -> None
 @every_type
 @pytest.mark.parametrize("rows", [1, 8, 9, 33])
 def test_odd_numbers_of_rows_and_tokens(
-    ops: Ops, activations: Activations, kind: GGMLQuantizationType, rows: int
+    ops: Ops, activations: ActivationDType, kind: GGMLQuantizationType, rows: int
 ) -> None:
     rng = np.random.default_rng(rows)
     weight = random_weights(kind, rows, 256 * int(rng.integers(1, 4)), rng)
@@ -97,7 +97,7 @@ def test_no_rows_where_no_logits_are_wanted(ops: Ops, kind: GGMLQuantizationType
 
 
 @every_type
-def test_few_columns(ops: Ops, activations: Activations, kind: GGMLQuantizationType) -> None:
+def test_few_columns(ops: Ops, activations: ActivationDType, kind: GGMLQuantizationType) -> None:
     rng = np.random.default_rng(0)
     for columns in (1, 7, 33) if kind in FLOAT_TYPES else (GGML_QUANT_SIZES[kind][0],):
         weight = random_weights(kind, 17, columns, rng)
@@ -105,7 +105,7 @@ def test_few_columns(ops: Ops, activations: Activations, kind: GGMLQuantizationT
 
 
 @every_type
-def test_several_hundred_rows_and_tokens(ops: Ops, activations: Activations, kind: GGMLQuantizationType) -> None:
+def test_several_hundred_rows_and_tokens(ops: Ops, activations: ActivationDType, kind: GGMLQuantizationType) -> None:
     rng = np.random.default_rng(1)
     weight = random_weights(kind, 301, 256, rng, std=0.05)
     check(ops, rng.normal(0, 3, (67, 256)).astype(np.float32), [weight], LEVELS[activations])
@@ -113,7 +113,7 @@ def test_several_hundred_rows_and_tokens(ops: Ops, activations: Activations, kin
 
 @every_type
 @pytest.mark.parametrize("size", [1e4, 1e-20])
-def test_values_large_and_tiny(ops: Ops, activations: Activations, kind: GGMLQuantizationType, size: float) -> None:
+def test_values_large_and_tiny(ops: Ops, activations: ActivationDType, kind: GGMLQuantizationType, size: float) -> None:
     rng = np.random.default_rng(2)
     weight = random_weights(kind, 20, 256, rng)
     check(ops, rng.normal(0, size, (5, 256)).astype(np.float32), [weight], LEVELS[activations])
@@ -121,7 +121,7 @@ def test_values_large_and_tiny(ops: Ops, activations: Activations, kind: GGMLQua
 
 @every_type
 def test_one_outlier_in_each_group_hides_the_others(
-    ops: Ops, activations: Activations, kind: GGMLQuantizationType
+    ops: Ops, activations: ActivationDType, kind: GGMLQuantizationType
 ) -> None:
     rng = np.random.default_rng(3)
     x = rng.normal(0, 1, (6, 512)).astype(np.float32)
@@ -132,7 +132,7 @@ def test_one_outlier_in_each_group_hides_the_others(
 
 @every_type
 def test_zeros_and_what_is_too_small_for_a_scale(
-    ops: Ops, activations: Activations, kind: GGMLQuantizationType
+    ops: Ops, activations: ActivationDType, kind: GGMLQuantizationType
 ) -> None:
     """Rows of zeros, groups of zeros among others, and groups below 1e-30, which quantised weights see as zeros."""
     rng = np.random.default_rng(4)
@@ -148,7 +148,7 @@ def test_zeros_and_what_is_too_small_for_a_scale(
         assert not y[[0, 2]].any()
 
 
-def test_whole_numbers_of_quanta_are_exact(ops: Ops, activations: Activations) -> None:
+def test_whole_numbers_of_quanta_are_exact(ops: Ops, activations: ActivationDType) -> None:
     """Activations that quantise without loss and a scale of 1: the result is an integer below 2**24, so no rounding."""
     rng = np.random.default_rng(5)
     levels = int(LEVELS[activations])
@@ -179,7 +179,7 @@ def test_int16_activations_are_close_to_none_at_all(kind: GGMLQuantizationType) 
     assert error.mean() < 1e-3
 
 
-def test_reference_quantises_as_stated(activations: Activations) -> None:
+def test_reference_quantises_as_stated(activations: ActivationDType) -> None:
     rng = np.random.default_rng(7)
     x = rng.normal(0, 1, (50, 96)).astype(np.float32)
     wanted, doubt = quantized(x, LEVELS[activations])

@@ -12,13 +12,13 @@ from gguf import GGMLQuantizationType
 
 from gguf_files import WEIGHT_TYPES
 from kvik.models.spec import RopeSpec
-from kvik.ops.base import Activation, Linear, Norm, Ops
+from kvik.ops.base import Linear, Nonlinearity, Norm, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
 from ops.arrangement import FloatArray, random_weights
 
 WideArray = npt.NDArray[np.float64]
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+NONLINEARITIES: tuple[Nonlinearity, ...] = get_args(Nonlinearity)
 
 UNIT = 2.0**-24
 TINIEST = 2.0**-126  # the smallest normal number: below it, results lose bits
@@ -127,7 +127,7 @@ def test_gelu_and_relu(ops: Ops, shape: tuple[int, int], size: float) -> None:
     x = normal(rng, *shape, size=size)
     wide = x.astype(np.float64)
     curve = np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3))
-    wanted: dict[Activation, WideArray] = {
+    wanted: dict[Nonlinearity, WideArray] = {
         "gelu": wide * normal_distribution(wide),
         "gelu_tanh": wide / 2 * (1 + curve),
         "relu": np.maximum(wide, 0),
@@ -140,8 +140,8 @@ def test_gelu_and_relu(ops: Ops, shape: tuple[int, int], size: float) -> None:
         )
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_keep_what_is_no_number(ops: Ops, activation: Activation) -> None:
+@pytest.mark.parametrize("activation", NONLINEARITIES)
+def test_activations_keep_what_is_no_number(ops: Ops, activation: Nonlinearity) -> None:
     x = np.asarray([[np.nan, 1.0, np.nan, 2.0, 3.0, 4.0, 5.0, 6.0, np.nan]], np.float32)
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(np.isnan(ops.to_numpy(ops.activate(x, activation))), np.isnan(x))
@@ -186,12 +186,12 @@ def test_rope(ops: Ops, head_dim: int, num_dims: int, adjacent_pairs: bool) -> N
         positions = rng.integers(0, 600, num_tokens, dtype=np.int32)
         out = ops.to_numpy(ops.rope(x, positions, table))
         angles = positions[:, None] * 10_000.0 ** (-2.0 * np.arange(num_dims // 2) / num_dims)
-        turn = np.exp(1j * angles)[:, None]  # (T, 1, pairs)
+        rotation = np.exp(1j * angles)[:, None]  # (T, 1, pairs)
         wanted = x.astype(np.float64)
         first = slice(0, num_dims, 2) if adjacent_pairs else slice(0, num_dims // 2)
         second = slice(1, num_dims, 2) if adjacent_pairs else slice(num_dims // 2, num_dims)
-        turned = (x[..., first] + 1j * x[..., second].astype(np.complex128)) * turn
-        wanted[..., first], wanted[..., second] = turned.real, turned.imag
+        rotated = (x[..., first] + 1j * x[..., second].astype(np.complex128)) * rotation
+        wanted[..., first], wanted[..., second] = rotated.real, rotated.imag
         # Cosine and sine are rounded once, two products and their sum once each.
         bound = np.zeros_like(wanted)
         bound[..., first] = bound[..., second] = 3 * UNIT * (abs(x[..., first]) + abs(x[..., second]))
@@ -207,16 +207,16 @@ def test_rope_leaves_its_input_alone(ops: Ops) -> None:
 
 
 def test_rope_table_turns_by_theta_and_factors() -> None:
-    plain = RopeSpec(500.0, 4, adjacent_pairs=True).table(10).turns
+    plain = RopeSpec(500.0, 4, adjacent_pairs=True).table(10).cos_sin
     assert plain.shape == (10, 2, 2)
     assert plain.dtype == np.float32
     np.testing.assert_array_equal(plain[0], [[1, 0], [1, 0]])
-    slower = RopeSpec(500.0, 4, adjacent_pairs=True, factors=2.0).table(10).turns
+    slower = RopeSpec(500.0, 4, adjacent_pairs=True, factors=2.0).table(10).cos_sin
     np.testing.assert_array_equal(slower[4], plain[2])
-    mixed = RopeSpec(500.0, 4, adjacent_pairs=True, factors=(1.0, 4.0)).table(10).turns
+    mixed = RopeSpec(500.0, 4, adjacent_pairs=True, factors=(1.0, 4.0)).table(10).cos_sin
     np.testing.assert_array_equal(mixed[8, 0], plain[8, 0])
     np.testing.assert_array_equal(mixed[8, 1], plain[2, 1])
-    longer = RopeSpec(500.0, 4, adjacent_pairs=True).table(1000).turns
+    longer = RopeSpec(500.0, 4, adjacent_pairs=True).table(1000).cos_sin
     np.testing.assert_array_equal(longer[:10], plain)
 
 

@@ -1,4 +1,4 @@
-"""Recorded steps: the bits of eager ops, each op near the reference's, and figures that add up."""
+"""Captured steps: the bits of eager ops, each op near the reference's, and figures that add up."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from gguf import GGMLQuantizationType
 
 from kvik import _native
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
-from kvik.config import Activations, KVDType
+from kvik.config import ActivationDType, KVDType
 from kvik.models.loader import LoadedModel, load_model
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import (
     PLAIN,
-    Activation,
     Array,
     AttentionRule,
     Batch,
     LayerKV,
     Linear,
+    Nonlinearity,
     Norm,
     Ops,
     QKVWeights,
     RopeTable,
 )
+from kvik.ops.capture import capture
 from kvik.ops.native import NativeOps
-from kvik.ops.program import RecordedStep, native_linear, native_norm
+from kvik.ops.program import CapturedStep, native_linear, native_norm
 from kvik.ops.reference import ReferenceOps
-from kvik.ops.trace import trace
 from models import tiny_model
 from ops.arrangement import FloatArray, random_weights
 from ops.digest import digest
 from ops.test_bits import same_bits
 
 Q4_1, Q8_0, F16 = GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16
-ACTIVATIONS: tuple[Activations, ...] = ("int8", "int16")
+ACTIVATIONS: tuple[ActivationDType, ...] = ("int8", "int16")
 
 
 def batch_of(lengths: list[tuple[int, int]], rng: np.random.Generator, *, vocab_size: int, num_blocks: int) -> Batch:
@@ -62,7 +62,7 @@ class Layer:
     """Weights of all kinds for one small layer: odd numbers of row blocks, and one matrix of floats."""
 
     hidden_size, vocab_size, num_blocks, num_kv_heads, head_dim = 96, 50, 24, 2, 24
-    activation: Activation = "silu"
+    activation: Nonlinearity = "silu"
     rule = PLAIN
 
     def __init__(self, ops: Ops, kv_dtype: KVDType, window: int | None = None) -> None:
@@ -143,19 +143,19 @@ class LayerOfOtherFamilies(Layer):
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_recorded_and_eager_fused_and_small_ops_give_the_same_bits(
-    activations: Activations, kv_dtype: KVDType, threads: int
+    activations: ActivationDType, kv_dtype: KVDType, threads: int
 ) -> None:
     ops = NativeOps(activations, threads)
     layer = Layer(ops, kv_dtype)
     rng = np.random.default_rng(41)
-    recorded = [ops.record(forward) for forward in (layer.fused, layer.small)]
+    captured = [ops.capture(forward) for forward in (layer.fused, layer.small)]
     # 60 tokens at a time go through a gated MLP: with 61, one is left over.
     for lengths in ([(0, 1)], [(0, 61)], [(0, 130)], [(5, 6), (33, 34), (0, 1)], [(0, 40), (255, 260)], [(2, 2 + 33)]):
         batch = batch_of(lengths, rng, vocab_size=layer.vocab_size, num_blocks=layer.num_blocks)
         ways: list[Callable[[Batch], FloatArray]] = [
             lambda batch: layer.fused(ops, batch),
             lambda batch: layer.small(ops, batch),
-            *recorded,
+            *captured,
         ]
         wanted, *others = [way(batch) for way in ways]
         assert wanted.shape == (len(batch.logit_rows), 41)
@@ -170,7 +170,7 @@ def test_other_families_have_the_same_bits_too(kv_dtype: KVDType, options: dict[
     ops = NativeOps("int8", 2)
     layer, judge = LayerOfOtherFamilies(ops, kv_dtype, **options), ReferenceOps()
     expected = LayerOfOtherFamilies(judge, kv_dtype, **options)
-    fused, small = ops.record(layer.fused), ops.record(layer.small)
+    fused, small = ops.capture(layer.fused), ops.capture(layer.small)
     rng = np.random.default_rng(38)
     for lengths in ([(0, 1)], [(0, 61)], [(0, 70)], [(5, 6), (33, 34), (0, 1)]):
         batch = batch_of(lengths, rng, vocab_size=layer.vocab_size, num_blocks=layer.num_blocks)
@@ -187,7 +187,7 @@ def test_a_step_that_wants_no_logits() -> None:
     layer = Layer(ops, "f16")
     batch = batch_of([(0, 9)], np.random.default_rng(42), vocab_size=50, num_blocks=24)
     batch = dataclasses.replace(batch, logit_rows=np.zeros(0, np.int32))
-    assert ops.record(layer.fused)(batch).shape == (0, 41)
+    assert ops.capture(layer.fused)(batch).shape == (0, 41)
 
 
 @pytest.fixture(scope="module", params=ACTIVATIONS)
@@ -207,9 +207,9 @@ def test_each_op_of_a_step_is_near_the_reference(pair: tuple[LoadedModel, Loaded
     native, reference = pair
     spec = native.decoder.spec.kv_spec(kv_dtype)
     caches = [model.decoder.ops.allocate_kv(spec, 24) for model in pair]
-    step = native.decoder.record(caches[0])
-    assert isinstance(step, RecordedStep)
-    calls, _ = trace(lambda ops, batch: reference.decoder.forward(batch, caches[1], ops))
+    step = native.decoder.capture(caches[0])
+    assert isinstance(step, CapturedStep)
+    calls, _ = capture(lambda ops, batch: reference.decoder.forward(batch, caches[1], ops))
     tolerance = {"int8": 2e-2, "int16": 2e-4}[native.decoder.ops.activations]  # type: ignore[attr-defined]
     rng = np.random.default_rng(44)
     for lengths in ([(0, 40)], [(40, 41), (0, 7)]):
@@ -227,8 +227,8 @@ def test_each_op_of_a_step_is_near_the_reference(pair: tuple[LoadedModel, Loaded
 
 def test_a_replay_gives_the_logits_of_a_run(pair: tuple[LoadedModel, LoadedModel]) -> None:
     decoder = pair[0].decoder
-    step = decoder.record(decoder.ops.allocate_kv(decoder.spec.kv_spec("f16"), 24))
-    assert isinstance(step, RecordedStep)
+    step = decoder.capture(decoder.ops.allocate_kv(decoder.spec.kv_spec("f16"), 24))
+    assert isinstance(step, CapturedStep)
     batch = batch_of([(0, 12)], np.random.default_rng(45), vocab_size=decoder.spec.vocab_size, num_blocks=24)
     *_, last = step.replay(batch)
     np.testing.assert_array_equal(last.results[0], step(batch))
@@ -236,8 +236,8 @@ def test_a_replay_gives_the_logits_of_a_run(pair: tuple[LoadedModel, LoadedModel
 
 def test_the_profile_names_each_op_and_counts_each_weight_once(pair: tuple[LoadedModel, LoadedModel]) -> None:
     decoder = pair[0].decoder
-    step = decoder.record(decoder.ops.allocate_kv(decoder.spec.kv_spec("f16"), 24))
-    assert isinstance(step, RecordedStep)
+    step = decoder.capture(decoder.ops.allocate_kv(decoder.spec.kv_spec("f16"), 24))
+    assert isinstance(step, CapturedStep)
     batch = batch_of([(0, 10)], np.random.default_rng(46), vocab_size=decoder.spec.vocab_size, num_blocks=24)
     profile = step.profile(batch)
     layer = ["norm_qkv", "attend", "linear", "norm_gated", "linear"]
@@ -264,12 +264,12 @@ def test_the_callers_rounding_mode_changes_no_bit_and_comes_back() -> None:
         ops = NativeOps()
         layer = Layer(ops, "f16")
         batch = batch_of([(0, 9)], np.random.default_rng(47), vocab_size=50, num_blocks=24)
-        rounded_up = ops.record(layer.fused)(batch)
+        rounded_up = ops.capture(layer.fused)(batch)
         assert libm.fegetround() == upward
     finally:
         libm.fesetround(before)
     assert digest() == wanted
-    np.testing.assert_array_equal(rounded_up, ops.record(layer.fused)(batch))
+    np.testing.assert_array_equal(rounded_up, ops.capture(layer.fused)(batch))
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
     layer = Layer(ops, "f16")
     assert layer.norm is not None
     assert layer.rope is not None
-    norm, turns = native_norm(layer.norm), layer.rope.turns
+    norm, cos_sin = native_norm(layer.norm), layer.rope.cos_sin
     narrow = _native.Norm(layer.norm.weight[:8].copy(), 1e-5, None, False)
     gate, down, head = map(native_linear, (layer.gate, layer.down, layer.head))
     query, key, value = map(native_linear, layer.qkv.linears)
@@ -305,11 +305,11 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
         ("the soft cap must be 0", lambda: program.attend(x, layer.kv, 1.0, -1.0, None)),
         ("query heads must be a multiple", lambda: program.attend(projected, layer.kv, 1.0, 0.0, None)),
         ("k or v has a wrong shape", lambda: program.write_kv(layer.kv, x, x)),
-        ("the table does not fit", lambda: program.rope(x, turns, True, 8)),
-        ("no multiple of head_dim", lambda: program.rope(x, turns, True, 7)),
+        ("the table does not fit", lambda: program.rope(x, cos_sin, True, 8)),
+        ("no multiple of head_dim", lambda: program.rope(x, cos_sin, True, 7)),
         (
             "keys or values do not fit",
-            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, turns, True, layer.kv),
+            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, cos_sin, True, layer.kv),
         ),
         (
             "as wide as neither a head nor all heads",
@@ -325,7 +325,7 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
 def test_a_step_is_checked_once_before_it_runs(program: _native.Program) -> None:
     ops = NativeOps(threads=1)
     layer = Layer(ops, "f16")
-    step = ops.record(layer.fused)
+    step = ops.capture(layer.fused)
     good = batch_of([(0, 5), (3, 4)], np.random.default_rng(48), vocab_size=50, num_blocks=24)
 
     def changed(name: str, index: int, value: int) -> Batch:
@@ -356,7 +356,7 @@ def test_a_program_keeps_what_it_needs_alive() -> None:
     """Weights, norms, tables and KV arrays that nobody else holds, and memory that others write to meanwhile."""
     ops = NativeOps(threads=2)
     batch = batch_of([(0, 9)], np.random.default_rng(49), vocab_size=50, num_blocks=24)
-    step = ops.record(Layer(ops, "f16").fused)
+    step = ops.capture(Layer(ops, "f16").fused)
     wanted = step(batch)
     program, count = step._program, len(step.ops)
     del step
@@ -384,7 +384,7 @@ def test_recorded_windows(kv_dtype: KVDType) -> None:
     layer = Layer(ops, kv_dtype, window=40)
     rng = np.random.default_rng(50)
     batch = batch_of([(0, 300)], rng, vocab_size=50, num_blocks=24)
-    step = ops.record(layer.fused)
+    step = ops.capture(layer.fused)
     same_bits(step(batch), layer.fused(ops, batch))
     later = batch_of([(299, 300)], np.random.default_rng(50), vocab_size=50, num_blocks=24)
     tables = later.block_tables.copy()

@@ -14,14 +14,14 @@ from kvik.cache import BLOCKS_PER_SUPERBLOCK
 from kvik.config import KVDType
 from kvik.ops.base import Array, AttentionRule, Batch, IntArray, LayerKV, Ops
 from kvik.ops.native import NativeOps
-from kvik.ops.program import RecordedStep
+from kvik.ops.program import CapturedStep
 from kvik.ops.reference import ReferenceOps
 from ops.arrangement import Chunk, FloatArray, Heads, random_weights
 from ops.sharing import SEGMENT, Sharers, batch_of, filled, random_sharers
 from ops.test_bits import same_bits
 
 SEED = random.SystemRandom().randrange(2**32)
-GROUPS = (1, 3, 8, 40)
+QUERIES_PER_KV = (1, 3, 8, 40)
 WINDOWS = (None, None, 1, 200, SEGMENT, 700)
 Plan = tuple[int, int, int]
 """Units, those of them that are shared, chunks."""
@@ -32,8 +32,8 @@ Plan = tuple[int, int, int]
 def test_any_sharing_gives_the_bits_of_each_token_alone(seed: int, dtype: KVDType) -> None:
     rng = np.random.default_rng(seed)
     print(f"default_rng({seed})")  # noqa: T201
-    num_kv_heads, group = int(rng.integers(1, 4)), int(rng.choice(GROUPS))
-    heads = Heads(group * num_kv_heads, num_kv_heads, 8 * int(rng.integers(1, 10)))
+    num_kv_heads, queries_per_kv = int(rng.integers(1, 4)), int(rng.choice(QUERIES_PER_KV))
+    heads = Heads(queries_per_kv * num_kv_heads, num_kv_heads, 8 * int(rng.integers(1, 10)))
     sharers = random_sharers(heads, int(rng.integers(2, 14)), int(rng.choice([1, 4, 40])), rng)
     window = WINDOWS[int(rng.integers(len(WINDOWS)))]
     alone = NativeOps(threads=1)
@@ -55,7 +55,7 @@ def test_the_reference_agrees() -> None:
     np.testing.assert_allclose(outs[0], outs[1], rtol=1e-4, atol=1e-5)
 
 
-class Recorded:
+class Captured:
     """A program of nothing but attention, layer after layer over the same queries."""
 
     def __init__(self, heads: Heads, windows: Sequence[int | None] = (None,), threads: int = 1) -> None:
@@ -72,7 +72,7 @@ class Recorded:
             return ops.take_rows(ops.merge_heads(x), batch.logit_rows)
 
         self.forward = forward
-        self.step: RecordedStep = self.ops.record(forward)
+        self.step: CapturedStep = self.ops.capture(forward)
 
     def run(self, tables: IntArray, chunks: Sequence[Chunk]) -> tuple[FloatArray, list[Plan]]:
         out = self.step(batch_of(tables, chunks))
@@ -97,31 +97,31 @@ def decode(*lengths: int) -> list[Chunk]:
 
 def test_neighbours_share_where_their_blocks_are_the_same() -> None:
     """Of four segments each, all four sequences share the first, three the second, two the third: 16 - 3 - 2 - 1."""
-    out, plans = Recorded(HEADS).run(TABLES, decode(900, 1000, 800, 1024))
+    out, plans = Captured(HEADS).run(TABLES, decode(900, 1000, 800, 1024))
     assert plans == [(2 * 10, 2 * 3, 1)]
     assert np.isfinite(out).all()
 
 
 def test_what_only_some_tokens_see_whole_is_not_shared() -> None:
     """A segment's last position is 255: a token there sees all of it, the one before does not."""
-    recorded = Recorded(HEADS)
+    captured = Captured(HEADS)
     same = tables_of("abc", "abc")
     for lengths, shared in (((256, 300), 1), ((255, 300), 0), ((300, 255), 0), ((513, 511), 1), ((512, 512), 2)):
-        assert recorded.run(same, decode(*lengths))[1][0][1] == 2 * shared
-    assert recorded.run(same, [(0, 255, 258), (1, 255, 258)])[1][0][1] == 2 * 1  # 256 and 257 of one, 255 of the other
+        assert captured.run(same, decode(*lengths))[1][0][1] == 2 * shared
+    assert captured.run(same, [(0, 255, 258), (1, 255, 258)])[1][0][1] == 2 * 1  # 256 and 257 of one, 255 of the other
 
 
 def test_a_sequence_shares_nothing_with_itself() -> None:
     """A chunk over the end of a segment is cut there; shared, its parts would need places for all segments before."""
-    recorded = Recorded(HEADS)
-    assert recorded.run(tables_of("abc"), [(0, 500, 520)])[1] == [(2 * 5, 0, 1)]
-    assert recorded.run(tables_of("abc", "abc"), [(0, 500, 520), (1, 515, 520)])[1] == [(2 * (5 + 3 - 2), 2 * 2, 1)]
+    captured = Captured(HEADS)
+    assert captured.run(tables_of("abc"), [(0, 500, 520)])[1] == [(2 * 5, 0, 1)]
+    assert captured.run(tables_of("abc", "abc"), [(0, 500, 520), (1, 515, 520)])[1] == [(2 * (5 + 3 - 2), 2 * 2, 1)]
 
 
 def test_a_window_that_cuts_into_a_segment_keeps_it_from_being_shared() -> None:
     same = tables_of("abc", "abc")
     for window, shared in ((768, 3), (767, 2), (512, 2), (511, 1), (256, 1), (255, 0)):
-        assert Recorded(HEADS, [window]).run(same, decode(768, 768))[1][0][1] == 2 * shared
+        assert Captured(HEADS, [window]).run(same, decode(768, 768))[1][0][1] == 2 * shared
 
 
 @pytest.mark.parametrize("window", [256, 512, 768])
@@ -137,12 +137,12 @@ def test_rows_of_a_shared_segment_have_positions_of_their_own(window: int) -> No
 
 @pytest.mark.parametrize("place", range(BLOCKS_PER_SUPERBLOCK))
 def test_one_other_block_makes_another_segment(place: int) -> None:
-    recorded = Recorded(HEADS)
+    captured = Captured(HEADS)
     same = tables_of("a", "a")
     other = same.copy()
     other[1, place] = 40
     both = [(0, 255, 256), (1, 255, 256)]
-    (shared, [(_, num_shared, _)]), (apart, [(_, none, _)]) = recorded.run(same, both), recorded.run(other, both)
+    (shared, [(_, num_shared, _)]), (apart, [(_, none, _)]) = captured.run(same, both), captured.run(other, both)
     assert (num_shared, none) == (2, 0)
     same_bits(shared[0], apart[0])
     assert (shared[1] != apart[1]).any()
@@ -151,20 +151,20 @@ def test_one_other_block_makes_another_segment(place: int) -> None:
 def test_a_unit_has_no_more_than_96_rows() -> None:
     """Forty sequences of three query heads: 32 together, then 8. Chunks of twenty tokens: no two together."""
     same = np.repeat(tables_of("ab"), 40, axis=0)
-    recorded = Recorded(Heads(3, 1, 16))
-    assert recorded.run(same, decode(*[300] * 40))[1] == [(2 + 40, 2, 1)]
+    captured = Captured(Heads(3, 1, 16))
+    assert captured.run(same, decode(*[300] * 40))[1] == [(2 + 40, 2, 1)]
     chunks = [(sequence, 270, 290) for sequence in range(3)]
-    assert recorded.run(same, chunks)[1] == [(6, 0, 1)]
+    assert captured.run(same, chunks)[1] == [(6, 0, 1)]
     chunks = [(sequence, 270, 280) for sequence in range(6)]
-    assert recorded.run(same, chunks)[1] == [(2 + 6, 2, 1)]
+    assert captured.run(same, chunks)[1] == [(2 + 6, 2, 1)]
 
 
 def test_the_cost_counts_what_is_shared_once() -> None:
-    recorded = Recorded(HEADS)
+    captured = Captured(HEADS)
     token_bytes = 2 * 2 * HEADS.num_kv_heads * HEADS.head_dim
     lengths = (900, 1000, 800, 1024)
     batch = batch_of(TABLES, decode(*lengths))
-    attend = next(op for op in recorded.step.profile(batch) if op.name == "attend")
+    attend = next(op for op in captured.step.profile(batch) if op.name == "attend")
     assert attend.bytes == (sum(lengths) - 6 * SEGMENT) * token_bytes
     assert attend.operations == 4 * sum(lengths) * HEADS.num_heads * HEADS.head_dim
 
@@ -173,21 +173,21 @@ def test_the_cost_counts_what_is_shared_once() -> None:
 def test_layers_of_one_shape_have_one_plan_for_each_step(threads: int) -> None:
     """Its counts of unfinished units start again with each layer; a step's other tokens make another plan."""
     windows = (None, 300, None, 300, None)
-    recorded = Recorded(HEADS, windows, threads)
+    captured = Captured(HEADS, windows, threads)
     for lengths in ((900, 1000, 800, 1024), (300, 301, 302, 303), (900, 20, 800, 1)):
         for _ in range(2):
-            out, plans = recorded.run(TABLES, decode(*lengths))
+            out, plans = captured.run(TABLES, decode(*lengths))
             assert len(plans) == 2
-            same_bits(out, recorded.forward(recorded.ops, batch_of(TABLES, decode(*lengths))))
+            same_bits(out, captured.forward(captured.ops, batch_of(TABLES, decode(*lengths))))
 
 
 def test_threads_are_not_left_without_work() -> None:
     """Two sequences of one segment and one KV head: two units for two threads, rather than one."""
     heads, same = Heads(3, 1, 16), tables_of("a", "a")
-    assert Recorded(heads, threads=1).run(same, decode(256, 256))[1] == [(1, 1, 1)]
-    assert Recorded(heads, threads=2).run(same, decode(256, 256))[1][0][:2] == (2, 0)
+    assert Captured(heads, threads=1).run(same, decode(256, 256))[1] == [(1, 1, 1)]
+    assert Captured(heads, threads=2).run(same, decode(256, 256))[1][0][:2] == (2, 0)
 
 
 def test_nothing_is_shared_with_a_sequence_in_between() -> None:
     tables = tables_of("ab", "cd", "ab")
-    assert Recorded(HEADS).run(tables, decode(400, 400, 400))[1] == [(12, 0, 1)]
+    assert Captured(HEADS).run(tables, decode(400, 400, 400))[1] == [(12, 0, 1)]

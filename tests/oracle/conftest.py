@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from kvik import LLM
-from kvik.config import Activations, KVDType
+from kvik.config import ActivationDType, KVDType
 
 if TYPE_CHECKING:
     from oracle.hf_llama import Continuation
@@ -32,7 +32,7 @@ PROMPTS = (
     "".join(f"{number} times 7 is {7 * number}.\n" for number in range(1, 60)),
 )
 
-LLMFactory: TypeAlias = Callable[[Activations, KVDType], LLM]
+LLMFactory: TypeAlias = Callable[[ActivationDType, KVDType], LLM]
 Report: TypeAlias = Callable[[object], None]
 Window: TypeAlias = tuple[list[int], npt.NDArray[np.float32]]
 
@@ -54,7 +54,7 @@ def llm_of(default_model_path: Path) -> LLMFactory:
     """The default model in kvik, by the precision of activations and the format of keys and values."""
 
     @cache
-    def make(activations: Activations, kv_dtype: KVDType) -> LLM:
+    def make(activations: ActivationDType, kv_dtype: KVDType) -> LLM:
         return LLM(str(default_model_path), activations=activations, kv_dtype=kv_dtype, context=CONTEXT)
 
     return make

@@ -21,7 +21,7 @@ def teacher_forced(
     """
     spec = decoder.spec.kv_spec(kv_dtype)
     num_blocks = spec.pool_blocks_for(len(token_ids))
-    forward = decoder.record(decoder.ops.allocate_kv(spec, num_blocks))
+    forward = decoder.capture(decoder.ops.allocate_kv(spec, num_blocks))
     # Blocks in no particular order, as a pool that has been in use for a while gives them.
     table = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
     ids = np.asarray(token_ids, np.int32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvik import SamplingParams
-from kvik.config import Activations, KVDType
+from kvik.config import ActivationDType, KVDType
 from oracle.conftest import NUM_NEW_TOKENS, LLMFactory, Report
 from oracle.hf_llama import Continuation
 
@@ -15,7 +15,7 @@ KV_DTYPES: list[KVDType] = ["f16", "f32"]
 
 
 def completions(
-    llm_of: LLMFactory, activations: Activations, kv_dtype: KVDType, prompts: list[list[int]]
+    llm_of: LLMFactory, activations: ActivationDType, kv_dtype: KVDType, prompts: list[list[int]]
 ) -> list[list[int]]:
     found = [completion.token_ids for completion in llm_of(activations, kv_dtype).generate(prompts, GREEDY)]
     assert [len(token_ids) for token_ids in found] == [NUM_NEW_TOKENS] * len(prompts)

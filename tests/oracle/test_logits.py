@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from kvik.config import Activations, KVDType
+from kvik.config import ActivationDType, KVDType
 from oracle.conftest import LLMFactory, Report, Window
 from oracle.distance import Distance, distance, joined
 from oracle.teacher_forcing import teacher_forced
 
 
-def measured(windows: list[Window], llm_of: LLMFactory, activations: Activations, kv_dtype: KVDType) -> Distance:
+def measured(windows: list[Window], llm_of: LLMFactory, activations: ActivationDType, kv_dtype: KVDType) -> Distance:
     decoder = llm_of(activations, kv_dtype).model.decoder
     return joined(
         [distance(reference, teacher_forced(decoder, token_ids, kv_dtype=kv_dtype)) for token_ids, reference in windows]

@@ -92,8 +92,8 @@ def test_its_parameters_are_enough_for_its_attention_and_its_vocabulary(entry: d
     attention = 2 * entry["hidden"] * entry["head_dim"] * (entry["heads"] + entry["kv_heads"])
     if "kv_lora_rank" in entry:
         attention = entry["hidden"] * (entry["kv_lora_rank"] + entry["qk_rope_head_dim"])
-    least = (entry["full_layers"] + entry["windowed_layers"]) * attention + entry["vocab"] * entry["hidden"]
-    assert least < entry["params_b"] * 1e9
+    min_params = (entry["full_layers"] + entry["windowed_layers"]) * attention + entry["vocab"] * entry["hidden"]
+    assert min_params < entry["params_b"] * 1e9
     active = entry.get("active_params_b")
     assert active is None or 0 < active < entry["params_b"]
 
@@ -142,12 +142,12 @@ def test_who_groups_its_heads(name: str, attention: str) -> None:
 @devices
 def test_a_device_is_possible(entry: dict[str, Any]) -> None:
     device = device_of(entry)
-    for figure, least, most in (
+    for figure, minimum, maximum in (
         (device.memory_bytes, 1e9, 1e13),
         (device.bytes_per_s, 1e10, 1e13),
         (device.operations_per_s, 1e12, 1e16),
     ):
-        assert figure is None or least < figure < most
+        assert figure is None or minimum < figure < maximum
     if device.operations_per_s and device.bytes_per_s:  # operations for each byte read: what GPUs are built for
         assert 50 < device.operations_per_s / device.bytes_per_s < 600
     assert device.source.strip()

@@ -62,9 +62,9 @@ def matrix_values(source: CheckpointSource, name: str) -> FloatArray:
     return weight.values
 
 
-def small_pieces(monkeypatch: pytest.MonkeyPatch, most_values: int) -> None:
+def small_pieces(monkeypatch: pytest.MonkeyPatch, max_values: int) -> None:
     monkeypatch.setattr(checkpoint_source, "FEWEST_VALUES", 1)
-    monkeypatch.setattr(checkpoint_source, "MAX_VALUES", most_values)
+    monkeypatch.setattr(checkpoint_source, "MAX_VALUES", max_values)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
@@ -74,8 +74,8 @@ def test_each_tensor_is_what_its_part_says(
 ) -> None:
     stored = random_stored(FAMILIES[family])
     source = source_of(write_checkpoint(tmp_path / "m", FAMILIES[family], stored, dtype=dtype, num_shards=2))
-    for most_values in (1, 600, 1 << 20):
-        small_pieces(monkeypatch, most_values)
+    for max_values in (1, 600, 1 << 20):
+        small_pieces(monkeypatch, max_values)
         source = source_of(tmp_path / "m")
         for name, shape in source.spec.tensors().items():
             part = source.parts[name]
@@ -102,8 +102,8 @@ def test_the_native_backend_packs_pieces_as_wholes(
 ) -> None:
     folder = write_checkpoint(tmp_path / "m", FAMILIES[family], random_stored(FAMILIES[family]))
     embedded = []
-    for most_values in (1, 700, 1 << 20):
-        small_pieces(monkeypatch, most_values)
+    for max_values in (1, 700, 1 << 20):
+        small_pieces(monkeypatch, max_values)
         source, ops = source_of(folder), NativeOps(threads=1)
         source.ops = ops
         rows = np.arange(source.shapes["blk.1.attn_q.weight"][0], dtype=np.int32)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from kvik.config import (
-    MAX_BYTES,
     MAX_COMPLETIONS,
     MAX_SEED,
+    MAX_SIZE_BYTES,
     MAX_STOP_STRINGS,
     MAX_TOKENS,
     EngineConfig,
@@ -50,7 +50,7 @@ SIZES = {
     "0.5GiB": 1 << 29,
     "1.00001k": 1000,
     "1T": 10**12,
-    "1024TiB": MAX_BYTES,
+    "1024TiB": MAX_SIZE_BYTES,
 }
 BAD_SIZES = [
     "",
@@ -131,7 +131,7 @@ GOOD_ENGINE: dict[str, list[Any]] = {
     "context": [None, 2, 4096, MAX_TOKENS],
     "threads": [None, 1, 256],
     "token_budget": [1, 512, 1 << 20],
-    "kv_memory": ["auto", 1, 1 << 30, MAX_BYTES],
+    "kv_memory": ["auto", 1, 1 << 30, MAX_SIZE_BYTES],
     "prefix_cache": [True, False],
     "max_running": [1, 64, 4096],
     "max_waiting": [1, 1024, 1 << 20],
@@ -148,7 +148,7 @@ BAD_ENGINE: dict[str, list[Any]] = {
         *BAD_SIZES,
         -1,
         0,
-        MAX_BYTES + 1,
+        MAX_SIZE_BYTES + 1,
         Integer(3),
         None,
         True,
@@ -236,12 +236,12 @@ def test_min_tokens_above_max_tokens_names_both() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 127, MAX_COMPLETIONS])
 def test_all_completions_together_are_bounded(n: int) -> None:
-    most = (2**31 - 1) // n
-    assert SamplingParams(n=n, max_tokens=most).max_tokens == most
+    max_tokens = (2**31 - 1) // n
+    assert SamplingParams(n=n, max_tokens=max_tokens).max_tokens == max_tokens
     if n > 1:
-        with pytest.raises(InvalidInput, match=rf"n is {n} and max_tokens {most + 1:,}: together") as caught:
-            SamplingParams(n=n, max_tokens=most + 1)
-        assert f"{most:,}" in caught.value.hint
+        with pytest.raises(InvalidInput, match=rf"n is {n} and max_tokens {max_tokens + 1:,}: together") as caught:
+            SamplingParams(n=n, max_tokens=max_tokens + 1)
+        assert f"{max_tokens:,}" in caught.value.hint
 
 
 def test_a_wrong_way_to_speculate_is_told_the_right_ones() -> None:

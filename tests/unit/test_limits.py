@@ -80,14 +80,14 @@ def test_neither_an_outlier_nor_a_busy_moment_counts(monkeypatch: pytest.MonkeyP
     for name in ("integer_throughput", "float_throughput"):
         monkeypatch.setattr(f"kvik._native.{name}", lambda pool: 1e9)
     monkeypatch.setattr(limits, "MEASURE_S", 0.0)
-    monkeypatch.setattr(limits, "MIN_ROUNDS", 10)
+    monkeypatch.setattr(limits, "MIN_MEASURED_ROUNDS", 10)
     monkeypatch.setenv("KVIK_HOME", str(tmp_path))
     assert 30e9 <= measured_limits(1).bytes_per_s <= 32e9
 
 
 def test_the_machine_is_really_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(limits, "MEASURE_S", 0.0)
-    monkeypatch.setattr(limits, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(limits, "MIN_MEASURED_ROUNDS", 2)
     monkeypatch.setattr(limits, "READ_BYTES", 1 << 24)
     monkeypatch.setenv("KVIK_HOME", str(tmp_path))
     found = measured_limits(1)

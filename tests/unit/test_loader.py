@@ -211,7 +211,7 @@ def test_the_spec_is_the_file_s(tmp_path: Path) -> None:
 def table_of(model: LoadedModel) -> npt.NDArray[np.float32]:
     """Cosines and sines of the model's only rotary embedding."""
     (rope,) = model.decoder.spec.ropes
-    return rope.table(model.decoder.num_positions).turns
+    return rope.table(model.decoder.num_positions).cos_sin
 
 
 def test_defaults_of_keys_that_may_be_absent(tiny_path: Path, tmp_path: Path) -> None:
@@ -290,9 +290,9 @@ def test_rope_factors_divide_each_frequency(tiny_path: Path, tmp_path: Path) -> 
     factors = np.asarray([1, 1, 1, 2, 2, 4, 8, 8], np.float32)
     scaled = load(altered(tiny_path, tmp_path / "llama3.gguf", tensors={"rope_freqs.weight": (factors, F32)}))
     unscaled = table_of(load(tiny_path))
-    turns = table_of(scaled)
+    cos_sin = table_of(scaled)
     for pair, factor in enumerate(factors.astype(int)):
-        np.testing.assert_array_equal(turns[8 * np.arange(8), pair], unscaled[8 // factor * np.arange(8), pair])
+        np.testing.assert_array_equal(cos_sin[8 * np.arange(8), pair], unscaled[8 // factor * np.arange(8), pair])
 
 
 def test_a_window_as_long_as_the_context_is_none(tiny_path: Path, tmp_path: Path) -> None:

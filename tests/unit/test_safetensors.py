@@ -143,11 +143,11 @@ def test_bad_files_are_refused_in_one_line(kind: str) -> None:
 
 
 def test_large_headers_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr(reader, "MAX_SAFETENSORS_HEADER_BYTES", 100)
     with pytest.raises(ModelError, match="up to 100 are accepted"):
         parse(file_of({"a": A, "b": B}))
-    monkeypatch.setattr(reader, "MAX_HEADER_BYTES", 1 << 20)
-    monkeypatch.setattr(reader, "MAX_NUM_TENSORS", 10)
+    monkeypatch.setattr(reader, "MAX_SAFETENSORS_HEADER_BYTES", 1 << 20)
+    monkeypatch.setattr(reader, "MAX_SAFETENSORS_TENSORS", 10)
     with pytest.raises(ModelError, match="more than 10 tensors"):
         parse(file_of({f"x{index}": {**A, "data_offsets": [24 * index, 24 * index + 24]} for index in range(20)}, 480))
     with pytest.raises(ModelError, match="more than 10 tensors"):

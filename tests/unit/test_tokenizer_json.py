@@ -359,7 +359,7 @@ def test_files_that_are_no_text_or_too_large_are_refused(tmp_path: Path, monkeyp
     (folder / "tokenizer_config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ModelError, match="not UTF-8 at byte 7"):
         FolderTokenizer(folder, 1000)
-    monkeypatch.setattr("kvik.text.tokenizer_json.MAX_BYTES", 100)
+    monkeypatch.setattr("kvik.text.tokenizer_json.MAX_TOKENIZER_BYTES", 100)
     with pytest.raises(ModelError, match="more than 100 bytes"):
         FolderTokenizer(folder, 1000)
 

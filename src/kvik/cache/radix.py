@@ -36,7 +36,7 @@ class MissReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest cached beginning of some tokens, and why it is no longer."""
+    """The longest cached prefix, and why it ends there."""
 
     namespace: Namespace
     block_ids: list[int]  # whole blocks, in order

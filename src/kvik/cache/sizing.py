@@ -20,22 +20,22 @@ def choose_pool_size(
     load = {"context": context, "step_tokens": token_budget, "max_running": max_running}
     available = available_memory_bytes()
     one_context = spec.pool_blocks_for(context)
-    least = spec.pool_bytes(spec.pool_size(BLOCKS_PER_SUPERBLOCK, **load))
-    least_mib = -(-least // 2**20)
+    min_bytes = spec.pool_bytes(spec.pool_size(BLOCKS_PER_SUPERBLOCK, **load))
+    min_mib = -(-min_bytes // 2**20)
     if isinstance(kv_memory, int):
         size = spec.pool_size_within(kv_memory, **load)
         if size.num_blocks == 0:
             raise InvalidInput(
-                f"kv_memory is {kv_memory:,} bytes, less than the least of {least:,}",
-                hint=f"set it to {least_mib:,} MiB or more",
+                f"kv_memory is {kv_memory:,} bytes, less than the least of {min_bytes:,}",
+                hint=f"set it to {min_mib:,} MiB or more",
             )
     else:
-        most = spec.pool_size_within(available // 2, **load).num_blocks
-        size = spec.pool_size(max(one_context, min(AUTO_CONTEXTS * one_context, most)), **load)
+        max_blocks = spec.pool_size_within(available // 2, **load).num_blocks
+        size = spec.pool_size(max(one_context, min(AUTO_CONTEXTS * one_context, max_blocks)), **load)
     num_bytes = spec.pool_bytes(size)
     if num_bytes > available:
-        fits = max(available * 3 // 4, least)
-        fits_mib = max(fits // 2**20, least_mib)
+        fits = max(available * 3 // 4, min_bytes)
+        fits_mib = max(fits // 2**20, min_mib)
         advice = []
         if kv_memory == "auto" and fits <= available:
             context = spec.pool_size_within(fits, **load).num_blocks * spec.block_size
@@ -45,6 +45,6 @@ def choose_pool_size(
         raise NotEnoughMemory(
             f"a cache of {size.num_blocks:,} blocks takes {num_bytes / 2**30:,.1f} GiB,"
             f" the machine has {available / 2**30:,.1f} GiB available",
-            hint=f"set {', or '.join(advice)}" if advice else f"free some: the least cache takes {least_mib:,} MiB",
+            hint=f"set {', or '.join(advice)}" if advice else f"free some: the least cache takes {min_mib:,} MiB",
         )
     return size

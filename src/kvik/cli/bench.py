@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from kvik.cli.options import (
+    MAX_KV_HEADS,
     ModelOptions,
     check_count,
     check_output_path,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 CASES, OUTPUT = "What is measured", "Output"
 MAX_BATCH = 4096
 MAX_THREADS = 256
-MAX_HEADS = 1 << 16
 
 
 @spell_out
@@ -77,7 +77,7 @@ def bench(
     check_count("--rounds", rounds, 1, 10_000)
     if profile and kv_heads is not None:
         raise InvalidInput("--profile and --kv-heads are both given", hint="leave out one")
-    heads = parse_counts("--kv-heads", kv_heads, 1, MAX_HEADS) if kv_heads is not None else []
+    heads = parse_counts("--kv-heads", kv_heads, 1, MAX_KV_HEADS) if kv_heads is not None else []
     cases = _cases(prompt, gen, depth, batch, kv, threads, heads)
     if save is not None:
         check_output_path("--save", save)

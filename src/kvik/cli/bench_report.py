@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 KIND, VERSION = "kvik bench", 1
 """Of the JSON: docs/schemas/bench-1.json."""
 
-MIN_ROUNDS = 4
+MIN_COMPARED_ROUNDS = 4
 """Of each side, so that all of one side's times below all of the other's is no chance: 2 in 70 of equal ones."""
 
 MAX_REPORT_BYTES = 1 << 26
@@ -245,8 +245,8 @@ def compare_lines(old: Report, new: Report, name: str) -> list[str]:
 
 def moved(before: Sequence[float], now: Sequence[float]) -> str:
     """Whether all times of one side lie below all of the other's."""
-    if min(len(before), len(now)) < MIN_ROUNDS:
-        return f"too few rounds to tell, {MIN_ROUNDS} each would"
+    if min(len(before), len(now)) < MIN_COMPARED_ROUNDS:
+        return f"too few rounds to tell, {MIN_COMPARED_ROUNDS} each would"
     if max(now) < min(before):
         return "faster"
     return "slower" if min(now) > max(before) else "within noise"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvik.cli.options import check_count, check_output_path, flag, value
+from kvik.cli.options import MAX_KV_HEADS, check_count, check_output_path, flag, value
 from kvik.cli.report import write_report
 from kvik.cli.terminal import columns, note, rate, write
 from kvik.config import SamplingParams
@@ -17,7 +17,6 @@ from kvik.hub.progress import bytes_progress, terminal_progress
 if TYPE_CHECKING:
     from kvik.engine.llm import LLM
 
-MAX_HEADS = 1 << 16
 DECODED, ROUNDS = 64, 3
 
 TEXT = """A river begins as rain on high ground. Drops gather into rills, rills into brooks, and where two brooks meet
@@ -47,7 +46,7 @@ def convert(
     from kvik.models.loader import check_config_of
     from kvik.models.pool_heads import pool_kv_heads
 
-    check_count("--kv-heads", kv_heads, 1, MAX_HEADS)
+    check_count("--kv-heads", kv_heads, 1, MAX_KV_HEADS)
     check_output_path("--out", out)
     if out.suffix.lower() != ".gguf":
         raise InvalidInput(f"--out is {out}, kvik writes .gguf files", hint=f"name it {out.with_suffix('.gguf').name}")

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from kvik.cli.terminal import note
-from kvik.config import Activations, KVDType, SamplingParams, Speculation, WeightFormat
+from kvik.config import ActivationDType, KVDType, SamplingParams, Speculation, WeightFormat
 from kvik.errors import InvalidInput
 
 if TYPE_CHECKING:
     from kvik.engine.llm import LLM
 
 PROMPT, SAMPLING, ENGINE = "Prompt and output", "Sampling", "Model and engine"  # panels of --help
+
+MAX_KV_HEADS = 1 << 16
 
 
 def value(panel: str, metavar: str, help_text: str, *names: str, show_default: bool = False, **others: Any) -> Any:
@@ -102,7 +104,7 @@ class ModelOptions:
         ),
     ] = "smollm2"
     activations: Annotated[
-        Activations, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
+        ActivationDType, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
     ] = "int8"
     weights: Annotated[
         WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")
@@ -190,10 +192,10 @@ def check_output_path(option: str, path: Path) -> None:
         raise InvalidInput(f"{option} is {path}, which may not be written", hint="give a file in a folder of yours")
 
 
-def check_count(option: str, number: int, least: int, most: int) -> int:
+def check_count(option: str, number: int, minimum: int, maximum: int) -> int:
     """The number itself; raises `InvalidInput` outside of the bounds."""
-    if not least <= number <= most:
-        raise InvalidInput(f"{option} is {number:,}", hint=f"give a whole number from {least:,} to {most:,}")
+    if not minimum <= number <= maximum:
+        raise InvalidInput(f"{option} is {number:,}", hint=f"give a whole number from {minimum:,} to {maximum:,}")
     return number
 
 
@@ -205,15 +207,16 @@ def parse_list(option: str, text: str) -> list[str]:
     return parts
 
 
-def parse_counts(option: str, text: str, least: int, most: int) -> list[int]:
+def parse_counts(option: str, text: str, minimum: int, maximum: int) -> list[int]:
     """The numbers of a list like `128,512`."""
     numbers = []
     for part in parse_list(option, text):
         if not (part.isascii() and part.isdigit()) or len(part) > 18:
             raise InvalidInput(
-                f"{option} has {part!r:.40} in it", hint=f"give whole numbers from {least:,} to {most:,}, like 128,512"
+                f"{option} has {part!r:.40} in it",
+                hint=f"give whole numbers from {minimum:,} to {maximum:,}, like 128,512",
             )
-        numbers.append(check_count(option, int(part), least, most))
+        numbers.append(check_count(option, int(part), minimum, maximum))
     return numbers
 
 

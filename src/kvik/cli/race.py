@@ -106,13 +106,13 @@ def race(
 
 def _within_context(llm: LLM, lengths: list[int], room: int, *, is_default: bool) -> list[int]:
     """The lengths behind which there is room; those that the caller did not name may be left out."""
-    most = llm.model.context - room
+    max_length = llm.model.context - room
     if is_default:
-        return [length for length in lengths if length <= most]
+        return [length for length in lengths if length <= max_length]
     for length in lengths:
-        if length > most:
+        if length > max_length:
             raise InvalidInput(
                 f"--lengths has {length:,} in it, the context holds {llm.model.context:,} tokens",
-                hint=f"give lengths up to {most:,}",
+                hint=f"give lengths up to {max_length:,}",
             )
     return lengths

@@ -49,7 +49,7 @@ class ModelRunner:
         self.decoder = model.decoder
         self.kv_spec = kv_spec
         self.kv_arrays = model.decoder.ops.allocate_kv(kv_spec, size.num_blocks, size.window_blocks)
-        self._forward = model.decoder.record(self.kv_arrays)
+        self._forward = model.decoder.capture(self.kv_arrays)
         self._sampler = NumpySampler()
 
     def run(self, batch: ScheduledBatch) -> FloatArray:
@@ -79,7 +79,7 @@ class ModelRunner:
 
     def profile(self, batch: ScheduledBatch) -> list[OpProfile]:
         """Run a batch that has run before once more, with a clock beside each op; it writes what is there already."""
-        from kvik.ops.program import RecordedStep
+        from kvik.ops.program import CapturedStep
 
-        assert isinstance(self._forward, RecordedStep), "only the native backend has a profile"
+        assert isinstance(self._forward, CapturedStep), "only the native backend has a profile"
         return self._forward.profile(batch.arrays)

@@ -10,7 +10,7 @@ from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
 from kvik.errors import InvalidInput
-from kvik.explain.run import check_tokens, most_tokens
+from kvik.explain.run import check_tokens, max_page_tokens
 from kvik.measure.lanes import digest
 
 ROUNDS = 3
@@ -47,7 +47,7 @@ def default_follow_ups(llm: LLM, prompt_ids: list[int], token_ids: list[int]) ->
         ]
     except InvalidInput:  # a vocabulary that cannot write these
         return []
-    return [(title, ids) for title, ids in both if len(ids) < most_tokens(llm)]
+    return [(title, ids) for title, ids in both if len(ids) < max_page_tokens(llm)]
 
 
 def next_turn(llm: LLM, question: str, answer_ids: list[int]) -> list[tuple[str, list[int]]]:
@@ -55,7 +55,7 @@ def next_turn(llm: LLM, question: str, answer_ids: list[int]) -> list[tuple[str,
     answer = llm.model.tokenizer.decode(answer_ids)
     messages = [("user", question), ("assistant", answer), ("user", "What then?")]
     token_ids = llm.render_chat([{"role": role, "content": content} for role, content in messages])
-    return [("The next turn of the chat", token_ids)] if len(token_ids) < most_tokens(llm) else []
+    return [("The next turn of the chat", token_ids)] if len(token_ids) < max_page_tokens(llm) else []
 
 
 def follow_up(llm: LLM, known_ids: list[int], title: str, token_ids: list[int]) -> FollowUp:

@@ -68,18 +68,18 @@ class TracedRun:
         return len(lengths) == 1 and self.verdict.is_same and kept and again
 
 
-def most_tokens(llm: LLM) -> int:
+def max_page_tokens(llm: LLM) -> int:
     """Of prompt and answer: what a page draws, or what the context holds."""
     return min(MAX_PAGE_TOKENS, llm.model.context)
 
 
 def check_tokens(llm: LLM, num_prompt_tokens: int, max_tokens: int) -> None:
-    """Raise `InvalidInput` for more than `most_tokens`."""
-    most = most_tokens(llm)
-    if num_prompt_tokens + max_tokens <= most:
+    """Raise `InvalidInput` for more than `max_page_tokens`."""
+    maximum = max_page_tokens(llm)
+    if num_prompt_tokens + max_tokens <= maximum:
         return
-    left = most - num_prompt_tokens
-    bound = f"the page draws {most:,}" if most == MAX_PAGE_TOKENS else f"the context holds {most:,}"
+    left = maximum - num_prompt_tokens
+    bound = f"the page draws {maximum:,}" if maximum == MAX_PAGE_TOKENS else f"the context holds {maximum:,}"
     raise InvalidInput(
         f"a prompt of {num_prompt_tokens:,} tokens and {max_tokens:,} to write are"
         f" {num_prompt_tokens + max_tokens:,}, {bound}",

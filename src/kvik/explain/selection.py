@@ -9,11 +9,11 @@ from kvik.cache import KVCacheSpec
 from kvik.errors import InvalidInput
 from kvik.models.spec import DecoderSpec
 
-MAX_LAYERS = 5
+MAX_DRAWN_LAYERS = 5
 AIMED_BYTES = 1_100_000
 """What queries, keys and values take at most in a page of which nobody says how much is drawn."""
 
-MAX_BYTES = 16_000_000
+MAX_DRAWN_BYTES = 16_000_000
 """What they may take where somebody does."""
 
 _TEXT_BYTES = 4 / 3
@@ -29,8 +29,8 @@ class Selection:
 
     def query_heads(self, spec: DecoderSpec) -> list[int]:
         """Those that share the KV heads."""
-        group = spec.num_heads // spec.num_kv_heads
-        return [kv_head * group + each for kv_head in self.kv_heads for each in range(group)]
+        queries_per_kv = spec.num_heads // spec.num_kv_heads
+        return [kv_head * queries_per_kv + each for kv_head in self.kv_heads for each in range(queries_per_kv)]
 
     def num_bytes(self, spec: DecoderSpec, kv_spec: KVCacheSpec, num_tokens: int) -> int:
         """What their queries, keys and values take in a page."""
@@ -57,14 +57,14 @@ def select(
     if layers is not None:
         chosen = Selection(tuple(layers), heads)
         needed = chosen.num_bytes(spec, kv_spec, num_tokens)
-        if needed > MAX_BYTES:
+        if needed > MAX_DRAWN_BYTES:
             raise InvalidInput(
                 f"{len(layers):,} layers x {len(heads):,} KV heads x {num_tokens:,} tokens take {needed / 1e6:,.0f} MB"
-                f" of a page, which holds {MAX_BYTES / 1e6:,.0f} MB of them",
+                f" of a page, which holds {MAX_DRAWN_BYTES / 1e6:,.0f} MB of them",
                 hint="name fewer with --layers and --kv-heads, or write fewer tokens",
             )
         return chosen
-    for count in range(min(MAX_LAYERS, spec.num_layers), 0, -1):
+    for count in range(min(MAX_DRAWN_LAYERS, spec.num_layers), 0, -1):
         chosen = Selection(_spread(count, spec.num_layers), heads)
         if chosen.num_bytes(spec, kv_spec, num_tokens) <= AIMED_BYTES:
             return chosen

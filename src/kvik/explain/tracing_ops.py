@@ -15,13 +15,13 @@ from kvik.cache import KVCacheSpec
 from kvik.models.decoder import Decoder
 from kvik.ops.base import (
     PLAIN,
-    Activation,
     Array,
     AttentionRule,
     Batch,
     IntArray,
     LayerKV,
     Linear,
+    Nonlinearity,
     Norm,
     Ops,
     QKVWeights,
@@ -82,10 +82,12 @@ class TracingOps(Ops):
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None) -> NoReturn:
         raise AssertionError("KV arrays are allocated before a step is watched")
 
-    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], group: int = 0) -> NoReturn:
+    def copy_blocks(
+        self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
+    ) -> NoReturn:
         raise AssertionError("blocks are copied before a step, not in it")
 
-    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], group: int = 0) -> NoReturn:
+    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], kv_group: int = 0) -> NoReturn:
         raise AssertionError("memory is given back between steps, not in one")
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Array:
@@ -118,7 +120,7 @@ class TracingOps(Ops):
         self.attended.append(self._inner.to_numpy(attended))
         return attended
 
-    def activate(self, x: Array, activation: Activation, up: Array | None = None) -> Array:
+    def activate(self, x: Array, activation: Nonlinearity, up: Array | None = None) -> Array:
         return self._pass_on("activate", x, activation, up)
 
     def soft_cap(self, x: Array, cap: float) -> Array:

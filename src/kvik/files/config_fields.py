@@ -25,9 +25,9 @@ _OTHER_NAMES = {
 }
 
 
-def read_json_object(path: Path, most_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+def read_json_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The object that a JSON file holds, which must be there. Raises `ModelError`."""
-    found = read_object(path, most_bytes, _HINT)
+    found = read_object(path, max_bytes, _HINT)
     if found is None:
         raise ModelError(f"{path} is no file", hint="check its name")
     return found
@@ -46,32 +46,32 @@ class ConfigFields:
             (self.fields[one] for one in (key, *_OTHER_NAMES.get(key, ())) if self.fields.get(one) is not None), None
         )
 
-    def count(self, key: str, default: int | None = None, *, most: int = MAX_WIDTH) -> int:
-        """A count from 1 to `most`."""
+    def count(self, key: str, default: int | None = None, *, maximum: int = MAX_WIDTH) -> int:
+        """A count from 1 to `maximum`."""
         found = self.find(key)
         if found is None:
             if default is None:
                 raise self.error(f"has no {key}")
             return default
-        if type(found) is not int or not 1 <= found <= most:
-            raise self.error(f"{key} is {_shown(found)}; it must be a whole number from 1 to {most:,}")
+        if type(found) is not int or not 1 <= found <= maximum:
+            raise self.error(f"{key} is {_shown(found)}; it must be a whole number from 1 to {maximum:,}")
         return found
 
     def optional(self, key: str) -> int | None:
         """A count that may be missing, null or 0."""
         found = self.find(key)
-        return None if found in (None, 0) and found is not False else self.count(key, most=MAX_CONTEXT)
+        return None if found in (None, 0) and found is not False else self.count(key, maximum=MAX_CONTEXT)
 
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0, most: float = 1e12) -> float:
-        """A number above `above`, up to `most`."""
+    def number(self, key: str, default: float | None = None, *, above: float = 0.0, maximum: float = 1e12) -> float:
+        """A number above `above`, up to `maximum`."""
         found = self.find(key)
         if found is None:
             if default is None:
                 raise self.error(f"has no {key}")
             return default
         # NaN fails both comparisons.
-        if type(found) not in (int, float) or not above < found <= most:
-            raise self.error(f"{key} is {_shown(found)}; it must be a number above {above:g}, up to {most:g}")
+        if type(found) not in (int, float) or not above < found <= maximum:
+            raise self.error(f"{key} is {_shown(found)}; it must be a number above {above:g}, up to {maximum:g}")
         return float(found)
 
     def optional_number(self, key: str, **bounds: float) -> float | None:

@@ -34,16 +34,16 @@ _Item = TypeVar("_Item", bool, int, float, str)
 _Number = TypeVar("_Number", int, float)
 
 VERSIONS = (2, 3)
-MAX_NUM_DIMENSIONS = 4
+MAX_GGUF_DIMENSIONS = 4
 MAX_KEY_BYTES = 65_535
 MAX_TENSOR_NAME_BYTES = 1_024
 MIN_ALIGNMENT, MAX_ALIGNMENT = 8, 1 << 20
 
 # What a header may ask of memory: its bytes take 8 times the room or more as Python objects, and a sparse file can have
 # any size. Real headers have up to 40 MB, a million array items, a few thousand tensors and a hundred keys.
-MAX_HEADER_BYTES = 1 << 27
+MAX_GGUF_HEADER_BYTES = 1 << 27
 MAX_NUM_ARRAY_ITEMS = 1 << 22
-MAX_NUM_TENSORS = 1 << 18
+MAX_GGUF_TENSORS = 1 << 18
 MAX_NUM_KEYS = 1 << 16
 
 _WINDOW_BYTES = 1 << 20  # of strings, copied at a time
@@ -174,9 +174,9 @@ class GGUFFile:
         if key not in self.metadata:
             return value
         if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-            least = "" if minimum is None else f" from {minimum:,}"
-            most = "" if maximum is None else f" up to {maximum:,}"
-            raise self._unfit(key, f"{least}{most}".lstrip())
+            lower = "" if minimum is None else f" from {minimum:,}"
+            upper = "" if maximum is None else f" up to {maximum:,}"
+            raise self._unfit(key, f"{lower}{upper}".lstrip())
         return value
 
     def _unfit(self, key: str, accepted: str) -> ModelError:
@@ -227,7 +227,7 @@ class _Header:
         self.view = data.data
         self.path = path
         self.position = 0
-        self.end = min(len(data), MAX_HEADER_BYTES)
+        self.end = min(len(data), MAX_GGUF_HEADER_BYTES)
         self.num_array_items = 0
         self.alignment = DEFAULT_ALIGNMENT
 
@@ -251,7 +251,7 @@ class _Header:
     def uint64(self, what: str) -> int:
         return int(_UINT64.unpack_from(self.view, self.take(8, what))[0])
 
-    def text(self, what: str, max_bytes: int = MAX_HEADER_BYTES) -> str:
+    def text(self, what: str, max_bytes: int = MAX_GGUF_HEADER_BYTES) -> str:
         num_bytes = self.uint64(f"the length of {what}")
         if num_bytes > max_bytes:
             raise self.error(
@@ -318,13 +318,13 @@ class _Header:
         self.num_array_items += count
         return self.texts(count, what) if kind == ValueType.STRING else self.scalars(kind, count, what)
 
-    def check_count(self, count: int, item_bytes: int, most: int, what: str) -> None:
+    def check_count(self, count: int, item_bytes: int, max_count: int, what: str) -> None:
         """Refuse more items than are believed, or than the rest of the file can hold at `item_bytes` each or more."""
         room = (len(self.data) - self.position) // item_bytes
         if count > room:
             raise self.error(f"truncated or damaged: {count:,} {what}, but the rest of the file has room for {room:,}")
-        if count > most:
-            raise self.error(f"{count:,} {what}; up to {most:,} are accepted")
+        if count > max_count:
+            raise self.error(f"{count:,} {what}; up to {max_count:,} are accepted")
 
     # The three parts of a header.
 
@@ -341,7 +341,7 @@ class _Header:
         if version not in VERSIONS:
             raise self.error(f"GGUF version {version:,}; kvik reads versions 2 and 3", _CONVERT)
         num_tensors, num_keys = self.uint64("tensor_count"), self.uint64("metadata_kv_count")
-        self.check_count(num_tensors, _MIN_TENSOR_BYTES, MAX_NUM_TENSORS, "tensors")
+        self.check_count(num_tensors, _MIN_TENSOR_BYTES, MAX_GGUF_TENSORS, "tensors")
         self.check_count(num_keys, _MIN_KEY_BYTES, MAX_NUM_KEYS, "metadata keys")
         return num_tensors, num_keys
 
@@ -409,8 +409,8 @@ class _Header:
     def read_tensor_entry(self, what: str) -> tuple[TensorType, tuple[int, ...], int, int]:
         """Read one entry after its name: type, shape, size in bytes, offset in bytes from the start of the data."""
         num_dimensions = self.uint32(f"n_dims of {what}")
-        if not 1 <= num_dimensions <= MAX_NUM_DIMENSIONS:
-            raise self.error(f"{what} has {num_dimensions:,} dimensions; 1 to {MAX_NUM_DIMENSIONS} are accepted")
+        if not 1 <= num_dimensions <= MAX_GGUF_DIMENSIONS:
+            raise self.error(f"{what} has {num_dimensions:,} dimensions; 1 to {MAX_GGUF_DIMENSIONS} are accepted")
         dimensions = [self.uint64(f"a dimension of {what}") for _ in range(num_dimensions)]
         if any(not 0 < dimension < 1 << 63 for dimension in dimensions):
             raise self.error(f"{what} has the dimensions {dimensions}; each must be from 1 to 2^63 - 1")

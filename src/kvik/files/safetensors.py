@@ -28,9 +28,9 @@ from kvik.errors import ModelError
 from kvik.files.mapped import MappedFile, map_file
 
 # Headers take many times their bytes as Python objects. Real ones have some hundred kB, and 10^4 tensors at most.
-MAX_HEADER_BYTES = 1 << 24
-MAX_NUM_TENSORS = 1 << 17
-MAX_NUM_DIMENSIONS = 8
+MAX_SAFETENSORS_HEADER_BYTES = 1 << 24
+MAX_SAFETENSORS_TENSORS = 1 << 17
+MAX_SAFETENSORS_DIMENSIONS = 8
 MAX_NAME_CHARACTERS = 1_024
 
 DTYPE_BITS: Mapping[str, int] = {
@@ -119,8 +119,10 @@ class _Header:
             raise self.error(f"not a safetensors file: byte 8 is {start[8:9]!r}, not b'{{'")
         if header_bytes > self.num_bytes - 8:
             raise self.error(f"truncated: the header needs {header_bytes:,} bytes, the file has {self.num_bytes:,}")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise self.error(f"the header has {header_bytes:,} bytes; up to {MAX_HEADER_BYTES:,} are accepted")
+        if header_bytes > MAX_SAFETENSORS_HEADER_BYTES:
+            raise self.error(
+                f"the header has {header_bytes:,} bytes; up to {MAX_SAFETENSORS_HEADER_BYTES:,} are accepted"
+            )
         return header_bytes
 
     def entries(self, text: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
@@ -131,8 +133,8 @@ class _Header:
             nonlocal num_objects
             num_objects += 1
             fields = dict(pairs)
-            if num_objects > MAX_NUM_TENSORS or len(fields) > MAX_NUM_TENSORS:
-                raise self.error(f"the header has more than {MAX_NUM_TENSORS:,} tensors")
+            if num_objects > MAX_SAFETENSORS_TENSORS or len(fields) > MAX_SAFETENSORS_TENSORS:
+                raise self.error(f"the header has more than {MAX_SAFETENSORS_TENSORS:,} tensors")
             if len(fields) < len(pairs):
                 twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
                 raise self.error(f"the name {_SHORT.repr(twice)} occurs twice in the header")
@@ -156,7 +158,7 @@ class _Header:
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
             raise self.error(f"{what} has the unknown dtype {reprlib.repr(dtype)}", "a newer kvik may know it")
-        if not _are_sizes(shape) or len(shape) > MAX_NUM_DIMENSIONS:
+        if not _are_sizes(shape) or len(shape) > MAX_SAFETENSORS_DIMENSIONS:
             raise self.error(f"{what} has the shape {reprlib.repr(shape)}")
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise self.error(f"{what} has the data_offsets {reprlib.repr(offsets)}")

@@ -16,17 +16,17 @@ def folder_error(path: Path, what: str, hint: str = FETCH_AGAIN) -> ModelError:
     return ModelError(f"{path}: {what}", hint=hint)
 
 
-def read_text(path: Path, most_bytes: int, hint: str = FETCH_AGAIN) -> str | None:
+def read_text(path: Path, max_bytes: int, hint: str = FETCH_AGAIN) -> str | None:
     """A file's text, or None where there is no such file. Raises `ModelError`."""
     try:
         if not path.is_file():
             return None
         with path.open("rb") as file:
-            data = file.read(most_bytes + 1)
+            data = file.read(max_bytes + 1)
     except OSError as error:
         raise folder_error(path, f"cannot be read: {error.strerror}", "make the file readable") from error
-    if len(data) > most_bytes:
-        raise folder_error(path, f"more than {most_bytes:,} bytes", hint)
+    if len(data) > max_bytes:
+        raise folder_error(path, f"more than {max_bytes:,} bytes", hint)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -44,7 +44,7 @@ def parse_object(text: str, path: Path, hint: str = FETCH_AGAIN) -> dict[str, An
     return values
 
 
-def read_object(path: Path, most_bytes: int, hint: str = FETCH_AGAIN) -> dict[str, Any] | None:
+def read_object(path: Path, max_bytes: int, hint: str = FETCH_AGAIN) -> dict[str, Any] | None:
     """The JSON object in a file, or None where there is no such file. Raises `ModelError`."""
-    text = read_text(path, most_bytes, hint)
+    text = read_text(path, max_bytes, hint)
     return None if text is None else parse_object(text, path, hint)

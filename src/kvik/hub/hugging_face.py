@@ -291,7 +291,7 @@ def _bar_class(what: str, progress: Progress) -> type[Any]:
     """A bar for huggingface_hub that draws nothing and reports to `progress`."""
     from huggingface_hub.utils.tqdm import tqdm
 
-    most_bytes = 0  # two bars may count one download (bytes received, bytes on disk): show the one that is ahead
+    shown_bytes = 0  # two bars may count one download (bytes received, bytes on disk): show the one that is ahead
 
     class Reporter(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -300,10 +300,10 @@ def _bar_class(what: str, progress: Progress) -> type[Any]:
             self.update(0)
 
         def update(self, n: float | None = 1) -> None:
-            nonlocal most_bytes
+            nonlocal shown_bytes
             self.done_bytes += int(n or 0)
-            most_bytes = min(max(most_bytes, self.done_bytes), self.total_bytes or self.done_bytes)
-            progress(what, most_bytes, self.total_bytes)
+            shown_bytes = min(max(shown_bytes, self.done_bytes), self.total_bytes or self.done_bytes)
+            progress(what, shown_bytes, self.total_bytes)
 
     return Reporter
 

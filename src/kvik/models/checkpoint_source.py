@@ -1,4 +1,4 @@
-"""A decoder's tensors out of a checkpoint: checked, cut, turned and packed in pieces, so that none lies twice."""
+"""A decoder's tensors out of a checkpoint: checked, cut, transposed and packed in pieces, so that none lies twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvik.hub.progress import Progress, silent
 from kvik.models.checkpoint import FLOATS, Checkpoint, decoder_parts
 from kvik.models.hf_parts import is_tied_head
 from kvik.models.parts import Part
-from kvik.models.quantize import GROUP, TYPES, Quantization, Quantizer
+from kvik.models.quantize import SCALE_GROUP, TYPES, Quantization, Quantizer
 from kvik.models.spec import DecoderSpec
 from kvik.ops.base import Ops, Vector, Weight
 
@@ -79,7 +79,7 @@ class CheckpointSource:
         kind = self._type_of(name)
         if self.quantizer is not None and kind not in FLOATS:
             return self.ops.load_rows(kind, self._quantized_rows(name, kind, self.quantizer), rows, columns)
-        if self.quantizer is not None and columns % GROUP:
+        if self.quantizer is not None and columns % SCALE_GROUP:
             self.quantizer.kept.append(self.parts[name].stored)
         return self.ops.load_rows(kind, self._stored_rows(name), rows, columns)
 
@@ -116,7 +116,7 @@ class CheckpointSource:
         for start in range(0, shape[0], step):
             stop = min(start + step, shape[0])
             rows = _rows(part, start, stop)
-            chunk = self._turned(tensor, values, rows, stop - start) if part.transposed else values[rows]
+            chunk = self._transposed(tensor, values, rows, stop - start) if part.transposed else values[rows]
             self._check_finite(tensor, chunk)
             yield chunk
             if not part.transposed:
@@ -124,15 +124,15 @@ class CheckpointSource:
             self._done_bytes += chunk.nbytes
             self._progress(f"{self.checkpoint.folder.name}: loading", self._done_bytes, self._total_bytes)
 
-    def _turned(self, tensor: StoredTensor, values: Raw, columns: slice | npt.NDArray[np.int64], count: int) -> Raw:
+    def _transposed(self, tensor: StoredTensor, values: Raw, columns: slice | npt.NDArray[np.int64], count: int) -> Raw:
         """Some columns as rows. All of the tensor's pages are touched, but never held at once."""
-        turned = np.empty((count, len(values)), values.dtype)
+        transposed = np.empty((count, len(values)), values.dtype)
         step = max(1, self._most_values // values.shape[1])
         for start in range(0, len(values), step):
             rows = slice(start, min(start + step, len(values)))
-            turned[:, rows] = values[rows, columns].T
+            transposed[:, rows] = values[rows, columns].T
             self._drop(tensor, values, rows)
-        return turned
+        return transposed
 
     def _drop(self, tensor: StoredTensor, values: Raw, rows: slice | npt.NDArray[np.int64]) -> None:
         """Give back the pages of rows that were read."""
@@ -177,7 +177,7 @@ class CheckpointSource:
 
     def _type_of(self, name: str) -> str:
         """The GGUF type that a matrix becomes. A table of positions is added, not multiplied: it stays as it is."""
-        if self.quantizer is None or self.shapes[name][1] % GROUP or name == "position_embd.weight":
+        if self.quantizer is None or self.shapes[name][1] % SCALE_GROUP or name == "position_embd.weight":
             return self._tensor(name).dtype
         return TYPES["q8" if name in _TABLES else self.quantizer.weights]
 

@@ -88,9 +88,9 @@ class Decoder:
         """The same weights, run by other ops of the same backend, which pack weights alike."""
         return Decoder(self.spec, self.weights, ops, self.num_positions)
 
-    def record(self, kv_cache: Sequence[LayerKV]) -> Callable[[Batch], Array]:
+    def capture(self, kv_cache: Sequence[LayerKV]) -> Callable[[Batch], Array]:
         """The forward pass over these KV arrays as one function of the batch, its ops noted where the backend can."""
-        return self.ops.record(lambda ops, batch: self.forward(batch, kv_cache, ops))
+        return self.ops.capture(lambda ops, batch: self.forward(batch, kv_cache, ops))
 
     def forward(self, batch: Batch, kv_cache: Sequence[LayerKV], ops: Ops | None = None) -> Array:
         """Computes the batch's tokens, remembers their keys and values, and gives logits (R, vocab_size)."""
@@ -98,12 +98,12 @@ class Decoder:
         x = ops.embed(weights.embedding, batch.token_ids, spec.embedding_scale)  # (T, hidden_size)
         if weights.positions is not None:
             x = ops.add(x, ops.embed(weights.positions, batch.positions))
-        for layer, its, kv in zip(spec.layers, weights.layers, kv_cache, strict=True):
-            q = ops.norm_qkv(x, its.attn_norm, its.qkv, self._ropes[layer.rope], kv, batch)  # and remember these tokens
+        for layer, w, kv in zip(spec.layers, weights.layers, kv_cache, strict=True):
+            q = ops.norm_qkv(x, w.attn_norm, w.qkv, self._ropes[layer.rope], kv, batch)  # and remember these tokens
             attended = ops.merge_heads(ops.attend(q, kv, batch, self.rule(layer)))  # look back over all of them
-            after = _add(ops, x, attended, its.o_proj, its.post_attn_norm)
-            hidden = self._mlp_hidden(ops, its, after if spec.parallel == "none" else x)
-            x = _add(ops, after, hidden, its.down_proj, its.post_mlp_norm)
+            after = _add(ops, x, attended, w.o_proj, w.post_attn_norm)
+            hidden = self._mlp_hidden(ops, w, after if spec.parallel == "none" else x)
+            x = _add(ops, after, hidden, w.down_proj, w.post_mlp_norm)
         return self.logits(ops.take_rows(x, batch.logit_rows), ops)
 
     def logits(self, hidden: Array, ops: Ops) -> Array:
@@ -115,11 +115,11 @@ class Decoder:
         """How this layer's scores become weights."""
         return AttentionRule(self.spec.attention_scale, layer.window, self.spec.attention_soft_cap)
 
-    def _mlp_hidden(self, ops: Ops, its: LayerWeights, x: Array) -> Array:
+    def _mlp_hidden(self, ops: Ops, w: LayerWeights, x: Array) -> Array:
         activation = self.spec.activation
-        if its.gate_proj is None:
-            return ops.activate(ops.norm_linear(x, its.mlp_norm, its.up_proj), activation)
-        return ops.norm_gated(x, its.mlp_norm, its.gate_proj, its.up_proj, activation)
+        if w.gate_proj is None:
+            return ops.activate(ops.norm_linear(x, w.mlp_norm, w.up_proj), activation)
+        return ops.norm_gated(x, w.mlp_norm, w.gate_proj, w.up_proj, activation)
 
 
 def _add(ops: Ops, residual: Array, x: Array, linear: Linear, post_norm: Norm | None) -> Array:

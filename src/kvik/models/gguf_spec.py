@@ -17,21 +17,21 @@ from kvik.files.gguf import GGUFFile
 from kvik.models.gguf_source import read_divisors
 from kvik.models.rope_scaling import yarn_factors, yarn_magnitude
 from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec, RopeSpec
-from kvik.ops.base import Activation
+from kvik.ops.base import Nonlinearity
 
-MOST = 1 << 24  # of any one dimension or count: far above every published model
+MAX_COUNT = 1 << 24  # of any one dimension or count: far above every published model
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """What a file of one architecture does not say, because all of them have it."""
 
-    pairs: Literal["adjacent", "halves"] | None  # dimensions that turn together; None: a table of positions
+    pairs: Literal["adjacent", "halves"] | None  # dimensions that rotate together; None: a table of positions
     norm: Literal["rms", "layer"] = "rms"
     norm_places: Literal["before", "after", "around"] = "before"
     qk_norm: Literal["none", "head", "row"] = "none"
     parallel: Literal["none", "one_norm", "two_norms"] = "none"  # where neither key nor tensor tells otherwise
-    activation: Activation = "silu"
+    activation: Nonlinearity = "silu"
     gated: bool = True
     scales_embedding: bool = False  # by the square root of hidden_size
     attention_soft_cap: float = 0.0  # where no key tells; 0: none
@@ -41,8 +41,8 @@ class Architecture:
     window_pattern: int = 0  # each so-many-th layer sees all; 0: none does
     local_theta: float | None = None  # of layers with a window, where no key tells; None: as that of the others
     local_scaling: bool = True  # whether these layers' rotary embeddings are stretched with the others'
-    nope_pattern: int = 0  # each so-many-th layer is told no positions
-    rope_switch: bool = False  # whether the key rope.scaling.finetuned can turn rotary embeddings off
+    nope_pattern: int = 0  # each so-many-th layer has no RoPE
+    rope_switch: bool = False  # whether the key rope.scaling.finetuned can switch RoPE off
 
 
 _GPT2 = Architecture(None, norm="layer", activation="gelu_tanh", gated=False)
@@ -132,24 +132,24 @@ class _Reader:
         file, facts = self.file, self.facts
         self.check_refused()
         hidden_size = self.count("embedding_length")
-        num_heads = self.count("attention.head_count", most=hidden_size)
-        head_dim = self.count("attention.key_length", max(1, hidden_size // num_heads), most=MAX_HEAD_DIM)
+        num_heads = self.count("attention.head_count", maximum=hidden_size)
+        head_dim = self.count("attention.key_length", max(1, hidden_size // num_heads), maximum=MAX_HEAD_DIM)
         context_length = self.count("context_length")
-        num_layers = self.count("block_count", most=MAX_LAYERS)
+        num_layers = self.count("block_count", maximum=MAX_LAYERS)
         wide_scale = (hidden_size // num_heads) ** -0.5 if num_layers == facts.layers_of_wide_scale else None
         spec = DecoderSpec(
             architecture=self.architecture,
             hidden_size=hidden_size,
             intermediate_size=self.count("feed_forward_length"),
             num_heads=num_heads,
-            num_kv_heads=self.count("attention.head_count_kv", num_heads, most=num_heads),
+            num_kv_heads=self.count("attention.head_count_kv", num_heads, maximum=num_heads),
             head_dim=head_dim,
             vocab_size=file.tensor("token_embd.weight").shape[0],
             context_length=context_length,
             layers=self.layers(num_layers, head_dim, context_length, context or context_length),
             tied_head="output.weight" not in file.tensors,
             norm=facts.norm,
-            norm_eps=self.number(f"attention.layer_norm{'_rms' * (facts.norm == 'rms')}_epsilon", most=1.0),
+            norm_eps=self.number(f"attention.layer_norm{'_rms' * (facts.norm == 'rms')}_epsilon", maximum=1.0),
             norm_bias=facts.norm == "layer" and "output_norm.bias" in file.tensors,
             norm_places=facts.norm_places,
             qk_norm=facts.qk_norm,
@@ -193,8 +193,8 @@ class _Reader:
     def layers(self, num_layers: int, head_dim: int, context_length: int, context: int) -> tuple[LayerSpec, ...]:
         facts = self.facts
         slides, window = self.windows(num_layers, context_length)
-        told = not facts.rope_switch or self.file.get_bool(f"{self.architecture}.rope.scaling.finetuned", True)
-        if facts.pairs is None or not told:
+        has_rope = not facts.rope_switch or self.file.get_bool(f"{self.architecture}.rope.scaling.finetuned", True)
+        if facts.pairs is None or not has_rope:
             return tuple(LayerSpec(None, window if slide else None) for slide in slides)
         theta = self.theta("rope.freq_base", 10_000.0)
         everywhere = self.rope(theta, head_dim, context_length, context, scaled=True)
@@ -214,7 +214,7 @@ class _Reader:
     def windows(self, num_layers: int, context_length: int) -> tuple[list[bool], int | None]:
         """Which layers have a window, and how long it is; one as long as the context is none."""
         window = self.file.get_int(
-            f"{self.architecture}.attention.sliding_window", self.facts.window, minimum=0, maximum=MOST << 8
+            f"{self.architecture}.attention.sliding_window", self.facts.window, minimum=0, maximum=MAX_COUNT << 8
         )
         if not window:
             return [False] * num_layers, None
@@ -227,7 +227,7 @@ class _Reader:
         return slides, window if window < context_length else None
 
     def rope(self, theta: float, head_dim: int, context_length: int, context: int, *, scaled: bool) -> RopeSpec:
-        num_dims = self.count("rope.dimension_count", head_dim, most=head_dim)
+        num_dims = self.count("rope.dimension_count", head_dim, maximum=head_dim)
         adjacent_pairs = self.facts.pairs == "adjacent"  # the converter reorders rows of queries and keys for it
         if not scaled:
             return RopeSpec(theta, num_dims, adjacent_pairs)
@@ -267,20 +267,20 @@ class _Reader:
 
     # The keys.
 
-    def count(self, key: str, default: int | None = None, *, most: int = MOST) -> int:
-        return self.file.get_int(f"{self.architecture}.{key}", default, minimum=1, maximum=most)
+    def count(self, key: str, default: int | None = None, *, maximum: int = MAX_COUNT) -> int:
+        return self.file.get_int(f"{self.architecture}.{key}", default, minimum=1, maximum=maximum)
 
     def theta(self, key: str, default: float) -> float:
-        return self.number(key, default, least=1.01)
+        return self.number(key, default, minimum=1.01)
 
-    def number(self, key: str, default: float | None = None, *, least: float = 0.0, most: float = 1e12) -> float:
+    def number(self, key: str, default: float | None = None, *, minimum: float = 0.0, maximum: float = 1e12) -> float:
         """A number; float32 in the file, it stands for the shortest decimal that rounds to it, as 1e-5."""
-        value = self.file.get_float(f"{self.architecture}.{key}", default, minimum=least, maximum=most)
+        value = self.file.get_float(f"{self.architecture}.{key}", default, minimum=minimum, maximum=maximum)
         return float(str(np.float32(value))) if f"{self.architecture}.{key}" in self.file.metadata else value
 
     def factor(self, key: str, default: float) -> float:
         """What something is multiplied with or divided by."""
-        return self.number(key, default, least=1e-6, most=1e6)
+        return self.number(key, default, minimum=1e-6, maximum=1e6)
 
     def has_bias(self, name: str) -> bool:
         """Of the first layer; whether the others have one is found with their tensors."""

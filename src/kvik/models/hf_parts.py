@@ -164,7 +164,7 @@ def is_tied_head(spec: DecoderSpec, name: str) -> bool:
 
 
 def is_unused(spec: DecoderSpec, name: str) -> bool:
-    """Whether a stored tensor is of no use to a decoder: a tied head, a buffer that can be computed, another sense."""
+    """Whether a stored tensor is of no use to a decoder: a tied head, a recomputable buffer, a vision tower."""
     of_other_sense = spec.architecture == "gemma3_text" and _OTHER_SENSES.match(name)
     return is_tied_head(spec, name) or bool(_BUFFERS.search(name) or of_other_sense)
 
@@ -195,7 +195,7 @@ def _cuts(spec: DecoderSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...
         rows: Sequence[Rows] = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         if layout.fused == "grouped":
             rows = _grouped_rows(spec)
-        cuts |= {name: _Cut(its, ends[-1]) for name, its in zip(siblings, rows, strict=True)}
+        cuts |= {name: _Cut(cut_rows, ends[-1]) for name, cut_rows in zip(siblings, rows, strict=True)}
     return cuts
 
 
@@ -212,7 +212,8 @@ def _part(layout: Layout, name: str, where: str, shape: tuple[int, ...], cut: _C
 
 def _grouped_rows(spec: DecoderSpec) -> tuple[Rows, Rows, Rows]:
     """Rows of queries, keys and values where each KV head has its own beside those of the queries that share it."""
-    group = spec.num_heads // spec.num_kv_heads
+    queries_per_kv = spec.num_heads // spec.num_kv_heads
     rows = np.arange((spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
-    by_head = rows.reshape(spec.num_kv_heads, group + 2, spec.head_dim)
-    return by_head[:, :group].reshape(-1), by_head[:, group].reshape(-1), by_head[:, group + 1].reshape(-1)
+    by_head = rows.reshape(spec.num_kv_heads, queries_per_kv + 2, spec.head_dim)
+    query, key, value = by_head[:, :queries_per_kv], by_head[:, queries_per_kv], by_head[:, queries_per_kv + 1]
+    return query.reshape(-1), key.reshape(-1), value.reshape(-1)

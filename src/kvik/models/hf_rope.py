@@ -37,7 +37,7 @@ def read_ropes(
 ) -> tuple[RopeSpec, RopeSpec]:
     """Of layers that see all, and of those with a window; `used` is how much of the model's context will be."""
     theta = config.number(rotary.theta_key, rotary.theta, above=1.0)
-    partial = config.number(rotary.partial_key, rotary.partial, most=1.0)
+    partial = config.number(rotary.partial_key, rotary.partial, maximum=1.0)
     old, new = config.object("rope_scaling"), config.object("rope_parameters")
     given = old if old and old.fields else new or ConfigFields({}, config.path)
     inner = [given.object(kind) for kind in ("full_attention", "sliding_attention")]
@@ -59,9 +59,9 @@ def _rope(
     if kind not in _SCALINGS:
         raise config.error(f"rope_type {kind!r:.60} is not one that kvik runs", f"kvik runs {', '.join(_SCALINGS)}")
     theta = given.number("rope_theta", theta, above=1.0)
-    num_dims = int(head_dim * given.number("partial_rotary_factor", partial, most=1.0))
+    num_dims = int(head_dim * given.number("partial_rotary_factor", partial, maximum=1.0))
     original = config.optional("original_max_position_embeddings") or given.count(
-        "original_max_position_embeddings", context, most=MAX_CONTEXT
+        "original_max_position_embeddings", context, maximum=MAX_CONTEXT
     )
     factors, magnitude = _SCALINGS[kind](given, _Span(theta, num_dims, context, original, used))
     return RopeSpec(theta, num_dims, adjacent_pairs=False, factors=factors, magnitude=magnitude)
@@ -69,7 +69,7 @@ def _rope(
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """What is stretched: pairs that turn by powers of theta, from the original context to the whole one."""
+    """What is stretched: pairs that rotate by powers of theta, from the original context to the whole one."""
 
     theta: float
     num_dims: int
@@ -80,7 +80,7 @@ class _Span:
 
 def _mild(given: ConfigFields, key: str, default: float | None = None) -> float:
     """A number with which frequencies stay numbers."""
-    return given.number(key, default, above=1e-6, most=1e6)
+    return given.number(key, default, above=1e-6, maximum=1e6)
 
 
 def _default(given: ConfigFields, span: _Span) -> _Scaling:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 from kvik.files.config_fields import MAX_CONTEXT, MAX_WIDTH, ConfigFields
 from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes
 from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec
-from kvik.ops.base import Activation
+from kvik.ops.base import Nonlinearity
 
 Fields = dict[str, Any]
 
-_ACTIVATIONS: Mapping[str, Activation] = {
+_NONLINEARITIES: Mapping[str, Nonlinearity] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -37,7 +37,7 @@ class Family:
     rotary: Rotary | None = PLAIN_ROTARY
     tied: bool = False  # where the config does not say
     kv_heads: Callable[[ConfigFields, int], int] = lambda config, heads: config.count(
-        "num_key_value_heads", heads, most=heads
+        "num_key_value_heads", heads, maximum=heads
     )
     head_dim: int | None = None  # where the config does not say; None: hidden_size / num_attention_heads
     inner: int | None = None  # intermediate_size by hidden_size, where the config does not say
@@ -51,7 +51,7 @@ def _llama(config: ConfigFields, norm_eps: float = 1e-6) -> Fields:
     bias = config.flag("attention_bias", False)
     return {
         "norm_eps": config.number("rms_norm_eps", norm_eps),
-        "activation": activation_of(config, "hidden_act", "silu"),
+        "activation": nonlinearity_of(config, "hidden_act", "silu"),
         "qkv_bias": bias,
         "output_bias": bias,
         "mlp_bias": config.flag("mlp_bias", False),
@@ -84,17 +84,17 @@ def _granite(config: ConfigFields) -> Fields:
 
 
 def _scale(config: ConfigFields, key: str, default: float) -> float:
-    return config.number(key, default, above=1e-6, most=1e6)
+    return config.number(key, default, above=1e-6, maximum=1e6)
 
 
 def _cap(config: ConfigFields, key: str) -> float | None:
-    return config.optional_number(key, above=1e-3, most=1e6)
+    return config.optional_number(key, above=1e-3, maximum=1e6)
 
 
 def _gemma(config: ConfigFields) -> Fields:
     refuse_if(config, "use_bidirectional_attention", True)
     key = "hidden_act" if config.find("hidden_activation") is None else "hidden_activation"
-    activation = activation_of(config, key, "gelu_pytorch_tanh")
+    activation = nonlinearity_of(config, key, "gelu_pytorch_tanh")
     return _llama(config) | {
         "activation": "gelu_tanh" if activation == "gelu" else activation,  # a slip in the first configs
         "embedding_scale": math.sqrt(config.count("hidden_size")),
@@ -128,7 +128,7 @@ def _layer_norm(config: ConfigFields, eps_key: str, activation_key: str, activat
         "norm": "layer",
         "norm_bias": True,
         "norm_eps": config.number(eps_key, 1e-5),
-        "activation": activation_of(config, activation_key, activation),
+        "activation": nonlinearity_of(config, activation_key, activation),
         "gated": False,
         "qkv_bias": bias,
         "output_bias": bias,
@@ -140,7 +140,7 @@ def _gpt2(config: ConfigFields, activation: str = "gelu_new") -> Fields:
     refuse_if(config, "scale_attn_weights", False)
     refuse_if(config, "scale_attn_by_inverse_layer_idx", True)
     refuse_if(config, "add_cross_attention", True)
-    positions = {"num_learned_positions": config.count("max_position_embeddings", most=MAX_CONTEXT)}
+    positions = {"num_learned_positions": config.count("max_position_embeddings", maximum=MAX_CONTEXT)}
     return _layer_norm(config, "layer_norm_epsilon", "activation_function", activation, bias=True) | positions
 
 
@@ -175,7 +175,7 @@ def _falcon(config: ConfigFields) -> Fields:
     is_new, is_parallel = (config.flag("new_decoder_architecture", False), config.flag("parallel_attn", True))
     if is_new and not is_parallel:
         raise config.error("parallel_attn is false with new_decoder_architecture, which kvik does not run", OTHER_MODEL)
-    num_norms = config.count("num_ln_in_parallel_attn", 2 if is_new else 1, most=2)
+    num_norms = config.count("num_ln_in_parallel_attn", 2 if is_new else 1, maximum=2)
     parallel = "none" if not is_parallel else "two_norms" if is_new and num_norms == 2 else "one_norm"
     bias = config.flag("bias", False)
     return _layer_norm(config, "layer_norm_epsilon", "activation", "gelu", bias=bias) | {"parallel": parallel}
@@ -183,7 +183,7 @@ def _falcon(config: ConfigFields) -> Fields:
 
 def _falcon_kv_heads(config: ConfigFields, num_heads: int) -> int:
     if config.flag("new_decoder_architecture", False):
-        return config.count("num_kv_heads", config.count("n_head_kv", num_heads, most=num_heads), most=num_heads)
+        return config.count("num_kv_heads", config.count("n_head_kv", num_heads, maximum=num_heads), maximum=num_heads)
     return 1 if config.flag("multi_query", True) else num_heads
 
 
@@ -194,7 +194,7 @@ def _opt(config: ConfigFields) -> Fields:
     hidden_size = config.count("hidden_size")
     if config.count("word_embed_proj_dim", hidden_size) != hidden_size:
         raise config.error("word_embed_proj_dim differs from hidden_size, which kvik does not run", OTHER_MODEL)
-    positions = {"num_learned_positions": config.count("max_position_embeddings", most=MAX_CONTEXT)}
+    positions = {"num_learned_positions": config.count("max_position_embeddings", maximum=MAX_CONTEXT)}
     bias = config.flag("enable_bias", True)
     fixed = ConfigFields({"activation_function": config.find("activation_function")}, config.path)  # the eps is fixed
     return _layer_norm(fixed, "layer_norm_eps", "activation_function", "relu", bias=bias) | positions
@@ -213,7 +213,7 @@ def _all_heads(config: ConfigFields, num_heads: int) -> int:
     return num_heads
 
 
-_GEMMA3_DEFAULTS: Fields = {  # of the part that reads text in a model that sees too
+_GEMMA3_DEFAULTS: Fields = {  # of the text decoder of a multimodal model
     "vocab_size": 262_208,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -256,8 +256,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-_SEEING = {"gemma3": "gemma3_text"}
-"""Models that see too, by the family of the part that reads and writes text."""
+_MULTIMODAL = {"gemma3": "gemma3_text"}
+"""Multimodal model types and the family of their text decoder."""
 
 
 def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
@@ -267,9 +267,9 @@ def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
     """
     fields = ConfigFields(config, path)
     name = fields.text("model_type")
-    inner = fields.object("text_config") if name in _SEEING else None
+    inner = fields.object("text_config") if name in _MULTIMODAL else None
     if inner is not None:
-        fields = ConfigFields({**config, "model_type": _SEEING[name], **inner.fields}, path)
+        fields = ConfigFields({**config, "model_type": _MULTIMODAL[name], **inner.fields}, path)
         name = fields.text("model_type")
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if fields.optional(key):
@@ -291,9 +291,9 @@ def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = No
     model_type = fields.text("model_type")
     family = FAMILIES[model_type]
     hidden_size = fields.count("hidden_size")
-    num_heads = fields.count("num_attention_heads", most=hidden_size)
+    num_heads = fields.count("num_attention_heads", maximum=hidden_size)
     head_dim = _head_dim(fields, family, hidden_size, num_heads)
-    context_length = fields.count("max_position_embeddings", most=MAX_CONTEXT)
+    context_length = fields.count("max_position_embeddings", maximum=MAX_CONTEXT)
     spec = DecoderSpec(
         architecture=model_type,
         hidden_size=hidden_size,
@@ -315,7 +315,7 @@ def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = No
 def _head_dim(config: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:
     if config.find("head_dim") is None and family.head_dim is None and hidden_size % num_heads:
         raise config.error(f"hidden_size {hidden_size:,} does not divide among {num_heads:,} heads")
-    head_dim = config.count("head_dim", family.head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM)
+    head_dim = config.count("head_dim", family.head_dim or hidden_size // num_heads, maximum=MAX_HEAD_DIM)
     if num_heads * head_dim > MAX_WIDTH:
         raise config.error(f"{num_heads:,} heads of {head_dim:,} dimensions are more than {MAX_WIDTH:,} together")
     return head_dim
@@ -327,39 +327,39 @@ def refuse_if(config: ConfigFields, key: str, value: bool) -> None:
         raise config.error(f"{key} is {str(value).lower()}, which kvik does not run", OTHER_MODEL)
 
 
-def activation_of(config: ConfigFields, key: str, default: str) -> Activation:
-    """The activation that a config names."""
+def nonlinearity_of(config: ConfigFields, key: str, default: str) -> Nonlinearity:
+    """The nonlinearity that a config names."""
     name = config.text(key, default)
-    if name not in _ACTIVATIONS:
-        raise config.error(f"{key} {name!r:.60} is not one that kvik runs", f"kvik runs {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    if name not in _NONLINEARITIES:
+        raise config.error(f"{key} {name!r:.60} is not one that kvik runs", f"kvik runs {', '.join(_NONLINEARITIES)}")
+    return _NONLINEARITIES[name]
 
 
 def _layers(config: ConfigFields, family: Family, head_dim: int, context: int, used: int) -> tuple[LayerSpec, ...]:
-    num_layers = config.count("num_hidden_layers", most=MAX_LAYERS)
-    turns = _turning_layers(config, num_layers)
-    windows = _windows(config, family, turns, context)
+    num_layers = config.count("num_hidden_layers", maximum=MAX_LAYERS)
+    has_rope = _layers_with_rope(config, num_layers)
+    windows = _windows(config, family, has_rope, context)
     if family.rotary is None:
         return tuple(LayerSpec(None, window) for window in windows)
     everywhere, in_windows = read_ropes(config, family.rotary, head_dim, context, used)
     return tuple(
-        LayerSpec(None if not turning else everywhere if window is None else in_windows, window)
-        for turning, window in zip(turns, windows, strict=True)
+        LayerSpec(None if not rope else everywhere if window is None else in_windows, window)
+        for rope, window in zip(has_rope, windows, strict=True)
     )
 
 
-def _turning_layers(config: ConfigFields, num_layers: int) -> list[bool]:
-    """Whether a layer is told positions at all: in SmolLM3 not every one is."""
+def _layers_with_rope(config: ConfigFields, num_layers: int) -> list[bool]:
+    """Whether each layer has RoPE: SmolLM3 has NoPE layers."""
     if config.text("model_type") != "smollm3":
         return [True] * num_layers
-    flags = config.list("no_rope_layers", num_layers, (int, bool))  # 1 where positions are told
+    flags = config.list("no_rope_layers", num_layers, (int, bool))  # 1 where there is RoPE
     every = config.count("no_rope_layer_interval", 4)
     return [bool(flags[index] if flags else (index + 1) % every) for index in range(num_layers)]
 
 
-def _windows(config: ConfigFields, family: Family, turns: list[bool], context: int) -> list[int | None]:
+def _windows(config: ConfigFields, family: Family, has_rope: list[bool], context: int) -> list[int | None]:
     """Of each layer; a window as long as the context is none."""
-    num_layers = len(turns)
+    num_layers = len(has_rope)
     types = config.list("layer_types", num_layers, (str,))
     for one in types or ():
         if one not in ("full_attention", "sliding_attention"):
@@ -377,8 +377,8 @@ def _windows(config: ConfigFields, family: Family, turns: list[bool], context: i
     elif family.pattern is not None:
         every = config.count("sliding_window_pattern", family.pattern)
         slides = [(index + 1) % every != 0 for index in range(num_layers)]
-    elif not all(turns):
-        slides = [not turning for turning in turns]
+    elif not all(has_rope):
+        slides = [not rope for rope in has_rope]
     else:
         first = config.fields.get("max_window_layers", 28)
         if type(first) is not int:

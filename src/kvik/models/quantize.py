@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from kvik.config import WeightFormat
 
-GROUP = 32
+SCALE_GROUP = 32
+"""Columns whose weights share a scale."""
+
 TYPES: Mapping[WeightFormat, str] = {"q8": "Q8_0", "q4": "Q4_1"}
 
 
@@ -37,7 +39,7 @@ class Quantization:
             line += f", worst {_percent(self.worst_error)} ({self.worst_tensor})"
         if self.kept:
             some = ", ".join(self.kept[:2]) + (f" and {len(self.kept) - 2} more" if len(self.kept) > 2 else "")
-            line += f"; not quantised, as their columns do not divide by {GROUP}: {some}"
+            line += f"; not quantised, as their columns do not divide by {SCALE_GROUP}: {some}"
         return line
 
 

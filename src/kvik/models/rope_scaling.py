@@ -13,12 +13,12 @@ Factors = tuple[float, ...]
 def llama3_factors(
     theta: float, num_dims: int, *, factor: float, low: float, high: float, original_context: int
 ) -> Factors:
-    """Divisors of Llama 3.1, by how often a pair turns in the original context.
+    """Divisors of Llama 3.1, by how often a pair rotates in the original context.
 
     None from `high` times on, `factor` up to `low` times, and a way from one to the other between them.
     """
-    turns = original_context * _frequencies(theta, num_dims) / (2 * math.pi)
-    way = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    rotations = original_context * _frequencies(theta, num_dims) / (2 * math.pi)
+    way = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return _divisors(way, factor)
 
 
@@ -32,16 +32,16 @@ def yarn_factors(
     beta_slow: float = 1.0,
     whole: bool = True,
 ) -> Factors:
-    """Divisors of YaRN (Peng et al., 2023, section 3.2), by how often a pair turns in the original context.
+    """Divisors of YaRN (Peng et al., 2023, section 3.2), by how often a pair rotates in the original context.
 
-    None from the pair that turns `beta_fast` times, `factor` from the one that turns `beta_slow` times; `whole` rounds
-    these two outward.
+    None from the pair that rotates `beta_fast` times, `factor` from the one that rotates `beta_slow` times; `whole`
+    rounds these two outward.
     """
 
-    def pair_that_turns(times: float) -> float:
+    def pair_that_rotates(times: float) -> float:
         return num_dims * math.log(original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
+    first, last = pair_that_rotates(beta_fast), pair_that_rotates(beta_slow)
     if whole:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, num_dims - 1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvik.cache import KVCacheSpec
 from kvik.config import KVDType
-from kvik.ops.base import Activation, RopeTable
+from kvik.ops.base import Nonlinearity, RopeTable
 
 MAX_LAYERS = 1 << 12
 MAX_HEAD_DIM = 1024
@@ -21,11 +21,11 @@ OTHER_MODEL = "take a model that kvik runs: docs/models.md lists them"
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding: pair i turns by position / (theta**(2i / num_dims) * factor)."""
+    """Rotary position embedding: pair i rotates by position / (theta**(2i / num_dims) * factor)."""
 
     theta: float
-    num_dims: int  # dimensions of a head that turn; the rest pass unchanged
-    adjacent_pairs: bool  # dimensions (2i, 2i+1) turn together, else (i, i + num_dims / 2)
+    num_dims: int  # dimensions of a head that rotate; the rest pass unchanged
+    adjacent_pairs: bool  # dimensions (2i, 2i+1) rotate together, else (i, i + num_dims / 2)
     factors: tuple[float, ...] | float = 1.0  # one divisor for all pairs, or one for each
     magnitude: float = 1.0  # what cosine and sine are multiplied with (YaRN; Peng et al., 2023)
 
@@ -38,20 +38,20 @@ class RopeSpec:
         """Angles in float64, rounded once: a position's row depends on nothing but the position."""
         pairs = np.arange(self.num_dims // 2)
         frequencies = self.theta ** (-2.0 * pairs / self.num_dims) / np.asarray(self.factors, np.float64)
-        turns = np.empty((num_positions, len(pairs), 2), np.float32)
+        cos_sin = np.empty((num_positions, len(pairs), 2), np.float32)
         for start in range(0, num_positions, 4096):  # the float64 angles of a long context would outweigh the table
-            part = turns[start : start + 4096]
+            part = cos_sin[start : start + 4096]
             angles = np.arange(start, start + len(part))[:, None] * frequencies
             part[..., 0] = np.cos(angles) * self.magnitude
             part[..., 1] = np.sin(angles) * self.magnitude
-        return RopeTable(turns, self.adjacent_pairs)
+        return RopeTable(cos_sin, self.adjacent_pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """What may differ from layer to layer."""
 
-    rope: RopeSpec | None  # None: positions are not told here
+    rope: RopeSpec | None  # None: no RoPE (NoPE layer)
     window: int | None = None  # tokens that a token sees, its own the last; None: all before it
 
 
@@ -82,7 +82,7 @@ class DecoderSpec:
     head_bias: bool = False
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_soft_cap: float | None = None
-    activation: Activation = "silu"
+    activation: Nonlinearity = "silu"
     gated: bool = True  # activation(gate(x)) * up(x), else activation(up(x))
     parallel: Literal["none", "one_norm", "two_norms"] = "none"  # attention and MLP read the same x, and both add to it
     # Beginning and end.
@@ -115,7 +115,7 @@ class DecoderSpec:
             return f"head_dim {self.head_dim} is no multiple of 8"
         for rope in self.ropes:
             if rope.num_dims % 2 or not 0 < rope.num_dims <= self.head_dim:
-                return f"{rope.num_dims} dimensions of a head of {self.head_dim} cannot turn in pairs"
+                return f"{rope.num_dims} dimensions of a head of {self.head_dim} cannot rotate in pairs"
         if 0 < self.num_learned_positions < self.context_length:
             return f"{self.num_learned_positions:,} learned positions for a context of {self.context_length:,}"
         return None

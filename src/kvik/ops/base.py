@@ -21,7 +21,7 @@ Array: TypeAlias = Any
 LayerKV: TypeAlias = Any
 IntArray: TypeAlias = npt.NDArray[np.int32]
 Vector: TypeAlias = npt.NDArray[np.float32]
-Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Nonlinearity: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 class Weight(Protocol):
@@ -42,7 +42,7 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KVIndex:
-    """Where one group of layers keeps a step's keys and values."""
+    """Where one KV group, of layers that keep the same tokens, has a step's keys and values."""
 
     slot_mapping: IntArray  # (T,) block_id * block_size + offset: where each token's go
     block_tables: IntArray  # (sequences, most blocks of any); unused places hold 0
@@ -52,7 +52,7 @@ class KVIndex:
 class Batch:
     """The tokens one step computes, sequence after sequence, as the ops see them.
 
-    Slots and tables are those of layers that see all tokens; `windows` has those of each group with a window.
+    Slots and tables are those of layers that see all tokens; `windows` has those of each KV group with a window.
     """
 
     token_ids: IntArray  # (T,)
@@ -63,12 +63,12 @@ class Batch:
     logit_rows: IntArray  # (R,) tokens whose logits are wanted
     windows: tuple[KVIndex, ...] = ()
 
-    def places(self, group: int) -> KVIndex:
-        """Those of a group of layers: 0, or 1 and the index of a window."""
-        return self.windows[group - 1] if group else KVIndex(self.slot_mapping, self.block_tables)
+    def places(self, kv_group: int) -> KVIndex:
+        """Those of a KV group: 0, or 1 and the index of a window."""
+        return self.windows[kv_group - 1] if kv_group else KVIndex(self.slot_mapping, self.block_tables)
 
     def with_windows(self, count: int) -> Batch:
-        """The same where so many groups with a window have blocks of the same numbers as the others."""
+        """The same where so many KV groups with a window have blocks of the same numbers as the others."""
         return replace(self, windows=(KVIndex(self.slot_mapping, self.block_tables),) * count)
 
 
@@ -76,8 +76,8 @@ class Batch:
 class RopeTable:
     """Cosine and sine by position: rotary position embedding (Su et al., 2021)."""
 
-    turns: npt.NDArray[np.float32]  # (positions, pairs, 2)
-    adjacent_pairs: bool  # dimensions (2i, 2i+1) turn together, else (i, i + pairs)
+    cos_sin: npt.NDArray[np.float32]  # (positions, pairs, 2)
+    adjacent_pairs: bool  # dimensions (2i, 2i+1) rotate together, else (i, i + pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,21 +176,21 @@ class Ops(ABC):
     def allocate_kv(
         self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None
     ) -> Sequence[LayerKV]:
-        """Room for the keys and values of `num_blocks` blocks, one entry a layer, each with the `group` that it is of.
+        """Room for the keys and values of `num_blocks` blocks, one entry a layer, each with its `kv_group`.
 
-        `window_blocks` are those of each group of layers with a window; None: as many.
+        `window_blocks` are those of each KV group with a window; None: as many.
         """
 
     @abstractmethod
-    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], group: int = 0) -> None:
-        """Copy whole blocks in every layer of a group: (source, target) pairs, in order, of what `allocate_kv` gave.
+    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], kv_group: int = 0) -> None:
+        """Copy whole blocks in every layer of a KV group: (source, target) pairs, in order, of what `allocate_kv` gave.
 
         A block outside the cache, or one that is its own target, raises ValueError before anything is copied.
         """
 
     @abstractmethod
-    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], group: int = 0) -> None:
-        """Give the memory of a group's superblocks (8 blocks) back; what they held is undefined until written.
+    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], kv_group: int = 0) -> None:
+        """Give the memory of a KV group's superblocks (8 blocks) back; what they held is undefined until written.
 
         `kv_cache` is what `allocate_kv` gave; a superblock outside it raises ValueError.
         """
@@ -222,7 +222,7 @@ class Ops(ABC):
 
     @abstractmethod
     def rope(self, x: Array, positions: IntArray, table: RopeTable) -> Array:
-        """Turn pairs of dimensions of x (T, heads, head_dim) by their position's angles."""
+        """Rotate pairs of dimensions of x (T, heads, head_dim) by their position's angles."""
 
     @abstractmethod
     def write_kv(self, kv: LayerKV, k: Array, v: Array, slot_mapping: IntArray) -> None:
@@ -240,7 +240,7 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def activate(self, x: Array, activation: Activation, up: Array | None = None) -> Array:
+    def activate(self, x: Array, activation: Nonlinearity, up: Array | None = None) -> Array:
         """activation(x), times `up` where there is one (Shazeer, 2020), element by element.
 
         silu: x * sigmoid(x). gelu: x * Phi(x), the normal distribution's (Hendrycks and Gimpel, 2016); gelu_tanh: their
@@ -254,7 +254,7 @@ class Ops(ABC):
     def norm_qkv(
         self, x: Array, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, kv: LayerKV, batch: Batch
     ) -> Array:
-        """Queries of the normed x, turned by position: (T, num_heads, head_dim); keys and values go to their slots."""
+        """Queries of the normed x, rotated by position: (T, num_heads, head_dim); keys and values go to their slots."""
         q, k, v = self.project(x if norm is None else self.norm(x, norm), weights.linears)
         if weights.query_norm is not None:
             q = self.norm(q, weights.query_norm)
@@ -263,10 +263,10 @@ class Ops(ABC):
         q, k, v = (self.split_heads(projected, weights.head_dim) for projected in (q, k, v))
         if rope is not None:
             q, k = (self.rope(heads, batch.positions, rope) for heads in (q, k))
-        self.write_kv(kv, k, v, batch.places(kv.group).slot_mapping)
+        self.write_kv(kv, k, v, batch.places(kv.kv_group).slot_mapping)
         return q
 
-    def norm_gated(self, x: Array, norm: Norm | None, gate: Linear, up: Linear, activation: Activation) -> Array:
+    def norm_gated(self, x: Array, norm: Norm | None, gate: Linear, up: Linear, activation: Nonlinearity) -> Array:
         """activation(gate(normed x)) * up(normed x): (T, intermediate_size)."""
         gated, raised = self.project(x if norm is None else self.norm(x, norm), (gate, up))
         return self.activate(gated, activation, raised)
@@ -283,7 +283,7 @@ class Ops(ABC):
     def take_rows(self, x: Array, rows: IntArray) -> Array:
         """x[rows]: (R, hidden_size)."""
 
-    def record(self, forward: Forward) -> Callable[[Batch], Array]:
+    def capture(self, forward: Forward) -> Callable[[Batch], Array]:
         """The forward pass as a function of the batch; a backend may note its ops once and replay them."""
         return functools.partial(forward, self)
 

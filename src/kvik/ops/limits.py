@@ -18,7 +18,7 @@ READ_BYTES = 1 << 29
 """Far more than any cache holds, so that reading means memory."""
 
 MEASURE_S = 8.0
-MIN_ROUNDS = 3
+MIN_MEASURED_ROUNDS = 3
 FORMAT = 2
 
 
@@ -43,7 +43,7 @@ def _measure(threads: int) -> MachineLimits:
     pool = _native.ThreadPool(threads)
     rounds: list[tuple[float, float, float]] = []
     end_s = time.monotonic() + MEASURE_S
-    while len(rounds) < MIN_ROUNDS or time.monotonic() < end_s:
+    while len(rounds) < MIN_MEASURED_ROUNDS or time.monotonic() < end_s:
         rounds.append(
             (
                 _native.read_bandwidth(pool, READ_BYTES),

@@ -9,38 +9,45 @@ import numpy.typing as npt
 
 from kvik import _native
 from kvik.cache import KVCacheSpec
-from kvik.config import Activations
+from kvik.config import ActivationDType
 from kvik.machine import available_threads
 from kvik.ops.base import (
     PLAIN,
-    Activation,
     AttentionRule,
     Batch,
     Forward,
     IntArray,
     Linear,
+    Nonlinearity,
     Norm,
     Ops,
     RopeTable,
     Weight,
 )
-from kvik.ops.program import MachineLimits, RecordedStep, native_linear, native_norm
+from kvik.ops.program import CapturedStep, MachineLimits, native_linear, native_norm
 
 FloatArray = npt.NDArray[np.float32]
 
 
 class NativeKVCache(list[_native.LayerKV]):
-    """The layers of one allocation, and the arrays that they are parts of, by group of layers."""
+    """The layers of one allocation, and the arrays that they are parts of, by KV group."""
 
     def __init__(self, spec: KVCacheSpec, counts: Sequence[int]) -> None:
-        groups = spec.groups
+        kv_groups = spec.groups
         self.arrays = {
-            group: _native.KVArrays(
-                groups.count(group), counts[group], spec.num_kv_heads, spec.head_dim, spec.dtype, group
+            kv_group: _native.KVArrays(
+                kv_groups.count(kv_group),
+                counts[kv_group],
+                spec.num_kv_heads,
+                spec.head_dim,
+                spec.dtype,
+                kv_group,
             )
-            for group in sorted(set(groups))
+            for kv_group in sorted(set(kv_groups))
         }
-        super().__init__(self.arrays[group].layer(groups[:index].count(group)) for index, group in enumerate(groups))
+        super().__init__(
+            self.arrays[kv_group].layer(kv_groups[:index].count(kv_group)) for index, kv_group in enumerate(kv_groups)
+        )
 
 
 class NativeOps(Ops):
@@ -48,9 +55,9 @@ class NativeOps(Ops):
 
     name = "native"
 
-    def __init__(self, activations: Activations = "int8", threads: int | None = None) -> None:
-        self.activations: Activations = activations
-        self._fine = activations == "int16"
+    def __init__(self, activations: ActivationDType = "int8", threads: int | None = None) -> None:
+        self.activations: ActivationDType = activations
+        self._int16_activations = activations == "int16"
         self._pool = _native.ThreadPool(threads or available_threads())
         self._arena = _native.WeightArena()
 
@@ -85,16 +92,18 @@ class NativeOps(Ops):
         return NativeKVCache(spec, (num_blocks, *(window_blocks or (num_blocks,) * len(spec.windows))))
 
     def copy_blocks(
-        self, kv_cache: Sequence[_native.LayerKV], copies: Sequence[tuple[int, int]], group: int = 0
+        self, kv_cache: Sequence[_native.LayerKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
     ) -> None:
-        _native.copy_blocks(self._pool, _arrays_of(kv_cache, group), copies)
+        _native.copy_blocks(self._pool, _arrays_of(kv_cache, kv_group), copies)
 
-    def discard_blocks(self, kv_cache: Sequence[_native.LayerKV], superblocks: Sequence[int], group: int = 0) -> None:
-        _native.discard_superblocks(_arrays_of(kv_cache, group), superblocks)
+    def discard_blocks(
+        self, kv_cache: Sequence[_native.LayerKV], superblocks: Sequence[int], kv_group: int = 0
+    ) -> None:
+        _native.discard_superblocks(_arrays_of(kv_cache, kv_group), superblocks)
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
         out = np.empty((len(token_ids), table.columns), np.float32)
-        _native.take_rows(_packed(table), token_ids, scale, out)
+        _native.embed_rows(_packed(table), token_ids, scale, out)
         return out
 
     def norm(self, x: FloatArray, norm: Norm) -> FloatArray:
@@ -105,7 +114,7 @@ class NativeOps(Ops):
 
     def project(self, x: FloatArray, linears: Sequence[Linear]) -> tuple[FloatArray, ...]:
         outs = [np.empty((len(x), linear.rows), np.float32) for linear in linears]
-        _native.project(self._pool, x, [native_linear(linear) for linear in linears], outs, self._fine)
+        _native.project(self._pool, x, [native_linear(linear) for linear in linears], outs, self._int16_activations)
         return tuple(outs)
 
     def split_heads(self, x: FloatArray, head_dim: int) -> FloatArray:
@@ -116,7 +125,7 @@ class NativeOps(Ops):
 
     def rope(self, x: FloatArray, positions: IntArray, table: RopeTable) -> FloatArray:
         out = np.empty_like(x)
-        _native.rope(self._pool, x, positions, table.turns, table.adjacent_pairs, out)
+        _native.rope(self._pool, x, positions, table.cos_sin, table.adjacent_pairs, out)
         return out
 
     def write_kv(self, kv: _native.LayerKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
@@ -125,11 +134,11 @@ class NativeOps(Ops):
     def attend(self, q: FloatArray, kv: _native.LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> FloatArray:
         out = np.empty_like(q)
         scale, cap = rule.scale_for(q.shape[2]), rule.soft_cap or 0.0
-        places = (batch.places(kv.group).block_tables, batch.sequence_index, batch.positions)
+        places = (batch.places(kv.kv_group).block_tables, batch.sequence_index, batch.positions)
         _native.attend(self._pool, q, kv, *places, scale, cap, out, rule.window)
         return out
 
-    def activate(self, x: FloatArray, activation: Activation, up: FloatArray | None = None) -> FloatArray:
+    def activate(self, x: FloatArray, activation: Nonlinearity, up: FloatArray | None = None) -> FloatArray:
         out = np.empty_like(x)
         _native.activate(self._pool, activation, x, up, out)
         return out
@@ -147,8 +156,8 @@ class NativeOps(Ops):
     def take_rows(self, x: FloatArray, rows: IntArray) -> FloatArray:
         return x[rows]
 
-    def record(self, forward: Forward) -> RecordedStep:
-        return RecordedStep(forward, self._pool, fine=self._fine)
+    def capture(self, forward: Forward) -> CapturedStep:
+        return CapturedStep(forward, self._pool, int16_activations=self._int16_activations)
 
     def to_numpy(self, x: FloatArray) -> FloatArray:
         return x
@@ -159,6 +168,6 @@ def _packed(weight: Weight) -> _native.PackedWeight:
     return weight
 
 
-def _arrays_of(kv_cache: Sequence[_native.LayerKV], group: int) -> _native.KVArrays:
+def _arrays_of(kv_cache: Sequence[_native.LayerKV], kv_group: int) -> _native.KVArrays:
     assert isinstance(kv_cache, NativeKVCache)
-    return kv_cache.arrays[group]
+    return kv_cache.arrays[kv_group]

@@ -1,4 +1,4 @@
-"""A recorded step of the native backend: one call runs all of its ops, and each can be looked at alone."""
+"""A captured step of the native backend: one call runs all of its ops, and each can be looked at alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvik import _native
 from kvik.ops.base import Batch, Forward, IntArray, Linear, Norm, QKVWeights
-from kvik.ops.trace import Call, Field, Value, trace
+from kvik.ops.capture import Call, Field, Value, capture
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -52,16 +52,16 @@ class OpReplay:
     results: tuple[FloatArray, ...]
 
 
-class RecordedStep:
+class CapturedStep:
     """The ops of a forward pass, noted once; calling it with a batch gives the logits (R, vocab_size).
 
     Threads may share it: they take turns.
     """
 
-    def __init__(self, forward: Forward, pool: _native.ThreadPool, *, fine: bool) -> None:
-        self.ops, self._output = trace(forward)
-        self._program = _native.Program(pool, fine)
-        self._ids: dict[int, int] = {}  # of a traced value: the program's
+    def __init__(self, forward: Forward, pool: _native.ThreadPool, *, int16_activations: bool) -> None:
+        self.ops, self._output = capture(forward)
+        self._program = _native.Program(pool, int16_activations)
+        self._ids: dict[int, int] = {}  # of a captured value: the program's
         for call in self.ops:
             results = _append(self._program, self._ids, call)
             self._ids |= {value.id: number for value, number in zip(call.results, results, strict=True)}
@@ -113,7 +113,7 @@ class RecordedStep:
         if isinstance(argument, Value):
             return self._read(argument, batch, out)
         if isinstance(argument, Field):
-            return getattr(batch.places(argument.group) if argument.group else batch, argument.name)
+            return getattr(batch.places(argument.kv_group) if argument.kv_group else batch, argument.name)
         return batch if isinstance(argument, Batch) else argument
 
     def _read(self, value: Value, batch: Batch, out: FloatArray) -> FloatArray:
@@ -181,12 +181,12 @@ def _append(program: _native.Program, ids: dict[int, int], call: Call) -> list[i
         case "norm_qkv", (x, norm, weights, rope, kv, _):
             query, key, value = map(native_linear, weights.linears)
             query_norm, key_norm = map(_native_form, (weights.query_norm, weights.key_norm))
-            turns, adjacent_pairs = (None, False) if rope is None else (rope.turns, rope.adjacent_pairs)
-            return [program.norm_qkv(x, norm, query, key, value, query_norm, key_norm, turns, adjacent_pairs, kv)]
+            cos_sin, adjacent_pairs = (None, False) if rope is None else (rope.cos_sin, rope.adjacent_pairs)
+            return [program.norm_qkv(x, norm, query, key, value, query_norm, key_norm, cos_sin, adjacent_pairs, kv)]
         case "project", (x, linears):
             return program.project(x, [native_linear(linear) for linear in linears])
         case "rope", (x, _, rope):
-            return [program.rope(x, rope.turns, rope.adjacent_pairs, call.results[0].shape[-1])]
+            return [program.rope(x, rope.cos_sin, rope.adjacent_pairs, call.results[0].shape[-1])]
         case "write_kv", (kv, k, v, _):
             program.write_kv(kv, k, v)
             return []
@@ -199,4 +199,4 @@ def _append(program: _native.Program, ids: dict[int, int], call: Call) -> list[i
             return [program.take_rows(x)]
         case "norm" | "norm_linear" | "norm_gated" | "linear" | "activate" | "soft_cap" | "add", _:
             return [getattr(program, call.name)(*given)]
-    raise AssertionError(f"no recorded form of {call.name}")
+    raise AssertionError(f"no captured form of {call.name}")

@@ -12,17 +12,17 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
-from kvik.config import Activations
-from kvik.ops.base import PLAIN, Activation, AttentionRule, Batch, IntArray, Linear, Norm, Ops, RopeTable, Weight
+from kvik.config import ActivationDType
+from kvik.ops.base import PLAIN, AttentionRule, Batch, IntArray, Linear, Nonlinearity, Norm, Ops, RopeTable, Weight
 
 FloatArray = npt.NDArray[np.float32]
 
-GROUP = 32
+SCALE_GROUP = 32
 """Columns whose activations share a scale."""
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
-_LEVELS: dict[Activations, float] = {"int8": 127.0, "int16": 32384.0}
+_LEVELS: dict[ActivationDType, float] = {"int8": 127.0, "int16": 32384.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,13 @@ class ReferenceKV:
     keys: npt.NDArray[np.floating]
     values: npt.NDArray[np.floating]
     int8: bool  # float32 arrays hold what int8 would: whole multiples of a scale
-    group: int = 0  # of layers: 0 those that see all tokens, else 1 and the index of the window
+    kv_group: int = 0  # 0: the layers that see all tokens, else 1 and the index of the window
 
 
-def quantize_activations(x: FloatArray, activations: Activations) -> FloatArray:
-    """x as the integer kernels see it: whole multiples of max|group| / 127 (int8) or / 32384 (int16)."""
-    groups = x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
-    return _whole_multiples(groups, _LEVELS[activations]).reshape(x.shape)
+def quantize_activations(x: FloatArray, activations: ActivationDType) -> FloatArray:
+    """x as the integer kernels see it: whole multiples of max|scale group| / 127 (int8) or / 32384 (int16)."""
+    scale_groups = x.reshape(*x.shape[:-1], x.shape[-1] // SCALE_GROUP, SCALE_GROUP)
+    return _whole_multiples(scale_groups, _LEVELS[activations]).reshape(x.shape)
 
 
 def quantize_kv(x: FloatArray) -> FloatArray:
@@ -68,14 +68,14 @@ def quantize_kv(x: FloatArray) -> FloatArray:
     return seen
 
 
-def _whole_multiples(groups: FloatArray, most: float) -> FloatArray:
-    levels = np.float32(most)
-    largest = np.abs(groups).max(axis=-1, keepdims=True)
+def _whole_multiples(rows: FloatArray, max_level: float) -> FloatArray:
+    levels = np.float32(max_level)
+    largest = np.abs(rows).max(axis=-1, keepdims=True)
     usable = ~(largest <= 1e-30)  # NaN is not too small
     # The quotient first, then the product: which way a value near the middle of two levels goes is part of the meaning.
     inverse = np.divide(levels, largest, out=np.zeros_like(largest), where=usable)
     with np.errstate(invalid="ignore"):  # infinity times its inverse
-        quants = np.clip(np.rint(groups * inverse), -levels, levels)
+        quants = np.clip(np.rint(rows * inverse), -levels, levels)
         seen: FloatArray = (quants * np.where(usable, largest / levels, 0)).astype(np.float32)
     return seen
 
@@ -85,8 +85,8 @@ class ReferenceOps(Ops):
 
     name = "reference"
 
-    def __init__(self, activations: Activations = "int8") -> None:
-        self.activations: Activations = activations
+    def __init__(self, activations: ActivationDType = "int8") -> None:
+        self.activations: ActivationDType = activations
 
     def load_rows(
         self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int
@@ -110,14 +110,16 @@ class ReferenceOps(Ops):
         counts = (num_blocks, *(window_blocks or (num_blocks,) * len(spec.windows)))
         shape = (spec.block_size, spec.num_kv_heads, spec.head_dim)
 
-        def layer(group: int) -> ReferenceKV:
-            keys, values = (np.zeros((counts[group], *shape), dtype) for _ in range(2))
-            return ReferenceKV(keys, values, spec.dtype == "int8", group)
+        def layer(kv_group: int) -> ReferenceKV:
+            keys, values = (np.zeros((counts[kv_group], *shape), dtype) for _ in range(2))
+            return ReferenceKV(keys, values, spec.dtype == "int8", kv_group)
 
-        return [layer(group) for group in spec.groups]
+        return [layer(kv_group) for kv_group in spec.groups]
 
-    def copy_blocks(self, kv_cache: Sequence[ReferenceKV], copies: Sequence[tuple[int, int]], group: int = 0) -> None:
-        layers = [kv for kv in kv_cache if kv.group == group]
+    def copy_blocks(
+        self, kv_cache: Sequence[ReferenceKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
+    ) -> None:
+        layers = [kv for kv in kv_cache if kv.kv_group == kv_group]
         for source, target in copies:
             _require_ids("block", (source, target), len(layers[0].keys) if layers else 0)
             if source == target:
@@ -126,8 +128,8 @@ class ReferenceOps(Ops):
             for source, target in copies:
                 kv.keys[target], kv.values[target] = kv.keys[source], kv.values[source]
 
-    def discard_blocks(self, kv_cache: Sequence[ReferenceKV], superblocks: Sequence[int], group: int = 0) -> None:
-        layers = [kv for kv in kv_cache if kv.group == group]
+    def discard_blocks(self, kv_cache: Sequence[ReferenceKV], superblocks: Sequence[int], kv_group: int = 0) -> None:
+        layers = [kv for kv in kv_cache if kv.kv_group == kv_group]
         count = len(layers[0].keys) if layers else 0
         _require_ids("superblock", superblocks, -(-count // BLOCKS_PER_SUPERBLOCK))
         for kv in layers:
@@ -166,8 +168,8 @@ class ReferenceOps(Ops):
         return x.reshape(len(x), x.shape[1] * x.shape[2])
 
     def rope(self, x: FloatArray, positions: IntArray, table: RopeTable) -> FloatArray:
-        turns = table.turns[positions][:, None]  # (T, 1, pairs, 2)
-        cosine, sine = turns[..., 0], turns[..., 1]
+        cos_sin = table.cos_sin[positions][:, None]  # (T, 1, pairs, 2)
+        cosine, sine = cos_sin[..., 0], cos_sin[..., 1]
         pairs = cosine.shape[-1]
         first = slice(0, 2 * pairs, 2) if table.adjacent_pairs else slice(0, pairs)
         second = slice(1, 2 * pairs, 2) if table.adjacent_pairs else slice(pairs, 2 * pairs)
@@ -183,15 +185,15 @@ class ReferenceOps(Ops):
 
     def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch, rule: AttentionRule = PLAIN) -> FloatArray:
         num_heads, head_dim = q.shape[1:]
-        block_size, group = kv.keys.shape[1], num_heads // kv.keys.shape[2]
-        tables = batch.places(kv.group).block_tables
+        block_size, queries_per_kv = kv.keys.shape[1], num_heads // kv.keys.shape[2]
+        tables = batch.places(kv.kv_group).block_tables
         out = np.empty_like(q)
         for token, (sequence, position) in enumerate(zip(batch.sequence_index, batch.positions, strict=True)):
             first = 0 if rule.window is None else max(0, position - rule.window + 1)
             seen = np.arange(first, position + 1)
             places = tables[sequence][seen // block_size], seen % block_size
             keys, values = (
-                stored[places].astype(np.float64).repeat(group, axis=1) for stored in (kv.keys, kv.values)
+                stored[places].astype(np.float64).repeat(queries_per_kv, axis=1) for stored in (kv.keys, kv.values)
             )  # (tokens seen, num_heads, head_dim)
             scores = np.einsum("hd,thd->ht", q[token].astype(np.float64), keys) * rule.scale_for(head_dim)
             if rule.soft_cap is not None:
@@ -201,7 +203,7 @@ class ReferenceOps(Ops):
             out[token] = np.einsum("ht,thd->hd", weights, values)
         return out
 
-    def activate(self, x: FloatArray, activation: Activation, up: FloatArray | None = None) -> FloatArray:
+    def activate(self, x: FloatArray, activation: Nonlinearity, up: FloatArray | None = None) -> FloatArray:
         wide = x.astype(np.float64)
         with np.errstate(over="ignore"):  # exp(-x) may reach infinity: the quotient is then the right zero
             match activation:

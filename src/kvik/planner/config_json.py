@@ -14,8 +14,8 @@ from typing import Any
 from kvik.files.config_fields import MAX_CONTEXT, ConfigFields, read_json_object
 from kvik.planner.shape import LayerGroup, LayerKind, ModelShape
 
-MAX_LAYERS = 1 << 14
-MAX_HEAD_DIM = 1 << 12
+MAX_PLANNED_LAYERS = 1 << 14
+MAX_PLANNED_HEAD_DIM = 1 << 12
 
 _LAYER_TYPES: dict[str, LayerKind] = {
     "full_attention": "full",
@@ -34,7 +34,7 @@ def read_config(path: Path, name: str) -> ModelShape:
     """The shape that a config.json describes. Raises `ModelError`, which names the field."""
     config = read_json_object(path)
     inner = config.get("text_config")
-    if isinstance(inner, dict):  # of a model that sees or hears too
+    if isinstance(inner, dict):  # of a multimodal model
         config = config | inner
     return _Config(config, path).shape(name)
 
@@ -43,7 +43,7 @@ class _Config(ConfigFields):
     """What the fields say of memory."""
 
     def shape(self, name: str) -> ModelShape:
-        num_layers = self.count("num_hidden_layers", most=MAX_LAYERS)
+        num_layers = self.count("num_hidden_layers", maximum=MAX_PLANNED_LAYERS)
         hidden_size = self.count("hidden_size")
         num_heads = self.count("num_attention_heads")
         num_kv_heads = self.kv_heads(num_heads)
@@ -51,10 +51,12 @@ class _Config(ConfigFields):
             raise self.error(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
         if self.fields.get("head_dim") is None and hidden_size % num_heads:
             raise self.error(f"hidden_size {hidden_size:,} does not divide among {num_heads} heads")
-        head_dim = self.count("head_dim", max(1, hidden_size // num_heads), most=MAX_HEAD_DIM)
+        head_dim = self.count("head_dim", max(1, hidden_size // num_heads), maximum=MAX_PLANNED_HEAD_DIM)
         groups = self.groups(num_layers, num_kv_heads, head_dim)
         if groups[0].kind == "latent":
-            head_dim = sum(self.count(key, most=MAX_HEAD_DIM) for key in ("qk_nope_head_dim", "qk_rope_head_dim"))
+            head_dim = sum(
+                self.count(key, maximum=MAX_PLANNED_HEAD_DIM) for key in ("qk_nope_head_dim", "qk_rope_head_dim")
+            )
         is_mixture = any(self.optional(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
         shape = ModelShape(
             name=name,
@@ -66,7 +68,7 @@ class _Config(ConfigFields):
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             groups=groups,
-            max_context=self.count("max_position_embeddings", most=MAX_CONTEXT),
+            max_context=self.count("max_position_embeddings", maximum=MAX_CONTEXT),
             vocab_size=self.count("vocab_size"),
             num_params=None,
             is_mixture=is_mixture,
@@ -78,11 +80,11 @@ class _Config(ConfigFields):
         """Falcon says it in two other ways."""
         if self.fields.get("multi_query") is True and not self.fields.get("new_decoder_architecture"):
             return 1
-        return self.count("num_key_value_heads", self.optional("num_kv_heads") or num_heads, most=num_heads)
+        return self.count("num_key_value_heads", self.optional("num_kv_heads") or num_heads, maximum=num_heads)
 
     def groups(self, num_layers: int, num_kv_heads: int, head_dim: int) -> tuple[LayerGroup, ...]:
         if self.optional("kv_lora_rank"):
-            dims = (self.count("kv_lora_rank"), self.count("qk_rope_head_dim", most=MAX_HEAD_DIM))
+            dims = (self.count("kv_lora_rank"), self.count("qk_rope_head_dim", maximum=MAX_PLANNED_HEAD_DIM))
             return (LayerGroup("latent", num_layers, latent_dims=dims),)
         kinds = self.kinds(num_layers)
         made = []
@@ -92,7 +94,7 @@ class _Config(ConfigFields):
                 made.append(LayerGroup("none", number))
                 continue
             key = "attention_chunk_size" if kind == "chunked" else "sliding_window"
-            window = self.count(key, most=MAX_CONTEXT) if kind in ("sliding", "chunked") else None
+            window = self.count(key, maximum=MAX_CONTEXT) if kind in ("sliding", "chunked") else None
             made.append(LayerGroup(kind, number, num_kv_heads, head_dim, window))
         return tuple(made)
 

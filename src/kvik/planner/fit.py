@@ -90,8 +90,8 @@ def fit(load: Load, where: str, memory_bytes: int) -> Fit:
         where=where,
         memory_bytes=memory_bytes,
         needed_bytes=load.num_bytes,
-        largest_context=_most(lambda context: fits(shorter(context)), load.shape.max_context),
-        most_users=_most(lambda users: fits(replace(load, users=users)), MAX_USERS),
+        largest_context=_largest(lambda context: fits(shorter(context)), load.shape.max_context),
+        most_users=_largest(lambda users: fits(replace(load, users=users)), MAX_USERS),
         change=change,
     )
 
@@ -136,18 +136,18 @@ def _changes(load: Load, memory_bytes: int) -> Iterator[Change]:
 
 def _less(load: Load, memory_bytes: int) -> Iterator[tuple[Load, str]]:
     """Fewer users, then one with a shorter context."""
-    users = _most(lambda number: replace(load, users=number).num_bytes <= memory_bytes, load.users)
+    users = _largest(lambda number: replace(load, users=number).num_bytes <= memory_bytes, load.users)
     if users:
         yield replace(load, users=users), f"{users:,} users at once, the others wait" if users > 1 else "one user"
     one = replace(load, users=1, prefix=0)
-    context = _most(lambda number: replace(one, context=number).num_bytes <= memory_bytes, load.context)
+    context = _largest(lambda number: replace(one, context=number).num_bytes <= memory_bytes, load.context)
     if context:
         yield replace(one, context=context), f"one user and a context of {context:,}"
 
 
-def _most(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to `most` that fits, where each smaller one does too; 0 where none does."""
-    low, high = 0, most
+def _largest(fits: Callable[[int], bool], maximum: int) -> int:
+    """The largest number from 1 to `maximum` that fits, where each smaller one does too; 0 where none does."""
+    low, high = 0, maximum
     while low < high:
         middle = (low + high + 1) // 2
         if fits(middle):

@@ -88,8 +88,8 @@ class _Probe:
         num_layers = self._num_layers(shape.num_layers, shape.hidden_size, width, form)
         token_bytes = KVCacheSpec(num_layers, heads, head_dim, load.kv_dtype).token_bytes
         self.users = min(load.users, MAX_PROBE_USERS)
-        most_tokens = max(BLOCK_SIZE, PROBE_BYTES // token_bytes // self.users)
-        self.depth = max(1, min(group.num_tokens(load.context), most_tokens))
+        max_tokens = max(BLOCK_SIZE, PROBE_BYTES // token_bytes // self.users)
+        self.depth = max(1, min(group.num_tokens(load.context), max_tokens))
         self.blocks = -(-(self.depth + 1) // BLOCK_SIZE)
         self.spec = DecoderSpec(
             architecture="llama",
@@ -108,7 +108,7 @@ class _Probe:
         self.decoder = Decoder(self.spec, weights, self.ops, self.blocks * BLOCK_SIZE)
         self.kv_spec = self.spec.kv_spec(load.kv_dtype)
         arrays = self.ops.allocate_kv(self.kv_spec, self.kv_spec.pool_blocks_for(self.users * self.blocks * BLOCK_SIZE))
-        self.forward: Callable[[Batch], object] = self.decoder.record(arrays)
+        self.forward: Callable[[Batch], object] = self.decoder.capture(arrays)
         self.forward(self._batch(np.arange(min(BLOCK_SIZE, self.depth)), 1))
         # Memory that was never written costs nothing to read.
         self.ops.copy_blocks(arrays, [(0, block) for block in range(1, self.users * self.blocks)])
@@ -140,9 +140,9 @@ class _Probe:
         last = np.arange(1, users + 1, dtype=np.int32) * len(positions) - 1
         return Batch(np.zeros(len(at), np.int32), at, slots.astype(np.int32), owner, tables, last.astype(np.int32))
 
-    def _num_layers(self, most: int, hidden_size: int, width: int, form: WeightFormat) -> int:
+    def _num_layers(self, max_layers: int, hidden_size: int, width: int, form: WeightFormat) -> int:
         layer_bytes = held_bytes(hidden_size * (4 * hidden_size + 3 * width), form)
-        return min(most, max(2, -(-PROBE_BYTES // layer_bytes)))
+        return min(max_layers, max(2, -(-PROBE_BYTES // layer_bytes)))
 
 
 class _EmptyWeights:

@@ -14,7 +14,7 @@ def plain(name: str) -> str:
     return _SEPARATOR.sub("", name.casefold())
 
 
-def near(name: str, known: Mapping[str, str], *, most: int = 5) -> list[str]:
+def near(name: str, known: Mapping[str, str], *, max_names: int = 5) -> list[str]:
     """Known names like this one: those that begin with it, that contain it, that are spelled alike.
 
     `known` has each name and alias as `plain` writes it, and the name that it stands for.
@@ -22,5 +22,5 @@ def near(name: str, known: Mapping[str, str], *, most: int = 5) -> list[str]:
     wanted = plain(name)
     begins = [key for key in known if wanted and key.startswith(wanted)]
     contains = [key for key in known if wanted and (wanted in key or (len(key) > 3 and key in wanted))]
-    alike = difflib.get_close_matches(wanted, known, n=most, cutoff=0.6)
-    return list(dict.fromkeys(known[key] for key in (*begins, *contains, *alike)))[:most]
+    alike = difflib.get_close_matches(wanted, known, n=max_names, cutoff=0.6)
+    return list(dict.fromkeys(known[key] for key in (*begins, *contains, *alike)))[:max_names]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from kvik.cache import KVCacheSpec
-from kvik.config import MAX_BYTES, TOKEN_BUDGET, KVDType, parse_bytes
+from kvik.config import MAX_SIZE_BYTES, TOKEN_BUDGET, KVDType, parse_bytes
 from kvik.errors import InvalidInput, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.planner.catalogue import Device, find_device
@@ -186,8 +186,8 @@ def _auto_kv_bytes(shape: ModelShape, dtype: KVDType, context: int) -> int | Non
         return None
 
 
-def _check_int(name: str, value: Any, least: int, most: int, *, of: str = "") -> None:
-    if type(value) is not int or not least <= value <= most:
-        shown = f"{value:,}" if type(value) is int and abs(value) <= MAX_BYTES else f"{value!r:.40}"
-        reason = f"; {of}" if of and type(value) is int and value > most else ""
-        raise InvalidInput(f"{name} is {shown}{reason}", hint=f"give a whole number from {least} to {most:,}")
+def _check_int(name: str, value: Any, minimum: int, maximum: int, *, of: str = "") -> None:
+    if type(value) is not int or not minimum <= value <= maximum:
+        shown = f"{value:,}" if type(value) is int and abs(value) <= MAX_SIZE_BYTES else f"{value!r:.40}"
+        reason = f"; {of}" if of and type(value) is int and value > maximum else ""
+        raise InvalidInput(f"{name} is {shown}{reason}", hint=f"give a whole number from {minimum} to {maximum:,}")

@@ -247,10 +247,10 @@ def _limit_this_process() -> None:
     limits = {resource.RLIMIT_NOFILE: 0, resource.RLIMIT_NPROC: 0}
     if sys.platform != "darwin":  # macOS refuses a limit on addresses; the time limit is all there is
         limits[resource.RLIMIT_AS] = MAX_MEMORY_BYTES
-    for limit, most in limits.items():
+    for limit, max_value in limits.items():
         _, hard = resource.getrlimit(limit)
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(limit, (most, most))
+        max_value = max_value if hard == resource.RLIM_INFINITY else min(max_value, hard)
+        resource.setrlimit(limit, (max_value, max_value))
     # The parent may have left the signal ignored or blocked.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})

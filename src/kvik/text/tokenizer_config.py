@@ -12,7 +12,7 @@ from typing import Any
 from kvik.files.small_files import folder_error, read_object, read_text
 from kvik.text.chat_template import MAX_SOURCE_BYTES, ChatTemplate
 
-MAX_CONFIG_BYTES = 1 << 24  # published ones stay under 2 MiB
+MAX_TOKENIZER_CONFIG_BYTES = 1 << 24  # published ones stay under 2 MiB
 MAX_TEMPLATES = 32
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -23,13 +23,13 @@ class TokenizerConfig:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "tokenizer_config.json"
-        self._values = read_object(self.path, MAX_CONFIG_BYTES) or {}
+        self._values = read_object(self.path, MAX_TOKENIZER_CONFIG_BYTES) or {}
         self.names: dict[str, str] = {}  # of special tokens, by their role
         self._read_names(self._values, self.path, ROLES)
         if "added_tokens_decoder" not in self._values:
             # Before 2023 the other file had the last word.
             older = folder / "special_tokens_map.json"
-            self._read_names(read_object(older, MAX_CONFIG_BYTES) or {}, older, ROLES)
+            self._read_names(read_object(older, MAX_TOKENIZER_CONFIG_BYTES) or {}, older, ROLES)
         self.other_names = self._other_names()
 
     def _read_names(self, values: Mapping[str, Any], path: Path, keys: tuple[str, ...]) -> None:

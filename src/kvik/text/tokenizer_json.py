@@ -31,9 +31,9 @@ from kvik.text.tokenizer import (
     missing_bytes,
     no_token_for_byte,
 )
-from kvik.text.tokenizer_config import MAX_CONFIG_BYTES, TokenizerConfig
+from kvik.text.tokenizer_config import MAX_TOKENIZER_CONFIG_BYTES, TokenizerConfig
 
-MAX_BYTES = 1 << 27  # the largest published tokenizer.json have 35 MB
+MAX_TOKENIZER_BYTES = 1 << 27  # the largest published tokenizer.json have 35 MB
 
 _DECODERS = "kvik reads ByteLevel, and Replace, ByteFallback, Metaspace, Fuse and Strip of one space at the beginning"
 _CONVERT = "let transformers write one: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
@@ -48,7 +48,7 @@ class FolderTokenizer(Tokenizer):
 
     def __init__(self, folder: Path, num_rows: int) -> None:
         path = folder / "tokenizer.json"
-        text = read_text(path, MAX_BYTES)
+        text = read_text(path, MAX_TOKENIZER_BYTES)
         if text is None:
             raise _no_tokenizer(folder)
         file = _TokenizerFile(parse_object(text, path), path, num_rows)
@@ -94,7 +94,7 @@ class FolderTokenizer(Tokenizer):
 
     def _config_ids(self, path: Path, key: str) -> list[int]:
         """The ids that are tokens: small models keep their family's defaults, which no token of theirs has."""
-        value = (read_object(path, MAX_CONFIG_BYTES) or {}).get(key)
+        value = (read_object(path, MAX_TOKENIZER_CONFIG_BYTES) or {}).get(key)
         values = value if isinstance(value, list) else [] if value is None else [value]
         for token_id in values:
             if type(token_id) is not int:
@@ -146,7 +146,10 @@ class FolderTokenizer(Tokenizer):
 
 @contextmanager
 def _library_errors(path: Path, what: str) -> Iterator[None]:
-    """Turn what the library raises into ModelError; a panic of it is no Exception, and none but it has that name."""
+    """Turn what the library raises into ModelError.
+
+    Rust panics surface as PanicException, a BaseException, so they are caught by name.
+    """
     try:
         yield
     except BaseException as error:

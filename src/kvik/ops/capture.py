@@ -12,7 +12,6 @@ import numpy.typing as npt
 from kvik.cache import KVCacheSpec
 from kvik.ops.base import (
     PLAIN,
-    Activation,
     Array,
     AttentionRule,
     Batch,
@@ -21,6 +20,7 @@ from kvik.ops.base import (
     KVIndex,
     LayerKV,
     Linear,
+    Nonlinearity,
     Norm,
     Ops,
     QKVWeights,
@@ -42,21 +42,21 @@ class Field:
     """An array of the batch, known when a step runs."""
 
     name: str
-    group: int = 0  # of layers, whose places it is one of
+    kv_group: int = 0  # whose places it is one of
 
 
-_MAX_GROUPS = 64
+_MAX_KV_GROUPS = 64
 
 
-def _places(group: int) -> KVIndex:
-    return KVIndex(*(cast(IntArray, Field(field.name, group)) for field in fields(KVIndex)))
+def _places(kv_group: int) -> KVIndex:
+    return KVIndex(*(cast(IntArray, Field(field.name, kv_group)) for field in fields(KVIndex)))
 
 
 STEP = Batch(
     **{field.name: cast(Any, Field(field.name)) for field in fields(Batch) if field.name != "windows"},
-    windows=tuple(map(_places, range(1, _MAX_GROUPS))),
+    windows=tuple(map(_places, range(1, _MAX_KV_GROUPS))),
 )
-"""Stands for the batch of the step while its ops are traced."""
+"""Stands for the batch of the step while its ops are captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +68,18 @@ class Call:
     results: tuple[Value, ...]
 
 
-def trace(forward: Forward) -> tuple[list[Call], Value]:
+def capture(forward: Forward) -> tuple[list[Call], Value]:
     """The calls of a forward pass, and the value that it returns."""
-    tracer = _Tracer()
-    output = forward(tracer, STEP)
+    capturing = _CapturingOps()
+    output = forward(capturing, STEP)
     assert isinstance(output, Value)
-    return tracer.calls, output
+    return capturing.calls, output
 
 
-class _Tracer(Ops):
+class _CapturingOps(Ops):
     """Notes each call as it comes, fused ones whole."""
 
-    name = "trace"
+    name = "capture"
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -95,15 +95,17 @@ class _Tracer(Ops):
         return self._note(name, arguments, shape)[0]
 
     def load_rows(self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int) -> NoReturn:
-        raise AssertionError("weights are loaded before a step is traced")
+        raise AssertionError("weights are loaded before a step is captured")
 
     def allocate_kv(self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None) -> NoReturn:
-        raise AssertionError("KV arrays are allocated before a step is traced")
+        raise AssertionError("KV arrays are allocated before a step is captured")
 
-    def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], group: int = 0) -> NoReturn:
+    def copy_blocks(
+        self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
+    ) -> NoReturn:
         raise AssertionError("blocks are copied before a step, not in it")
 
-    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], group: int = 0) -> NoReturn:
+    def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], kv_group: int = 0) -> NoReturn:
         raise AssertionError("memory is given back between steps, not in one")
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Value:
@@ -133,7 +135,7 @@ class _Tracer(Ops):
     def attend(self, q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> Value:
         return self._one("attend", (q, kv, batch, rule), q.shape)
 
-    def activate(self, x: Value, activation: Activation, up: Value | None = None) -> Value:
+    def activate(self, x: Value, activation: Nonlinearity, up: Value | None = None) -> Value:
         return self._one("activate", (x, activation, up), x.shape)
 
     def soft_cap(self, x: Value, cap: float) -> Value:
@@ -145,7 +147,7 @@ class _Tracer(Ops):
         shape = (weights.query.rows // weights.head_dim, weights.head_dim)
         return self._one("norm_qkv", (x, norm, weights, rope, kv, batch), shape)
 
-    def norm_gated(self, x: Value, norm: Norm | None, gate: Linear, up: Linear, activation: Activation) -> Value:
+    def norm_gated(self, x: Value, norm: Norm | None, gate: Linear, up: Linear, activation: Nonlinearity) -> Value:
         return self._one("norm_gated", (x, norm, gate, up, activation), (gate.rows,))
 
     def norm_linear(self, x: Value, norm: Norm | None, linear: Linear) -> Value:
@@ -158,4 +160,4 @@ class _Tracer(Ops):
         return self._one("take_rows", (x, rows), x.shape)
 
     def to_numpy(self, x: Array) -> NoReturn:
-        raise AssertionError("a traced value has no content")
+        raise AssertionError("a captured value has no content")
