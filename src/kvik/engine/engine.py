@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.admission import Admission
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.events import Observer, StepEvent, StepResult
-from kvik.engine.interrupts import uninterrupted
+from kvik.engine.interrupts import OwnedLock, uninterrupted
 from kvik.engine.lease import Lease
 from kvik.engine.output import Completion, TextStream
 from kvik.engine.request import Request, RequestOptions
@@ -101,7 +100,7 @@ class Engine:
         self.runner = make_runner(model, self.kv_spec, size)
         self.scheduler = Scheduler(self.cache, config, lambda hold: Lease(self, hold))
         self.admission = Admission(model, self.cache, self.scheduler.max_running)
-        self.lock = threading.Lock()
+        self.lock = OwnedLock()
         self.prefill_token_s: float | None = None  # a prompt token's share of a step's time, of the newest long chunk
         self.death: Exception | None = None  # why no step will run any more
         self.observers: tuple[Observer, ...] = ()
@@ -149,9 +148,9 @@ class Engine:
         with self._exclusive():
             self._check_alive()
             self._check_room(sequence)
+            self.scheduler.add(sequence)
             for branch in sequence.all_branches():
                 branch.costs.queued_s = time.perf_counter()
-            self.scheduler.add(sequence)
 
     def step(self) -> StepResult | None:
         """Advance by one step; `None` when nothing is to do. Raises `EngineDead`."""
@@ -238,7 +237,7 @@ class Engine:
     def forget_lease(self, hold: Hold) -> None:
         """The same for finalisers: now, or after the step that is going on."""
         self._forgotten.append(hold)
-        if self.lock.acquire(blocking=False):  # not where this very thread is in the middle of a step
+        if self.lock.acquire_now():  # not where this very thread is in the middle of a step
             self.lock.release()
             with self._exclusive():
                 pass

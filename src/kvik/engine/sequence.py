@@ -29,7 +29,7 @@ class Costs:
     num_preemptions: int = 0
     kv_bytes: int = 0  # of the blocks held when it last computed
     weight_bytes: int = 0  # that its steps went over
-    queued_s: float = 0.0
+    queued_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
 
@@ -149,7 +149,7 @@ class Sequence:
             num_cached_tokens=costs.num_cached_tokens,
             num_computed_tokens=costs.num_computed_tokens,
             num_completion_tokens=self.num_completion_tokens,
-            time_to_first_token_s=0.0 if first_s is None else first_s - costs.queued_s,
+            time_to_first_token_s=0.0 if first_s is None or costs.queued_s is None else first_s - costs.queued_s,
             decode_s=0.0 if first_s is None or last_s is None else last_s - first_s,
             kv_bytes=costs.kv_bytes,
             weight_bytes=costs.weight_bytes,

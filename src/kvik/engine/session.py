@@ -95,13 +95,13 @@ class Conversation:
 
     def _end_turn(self, sequence: Sequence, give_back: Callable[[Lease], None]) -> None:
         """Append the answer, whole or as far as it came; `give_back` closes a lease that nobody needs any more."""
-        lease, was_asked = sequence.lease, sequence.finish_reason is not None
+        lease, was_queued = sequence.lease, sequence.costs.queued_s is not None
         if self._writing is not sequence or self._is_closed:  # a newer turn, or the end, has left this one behind
             if lease is not None:
                 give_back(lease)
             return
         self._writing = None
-        if not was_asked:  # the engine did not take it
+        if not was_queued:  # the engine did not take it
             return
         if lease is not None:
             self._lease, lease = lease, self._lease

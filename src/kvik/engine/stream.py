@@ -21,8 +21,8 @@ def stream_sequence(
     """
     branches = list(sequence.all_branches())
     feeds = [PieceFeed(engine, branch) for branch in branches]
-    engine.add(sequence)
     try:
+        engine.add(sequence)
         while True:
             for feed in feeds:
                 with engine.lock:

@@ -39,8 +39,8 @@ def sequence_at(engine: Engine, num_tokens: int) -> Iterator[Sequence]:
     """A sequence whose first `num_tokens` tokens are computed, ready to write; its blocks go back at the end."""
     params = SamplingParams(max_tokens=engine.model.context, ignore_eos=True)
     sequence = engine.new_sequence(engine.new_request(random_prompt(engine, max(1, num_tokens)), params))
-    engine.add(sequence)
     try:
+        engine.add(sequence)
         _step_to(engine, sequence, min(num_tokens, 1))
         yield sequence
     finally:
@@ -60,8 +60,8 @@ def profile_prefill(engine: Engine, num_tokens: int, *, rounds: int) -> StepProf
     params = SamplingParams(max_tokens=1, ignore_eos=True)
     num_tokens = min(num_tokens, engine.scheduler.token_budget)
     sequence = engine.new_sequence(engine.new_request(random_prompt(engine, num_tokens), params))
-    engine.add(sequence)
     try:
+        engine.add(sequence)
         return _profile_next(engine, f"prefill, {num_tokens:,} tokens", rounds)
     finally:
         engine.abort(sequence)
