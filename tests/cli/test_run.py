@@ -180,9 +180,10 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
     ("arguments", "stdin", "prompt"),
     [
         (["hello"], "", "hello"),
-        (["hello"], " \n", "hello"),
-        (["sum it up"], "one\ntwo\n", "sum it up\n\none\ntwo"),
+        (["hello"], "the rest of a shell's loop\n", "hello"),
+        (["sum it up", "-"], "one\ntwo\n", "sum it up\n\none\ntwo"),
         ([], "one\ntwo\n", "one\ntwo"),
+        (["-"], "one\ntwo\n", "one\ntwo"),
         ([], "one\r\n", "one"),
         ([], "one\n\n", "one\n"),
         ([], "caf\u00e9", "caf\u00e9"),
@@ -190,6 +191,78 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
 )
 def test_a_pipe_is_the_prompt_or_a_part_of_it(kvik: Kvik, arguments: list[str], stdin: str, prompt: str) -> None:
     assert report(kvik, *arguments, "--max-tokens", "1", stdin=stdin)["prompt"]["text"] == prompt
+
+
+@pytest.mark.parametrize("command", [["run"], ["race", "--lengths", "none"], ["explain", "--trace", "t.json"]])
+def test_a_prompt_leaves_stdin_to_the_shell_s_loop(tiny: Path, tmp_path: Path, command: list[str]) -> None:
+    script = 'while read -r line; do "$@" "$line" >/dev/null 2>&1 || exit 3; echo "$line"; done'
+    options = [command[0], "-m", str(tiny), "--max-tokens", "1", *command[1:]]
+    path = os.pathsep.join(filter(None, sys.path))
+    result = subprocess.run(
+        ["sh", "-c", script, "sh", sys.executable, "-m", "kvik", *options],
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=tmp_path,
+        input="one\ntwo\nthree\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, "one\ntwo\nthree\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "said"),
+    [
+        (["sum it up", "-"], " \n", "InvalidInput: stdin is empty"),
+        (["-"], "", "InvalidInput: the prompt is empty"),
+        (["-", "-"], "one", "InvalidInput: - is given twice"),
+    ],
+)
+def test_a_dash_without_text_to_read_is_refused(kvik: Kvik, arguments: list[str], stdin: str, said: str) -> None:
+    assert refusal(kvik, "run", *arguments, stdin=stdin) == said
+
+
+def test_a_stdin_that_cannot_be_read_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with (tmp_path / "only for writing").open("w") as file:
+        result = subprocess.run(
+            [sys.executable, "-m", "kvik", "run", "-m", str(tiny)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdin=file,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[0] == "InvalidInput: stdin cannot be read: Bad file descriptor"
+    assert result.stderr.splitlines()[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        (r"\n", "\n"),
+        (r"\n\n###", "\n\n###"),
+        (r"a\tb\r", "a\tb\r"),
+        (r"\\n", r"\n"),
+        (r"\x41\xe9", "Aé"),
+        (r"\u00e9\u4f60", "é你"),
+        ("\n", "\n"),
+    ],
+)
+def test_escapes_in_a_stop_text_mean_their_characters(kvik: Kvik, typed: str, text: str) -> None:
+    values = report(kvik, "hello", "--max-tokens", "1", "--stop", typed)
+    assert values["params"]["stop"] == [text]
+
+
+@pytest.mark.parametrize("typed", [r"\q", r"a\ "[:-1], r"\x4", r"\xzz", r"\u12", r"\ud800", r"\N{DIGIT ONE}", r"\0"])
+def test_other_escapes_in_a_stop_text_are_refused(kvik: Kvik, typed: str) -> None:
+    result = kvik("run", "hello", "--stop", typed)
+    assert result.exit_code == 2
+    first, second = result.stderr.splitlines()
+    assert first.startswith("InvalidInput: --stop has ")
+    assert r"\n, \t, \r, \\, \xNN or \uNNNN" in second
 
 
 def test_a_closed_stdin_is_no_prompt(kvik: Kvik, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
@@ -225,7 +298,7 @@ def test_arguments_that_are_not_utf8_are_refused(kvik: Kvik, option: list[str]) 
 
 
 def test_a_stdin_without_end_is_refused(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvik.cli.run.MAX_STDIN_BYTES", 1000)
+    monkeypatch.setattr("kvik.cli.prompt.MAX_STDIN_BYTES", 1000)
     assert refusal(kvik, "run", stdin=b"x" * 1001) == "InvalidInput: stdin has more than 1,000 bytes"
 
 

@@ -465,7 +465,7 @@ def test_parts_of_a_split_file_are_refused_before_they_are_downloaded(name: str,
 
 def test_a_whole_file_beside_parts_is_the_example() -> None:
     hub = HubName("o/n", None, None)
-    with pytest.raises(ModelNotFound, match="has 4 .gguf files") as caught:
+    with pytest.raises(ModelNotFound, match=r"has 4 \.gguf files") as caught:
         choose(hub, [*PARTS, "small.gguf", "smaller.gguf"])
     assert "o/n:small.gguf" in caught.value.hint
 

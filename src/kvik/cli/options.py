@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -18,6 +19,10 @@ from kvik.errors import InvalidInput
 
 if TYPE_CHECKING:
     from kvik.engine.llm import LLM
+
+STOP_HELP = r"End before this text; \n, \t, \r, \\, \xNN and \uNNNN are characters. May be repeated."
+ESCAPE = re.compile(r"\\(?:(?P<letter>[ntr\\])|x(?P<byte>[0-9a-fA-F]{2})|u(?P<code>[0-9a-fA-F]{4})|.?)", re.DOTALL)
+LETTERS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 PROMPT, SAMPLING, ENGINE = "Prompt and output", "Sampling", "Model and engine"  # panels of --help
 
@@ -69,7 +74,7 @@ class SamplingOptions:
     presence_penalty: Annotated[float, value(SAMPLING, "X", "Above 0 repeats the answer's tokens less.")] = 0.0
     frequency_penalty: Annotated[float, value(SAMPLING, "X", "The same, for each time they were used.")] = 0.0
     min_tokens: Annotated[int, value(SAMPLING, "N", "Do not end before N tokens.")] = 0
-    stop: Annotated[list[str] | None, value(SAMPLING, "TEXT", "End before this text; may be repeated.")] = None
+    stop: Annotated[list[str] | None, value(SAMPLING, "TEXT", STOP_HELP)] = None
     stop_token_id: Annotated[list[int] | None, value(SAMPLING, "ID", "End with this token; may be repeated.")] = None
     seed: Annotated[int | None, value(SAMPLING, "N", "Makes what is drawn repeatable.")] = None
     speculate: Annotated[
@@ -80,9 +85,8 @@ class SamplingOptions:
         """The checked parameters; `others` are those that a command has options of its own for."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         stop, stop_token_ids = values.pop("stop") or (), values.pop("stop_token_id") or ()
-        for text in stop:
-            check_text("--stop", text)
-        return SamplingParams(stop=tuple(stop), stop_token_ids=tuple(stop_token_ids), **values, **others)
+        texts = tuple(unescape("--stop", check_text("--stop", text)) for text in stop)
+        return SamplingParams(stop=texts, stop_token_ids=tuple(stop_token_ids), **values, **others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +183,25 @@ def check_text(name: str, text: str) -> str:
     return check_utf8(name, text.encode("utf-8", "surrogateescape"))
 
 
+def unescape(name: str, text: str) -> str:
+    r"""The text with its escapes replaced: \n, \t, \r, \\, \xNN, \uNNNN. Raises `InvalidInput` for others."""
+
+    def character(found: re.Match[str]) -> str:
+        if found["letter"]:
+            return LETTERS[found["letter"]]
+        digits = found["byte"] or found["code"]
+        if not digits or 0xD800 <= int(digits, 16) < 0xE000:  # half of a pair is no character
+            end = 6 if found[0] == r"\u" or found["code"] else 4
+            shown = text[found.start() : found.start() + end]
+            raise InvalidInput(
+                f"{name} has {shown} in it, which is no escape",
+                hint=r"write \n, \t, \r, \\, \xNN or \uNNNN; a backslash itself is \\",
+            )
+        return chr(int(digits, 16))
+
+    return ESCAPE.sub(character, text)
+
+
 def check_output_path(option: str, path: Path) -> None:
     """Raise `InvalidInput` before any work where the file could not be written in the end."""
     where = path.absolute()
@@ -215,9 +238,3 @@ def parse_counts(option: str, text: str, least: int, most: int) -> list[int]:
             )
         numbers.append(check_count(option, int(part), least, most))
     return numbers
-
-
-def check_prompt(text: str) -> None:
-    """Raise `InvalidInput` for a prompt without text."""
-    if not check_text("the prompt", text).strip():
-        raise InvalidInput("the prompt is empty", hint='give it some text, for example "Why is the sky blue?"')

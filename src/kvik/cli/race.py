@@ -15,13 +15,13 @@ from kvik.cli.options import (
     PromptOptions,
     SamplingOptions,
     check_count,
-    check_prompt,
     flag,
     parse_counts,
     spell_out,
     value,
 )
 from kvik.cli.plot import check_plot_path, save_plot
+from kvik.cli.prompt import read_prompt
 from kvik.cli.report import request_report, write_report
 from kvik.cli.terminal import Interrupt, note, write
 from kvik.config import MAX_TOKENS
@@ -37,7 +37,9 @@ CURVE = "What is measured"
 
 @spell_out
 def race(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What both lanes answer.")] = DEFAULT_PROMPT,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What both lanes answer; - is the text on stdin.")
+    ] = DEFAULT_PROMPT,
     *,
     prompt_options: PromptOptions,
     as_json: Annotated[bool, flag(PROMPT, "--json", "Print one JSON object when done.")] = False,
@@ -60,7 +62,7 @@ def race(
     """
     params = sampling.params(max_tokens=max_tokens, ignore_eos=True)
     prompt_options.check()
-    check_prompt(prompt)
+    prompt = read_prompt(prompt)
     check_count("--rounds", rounds, 1, 1000)
     wanted = [] if lengths == "none" else parse_counts("--lengths", lengths, 1, MAX_TOKENS)
     if plot is not None:
