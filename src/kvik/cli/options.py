@@ -16,6 +16,8 @@ import typer
 from kvik.cli.terminal import note
 from kvik.config import Activations, KVDType, SamplingParams, Speculation, WeightFormat
 from kvik.errors import InvalidInput
+from kvik.hub import store
+from kvik.hub.progress import terminal_progress
 
 if TYPE_CHECKING:
     from kvik.engine.llm import LLM
@@ -119,9 +121,12 @@ class ModelOptions:
     def load(self, **others: Any) -> LLM:
         """The model, ready to write; `others` are arguments of `LLM` that have no option here."""
         from kvik.engine.llm import LLM
+        from kvik.models.loader import check_config_of
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        llm = LLM(values.pop("model"), **values, **others)
+        with terminal_progress() as report:
+            path = store.resolve(values.pop("model"), check_config=check_config_of, progress=report)
+        llm = LLM(path.absolute(), **values, **others)
         if llm.model.quantization is not None:
             note(str(llm.model.quantization))
         return llm
@@ -205,6 +210,12 @@ def unescape(name: str, text: str) -> str:
 def check_output_path(option: str, path: Path) -> None:
     """Raise `InvalidInput` before any work where the file could not be written in the end."""
     where = path.absolute()
+    try:
+        where.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InvalidInput(f"{option} is {path}: {error.strerror}", hint="give the name of another file") from None
     if where.is_dir():
         raise InvalidInput(f"{option} is {path}, a folder", hint="give the name of a file")
     if not where.parent.is_dir():

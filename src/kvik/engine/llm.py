@@ -21,7 +21,7 @@ from kvik.engine.output import Completion, Piece
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
-from kvik.hub.progress import bytes_progress, counted_progress, terminal_progress
+from kvik.hub.progress import bytes_progress, counted_progress
 from kvik.hub.store import resolve
 from kvik.machine import available_memory_bytes, give_back_memory
 from kvik.models.decoder import Decoder
@@ -76,7 +76,7 @@ class LLM:
             max_waiting=max_waiting,
             backend=backend,
         )
-        with terminal_progress() as report:
+        with bytes_progress() as report:
             path = resolve(os.fspath(model), check_config=check_config_of, progress=report)
         with bytes_progress(wait_s=1.0) as report:
             self.model = load_model(
