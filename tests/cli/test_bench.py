@@ -16,6 +16,7 @@ import pytest
 from command_line import Kvik
 from kvik import LLM
 from kvik.cli.bench_report import moved
+from kvik.cli.terminal import INTERRUPTED
 from kvik.config import TOKEN_BUDGET, KVDType
 from kvik.machine import available_threads
 from kvik.measure import passes as measure
@@ -232,7 +233,7 @@ def test_ctrl_c_shows_and_saves_what_was_measured(
     # 8 steps warm up, 3 are the two cases of the prompt (seen before: twice), 1 computes the context: the 13th writes.
     interrupt_at(13)
     result = kvik("bench", *SHORT, "--save", str(saved))
-    assert result.exit_code == 1
+    assert result.exit_code == INTERRUPTED
     assert "prefill 40, seen before" in result.stdout
     assert "decode" not in result.stdout
     assert result.stderr.splitlines()[-1] == "interrupted; shown is what was measured"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from command_line import CTRL_C, Kvik, Terminal
 from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams
+from kvik.cli.terminal import INTERRUPTED
 from kvik.config import TOKEN_BUDGET
 
 GREY, END = "\x1b[90m", "\x1b[0m"
@@ -369,7 +371,7 @@ def test_ctrl_c_keeps_what_was_written(kvik: Kvik, interrupt_at: Callable[[int],
     interrupt_at(12)
     result = kvik("run", "hello", "--max-tokens", "50", "--ignore-eos", "--json")
     values = json.loads(result.stdout)
-    assert result.exit_code == 1
+    assert result.exit_code == INTERRUPTED
     assert values["finish_reason"] == "abort"
     assert values["token_ids"] == whole["token_ids"][:12]
 
@@ -377,7 +379,7 @@ def test_ctrl_c_keeps_what_was_written(kvik: Kvik, interrupt_at: Callable[[int],
 def test_ctrl_c_ends_the_line_and_tells(kvik: Kvik, interrupt_at: Callable[[int], None]) -> None:
     interrupt_at(3)
     result = kvik("run", "hello", "--ignore-eos", "--stats")
-    assert result.exit_code == 1
+    assert result.exit_code == INTERRUPTED
     assert result.stdout.endswith("\n")
     assert result.stderr.endswith(" · interrupted after 3 tokens\n")
 
@@ -424,7 +426,7 @@ def test_ctrl_c_on_a_terminal(tiny: Path) -> None:
         terminal.read_until("\ufffd")
         terminal.type(CTRL_C)
         terminal.read_until(" · interrupted after ")
-        assert terminal.finish()[1] == 1
+        assert terminal.finish()[1] == -signal.SIGINT
 
 
 @pytest.mark.parametrize("option", ["--raw", "--json"])

@@ -20,7 +20,7 @@ from kvik.cli.options import (
     value,
 )
 from kvik.cli.report import write_report
-from kvik.cli.terminal import Interrupt, note, write
+from kvik.cli.terminal import INTERRUPTED, Interrupt, note, write
 from kvik.config import MAX_TOKENS, KVDType
 from kvik.errors import InvalidInput
 from kvik.hub.progress import counted_progress
@@ -118,7 +118,7 @@ def bench(
             write(f"\n{text}\n")
     if not is_whole:
         note("interrupted; shown is what was measured")
-        raise typer.Exit(1)
+        raise typer.Exit(INTERRUPTED)
 
 
 def _cases(prompt: str, gen: int, depth: str, batch: str, kv: str, threads: str | None, heads: list[int]) -> list[Case]:

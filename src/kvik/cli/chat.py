@@ -13,6 +13,7 @@ from kvik.cli.terminal import (
     is_terminal,
     note,
     prompt_interrupt,
+    say,
     show_error,
     show_problem,
     stats_line,
@@ -101,6 +102,5 @@ def _read_line(prompt: str) -> str:
     with prompt_interrupt():
         if is_terminal(sys.stdout):
             return input(prompt)
-        sys.stderr.write(prompt)  # stdout is the result, and goes elsewhere
-        sys.stderr.flush()
+        say(prompt)  # stdout is the result, and goes elsewhere
         return input()

@@ -23,7 +23,7 @@ from kvik.cli.options import (
 from kvik.cli.plot import check_plot_path, save_plot
 from kvik.cli.prompt import read_prompt
 from kvik.cli.report import request_report, write_report
-from kvik.cli.terminal import Interrupt, note, write
+from kvik.cli.terminal import INTERRUPTED, Interrupt, note, write
 from kvik.config import MAX_TOKENS
 from kvik.errors import InvalidInput
 
@@ -102,8 +102,10 @@ def race(
         note(f"drawn: {plot}")
     if not is_whole:
         note(f"interrupted; compared are the {verdict.num_compared:,} tokens that both lanes have")
-    if not is_whole or not verdict.is_same:
+    if not verdict.is_same:
         raise typer.Exit(1)
+    if not is_whole:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _within_context(llm: LLM, lengths: list[int], room: int, *, is_default: bool) -> list[int]:

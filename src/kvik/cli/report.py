@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.cli.options import EngineOptions, PromptOptions
 from kvik.cli.terminal import write
-from kvik.errors import InvalidInput
+from kvik.files.output import whole_file
 
 if TYPE_CHECKING:
     from kvik.config import SamplingParams
@@ -55,16 +54,8 @@ def write_report(report: dict[str, Any]) -> None:
 
 def save_text(path: Path, text: str) -> None:
     """All of the file or nothing: a half-written one replaces no other. Raises `InvalidInput`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InvalidInput(
-            f"{path} cannot be written: {error.strerror}", hint="free some space, or name a file in another folder"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _logprobs_report(logprobs: TokenLogprobs) -> dict[str, Any]:

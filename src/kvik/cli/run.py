@@ -20,7 +20,7 @@ from kvik.cli.options import (
 )
 from kvik.cli.prompt import read_prompt_or_chat
 from kvik.cli.report import completion_report, request_report, write_report
-from kvik.cli.terminal import Interrupt, is_terminal, note, stats_line, write_answer
+from kvik.cli.terminal import INTERRUPTED, Interrupt, is_terminal, note, stats_line, write_answer
 from kvik.config import SamplingParams
 from kvik.errors import InvalidInput
 
@@ -81,7 +81,7 @@ def run(
     elif show_stats or is_terminal(sys.stderr):
         note(stats_line(completion.stats, completion.finish_reason, use_cache=not no_cache))
     if completion.finish_reason == "abort":
-        raise typer.Exit(1)
+        raise typer.Exit(INTERRUPTED)
 
 
 def answer(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, use_cache: bool, show: bool) -> Completion:
