@@ -6,8 +6,9 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
@@ -90,11 +91,13 @@ class AsyncLLM:
         messages: SequenceOf[Message],
         params: SamplingParams = GREEDY,
         *,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
         priority: int = 0,
         salt: str | None = None,
     ) -> list[Completion]:
         """Answers a conversation, `params.n` times."""
-        token_ids = await asyncio.to_thread(self.llm.render_chat, messages)
+        token_ids = await asyncio.to_thread(self.llm.render_chat, messages, tools=tools, template_vars=template_vars)
         return await self.generate(token_ids, params, priority=priority, salt=salt)
 
     async def stream_chat(
@@ -102,11 +105,13 @@ class AsyncLLM:
         messages: SequenceOf[Message],
         params: SamplingParams = GREEDY,
         *,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
         priority: int = 0,
         salt: str | None = None,
     ) -> AsyncIterator[Piece]:
         """Answers a conversation piece by piece."""
-        token_ids = await asyncio.to_thread(self.llm.render_chat, messages)
+        token_ids = await asyncio.to_thread(self.llm.render_chat, messages, tools=tools, template_vars=template_vars)
         async for piece in self.stream(token_ids, params, priority=priority, salt=salt):
             yield piece
 

@@ -140,12 +140,14 @@ class LLM:
         messages: SequenceOf[Message],
         params: SamplingParams = GREEDY,
         *,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
         use_cache: bool = True,
         priority: int = 0,
         salt: str | None = None,
     ) -> Completion:
-        """Answers a conversation of messages like {"role": "user", "content": "..."}; of several answers, the first."""
-        token_ids = self.render_chat(messages)
+        """Answers a conversation of messages as `render_chat` takes them; of several answers, the first."""
+        token_ids = self.render_chat(messages, tools=tools, template_vars=template_vars)
         return self.generate(token_ids, params, use_cache=use_cache, priority=priority, salt=salt)[0]
 
     def stream_chat(
@@ -153,12 +155,14 @@ class LLM:
         messages: SequenceOf[Message],
         params: SamplingParams = GREEDY,
         *,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
         use_cache: bool = True,
         priority: int = 0,
         salt: str | None = None,
     ) -> Iterator[Piece]:
         """Answers a conversation piece by piece; see `stream`."""
-        token_ids = self.render_chat(messages)
+        token_ids = self.render_chat(messages, tools=tools, template_vars=template_vars)
         return self.stream(token_ids, params, use_cache=use_cache, priority=priority, salt=salt)
 
     def beam_search(
@@ -190,8 +194,18 @@ class LLM:
                 f"the prompt is {reprlib.repr(prompt)}", hint="give text, or a list of token ids"
             ) from None
 
-    def render_chat(self, messages: SequenceOf[Message]) -> list[int]:
+    def render_chat(
+        self,
+        messages: SequenceOf[Message],
+        *,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation in the model's own chat template, ready for the answer.
+
+        Messages are like {"role": "user", "content": "..."}, with content of text or of text parts, and may carry
+        `tool_calls`, `tool_call_id` and `name`; `tools` are function tools; both as in the OpenAI API. `template_vars`
+        are the template's own switches, such as {"enable_thinking": False}.
 
         As in transformers, the names of control tokens are read as those tokens wherever they stand, also inside a
         message: whoever passes on what strangers wrote should take `<|im_end|>` and its like out first.
@@ -202,8 +216,9 @@ class LLM:
                 f"{self.model.path.name} has no chat template",
                 hint="use generate or stream (`kvik run --raw`): it is a model for plain completion",
             )
+        text = template.render_request(messages, tools=tools, template_vars=template_vars)
         # The template writes the beginning-of-text token itself where the model wants one.
-        return self.model.tokenizer.encode(template.render(messages), add_special=False)
+        return self.model.tokenizer.encode(text, add_special=False)
 
     @property
     def is_chat_model(self) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Any
 
 from kvik.cache import BlockTable
 from kvik.config import SamplingParams
@@ -14,6 +16,7 @@ from kvik.engine.output import Completion, Piece, Stats
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput
+from kvik.text.chat_messages import Content, check_message, check_template_vars, check_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +41,32 @@ class Session:
     ...     session.rewind(1)  # as if the answer had not been given
     """
 
-    def __init__(self, llm: LLM, *, system: str | None = None, use_cache: bool = True, salt: str | None = None) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        *,
+        system: Content | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+        use_cache: bool = True,
+        salt: str | None = None,
+    ) -> None:
         self.llm = llm
+        self.tools = check_tools(tools)
+        self.template_vars = check_template_vars(template_vars)
         self.use_cache = use_cache
         self.salt = salt
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         self.turns: list[TurnStats] = []
         self._sequence: Sequence | None = None
         self._pin: BlockTable | None = None
         if system is not None:
             self.append("system", system)
 
-    def append(self, role: str, content: str) -> None:
-        """Add a message."""
-        for value in (role, content):
-            if not isinstance(value, str):
-                raise InvalidInput(f"a message has {reprlib.repr(value)}", hint="role and content are text")
-        self.messages.append({"role": role, "content": content})
+    def append(self, role: str, content: Content | None = None, **others: Any) -> None:
+        """Add a message; `others` are its `tool_calls`, `tool_call_id` or `name`, as `LLM.render_chat` takes them."""
+        message = {"role": role, "content": content, **others}
+        self.messages.append(check_message(f"messages[{len(self.messages)}]", message))
 
     def generate(self, params: SamplingParams = GREEDY) -> Completion:
         """Answers the messages so far, and appends the answer."""
@@ -75,7 +87,7 @@ class Session:
                 "a session has one answer a turn", hint="leave n and echo as they are, or use LLM.generate"
             )
         engine = self.llm.engine
-        token_ids = self.llm.render_chat(self.messages)
+        token_ids = self.llm.render_chat(self.messages, tools=self.tools, template_vars=self.template_vars)
         self._sequence = engine.new_sequence(
             token_ids, params, keep_cache=self.use_cache, park=True, previous=self._sequence, salt=self.salt
         )
@@ -84,7 +96,13 @@ class Session:
     def fork(self) -> Session:
         """Another session with the same past and the same blocks: only what they come to differ in costs anything."""
         self._check_not_writing("fork")
-        fork = Session(self.llm, use_cache=self.use_cache, salt=self.salt)
+        fork = Session(
+            self.llm,
+            tools=self.tools,
+            template_vars=self.template_vars,
+            use_cache=self.use_cache,
+            salt=self.salt,
+        )
         fork.messages = [dict(message) for message in self.messages]
         if self._sequence is not None:
             fork._sequence = self.llm.engine.fork(self._sequence)
