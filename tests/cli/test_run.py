@@ -16,8 +16,10 @@ import pytest
 from command_line import CTRL_C, Kvik, Terminal
 from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams
+from kvik.cli.template import TemplateOptions
 from kvik.cli.terminal import INTERRUPTED
 from kvik.config import TOKEN_BUDGET
+from template_families import FAMILIES, TOOLS
 
 GREY, END = "\x1b[90m", "\x1b[0m"
 
@@ -93,7 +95,7 @@ def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
         "max_waiting",
     }
     assert values["engine"]["context"] == 1 << 17
-    assert set(values["prompt"]) == {"text", "token_ids", "raw", "system"}
+    assert set(values["prompt"]) == {"text", "token_ids", "raw", "system", "tools", "template_vars"}
     assert values["prompt"]["text"] == "hello"
     assert set(values["params"]) == {
         "max_tokens",
@@ -444,3 +446,74 @@ def test_a_model_cannot_steer_the_terminal(tmp_path: Path) -> None:
         output, code = terminal.finish()
     assert code == 0
     assert "\x1b" not in output
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose template knows tools and thinking."""
+    metadata = {"tokenizer.chat_template": FAMILIES["smollm3"]}
+    path = tmp_path_factory.mktemp("run") / "tools.gguf"
+    return tiny_llama(path, context_length=4096, tied=False, extra_metadata=metadata)
+
+
+def test_tools_and_variables_reach_the_template(kvik: Kvik, with_tools: Path, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    options = ["--tools", str(tmp_path / "tools.json"), "--template-var", "enable_thinking=false"]
+    values = report(kvik, "-m", str(with_tools), "hello", "--max-tokens", "1", *options)
+    expected = LLM(with_tools).render_chat(
+        [{"role": "user", "content": "hello"}], tools=TOOLS, template_vars={"enable_thinking": False}
+    )
+    assert values["prompt"] == {
+        "text": "hello",
+        "token_ids": expected,
+        "raw": False,
+        "system": None,
+        "tools": TOOLS,
+        "template_vars": {"enable_thinking": False},
+    }
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("true", True), ("false", False), ("null", None), ("3", 3), ("-0.5", -0.5), ("high", "high"), ("", ""),
+        ('"true"', "true"), ("[1, 2]", [1, 2]), ('{"a": [null]}', {"a": [None]}), ("a=b", "a=b"), ("NaN", "NaN"),
+        ("1 Jan 2026", "1 Jan 2026"), ("True", "True"),
+    ],
+)  # fmt: skip
+def test_a_variable_is_json_or_a_bare_word(typed: str, value: object) -> None:
+    assert TemplateOptions(template_var=[f"enable_thinking={typed}"]).read(raw=False).template_vars == {
+        "enable_thinking": value
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--template-var", "enable_thinking"], "--template-var is 'enable_thinking'"),
+        (["--template-var", "=1"], "template_vars has ''"),
+        (["--template-var", "a b=1"], "template_vars has 'a b'"),
+        (["--template-var", "messages=[]"], "template_vars has 'messages'"),
+        (["--template-var", "a=1", "--template-var", "a=2"], "--template-var sets 'a' twice"),
+        (["--template-var", "a=[1"], "--template-var 'a' is not JSON"),
+        (["--template-var", "a=1", "--raw"], "--template-var is for the chat template, --raw uses none"),
+        (["--template-var", "a=1"], "the chat template has no variable 'a'"),
+        (["--tools", "none.json"], "--tools is none.json: No such file or directory"),
+        (["--tools", "good.json"], "the chat template takes no tools"),
+        (["--tools", "good.json", "--raw"], "--tools is for the chat template, --raw uses none"),
+        (["--tools", "broken.json"], "--tools is broken.json, which is not JSON"),
+        (["--tools", "object.json"], "--tools is object.json, whose JSON is no list"),
+        (["--tools", "latin1.json"], "--tools is not UTF-8"),
+        (["--tools", "bad.json"], "tools[0].type is 'x', not 'function'"),
+        (["--tools", "."], "--tools is .: Is a directory"),
+    ],
+)
+def test_bad_tools_and_variables_are_refused(
+    kvik: Kvik, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = {"good": json.dumps(TOOLS), "broken": "[{", "object": "{}", "bad": '[{"type": "x"}]'}
+    for name, text in texts.items():
+        Path(f"{name}.json").write_text(text)
+    Path("latin1.json").write_bytes(b'["caf\xe9"]')
+    assert said in refusal(kvik, "run", "hello", *arguments)

@@ -56,12 +56,12 @@ class PromptOptions:
         if self.raw:
             raise InvalidInput("--system is a message of the chat template, --raw uses none", hint="leave out one")
 
-    def token_ids(self, llm: LLM, prompt: str) -> list[int]:
-        """The prompt as the model sees it."""
+    def token_ids(self, llm: LLM, prompt: str, **template: Any) -> list[int]:
+        """The prompt as the model sees it; `template` is what `LLM.render_chat` takes besides messages."""
         if self.raw:
             return llm.encode(prompt)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return llm.render_chat([*system, {"role": "user", "content": prompt}])
+        return llm.render_chat([*system, {"role": "user", "content": prompt}], **template)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
@@ -93,7 +94,7 @@ def race(
     verdict = compare(*lanes)
     is_whole = is_whole and not interrupted()
     if as_json:
-        request = request_report(engine, llm, prompt_options, prompt, prompt_ids, params)
+        request = request_report(engine, llm, asdict(prompt_options), prompt, prompt_ids, params)
         write_report({**request, **race_report(lanes, verdict, costs), "is_interrupted": not is_whole})
     else:
         write("\n".join(result_lines(lanes, verdict, costs)) + "\n")

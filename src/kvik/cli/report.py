@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvik.cli.options import EngineOptions, PromptOptions
+from kvik.cli.options import EngineOptions
 from kvik.cli.terminal import write
 from kvik.files.output import whole_file
 
@@ -18,13 +19,18 @@ if TYPE_CHECKING:
 
 
 def request_report(
-    engine: EngineOptions, llm: LLM, options: PromptOptions, prompt: str, prompt_ids: list[int], params: SamplingParams
+    engine: EngineOptions,
+    llm: LLM,
+    options: Mapping[str, Any],
+    prompt: str,
+    prompt_ids: list[int],
+    params: SamplingParams,
 ) -> dict[str, Any]:
     """What was asked: of which model, run how, with which prompt and parameters."""
     return {
         "model": {"name": engine.model, "path": str(llm.model.path)},
         "engine": asdict(llm.config) | {"context": llm.model.context},
-        "prompt": {"text": prompt, "token_ids": prompt_ids} | asdict(options),
+        "prompt": {"text": prompt, "token_ids": prompt_ids, **options},
         "params": asdict(params),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -20,6 +21,7 @@ from kvik.cli.options import (
 )
 from kvik.cli.prompt import read_prompt_or_chat
 from kvik.cli.report import completion_report, request_report, write_report
+from kvik.cli.template import TemplateOptions
 from kvik.cli.terminal import INTERRUPTED, Interrupt, is_terminal, note, stats_line, write_answer
 from kvik.config import SamplingParams
 from kvik.errors import InvalidInput
@@ -42,6 +44,7 @@ def run(
     ] = None,
     *,
     prompt_options: PromptOptions,
+    template_options: TemplateOptions,
     as_json: Annotated[bool, flag(PROMPT, "--json", "Print one JSON object when done.")] = False,
     show_stats: Annotated[bool, flag(PROMPT, "--stats", "Tell what it cost, on stderr, terminal or not.")] = False,
     max_tokens: Annotated[int, value(SAMPLING, "N", "Most tokens to write.", show_default=True)] = 256,
@@ -61,6 +64,7 @@ def run(
     """
     params = sampling.params(max_tokens=max_tokens, ignore_eos=ignore_eos, logprobs=logprobs)
     prompt_options.check()
+    template = template_options.read(raw=prompt_options.raw)
     if logprobs is not None and not as_json:
         raise InvalidInput("--logprobs are shown in JSON only", hint="add --json")
     text = read_prompt_or_chat(prompt, with_stdin=stdin is not None)
@@ -70,13 +74,20 @@ def run(
             raise InvalidInput(f"{option} needs a prompt", hint=f'for example `kvik run {option} "Once upon a time"`')
         from kvik.cli.chat import chat
 
-        chat(engine.load(), params, name=engine.model, system=prompt_options.system, use_cache=not no_cache)
+        chat(
+            engine.load(),
+            params,
+            name=engine.model,
+            system=prompt_options.system,
+            template=template,
+            use_cache=not no_cache,
+        )
         return
     llm = engine.load()
-    prompt_ids = prompt_options.token_ids(llm, text)
+    prompt_ids = prompt_options.token_ids(llm, text, **asdict(template))
     completion = answer(llm, prompt_ids, params, use_cache=not no_cache, show=not as_json)
     if as_json:
-        request = request_report(engine, llm, prompt_options, text, prompt_ids, params)
+        request = request_report(engine, llm, asdict(prompt_options) | asdict(template), text, prompt_ids, params)
         write_report({**request, "use_cache": not no_cache, **completion_report(completion)})
     elif show_stats or is_terminal(sys.stderr):
         note(stats_line(completion.stats, completion.finish_reason, use_cache=not no_cache))
