@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from kvik.config import SamplingParams
-from kvik.errors import (
-    CacheTooSmall,
-    DownloadError,
-    EngineDead,
-    InvalidInput,
-    KvikError,
-    ModelError,
-    ModelNotFound,
-    NotEnoughMemory,
-    PromptTooLong,
-    QueueFull,
-    SlowReader,
-    TemplateError,
-)
-
+TYPE_CHECKING = False  # typing's own takes longer to import than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
+    from kvik.config import SamplingParams
     from kvik.engine.async_llm import AsyncLLM
     from kvik.engine.beams import Beam
     from kvik.engine.cache_view import CacheView
     from kvik.engine.llm import LLM
     from kvik.engine.output import Completion, Piece, Stats, TokenLogprobs
     from kvik.engine.session import Session, TurnStats
+    from kvik.errors import (
+        CacheTooSmall,
+        DownloadError,
+        EngineDead,
+        InvalidInput,
+        KvikError,
+        ModelError,
+        ModelNotFound,
+        NotEnoughMemory,
+        PromptTooLong,
+        QueueFull,
+        SlowReader,
+        TemplateError,
+    )
     from kvik.planner.plan import Plan, plan
 
 __version__ = "0.1.0"
@@ -60,7 +60,22 @@ __all__ = [
     "plan",
 ]
 
+_ERRORS = (
+    "CacheTooSmall",
+    "DownloadError",
+    "EngineDead",
+    "InvalidInput",
+    "KvikError",
+    "ModelError",
+    "ModelNotFound",
+    "NotEnoughMemory",
+    "PromptTooLong",
+    "QueueFull",
+    "SlowReader",
+    "TemplateError",
+)
 _LAZY = {
+    "SamplingParams": "config",
     "LLM": "engine.llm",
     "Session": "engine.session",
     "TurnStats": "engine.session",
@@ -73,11 +88,13 @@ _LAZY = {
     "TokenLogprobs": "engine.output",
     "Plan": "planner.plan",
     "plan": "planner.plan",
+    **dict.fromkeys(_ERRORS, "errors"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    # The engine brings NumPy and the tokenizer with it; importing it on first use keeps `import kvik` quick.
+    # Importing on first use keeps `import kvik` quick (the engine brings NumPy and the tokenizer with it), and lets the
+    # command set up Ctrl-C before anything else is imported.
     if name not in _LAZY:
         raise AttributeError(f"module 'kvik' has no attribute {name!r}")
     from importlib import import_module

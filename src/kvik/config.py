@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from kvik.errors import InvalidInput
@@ -38,7 +40,8 @@ class SamplingParams:
     """How the next token is chosen and when to stop; the default is greedy.
 
     Order: penalties, temperature, top_k, top_p, min_p, then one draw. The draw for a token depends on (seed, position)
-    alone, so the same seed gives the same text whatever else the engine does. Raises `InvalidInput`.
+    alone, so the same seed gives the same text whatever else the engine does. Scalars of NumPy are kept as Python's own
+    numbers. Raises `InvalidInput`.
     """
 
     n: int = 1  # completions of one prompt; the i-th draws with seed + i (modulo 2**64)
@@ -63,29 +66,28 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         # A string or a list is what callers have at hand; a tuple cannot change afterwards.
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", _tuple_of("stop", stop, str))
-        object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))
-        _check_int("n", self.n, 1, MAX_COMPLETIONS)
-        _check_int("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _keep(self, "stop", _texts_of("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
+        _keep(self, "stop_token_ids", _token_ids_of("stop_token_ids", self.stop_token_ids))
+        _keep_int(self, "n", 1, MAX_COMPLETIONS)
+        _keep_int(self, "max_tokens", 1, MAX_TOKENS)
         if self.n * self.max_tokens > MAX_TOKENS:
             raise InvalidInput(
                 f"n is {self.n} and max_tokens {self.max_tokens:,}: together {self.n * self.max_tokens:,} tokens",
                 hint=f"lower n, or max_tokens to {MAX_TOKENS // self.n:,} or less",
             )
-        _check_int("min_tokens", self.min_tokens, 0, MAX_TOKENS)
+        _keep_int(self, "min_tokens", 0, MAX_TOKENS)
         if self.min_tokens > self.max_tokens:
             raise InvalidInput(
                 f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}",
                 hint="lower min_tokens or raise max_tokens",
             )
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, 0, MAX_TOKENS)
-        _check_number("top_p", self.top_p, 0.0, 1.0, above=True)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _check_number("presence_penalty", self.presence_penalty, -100.0, 100.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _keep_number(self, "temperature", 0.0, 100.0)
+        _keep_int(self, "top_k", 0, MAX_TOKENS)
+        _keep_number(self, "top_p", 0.0, 1.0, above=True)
+        _keep_number(self, "min_p", 0.0, 1.0)
+        _keep_number(self, "repetition_penalty", 0.01, 100.0)
+        _keep_number(self, "presence_penalty", -100.0, 100.0)
+        _keep_number(self, "frequency_penalty", -100.0, 100.0)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidInput(f"stop has {len(self.stop)} strings", hint=f"give at most {MAX_STOP_STRINGS}")
         for text in self.stop:
@@ -96,13 +98,13 @@ class SamplingParams:
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, MAX_TOKENS)
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, MAX_SEED)
+            _keep_int(self, "seed", 0, MAX_SEED)
         if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _check_bool("ignore_eos", self.ignore_eos)
-        _check_bool("echo", self.echo)
+            _keep_int(self, "logprobs", 0, MAX_LOGPROBS)
+        _keep_bool(self, "ignore_eos")
+        _keep_bool(self, "echo")
         if self.speculate is not None:
-            _check_choice("speculate", self.speculate, get_args(Speculation), otherwise=" or None")
+            _keep_choice(self, "speculate", get_args(Speculation), otherwise=" or None")
 
 
 TOKEN_BUDGET = 256
@@ -130,21 +132,21 @@ class EngineConfig:
     backend: Backend = "native"
 
     def __post_init__(self) -> None:
-        _check_choice("activations", self.activations, get_args(ActivationDType))
-        _check_choice("kv_dtype", self.kv_dtype, get_args(KVDType))
-        _check_choice("backend", self.backend, get_args(Backend))
+        _keep_choice(self, "activations", get_args(ActivationDType))
+        _keep_choice(self, "kv_dtype", get_args(KVDType))
+        _keep_choice(self, "backend", get_args(Backend))
         if self.weights is not None:
-            _check_choice("weights", self.weights, get_args(WeightFormat), otherwise=" or None")
+            _keep_choice(self, "weights", get_args(WeightFormat), otherwise=" or None")
         if self.context is not None:
-            _check_int("context", self.context, 2, MAX_TOKENS)
+            _keep_int(self, "context", 2, MAX_TOKENS)
         if self.threads is not None:
-            _check_int("threads", self.threads, 1, 256)
-        _check_int("token_budget", self.token_budget, 1, 1 << 20)
-        if self.kv_memory != "auto":
-            object.__setattr__(self, "kv_memory", parse_bytes("kv_memory", self.kv_memory))
-        _check_bool("prefix_cache", self.prefix_cache)
-        _check_int("max_running", self.max_running, 1, 4096)
-        _check_int("max_waiting", self.max_waiting, 1, 1 << 20)
+            _keep_int(self, "threads", 1, 256)
+        _keep_int(self, "token_budget", 1, 1 << 20)
+        is_auto = isinstance(self.kv_memory, str) and self.kv_memory == "auto"
+        _keep(self, "kv_memory", "auto" if is_auto else parse_bytes("kv_memory", self.kv_memory))
+        _keep_bool(self, "prefix_cache")
+        _keep_int(self, "max_running", 1, 4096)
+        _keep_int(self, "max_waiting", 1, 1 << 20)
 
 
 def parse_bytes(name: str, value: int | str) -> int:
@@ -152,43 +154,92 @@ def parse_bytes(name: str, value: int | str) -> int:
 
     Fractions of a byte are dropped. Raises `InvalidInput`, which calls the value `name`.
     """
-    num_bytes: Any = value
-    if type(value) is str and (match := _SIZE.fullmatch(value)):
+    num_bytes = plain_int(value)
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
         whole, decimals, unit = match[1], match[2] or "", match[3].lower()
         num_bytes = int(whole + decimals) * _UNITS[unit] // 10 ** len(decimals)
-    if type(num_bytes) is not int or not 1 <= num_bytes <= MAX_SIZE_BYTES:
+    if num_bytes is None or not 1 <= num_bytes <= MAX_SIZE_BYTES:
         raise InvalidInput(
             f"{name} is {_shown(value)}", hint="give bytes or a size like 512MiB, 2GiB or 1.5GB, up to 1024TiB"
         )
     return num_bytes
 
 
-def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:
-    if not isinstance(values, (tuple, list)) or any(type(value) is not kind for value in values):
-        raise InvalidInput(f"{name} is {_shown(values)}", hint=f"give a list of {kind.__name__} values")
-    return tuple(values)
+def plain_int(value: Any) -> int | None:
+    """The whole number that the value is by `__index__`, as scalars of NumPy are; `None` for all else and for bools."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
-def _check_int(name: str, value: Any, minimum: int, maximum: int) -> None:
-    if type(value) is not int or not minimum <= value <= maximum:
+def _check_int(name: str, value: Any, minimum: int, maximum: int) -> int:
+    """The value as a plain int. Raises `InvalidInput`, which calls it `name`."""
+    number = plain_int(value)
+    if number is None or not minimum <= number <= maximum:
         raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give a whole number from {minimum} to {maximum:,}")
+    return number
 
 
-def _check_number(name: str, value: Any, minimum: float, maximum: float, *, above: bool = False) -> None:
+def _plain_number(value: Any) -> int | float | None:
+    number: int | float | None = plain_int(value)
+    if number is not None or isinstance(value, bool) or not isinstance(value, Real):
+        return number
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _keep(config: SamplingParams | EngineConfig, name: str, value: Any) -> None:
+    object.__setattr__(config, name, value)
+
+
+def _keep_int(config: SamplingParams | EngineConfig, name: str, minimum: int, maximum: int) -> None:
+    _keep(config, name, _check_int(name, getattr(config, name), minimum, maximum))
+
+
+def _keep_number(config: SamplingParams, name: str, minimum: float, maximum: float, *, above: bool = False) -> None:
+    value = getattr(config, name)
+    number = _plain_number(value)
     # NaN fails every comparison.
-    if type(value) not in (int, float) or not minimum <= value <= maximum or (above and value == minimum):
+    if number is None or not minimum <= number <= maximum or (above and number == minimum):
         low = f"above {minimum:g}" if above else f"from {minimum:g}"
         raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give a number {low} to {maximum:g}")
+    _keep(config, name, number)
 
 
-def _check_bool(name: str, value: Any) -> None:
-    if type(value) is not bool:
+def _keep_bool(config: SamplingParams | EngineConfig, name: str) -> None:
+    value = getattr(config, name)
+    # NumPy's bool is no subclass of Python's; every scalar of NumPy has the shape () and an `item`.
+    plain = value.item() if getattr(value, "shape", None) == () else value
+    if type(plain) is not bool:
         raise InvalidInput(f"{name} is {_shown(value)}", hint="give True or False")
+    _keep(config, name, plain)
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...], *, otherwise: str = "") -> None:
-    if value not in choices:
+def _keep_choice(
+    config: SamplingParams | EngineConfig, name: str, choices: tuple[str, ...], *, otherwise: str = ""
+) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, str) or value not in choices:
         raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give one of {', '.join(choices)}{otherwise}")
+    _keep(config, name, choices[choices.index(value)])
+
+
+def _texts_of(name: str, values: Any) -> tuple[str, ...]:
+    if not isinstance(values, (tuple, list)) or not all(isinstance(value, str) for value in values):
+        raise InvalidInput(f"{name} is {_shown(values)}", hint="give a list of str values")
+    return tuple(map(str, values))
+
+
+def _token_ids_of(name: str, values: Any) -> tuple[int, ...]:
+    numbers = [plain_int(value) for value in values] if isinstance(values, (tuple, list)) else [None]
+    if any(number is None for number in numbers):
+        raise InvalidInput(f"{name} is {_shown(values)}", hint="give a list of int values")
+    return tuple(number for number in numbers if number is not None)
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,7 @@ import kvik as package
 from command_line import Kvik
 from kvik.cli import terminal
 from kvik.cli.app import app
-from kvik.cli.terminal import Interrupt
+from kvik.cli.terminal import INTERRUPTED, Interrupt
 from kvik.engine.llm import LLM
 from kvik.engine.output import Stats
 from kvik.errors import ModelError
@@ -89,13 +89,13 @@ def test_an_error_that_nobody_expected_keeps_its_traceback(monkeypatch: pytest.M
     assert isinstance(result.exception, ZeroDivisionError)
 
 
-def test_ctrl_c_while_the_model_loads_is_exit_1(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_the_model_loads_is_told(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(LLM, "__init__", interrupt)
     result = kvik("run", "hi")
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "interrupted\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (INTERRUPTED, "", "interrupted\n")
 
 
 def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

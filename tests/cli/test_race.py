@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from families.goldens import golden_of
 from kvik import LLM, SamplingParams
 from kvik.cli.race import DEFAULT_PROMPT
 from kvik.cli.race_report import cost_of_token
+from kvik.cli.terminal import INTERRUPTED
 from kvik.config import TOKEN_BUDGET
 from kvik.measure.lanes import RaceLane, Verdict, compare, digest, make_lanes, run_race
 from kvik.measure.lengths import LengthCost, whole_text_s
@@ -287,7 +289,7 @@ def test_other_tokens_are_exit_1_and_both_texts_are_shown(kvik: Kvik, monkeypatc
 def test_ctrl_c_shows_what_there_is(kvik: Kvik, interrupt_at: Callable[[int], None]) -> None:
     interrupt_at(22)  # two of them warmed the lanes up
     result = kvik("race", *SHORT)
-    assert result.exit_code == 1
+    assert result.exit_code == INTERRUPTED
     assert re.search(r"^same tokens: yes \((\d+)/\1\), same logits: bit for bit$", result.stdout, re.MULTILINE)
     assert re.search(r"^interrupted; compared are the \d+ tokens that both lanes have$", result.stderr, re.MULTILINE)
 
@@ -298,7 +300,7 @@ def test_ctrl_c_while_lengths_are_timed_keeps_those_that_were(
     # 2 steps warm up, 2 x 3 race, 6 are length 1 of the first round, 6 the next: in the 2nd of the third.
     interrupt_at(22)
     result = kvik("race", "--max-tokens", "3", "--lengths", "40,50", "--json", "--plot", str(tmp_path / "race.svg"))
-    assert result.exit_code == 1
+    assert result.exit_code == INTERRUPTED
     report = json.loads(result.stdout)
     assert report["is_interrupted"]
     assert report["same_tokens"]
@@ -310,7 +312,7 @@ def test_ctrl_c_while_lengths_are_timed_keeps_those_that_were(
 def test_ctrl_c_before_the_first_token(kvik: Kvik, interrupt_at: Callable[[int], None]) -> None:
     interrupt_at(2)
     result = kvik("race", *SHORT)
-    assert result.exit_code == 1
+    assert result.exit_code == INTERRUPTED
     assert result.stdout.splitlines()[-1] == "same tokens: nothing to compare"
 
 
@@ -351,6 +353,6 @@ def test_ctrl_c_on_a_terminal(tiny: Path) -> None:
         terminal.read_until("tokens computed")
         terminal.type(CTRL_C)
         output, code = terminal.finish()
-    assert code == 1
+    assert code == -signal.SIGINT
     assert "\nsame tokens: " in output
     assert "\ninterrupted; " in output

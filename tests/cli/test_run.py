@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,10 @@ import pytest
 from command_line import CTRL_C, Kvik, Terminal
 from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams
+from kvik.cli.template import TemplateOptions
+from kvik.cli.terminal import INTERRUPTED
 from kvik.config import TOKEN_BUDGET
+from template_families import FAMILIES, TOOLS
 
 GREY, END = "\x1b[90m", "\x1b[0m"
 
@@ -91,7 +95,7 @@ def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
         "max_waiting",
     }
     assert values["engine"]["context"] == 1 << 17
-    assert set(values["prompt"]) == {"text", "token_ids", "raw", "system"}
+    assert set(values["prompt"]) == {"text", "token_ids", "raw", "system", "tools", "template_vars"}
     assert values["prompt"]["text"] == "hello"
     assert set(values["params"]) == {
         "max_tokens",
@@ -180,9 +184,10 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
     ("arguments", "stdin", "prompt"),
     [
         (["hello"], "", "hello"),
-        (["hello"], " \n", "hello"),
-        (["sum it up"], "one\ntwo\n", "sum it up\n\none\ntwo"),
+        (["hello"], "the rest of a shell's loop\n", "hello"),
+        (["sum it up", "-"], "one\ntwo\n", "sum it up\n\none\ntwo"),
         ([], "one\ntwo\n", "one\ntwo"),
+        (["-"], "one\ntwo\n", "one\ntwo"),
         ([], "one\r\n", "one"),
         ([], "one\n\n", "one\n"),
         ([], "caf\u00e9", "caf\u00e9"),
@@ -190,6 +195,78 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
 )
 def test_a_pipe_is_the_prompt_or_a_part_of_it(kvik: Kvik, arguments: list[str], stdin: str, prompt: str) -> None:
     assert report(kvik, *arguments, "--max-tokens", "1", stdin=stdin)["prompt"]["text"] == prompt
+
+
+@pytest.mark.parametrize("command", [["run"], ["race", "--lengths", "none"], ["explain", "--trace", "t.json"]])
+def test_a_prompt_leaves_stdin_to_the_shell_s_loop(tiny: Path, tmp_path: Path, command: list[str]) -> None:
+    script = 'while read -r line; do "$@" "$line" >/dev/null 2>&1 || exit 3; echo "$line"; done'
+    options = [command[0], "-m", str(tiny), "--max-tokens", "1", *command[1:]]
+    path = os.pathsep.join(filter(None, sys.path))
+    result = subprocess.run(
+        ["sh", "-c", script, "sh", sys.executable, "-m", "kvik", *options],
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=tmp_path,
+        input="one\ntwo\nthree\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, "one\ntwo\nthree\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "said"),
+    [
+        (["sum it up", "-"], " \n", "InvalidInput: stdin is empty"),
+        (["-"], "", "InvalidInput: the prompt is empty"),
+        (["-", "-"], "one", "InvalidInput: - is given twice"),
+    ],
+)
+def test_a_dash_without_text_to_read_is_refused(kvik: Kvik, arguments: list[str], stdin: str, said: str) -> None:
+    assert refusal(kvik, "run", *arguments, stdin=stdin) == said
+
+
+def test_a_stdin_that_cannot_be_read_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with (tmp_path / "only for writing").open("w") as file:
+        result = subprocess.run(
+            [sys.executable, "-m", "kvik", "run", "-m", str(tiny)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdin=file,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[0] == "InvalidInput: stdin cannot be read: Bad file descriptor"
+    assert result.stderr.splitlines()[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        (r"\n", "\n"),
+        (r"\n\n###", "\n\n###"),
+        (r"a\tb\r", "a\tb\r"),
+        (r"\\n", r"\n"),
+        (r"\x41\xe9", "Aé"),
+        (r"\u00e9\u4f60", "é你"),
+        ("\n", "\n"),
+    ],
+)
+def test_escapes_in_a_stop_text_mean_their_characters(kvik: Kvik, typed: str, text: str) -> None:
+    values = report(kvik, "hello", "--max-tokens", "1", "--stop", typed)
+    assert values["params"]["stop"] == [text]
+
+
+@pytest.mark.parametrize("typed", [r"\q", r"a\ "[:-1], r"\x4", r"\xzz", r"\u12", r"\ud800", r"\N{DIGIT ONE}", r"\0"])
+def test_other_escapes_in_a_stop_text_are_refused(kvik: Kvik, typed: str) -> None:
+    result = kvik("run", "hello", "--stop", typed)
+    assert result.exit_code == 2
+    first, second = result.stderr.splitlines()
+    assert first.startswith("InvalidInput: --stop has ")
+    assert r"\n, \t, \r, \\, \xNN or \uNNNN" in second
 
 
 def test_a_closed_stdin_is_no_prompt(kvik: Kvik, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
@@ -225,7 +302,7 @@ def test_arguments_that_are_not_utf8_are_refused(kvik: Kvik, option: list[str]) 
 
 
 def test_a_stdin_without_end_is_refused(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvik.cli.run.MAX_STDIN_BYTES", 1000)
+    monkeypatch.setattr("kvik.cli.prompt.MAX_STDIN_BYTES", 1000)
     assert refusal(kvik, "run", stdin=b"x" * 1001) == "InvalidInput: stdin has more than 1,000 bytes"
 
 
@@ -296,7 +373,7 @@ def test_ctrl_c_keeps_what_was_written(kvik: Kvik, interrupt_at: Callable[[int],
     interrupt_at(12)
     result = kvik("run", "hello", "--max-tokens", "50", "--ignore-eos", "--json")
     values = json.loads(result.stdout)
-    assert result.exit_code == 1
+    assert result.exit_code == INTERRUPTED
     assert values["finish_reason"] == "abort"
     assert values["token_ids"] == whole["token_ids"][:12]
 
@@ -304,7 +381,7 @@ def test_ctrl_c_keeps_what_was_written(kvik: Kvik, interrupt_at: Callable[[int],
 def test_ctrl_c_ends_the_line_and_tells(kvik: Kvik, interrupt_at: Callable[[int], None]) -> None:
     interrupt_at(3)
     result = kvik("run", "hello", "--ignore-eos", "--stats")
-    assert result.exit_code == 1
+    assert result.exit_code == INTERRUPTED
     assert result.stdout.endswith("\n")
     assert result.stderr.endswith(" · interrupted after 3 tokens\n")
 
@@ -351,7 +428,7 @@ def test_ctrl_c_on_a_terminal(tiny: Path) -> None:
         terminal.read_until("\ufffd")
         terminal.type(CTRL_C)
         terminal.read_until(" · interrupted after ")
-        assert terminal.finish()[1] == 1
+        assert terminal.finish()[1] == -signal.SIGINT
 
 
 @pytest.mark.parametrize("option", ["--raw", "--json"])
@@ -369,3 +446,74 @@ def test_a_model_cannot_steer_the_terminal(tmp_path: Path) -> None:
         output, code = terminal.finish()
     assert code == 0
     assert "\x1b" not in output
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose template knows tools and thinking."""
+    metadata = {"tokenizer.chat_template": FAMILIES["smollm3"]}
+    path = tmp_path_factory.mktemp("run") / "tools.gguf"
+    return tiny_llama(path, context_length=4096, tied=False, extra_metadata=metadata)
+
+
+def test_tools_and_variables_reach_the_template(kvik: Kvik, with_tools: Path, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    options = ["--tools", str(tmp_path / "tools.json"), "--template-var", "enable_thinking=false"]
+    values = report(kvik, "-m", str(with_tools), "hello", "--max-tokens", "1", *options)
+    expected = LLM(with_tools).render_chat(
+        [{"role": "user", "content": "hello"}], tools=TOOLS, template_vars={"enable_thinking": False}
+    )
+    assert values["prompt"] == {
+        "text": "hello",
+        "token_ids": expected,
+        "raw": False,
+        "system": None,
+        "tools": TOOLS,
+        "template_vars": {"enable_thinking": False},
+    }
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("true", True), ("false", False), ("null", None), ("3", 3), ("-0.5", -0.5), ("high", "high"), ("", ""),
+        ('"true"', "true"), ("[1, 2]", [1, 2]), ('{"a": [null]}', {"a": [None]}), ("a=b", "a=b"), ("NaN", "NaN"),
+        ("1 Jan 2026", "1 Jan 2026"), ("True", "True"),
+    ],
+)  # fmt: skip
+def test_a_variable_is_json_or_a_bare_word(typed: str, value: object) -> None:
+    assert TemplateOptions(template_var=[f"enable_thinking={typed}"]).read(raw=False).template_vars == {
+        "enable_thinking": value
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--template-var", "enable_thinking"], "--template-var is 'enable_thinking'"),
+        (["--template-var", "=1"], "template_vars has ''"),
+        (["--template-var", "a b=1"], "template_vars has 'a b'"),
+        (["--template-var", "messages=[]"], "template_vars has 'messages'"),
+        (["--template-var", "a=1", "--template-var", "a=2"], "--template-var sets 'a' twice"),
+        (["--template-var", "a=[1"], "--template-var 'a' is not JSON"),
+        (["--template-var", "a=1", "--raw"], "--template-var is for the chat template, --raw uses none"),
+        (["--template-var", "a=1"], "the chat template has no variable 'a'"),
+        (["--tools", "none.json"], "--tools is none.json: No such file or directory"),
+        (["--tools", "good.json"], "the chat template takes no tools"),
+        (["--tools", "good.json", "--raw"], "--tools is for the chat template, --raw uses none"),
+        (["--tools", "broken.json"], "--tools is broken.json, which is not JSON"),
+        (["--tools", "object.json"], "--tools is object.json, whose JSON is no list"),
+        (["--tools", "latin1.json"], "--tools is not UTF-8"),
+        (["--tools", "bad.json"], "tools[0].type is 'x', not 'function'"),
+        (["--tools", "."], "--tools is .: Is a directory"),
+    ],
+)
+def test_bad_tools_and_variables_are_refused(
+    kvik: Kvik, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = {"good": json.dumps(TOOLS), "broken": "[{", "object": "{}", "bad": '[{"type": "x"}]'}
+    for name, text in texts.items():
+        Path(f"{name}.json").write_text(text)
+    Path("latin1.json").write_bytes(b'["caf\xe9"]')
+    assert said in refusal(kvik, "run", "hello", *arguments)

@@ -59,7 +59,7 @@ def test_a_full_queue_is_told_as_such_and_leaves_the_conversation_as_it_was(llm:
 
 
 def test_a_prompt_that_goes_on_is_no_miss_by_other_tokens(llm: LLM) -> None:
-    engine, prompt = llm.engine, llm.encode("the rain in the rain on a " * 3)
+    engine, prompt = llm.new_engine(prefix_cache=False), llm.encode("the rain in the rain on a " * 3)
     first = run_sequence(engine, new_sequence(engine, prompt, PARAMS, hold=True)).sequence
     assert first.lease is not None
     known = first.token_ids[:-1]
@@ -163,6 +163,6 @@ def test_a_lease_of_another_engine_is_no_lease(llm: LLM) -> None:
     assert other.costs.num_cached_tokens == 0
     assert other.token_ids == sequence.token_ids
     with pytest.raises(InvalidInput, match="lease is 5"):
-        new_sequence(engines[0], prompt, PARAMS, lease=5)  # type: ignore[typeddict-item]
+        new_sequence(engines[0], prompt, PARAMS, lease=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no option 'park'"):
         new_sequence(engines[0], prompt, PARAMS, park=True)  # type: ignore[call-arg]

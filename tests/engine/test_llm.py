@@ -24,6 +24,7 @@ from kvik.engine.llm import LLM
 from kvik.engine.output import Completion, Piece, TextStream
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput, ModelError, ModelNotFound, NotEnoughMemory, PromptTooLong
+from kvik.hub.progress import Progress
 from kvik.models.loader import LoadedModel
 from kvik.models.spec import RopeSpec
 from models import altered, assert_idle, random_prompt, run
@@ -398,3 +399,16 @@ def test_engines_of_other_threads_over_the_same_weights_give_the_same_bits(tmp_p
         found = run(llm.new_engine(threads=threads, prefix_cache=False, token_budget=16), prompt)
         assert found.token_ids == expected.token_ids
         assert found.logits.tobytes() == expected.logits.tobytes(), f"{threads} threads, seed 3"
+
+
+def test_a_library_says_nothing_of_a_download_where_there_is_no_terminal(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def download(name: str, *, progress: Progress, **_: object) -> Path:
+        progress(f"{name}: downloading", 0, 100)
+        progress(f"{name}: downloading", 100, 100)
+        return tiny_path
+
+    monkeypatch.setattr("kvik.engine.llm.resolve", download)
+    LLM("org/name").generate(["one", "two"], SamplingParams(max_tokens=2))
+    assert capsys.readouterr() == ("", "")

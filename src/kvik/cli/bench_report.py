@@ -106,6 +106,12 @@ def row_report(row: Row, llm: LLM, limits: MachineLimits) -> dict[str, Any]:
     }
 
 
+def exceeds(row: Row, llm: LLM, limits: MachineLimits) -> bool:
+    """Whether a case was faster than these limits allow."""
+    report = row_report(row, llm, limits)
+    return bool(max(report["share_of_bandwidth"], report["share_of_arithmetic"]) > 1)
+
+
 def table_lines(report: Report, *, markdown: bool = False, by_heads: bool = False) -> list[str]:
     """The machine, a line for each row, and the limits; `by_heads` where rows differ in their number of KV heads."""
     heading: tuple[str, ...] = ("case", "batch", "KV", "threads", "tok/s", "low … high", "time", "read", "math")
@@ -142,10 +148,7 @@ def table_lines(report: Report, *, markdown: bool = False, by_heads: bool = Fals
             "A trained model writes worse with fewer KV heads until trained again: `kvik convert` shows how much.",
         ]
     if any(max(row["share_of_bandwidth"], row["share_of_arithmetic"]) > 1 for row in report["rows"]):
-        lines.append(
-            "More than 100%: what is read lies in the caches, or the limits were measured in a busy minute,"
-            " which --fresh-limits mends."
-        )
+        lines.append("More than 100%: what is read lies in the caches. (The limits were measured again, to be sure.)")
     return lines
 
 

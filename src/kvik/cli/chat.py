@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvik.cli.options import check_text
@@ -13,6 +14,7 @@ from kvik.cli.terminal import (
     is_terminal,
     note,
     prompt_interrupt,
+    say,
     show_error,
     show_problem,
     stats_line,
@@ -22,6 +24,7 @@ from kvik.config import SamplingParams
 from kvik.errors import KvikError, ModelError, PromptTooLong
 
 if TYPE_CHECKING:
+    from kvik.cli.template import TemplateInput
     from kvik.engine.llm import LLM
     from kvik.engine.session import Session
 
@@ -32,7 +35,9 @@ A line that ends with \\ goes on in the next.
 Ctrl-C stops an answer; what was written of it stays in the conversation."""
 
 
-def chat(llm: LLM, params: SamplingParams, *, name: str, system: str | None, use_cache: bool) -> None:
+def chat(
+    llm: LLM, params: SamplingParams, *, name: str, system: str | None, template: TemplateInput, use_cache: bool
+) -> None:
     """Talk until the end of input."""
     from kvik.engine.session import Session
 
@@ -40,6 +45,8 @@ def chat(llm: LLM, params: SamplingParams, *, name: str, system: str | None, use
         raise ModelError(
             f"{llm.model.path.name} has no chat template", hint='give it text to continue: `kvik run --raw "Once upon"`'
         )
+    # What the template does not know is refused before anybody types.
+    llm.render_chat([{"role": "user", "content": "Hello"}], tools=template.tools, template_vars=template.template_vars)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # importing it gives input() its line editing
 
@@ -47,7 +54,15 @@ def chat(llm: LLM, params: SamplingParams, *, name: str, system: str | None, use
         sys.stdin.reconfigure(errors="surrogateescape")  # for `check_text` to find, instead of an exception in input()
 
     note(f"{name} · context {llm.model.context:,} tokens · /help shows the commands, Ctrl-D leaves")
-    session = Session(llm, system=system, use_cache=use_cache)
+    begin = partial(
+        Session,
+        llm,
+        system=system,
+        tools=template.tools,
+        template_vars=template.template_vars,
+        use_cache=use_cache,
+    )
+    session = begin()
     while True:
         try:
             text = check_text("the message", read_message())
@@ -58,7 +73,7 @@ def chat(llm: LLM, params: SamplingParams, *, name: str, system: str | None, use
                 note(HELP)
             elif command == "/reset":
                 session.close()
-                session = Session(llm, system=system, use_cache=use_cache)
+                session = begin()
                 note("a new conversation")
             elif command.startswith("/") and command[1:].isalpha():
                 show_problem("InvalidInput", f"{command} is not a command", "/help shows the commands")
@@ -101,6 +116,5 @@ def _read_line(prompt: str) -> str:
     with prompt_interrupt():
         if is_terminal(sys.stdout):
             return input(prompt)
-        sys.stderr.write(prompt)  # stdout is the result, and goes elsewhere
-        sys.stderr.flush()
+        say(prompt)  # stdout is the result, and goes elsewhere
         return input()

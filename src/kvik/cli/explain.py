@@ -16,12 +16,12 @@ from kvik.cli.options import (
     EngineOptions,
     check_count,
     check_output_path,
-    check_prompt,
     flag,
     parse_counts,
     spell_out,
     value,
 )
+from kvik.cli.prompt import check_prompt, read_prompt
 from kvik.cli.report import save_text
 from kvik.cli.terminal import note, seconds, write
 from kvik.config import SamplingParams
@@ -45,7 +45,9 @@ MAX_PARTS = 1 << 16
 
 @spell_out
 def explain(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text that the model goes on with.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The text that the model goes on with; - is the text on stdin.")
+    ],
     *,
     html: Annotated[Path | None, value(PROMPT, "FILE", "Write the page: one .html file that needs no other.")] = None,
     trace: Annotated[
@@ -66,7 +68,7 @@ def explain(
 
     Exit code 1 where any bit differs.
     """
-    check_prompt(prompt)
+    prompt = read_prompt(prompt)
     if second is not None:
         check_prompt(second)
     if html is None and trace is None:

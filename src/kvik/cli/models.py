@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvik.cli.terminal import note, write
 from kvik.hub import store
 from kvik.hub.progress import megabytes, terminal_progress
 
@@ -28,15 +29,18 @@ def list_models(as_json: AsJson = False) -> None:
     models = store.stored()
     if as_json:
         rows = [asdict(model) | {"path": model.path and str(model.path)} for model in models]
-        typer.echo(json.dumps(rows, indent=2))
+        write(json.dumps(rows, indent=2) + "\n")
         return
     table = [("NAME", "SIZE", "STATE", "WHERE")]
     table += [
         (model.name, megabytes(model.size_bytes), model.state, str(model.path or model.source)) for model in models
     ]
     widths = [max(len(row[column]) for row in table) for column in range(3)]
-    for name, size, state, where in table:
-        typer.echo(f"{name:<{widths[0]}}  {size:>{widths[1]}}  {state:<{widths[2]}}  {where}")
+    lines = [
+        f"{name:<{widths[0]}}  {size:>{widths[1]}}  {state:<{widths[2]}}  {where}\n"
+        for name, size, state, where in table
+    ]
+    write("".join(lines))
 
 
 @app.command()
@@ -45,20 +49,20 @@ def pull(name: Name, force: Annotated[bool, typer.Option("--force", help="Downlo
     from kvik.models.loader import check_config_of
 
     with terminal_progress() as progress:
-        path, note = store.pull(name, force=force, check_config=check_config_of, progress=progress)
-    typer.echo(f"{name}: {note}", err=True)
-    typer.echo(path)
+        path, done = store.pull(name, force=force, check_config=check_config_of, progress=progress)
+    note(f"{name}: {done}")
+    write(f"{path}\n")
 
 
 @app.command("rm")
 def remove(name: Name) -> None:
     """Delete kvik's own model, or the cached revision of a Hub id."""
     freed_bytes = store.remove(name)
-    typer.echo(f"{name}: deleted, {megabytes(freed_bytes)} freed", err=True)
+    note(f"{name}: deleted, {megabytes(freed_bytes)} freed")
 
 
 @app.command("path")
 def show_path(name: Name, as_json: AsJson = False) -> None:
     """Print the path of a model that is on this machine; nothing is downloaded."""
     path = str(store.find(name))
-    typer.echo(json.dumps({"name": name, "path": path}) if as_json else path)
+    write((json.dumps({"name": name, "path": path}) if as_json else path) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -15,9 +16,15 @@ import typer
 from kvik.cli.terminal import note
 from kvik.config import ActivationDType, KVDType, SamplingParams, Speculation, WeightFormat
 from kvik.errors import InvalidInput
+from kvik.hub import store
+from kvik.hub.progress import terminal_progress
 
 if TYPE_CHECKING:
     from kvik.engine.llm import LLM
+
+STOP_HELP = r"End before this text; \n, \t, \r, \\, \xNN and \uNNNN are characters. May be repeated."
+ESCAPE = re.compile(r"\\(?:(?P<letter>[ntr\\])|x(?P<byte>[0-9a-fA-F]{2})|u(?P<code>[0-9a-fA-F]{4})|.?)", re.DOTALL)
+LETTERS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 PROMPT, SAMPLING, ENGINE = "Prompt and output", "Sampling", "Model and engine"  # panels of --help
 
@@ -51,12 +58,12 @@ class PromptOptions:
         if self.raw:
             raise InvalidInput("--system is a message of the chat template, --raw uses none", hint="leave out one")
 
-    def token_ids(self, llm: LLM, prompt: str) -> list[int]:
-        """The prompt as the model sees it."""
+    def token_ids(self, llm: LLM, prompt: str, **template: Any) -> list[int]:
+        """The prompt as the model sees it; `template` is what `LLM.render_chat` takes besides messages."""
         if self.raw:
             return llm.encode(prompt)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return llm.render_chat([*system, {"role": "user", "content": prompt}])
+        return llm.render_chat([*system, {"role": "user", "content": prompt}], **template)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +78,7 @@ class SamplingOptions:
     presence_penalty: Annotated[float, value(SAMPLING, "X", "Above 0 repeats the answer's tokens less.")] = 0.0
     frequency_penalty: Annotated[float, value(SAMPLING, "X", "The same, for each time they were used.")] = 0.0
     min_tokens: Annotated[int, value(SAMPLING, "N", "Do not end before N tokens.")] = 0
-    stop: Annotated[list[str] | None, value(SAMPLING, "TEXT", "End before this text; may be repeated.")] = None
+    stop: Annotated[list[str] | None, value(SAMPLING, "TEXT", STOP_HELP)] = None
     stop_token_id: Annotated[list[int] | None, value(SAMPLING, "ID", "End with this token; may be repeated.")] = None
     seed: Annotated[int | None, value(SAMPLING, "N", "Makes what is drawn repeatable.")] = None
     speculate: Annotated[
@@ -82,9 +89,8 @@ class SamplingOptions:
         """The checked parameters; `others` are those that a command has options of its own for."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         stop, stop_token_ids = values.pop("stop") or (), values.pop("stop_token_id") or ()
-        for text in stop:
-            check_text("--stop", text)
-        return SamplingParams(stop=tuple(stop), stop_token_ids=tuple(stop_token_ids), **values, **others)
+        texts = tuple(unescape("--stop", check_text("--stop", text)) for text in stop)
+        return SamplingParams(stop=texts, stop_token_ids=tuple(stop_token_ids), **values, **others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +123,12 @@ class ModelOptions:
     def load(self, **others: Any) -> LLM:
         """The model, ready to write; `others` are arguments of `LLM` that have no option here."""
         from kvik.engine.llm import LLM
+        from kvik.models.loader import check_config_of
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        llm = LLM(values.pop("model"), **values, **others)
+        with terminal_progress() as report:
+            path = store.resolve(values.pop("model"), check_config=check_config_of, progress=report)
+        llm = LLM(path.absolute(), **values, **others)
         if llm.model.quantization is not None:
             note(str(llm.model.quantization))
         return llm
@@ -181,9 +190,34 @@ def check_text(name: str, text: str) -> str:
     return check_utf8(name, text.encode("utf-8", "surrogateescape"))
 
 
+def unescape(name: str, text: str) -> str:
+    r"""The text with its escapes replaced: \n, \t, \r, \\, \xNN, \uNNNN. Raises `InvalidInput` for others."""
+
+    def character(found: re.Match[str]) -> str:
+        if found["letter"]:
+            return LETTERS[found["letter"]]
+        digits = found["byte"] or found["code"]
+        if not digits or 0xD800 <= int(digits, 16) < 0xE000:  # half of a pair is no character
+            end = 6 if found[0] == r"\u" or found["code"] else 4
+            shown = text[found.start() : found.start() + end]
+            raise InvalidInput(
+                f"{name} has {shown} in it, which is no escape",
+                hint=r"write \n, \t, \r, \\, \xNN or \uNNNN; a backslash itself is \\",
+            )
+        return chr(int(digits, 16))
+
+    return ESCAPE.sub(character, text)
+
+
 def check_output_path(option: str, path: Path) -> None:
     """Raise `InvalidInput` before any work where the file could not be written in the end."""
     where = path.absolute()
+    try:
+        where.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InvalidInput(f"{option} is {path}: {error.strerror}", hint="give the name of another file") from None
     if where.is_dir():
         raise InvalidInput(f"{option} is {path}, a folder", hint="give the name of a file")
     if not where.parent.is_dir():
@@ -218,9 +252,3 @@ def parse_counts(option: str, text: str, minimum: int, maximum: int) -> list[int
             )
         numbers.append(check_count(option, int(part), minimum, maximum))
     return numbers
-
-
-def check_prompt(text: str) -> None:
-    """Raise `InvalidInput` for a prompt without text."""
-    if not check_text("the prompt", text).strip():
-        raise InvalidInput("the prompt is empty", hint='give it some text, for example "Why is the sky blue?"')

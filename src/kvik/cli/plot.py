@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvik.cli.options import check_output_path
 from kvik.errors import InvalidInput
+from kvik.files.output import whole_file
 
 SUFFIXES = (".png", ".svg")
 
@@ -45,7 +46,7 @@ def check_plot_path(option: str, path: Path) -> None:
 
 
 def save_plot(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Draw panels side by side into a file of the format that its name says."""
+    """Draw panels side by side into a file of the format that its name says. Raises `InvalidInput`."""
     os.environ.setdefault("MPLBACKEND", "agg")
     from matplotlib.figure import Figure
 
@@ -61,4 +62,5 @@ def save_plot(path: Path, title: str, panels: Sequence[Panel]) -> None:
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:].lower())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
@@ -15,15 +16,15 @@ from kvik.cli.options import (
     PromptOptions,
     SamplingOptions,
     check_count,
-    check_prompt,
     flag,
     parse_counts,
     spell_out,
     value,
 )
 from kvik.cli.plot import check_plot_path, save_plot
+from kvik.cli.prompt import read_prompt
 from kvik.cli.report import request_report, write_report
-from kvik.cli.terminal import Interrupt, note, write
+from kvik.cli.terminal import INTERRUPTED, Interrupt, note, write
 from kvik.config import MAX_TOKENS
 from kvik.errors import InvalidInput
 
@@ -37,7 +38,9 @@ CURVE = "What is measured"
 
 @spell_out
 def race(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What both lanes answer.")] = DEFAULT_PROMPT,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What both lanes answer; - is the text on stdin.")
+    ] = DEFAULT_PROMPT,
     *,
     prompt_options: PromptOptions,
     as_json: Annotated[bool, flag(PROMPT, "--json", "Print one JSON object when done.")] = False,
@@ -60,7 +63,7 @@ def race(
     """
     params = sampling.params(max_tokens=max_tokens, ignore_eos=True)
     prompt_options.check()
-    check_prompt(prompt)
+    prompt = read_prompt(prompt)
     check_count("--rounds", rounds, 1, 1000)
     wanted = [] if lengths == "none" else parse_counts("--lengths", lengths, 1, MAX_TOKENS)
     if plot is not None:
@@ -91,7 +94,7 @@ def race(
     verdict = compare(*lanes)
     is_whole = is_whole and not interrupted()
     if as_json:
-        request = request_report(engine, llm, prompt_options, prompt, prompt_ids, params)
+        request = request_report(engine, llm, asdict(prompt_options), prompt, prompt_ids, params)
         write_report({**request, **race_report(lanes, verdict, costs), "is_interrupted": not is_whole})
     else:
         write("\n".join(result_lines(lanes, verdict, costs)) + "\n")
@@ -100,8 +103,10 @@ def race(
         note(f"drawn: {plot}")
     if not is_whole:
         note(f"interrupted; compared are the {verdict.num_compared:,} tokens that both lanes have")
-    if not is_whole or not verdict.is_same:
+    if not verdict.is_same:
         raise typer.Exit(1)
+    if not is_whole:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _within_context(llm: LLM, lengths: list[int], room: int, *, is_default: bool) -> list[int]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvik.cli.options import EngineOptions, PromptOptions
+from kvik.cli.options import EngineOptions
 from kvik.cli.terminal import write
-from kvik.errors import InvalidInput
+from kvik.files.output import whole_file
 
 if TYPE_CHECKING:
     from kvik.config import SamplingParams
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 
 
 def request_report(
-    engine: EngineOptions, llm: LLM, options: PromptOptions, prompt: str, prompt_ids: list[int], params: SamplingParams
+    engine: EngineOptions,
+    llm: LLM,
+    options: Mapping[str, Any],
+    prompt: str,
+    prompt_ids: list[int],
+    params: SamplingParams,
 ) -> dict[str, Any]:
     """What was asked: of which model, run how, with which prompt and parameters."""
     return {
         "model": {"name": engine.model, "path": str(llm.model.path)},
         "engine": asdict(llm.config) | {"context": llm.model.context},
-        "prompt": {"text": prompt, "token_ids": prompt_ids} | asdict(options),
+        "prompt": {"text": prompt, "token_ids": prompt_ids, **options},
         "params": asdict(params),
     }
 
@@ -55,16 +60,8 @@ def write_report(report: dict[str, Any]) -> None:
 
 def save_text(path: Path, text: str) -> None:
     """All of the file or nothing: a half-written one replaces no other. Raises `InvalidInput`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InvalidInput(
-            f"{path} cannot be written: {error.strerror}", hint="free some space, or name a file in another folder"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _logprobs_report(logprobs: TokenLogprobs) -> dict[str, Any]:

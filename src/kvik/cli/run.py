@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,14 +15,14 @@ from kvik.cli.options import (
     EngineOptions,
     PromptOptions,
     SamplingOptions,
-    check_prompt,
-    check_utf8,
     flag,
     spell_out,
     value,
 )
+from kvik.cli.prompt import read_prompt_or_chat
 from kvik.cli.report import completion_report, request_report, write_report
-from kvik.cli.terminal import Interrupt, is_terminal, note, stats_line, write_answer
+from kvik.cli.template import TemplateOptions
+from kvik.cli.terminal import INTERRUPTED, Interrupt, is_terminal, note, stats_line, write_answer
 from kvik.config import SamplingParams
 from kvik.errors import InvalidInput
 
@@ -29,17 +30,21 @@ if TYPE_CHECKING:
     from kvik.engine.llm import LLM
     from kvik.engine.output import Completion
 
-MAX_STDIN_BYTES = 64 << 20
-
 
 @spell_out
 def run(
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT", help="What to answer; piped text, read to its end, goes below it, or is it."),
+        typer.Argument(
+            metavar="PROMPT", help="What to answer; - is the text on stdin, as is no prompt where that is no terminal."
+        ),
+    ] = None,
+    stdin: Annotated[
+        Literal["-"] | None, typer.Argument(metavar="-", help="Put the text on stdin below the prompt.")
     ] = None,
     *,
     prompt_options: PromptOptions,
+    template_options: TemplateOptions,
     as_json: Annotated[bool, flag(PROMPT, "--json", "Print one JSON object when done.")] = False,
     show_stats: Annotated[bool, flag(PROMPT, "--stats", "Tell what it cost, on stderr, terminal or not.")] = False,
     max_tokens: Annotated[int, value(SAMPLING, "N", "Most tokens to write.", show_default=True)] = 256,
@@ -53,31 +58,41 @@ def run(
 ) -> None:
     """Answer a prompt; without one, chat.
 
+    stdin is read where it is asked for: kvik run "Summarise:" - < notes.txt
+
     The answer goes to stdout as it is written; Ctrl-C stops it.
     """
     params = sampling.params(max_tokens=max_tokens, ignore_eos=ignore_eos, logprobs=logprobs)
     prompt_options.check()
+    template = template_options.read(raw=prompt_options.raw)
     if logprobs is not None and not as_json:
         raise InvalidInput("--logprobs are shown in JSON only", hint="add --json")
-    text = read_prompt(prompt)
+    text = read_prompt_or_chat(prompt, with_stdin=stdin is not None)
     if text is None:
         if prompt_options.raw or as_json:
             option = "--raw" if prompt_options.raw else "--json"
             raise InvalidInput(f"{option} needs a prompt", hint=f'for example `kvik run {option} "Once upon a time"`')
         from kvik.cli.chat import chat
 
-        chat(engine.load(), params, name=engine.model, system=prompt_options.system, use_cache=not no_cache)
+        chat(
+            engine.load(),
+            params,
+            name=engine.model,
+            system=prompt_options.system,
+            template=template,
+            use_cache=not no_cache,
+        )
         return
     llm = engine.load()
-    prompt_ids = prompt_options.token_ids(llm, text)
+    prompt_ids = prompt_options.token_ids(llm, text, **asdict(template))
     completion = answer(llm, prompt_ids, params, use_cache=not no_cache, show=not as_json)
     if as_json:
-        request = request_report(engine, llm, prompt_options, text, prompt_ids, params)
+        request = request_report(engine, llm, asdict(prompt_options) | asdict(template), text, prompt_ids, params)
         write_report({**request, "use_cache": not no_cache, **completion_report(completion)})
     elif show_stats or is_terminal(sys.stderr):
         note(stats_line(completion.stats, completion.finish_reason, use_cache=not no_cache))
     if completion.finish_reason == "abort":
-        raise typer.Exit(1)
+        raise typer.Exit(INTERRUPTED)
 
 
 def answer(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, use_cache: bool, show: bool) -> Completion:
@@ -94,27 +109,3 @@ def answer(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, use_cache
                 pass
             completion = llm.engine.completion(sequence)
     return completion
-
-
-def read_prompt(argument: str | None) -> str | None:
-    """The prompt from the command line, stdin or both; `None` where there is neither and somebody to chat with."""
-    if argument is not None:
-        check_prompt(argument)
-    if is_terminal(sys.stdin):
-        return argument
-    piped = read_stdin()
-    if argument is not None:
-        return f"{argument}\n\n{piped}" if piped.strip() else argument
-    check_prompt(piped)
-    return piped
-
-
-def read_stdin() -> str:
-    """All of stdin, without a newline at its end."""
-    # A closed stdin is None.
-    data = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
-    if len(data) > MAX_STDIN_BYTES:
-        raise InvalidInput(
-            f"stdin has more than {MAX_STDIN_BYTES:,} bytes", hint="no context holds so many; give a part of it"
-        )
-    return check_utf8("stdin", data).removesuffix("\n").removesuffix("\r")

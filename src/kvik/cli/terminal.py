@@ -16,8 +16,43 @@ from kvik.errors import KvikError
 if TYPE_CHECKING:
     from kvik.engine.output import Completion, Piece, Stats
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it for whom SIGINT ended."""
+
 # A model may write any character; those that steer a terminal are shown as U+FFFD there.
 STEERING = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+class OutputError(Exception):
+    """stdout did not take what was written; `error` says why."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Stdout:
+    """A stdout that raises `OutputError` and never an OSError, so that nobody takes it for one of other files."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write it."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise OutputError(error) from None
+
+    def flush(self) -> None:
+        """Write what waits."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise OutputError(error) from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -46,10 +81,9 @@ def write_answer(pieces: Iterable[Piece], completion: Callable[[], Completion | 
 
 
 def note(text: str) -> None:
-    """Show one line beside the result, grey where colours are welcome."""
+    """Show one line beside the result, grey where colours are welcome; nobody need be able to hear."""
     colours = text and is_terminal(sys.stderr) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    sys.stderr.write(f"\x1b[90m{text}\x1b[0m\n" if colours else f"{text}\n")
-    sys.stderr.flush()
+    say(f"\x1b[90m{text}\x1b[0m\n" if colours else f"{text}\n")
 
 
 def show_error(error: KvikError, *, hint: str | None = None) -> None:
@@ -59,9 +93,15 @@ def show_error(error: KvikError, *, hint: str | None = None) -> None:
 
 def show_problem(kind: str, message: str, hint: str) -> None:
     """Show a problem in a line and its hint in another."""
-    for line in (f"{kind}: {message}", f"hint: {hint}"):
-        sys.stderr.write(line.replace("\n", " ").translate(STEERING) + "\n")
-    sys.stderr.flush()
+    lines = (f"{kind}: {message}", f"hint: {hint}")
+    say("".join(line.replace("\n", " ").translate(STEERING) + "\n" for line in lines))
+
+
+def say(text: str) -> None:
+    """Write to stderr, where that is possible."""
+    with contextlib.suppress(OSError):  # a stderr that is full or gone is no reason to lose the result
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def seconds(value_s: float) -> str:

@@ -30,6 +30,7 @@ from kvik.engine.sequence import Sequence
 from kvik.engine.session import AsyncSession
 from kvik.engine.stream import PieceFeed, collect
 from kvik.errors import EngineDead, KvikError, SlowReader
+from kvik.text.chat_messages import Content
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class AsyncLLM:
         async for piece in self.stream(token_ids, params, **request_options(options)):
             yield piece
 
-    def session(self, *, system: str | None = None, **options: Unpack[ChatOptions]) -> AsyncSession:
+    def session(self, *, system: Content | None = None, **options: Unpack[ChatOptions]) -> AsyncSession:
         """A conversation that keeps its cache; `options` are those of `chat`, and hold for every turn."""
         return AsyncSession(self, system=system, **options)
 

@@ -22,7 +22,7 @@ from kvik.engine.request import ChatOptions, Message, RequestOptions, TemplateOp
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import collect, stream_sequence
 from kvik.errors import CacheTooSmall, InvalidInput, ModelError, NotEnoughMemory, QueueFull
-from kvik.hub.progress import bytes_progress, counted_progress, terminal_progress
+from kvik.hub.progress import bytes_progress, counted_progress
 from kvik.hub.store import resolve
 from kvik.machine import available_memory_bytes, give_back_memory
 from kvik.models.decoder import Decoder
@@ -51,7 +51,7 @@ class LLM:
         self, model: str | os.PathLike[str] = "smollm2", config: EngineConfig | None = None, **changes: Any
     ) -> None:
         self.config = replace(config or EngineConfig(), **changes)
-        with terminal_progress() as report:
+        with bytes_progress() as report:
             path = resolve(os.fspath(model), check_config=check_config_of, progress=report)
         with bytes_progress(wait_s=1.0) as report:
             self.model = load_model(
@@ -101,7 +101,7 @@ class LLM:
     def chat(
         self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
     ) -> Completion:
-        """Answers a conversation of messages like {"role": "user", "content": "..."}; of several answers, the first."""
+        """Answers a conversation of messages as `render_chat` takes them; of several answers, the first."""
         token_ids = self.render_chat(messages, **template_options(options))
         return self.generate(token_ids, params, **request_options(options))[0]
 
@@ -137,6 +137,10 @@ class LLM:
     def render_chat(self, messages: SequenceOf[Message], **options: Unpack[TemplateOptions]) -> list[int]:
         """Token ids of a conversation in the model's own chat template, ready for the answer.
 
+        Messages are like {"role": "user", "content": "..."}, with content of text or of text parts, and may carry
+        `tool_calls`, `tool_call_id` and `name`; `tools` are function tools; both as in the OpenAI API. `template_vars`
+        are the template's own switches, such as {"enable_thinking": False}.
+
         As in transformers, the names of control tokens are read as those tokens wherever they stand, also inside a
         message: whoever passes on what strangers wrote should take `<|im_end|>` and its like out first.
         """
@@ -146,8 +150,8 @@ class LLM:
                 f"{self.model.path.name} has no chat template",
                 hint="use generate or stream (`kvik run --raw`): it is a model for plain completion",
             )
+        text = template.render_request(messages, **options)
         # The template writes the beginning-of-text token itself where the model wants one.
-        text = template.render(messages, tools=options.get("tools"), **(options.get("template_vars") or {}))
         return self.model.tokenizer.encode(text, add_special=False)
 
     @property

@@ -17,6 +17,7 @@ from kvik.engine.request import ChatOptions, Request, request_options, template_
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput
+from kvik.text.chat_messages import Content, check_message, check_template_vars, check_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,9 @@ class TurnStats:
 class Conversation:
     """The messages of a session, and the lease of what was computed of them."""
 
-    def __init__(self, llm: LLM, *, system: str | None, options: ChatOptions) -> None:
+    def __init__(self, llm: LLM, *, system: Content | None, options: ChatOptions) -> None:
+        check_tools(options.get("tools"))
+        check_template_vars(options.get("template_vars"))
         self.llm = llm
         self.messages: list[dict[str, Any]] = []
         self.turns: list[TurnStats] = []
@@ -54,13 +57,10 @@ class Conversation:
         """Nothing is shared with requests of another."""
         return self._options.get("salt")
 
-    def append(self, role: str, content: Any, **fields: Any) -> None:
-        """Add a message; `fields` are further ones, such as `tool_calls`."""
-        if not isinstance(role, str):
-            raise InvalidInput(f"a message has {reprlib.repr(role)}", hint="role and content are text")
-        if not isinstance(content, str | list) and (content is not None or not fields):
-            raise InvalidInput(f"a message has {reprlib.repr(content)}", hint="role and content are text")
-        self.messages.append({"role": role, "content": content, **fields})
+    def append(self, role: str, content: Content | None = None, **others: Any) -> None:
+        """Add a message; `others` are its `tool_calls`, `tool_call_id` or `name`, as `LLM.render_chat` takes them."""
+        message = {"role": role, "content": content, **others}
+        self.messages.append(check_message(f"messages[{len(self.messages)}]", message))
 
     @property
     def completion(self) -> Completion | None:
@@ -163,7 +163,7 @@ class Session(Conversation):
     ...     session.rewind(1)  # as if the answer had not been given
     """
 
-    def __init__(self, llm: LLM, *, system: str | None = None, **options: Unpack[ChatOptions]) -> None:
+    def __init__(self, llm: LLM, *, system: Content | None = None, **options: Unpack[ChatOptions]) -> None:
         super().__init__(llm, system=system, options=options)
 
     def generate(self, params: SamplingParams = GREEDY) -> Completion:
@@ -248,7 +248,7 @@ class Streams(Protocol):
 class AsyncSession(Conversation):
     """A `Session` for tasks of an event loop; `AsyncLLM.session` makes one."""
 
-    def __init__(self, llm: Streams, *, system: str | None = None, **options: Unpack[ChatOptions]) -> None:
+    def __init__(self, llm: Streams, *, system: Content | None = None, **options: Unpack[ChatOptions]) -> None:
         super().__init__(llm.llm, system=system, options=options)
         self._async_llm = llm
 

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from kvik.errors import ModelError
 from kvik.files.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
 from kvik.files.mapped import MappedFile, map_file
+from kvik.files.split import Part
 from kvik.files.texts import Texts
 
 MetadataValue: TypeAlias = bool | int | float | str | list[bool] | list[int] | list[float] | Texts
@@ -196,8 +197,22 @@ def parse_gguf(data: npt.NDArray[np.uint8], path: Path) -> GGUFFile:
     header = _Header(data, path)
     num_tensors, num_keys = header.read_start()
     metadata = header.read_metadata(num_keys)
+    _check_whole(path, metadata)
     tensors = header.read_tensors(num_tensors)
     return GGUFFile(path, MappingProxyType(metadata), MappingProxyType(tensors))
+
+
+def _check_whole(path: Path, metadata: Mapping[str, MetadataValue]) -> None:
+    """Raise ModelError for a part of a split model: of its tensors only some are here."""
+    named, count, index = Part.of(path.name), metadata.get("split.count"), metadata.get("split.no")
+    if isinstance(count, int) and isinstance(index, int):
+        if count > 1:
+            part = Part(None if named is None else named.base, index + 1, count)
+            raise part.error(str(path), hint=f"merge all parts with {part.merge_command}, and give that file")
+    elif named is not None:
+        raise named.error(
+            str(path), hint=f"merge all parts with {named.merge_command}; if this is a whole file, rename it"
+        )
 
 
 def dequantize(tensor: GGUFTensor) -> npt.NDArray[np.float32]:

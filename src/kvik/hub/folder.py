@@ -34,6 +34,11 @@ def is_inside(relative: str) -> bool:
     return relative.isprintable() and "\\" not in relative and not {"..", ".", ""} & set(relative.split("/"))
 
 
+def is_path(name: str) -> bool:
+    """Whether a model's name can only be a path, by how it begins."""
+    return name in (".", "..") or name.startswith(("./", "../", "/", "~"))
+
+
 def is_model_folder(folder: Path) -> bool:
     """Whether it looks like a checkpoint, be it one that kvik refuses."""
     names = ("config.json", ADAPTER, "*.safetensors", INDEX, *PICKLES)

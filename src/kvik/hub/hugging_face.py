@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
+from kvik.files.split import Part
 from kvik.hub.fetch import MARGIN_BYTES, disk_error, require_space
 from kvik.hub.folder import (
     ADAPTER,
@@ -186,6 +187,9 @@ def choose(name: HubName, files: Collection[str]) -> str:
     if has_checkpoint and (name.file == CHECKPOINT or (name.file is None and not ggufs)):
         return CHECKPOINT
     wanted = [file for file in ggufs if name.file in (None, file)]
+    whole = [file for file in wanted if Part.of(file) is None]
+    if wanted and not whole and (name.file is not None or not has_checkpoint):
+        raise _split_error(name, wanted[0])
     if len(wanted) == 1:
         return wanted[0]
     repo = f"{name.repo}@{name.revision}" if name.revision else name.repo
@@ -196,11 +200,22 @@ def choose(name: HubName, files: Collection[str]) -> str:
     if name.file == CHECKPOINT or not ggufs:
         raise _no_model(name, files)
     what = f"has no file {name.file}" if name.file else f"has {len(ggufs)} .gguf files"
+    example = next((file for file in ggufs if Part.of(file) is None), CHECKPOINT if has_checkpoint else ggufs[0])
     listed = ", ".join(ggufs[:40]) + (f" and {len(ggufs) - 40} more" if len(ggufs) > 40 else "")
     if has_checkpoint:
         listed += f", or {CHECKPOINT} for its checkpoint"
     raise ModelNotFound(
-        f"{repo} {what}: choose from {listed}", hint=f"name one, for example `kvik run -m {repo}:{ggufs[0]}`"
+        f"{repo} {what}: choose from {listed}", hint=f"name one, for example `kvik run -m {repo}:{example}`"
+    )
+
+
+def _split_error(name: HubName, file: str) -> ModelError:
+    part = Part.of(file)
+    assert part is not None
+    download = f"hf download {name.repo} --include '{part.base}-*'"
+    return part.error(
+        str(replace(name, file=file)),
+        hint=f"download all parts (`{download}`), merge them with {part.merge_command}, and give that file",
     )
 
 

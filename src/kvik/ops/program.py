@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,10 @@ class MachineLimits:
     bytes_per_s: float  # reading
     integer_operations_per_s: float  # 8-bit; a multiply-add is two
     float_operations_per_s: float
+
+    def or_better(self, other: MachineLimits) -> MachineLimits:
+        """Of each limit the higher: other work on the machine only lowers what is measured."""
+        return MachineLimits(*map(max, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)

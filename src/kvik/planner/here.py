@@ -16,7 +16,7 @@ from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from kvik.models.weights import read_weights
 from kvik.models.work import StepWork, count_work
 from kvik.ops.base import Batch, Vector, Weight
-from kvik.ops.limits import measured_limits
+from kvik.ops.limits import better_limits, measured_limits
 from kvik.ops.native import NativeOps
 from kvik.ops.program import MachineLimits
 from kvik.planner.fit import Load
@@ -49,8 +49,8 @@ def roofline_here(load: Load) -> Roofline:
         return _least_seconds(work, limits, form.quantized) / seconds
 
     limits = measured_limits()
-    if reached(prefill, limits) > 1:  # they were measured while the machine had other work
-        limits = measured_limits(fresh=True)
+    if max(reached(prefill, limits), reached(decode, limits)) > 1:  # they were measured while it had other work
+        limits = better_limits()
     return Roofline(
         name=f"this machine: {processor_name()}, {available_threads()} threads",
         bytes_per_s=limits.bytes_per_s,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from kvik.cache import KVCacheSpec
-from kvik.config import MAX_SIZE_BYTES, TOKEN_BUDGET, KVDType, parse_bytes
+from kvik.config import MAX_SIZE_BYTES, TOKEN_BUDGET, KVDType, parse_bytes, plain_int
 from kvik.errors import InvalidInput, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.planner.catalogue import Device, find_device
@@ -95,10 +95,17 @@ def plan_shape(
     prefix: int = 0,
 ) -> Plan:
     """The same of a shape that is known."""
-    context = shape.max_context if context is None else context
-    _check_int("context", context, 1, shape.max_context, of=f"{shape.name} was made for {shape.max_context:,} tokens")
-    _check_int("users", users, 1, MAX_USERS)
-    _check_int("prefix", prefix, 0, context - 1, of=f"a sequence has {context:,} tokens, one of its own at least")
+    context = _check_int(
+        "context",
+        shape.max_context if context is None else context,
+        1,
+        shape.max_context,
+        of=f"{shape.name} was made for {shape.max_context:,} tokens",
+    )
+    users = _check_int("users", users, 1, MAX_USERS)
+    prefix = _check_int(
+        "prefix", prefix, 0, context - 1, of=f"a sequence has {context:,} tokens, one of its own at least"
+    )
     if kv not in get_args(KVDType):
         raise InvalidInput(f"kv is {kv!r:.40}", hint=f"give one of {', '.join(get_args(KVDType))}")
     if kv not in shape.kv_dtypes:
@@ -186,8 +193,11 @@ def _auto_kv_bytes(shape: ModelShape, dtype: KVDType, context: int) -> int | Non
         return None
 
 
-def _check_int(name: str, value: Any, minimum: int, maximum: int, *, of: str = "") -> None:
-    if type(value) is not int or not minimum <= value <= maximum:
-        shown = f"{value:,}" if type(value) is int and abs(value) <= MAX_SIZE_BYTES else f"{value!r:.40}"
-        reason = f"; {of}" if of and type(value) is int and value > maximum else ""
-        raise InvalidInput(f"{name} is {shown}{reason}", hint=f"give a whole number from {minimum} to {maximum:,}")
+def _check_int(name: str, value: Any, least: int, most: int, *, of: str = "") -> int:
+    """The value as a plain int. Raises `InvalidInput`."""
+    number = plain_int(value)
+    if number is None or not least <= number <= most:
+        shown = f"{number:,}" if number is not None and abs(number) <= MAX_SIZE_BYTES else f"{value!r:.40}"
+        reason = f"; {of}" if of and number is not None and number > most else ""
+        raise InvalidInput(f"{name} is {shown}{reason}", hint=f"give a whole number from {least:,} to {most:,}")
+    return number

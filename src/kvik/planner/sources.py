@@ -12,18 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvik.errors import DownloadError, ModelError, ModelNotFound
+from kvik.hub.folder import is_path
 from kvik.planner.catalogue import find_model, near_models
 from kvik.planner.shape import ModelShape
 
 
 def find_shape(name: str) -> ModelShape:
     """The shape of the model of that name. Raises `ModelError`."""
-    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    path = Path(name)
     try:
+        path = path.expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, ValueError):  # no path at all
+    except (OSError, ValueError, RuntimeError):  # no path at all: too long, a null byte, an unknown ~user
         is_file = is_folder = False
-    looks_like_path = name.startswith(("./", "../", "/", "~/")) or name.endswith((".gguf", ".json"))
+    looks_like_path = is_path(name) or name.endswith((".gguf", ".json"))
     if is_file and (looks_like_path or "/" in name):
         return _read_file(path, name)
     if is_folder and (looks_like_path or "/" in name):

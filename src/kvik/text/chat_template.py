@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.errors import InvalidInput, TemplateError
+from kvik.text.chat_messages import check_messages, check_template_vars, check_tools, joined
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -32,6 +34,9 @@ MAX_SOURCE_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1 << 24
 MAX_MEMORY_BYTES = 1 << 29
 MAX_SECONDS = 2.0  # of processor time for one rendering; a long conversation takes some milliseconds
+
+PROBE = "kvik-probe"
+MAX_ROLES = 16
 
 _DAMAGED = "take another file of this model, or send a prompt instead of messages, which needs no template"
 
@@ -71,6 +76,7 @@ class ChatTemplate:
         self._special = {"bos_token": bos_token, "eos_token": eos_token, **(more_tokens or {})}
         self._for_tools = for_tools
         self._name = name
+        self._forms_by_role: dict[str, tuple[bool, bool]] = {}
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -84,19 +90,102 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt for `messages`, each with a `role` and a `content` of text; one with `tool_calls` may have none.
+        """The prompt for `messages`, each with a `role` and a `content`; one with `tool_calls` may have no content.
 
-        `variables` are the template's own switches, such as `enable_thinking`. Raises InvalidInput for messages that
-        are none, TemplateError where the template refuses them, fails or passes a limit.
+        Content is text, or a list of text parts, which a template that goes through parts gets as it is and any other
+        as text. `variables` are the template's own switches, such as `enable_thinking`. Raises InvalidInput for
+        messages and tools that are none, TemplateError where the template refuses them, fails or passes a limit.
         """
         if tools is not None and self._for_tools is not None:
             return self._for_tools.render(
                 messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
             )
-        _check_messages(messages)
+        checked = [self._in_form(message) for message in check_messages(messages)]
+        kind, text = self._render_checked(checked, check_tools(tools), add_generation_prompt, variables)
+        if kind == "text":
+            return text
+        message, hint = _FAILURES[kind]
+        # One line, and nothing that steers a terminal: the template may have written the text.
+        said = "".join(character if character.isprintable() else " " for character in text)
+        raise TemplateError(f"{self._name}: {message.format(said)}", hint=hint)
+
+    def render_request(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for a caller's request, of which nothing is ignored.
+
+        Raises as `render` does, and InvalidInput for tools and variables that the template does not know.
+        """
+        variables = check_template_vars(template_vars)
+        if check_tools(tools) and not self._mentions("tools"):
+            raise InvalidInput(
+                f"{self._name}: the chat template takes no tools", hint="take a model that was trained to call tools"
+            )
+        for name in variables:
+            if name in self._special:
+                raise InvalidInput(f"template_vars has {name!r}, which is the model's own", hint="leave it out")
+            if not self._mentions(name):
+                raise InvalidInput(
+                    f"{self._name}: the chat template has no variable {name!r}",
+                    hint="check its spelling, or leave it out",
+                )
+        return self.render(messages, tools=tools, **variables)
+
+    def _mentions(self, name: str) -> bool:
+        in_tools = self._for_tools is not None and (name == "tools" or self._for_tools._mentions(name))
+        return in_tools or re.search(rf"\b{re.escape(name)}\b", self._source) is not None
+
+    def _in_form(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with its content in the form that the template takes: text, parts, or as it is."""
+        content = message.get("content")
+        # A template that goes through parts names their key.
+        if content is None or (isinstance(content, str) and not self._mentions("text")):
+            return message
+        takes_text, takes_parts = self._forms(message["role"])
+        if isinstance(content, str):
+            if takes_text or not takes_parts:
+                return message
+            return message | {"content": [{"type": "text", "text": content}]}
+        return message if takes_parts else message | {"content": joined(content)}
+
+    def _forms(self, role: str) -> tuple[bool, bool]:
+        """Whether the template writes the content of such a message where it is text, and where it is parts.
+
+        Found by rendering both, as llama.cpp does: what a template does with its variables shows in no other way.
+        """
+        if role not in self._forms_by_role:
+            probes = ([{"type": "text", "text": PROBE}], PROBE)
+            takes_parts, takes_text = (self._writes(role, content) for content in probes)
+            if len(self._forms_by_role) < MAX_ROLES:
+                self._forms_by_role[role] = takes_text, takes_parts
+            return takes_text, takes_parts
+        return self._forms_by_role[role]
+
+    def _writes(self, role: str, content: object) -> bool:
+        message = {"role": role, "content": content}
+        before = [] if role in ("user", "system") else [{"role": "user", "content": content}]
+        after = [{"role": "user", "content": content}] if role == "system" else []
+        try:
+            kind, text = self._render_checked([*before, message, *after], None, True, {})
+        except TemplateError:  # it passed a limit, as it will in earnest
+            return False
+        # In quotes it is a list that was written as it is.
+        return kind == "text" and PROBE in text and f"'{PROBE}'" not in text and f'"{PROBE}"' not in text
+
+    def _render_checked(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> tuple[str, str]:
+        """The kind and the text of the worker's reply."""
         context = {
-            # Many templates would write `None`, and take a key that is missing for nothing.
-            "messages": [{key: value for key, value in message.items() if value is not None} for message in messages],
+            "messages": messages,
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -104,7 +193,7 @@ class ChatTemplate:
             **variables,
         }
         try:
-            request = json.dumps(context, default=_plain).encode()
+            request = json.dumps(context, default=_plain, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidInput(
                 f"messages, tools or template variables hold what JSON cannot: {error}",
@@ -112,17 +201,11 @@ class ChatTemplate:
             ) from error
         with self._lock:
             try:
-                kind, text = self._ask(request)
+                return self._ask(request)
             except BaseException:
                 # A reply left unread would be taken for the next one's.
                 self._stop_worker()
                 raise
-        if kind == "text":
-            return text
-        message, hint = _FAILURES[kind]
-        # One line, and nothing that steers a terminal: the template may have written the text.
-        said = "".join(character if character.isprintable() else " " for character in text)
-        raise TemplateError(f"{self._name}: {message.format(said)}", hint=hint)
 
     def _running_worker(self) -> subprocess.Popen[bytes]:
         # After a fork the worker is the parent's: a child can neither ask nor end it, and makes its own.
@@ -179,19 +262,6 @@ class ChatTemplate:
         return TemplateError(
             f"{self._name}: the process that renders the chat template ended with code {code}", hint=_DAMAGED
         )
-
-
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    hint = 'send a list such as [{"role": "user", "content": "Hello"}]'
-    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise InvalidInput("messages must be a list with at least one message", hint=hint)
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InvalidInput(f"messages[{index}] is {type(message).__name__}, not an object", hint=hint)
-        for key in ("role", "content"):
-            without_text = key == "content" and message.get("tool_calls") and message.get(key) is None
-            if not isinstance(message.get(key), str) and not without_text:
-                raise InvalidInput(f"messages[{index}] has no {key!r} of text", hint=hint)
 
 
 def _plain(value: object) -> object:
