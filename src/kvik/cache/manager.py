@@ -37,6 +37,7 @@ class CacheManager:
         step_tokens: int = 1,
     ) -> None:
         self.spec = spec
+        self._block_bytes = spec.block_bytes  # which the spec adds up from its layers each time
         self.step_tokens = step_tokens  # most that a step computes of one sequence
         self.prefix_cache = prefix_cache
         self.stats = CacheStats()
@@ -233,8 +234,8 @@ class CacheManager:
     def held_bytes(self, table: BlockTable) -> int:
         """Bytes of the blocks that a table names, in all layers."""
         windows = zip(self.windows, table.windows, strict=True)
-        held = sum(len(window.block_ids) * group.spec.block_bytes for group, window in windows)
-        return len(table.block_ids) * self.spec.block_bytes + held
+        held = sum(len(window.block_ids) * group.spec.block_bytes for group, window in windows) if self.windows else 0
+        return len(table.block_ids) * self._block_bytes + held
 
     def fork(self, table: BlockTable, num_computed_tokens: int) -> BlockTable:
         """Another table over the same blocks; whichever writes into the last one first gets a copy of it.

@@ -7,7 +7,6 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
@@ -80,17 +79,14 @@ class AsyncLLM:
 
         Raises the error of a completion that failed; where others are whole, `RequestsFailed` with them.
         """
-        request = await self._new_request(prompt, params, options)
-        sequence = self._engine.new_sequence(request)
-        branches = list(sequence.all_branches())
-        reader = _Reader(self._engine, sequence, wants_pieces=False)
-        self._submit(reader)
+        sequence = self._engine.new_sequence(await self._new_request(prompt, params, options))
+        reader = self._open(sequence, wants_pieces=False)
         try:
             while await reader.read():
                 pass
         finally:
-            self._leave(branches)
-        return collect(self._engine, branches)
+            self._leave(reader.branches)
+        return collect(self._engine, reader.branches)
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams = GREEDY, **options: Unpack[RequestOptions]
@@ -100,9 +96,13 @@ class AsyncLLM:
         With `params.n` above 1 the pieces of all completions come as they are written; `Piece.index` says whose each
         is.
         """
-        request = await self._new_request(prompt, params, options)
-        async for piece in self.stream_sequence(self._engine.new_sequence(request)):
-            yield piece
+        reader = self._open(self._engine.new_sequence(await self._new_request(prompt, params, options)))
+        try:
+            while pieces := await reader.read():
+                for piece in pieces:
+                    yield piece
+        finally:
+            self._leave(reader.branches)
 
     async def chat(
         self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
@@ -125,15 +125,13 @@ class AsyncLLM:
 
     async def stream_sequence(self, sequence: Sequence) -> AsyncIterator[Piece]:
         """Queues a sequence of this engine and gives its tokens, and those of its branches, as they come."""
-        branches = list(sequence.all_branches())
-        reader = _Reader(self._engine, sequence, wants_pieces=True)
-        self._submit(reader)
+        reader = self._open(sequence)
         try:
             while pieces := await reader.read():
                 for piece in pieces:
                     yield piece
         finally:
-            self._leave(branches)
+            self._leave(reader.branches)
 
     async def abort(self, sequences: SequenceOf[Sequence]) -> None:
         """Stop those that are not finished, and wait until they are."""
@@ -170,7 +168,10 @@ class AsyncLLM:
     async def _render_chat(self, messages: SequenceOf[Message], options: TemplateOptions) -> list[int]:
         return await asyncio.to_thread(lambda: self.llm.render_chat(messages, **options))
 
-    def _submit(self, reader: _Reader) -> None:
+    def _open(self, sequence: Sequence, *, wants_pieces: bool = True) -> _Reader:
+        """Queue a sequence, between two steps, and let it be read."""
+        reader = _Reader(self._engine, sequence, wants_pieces=wants_pieces)
+
         def begin() -> None:
             try:
                 self._engine.add(reader.sequence)
@@ -180,6 +181,7 @@ class AsyncLLM:
                 self._readers[reader] = None
 
         self._command(begin)
+        return reader
 
     def _leave(self, branches: SequenceOf[Sequence], done: asyncio.Future[None] | None = None) -> None:
         """Abort what is not finished, at the end of the present step; `done` is told."""
@@ -302,7 +304,7 @@ class _Reader:
         self.loop = asyncio.get_running_loop()
         self._engine = engine
         self._feeds = [PieceFeed(engine, branch) for branch in self.branches] if wants_pieces else []
-        self._pieces: deque[Piece] = deque()
+        self._pieces: list[Piece] = []
         self._waiter: asyncio.Future[None] | None = None
         self._is_done = False
         self._error: Exception | None = None
@@ -316,9 +318,10 @@ class _Reader:
 
     def take(self) -> _Delivery | None:
         """What is new, if anything is; the caller holds the engine's lock."""
-        pieces: list[Piece] = []
-        for feed in self._feeds:
-            pieces += feed.take()
+        if len(self._feeds) == 1:
+            pieces = self._feeds[0].take()
+        else:
+            pieces = [piece for feed in self._feeds for piece in feed.take()]
         for branch in self.branches:
             if branch.finish_reason is None:
                 return _Delivery(pieces, is_last=False, error=None) if pieces else None
@@ -351,8 +354,7 @@ class _Reader:
         while not self._pieces and not self._is_done:
             self._waiter = self.loop.create_future()
             await self._waiter
-        pieces = list(self._pieces)
-        self._pieces.clear()
+        pieces, self._pieces = self._pieces, []
         if not pieces and self._error is not None:
             raise self._error
         return pieces

@@ -30,6 +30,7 @@ class _Step:
         self.budget = token_budget  # tokens that may still be computed
         self.num_rows_left = LOGIT_ROWS
         self.items: dict[Sequence, Scheduled] = {}
+        self.gone: set[Sequence] = set()  # preempted or refused while it was put together
 
 
 class Scheduler:
@@ -92,7 +93,7 @@ class Scheduler:
             self._num_steps += 1
             step = _Step(self.token_budget)
             for sequence in sorted(self.running, key=lambda each: (each.num_missing_tokens > 1, each.place)):
-                if step.budget > 0 and sequence in self.running:
+                if step.budget > 0 and sequence not in step.gone:
                     self._schedule_one(sequence, step)
             self._admit(step)
             if step.items:
@@ -216,8 +217,10 @@ class Scheduler:
             return True
         last = max(self.running, key=_place)
         if last is sequence and len(self.running) == 1:
+            step.gone.add(sequence)
             self.abort(sequence, self._too_small(sequence))
             return False
+        step.gone.add(last)
         step.items.pop(last, None)
         self._preempt(last)
         return last is not sequence
@@ -237,6 +240,8 @@ class Scheduler:
 
         A sequence waits on while another one computes the very block that it needs next, and those behind it go first.
         """
+        if not self.waiting or step.budget <= 0 or len(self.running) >= self.max_running:
+            return
         promised = sum(self._num_promised(sequence) for sequence in self.running)
         for sequence in self.waiting[: self.max_running]:
             if step.budget <= 0 or len(self.running) >= self.max_running:
