@@ -8,6 +8,7 @@ is written.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ class SimulatedRunner:
     def __init__(self, spec: KVCacheSpec, size: PoolSize) -> None:
         self.spec = spec
         self.fails = False  # the next step stops half way
+        self.before: Callable[[], None] = lambda: None  # each step
         self._sampler = NumpySampler()
         # Of each group of layers: those that see all tokens, then the windows.
         self.slots = [
@@ -99,6 +101,7 @@ class SimulatedRunner:
         return self._sampler.prompt_logprobs(logits, next_ids, num_top)
 
     def run(self, batch: ScheduledBatch) -> npt.NDArray[np.float32]:
+        self.before()
         arrays = batch.arrays
         batch_salts = np.array([salt_number(item.sequence.request.salt) for item in batch.items])
         fails, self.fails = self.fails, False

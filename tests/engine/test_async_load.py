@@ -1,18 +1,22 @@
-"""AsyncLLM under load, on the engine whose model tells on the cache: each task gets an answer or an error of its own."""
+"""AsyncLLM under load, on the engine whose model tells on the cache: each task gets its answer or its own error."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from kvik.config import SamplingParams
 from kvik.engine import async_llm
 from kvik.engine.async_llm import AsyncLLM
 from kvik.engine.output import Completion
-from kvik.errors import SlowReader
+from kvik.errors import InvalidInput, SlowReader
 from simulation import VOCAB, SimulatedEngine, StepFailed, expected_sequence
 
 NUM_TASKS = 300
@@ -123,3 +127,31 @@ def test_a_reader_that_does_not_read_loses_its_own_request_alone(monkeypatch: An
     assert 1 <= count < 200
     assert [len(one.token_ids) for one in others] == [200] * 4
     assert engine.cache.pool.num_held == 0
+
+
+def test_nobody_waits_for_a_step_to_be_admitted() -> None:
+    """While a step hangs, requests are checked and queued, and the event loop goes on."""
+    engine = SimulatedEngine(num_blocks=8 * 12, token_budget=64, max_running=16, max_waiting=50)
+    go, started = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        started.set()
+        assert go.wait(30)
+
+    engine.runner.before = hang
+
+    async def work() -> list[list[Completion]]:
+        async with served(engine) as llm:
+            params = SamplingParams(max_tokens=3, ignore_eos=True)
+            first = asyncio.create_task(llm.generate([1, 2, 3], params))
+            await asyncio.to_thread(started.wait, 30)
+            begun_s = time.monotonic()
+            tasks = [asyncio.create_task(llm.generate([index % VOCAB], params)) for index in range(20)]
+            with pytest.raises(InvalidInput):
+                await llm.generate([VOCAB], params)
+            assert engine.scheduler.waiting == [], "they are in the inbox"
+            assert time.monotonic() - begun_s < 5
+            go.set()
+            return list(await asyncio.gather(first, *tasks))
+
+    assert all(len(one[0].token_ids) == 3 for one in asyncio.run(work()))

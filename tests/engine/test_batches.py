@@ -80,7 +80,7 @@ def test_batches_of_ragged_lengths(tiny: LoadedModel, wanted: list[Run], count: 
     assert_same(runs, wanted[:count])
     assert all(each.sequence.costs.num_computed_tokens == each.sequence.num_tokens - 1 for each in runs)
     if count == 16 and token_budget == 512:
-        assert engine.scheduler._num_steps < 2 * 16, "they ran in one batch"
+        assert engine.scheduler.num_steps < 2 * 16, "they ran in one batch"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -201,7 +201,7 @@ def test_a_guess_saves_steps(tiny: LoadedModel) -> None:
     engine = Engine(tiny)
     found = run(engine, random_prompt(tiny, 10, seed=34) * 6, params)
     accepted = found.sequence.costs.num_accepted_tokens
-    assert engine.scheduler._num_steps == 100 - accepted
+    assert engine.scheduler.num_steps == 100 - accepted
     assert accepted > 30
     assert found.sequence.costs.num_computed_tokens == 159 + found.sequence.costs.num_drafted_tokens - accepted
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
+from kvik.errors import InvalidInput
 
 PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 BEGINNING = "the same words at the beginning of each prompt, more than a block of them"
@@ -72,3 +77,29 @@ def test_clear_forgets_what_nobody_holds_and_gives_the_memory_back(llm: LLM) -> 
     llm.cache.clear()
     assert llm.cache.num_held > 0, "what a request uses is not forgotten"
     assert len(list(stream)) == 39
+
+
+def test_text_is_made_of_tokens_while_the_engine_goes_on(llm: LLM) -> None:
+    """Ids are copied with the lock held, and decoded without it; depth and count bound both."""
+    prompts = [
+        BEGINNING + ending for ending in (" one and more of it until a block is full", " two, and more again, as above")
+    ]
+    for prompt in prompts:
+        llm.generate(prompt, PARAMS)
+    tokenizer = llm.model.tokenizer
+
+    class Watched:
+        def decode(self, token_ids: list[int], *, skip_special: bool = True) -> str:
+            assert not llm.engine.lock.is_owned
+            return tokenizer.decode(token_ids, skip_special=skip_special)
+
+    rows = llm.cache.tree()
+    llm.engine.model = replace(llm.model, tokenizer=Watched())  # type: ignore[arg-type]
+    assert llm.cache.tree() == rows
+    assert len(rows) >= 3
+    assert llm.cache.tree(max_rows=2) == rows[:2]
+    assert llm.cache.tree(max_level=0) == [row for row in rows if row.level == 0]
+    assert llm.cache.tree(max_rows=0) == []
+    for bad in (-1, 1.5, True):
+        with pytest.raises(InvalidInput, match="max_rows is"):
+            llm.cache.tree(max_rows=bad)  # type: ignore[arg-type]

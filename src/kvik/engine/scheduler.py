@@ -56,7 +56,7 @@ class Scheduler:
         self.ended: list[Sequence] = []
         self.num_preemptions = 0
         self._make_lease = make_lease
-        self._num_steps = 0
+        self.num_steps = 0
         self._num_added = 0
 
     @property
@@ -80,7 +80,7 @@ class Scheduler:
             )
         for each in sequence.all_branches():
             self._num_added += 1
-            each.place = (self._num_steps - PRIORITY_STEPS * each.request.priority, self._num_added)
+            each.place = (self.num_steps - PRIORITY_STEPS * each.request.priority, self._num_added)
             self.unfinished[each] = None
         self._queue(sequence)
 
@@ -90,7 +90,7 @@ class Scheduler:
         Short gaps first, for somebody waits for each token; then the prompts, in order, share what is left.
         """
         while self.has_work:  # a round may do no more than refuse somebody, or make room for the others
-            self._num_steps += 1
+            self.num_steps += 1
             step = _Step(self.token_budget)
             for sequence in sorted(self.running, key=lambda each: (each.num_missing_tokens > 1, each.place)):
                 if step.budget > 0 and sequence not in step.gone:

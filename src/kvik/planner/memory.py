@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvik.cache.spec import BLOCK_SIZE, MIN_SEQUENCES, WindowSpec, whole_superblocks
-from kvik.config import TOKEN_BUDGET, KVDType
+from kvik.config import TOKEN_BUDGET, EngineConfig, KVDType
 from kvik.planner.shape import LayerKind, ModelShape
 from kvik.planner.weights import WeightFormat, file_bytes, held_bytes
 
-MAX_RUNNING = 64
+MAX_RUNNING = EngineConfig().max_running
 """Most sequences that run at once: the engine's default."""
 
 GATED_TOKENS = 60
