@@ -22,7 +22,8 @@ from kvik.config import SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
 from kvik.engine.output import TextStream, TokenLogprobs
-from kvik.engine.sampler import StepLogits, choose, token_logprobs
+from kvik.engine.sampler import NumpySampler, SampleRow
+from kvik.engine.sampler_reference import token_logprobs
 from kvik.engine.sequence import Sequence
 from kvik.ops.base import Batch
 
@@ -91,6 +92,9 @@ class FakeOps:
         for superblock in superblocks:
             for array in kv[group].arrays():
                 array[superblock * size : (superblock + 1) * size] = UNWRITTEN
+
+    def row_sampler(self) -> None:
+        """The reference samples."""
 
     def to_numpy(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return x
@@ -178,7 +182,7 @@ class SimulatedEngine(Engine):
             memory = max(1, spec.pool_bytes(size))
             super().__init__(fake_model(self.ops, spec), kv_dtype="f32", kv_memory=memory, **options)
 
-    def _run(self, batch: ScheduledBatch) -> StepLogits:
+    def _run(self, batch: ScheduledBatch) -> npt.NDArray[np.float32]:
         self.ops.batch_salts = [salt_number(item.sequence.table.namespace.salt) for item in batch.items]
         return super()._run(batch)
 
@@ -200,7 +204,24 @@ def expected_sequence(
     )
     while sequence.finish_reason is None:
         row = logits_of_layers(np.array(sequence.token_ids, np.int64), salt_number(salt), engine.windows)
-        sequence.accept(choose(StepLogits(row[None]), 0, sequence))
+        may_end = sequence.num_completion_tokens >= params.min_tokens
+        (sampled,) = NumpySampler().sample(
+            row[None],
+            [
+                SampleRow(
+                    row=0,
+                    params=params,
+                    seed=seed,
+                    position=sequence.num_tokens,
+                    token_ids=sequence.token_ids,
+                    num_prompt_tokens=sequence.num_prompt_tokens,
+                    forbidden_ids=() if may_end else tuple(sequence.stop_token_ids),
+                )
+            ],
+        )
+        if sampled.logprobs is not None:
+            sequence.logprobs.append(sampled.logprobs)
+        sequence.accept(sampled.token_id)
     return sequence
 
 

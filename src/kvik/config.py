@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from kvik.errors import InvalidInput
 
@@ -19,6 +19,7 @@ WeightFormat = Literal["q8", "q4"]
 MOST_STOP_STRINGS = 16
 MOST_STOP_BYTES = 1024
 MOST_LOGPROBS = 20
+MOST_BIASES = 300
 MOST_COMPLETIONS = 128
 MOST_BEAM_WIDTH = 10
 MOST_SEED = 2**64 - 1
@@ -37,8 +38,8 @@ _SIZE = re.compile(r"(\d{1,16})(?:\.(\d{1,16}))? ?([kmgt]i?b|[kmgt]?)", re.ASCII
 class SamplingParams:
     """How the next token is chosen and when to stop; the default is greedy.
 
-    Order: penalties, temperature, top_k, top_p, min_p, then one draw. The draw for a token depends on (seed, position)
-    alone, so the same seed gives the same text whatever else the engine does. Raises `InvalidInput`.
+    Order: penalties, logit_bias, temperature, top_k, top_p, min_p, then one draw. The draw for a token depends on
+    (seed, position) alone, so the same seed gives the same text whatever else the engine does. Raises `InvalidInput`.
     """
 
     n: int = 1  # completions of one prompt; the i-th draws with seed + i (modulo 2**64)
@@ -53,6 +54,7 @@ class SamplingParams:
     )
     presence_penalty: float = 0.0  # subtracted once from tokens seen in the completion
     frequency_penalty: float = 0.0  # subtracted for each time a token was seen in the completion
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = ()  # added, by token id; `biases` has it
     stop: Sequence[str] = ()  # the text ends before the first of these
     stop_token_ids: Sequence[int] = ()
     seed: int | None = None  # None: one is drawn and reported
@@ -66,6 +68,7 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _tuple_of("stop", stop, str))
         object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))
+        object.__setattr__(self, "logit_bias", _checked_biases(self.logit_bias))
         _check_int("n", self.n, 1, MOST_COMPLETIONS)
         _check_int("max_tokens", self.max_tokens, 1, MOST_TOKENS)
         if self.n * self.max_tokens > MOST_TOKENS:
@@ -103,6 +106,16 @@ class SamplingParams:
         _check_bool("echo", self.echo)
         if self.speculate is not None:
             _check_choice("speculate", self.speculate, get_args(Speculation), otherwise=" or None")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens before the one to be chosen matter."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as pairs in order of their token ids."""
+        return cast(tuple[tuple[int, float], ...], self.logit_bias)
 
 
 TOKEN_BUDGET = 256
@@ -167,6 +180,23 @@ def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:
     if not isinstance(values, (tuple, list)) or any(type(value) is not kind for value in values):
         raise InvalidInput(f"{name} is {_shown(values)}", hint=f"give a list of {kind.__name__} values")
     return tuple(values)
+
+
+def _checked_biases(values: Any) -> tuple[tuple[int, float], ...]:
+    if values is None:
+        return ()
+    try:
+        pairs = [(token_id, bias) for token_id, bias in (values.items() if isinstance(values, Mapping) else values)]
+    except (TypeError, ValueError):
+        raise InvalidInput(f"logit_bias is {_shown(values)}", hint="give a dict of token ids to numbers") from None
+    if len(pairs) > MOST_BIASES:
+        raise InvalidInput(f"logit_bias has {len(pairs):,} entries", hint=f"give at most {MOST_BIASES}")
+    for token_id, bias in pairs:
+        _check_int("a token id in logit_bias", token_id, 0, MOST_TOKENS)
+        _check_number(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
+    if len(dict(pairs)) < len(pairs):
+        raise InvalidInput("logit_bias names a token twice", hint="give one number for each token id")
+    return tuple(sorted((token_id, float(bias)) for token_id, bias in pairs))
 
 
 def _check_int(name: str, value: Any, least: int, most: int) -> None:

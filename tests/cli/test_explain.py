@@ -14,7 +14,8 @@ import pytest
 from command_line import Kvik
 from gguf_files import tiny_llama
 from kvik.cli.explain import _list
-from kvik.engine.sampler import StepLogits
+from kvik.engine.engine import Engine
+from kvik.engine.sampler import Sampled
 from kvik.engine.sequence import Sequence
 from kvik.explain.run import TracedRun
 from models import altered
@@ -206,11 +207,11 @@ def test_lanes_that_part_are_told_and_drawn_as_far_as_both_go(
 ) -> None:
     """The lane without the cache chooses an end where the other one goes on."""
 
-    def choose(step: StepLogits, row: int, sequence: Sequence) -> int:
+    def accept(engine: Engine, sequence: Sequence, sampled: Sampled) -> None:
         early = not sequence.keep_cache and sequence.num_completion_tokens == 3
-        return min(sequence.stop_token_ids) if early else step.most_likely[row]
+        sequence.accept(min(sequence.stop_token_ids) if early else sampled.token_id)
 
-    monkeypatch.setattr("kvik.engine.engine.choose", choose)
+    monkeypatch.setattr(Engine, "_accept", accept)
     page, trace = tmp_path / "o.html", tmp_path / "o.json"
     result = kvik("explain", "hello there", *SHORT, "--html", str(page), "--trace", str(trace))
     assert result.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import reprlib
 import threading
@@ -20,7 +21,7 @@ from kvik.config import TOKEN_BUDGET, KVDType, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.drafts import NgramDrafts
 from kvik.engine.output import Completion, TextStream
-from kvik.engine.sampler import StepLogits, choose, prompt_logprobs
+from kvik.engine.sampler import Sampled, SampleRow, make_sampler
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, InvalidInput, ModelError, NotEnoughMemory, PromptTooLong
@@ -81,6 +82,7 @@ class Engine:
         )
         self.kv_arrays = model.decoder.ops.allocate_kv(self.kv_spec, size.num_blocks, size.window_blocks)
         self.forward = model.decoder.record(self.kv_arrays)
+        self.sampler = make_sampler(model.decoder.ops)
         self.scheduler = Scheduler(
             self.cache, token_budget=token_budget, max_running=max_running, max_waiting=max_waiting
         )
@@ -158,7 +160,7 @@ class Engine:
                 return None
             logits = self._run(batch)
             result = self._sample(batch, logits)
-            self.scheduler.record(batch, weight_bytes=self._step_bytes[len(logits.rows) > 0])
+            self.scheduler.record(batch, weight_bytes=self._step_bytes[len(logits) > 0])
             self._trim()
             return result
 
@@ -261,12 +263,12 @@ class Engine:
 
     # The four statements of a step.
 
-    def _run(self, batch: ScheduledBatch) -> StepLogits:
+    def _run(self, batch: ScheduledBatch) -> npt.NDArray[np.float32]:
         try:
             for group, copies in batch.copies.items():
                 self.decoder.ops.copy_blocks(self.kv_arrays, copies, group)
             started_s = time.perf_counter()
-            logits = StepLogits(self.decoder.ops.to_numpy(self.forward(batch.arrays)))
+            logits = self.decoder.ops.to_numpy(self.forward(batch.arrays))
             if any(item.num_tokens >= LONG_CHUNK for item in batch.items):
                 self.prefill_token_s = (time.perf_counter() - started_s) / len(batch.arrays.token_ids)
             return logits
@@ -279,39 +281,72 @@ class Engine:
                 self.scheduler.abort(item.sequence, cause)
             raise
 
-    def _sample(self, batch: ScheduledBatch, logits: StepLogits) -> StepResult:
-        """Choose tokens, a draft's successor only where the draft was chosen itself."""
+    def _sample(self, batch: ScheduledBatch, logits: npt.NDArray[np.float32]) -> StepResult:
+        """Choose tokens, all in one call; a draft's successor counts only where the draft was chosen itself."""
+        to_sample: list[SampleRow] = []
+        first = 0
+        for item in batch.items:
+            first += item.num_logits
+            if item.closes_gap:
+                to_sample += _sample_rows(item.sequence, first - 1 - len(item.sequence.draft_ids))
         chosen: list[Sequence] = []
         rows: list[int] = []
+        try:
+            sampled = iter(self.sampler.sample(logits, to_sample))
+        except Exception as error:  # noqa: BLE001  # whatever it was, only requests of this step can be its reason
+            for item in batch.items:
+                for branch in item.sequence.all_branches():
+                    branch.finish("abort", error)
+            return StepResult(chosen, logits[:0])
         first = 0
         for item in batch.items:
             sequence, end = item.sequence, first + item.num_logits
+            at = end - 1 - len(sequence.draft_ids)
+            own = [next(sampled) for _ in range(len(sequence.branches) + end - at)] if item.closes_gap else []
             try:
-                if not all(map(logits.is_finite, range(first, end))):
-                    raise self._no_numbers(sequence)
                 if sequence.wants_prompt_logprobs and item.num_logits:
-                    _note_prompt(sequence, logits.rows[first:end])
-                if item.closes_gap:
-                    at = end - 1 - len(sequence.draft_ids)
-                    for branch in sequence.branches:
+                    self._note_prompt(sequence, logits[first:end])
+                if own:
+                    for branch, result in zip(sequence.branches, own, strict=False):
                         branch.prompt_logprobs = sequence.prompt_logprobs
-                        branch.accept(choose(logits, at, branch))
+                        self._accept(branch, result)
                         chosen.append(branch)
                         rows.append(at)
-                    for draft_id in (*sequence.draft_ids, None):
-                        token_id = choose(logits, at, sequence)
-                        sequence.accept(token_id)
+                    for draft_id, result in zip(
+                        (*sequence.draft_ids, None), own[len(sequence.branches) :], strict=True
+                    ):
+                        self._accept(sequence, result)
                         chosen.append(sequence)
                         rows.append(at)
-                        if token_id != draft_id or sequence.finish_reason is not None:
+                        if result.token_id != draft_id or sequence.finish_reason is not None:
                             break
                         at += 1
             except Exception as error:  # noqa: BLE001  # whatever it was, it is this request's alone
                 for branch in sequence.all_branches():
                     branch.finish("abort", error)
             first = end
-        whole = len(rows) == len(logits.rows) and rows == list(range(len(rows)))
-        return StepResult(chosen, logits.rows if whole else logits.rows[rows])
+        whole = len(rows) == len(logits) and rows == list(range(len(rows)))
+        return StepResult(chosen, logits if whole else logits[rows])
+
+    def _accept(self, sequence: Sequence, sampled: Sampled) -> None:
+        if sampled.token_id < 0:
+            raise self._no_numbers(sequence)
+        if sampled.logprobs is not None:
+            sequence.logprobs.append(sampled.logprobs)
+        sequence.accept(sampled.token_id)
+
+    def _note_prompt(self, sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
+        """Logprobs of the prompt's tokens that follow the rows; some are known if the prompt begins again."""
+        start = sequence.num_computed_tokens
+        skipped = max(0, len(sequence.prompt_logprobs) - start)
+        next_ids = sequence.token_ids[start + skipped + 1 : sequence.num_prompt_tokens][: max(0, len(rows) - skipped)]
+        num_top = sequence.params.logprobs
+        assert num_top is not None
+        if next_ids:
+            found = self.sampler.prompt_logprobs(rows[skipped : skipped + len(next_ids)], next_ids, num_top)
+            if any(math.isnan(each.logprob) for each in found):
+                raise self._no_numbers(sequence)
+            sequence.prompt_logprobs += found
 
     def _trim(self) -> None:
         """Memory that stays unused goes back to the system; little is kept once nothing runs."""
@@ -384,6 +419,7 @@ class Engine:
 
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         self._check_token_ids("stop_token_ids:", params.stop_token_ids)
+        self._check_token_ids("logit_bias: token id", (token_id for token_id, _ in params.biases))
         ends = frozenset() if params.ignore_eos else self.model.tokenizer.eos_token_ids
         stop_token_ids = ends.union(params.stop_token_ids)
         if params.min_tokens and len(stop_token_ids) == self.decoder.spec.vocab_size:
@@ -434,15 +470,25 @@ def choose_pool_size(
     return size
 
 
-def _note_prompt(sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
-    """Logprobs of the prompt's tokens that follow the rows' positions; some are known if the prompt begins again."""
-    start = sequence.num_computed_tokens
-    skipped = max(0, len(sequence.prompt_logprobs) - start)
-    next_ids = sequence.token_ids[start + skipped + 1 : sequence.num_prompt_tokens][: max(0, len(rows) - skipped)]
-    num_top = sequence.params.logprobs
-    assert num_top is not None
-    if next_ids:
-        sequence.prompt_logprobs += prompt_logprobs(rows[skipped : skipped + len(next_ids)], next_ids, num_top)
+def _sample_rows(sequence: Sequence, first: int) -> list[SampleRow]:
+    """What row `first` is sampled with, by each branch and by the sequence, and the rows after its drafts."""
+    rows = [_sample_row(branch, first, 0) for branch in sequence.branches]
+    return rows + [_sample_row(sequence, first, count) for count in range(len(sequence.draft_ids) + 1)]
+
+
+def _sample_row(sequence: Sequence, first: int, num_drafts: int) -> SampleRow:
+    """Of the row after so many drafts, as if they had been chosen."""
+    params, token_ids = sequence.params, sequence.token_ids
+    may_end = sequence.num_completion_tokens + num_drafts >= params.min_tokens
+    return SampleRow(
+        row=first + num_drafts,
+        params=params,
+        seed=sequence.seed,
+        position=len(token_ids) + num_drafts,
+        token_ids=token_ids + sequence.draft_ids[:num_drafts] if num_drafts and params.has_penalties else token_ids,
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        forbidden_ids=() if may_end else tuple(sequence.stop_token_ids),
+    )
 
 
 def _check_route(priority: int, salt: str | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.engine.engine import Engine
-from kvik.engine.sampler import token_logprobs
+from kvik.engine.sampler_reference import token_logprobs
 from kvik.explain.tracing_ops import OpCall, TracingOps, weight_names
 from kvik.ops.base import Array, Batch
 

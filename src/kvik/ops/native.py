@@ -150,6 +150,9 @@ class NativeOps(Ops):
     def record(self, forward: Forward) -> RecordedStep:
         return RecordedStep(forward, self._pool, fine=self._fine)
 
+    def row_sampler(self) -> _native.Sampler:
+        return _native.Sampler(self._pool)
+
     def to_numpy(self, x: FloatArray) -> FloatArray:
         return x
 
