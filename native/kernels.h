@@ -131,7 +131,7 @@ struct Kernels {
   Highest (*highest)(const float *x, int64_t count);
   int64_t (*weight_sums)(const float *x, int64_t count, float most, double scale, int64_t *block_sums); // their total
   void (*weights)(const float *x, int64_t count, float most, double scale, int64_t *out);
-  // Places of x in [lower, upper), ascending; how many.
+  // Places of x in [lower, upper), ascending; how many. `ids` has room for all of x.
   int64_t (*find_between)(const float *x, int64_t count, float lower, float upper, int32_t *ids);
   // out[i] = the highest of x[i], x[i + columns] ...; `columns` a multiple of 16, what is left over is not looked at.
   void (*fold_maxima)(const float *x, int64_t count, int64_t columns, float *out);

@@ -120,11 +120,12 @@ int64_t find_between(const float *x, int64_t count, float lower, float upper, in
   int64_t i = 0;
   constexpr int64_t kStep = 4 * kWideLanes;
   for (; i + kStep <= count; i += kStep) {
-    uint64_t mask = 0;
+    uint32_t masks[4];
     KVIK_UNROLL
-    for (int k = 0; k < 4; ++k)
-      mask |= static_cast<uint64_t>(lanes_between(wide_load(x + i + k * kWideLanes), least, above)) << k * kWideLanes;
-    for (; mask != 0; mask &= mask - 1) *end++ = static_cast<int32_t>(i + __builtin_ctzll(mask));
+    for (int k = 0; k < 4; ++k) masks[k] = lanes_between(wide_load(x + i + k * kWideLanes), least, above);
+    if ((masks[0] | masks[1] | masks[2] | masks[3]) == 0) continue;
+    KVIK_UNROLL
+    for (int k = 0; k < 4; ++k) end = store_places(end, masks[k], static_cast<int32_t>(i) + k * kWideLanes);
   }
   for (; i < count; ++i)
     if (x[i] >= lower && x[i] < upper) *end++ = static_cast<int32_t>(i);

@@ -124,6 +124,22 @@ inline uint32_t lanes_between(Wide a, Wide least, Wide above) {
 
 #endif
 
+// Writes first + i for each bit i of the mask, ascending, and what it likes to the rest of kWideLanes places; the end
+// of the former.
+#if KVIK_SIMD_AVX512
+inline int32_t *store_places(int32_t *out, uint32_t mask, int32_t first) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), places));
+  return out + __builtin_popcount(mask);
+}
+#else
+inline int32_t *store_places(int32_t *out, uint32_t mask, int32_t first) {
+  for (; mask != 0; mask &= mask - 1) *out++ = first + __builtin_ctz(mask);
+  return out;
+}
+#endif
+
 // Lane i keeps a where bit i is set, else takes b.
 #if KVIK_SIMD_AVX2
 inline Float8 select_lanes(uint8_t bits, Float8 a, Float8 b) {

@@ -138,7 +138,8 @@ def weights_of(logits: FloatArray, highest: float, scale: float) -> WeightArray:
     power = np.full_like(fraction, EXP2[0])
     for coefficient in EXP2[1:]:
         power = power * fraction + coefficient
-    return np.rint(np.ldexp(power, whole.astype(np.int32)) * WEIGHT_ONE).astype(np.int64)
+    weights: WeightArray = np.rint(np.ldexp(power, whole.astype(np.int32)) * WEIGHT_ONE).astype(np.int64)
+    return weights
 
 
 def _token_at(weights: WeightArray, number: int) -> int:
