@@ -100,8 +100,7 @@ void bind_sample(nb::module_ &m) {
       .def("sample", &checked_sample, Unlocked(), "logits"_a.noconvert(), "rows"_a.noconvert(), "ids"_a.noconvert(),
            "biases"_a.noconvert(), "masks"_a.noconvert(), "chosen"_a.noconvert(), "totals"_a.noconvert(),
            "top_ids"_a.noconvert(), "top_logits"_a.noconvert(), "highest_and_own"_a.noconvert(),
-           "chosen[i] = the token of rows[i], 152 bytes as `SampleRow` in native/sample.h lays them out; -1 where its"
-           " logits are not finite or nothing is allowed.");
+           "chosen[i] = the token of rows[i] (native/sample.h has the layout), -1 where there is none.");
 }
 
 } // namespace kvik
