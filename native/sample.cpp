@@ -204,8 +204,9 @@ Sampler::Kept Sampler::keep_top_k(Space &space, const Row &row, const SampleRow 
 Sampler::Kept Sampler::keep_likely(Space &space, const Row &row, const SampleRow &params) {
   const double most = row.highest.value, temperature = kLog2E / params.scale;
   int64_t missing = std::numeric_limits<int64_t>::max(); // of the mass that top_p wants
+  int64_t *sums = nullptr;
   if (params.top_p < kWholeMass) {
-    int64_t *sums = space.sums.get<int64_t>((row.size + kSummed - 1) / kSummed);
+    sums = space.sums.get<int64_t>((row.size + kSummed - 1) / kSummed);
     missing =
         share(params.top_p, kernels->weight_sums(row.logits, row.size, row.highest.value, params.scale, sums), true);
   }
@@ -219,7 +220,10 @@ Sampler::Kept Sampler::keep_likely(Space &space, const Row &row, const SampleRow
     const bool last = params.top_p == kWholeMass || bound <= lowest;
     const float lower = static_cast<float>(last ? lowest : bound);
     const std::size_t first = kept.tokens.size();
-    kept.tokens = find(space, row, lower, upper, kept.tokens);
+    // Neighbours that weigh less together than `lower` does, but for what weights are off by, have none of the band.
+    int64_t least;
+    kernels->weights(&lower, 1, row.highest.value, params.scale, &least);
+    kept.tokens = find(space, row, lower, upper, kept.tokens, sums, least - (least >> 20) - 1);
     const std::span<Token> band = kept.tokens.subspan(first);
     add_weights(space, row, params.scale, band);
     kept.bands[kept.num_bands++] = first;
@@ -232,15 +236,30 @@ Sampler::Kept Sampler::keep_likely(Space &space, const Row &row, const SampleRow
   return kept;
 }
 
-// Adds the tokens with logits in [lower, upper) to those that `found` has, without weights.
-std::span<Sampler::Token> Sampler::find(Space &space, const Row &row, float lower, float upper,
-                                        std::span<Token> found) {
+// Adds the tokens with logits in [lower, upper) to those that `found` has, without weights. Where there are sums of
+// weights, neighbours with less than `least` are not looked at.
+std::span<Sampler::Token> Sampler::find(Space &space, const Row &row, float lower, float upper, std::span<Token> found,
+                                        const int64_t *sums, int64_t least) {
   int32_t *ids = space.ids.get<int32_t>(row.size);
-  const int64_t count = kernels->find_between(row.logits, row.size, lower, upper, ids);
-  Token *tokens = space.tokens.get<Token>(row.size);
-  Token *end = tokens + found.size();
-  for (int64_t i = 0; i < count; ++i) end[i] = {key_of(row.logits[ids[i]], ids[i]), 0};
-  return {tokens, found.size() + static_cast<std::size_t>(count)};
+  Token *tokens = space.tokens.get<Token>(row.size), *end = tokens + found.size();
+  const auto look = [&](int64_t first, int64_t last) {
+    const int64_t count = kernels->find_between(row.logits + first, last - first, lower, upper, ids);
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t id = static_cast<int32_t>(first) + ids[i];
+      *end++ = {key_of(row.logits[id], id), 0};
+    }
+  };
+  if (!sums) {
+    look(0, row.size);
+  } else {
+    for (int64_t first = 0; first < row.size;) {
+      int64_t last = first;
+      while (last < row.size && sums[last / kSummed] >= least) last += kSummed;
+      if (last > first) look(first, std::min(last, row.size));
+      first = last + kSummed;
+    }
+  }
+  return {tokens, static_cast<std::size_t>(end - tokens)};
 }
 
 int64_t Sampler::sum_of(std::span<const Token> tokens) {

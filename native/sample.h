@@ -92,7 +92,8 @@ private:
   static int32_t draw_filtered(Space &space, const Row &row, const SampleRow &params);
   static Kept keep_top_k(Space &space, const Row &row, const SampleRow &params);
   static Kept keep_likely(Space &space, const Row &row, const SampleRow &params);
-  static std::span<Token> find(Space &space, const Row &row, float lower, float upper, std::span<Token> found);
+  static std::span<Token> find(Space &space, const Row &row, float lower, float upper, std::span<Token> found,
+                               const int64_t *sums = nullptr, int64_t least = 0);
   static int64_t sum_of(std::span<const Token> tokens);
   static float bound_for(Space &space, const Row &row, int64_t count);
   static void add_weights(Space &space, const Row &row, double scale, std::span<Token> tokens);

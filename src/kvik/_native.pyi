@@ -354,5 +354,5 @@ class Sampler:
         highest_and_own: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
     ) -> None:
         """
-        chosen[i] = the token of rows[i], 152 bytes as `SampleRow` in native/sample.h lays them out; -1 where its logits are not finite or nothing is allowed.
+        chosen[i] = the token of rows[i] (native/sample.h has the layout), -1 where there is none.
         """

@@ -21,7 +21,7 @@ from kvik.config import TOKEN_BUDGET, KVDType, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.drafts import NgramDrafts
 from kvik.engine.output import Completion, TextStream
-from kvik.engine.sampler import Sampled, SampleRow, make_sampler
+from kvik.engine.sampler import Sampled, SampleRow, make_sampler, sample_rows
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, InvalidInput, ModelError, NotEnoughMemory, PromptTooLong
@@ -288,7 +288,7 @@ class Engine:
         for item in batch.items:
             first += item.num_logits
             if item.closes_gap:
-                to_sample += _sample_rows(item.sequence, first - 1 - len(item.sequence.draft_ids))
+                to_sample += sample_rows(item.sequence, first - 1 - len(item.sequence.draft_ids))
         chosen: list[Sequence] = []
         rows: list[int] = []
         try:
@@ -468,27 +468,6 @@ def choose_pool_size(
             hint=f"set {', or '.join(advice)}" if advice else f"free some: the least cache takes {least_mib:,} MiB",
         )
     return size
-
-
-def _sample_rows(sequence: Sequence, first: int) -> list[SampleRow]:
-    """What row `first` is sampled with, by each branch and by the sequence, and the rows after its drafts."""
-    rows = [_sample_row(branch, first, 0) for branch in sequence.branches]
-    return rows + [_sample_row(sequence, first, count) for count in range(len(sequence.draft_ids) + 1)]
-
-
-def _sample_row(sequence: Sequence, first: int, num_drafts: int) -> SampleRow:
-    """Of the row after so many drafts, as if they had been chosen."""
-    params, token_ids = sequence.params, sequence.token_ids
-    may_end = sequence.num_completion_tokens + num_drafts >= params.min_tokens
-    return SampleRow(
-        row=first + num_drafts,
-        params=params,
-        seed=sequence.seed,
-        position=len(token_ids) + num_drafts,
-        token_ids=token_ids + sequence.draft_ids[:num_drafts] if num_drafts and params.has_penalties else token_ids,
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        forbidden_ids=() if may_end else tuple(sequence.stop_token_ids),
-    )
 
 
 def _check_route(priority: int, salt: str | None) -> None:
