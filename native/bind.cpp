@@ -436,4 +436,5 @@ NB_MODULE(_native, m) {
   m.def("float_throughput", &float_throughput, Unlocked(), "pool"_a,
         "Fused multiply-adds of float32 a second, of operands in registers.");
   bind_program(m);
+  bind_sample(m);
 }

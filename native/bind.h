@@ -81,5 +81,6 @@ void check_block_tables(const int32_t *tables, int64_t num_sequences, int64_t ta
                         int64_t window);
 
 void bind_program(nb::module_ &m);
+void bind_sample(nb::module_ &m);
 
 } // namespace kvik

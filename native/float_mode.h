@@ -13,7 +13,7 @@ namespace kvik {
 class FloatMode {
 public:
 #if defined(__x86_64__) || defined(_M_X64)
-  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(kNearestFlushedMasked); }
+  FloatMode() : FloatMode(kNearestMasked | kFlushed) {}
   ~FloatMode() { _mm_setcsr(saved_); }
 #else
   FloatMode() {}
@@ -22,10 +22,21 @@ public:
   FloatMode(const FloatMode &) = delete;
   FloatMode &operator=(const FloatMode &) = delete;
 
-private:
+protected:
 #if defined(__x86_64__) || defined(_M_X64)
-  static constexpr unsigned kNearestFlushedMasked = 0x8000 | 0x1f80 | 0x0040; // flush to zero, masks, zero denormals
+  static constexpr unsigned kNearestMasked = 0x1f80, kFlushed = 0x8000 | 0x0040; // flush to zero, denormals are zero
+  explicit FloatMode(unsigned mode) : saved_(_mm_getcsr()) { _mm_setcsr(mode); }
+
+private:
   unsigned saved_;
+#endif
+};
+
+// The same with denormals, for what must give the bits that NumPy gives.
+class DenormalFloatMode : public FloatMode {
+public:
+#if defined(__x86_64__) || defined(_M_X64)
+  DenormalFloatMode() : FloatMode(kNearestMasked) {}
 #endif
 };
 

@@ -100,6 +100,14 @@ struct Partial {
   float *value;     // (rows, head_dim)
 };
 
+// The highest of a row and the first place that has it; NaN and -1 where the row has a NaN.
+struct Highest {
+  float value;
+  int64_t index;
+};
+
+constexpr int64_t kSummed = 256; // neighbouring tokens whose weights are summed as one
+
 struct Kernels {
   const char *isa;
   LinearKernel quantized_linear[kNumBlockFormats][2]; // [format][int8, int16 activations]
@@ -118,6 +126,16 @@ struct Kernels {
                          const Partial &out);
   // Folds `next` into `total` (rows, head_dim); the order of calls is the order of segments.
   void (*merge_segments)(const Partial &total, const Partial &next, int64_t rows, int64_t head_dim);
+  // The sampler's passes over a row of logits. A weight is exp2((logit - most) * scale) in units of 2**-40, a whole
+  // number: sums are exact, so that no order of adding shows. `most` is finite and no logit is above it or NaN.
+  Highest (*highest)(const float *x, int64_t count);
+  int64_t (*weight_sums)(const float *x, int64_t count, float most, double scale, int64_t *block_sums); // their total
+  void (*weights)(const float *x, int64_t count, float most, double scale, int64_t *out);
+  // Places of x in [lower, upper), ascending; how many. `ids` has room for all of x.
+  int64_t (*find_between)(const float *x, int64_t count, float lower, float upper, int32_t *ids);
+  // out[i] = the highest of x[i], x[i + columns] ...; `columns` a multiple of 16, what is left over is not looked at.
+  void (*fold_maxima)(const float *x, int64_t count, int64_t columns, float *out);
+  void (*keep_allowed)(float *x, int64_t count, const uint8_t *allowed); // the others become -infinity
 };
 
 extern const Kernels kGenericKernels;

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "simd_doubles.h"
 #include "simd_math.h"
 #include "simd_quads.h"
 
@@ -19,6 +20,7 @@
 // clang-format on
 #include "elementwise.inl"
 #include "linear.inl"
+#include "sample.inl"
 
 namespace {
 
@@ -36,6 +38,12 @@ template <std::size_t... format> constexpr kvik::Kernels all_kernels(std::index_
       .write_kv = write_kv,
       .attend_segment = attend_segment,
       .merge_segments = merge_segments,
+      .highest = highest,
+      .weight_sums = weight_sums,
+      .weights = weights,
+      .find_between = find_between,
+      .fold_maxima = fold_maxima,
+      .keep_allowed = keep_allowed,
   };
 }
 

@@ -75,7 +75,7 @@ for kind in "${kinds[@]}"; do
     # Plain C++ is several times as slow as vectors: in two processes, so that no processor waits for the other at the end.
     say "The same ops in plain C++, meanwhile"
     KVIK_ISA=generic run address asan tests/ops/test_program.py tests/ops/test_packing.py tests/ops/test_shared_prefix.py \
-      tests/ops/test_blocks.py tests/ops/test_garbage.py tests/ops/test_bad_arguments.py \
+      tests/ops/test_blocks.py tests/ops/test_garbage.py tests/ops/test_bad_arguments.py tests/ops/test_sampler.py \
       -k 'not reference and not instruction_set' >"$root/plain.log" 2>&1 &
     plain=$!
     KVIK_ISA=generic run address asan tests/ops/test_bits.py -k 'not reference and not instruction_set'
@@ -89,7 +89,7 @@ for kind in "${kinds[@]}"; do
     ! setarch "$(uname -m)" -R true 2>/dev/null || without_aslr=(setarch "$(uname -m)" -R)
     say "TSan: the pool, every op shared out among threads, several engines, a fork"
     run thread tsan tests/ops/test_threads.py tests/ops/test_program.py tests/ops/test_bits.py tests/ops/test_shared_prefix.py \
-      tests/ops/test_machine_limits.py tests/engine/test_several_sequences.py
+      tests/ops/test_machine_limits.py tests/ops/test_sampler.py tests/engine/test_several_sequences.py
     ;;
   *)
     echo "unknown: $kind; there are address and thread" >&2

@@ -24,7 +24,8 @@ from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
 from kvik.engine.output import TokenLogprobs
-from kvik.engine.sampler import NumpySampler, Sampled, SampleRow, token_logprobs
+from kvik.engine.sampler import NumpySampler, Sampled, SampleRow
+from kvik.engine.sampler_reference import token_logprobs
 from kvik.engine.sequence import Sequence
 
 VOCAB = 11

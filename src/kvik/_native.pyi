@@ -318,3 +318,41 @@ class Program:
         """
         Copies the first rows of a value of the last run, if no later op has reused its memory.
         """
+
+SAMPLE_ROW_BYTES: int = 152
+
+def uniform_bits(seed: int, position: int) -> int:
+    """
+    The first 53 bits of Philox with this key and counter, as NumPy draws them.
+    """
+
+class Sampler:
+    """Chooses tokens from rows of logits; one call at a time."""
+
+    def __init__(self, pool: ThreadPool) -> None: ...
+    def argmax(
+        self,
+        logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu")],
+    ) -> None:
+        """
+        out[i] = the first of the highest logits of row rows[i]; -1 where that row is not finite.
+        """
+
+    def sample(
+        self,
+        logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        biases: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        masks: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        chosen: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu")],
+        totals: Annotated[NDArray[numpy.int64], dict(shape=(None,), order="C", device="cpu")],
+        top_ids: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu")],
+        top_logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+        highest_and_own: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+    ) -> None:
+        """
+        chosen[i] = the token of rows[i] (native/sample.h has the layout), -1 where there is none.
+        """

@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from kvik.errors import InvalidInput
 
@@ -21,6 +21,7 @@ WeightFormat = Literal["q8", "q4"]
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
 MAX_LOGPROBS = 20
+MAX_BIASES = 300
 MAX_COMPLETIONS = 128
 MAX_BEAM_WIDTH = 10
 MAX_SEED = 2**64 - 1
@@ -39,9 +40,9 @@ _SIZE = re.compile(r"(\d{1,16})(?:\.(\d{1,16}))? ?([kmgt]i?b|[kmgt]?)", re.ASCII
 class SamplingParams:
     """How the next token is chosen and when to stop; the default is greedy.
 
-    Order: penalties, temperature, top_k, top_p, min_p, then one draw. The draw for a token depends on (seed, position)
-    alone, so the same seed gives the same text whatever else the engine does. Scalars of NumPy are kept as Python's own
-    numbers. Raises `InvalidInput`.
+    Order: penalties, logit_bias, temperature, top_k, top_p, min_p, then one draw. The draw for a token depends on
+    (seed, position) alone, so the same seed gives the same text whatever else the engine does. Scalars of NumPy are
+    kept as Python's own numbers. Raises `InvalidInput`.
     """
 
     n: int = 1  # completions of one prompt; the i-th draws with seed + i (modulo 2**64)
@@ -56,6 +57,7 @@ class SamplingParams:
     )
     presence_penalty: float = 0.0  # subtracted once from tokens seen in the completion
     frequency_penalty: float = 0.0  # subtracted for each time a token was seen in the completion
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = ()  # added, by token id; `biases` has it
     stop: Sequence[str] = ()  # the text ends before the first of these
     stop_token_ids: Sequence[int] = ()
     seed: int | None = None  # None: one is drawn and reported
@@ -68,6 +70,7 @@ class SamplingParams:
         # A string or a list is what callers have at hand; a tuple cannot change afterwards.
         _keep(self, "stop", _texts_of("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
         _keep(self, "stop_token_ids", _token_ids_of("stop_token_ids", self.stop_token_ids))
+        _keep(self, "logit_bias", _checked_biases(self.logit_bias))
         _keep_int(self, "n", 1, MAX_COMPLETIONS)
         _keep_int(self, "max_tokens", 1, MAX_TOKENS)
         if self.n * self.max_tokens > MAX_TOKENS:
@@ -105,6 +108,16 @@ class SamplingParams:
         _keep_bool(self, "echo")
         if self.speculate is not None:
             _keep_choice(self, "speculate", get_args(Speculation), otherwise=" or None")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens before the one to be chosen matter."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as pairs in order of their token ids."""
+        return cast(tuple[tuple[int, float], ...], self.logit_bias)
 
 
 TOKEN_BUDGET = 256
@@ -175,6 +188,26 @@ def plain_int(value: Any) -> int | None:
         return None
 
 
+def _checked_biases(values: Any) -> tuple[tuple[int, float], ...]:
+    if values is None:
+        return ()
+    try:
+        pairs = [(token_id, bias) for token_id, bias in (values.items() if isinstance(values, Mapping) else values)]
+    except (TypeError, ValueError):
+        raise InvalidInput(f"logit_bias is {_shown(values)}", hint="give a dict of token ids to numbers") from None
+    if len(pairs) > MAX_BIASES:
+        raise InvalidInput(f"logit_bias has {len(pairs):,} entries", hint=f"give at most {MAX_BIASES}")
+    checked = {
+        _check_int("a token id in logit_bias", token_id, 0, MAX_TOKENS): float(
+            _check_number(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
+        )
+        for token_id, bias in pairs
+    }
+    if len(checked) < len(pairs):
+        raise InvalidInput("logit_bias names a token twice", hint="give one number for each token id")
+    return tuple(sorted(checked.items()))
+
+
 def _check_int(name: str, value: Any, minimum: int, maximum: int) -> int:
     """The value as a plain int. Raises `InvalidInput`, which calls it `name`."""
     number = plain_int(value)
@@ -202,13 +235,17 @@ def _keep_int(config: SamplingParams | EngineConfig, name: str, minimum: int, ma
 
 
 def _keep_number(config: SamplingParams, name: str, minimum: float, maximum: float, *, above: bool = False) -> None:
-    value = getattr(config, name)
+    _keep(config, name, _check_number(name, getattr(config, name), minimum, maximum, above=above))
+
+
+def _check_number(name: str, value: Any, minimum: float, maximum: float, *, above: bool = False) -> int | float:
+    """The value as a plain number. Raises `InvalidInput`, which calls it `name`."""
     number = _plain_number(value)
     # NaN fails every comparison.
     if number is None or not minimum <= number <= maximum or (above and number == minimum):
         low = f"above {minimum:g}" if above else f"from {minimum:g}"
         raise InvalidInput(f"{name} is {_shown(value)}", hint=f"give a number {low} to {maximum:g}")
-    _keep(config, name, number)
+    return number
 
 
 def _keep_bool(config: SamplingParams | EngineConfig, name: str) -> None:

@@ -107,6 +107,8 @@ def test_a_request_that_may_never_end_is_refused(engine: Engine, prompt: list[in
 def test_a_stop_token_outside_the_vocabulary_is_refused(engine: Engine, prompt: list[int]) -> None:
     with pytest.raises(InvalidInput, match=f"stop_token_ids: {VOCAB} is not in the vocabulary"):
         new_sequence(engine, prompt, dataclasses.replace(PARAMS, stop_token_ids=(VOCAB,)))
+    with pytest.raises(InvalidInput, match=f"logit_bias: token id {VOCAB} is not in the vocabulary"):
+        new_sequence(engine, prompt, dataclasses.replace(PARAMS, logit_bias={VOCAB: 1.0}))
 
 
 # What a request costs.

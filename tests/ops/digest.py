@@ -13,10 +13,12 @@ import numpy as np
 
 from gguf_files import WEIGHT_TYPES
 from kvik.config import ActivationDType, KVDType
+from kvik.engine.sampler import make_sampler
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import Linear, Nonlinearity, Norm
 from kvik.ops.native import NativeOps
 from ops.arrangement import FloatArray, Heads, random_history, random_weights
+from ops.sampling import KINDS, random_logits, random_rows
 from ops.sharing import filled, random_sharers
 
 NONLINEARITIES: tuple[Nonlinearity, ...] = get_args(Nonlinearity)
@@ -67,6 +69,17 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
         for group, head_dim in ((1, 8), (3, 64), (8, 40)):
             sharers = random_sharers(Heads(2 * group, 2, head_dim), 9, 4, rng)
             yield sharers.together(ops, filled(ops, sharers.heads, dtype, sharers.num_blocks, rng))
+    yield from sampled(threads)
+
+
+def sampled(threads: int) -> Iterator[FloatArray]:
+    """Tokens and logprobs of random rows, as text."""
+    sampler, rng = make_sampler(NativeOps(threads=threads)), np.random.default_rng(21)
+    for vocab_size in (1, 100, 257, 5003):
+        for kind in KINDS:
+            logits = random_logits(kind, 5, vocab_size, rng)
+            results = sampler.sample(logits, random_rows(logits, 20, rng))
+            yield np.frombuffer(repr(results).encode(), np.uint8).astype(np.float32)  # each bit shows in a float's repr
 
 
 def digest(threads: int = 2) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -226,6 +227,82 @@ def fitting(*shapes: tuple[int, int]) -> Maker:
     return lambda chance: with_bias(q8_0(*chance.choice(shapes)) if chance.random() < 0.8 else weight(chance), chance)
 
 
+SAMPLER = _native.Sampler(POOL)
+SAMPLE_VOCAB, SAMPLE_IDS, SAMPLE_MASK_BYTES = 19, 12, 8
+# As native/sample.h has the fields: good values, and one that does not fit in one of forty.
+SAMPLE_FIELDS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "row": ("q", (0, 1, 2)),
+    "seed": ("Q", (0, 7, 2**64 - 1)),
+    "position": ("q", (0, 1, 2**63 - 1)),
+    "history": ("q", (0, 1)),
+    "completion": ("q", (1, 4)),
+    "history_end": ("q", (4, 12)),
+    "forbidden": ("q", (3, 5)),
+    "forbidden_end": ("q", (5, 6)),
+    "bias": ("q", (0, 1)),
+    "bias_end": ("q", (1, 4)),
+    "mask": ("q", (-1, -1, 0, 5)),
+    "given": ("q", (-1, -1, -1, 0, 18)),
+    "scale": ("d", (0.0, 1.0, 1e-310, 1e300)),
+    "presence": ("d", (0.0, 1.0, -1e300)),
+    "frequency": ("d", (0.0, 1.0, 1e308)),
+    "top_p": ("Q", (2**53, 2**53, 1, 2**52)),
+    "top_k": ("q", (0, 0, 1, 5, 19, 2**63 - 1)),
+    "min_weight": ("q", (0, 0, 1, 2**40)),
+    "repetition": ("f", (1.0, 1.0, 1e-30, 1e38)),
+    "num_top": ("i", (-1, 0, 3)),
+}
+ODD_FIELDS: dict[str, tuple[float, ...]] = {
+    "q": tuple(n for n in INTEGERS if -(2**63) <= n < 2**63),
+    "Q": tuple(n for n in INTEGERS if 0 <= n < 2**64),
+    "i": tuple(n for n in INTEGERS if -(2**31) <= n < 2**31),
+    "d": FLOATS,
+    "f": FLOATS[:-1],
+}
+
+
+def sample_row(**values: float) -> bytes:
+    """The first of the good values of each field, but for those that are given."""
+    layout = "=" + "".join(kind for kind, _ in SAMPLE_FIELDS.values())
+    return struct.pack(layout, *(values.get(name, good[0]) for name, (_, good) in SAMPLE_FIELDS.items()))
+
+
+def sample_rows(chance: random.Random) -> Any:
+    """Rows that mostly fit; sometimes bytes that mean nothing."""
+    count = chance.choice((3, 3, 3, 1))
+    if chance.random() < 0.05:
+        return numbers((count, _native.SAMPLE_ROW_BYTES), np.uint8, chance)
+    rows = b""
+    for _ in range(count):
+        values = {
+            name: chance.choice(good if chance.random() < 0.975 else ODD_FIELDS[kind])
+            for name, (kind, good) in SAMPLE_FIELDS.items()
+        }
+        rows += sample_row(**values)
+    return np.frombuffer(rows, np.uint8).reshape(count, -1)
+
+
+def sample_ids(chance: random.Random) -> Any:
+    ids = np.array([chance.randrange(SAMPLE_VOCAB) for _ in range(SAMPLE_IDS)], np.int32)
+    if chance.random() < 0.05:
+        ids[chance.randrange(SAMPLE_IDS)] = chance.choice((-1, SAMPLE_VOCAB, 2**31 - 1))
+    return ids
+
+
+# A call for three rows that fits, by argument.
+GOOD_SAMPLE: dict[str, Callable[[], Any]] = {
+    "logits": lambda: np.zeros((3, SAMPLE_VOCAB), np.float32),
+    "rows": lambda: np.frombuffer(3 * sample_row(), np.uint8).reshape(3, -1),
+    "ids": lambda: np.arange(SAMPLE_IDS, dtype=np.int32),
+    "biases": lambda: np.ones(4, np.float32),
+    "masks": lambda: np.full(SAMPLE_MASK_BYTES, 255, np.uint8),
+    "chosen": lambda: np.empty(3, np.int32),
+    "totals": lambda: np.empty(3, np.int64),
+    "top_ids": lambda: np.empty((3, 3), np.int32),
+    "top_logits": lambda: np.empty((3, 3), np.float32),
+    "highest_and_own": lambda: np.empty((3, 2), np.float32),
+}
+
 # By name: a constructor, function or method, and its arguments.
 CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     # Not a real number of threads: they would be started. Everything that a C int does not hold is refused.
@@ -435,6 +512,31 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "Program.costs": (on_program("costs", whole_program), step),
     "Program.is_of_logits": (on_program("is_of_logits"), {"value": value}),
     "Program.copy_value": (on_program("copy_value", run_program), {"value": value, "out": matrices(WIDTH)}),
+    "Sampler": (_native.Sampler, {"pool": one_of(POOL, None, 1)}),
+    "Sampler.argmax": (
+        SAMPLER.argmax,
+        {
+            "logits": matrices(1, 64, 1100),
+            "rows": array_of(np.int32, (3,), (0,)),
+            "out": array_of(np.int32, (3,), (0,)),
+        },
+    ),
+    "Sampler.sample": (
+        SAMPLER.sample,
+        {
+            "logits": array_of(np.float32, (3, SAMPLE_VOCAB), (3, SAMPLE_VOCAB), (1, 600)),
+            "rows": sample_rows,
+            "ids": sample_ids,
+            "biases": array_of(np.float32, (4,), (SAMPLE_IDS,)),
+            "masks": array_of(np.uint8, (SAMPLE_MASK_BYTES,), (2,)),
+            "chosen": array_of(np.int32, (3,), (1,)),
+            "totals": array_of(np.int64, (3,), (1,)),
+            "top_ids": array_of(np.int32, (3, 3), (3, 0)),
+            "top_logits": array_of(np.float32, (3, 3), (3, 0)),
+            "highest_and_own": array_of(np.float32, (3, 2), (1, 2)),
+        },
+    ),
+    "uniform_bits": (_native.uniform_bits, {"seed": whole, "position": whole}),
     # What is allowed is read: not the largest of it, a thousand times.
     "read_bandwidth": (
         _native.read_bandwidth,

@@ -19,6 +19,7 @@ from ops.garbage import (
     ARENA,
     BLOCKS,
     CALLS,
+    GOOD_SAMPLE,
     GOOD_STEP,
     HEAD_DIM,
     HEADS,
@@ -72,7 +73,7 @@ def test_random_combinations(name: str) -> None:
     for _ in range(NUM_CALLS):
         # Calls that fit but for an argument or two go further than those of which nothing fits.
         share = chance.choice((0.1, 0.3, 1.0))
-        good = GOOD[name][1] if name in GOOD else GOOD_STEP
+        good = GOOD[name][1] if name in GOOD else GOOD_SAMPLE if name == "Sampler.sample" else GOOD_STEP
         arguments = {
             key: good[key]() if key in good and chance.random() > share else make(chance)
             for key, make in makers.items()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kvik.config import (
+    MAX_BIASES,
     MAX_COMPLETIONS,
     MAX_SEED,
     MAX_SIZE_BYTES,
@@ -111,6 +112,15 @@ GOOD_SAMPLING: dict[str, list[Any]] = {
     "repetition_penalty": [0.01, 1, 1.1, 100.0],
     "presence_penalty": [-100.0, -2, 0, 2.0, 100],
     "frequency_penalty": [-100.0, -2, 0, 2.0, 100],
+    "logit_bias": [
+        None,
+        {},
+        {0: 1},
+        {5: -100.0, 2: 100},
+        [(3, 0.5), (1, -0.0)],
+        {MAX_TOKENS: 1.0},
+        dict.fromkeys(range(MAX_BIASES), 1.0),
+    ],
     "stop": [(), [], "\n", ("a",), ["a", "b"], "x" * 1024, "é" * 512, "\ud800", ["a"] * MAX_STOP_STRINGS],
     "stop_token_ids": [(), [], (0,), [1, 2, 2], (MAX_TOKENS,)],
     "seed": [None, 0, 1, MAX_SEED],
@@ -130,6 +140,23 @@ BAD_SAMPLING: dict[str, list[Any]] = {
     "repetition_penalty": [0, 0.0, -1.0, 100.5, *NOT_NUMBERS],
     "presence_penalty": [-100.5, 100.5, *NOT_NUMBERS],
     "frequency_penalty": [-100.5, 100.5, *NOT_NUMBERS],
+    "logit_bias": [
+        3,
+        "12",
+        [1],
+        [(1, 2, 3)],
+        [(1, 1.0), (1, 2.0)],
+        {"1": 1.0},
+        {-1: 1.0},
+        {True: 1.0},
+        {1.0: 1.0},
+        {MAX_TOKENS + 1: 1.0},
+        {10**100: 1.0},
+        {1: 100.5},
+        {1: -100.5},
+        *({1: value} for value in NOT_NUMBERS),
+        dict.fromkeys(range(MAX_BIASES + 1), 1.0),
+    ],
     "stop": [None, 1, "", [""], ("a", ""), "x" * 1025, "é" * 513, ["a"] * (MAX_STOP_STRINGS + 1), [b"a"], {"a"}, [1]],
     "stop_token_ids": [None, 3, "12", [-1], [True], [1.0], ["1"], [2**31], [10**100], {1}],
     "seed": [-1, True, 1.0, "1", MAX_SEED + 1, 10**100, NAN],
@@ -223,6 +250,8 @@ def test_values_up_to_the_edges_are_kept(config: Config, field: str, value: Any)
         value = (value,) if isinstance(value, str) else tuple(value)
     if field == "stop_token_ids":
         value = tuple(value)
+    if field == "logit_bias":
+        value = tuple(sorted(dict(value or ()).items()))
     assert kept == value
     assert type(kept) is type(value)
 
@@ -345,3 +374,12 @@ def test_the_caller_s_list_is_not_kept() -> None:
 def test_replace_checks_again() -> None:
     with pytest.raises(InvalidInput, match="top_p"):
         dataclasses.replace(SamplingParams(), top_p=0.0)
+
+
+def test_biases_are_pairs_that_do_not_change_with_what_was_given() -> None:
+    given = {7: 1, 3: -2.5}
+    params = SamplingParams(logit_bias=given)
+    given[9] = 1
+    assert params.biases == ((3, -2.5), (7, 1.0))
+    assert dataclasses.replace(params, seed=1).biases == params.biases
+    assert hash(params) == hash(SamplingParams(logit_bias={3: -2.5, 7: 1.0}))

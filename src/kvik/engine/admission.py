@@ -106,6 +106,7 @@ class Admission:
 
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         self._check_token_ids("stop_token_ids:", params.stop_token_ids)
+        self._check_token_ids("logit_bias: token id", (token_id for token_id, _ in params.biases))
         ends = frozenset() if params.ignore_eos else self.model.tokenizer.eos_token_ids
         stop_token_ids = ends.union(params.stop_token_ids)
         if params.min_tokens and len(stop_token_ids) == self.model.decoder.spec.vocab_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from kvik.engine.lease import Lease
 from kvik.engine.output import Completion, TextStream
 from kvik.engine.request import Request, RequestOptions
 from kvik.engine.runner import ModelRunner, Runner
-from kvik.engine.sampler import SampleRow
+from kvik.engine.sampler import SampleRow, sample_rows
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, EngineDead, KvikError, ModelError, StepInterrupted
@@ -278,14 +279,11 @@ class Engine:
             if item.num_logits and sequence.request.wants_prompt_logprobs:
                 self._note_prompt(sequence, logits[first:end])
             if item.closes_gap:
-                at = end - 1 - len(sequence.draft_ids)
+                asked += sample_rows(sequence, end - 1 - len(sequence.draft_ids))
                 for branch in sequence.branches:
                     branch.prompt_logprobs = sequence.prompt_logprobs
-                    asked.append(_sample_row(branch, at, ()))
                     askers.append((branch, None))
-                for index, draft_id in enumerate((*sequence.draft_ids, None)):
-                    asked.append(_sample_row(sequence, at + index, sequence.draft_ids[:index]))
-                    askers.append((sequence, draft_id))
+                askers += [(sequence, draft_id) for draft_id in (*sequence.draft_ids, None)]
             first = end
         chosen: list[Sequence] = []
         rows: list[int] = []
@@ -311,9 +309,6 @@ class Engine:
 
     def _note_prompt(self, sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
         """Append prompt logprobs for these rows, skipping those already known from before a preemption."""
-        if not np.isfinite(rows).all(axis=1).all():
-            sequence.finish("abort", self._not_finite(sequence))
-            return
         start = sequence.num_computed_tokens
         skipped = max(0, len(sequence.prompt_logprobs) - start)
         num_rows = max(0, len(rows) - skipped)
@@ -321,9 +316,10 @@ class Engine:
         num_top = sequence.params.logprobs
         assert num_top is not None
         if next_ids:
-            sequence.prompt_logprobs += self.runner.prompt_logprobs(
-                rows[skipped : skipped + len(next_ids)], next_ids, num_top
-            )
+            found = self.runner.prompt_logprobs(rows[skipped : skipped + len(next_ids)], next_ids, num_top)
+            if any(math.isnan(each.logprob) for each in found):
+                sequence.finish("abort", self._not_finite(sequence))
+            sequence.prompt_logprobs += found
 
     def _fail(self, batch: ScheduledBatch, error: Exception) -> StepResult:
         """End the step's sequences; after several such steps, the engine."""
@@ -438,18 +434,3 @@ class Engine:
             f"{self.model.path.name}: the logits after {sequence.num_tokens:,} tokens are not finite",
             hint="the file's weights are damaged; download it again",
         )
-
-
-def _sample_row(sequence: Sequence, row: int, drafts: SequenceOf[int]) -> SampleRow:
-    request = sequence.request
-    token_ids = [*sequence.token_ids, *drafts] if drafts else sequence.token_ids
-    below_min = len(token_ids) - request.num_prompt_tokens < request.params.min_tokens
-    return SampleRow(
-        row=row,
-        params=request.params,
-        seed=sequence.seed,
-        position=len(token_ids),
-        token_ids=token_ids,
-        num_prompt_tokens=request.num_prompt_tokens,
-        forbidden_ids=tuple(request.stop_token_ids) if below_min else (),
-    )

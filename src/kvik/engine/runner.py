@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kvik.cache import KVCacheSpec, PoolSize
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.output import TokenLogprobs
-from kvik.engine.sampler import NumpySampler, Sampled, SampleRow
+from kvik.engine.sampler import Sampled, SampleRow, make_sampler
 from kvik.models.loader import LoadedModel
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ModelRunner:
         self.kv_spec = kv_spec
         self.kv_arrays = model.decoder.ops.allocate_kv(kv_spec, size.num_blocks, size.window_blocks)
         self._forward = model.decoder.capture(self.kv_arrays)
-        self._sampler = NumpySampler()
+        self._sampler = make_sampler(model.decoder.ops)
 
     def run(self, batch: ScheduledBatch) -> FloatArray:
         """Compute a batch; see `Runner`."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kvik.engine.engine import Engine
 from kvik.engine.events import StepEvent
 from kvik.engine.runner import ModelRunner
-from kvik.engine.sampler import token_logprobs
+from kvik.engine.sampler_reference import token_logprobs
 from kvik.explain.tracing_ops import OpCall, TracingOps, weight_names
 from kvik.ops.base import Batch
 

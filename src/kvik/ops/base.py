@@ -155,6 +155,29 @@ PLAIN = AttentionRule()
 """All positions before, scores / sqrt(head_dim)."""
 
 
+class RowSampler(Protocol):
+    """A backend's own sampling over many rows in one call; `engine/sampler_native.py` packs what it reads."""
+
+    def argmax(self, logits: Vector, rows: IntArray, out: IntArray, /) -> None:
+        """The first of the highest logits of some rows of (R, vocab_size); -1 where a row is not finite."""
+
+    def sample(
+        self,
+        logits: Vector,
+        rows: npt.NDArray[np.uint8],  # (rows, bytes of one)
+        ids: IntArray,
+        biases: Vector,
+        masks: npt.NDArray[np.uint8],
+        chosen: IntArray,
+        totals: npt.NDArray[np.int64],
+        top_ids: IntArray,
+        top_logits: Vector,
+        highest_and_own: Vector,
+        /,
+    ) -> None:
+        """Tokens and what their logprobs are computed from, into the last five arrays."""
+
+
 Forward: TypeAlias = Callable[["Ops", Batch], Array]
 """A forward pass, written against any ops: logits (R, vocab_size) of a batch."""
 
@@ -286,6 +309,10 @@ class Ops(ABC):
     def capture(self, forward: Forward) -> Callable[[Batch], Array]:
         """The forward pass as a function of the batch; a backend may note its ops once and replay them."""
         return functools.partial(forward, self)
+
+    def row_sampler(self) -> RowSampler | None:
+        """The backend's sampling, which gives the bits of the reference in NumPy; None: it has none."""
+        return None
 
     @abstractmethod
     def to_numpy(self, x: Array) -> npt.NDArray[np.float32]:

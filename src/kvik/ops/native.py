@@ -159,6 +159,9 @@ class NativeOps(Ops):
     def capture(self, forward: Forward) -> CapturedStep:
         return CapturedStep(forward, self._pool, int16_activations=self._int16_activations)
 
+    def row_sampler(self) -> _native.Sampler:
+        return _native.Sampler(self._pool)
+
     def to_numpy(self, x: FloatArray) -> FloatArray:
         return x
 
