@@ -38,7 +38,7 @@ FILES = {
     "trace": ("explain", "-m", "MODEL", "--max-tokens", "1", "hello", "--trace", "trace.json"),
     "curves of a race": ("race", "-m", "MODEL", "--max-tokens", "2", "--lengths", "none", "hello", "--plot", "a.svg"),
     "curves of a plan": ("plan", "llama-3-8b", "--plot", "plan.png"),
-    "model": ("convert", "MODEL", "--kv-heads", "1", "-o", "new.gguf"),
+    "model": ("pool-heads", "MODEL", "--kv-heads", "1", "-o", "new.gguf"),
 }
 
 

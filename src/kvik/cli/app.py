@@ -18,9 +18,9 @@ from typer.core import TyperGroup
 from kvik import __version__
 from kvik.cli import models
 from kvik.cli.bench import bench
-from kvik.cli.convert import convert
 from kvik.cli.explain import explain
 from kvik.cli.plan import plan
+from kvik.cli.pool_heads import pool_heads
 from kvik.cli.race import race
 from kvik.cli.run import run
 from kvik.cli.terminal import INTERRUPTED, OutputError, Stdout, note, show_error, show_problem, write
@@ -113,7 +113,7 @@ app.command()(race)
 app.command()(bench)
 app.command()(plan)
 app.command()(explain)
-app.command()(convert)
+app.command("pool-heads")(pool_heads)
 app.add_typer(models.app, name="models")
 
 

@@ -145,7 +145,7 @@ def table_lines(report: Report, *, markdown: bool = False, by_heads: bool = Fals
     if by_heads:
         lines += [
             "All have random weights of the model's shape and bits: memory and speed are real, what they write is not.",
-            "A trained model writes worse with fewer KV heads until trained again: `kvik convert` shows how much.",
+            "A trained model writes worse with fewer KV heads until trained again: `kvik pool-heads` shows how much.",
         ]
     if any(max(row["share_of_bandwidth"], row["share_of_arithmetic"]) > 1 for row in report["rows"]):
         lines.append("More than 100%: what is read lies in the caches. (The limits were measured again, to be sure.)")

@@ -1,4 +1,4 @@
-"""`kvik convert`: a model with fewer KV heads, and what that costs and gains."""
+"""`kvik pool-heads`: a model with fewer KV heads, and what that costs and gains."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ the cattle that have come down to drink."""
 """What the loss is measured on."""
 
 
-def convert(
+def pool_heads(
     *,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="smollm2, a .gguf path or a Hub id.")],
     out: Annotated[Path, value("Output", "FILE", "The .gguf to write.", "-o", "--out")],
@@ -54,7 +54,7 @@ def convert(
         source = resolve(model, check_config=check_config_of, progress=report)
     if source.is_dir():
         raise InvalidInput(
-            f"{model} is a checkpoint folder, kvik converts GGUF files",
+            f"{model} is a checkpoint folder, kvik pool-headss GGUF files",
             hint="make a GGUF of it first, with llama.cpp's convert_hf_to_gguf.py",
         )
     if out.exists() and out.samefile(source):
@@ -76,7 +76,7 @@ def convert(
         for heads, llm in llms.items()
     ]
     if as_json:
-        write_report({"kind": "kvik convert", "version": 1, "source": str(source), "path": str(out), "rows": rows})
+        write_report({"kind": "kvik pool-heads", "version": 1, "source": str(source), "path": str(out), "rows": rows})
         return
     write("\n".join(_lines(rows)) + "\n")
 

@@ -1,4 +1,4 @@
-"""`kvik convert`: heads pooled as the means that they should be, and what is said about it."""
+"""`kvik pool-heads`: heads pooled as the means that they should be, and what is said about it."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def test_equal_heads_pool_without_loss(tmp_path: Path) -> None:
 
 def test_the_command_measures_and_warns(kvik: Kvik, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "pooled.gguf"
-    result = kvik("convert", str(tiny), "--kv-heads", "1", "--out", str(out))
+    result = kvik("pool-heads", str(tiny), "--kv-heads", "1", "--out", str(out))
     assert result.exit_code == 0, result.output
     assert [line.split()[0] for line in result.stdout.splitlines()[1:3]] == ["2", "1"]
     assert "50% of the memory" in result.stdout
     assert "never trained together" in result.stdout
-    result = kvik("convert", str(tiny), "--kv-heads", "1", "--out", str(out), "--json")
+    result = kvik("pool-heads", str(tiny), "--kv-heads", "1", "--out", str(out), "--json")
     report = json.loads(result.stdout)
     assert [row["num_kv_heads"] for row in report["rows"]] == [2, 1]
     assert report["rows"][0]["kv_token_bytes"] == 2 * report["rows"][1]["kv_token_bytes"]
@@ -85,7 +85,7 @@ def test_the_command_measures_and_warns(kvik: Kvik, tiny: Path, tmp_path: Path) 
 
 def test_a_model_of_few_positions_is_measured_too(kvik: Kvik, tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "a.gguf", context_length=24)
-    result = kvik("convert", str(source), "--kv-heads", "1", "--out", str(tmp_path / "b.gguf"), "--json")
+    result = kvik("pool-heads", str(source), "--kv-heads", "1", "--out", str(tmp_path / "b.gguf"), "--json")
     assert result.exit_code == 0, result.output
     assert len(json.loads(result.stdout)["rows"]) == 2
 
@@ -103,7 +103,7 @@ def test_a_model_of_few_positions_is_measured_too(kvik: Kvik, tmp_path: Path) ->
 def test_what_cannot_be_done_is_refused(
     kvik: Kvik, tiny: Path, tmp_path: Path, heads: str, out: str, message: str
 ) -> None:
-    result = kvik("convert", str(tiny), "--kv-heads", heads, "--out", str(tmp_path / out))
+    result = kvik("pool-heads", str(tiny), "--kv-heads", heads, "--out", str(tmp_path / out))
     assert result.exit_code == 2
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
@@ -111,6 +111,6 @@ def test_what_cannot_be_done_is_refused(
 
 def test_the_model_itself_is_not_overwritten(kvik: Kvik, tiny: Path) -> None:
     before = tiny.read_bytes()
-    result = kvik("convert", str(tiny), "--kv-heads", "1", "--out", str(tiny))
+    result = kvik("pool-heads", str(tiny), "--kv-heads", "1", "--out", str(tiny))
     assert (result.exit_code, tiny.read_bytes()) == (2, before)
     assert "the model itself" in result.stderr
