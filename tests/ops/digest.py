@@ -11,13 +11,13 @@ from typing import get_args
 
 import numpy as np
 
-from gguf_files import WEIGHT_TYPES
 from kvik.config import Activations, KVDType
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import Activation, Linear, Norm
 from kvik.ops.native import NativeOps
 from ops.arrangement import FloatArray, Heads, random_history, random_weights
 from ops.sharing import filled, random_sharers
+from tiers import TESTED_TYPES
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
@@ -28,7 +28,7 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
     both: tuple[Activations, ...] = ("int8", "int16")
     for activations in both:
         ops = NativeOps(activations, threads=threads)
-        for kind in WEIGHT_TYPES:
+        for kind in TESTED_TYPES:
             weight = random_weights(kind, 21, 256, rng).load(ops)
             x = (rng.normal(0, 1, (6, 256)) * 10.0 ** rng.integers(-32, 6, (6, 1))).astype(np.float32)
             yield ops.linear(x, Linear(weight))
