@@ -32,8 +32,10 @@ def pytest_configure() -> None:
         os.environ.setdefault("KVIK_SEED", str(secrets.randbits(32)))
 
 
-def pytest_report_header() -> str:
-    return f"tier {TIER}, KVIK_SEED={os.environ.get('KVIK_SEED', '0')}"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    """What repeats a run with random seeds."""
+    if RANDOM_SEEDS:
+        terminalreporter.write_line(f"KVIK_TIER={TIER} KVIK_RANDOM_SEEDS=1 KVIK_SEED={os.environ['KVIK_SEED']}")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

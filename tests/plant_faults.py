@@ -89,8 +89,8 @@ FAULTS = (
     Fault(
         "a block that agrees in part is matched as a whole",
         "src/kvik/cache/radix.py",
-        "count = _common_bytes(tokens, at, child.tokens) // key_bytes",
-        "count = -(-_common_bytes(tokens, at, child.tokens) // key_bytes)",
+        "common_bytes(tokens, at, child.tokens) // key_bytes",
+        "common_bytes(tokens, at, child.tokens) // -key_bytes * -1",
     ),
     Fault(
         "a window's block is given back one token too early",
