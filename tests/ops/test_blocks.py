@@ -49,6 +49,7 @@ def content(ops: Ops, kv_cache: list[LayerKV], block: int) -> FloatArray:
     return np.stack([ops.to_numpy(ops.attend(q, kv, batch)) for kv in kv_cache])
 
 
+@pytest.mark.tiny
 @every_kv_type
 def test_copies_are_made_in_order_and_touch_nothing_else(ops: Ops, dtype: KVDType) -> None:
     kv_cache = filled(ops, dtype, 19)
