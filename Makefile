@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 ORACLE_VENV := .venv-oracle
+PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 CPP := $(wildcard native/*.h native/*.cpp native/*.inl)
 # llama-cpp-python comes as source: AVX2 and no more, because its AMX code dies when compiled by gcc 12.
@@ -10,11 +11,15 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test check test-oracle sanitize sanitize-address sanitize-thread benchmarks bench bench-engine bench-peers bench-llama-cpp soak docs goldens format stubs clean
+.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp soak docs goldens format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
-	@echo "make test         all tests that need no torch"
+	@echo "make tiny         for each save, 10 seconds: lint, import rules, the cache, a few ops, 100 simulations; no model"
+	@echo "make test         before a push, minutes: all that needs no torch, but for long and repeated runs"
+	@echo "make test-all     before a merge: what make test leaves out, sanitizers, comparisons with torch and llama.cpp"
+	@echo "make nightly      hours: random seeds, 20,000 simulations, every format under sanitizers, soak"
+	@echo "make plant-faults which tier finds which of the faults that tests/plant_faults.py plants (an hour)"
 	@echo "make check        formats, lint, types, import rules, stubs"
 	@echo "make test-oracle  the comparisons with transformers, in a venv of their own"
 	@echo "make goldens      what transformers makes of the small checkpoints in tests/families, kept for the tests without torch"
@@ -34,9 +39,42 @@ demo: $(VENV)/.installed
 	$(call say,Answer one prompt without the KV cache and with it)
 	$(VENV)/bin/kvik race
 
+tiny: $(VENV)/.check-installed
+	$(VENV)/bin/ruff format --check -q .
+	$(VENV)/bin/ruff check -q .
+	$(VENV)/bin/lint-imports --no-logo
+	KVIK_TIER=tiny $(VENV)/bin/python -m pytest -q -m tiny
+
 test: $(VENV)/.tests-installed
-	$(call say,Run all tests that need no torch)
-	$(VENV)/bin/python -m pytest
+	$(call say,Fetch the default model once)
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,Run the tests that need no torch$(,) two at a time; make test-all runs the rest)
+	KVIK_TIER=test $(PYTEST) -m 'not full and not nightly'
+
+# Two at a time: each of them leaves a processor half idle.
+test-all: $(VENV)/.tests-installed
+	$(call say,What make test leaves out)
+	$(VENV)/bin/kvik models pull smollm2
+	$(MAKE) -j2 --output-sync=target test-oracle sanitize-address sanitize-thread test-rest
+
+# Hypothesis marks its own tests: they run again with all of their examples.
+test-rest: $(VENV)/.tests-installed
+	$(call say,Long tests$(,) all simulations$(,) all examples)
+	KVIK_TIER=all $(PYTEST) -m '(full or hypothesis) and not nightly'
+
+nightly: $(VENV)/.tests-installed
+	$(call say,Everything with random seeds; KVIK_SEED repeats a run)
+	$(VENV)/bin/kvik models pull smollm2
+	KVIK_TIER=nightly KVIK_RANDOM_SEEDS=1 $(PYTEST)
+	$(MAKE) sanitize-whole
+	$(MAKE) goldens
+	$(VENV)/bin/python -m pytest tests/families/test_goldens.py
+	$(MAKE) test-oracle
+	$(MAKE) soak
+
+plant-faults: $(VENV)/.check-installed
+	$(call say,Plant one fault at a time in a copy of the tree$(,) and run the tiers until one fails)
+	$(VENV)/bin/python tests/plant_faults.py
 
 check: $(VENV)/.check-installed
 	$(call say,Python: format and lint)
@@ -116,6 +154,9 @@ sanitize: $(VENV)/.tests-installed
 
 sanitize-address sanitize-thread: $(VENV)/.tests-installed
 	PYTHON=$(VENV)/bin/python tests/sanitize.sh $(subst sanitize-,,$@)
+
+sanitize-whole: $(VENV)/.tests-installed
+	PYTHON=$(VENV)/bin/python tests/sanitize.sh --whole
 
 benchmarks: $(VENV)/.tests-installed
 	$(call say,Fetch the default model once)

@@ -1,6 +1,7 @@
 #include "packing.h"
 
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "half.h"
@@ -267,7 +268,7 @@ WeightPacker::WeightPacker(const GgufType &type, int64_t rows, int64_t columns, 
     : type_(type), weight_{rows, columns, type.block_format, type.float_format, 0, nullptr} {
   row_block_bytes_ = weight_.quantized() ? columns / kGroup * kBlockFormats[type.block_format].block_bytes()
                                          : columns * kRowBlock * type.block_bytes;
-  weight_.num_bytes = weight_.row_blocks() * row_block_bytes_;
+  if (__builtin_mul_overflow(weight_.row_blocks(), row_block_bytes_, &weight_.num_bytes)) throw std::bad_alloc();
   weight_.data = arena.allocate(weight_.num_bytes);
 }
 

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # The native core's tests with its module compiled with sanitizers: first address and undefined, then thread.
 #
-#   PYTHON=.venv/bin/python tests/sanitize.sh [address|thread ...]
+#   PYTHON=.venv/bin/python tests/sanitize.sh [--whole] [address|thread ...]
+#
+# Whether a kernel reads outside its arrays depends on shapes, not on which formats and settings are multiplied: the
+# tests marked `sanitize` run with one weight format a kernel. --whole (make nightly) runs every test of the ops.
 #
 # Python itself is not instrumented: what is checked is every load and store of kvik's own code, also into NumPy's arrays,
 # which lie between red zones because they come from the sanitizer's allocator.
@@ -9,8 +12,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-python3}")
 [[ $python == /* ]] || python=$PWD/$python
+chosen=(-m "sanitize and not full") one_format=1 thread_tests=()
+if [[ ${1:-} == --whole ]]; then
+  shift
+  chosen=() one_format=0 thread_tests=(tests/ops/test_bits.py tests/ops/test_machine_limits.py)
+fi
 kinds=("$@")
 [[ $# -gt 0 ]] || kinds=(address thread)
+! command -v ccache >/dev/null || export CMAKE_CXX_COMPILER_LAUNCHER=ccache
 root=$PWD/build/sanitize
 say() { printf '\n== %s\n' "$1"; }
 
@@ -51,7 +60,7 @@ run() {
   local libraries
   libraries="$(gcc -print-file-name="lib$runtime.so"):$(gcc -print-file-name=libstdc++.so.6)"
   # NumPy's BLAS has threads of its own, and the thread sanitizer does not see what orders them: it gets one.
-  env OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$libraries" PYTHONPATH="$folder/path" PYTHONDONTWRITEBYTECODE=1 PYTHONFAULTHANDLER= \
+  env KVIK_ONE_FORMAT=$one_format OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$libraries" PYTHONPATH="$folder/path" PYTHONDONTWRITEBYTECODE=1 PYTHONFAULTHANDLER= \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_abort=1 UBSAN_OPTIONS=print_stacktrace=1 \
     TSAN_OPTIONS=halt_on_error=1:die_after_fork=0:second_deadlock_stack=1 \
     "${without_aslr[@]}" "$python" -c "
@@ -59,7 +68,8 @@ import sys, kvik._native
 assert kvik._native.__file__.startswith('$folder'), kvik._native.__file__
 assert 'lib$runtime' in open('/proc/self/maps').read()
 import pytest
-sys.exit(pytest.main(sys.argv[1:]))" -q --capture=sys -p no:cacheprovider -o faulthandler_timeout=120 "$@"
+sys.exit(pytest.main(sys.argv[1:]))" -q --capture=sys -p no:cacheprovider -o faulthandler_timeout=120 \
+    -k 'not reference and not instruction_set' "${chosen[@]}" "$@"
 }
 
 mkdir -p "$root"
@@ -72,24 +82,18 @@ for kind in "${kinds[@]}"; do
     say "ASan and UBSan: the ops, and engines over them"
     run address asan tests/ops tests/engine/test_several_sequences.py >"$root/ops.log" 2>&1 &
     ops=$!
-    # Plain C++ is several times as slow as vectors: in two processes, so that no processor waits for the other at the end.
-    say "The same ops in plain C++, meanwhile"
-    KVIK_ISA=generic run address asan tests/ops/test_program.py tests/ops/test_packing.py tests/ops/test_shared_prefix.py \
-      tests/ops/test_blocks.py tests/ops/test_garbage.py tests/ops/test_bad_arguments.py tests/ops/test_sampler.py \
-      -k 'not reference and not instruction_set' >"$root/plain.log" 2>&1 &
-    plain=$!
-    KVIK_ISA=generic run address asan tests/ops/test_bits.py -k 'not reference and not instruction_set'
-    for job in "$ops ops" "$plain plain"; do
-      wait "${job% *}" || { cat "$root/${job#* }.log"; exit 1; }
-      cat "$root/${job#* }.log"
-    done
+    say "The same kernels in plain C++, meanwhile"
+    KVIK_ISA=generic run address asan tests/ops/test_bits.py tests/ops/test_program.py tests/ops/test_packing.py \
+      tests/ops/test_shared_prefix.py tests/ops/test_blocks.py tests/ops/test_garbage.py tests/ops/test_bad_arguments.py tests/ops/test_sampler.py
+    wait $ops || { cat "$root/ops.log"; exit 1; }
+    cat "$root/ops.log"
     ;;
   thread)
     build thread thread
     ! setarch "$(uname -m)" -R true 2>/dev/null || without_aslr=(setarch "$(uname -m)" -R)
     say "TSan: the pool, every op shared out among threads, several engines, a fork"
-    run thread tsan tests/ops/test_threads.py tests/ops/test_program.py tests/ops/test_bits.py tests/ops/test_shared_prefix.py \
-      tests/ops/test_machine_limits.py tests/ops/test_sampler.py tests/engine/test_several_sequences.py
+    run thread tsan tests/ops/test_threads.py tests/ops/test_program.py tests/ops/test_shared_prefix.py \
+      tests/ops/test_sampler.py tests/engine/test_several_sequences.py "${thread_tests[@]}"
     ;;
   *)
     echo "unknown: $kind; there are address and thread" >&2

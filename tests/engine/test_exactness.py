@@ -156,6 +156,7 @@ TRAINED_ARRANGEMENTS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arrangement", TRAINED_ARRANGEMENTS, ids=str)
 @pytest.mark.parametrize(("seed", "length"), [(15, 40), (18, 34), (19, 65)])
 def test_the_default_model(trained: LoadedModel, seed: int, length: int, arrangement: Arrangement) -> None:
@@ -165,6 +166,7 @@ def test_the_default_model(trained: LoadedModel, seed: int, length: int, arrange
     assert_same(arrangement.run(trained, prompt, params, "f16", "int8"), wanted, arrangement)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("chunk", [1, 7, 32, 33])
 def test_every_prompt_logit_of_the_default_model(trained: LoadedModel, chunk: int) -> None:
     prompt = random_prompt(trained, 50, seed=20)

@@ -16,7 +16,10 @@ from sequences import new_sequence
 PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
 VOCAB = 320
 
+pytestmark = pytest.mark.sanitize
 
+
+@pytest.mark.tiny
 def test_sequences_run_together_and_do_not_touch_each_other(tiny: LoadedModel) -> None:
     """Prompts share the steps' tokens in order of arrival; whoever has computed its own writes a token a step."""
     prompts = [random_prompt(tiny, length, seed=27 + length) for length in (33, 90, 64, 7)]

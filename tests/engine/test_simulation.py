@@ -1,12 +1,11 @@
 """Thousands of random workloads on the real engine with the model of `simulation.py`; each replays from its seed.
 
-KVIK_SIMULATION_SEED=n runs that one alone, KVIK_SIMULATIONS=n so many from 0 on.
+KVIK_SIMULATION_SEED=n runs that one alone, KVIK_SIMULATIONS=n so many; tiers.py says how many else.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 from dataclasses import dataclass, field
 
@@ -19,9 +18,8 @@ from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
 from sequences import new_sequence
 from simulation import ALL, CONTEXT, VOCAB, SimulatedEngine, StepFailed, expected_prompt_logprobs, expected_sequence
+from tiers import simulation_groups
 
-NUM_SIMULATIONS = int(os.environ.get("KVIK_SIMULATIONS", "2000"))
-GROUP = 100
 # Of the layers: that all see all tokens in every second workload.
 WINDOWS = (ALL, (None, 40), ALL, (24,), ALL, (5, None, 70), ALL, (130, 33))
 SALTS = (None, None, None, "ada", "bob")
@@ -259,14 +257,7 @@ class Workload:
         return str(self.engine.model.tokenizer.decode(prompt))
 
 
-def seeds() -> list[range]:
-    if "KVIK_SIMULATION_SEED" in os.environ:
-        seed = int(os.environ["KVIK_SIMULATION_SEED"])
-        return [range(seed, seed + 1)]
-    return [range(start, min(start + GROUP, NUM_SIMULATIONS)) for start in range(0, NUM_SIMULATIONS, GROUP)]
-
-
-@pytest.mark.parametrize("group", seeds(), ids=lambda group: f"{group.start}-{group.stop - 1}")
+@pytest.mark.parametrize("group", simulation_groups())
 def test_every_workload_writes_what_the_model_defines(group: range) -> None:
     for seed in group:
         try:

@@ -146,6 +146,7 @@ def test_every_section_draws_and_nothing_sticks_out(
     assert not re.search(r"undefined|\bNaN\b|Infinity|\[object", opened.text("body"))
 
 
+@pytest.mark.full
 def test_the_default_model_in_64_tokens_is_below_2_megabytes(open_page: Open, default_data: dict[str, Any]) -> None:
     assert len(default_data["tokens"]) == 64
     page = render_page(default_data)

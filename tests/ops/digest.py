@@ -11,7 +11,6 @@ from typing import get_args
 
 import numpy as np
 
-from gguf_files import WEIGHT_TYPES
 from kvik.config import ActivationDType, KVDType
 from kvik.engine.sampler import make_sampler
 from kvik.models.spec import RopeSpec
@@ -20,6 +19,7 @@ from kvik.ops.native import NativeOps
 from ops.arrangement import FloatArray, Heads, random_history, random_weights
 from ops.sampling import KINDS, random_logits, random_rows
 from ops.sharing import filled, random_sharers
+from tiers import TESTED_TYPES
 
 NONLINEARITIES: tuple[Nonlinearity, ...] = get_args(Nonlinearity)
 
@@ -30,7 +30,7 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
     both: tuple[ActivationDType, ...] = ("int8", "int16")
     for activations in both:
         ops = NativeOps(activations, threads=threads)
-        for kind in WEIGHT_TYPES:
+        for kind in TESTED_TYPES:
             weight = random_weights(kind, 21, 256, rng).load(ops)
             x = (rng.normal(0, 1, (6, 256)) * 10.0 ** rng.integers(-32, 6, (6, 1))).astype(np.float32)
             yield ops.linear(x, Linear(weight))

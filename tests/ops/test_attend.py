@@ -12,6 +12,7 @@ from kvik.config import KVDType
 from kvik.ops.base import Batch, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
+from looped import looped
 from ops.arrangement import FloatArray, Heads, History, WideArray, random_history
 
 UNIT = 2.0**-24  # half a unit in the last place of 1.0: what rounding one float32 result may lose
@@ -23,7 +24,9 @@ POSITIONS = (0, 1, 31, 32, 254, 255, 256, 257, 300, 511, 512, 540)
 
 WINDOWS = (1, 31, 32, 33, 255, 256, 257, None)
 
-every_kv_type = pytest.mark.parametrize("dtype", get_args(KVDType))
+pytestmark = pytest.mark.sanitize
+
+every_kv_type = looped("dtype", get_args(KVDType))
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -98,7 +101,7 @@ def check(ops: Ops, history: History, dtype: KVDType, tokens: list[tuple[int, in
 
 
 @every_kv_type
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@looped("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("queries_per_kv", QUERIES_PER_KV)
 def test_every_queries_per_kv_and_head_dim(ops: Ops, queries_per_kv: int, head_dim: int, dtype: KVDType) -> None:
     rng = np.random.default_rng(1000 * queries_per_kv + head_dim)
@@ -107,8 +110,9 @@ def test_every_queries_per_kv_and_head_dim(ops: Ops, queries_per_kv: int, head_d
     check(ops, history, dtype, [(1, 299), (0, 44), (1, 256), (0, 0), (1, 255)])
 
 
+@pytest.mark.tiny
 @every_kv_type
-@pytest.mark.parametrize("sharpness", [0.0, 1.0, 30.0])
+@looped("sharpness", [0.0, 1.0, 30.0])
 def test_positions_on_both_sides_of_every_edge(ops: Ops, sharpness: float, dtype: KVDType) -> None:
     """Weights that are all equal, ordinary ones, and ones where few tokens take all."""
     rng = np.random.default_rng(7)
@@ -117,7 +121,7 @@ def test_positions_on_both_sides_of_every_edge(ops: Ops, sharpness: float, dtype
     check(ops, history, dtype, [*tokens, (2, 32)])
 
 
-@pytest.mark.parametrize("value_std", [1e4, 1e-20])
+@looped("value_std", [1e4, 1e-20])
 def test_values_large_and_tiny(ops: Ops, value_std: float) -> None:
     rng = np.random.default_rng(8)
     history = random_history(Heads(3, 1, 24), [270], rng, value_std=value_std)
@@ -137,7 +141,7 @@ def test_one_key_far_above_the_rest_takes_everything(ops: Ops) -> None:
     np.testing.assert_allclose(out, history.v[0][winner].repeat(2, axis=0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@looped("dtype", ["f32", "f16"])
 def test_the_first_token_sees_its_own_value_as_stored(ops: Ops, dtype: KVDType) -> None:
     """A softmax over one token is 1, so this reads the cache: float16 rounds to the nearest even, like NumPy's."""
     rng = np.random.default_rng(10)
@@ -204,7 +208,7 @@ def test_layers_do_not_share_memory(ops: Ops) -> None:
 
 
 @every_kv_type
-@pytest.mark.parametrize("window", WINDOWS)
+@looped("window", WINDOWS)
 def test_a_window_of_any_size(ops: Ops, window: int | None, dtype: KVDType) -> None:
     """At every edge; the positions in a row are one tile, whose queries see different first and last tokens."""
     history = random_history(Heads(3, 1, 24), [541, 541], np.random.default_rng(14), sharpness=2.0)
@@ -212,8 +216,13 @@ def test_a_window_of_any_size(ops: Ops, window: int | None, dtype: KVDType) -> N
     check(ops, history, dtype, [*((0, position) for position in POSITIONS), *in_a_row], window)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_shapes_by_chance(ops: Ops, seed: int) -> None:
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 40), marks=pytest.mark.full)], ids=str)
+def test_shapes_by_chance(ops: Ops, seeds: range) -> None:
+    for seed in seeds:
+        check_shape_by_chance(ops, seed)
+
+
+def check_shape_by_chance(ops: Ops, seed: int) -> None:
     """Groups that fill no register evenly, head sizes with a rest of eight, a prompt's chunk beside single tokens."""
     rng = np.random.default_rng(seed)
     queries_per_kv = int(rng.choice([*range(1, 13), 71, 128]))
@@ -268,7 +277,7 @@ def test_an_int8_value_is_a_whole_multiple_of_its_scale(ops: Ops) -> None:
     np.testing.assert_allclose(stored_value(ops, v), np.rint(v * np.float32(127) / v[5]) * 0.1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", [0.0, -0.0, 1e-45, 1e-38, 1e-31])
+@looped("size", [0.0, -0.0, 1e-45, 1e-38, 1e-31])
 def test_what_is_too_small_for_a_scale_is_zero(ops: Ops, size: float) -> None:
     assert (stored_value(ops, np.full(24, size, np.float32)) == 0).all()
 
@@ -282,8 +291,8 @@ def test_a_huge_outlier_leaves_nothing_of_the_rest(ops: Ops) -> None:
 
 
 @every_kv_type
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("where", ["q", "k", "v"])
+@looped("bad", [np.nan, np.inf, -np.inf])
+@looped("where", ["q", "k", "v"])
 def test_what_is_no_number_does_not_vanish(ops: Ops, where: str, bad: float, dtype: KVDType) -> None:
     """In a token of an earlier segment: its head's output is no number either, where the score is not minus infinity.
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from kvik import _native
+from looped import looped
 from subprocesses import python
+
+pytestmark = pytest.mark.sanitize
 
 Call = Callable[..., Any]
 REFUSALS = (ValueError, TypeError, IndexError, MemoryError, OverflowError)
@@ -317,33 +320,51 @@ def variants(value: Any) -> list[Any]:
     return result
 
 
-def cases() -> list[Any]:
+def bad_values() -> list[Any]:
+    """Values of the table: right in kind, wrong in content."""
+    return [
+        pytest.param(name, argument, bad, id=f"{name}-{argument}-{index}")
+        for name, arguments in BAD.items()
+        for argument, values in arguments.items()
+        for index, bad in enumerate(values)
+    ]
+
+
+def wrong_kinds() -> list[tuple[str, str, Any]]:
+    """Of every argument: other types, and its own content as no kernel may take it."""
     found = []
     for name, (_, arguments) in GOOD.items():
         for argument, make in arguments.items():
             value = make()
-            values = [*BAD[name].get(argument, []), *variants(value)]
+            values = variants(value)
             if not isinstance(value, (bool, float)):  # those are read from any number
                 kinds = [kind for kind in WRONG_KINDS if not (isinstance(kind, str) and isinstance(value, str))]
                 values += kinds[1:] if argument in ("window", "bias", "up") else kinds  # none of these is None
-            found += [
-                pytest.param(name, argument, bad, id=f"{name}-{argument}-{index}") for index, bad in enumerate(values)
-            ]
+            found += [(name, argument, bad) for bad in values]
     return found
 
 
-@pytest.mark.parametrize("name", GOOD)
+@looped("name", GOOD)
 def test_the_call_that_the_others_differ_from_works(name: str) -> None:
     call, arguments = GOOD[name]
     call(**{key: make() for key, make in arguments.items()})
 
 
-@pytest.mark.parametrize(("name", "argument", "bad"), cases())
-def test_one_argument_that_does_not_fit(name: str, argument: str, bad: Any) -> None:
+def refuse(name: str, argument: str, bad: Any) -> None:
     call, arguments = GOOD[name]
     good = {key: make() for key, make in arguments.items()}
     with pytest.raises(REFUSALS):
         call(**good | {argument: bad})
+
+
+@pytest.mark.parametrize(("name", "argument", "bad"), bad_values())
+def test_one_argument_that_does_not_fit(name: str, argument: str, bad: Any) -> None:
+    refuse(name, argument, bad)
+
+
+@looped("case", wrong_kinds(), lambda case: f"{case[0]}({case[1]}={case[2]!r:.60})")
+def test_one_argument_of_a_wrong_kind(case: tuple[str, str, Any]) -> None:
+    refuse(*case)
 
 
 @pytest.mark.parametrize(

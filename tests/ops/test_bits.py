@@ -10,20 +10,23 @@ from gguf import GGMLQuantizationType
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from gguf_files import WEIGHT_TYPES
 from kvik import _native
 from kvik.config import ActivationDType, KVDType
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import Norm
 from kvik.ops.native import NativeOps
+from looped import looped
 from ops.arrangement import FloatArray, Heads, History, random_history, random_weights
 from ops.digest import digest
 from subprocesses import python
+from tiers import TESTED_TYPES, examples
 
 THREADS = (1, 2, 3)
 
 every_thread_count = pytest.mark.parametrize("threads", THREADS)
-every_kv_type = pytest.mark.parametrize("dtype", get_args(KVDType))
+every_kv_type = looped("dtype", get_args(KVDType))
+
+pytestmark = pytest.mark.sanitize
 
 
 def same_bits(left: FloatArray, right: FloatArray) -> None:
@@ -32,7 +35,7 @@ def same_bits(left: FloatArray, right: FloatArray) -> None:
 
 
 @pytest.mark.parametrize("activations", ["int8", "int16"])
-@pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
+@looped("kind", TESTED_TYPES, lambda kind: kind.name)
 def test_project_row_by_row(kind: GGMLQuantizationType, activations: ActivationDType) -> None:
     """A decode step's row of one is a prompt's row of seventy, however many threads share the outputs."""
     rng = np.random.default_rng(1)
@@ -49,7 +52,8 @@ def test_project_row_by_row(kind: GGMLQuantizationType, activations: ActivationD
             same_bits(ops.linear(x[70 - count :], packed), one_by_one[70 - count :])
 
 
-@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q4_1, GGMLQuantizationType.F16], ids=lambda kind: kind.name)
+@pytest.mark.tiny
+@looped("kind", [GGMLQuantizationType.Q4_1, GGMLQuantizationType.F16], lambda kind: kind.name)
 def test_project_every_number_of_rows(kind: GGMLQuantizationType) -> None:
     rng = np.random.default_rng(2)
     ops = NativeOps(threads=2)
@@ -77,13 +81,13 @@ def test_project_one_token_over_many_row_blocks(kind: GGMLQuantizationType, rows
 def test_project_of_several_weights_is_each_alone(threads: int) -> None:
     rng = np.random.default_rng(3)
     ops, alone = NativeOps(threads=threads), NativeOps(threads=1)
-    weights = [random_weights(kind, int(rng.integers(1, 70)), 256, rng).linear(alone) for kind in WEIGHT_TYPES]
+    weights = [random_weights(kind, int(rng.integers(1, 70)), 256, rng).linear(alone) for kind in TESTED_TYPES]
     x = rng.normal(0, 1, (5, 256)).astype(np.float32)
     for weight, out in zip(weights, ops.project(x, weights), strict=True):
         same_bits(out, alone.linear(x, weight))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.tuples(st.integers(1, 70), st.integers(1, 70)),
@@ -156,8 +160,8 @@ def test_attend_few_rows_and_many(dtype: KVDType, threads: int) -> None:
         same_bits(history.attend(ops, kv, [(0, 600 - count, 600)]), many[-count:])
 
 
-@every_kv_type
-@settings(deadline=None, max_examples=25)
+@pytest.mark.parametrize("dtype", get_args(KVDType))
+@settings(max_examples=examples(25))
 @given(seed=st.integers(0, 2**32 - 1), threads=st.sampled_from(THREADS))
 def test_attend_does_not_see_placement_or_company(dtype: KVDType, seed: int, threads: int) -> None:
     """Other blocks, other batch mates, another width of the table: the same bits for the same history."""
@@ -206,9 +210,14 @@ def test_groups_of_any_size_in_chunks(group: int, dtype: KVDType) -> None:
         same_bits(history.attend(NativeOps(threads=threads), kv, [(0, 230, 270)]), one_by_one)
 
 
+@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 15), marks=pytest.mark.full)], ids=str)
 @every_kv_type
-@pytest.mark.parametrize("seed", range(15))
-def test_ragged_batches_by_chance(seed: int, dtype: KVDType) -> None:
+def test_ragged_batches_by_chance(seeds: range, dtype: KVDType) -> None:
+    for seed in seeds:
+        check_ragged_batch(seed, dtype)
+
+
+def check_ragged_batch(seed: int, dtype: KVDType) -> None:
     """Any chunks of several sequences at once, of any shape: each token's bits are those it has alone."""
     rng = np.random.default_rng(seed)
     heads = Heads(int(rng.integers(1, 13)), 1, 8 * int(rng.integers(1, 33)))

@@ -14,11 +14,14 @@ from kvik.config import KVDType
 from kvik.ops.base import Batch, LayerKV, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
+from looped import looped
 from ops.arrangement import FloatArray
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 24
 
-every_kv_type = pytest.mark.parametrize("dtype", get_args(KVDType))
+pytestmark = pytest.mark.sanitize
+
+every_kv_type = looped("dtype", get_args(KVDType))
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -46,6 +49,7 @@ def content(ops: Ops, kv_cache: list[LayerKV], block: int) -> FloatArray:
     return np.stack([ops.to_numpy(ops.attend(q, kv, batch)) for kv in kv_cache])
 
 
+@pytest.mark.tiny
 @every_kv_type
 def test_copies_are_made_in_order_and_touch_nothing_else(ops: Ops, dtype: KVDType) -> None:
     kv_cache = filled(ops, dtype, 19)
@@ -67,7 +71,7 @@ def test_no_copies_are_none(ops: Ops) -> None:
     np.testing.assert_array_equal(content(ops, kv_cache, 1), before)
 
 
-@pytest.mark.parametrize("bad", [(0, 0), (-1, 0), (0, -1), (9, 0), (0, 9), (2**40, 0)])
+@looped("bad", [(0, 0), (-1, 0), (0, -1), (9, 0), (0, 9), (2**40, 0)])
 def test_a_copy_that_cannot_be_is_refused_before_any(ops: Ops, bad: tuple[int, int]) -> None:
     kv_cache = filled(ops, "f32", 9)
     before = content(ops, kv_cache, 1)
@@ -76,7 +80,7 @@ def test_a_copy_that_cannot_be_is_refused_before_any(ops: Ops, bad: tuple[int, i
     np.testing.assert_array_equal(content(ops, kv_cache, 1), before)
 
 
-@pytest.mark.parametrize("bad", [-1, 2, 2**40])
+@looped("bad", [-1, 2, 2**40])
 def test_a_superblock_that_is_not_there_is_refused(ops: Ops, bad: int) -> None:
     kv_cache = filled(ops, "f32", 9)  # a superblock and a part of one
     with pytest.raises(ValueError, match="outside the cache"):

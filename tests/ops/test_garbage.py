@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from kvik import _native
+from looped import looped
 from ops.garbage import (
     ARENA,
     BLOCKS,
@@ -30,9 +31,12 @@ from ops.garbage import (
     POOL,
 )
 from ops.test_bad_arguments import GOOD
+from tiers import run_seed
+
+pytestmark = pytest.mark.sanitize
 
 NUM_CALLS = 1500  # of random combinations for each function
-SEED = random.SystemRandom().randrange(2**32)
+SEED = run_seed("garbage")
 REFUSALS = (TypeError, ValueError, IndexError, MemoryError, OverflowError)
 
 
@@ -90,7 +94,7 @@ def test_random_combinations(name: str) -> None:
     assert num_accepted > 0 or name in {"integer_throughput", "float_throughput"}
 
 
-@pytest.mark.parametrize("name", CALLS)
+@looped("name", CALLS)
 def test_the_wrong_number_of_arguments(name: str) -> None:
     function = CALLS[name][0]
     for count in (len(CALLS[name][1]) + 1, max(0, len(CALLS[name][1]) - 1)):

@@ -11,12 +11,16 @@ from kvik.config import ActivationDType
 from kvik.ops.base import Linear, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps, quantize_activations
+from looped import looped
 from ops.arrangement import FloatArray, Matrix, WideArray, random_weights
+from tiers import TESTED_TYPES
 
 UNIT = 2.0**-24
 LEVELS: dict[ActivationDType, float] = {"int8": 127.0, "int16": 32384.0}
 
-every_type = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
+pytestmark = pytest.mark.sanitize
+
+every_type = looped("kind", TESTED_TYPES, lambda kind: kind.name)
 
 
 @pytest.fixture(params=["int8", "int16"])
@@ -148,6 +152,7 @@ def test_zeros_and_what_is_too_small_for_a_scale(
         assert not y[[0, 2]].any()
 
 
+@pytest.mark.tiny
 def test_whole_numbers_of_quanta_are_exact(ops: Ops, activations: ActivationDType) -> None:
     """Activations that quantise without loss and a scale of 1: the result is an integer below 2**24, so no rounding."""
     rng = np.random.default_rng(5)

@@ -10,18 +10,21 @@ import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType
 
-from gguf_files import WEIGHT_TYPES
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import Linear, Nonlinearity, Norm, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
+from looped import looped
 from ops.arrangement import FloatArray, random_weights
+from tiers import TESTED_TYPES
 
 WideArray = npt.NDArray[np.float64]
 NONLINEARITIES: tuple[Nonlinearity, ...] = get_args(Nonlinearity)
 
 UNIT = 2.0**-24
 TINIEST = 2.0**-126  # the smallest normal number: below it, results lose bits
+
+pytestmark = pytest.mark.sanitize
 
 SHAPES = [(0, 8), (1, 1), (1, 576), (2, 7), (5, 33), (16, 64), (17, 96), (130, 129), (300, 40)]
 SIZES = [1.0, 1e4, 1e-20, 0.0]
@@ -36,7 +39,7 @@ def normal(rng: np.random.Generator, *shape: int, size: float = 1.0) -> FloatArr
     return (rng.normal(0, 1, shape) * size).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
+@looped("kind", TESTED_TYPES, lambda kind: kind.name)
 def test_embed_gives_rows_of_the_table(ops: Ops, kind: GGMLQuantizationType) -> None:
     rng = np.random.default_rng(0)
     table = random_weights(kind, 37, 256, rng)
@@ -45,8 +48,8 @@ def test_embed_gives_rows_of_the_table(ops: Ops, kind: GGMLQuantizationType) -> 
         np.testing.assert_array_equal(ops.to_numpy(ops.embed(table.load(ops), token_ids)), table.values[token_ids])
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("shape", SHAPES)
+@looped("size", SIZES)
+@looped("shape", SHAPES)
 def test_rms_norm(ops: Ops, shape: tuple[int, int], size: float) -> None:
     """The mean square adds n / 8 squares a lane and 8 lanes; then a root, a quotient and two products."""
     rng = np.random.default_rng(shape[1])
@@ -60,9 +63,9 @@ def test_rms_norm(ops: Ops, shape: tuple[int, int], size: float) -> None:
         assert (abs(out - wanted) <= (shape[1] / 8 + 16) * UNIT * abs(wanted) + TINIEST).all()
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("shape", SHAPES)
+@looped("has_bias", [True, False])
+@looped("size", SIZES)
+@looped("shape", SHAPES)
 def test_layer_norm(ops: Ops, shape: tuple[int, int], size: float, has_bias: bool) -> None:
     """The mean is off by n / 8 + 8 units of the largest |x|: so are all differences from it, and their mean square."""
     rng = np.random.default_rng(shape[1] + 7)
@@ -92,8 +95,8 @@ def test_a_norm_of_heads_is_a_norm_of_each(ops: Ops, kind: Literal["rms", "layer
         np.testing.assert_array_equal(out[:, 24 * head : 24 * head + 24], ops.to_numpy(ops.norm(part, norm)))
 
 
-@pytest.mark.parametrize("size", [*SIZES, 30.0])
-@pytest.mark.parametrize("shape", SHAPES)
+@looped("size", [*SIZES, 30.0])
+@looped("shape", SHAPES)
 def test_silu(ops: Ops, shape: tuple[int, int], size: float) -> None:
     """e**-x is right to a unit or two and an argument's rounding, |x| units; past e**88 the quotient is nearly zero."""
     rng = np.random.default_rng(shape[1] + 1)
@@ -119,8 +122,8 @@ def normal_distribution(x: WideArray) -> WideArray:
     return np.asarray([math.erfc(-value / math.sqrt(2)) / 2 for value in x.reshape(-1)]).reshape(x.shape)
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 5.0, 1e4])
-@pytest.mark.parametrize("shape", SHAPES)
+@looped("size", [1e-3, 1.0, 5.0, 1e4])
+@looped("shape", SHAPES)
 def test_gelu_and_relu(ops: Ops, shape: tuple[int, int], size: float) -> None:
     """The polynomial of the normal distribution is right to 7.5e-8, its products to some units; so are tanh's."""
     rng = np.random.default_rng(shape[1] + 2)
@@ -140,14 +143,14 @@ def test_gelu_and_relu(ops: Ops, shape: tuple[int, int], size: float) -> None:
         )
 
 
-@pytest.mark.parametrize("activation", NONLINEARITIES)
+@looped("activation", NONLINEARITIES)
 def test_activations_keep_what_is_no_number(ops: Ops, activation: Nonlinearity) -> None:
     x = np.asarray([[np.nan, 1.0, np.nan, 2.0, 3.0, 4.0, 5.0, 6.0, np.nan]], np.float32)
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(np.isnan(ops.to_numpy(ops.activate(x, activation))), np.isnan(x))
 
 
-@pytest.mark.parametrize("cap", [0.5, 30.0, 50.0])
+@looped("cap", [0.5, 30.0, 50.0])
 def test_soft_cap(ops: Ops, cap: float) -> None:
     """tanh is 1 less a quotient: off by a unit or two of 1."""
     x = normal(np.random.default_rng(6), 9, 45, size=40.0)
@@ -220,7 +223,7 @@ def test_rope_table_turns_by_theta_and_factors() -> None:
     np.testing.assert_array_equal(longer[:10], plain)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@looped("size", SIZES)
 def test_add(ops: Ops, size: float) -> None:
     rng = np.random.default_rng(2)
     x, y = normal(rng, 9, 33, size=size), normal(rng, 9, 33)
@@ -228,7 +231,7 @@ def test_add(ops: Ops, size: float) -> None:
     np.testing.assert_array_equal(ops.to_numpy(ops.add(x, y)), wanted)
 
 
-@pytest.mark.parametrize("rows", [[], [4], [0, 4, 2], [3, 3]])
+@looped("rows", [[], [4], [0, 4, 2], [3, 3]])
 def test_take_rows(ops: Ops, rows: list[int]) -> None:
     x = normal(np.random.default_rng(3), 5, 33)
     taken = ops.to_numpy(ops.take_rows(x, np.asarray(rows, np.int32)))
@@ -237,7 +240,7 @@ def test_take_rows(ops: Ops, rows: list[int]) -> None:
         np.testing.assert_array_equal(row, x[index])
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+@looped("num_tokens", [0, 1, 5])
 def test_heads_are_split_and_merged_in_order(ops: Ops, num_tokens: int) -> None:
     x = normal(np.random.default_rng(4), num_tokens, 48)
     heads = ops.split_heads(x, 16)

@@ -13,6 +13,7 @@ from gguf.quants import dequantize
 from gguf_files import FLOAT16_OFFSETS, FLOAT_TYPES, WEIGHT_TYPES, random_blocks
 from kvik import _native
 from kvik.ops.reference import ReferenceOps
+from looped import looped
 
 ROWS = (1, 7, 8, 9, 33)
 BLOCK_BYTES = {
@@ -32,8 +33,11 @@ BLOCK_BYTES = {
     "Q6_K": 32 + 2 * 4,
 }
 
-every_type = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
-quantized_types = pytest.mark.parametrize("kind", FLOAT16_OFFSETS, ids=lambda kind: kind.name)
+pytestmark = pytest.mark.sanitize
+
+# Each format is unpacked by code of its own.
+every_type = looped("kind", WEIGHT_TYPES, lambda kind: kind.name)
+quantized_types = looped("kind", FLOAT16_OFFSETS, lambda kind: kind.name)
 
 
 def unpacked(
@@ -68,6 +72,7 @@ def test_the_narrowest_matrix(kind: GGMLQuantizationType) -> None:
     np.testing.assert_array_equal(unpacked(kind, blocks, columns), expected(kind, blocks))
 
 
+@pytest.mark.tiny
 @every_type
 def test_rows_come_in_the_order_asked_for_and_as_often(kind: GGMLQuantizationType) -> None:
     columns = 256
@@ -87,7 +92,7 @@ def test_packing_with_several_threads_gives_the_same_values(kind: GGMLQuantizati
 
 
 @quantized_types
-@pytest.mark.parametrize("byte", [0x00, 0x01, 0x7F, 0x80, 0xFF])
+@looped("byte", [0x00, 0x01, 0x7F, 0x80, 0xFF], hex)
 def test_blocks_of_one_byte_all_over(kind: GGMLQuantizationType, byte: int) -> None:
     """Every code at its end: -128 in Q8_0, the largest nibble, the most negative 6-bit scale."""
     columns = 256
@@ -100,7 +105,7 @@ def test_blocks_of_one_byte_all_over(kind: GGMLQuantizationType, byte: int) -> N
 
 
 @quantized_types
-@pytest.mark.parametrize("scale", [65504.0, -65504.0, 2.0**-24, -(2.0**-24), 6.1e-5, 0.0, -0.0])
+@looped("scale", [65504.0, -65504.0, 2.0**-24, -(2.0**-24), 6.1e-5, 0.0, -0.0])
 def test_scales_at_the_ends_of_float16(kind: GGMLQuantizationType, scale: float) -> None:
     """The largest number, the smallest, and a subnormal one."""
     columns = 256
@@ -125,7 +130,7 @@ def test_random_bytes_infinite_scales_among_them(kind: GGMLQuantizationType) -> 
     np.testing.assert_array_equal(values[finite], wanted[finite])
 
 
-@pytest.mark.parametrize("kind", FLOAT_TYPES, ids=lambda kind: kind.name)
+@looped("kind", FLOAT_TYPES, lambda kind: kind.name)
 def test_floats_of_any_bits(kind: GGMLQuantizationType) -> None:
     """Infinities, NaNs, subnormals and both zeros pass through a float format."""
     columns = 64
@@ -145,9 +150,7 @@ def test_bytes_are_those_of_the_format_for_whole_row_blocks(kind: GGMLQuantizati
     assert weight.num_bytes == -(-rows // 8) * 8 * columns // 32 * BLOCK_BYTES[kind.name]
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in GGMLQuantizationType if kind not in WEIGHT_TYPES], ids=lambda kind: kind.name
-)
+@looped("kind", [kind for kind in GGMLQuantizationType if kind not in WEIGHT_TYPES], lambda kind: kind.name)
 def test_a_type_without_a_packed_format_is_refused(kind: GGMLQuantizationType) -> None:
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
     with pytest.raises(ValueError, match=kind.name):

@@ -39,6 +39,8 @@ from ops.digest import digest
 from ops.test_bits import same_bits
 
 Q4_1, Q8_0, F16 = GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16
+pytestmark = pytest.mark.sanitize
+
 ACTIVATIONS: tuple[ActivationDType, ...] = ("int8", "int16")
 
 
@@ -197,6 +199,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return native, load_model(native.path, ReferenceOps(request.param))
 
 
+@pytest.mark.tiny
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
 def test_each_op_of_a_step_is_near_the_reference(pair: tuple[LoadedModel, LoadedModel], kv_dtype: KVDType) -> None:
     """Step-by-step replay: the reference computes each op from what the native op was given.

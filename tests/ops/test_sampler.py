@@ -21,6 +21,8 @@ from ops.arrangement import FloatArray
 from ops.garbage import GOOD_SAMPLE, POOL, sample_row
 from ops.sampling import KINDS, random_logits, random_rows
 
+pytestmark = pytest.mark.sanitize
+
 THREADS = (1, 2, 3)
 SAMPLERS: dict[int, Sampler] = {count: make_sampler(NativeOps(threads=count)) for count in THREADS}
 REFERENCE = NumpySampler()

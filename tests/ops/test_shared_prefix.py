@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import get_args
 
@@ -16,18 +15,22 @@ from kvik.ops.base import Array, AttentionRule, Batch, IntArray, LayerKV, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.program import CapturedStep
 from kvik.ops.reference import ReferenceOps
+from looped import looped
 from ops.arrangement import Chunk, FloatArray, Heads, random_weights
 from ops.sharing import SEGMENT, Sharers, batch_of, filled, random_sharers
 from ops.test_bits import same_bits
+from tiers import run_seed
 
-SEED = random.SystemRandom().randrange(2**32)
+pytestmark = pytest.mark.sanitize
+
+SEED = run_seed("sharing")
 QUERIES_PER_KV = (1, 3, 8, 40)
 WINDOWS = (None, None, 1, 200, SEGMENT, 700)
 Plan = tuple[int, int, int]
 """Units, those of them that are shared, chunks."""
 
 
-@pytest.mark.parametrize("dtype", get_args(KVDType))
+@looped("dtype", get_args(KVDType))
 @pytest.mark.parametrize("seed", [*range(12), *range(SEED, SEED + 4)])
 def test_any_sharing_gives_the_bits_of_each_token_alone(seed: int, dtype: KVDType) -> None:
     rng = np.random.default_rng(seed)
@@ -95,6 +98,7 @@ def decode(*lengths: int) -> list[Chunk]:
     return [(sequence, length - 1, length) for sequence, length in enumerate(lengths)]
 
 
+@pytest.mark.tiny
 def test_neighbours_share_where_their_blocks_are_the_same() -> None:
     """Of four segments each, all four sequences share the first, three the second, two the third: 16 - 3 - 2 - 1."""
     out, plans = Captured(HEADS).run(TABLES, decode(900, 1000, 800, 1024))
@@ -135,7 +139,7 @@ def test_rows_of_a_shared_segment_have_positions_of_their_own(window: int) -> No
     same_bits(sharers.together(alone, kv, window), sharers.one_by_one(alone, kv, window))
 
 
-@pytest.mark.parametrize("place", range(BLOCKS_PER_SUPERBLOCK))
+@looped("place", range(BLOCKS_PER_SUPERBLOCK))
 def test_one_other_block_makes_another_segment(place: int) -> None:
     captured = Captured(HEADS)
     same = tables_of("a", "a")

@@ -19,6 +19,8 @@ from kvik.ops.native import NativeOps
 from ops.arrangement import FloatArray, Heads, random_history, random_weights
 from ops.digest import digest
 
+pytestmark = pytest.mark.sanitize
+
 SEED = 30
 
 

@@ -19,11 +19,12 @@ from kvik.planner.catalogue import (
 )
 from kvik.planner.near import plain
 from kvik.planner.shape import KV_DTYPES
+from looped import looped
 
 MODELS = list(model_entries().values())
 DEVICES = list(device_entries().values())
-models = pytest.mark.parametrize("entry", MODELS, ids=lambda entry: entry["name"])
-devices = pytest.mark.parametrize("entry", DEVICES, ids=lambda entry: entry["name"])
+models = looped("entry", MODELS, lambda entry: entry["name"])
+devices = looped("entry", DEVICES, lambda entry: entry["name"])
 
 # Heads times head_dim is not the hidden size in these, as their publishers have it.
 OTHER_WIDTH = (
@@ -118,7 +119,7 @@ def test_its_bytes_a_token_follow_from_its_heads(entry: dict[str, Any]) -> None:
     assert shape.kv_dtypes == KV_DTYPES
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@looped("name", PUBLISHED)
 def test_published_figures_are_met_within_their_rounding(name: str) -> None:
     figure, last_digit = PUBLISHED[name]
     shape = find_model(name)

@@ -16,7 +16,10 @@ import pytest
 from gguf_files import tiny_llama
 from subprocesses import python
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+pytestmark = [
+    pytest.mark.full,  # caches of 500 MB, written in full
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc"),
+]
 
 SCRIPT = """
 import gc, json, os, sys

@@ -20,9 +20,11 @@ from kvik.planner.plan import plan_shape
 from kvik.planner.shape import ModelShape
 from kvik.planner.speed import attention_operations
 from kvik.planner.weights import FORMATS
+from looped import looped
+from tiers import examples
 
 SHAPES = [shape_of(entry) for entry in model_entries().values()]
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+shapes = looped("shape", SHAPES, lambda shape: shape.name)
 
 
 def shape_named(name: str) -> ModelShape:
@@ -84,7 +86,7 @@ def test_a_latent_is_one_vector_and_one_rotary_key_for_all_heads() -> None:
 
 
 @shapes
-@pytest.mark.parametrize("dtype", get_args(KVDType))
+@looped("dtype", get_args(KVDType))
 def test_a_cache_grows_with_context_and_users_and_shrinks_by_what_is_shared(shape: ModelShape, dtype: KVDType) -> None:
     contexts = [1, 33, 500, 1000, shape.max_context]
     one, *others = [kv_memory(shape, dtype, context, users=5).num_bytes for context in contexts]
@@ -99,7 +101,7 @@ def test_a_cache_grows_with_context_and_users_and_shrinks_by_what_is_shared(shap
 # What fits.
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(
     shape=st.sampled_from(SHAPES),
     users=st.integers(1, 64),

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvik.cache import BlockPool
+from tiers import examples
+
+pytestmark = pytest.mark.tiny
 
 
 def test_all_blocks_are_free_at_first() -> None:
@@ -370,5 +373,5 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.ref_count(block_id) == sum(table.count(block_id) for table in self.tables)
 
 
-PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=examples(100), stateful_step_count=40)
 TestPool = PoolMachine.TestCase

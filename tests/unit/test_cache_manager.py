@@ -8,6 +8,8 @@ import pytest
 
 from kvik.cache import BlockCopy, BlockTable, CacheManager, KVCacheSpec, MissReason, packed
 
+pytestmark = pytest.mark.tiny
+
 SIZE = 4
 
 

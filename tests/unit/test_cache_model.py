@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvik.cache import BlockCopy, BlockTable, CacheManager, Hold, KVCacheSpec, MissReason, packed
+from tiers import examples
 
 SIZE = 4
 NUM_BLOCKS = 11
@@ -297,7 +298,5 @@ def common(one: list[int], other: tuple[int, ...]) -> int:
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-CacheMachine.TestCase.settings = settings(
-    max_examples=250, stateful_step_count=50, deadline=None, print_blob=True, derandomize=True
-)
+CacheMachine.TestCase.settings = settings(max_examples=examples(250), stateful_step_count=50)
 TestCache = CacheMachine.TestCase

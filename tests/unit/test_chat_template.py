@@ -23,6 +23,7 @@ from kvik.text.chat_template import ChatTemplate
 from template_families import CONVERSATIONS as FAMILY_CONVERSATIONS
 from template_families import FAMILIES
 from templates import USER, ask, template
+from tiers import examples
 
 TEMPLATES = {
     "chatml": (
@@ -281,7 +282,7 @@ def test_rendering_in_the_manner_of_a_family_equals_transformers(name: str) -> N
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(contents=st.lists(st.text(max_size=30), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_rendering_any_text_equals_transformers(
     templates: dict[str, ChatTemplate], name: str, contents: list[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -23,6 +24,9 @@ from kvik.config import (
     parse_bytes,
 )
 from kvik.errors import InvalidInput, KvikError
+from looped import looped
+
+pytestmark = pytest.mark.tiny
 
 NAN, INF = math.nan, math.inf
 TINIEST = 5e-324
@@ -222,13 +226,21 @@ BAD_ENGINE: dict[str, list[Any]] = {
 Config = Callable[..., SamplingParams | EngineConfig]
 
 
-def cases(values: dict[type, dict[str, list[Any]]]) -> list[Any]:
+Case = tuple[Config, str, Any]
+"""A config, one of its fields, and a value for it."""
+
+
+def cases(values: dict[type, dict[str, list[Any]]]) -> list[Case]:
     return [
-        pytest.param(config, field, value, id=f"{field}-{index}")
+        (config, field, value)
         for config, fields in values.items()
         for field, choices in fields.items()
-        for index, value in enumerate(choices)
+        for value in choices
     ]
+
+
+def name_of(case: Case) -> str:
+    return f"{case[1]} {reprlib.repr(case[2])}" if case[2] is not UNPRINTABLE else f"{case[1]} unprintable"
 
 
 @pytest.mark.parametrize(
@@ -241,10 +253,9 @@ def test_no_field_is_forgotten_here(
     assert names == good.keys() == bad.keys()
 
 
-@pytest.mark.parametrize(
-    ("config", "field", "value"), cases({SamplingParams: GOOD_SAMPLING, EngineConfig: GOOD_ENGINE})
-)
-def test_values_up_to_the_edges_are_kept(config: Config, field: str, value: Any) -> None:
+@looped("case", cases({SamplingParams: GOOD_SAMPLING, EngineConfig: GOOD_ENGINE}), name_of)
+def test_values_up_to_the_edges_are_kept(case: Case) -> None:
+    config, field, value = case
     kept = getattr(config(**{field: value}), field)
     if field == "stop":
         value = (value,) if isinstance(value, str) else tuple(value)
@@ -300,8 +311,9 @@ def test_an_engine_takes_scalars_of_numpy_too(field: str, value: Any, plain: Any
     assert type(kept) is type(plain)
 
 
-@pytest.mark.parametrize(("config", "field", "value"), cases({SamplingParams: BAD_SAMPLING, EngineConfig: BAD_ENGINE}))
-def test_other_values_are_refused_by_name(config: Config, field: str, value: Any) -> None:
+@looped("case", cases({SamplingParams: BAD_SAMPLING, EngineConfig: BAD_ENGINE}), name_of)
+def test_other_values_are_refused_by_name(case: Case) -> None:
+    config, field, value = case
     with pytest.raises(InvalidInput) as caught:
         config(**{field: value})
     error = caught.value

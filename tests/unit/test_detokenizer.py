@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvik.text.detokenizer import Detokenizer
 from kvik.text.tokenizer import Tokenizer
 from kvik.text.tokenizer_gguf import GGUFTokenizer, TokenType
+from tiers import examples
 
 
 def metadata(tokens: dict[str, TokenType], **fields: Any) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def pieces(tokenizer: Tokenizer, token_ids: list[int], skip_special: bool = True
 
 @both
 @given(data=st.data(), skip_special=st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400))
 def test_random_ids_give_the_text_of_a_whole_decode(
     tokenizer: Tokenizer, data: st.DataObject, skip_special: bool
 ) -> None:
@@ -61,7 +62,7 @@ def test_random_ids_give_the_text_of_a_whole_decode(
 
 @both
 @given(text=st.text(max_size=30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 def test_text_comes_back_in_whole_characters(tokenizer: Tokenizer, text: str) -> None:
     text = text.replace("\u2581", "")
     parts = pieces(tokenizer, tokenizer.encode(text, add_special=False))

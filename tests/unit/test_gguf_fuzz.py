@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from gguf_files import random_blocks, write_gguf
 from kvik.errors import ModelError
 from kvik.files.gguf import GGUFFile, parse_gguf
+from tiers import RANDOM_SEEDS, run_seed
 
-NUM_CASES = 20_000
-SEED = os.environ.get("KVIK_FUZZ_SEED", "kvik")
+CASES = [range(2000), pytest.param(range(2000, 20_000), marks=pytest.mark.full)]
+SEED = os.environ.get("KVIK_FUZZ_SEED", str(run_seed("gguf")) if RANDOM_SEEDS else "kvik")
 MAX_CASE_S = 1.0
 MAX_CASE_BYTES = 1 << 20  # some 300 times the file
 
@@ -165,13 +167,14 @@ def refusal_of(content: bytes) -> ModelError | None:
     return None
 
 
-def test_damaged_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", CASES, ids=str)
+def test_damaged_files(tmp_path: Path, cases: range) -> None:
     victim = Victim(tmp_path / "good.gguf")
     assert len(read_all(victim.content, Path("good.gguf")).tensors) == len(TENSORS)
     outcomes: Counter[str] = Counter()
     tracemalloc.start()
     try:
-        for case in range(NUM_CASES):
+        for case in cases:
             rng = random.Random(f"{SEED}/{case}")  # so that one case can be run again by itself
             content = bytearray(victim.content)
             mutations = rng.choices(MUTATIONS, k=rng.choice([1, 1, 2, 3]))
@@ -196,4 +199,4 @@ def test_damaged_files(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     # Neither outcome is so rare that the test would be about the other alone.
-    assert min(outcomes["read"], outcomes["refused"]) > NUM_CASES // 10, outcomes
+    assert min(outcomes["read"], outcomes["refused"]) > len(cases) // 10, outcomes

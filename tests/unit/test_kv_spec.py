@@ -12,6 +12,8 @@ from kvik.cache import BLOCK_SIZE, KVCacheSpec, PoolSize
 from kvik.config import KVDType
 from kvik.errors import InvalidInput
 
+pytestmark = pytest.mark.tiny
+
 SMOLLM2 = KVCacheSpec(num_layers=30, num_kv_heads=3, head_dim=64, dtype="f16")
 LLAMA_3_8B = KVCacheSpec(num_layers=32, num_kv_heads=8, head_dim=128, dtype="f16")
 

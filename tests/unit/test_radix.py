@@ -9,6 +9,8 @@ import pytest
 
 from kvik.cache import Match, MissReason, Namespace, RadixTree, radix
 
+pytestmark = pytest.mark.tiny
+
 HERE = Namespace("f16")
 SIZE = 4
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvik.errors import InvalidInput, ModelError
 from kvik.text.tokenizer_gguf import GGUFTokenizer, TokenType
+from tiers import examples
 
 CORPUS = (
     "the quick brown fox jumps over the lazy dog; the dog isn't amused, they'll say. It's 2024 or 12345.\n"
@@ -172,14 +173,14 @@ ALL_IDS = [*BYTE_LEVEL, "sentencepiece"]
 
 @pytest.mark.parametrize("pre", BYTE_LEVEL)
 @given(text=TEXT)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_byte_level_encoding_equals_the_definition(pre: str, text: str) -> None:
     expected = byte_level_oracle(BYTE_LEVEL[pre])(text)
     assert BYTE_LEVEL_TOKENIZERS[pre].encode(text, add_special=False, parse_special=False) == expected
 
 
 @given(text=st.one_of(TEXT, ANY_TEXT, st.text(alphabet=" aeth\u2581", max_size=60)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_sentencepiece_encoding_equals_the_definition(text: str) -> None:
     expected = sentencepiece_oracle(SENTENCEPIECE)(text)
     assert SENTENCEPIECE_TOKENIZER.encode(text, add_special=False, parse_special=False) == expected
@@ -193,7 +194,7 @@ def test_runs_of_spaces_are_joined_from_the_left(length: int) -> None:
 
 @pytest.mark.parametrize("tokenizer", ALL, ids=ALL_IDS)
 @given(text=ANY_TEXT)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_what_was_encoded_decodes_to_itself(tokenizer: GGUFTokenizer, text: str) -> None:
     # Qwen2 normalises; a space mark is a space to SentencePiece.
     expected = unicodedata.normalize("NFC", text) if tokenizer is BYTE_LEVEL_TOKENIZERS["qwen2"] else text
@@ -227,7 +228,7 @@ def test_qwen2_normalises_to_nfc() -> None:
 
 @pytest.mark.parametrize("tokenizer", ALL, ids=ALL_IDS)
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_text_cannot_become_a_control_token_unless_parsed(tokenizer: GGUFTokenizer, data: st.DataObject) -> None:
     names = [tokenizer.token_text(token_id) for token_id in tokenizer.special_token_ids]
     text = "".join(data.draw(st.lists(st.one_of(TEXT, st.sampled_from(names)), max_size=6)))
@@ -312,7 +313,7 @@ def test_every_end_token_is_known() -> None:
 
 @pytest.mark.parametrize("tokenizer", ALL, ids=ALL_IDS)
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_any_ids_decode_by_their_bytes(tokenizer: GGUFTokenizer, data: st.DataObject) -> None:
     token_ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     text = b"".join(map(tokenizer.token_bytes, token_ids))
@@ -430,7 +431,7 @@ JUNK = st.one_of(
 
 @pytest.mark.parametrize("metadata", [BYTE_LEVEL["gpt-2"], SENTENCEPIECE], ids=["gpt2", "llama"])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_no_metadata_raises_anything_but_a_model_error(metadata: dict[str, Any], data: st.DataObject) -> None:
     keys = [*metadata, "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.eot_token_id"]
     damaged = dict(metadata)

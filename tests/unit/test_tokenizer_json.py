@@ -21,6 +21,7 @@ from kvik.text.tokenizer import Tokenizer
 from kvik.text.tokenizer_gguf import GGUFTokenizer
 from kvik.text.tokenizer_json import FolderTokenizer
 from random_texts import random_texts
+from tiers import examples
 from tokenizer_kinds import KINDS, Kind, special
 
 SEED = 20_240_607
@@ -102,7 +103,7 @@ def test_a_space_written_as_a_byte_is_dropped_from_the_start_as_any_other(tokeni
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "llama2", "llama2_not_legacy", "gemma", "unigram"])
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_any_ids_stream_as_they_decode(tokenizer_of: TokenizerOf, name: str, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(name)
     token_ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + PADDING - 1), max_size=20))
@@ -395,7 +396,7 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int
 
 @pytest.mark.parametrize("name", ["qwen2", "llama2", "unigram"])
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_no_file_raises_anything_but_a_model_error(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:

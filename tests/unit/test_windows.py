@@ -8,6 +8,8 @@ import pytest
 
 from kvik.cache import BlockTable, CacheManager, KVCacheSpec, MissReason, WindowSpec, packed
 
+pytestmark = pytest.mark.tiny
+
 SIZE = 4  # tokens of a block
 
 
