@@ -6,13 +6,13 @@ TYPE_CHECKING = False  # typing's own takes longer to import than all of this
 if TYPE_CHECKING:
     from typing import Any
 
-    from kvik.config import SamplingParams
+    from kvik.config import EngineConfig, SamplingParams
     from kvik.engine.async_llm import AsyncLLM
     from kvik.engine.beams import Beam
     from kvik.engine.cache_view import CacheView
     from kvik.engine.llm import LLM
     from kvik.engine.output import Completion, Piece, Stats, TokenLogprobs
-    from kvik.engine.session import Session, TurnStats
+    from kvik.engine.session import AsyncSession, Session, TurnStats
     from kvik.errors import (
         CacheTooSmall,
         DownloadError,
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         NotEnoughMemory,
         PromptTooLong,
         QueueFull,
+        RequestsFailed,
         SlowReader,
+        StepInterrupted,
         TemplateError,
     )
     from kvik.planner.plan import Plan, plan
@@ -34,11 +36,13 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "AsyncSession",
     "Beam",
     "CacheTooSmall",
     "CacheView",
     "Completion",
     "DownloadError",
+    "EngineConfig",
     "EngineDead",
     "InvalidInput",
     "KvikError",
@@ -49,10 +53,12 @@ __all__ = [
     "Plan",
     "PromptTooLong",
     "QueueFull",
+    "RequestsFailed",
     "SamplingParams",
     "Session",
     "SlowReader",
     "Stats",
+    "StepInterrupted",
     "TemplateError",
     "TokenLogprobs",
     "TurnStats",
@@ -71,12 +77,16 @@ _ERRORS = (
     "NotEnoughMemory",
     "PromptTooLong",
     "QueueFull",
+    "RequestsFailed",
     "SlowReader",
+    "StepInterrupted",
     "TemplateError",
 )
 _LAZY = {
+    "EngineConfig": "config",
     "SamplingParams": "config",
     "LLM": "engine.llm",
+    "AsyncSession": "engine.session",
     "Session": "engine.session",
     "TurnStats": "engine.session",
     "AsyncLLM": "engine.async_llm",

@@ -155,3 +155,27 @@ def test_nobody_waits_for_a_step_to_be_admitted() -> None:
             return list(await asyncio.gather(first, *tasks))
 
     assert all(len(one[0].token_ids) == 3 for one in asyncio.run(work()))
+
+
+def test_requests_of_an_event_loop_that_is_gone_end() -> None:
+    engine = SimulatedEngine(num_blocks=8 * 12, token_budget=64, max_running=16, max_waiting=50)
+    params = SamplingParams(max_tokens=300, ignore_eos=True)
+    go = threading.Event()
+    engine.runner.before = lambda: time.sleep(0.001)
+
+    async def begin() -> tuple[AsyncLLM, Any]:
+        llm = served(engine)
+        stream = llm.stream([1, 2, 3], params)
+        await anext(stream)
+        return llm, stream
+
+    loop = asyncio.new_event_loop()
+    llm, stream = loop.run_until_complete(begin())
+    loop.close()
+    deadline_s = time.monotonic() + 20
+    while engine.scheduler.has_work and time.monotonic() < deadline_s:
+        go.wait(0.01)
+    assert not engine.scheduler.has_work
+    assert engine.cache.pool.num_held == 0
+    asyncio.run(llm.close())
+    del stream

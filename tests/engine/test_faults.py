@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
+from weakref import ref
 
 import pytest
 
@@ -166,3 +168,18 @@ def test_a_lease_of_another_engine_is_no_lease(llm: LLM) -> None:
         new_sequence(engines[0], prompt, PARAMS, lease=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no option 'park'"):
         new_sequence(engines[0], prompt, PARAMS, park=True)  # type: ignore[call-arg]
+
+
+def test_an_engine_is_gone_with_the_last_reference_to_it(llm: LLM) -> None:
+    """Its memory must not wait for the garbage collector, which the command line calls rarely."""
+    sequence = new_sequence(llm.engine, [1, 2, 3], PARAMS, hold=True)
+    run_sequence(llm.engine, sequence)
+    engine, lease = ref(llm.engine), sequence.lease
+    assert lease is not None
+    gc.disable()
+    try:
+        llm.engine = llm.new_engine()
+        assert engine() is None
+    finally:
+        gc.enable()
+    lease.close()

@@ -73,7 +73,7 @@ def test_the_last_token_is_always_computed() -> None:
     cache = manager(8)
     fill(cache, run(0, 8))
     found = cache.match(run(0, 8))
-    assert (found.num_tokens, found.num_cached_tokens, found.stop) == (4, 7, MissReason.ALL)
+    assert (found.num_tokens, found.num_cached_tokens, found.miss_reason) == (4, 7, MissReason.ALL)
     assert num_cached(cache, run(0, 9)) == 8
     assert num_cached(cache, [0]) == 0
     assert num_cached(cache, []) == 0
@@ -150,7 +150,7 @@ def test_where_no_copy_fits_the_block_itself_leaves_the_tree() -> None:
     assert cache.reserve(table, 12, 2) == [], "the first block is written where it lies"
     assert table.block_ids[0] == 0
     assert len(cache.tree) == 0
-    assert cache.match(run(0, 5)).stop is MissReason.EVICTED
+    assert cache.match(run(0, 5)).miss_reason is MissReason.EVICTED
     cache.check([table])
     cache.seal(table, tokens, 12)
     assert num_cached(cache, [*tokens, 1]) == 12
@@ -225,7 +225,7 @@ def test_the_end_of_what_was_used_longest_ago_is_evicted_first() -> None:
         cache.check([table])
     assert found == [(8, 12), (8, 8), (8, 4), (8, 0), (4, 0), (0, 0)]
     assert cache.stats.num_evicted_blocks == 6
-    assert cache.match(run(0, 13)).stop is MissReason.EVICTED
+    assert cache.match(run(0, 13)).miss_reason is MissReason.EVICTED
 
 
 def test_a_held_path_is_never_evicted() -> None:
@@ -244,7 +244,7 @@ def test_nothing_is_shared_between_salts() -> None:
     tokens = run(0, 9)
     tables = [start(cache, tokens, salt) for salt in (None, "a", "b")]
     assert len({block_id for table in tables for block_id in table.block_ids}) == 9
-    assert cache.match(tokens, "c").stop is MissReason.OTHER_SALT
+    assert cache.match(tokens, "c").miss_reason is MissReason.OTHER_SALT
     assert num_cached(cache, tokens, "a") == 8
     cache.check(tables)
     with pytest.raises(AssertionError, match="another namespace"):
@@ -405,7 +405,7 @@ def test_clear_forgets_what_nobody_holds() -> None:
     fill(cache, run(0, 12))
     cache.clear()
     assert (cache.pool.num_reusable, len(cache.tree)) == (0, 2)
-    assert cache.match(run(100, 13)).stop is MissReason.EVICTED
+    assert cache.match(run(100, 13)).miss_reason is MissReason.EVICTED
     assert num_cached(cache, run(0, 13)) == 8
     cache.check([table])
 
@@ -414,7 +414,7 @@ def test_without_prefix_cache_nothing_is_found_nor_kept() -> None:
     cache = manager(8, prefix_cache=False)
     first = start(cache, run(0, 9))
     found = cache.match(run(0, 9))
-    assert (found.block_ids, found.num_cached_tokens, found.stop) == ([], 0, MissReason.OFF)
+    assert (found.block_ids, found.num_cached_tokens, found.miss_reason) == ([], 0, MissReason.OFF)
     assert not cache.is_being_computed(found)
     second = start(cache, run(0, 9))
     assert not set(first.block_ids) & set(second.block_ids)

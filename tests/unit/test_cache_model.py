@@ -237,7 +237,7 @@ class CacheMachine(RuleBasedStateMachine):
         if found.tail is not None:
             block_id, count = found.tail
             assert places[block_id][1][: found.num_tokens + count] == tuple(wanted[: found.num_tokens + count])
-        assert (found.stop is MissReason.ALL) == (most == len(wanted))
+        assert (found.miss_reason is MissReason.ALL) == (most == len(wanted))
 
     def sealed(self) -> dict[int, History]:
         """What stands in each block of the tree, as the model has it."""

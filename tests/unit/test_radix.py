@@ -50,8 +50,8 @@ def tree() -> RadixTree:
 def test_an_empty_tree_knows_nothing() -> None:
     tree = RadixTree(SIZE)
     found = match(tree, run(0, 9))
-    assert (found.block_ids, found.num_cached_tokens, found.tail, found.stop) == ([], 0, None, MissReason.UNSEEN)
-    assert match(tree, []).stop is MissReason.ALL
+    assert (found.block_ids, found.num_cached_tokens, found.tail, found.miss_reason) == ([], 0, None, MissReason.UNSEEN)
+    assert match(tree, []).miss_reason is MissReason.ALL
     assert len(tree) == 0
     tree.check()
 
@@ -89,7 +89,7 @@ def test_what_is_found_and_why_no_more(
     tree: RadixTree, tokens: list[int], block_ids: list[int], tail: tuple[int, int] | None, stop: MissReason
 ) -> None:
     found = match(tree, tokens)
-    assert (found.block_ids, found.tail, found.stop) == (block_ids, tail, stop)
+    assert (found.block_ids, found.tail, found.miss_reason) == (block_ids, tail, stop)
     assert found.num_tokens == SIZE * len(block_ids)
     assert found.num_cached_tokens == found.num_tokens + (tail[1] if tail else 0)
     assert (found.next_hash is None) == (len(tokens) - found.num_tokens < SIZE)
@@ -101,7 +101,7 @@ def test_the_first_token_that_differs_is_named(tree: RadixTree, differs_at: int)
     tokens = run(0, 12)
     tokens[differs_at] = 99
     found = match(tree, tokens)
-    assert found.stop is MissReason.DIFFERS
+    assert found.miss_reason is MissReason.DIFFERS
     assert found.num_cached_tokens == differs_at
 
 
@@ -167,15 +167,15 @@ def test_only_the_end_of_a_branch_is_evicted(tree: RadixTree) -> None:
 def test_a_miss_tells_that_the_block_was_evicted(tree: RadixTree) -> None:
     tree.evict(2)
     found = match(tree, run(0, 12))
-    assert (found.block_ids, found.stop) == ([0, 1], MissReason.EVICTED)
-    assert match(tree, [*run(0, 11), 99]).stop is MissReason.DIFFERS, "a block that never was"
+    assert (found.block_ids, found.miss_reason) == ([0, 1], MissReason.EVICTED)
+    assert match(tree, [*run(0, 11), 99]).miss_reason is MissReason.DIFFERS, "a block that never was"
     tree.evict(3)
     tree.evict(1)
     tree.evict(0)
-    assert match(tree, run(0, 12)).stop is MissReason.EVICTED
-    assert match(tree, run(0, 12), Namespace("f16", "other")).stop is MissReason.UNSEEN
+    assert match(tree, run(0, 12)).miss_reason is MissReason.EVICTED
+    assert match(tree, run(0, 12), Namespace("f16", "other")).miss_reason is MissReason.UNSEEN
     insert(tree, run(0, 12), [5, 6, 7])
-    assert match(tree, run(0, 12)).stop is MissReason.ALL
+    assert match(tree, run(0, 12)).miss_reason is MissReason.ALL
 
 
 def test_evicted_blocks_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_evicted_blocks_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPa
     for start in range(5):
         insert(tree, run(start, SIZE), [0])
         tree.evict(0)
-    stops = [match(tree, run(start, SIZE)).stop for start in range(5)]
+    stops = [match(tree, run(start, SIZE)).miss_reason for start in range(5)]
     assert stops == [MissReason.UNSEEN, MissReason.UNSEEN, MissReason.EVICTED, MissReason.EVICTED, MissReason.EVICTED]
 
 
@@ -192,20 +192,20 @@ def test_nothing_is_matched_across_namespaces(tree: RadixTree) -> None:
     salted, narrow = Namespace("f16", "a"), Namespace("int8")
     for namespace, stop in [(salted, MissReason.OTHER_SALT), (narrow, MissReason.OTHER_FORMAT)]:
         found = match(tree, run(0, 12), namespace)
-        assert (found.namespace, found.block_ids, found.tail, found.stop) == (namespace, [], None, stop)
+        assert (found.namespace, found.block_ids, found.tail, found.miss_reason) == (namespace, [], None, stop)
     assert match(tree, run(0, 3), salted).tail is None
-    assert match(tree, run(60, 4), salted).stop is MissReason.UNSEEN
+    assert match(tree, run(60, 4), salted).miss_reason is MissReason.UNSEEN
     insert(tree, run(0, 8), [30, 31], salted)
     insert(tree, run(0, 4), [40], narrow)
     assert match(tree, run(0, 12)).block_ids == [0, 1, 2]
     assert match(tree, run(0, 12), salted).block_ids == [30, 31]
     assert match(tree, run(0, 12), narrow).block_ids == [40]
-    assert match(tree, run(0, 4), Namespace("int8", "a")).stop is MissReason.OTHER_SALT
-    assert match(tree, run(0, 4), Namespace("f32", "a")).stop is MissReason.OTHER_FORMAT
+    assert match(tree, run(0, 4), Namespace("int8", "a")).miss_reason is MissReason.OTHER_SALT
+    assert match(tree, run(0, 4), Namespace("f32", "a")).miss_reason is MissReason.OTHER_FORMAT
     for block_id in (31, 30):
         tree.evict(block_id)
-    assert match(tree, run(0, 4), salted).stop is MissReason.EVICTED
-    assert match(tree, run(0, 4), Namespace("f16", "b")).stop is MissReason.OTHER_SALT
+    assert match(tree, run(0, 4), salted).miss_reason is MissReason.EVICTED
+    assert match(tree, run(0, 4), Namespace("f16", "b")).miss_reason is MissReason.OTHER_SALT
     tree.check()
 
 

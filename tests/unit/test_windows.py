@@ -86,7 +86,7 @@ def test_a_hit_brings_the_blocks_of_the_window() -> None:
     cache = manager(None, 6)
     first = computed(cache, run(0, 40))
     match = cache.match([*run(0, 36), 99, 99])
-    assert (match.num_tokens, match.stop) == (36, MissReason.SHORT)
+    assert (match.num_tokens, match.miss_reason) == (36, MissReason.SHORT)
     second = cache.new_table()
     assert cache.adopt(second, [*run(0, 36), 99, 99], match) == 36
     assert second.windows[0].first == 7  # token 36 sees 31 ... 36
@@ -116,7 +116,7 @@ def test_a_hit_needs_every_block_of_the_window() -> None:
     group.pool.check([])
     lose(9)
     found = cache.match(run(0, 41))
-    assert found.stop is MissReason.WINDOW
+    assert found.miss_reason is MissReason.WINDOW
     assert found.num_tokens == 0, "all older ones went before"
     assert (found.tail, found.next_hash) == (None, None)
     table = computed(cache, run(0, 41))
@@ -132,10 +132,10 @@ def test_a_hit_ends_before_the_gap() -> None:
     block_ids = cache.match(run(0, 41)).block_ids
     group.forget(block_ids[8])
     found = cache.match(run(0, 41))
-    assert (found.num_tokens, found.stop) == (32, MissReason.WINDOW)
+    assert (found.num_tokens, found.miss_reason) == (32, MissReason.WINDOW)
     group.forget(block_ids[6])  # a token behind block 7 would see its end
     assert cache.match(run(0, 33)).num_tokens == 24
-    assert cache.match(run(0, 24)).stop is MissReason.ALL
+    assert cache.match(run(0, 24)).miss_reason is MissReason.ALL
 
 
 def test_two_windows_cut_to_what_both_have() -> None:

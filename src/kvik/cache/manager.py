@@ -61,7 +61,7 @@ class CacheManager:
     def reset(self) -> None:
         """Forget everything, whatever state an interruption has left it in: all tables are empty, all holds lost."""
         for hold in self.holds:
-            hold.tokens = b""
+            hold.tokens, hold.is_over = b"", True
         for table in self._tables:
             table.block_ids, table.num_sealed, table.claims = [], 0, []
             table.windows = [WindowTable() for _ in self.spec.windows]
@@ -288,7 +288,7 @@ class CacheManager:
         del self.holds[hold]
         if hold.is_pinned:
             self._pin_counts -= Counter(hold.table.block_ids)
-        hold.tokens = b""
+        hold.tokens, hold.is_over = b"", True
         self.release(hold.table)
 
     def take_back(self, spared: Hold | None = None) -> bool:

@@ -40,7 +40,7 @@ class Match:
 
     namespace: Namespace
     block_ids: list[int]  # whole blocks, in order
-    stop: MissReason
+    miss_reason: MissReason
     num_tokens: int  # in those blocks
     tail: tuple[int, int] | None  # the block that agrees longest with what follows, and for how many tokens: at least 1
     next_hash: int | None  # names the tokens up to the end of the next block; None where they fill no block

@@ -39,6 +39,7 @@ class Hold:
     table: BlockTable
     tokens: bytes  # an int32 each; those whose keys and values the blocks have
     is_pinned: bool = False
+    is_over: bool = False  # let go or taken back
 
     @property
     def num_tokens(self) -> int:

@@ -272,10 +272,12 @@ class AsyncLLM:
             self._engine.abort(*reader.branches)
             outbox[reader.loop].append((reader, _Delivery([], is_last=True, error=reader.slow_error())))
         for loop, deliveries in outbox.items():
+            is_closed = not _call(loop, partial(_hand_out, deliveries))
             for reader, delivery in deliveries:
-                if delivery.is_last:
+                if delivery.is_last or is_closed:
                     del self._readers[reader]
-            _call(loop, partial(_hand_out, deliveries))
+                if is_closed:
+                    self._engine.abort(*reader.branches)
 
 
 class _Closed(Exception):
@@ -370,8 +372,11 @@ def _hand_out(deliveries: list[tuple[_Reader, _Delivery]]) -> None:
         reader.receive(delivery)
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> bool:
+    """Whether the loop will do it; one that is closed has no tasks any more that wait for anything."""
     try:
         loop.call_soon_threadsafe(function)
-    except RuntimeError:  # the loop is closed: nobody reads any more
-        log.debug("an event loop was closed while requests of it ran")
+    except RuntimeError:
+        log.info("an event loop was closed while requests of it ran")
+        return False
+    return True

@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias, Unpack
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +101,7 @@ class Engine:
             step_tokens=config.token_budget,
         )
         self.runner = make_runner(model, self.kv_spec, size)
-        self.scheduler = Scheduler(self.cache, config, lambda hold: Lease(self, hold))
+        self.scheduler = Scheduler(self.cache, config, partial(Lease, ref(self)))
         self.admission = Admission(model, self.cache, self.scheduler.max_running)
         self.lock = OwnedLock()
         self.prefill_token_s: float | None = None  # a prompt token's share of a step's time, of the newest long chunk
@@ -168,10 +170,11 @@ class Engine:
                 clock.lap()
                 result = self._sample(batch, logits)
                 clock.lap()
-                self.scheduler.commit(batch, weight_bytes=self._step_bytes[len(logits) > 0])
-                self._num_failed_steps = 0
             except Exception as error:  # noqa: BLE001  # whatever it was, the sequences of this step get it
                 result = self._fail(batch, error)
+            else:
+                self.scheduler.commit(batch, weight_bytes=self._step_bytes[len(logits) > 0])
+                self._num_failed_steps = 0
             self._trim()
             self._tell(clock, batch, result)
             return result
@@ -208,7 +211,7 @@ class Engine:
     def fork_lease(self, lease: Lease) -> Lease:
         """Another lease of the same blocks."""
         with self._exclusive():
-            return Lease(self, self.cache.keep(lease.hold.table, lease.hold.tokens))
+            return Lease(ref(self), self.cache.keep(lease.hold.table, lease.hold.tokens))
 
     def pin_lease(self, lease: Lease) -> Lease:
         """Another lease, of the full blocks, which nobody's need takes away. Raises `CacheTooSmall`.
@@ -227,7 +230,7 @@ class Engine:
                         f" {error.message}",
                         hint="pin when it is done, or give the cache more memory",
                     ) from None
-            return Lease(self, pin)
+            return Lease(ref(self), pin)
 
     def close_lease(self, lease: Lease) -> None:
         """Give the blocks of a lease back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Protocol
+from weakref import ReferenceType
 
 from kvik.cache import Hold
 
@@ -33,8 +34,8 @@ class Lease:
 
     __slots__ = ("_owner", "hold")
 
-    def __init__(self, owner: LeaseOwner, hold: Hold) -> None:
-        self._owner = owner
+    def __init__(self, owner: ReferenceType[LeaseOwner], hold: Hold) -> None:
+        self._owner = owner  # weak: blocks do not outlive their engine, and no lease keeps one alive
         self.hold = hold
 
     @property
@@ -44,22 +45,31 @@ class Lease:
 
     def fork(self) -> Lease:
         """Another lease of the same blocks, with an end of its own."""
-        return self._owner.fork_lease(self)
+        return self._engine().fork_lease(self)
 
     def pin(self) -> Lease:
         """Another lease, of the full blocks, which nobody's need takes away.
 
         Raises `CacheTooSmall` where a request that waits or runs could no longer be served.
         """
-        return self._owner.pin_lease(self)
+        return self._engine().pin_lease(self)
 
     def close(self) -> None:
         """Give the blocks back; once more is no error."""
-        self._owner.close_lease(self)
+        owner = self._owner()
+        if owner is not None:
+            owner.close_lease(self)
 
     def close_later(self) -> None:
         """The same without waiting for a step that is going on: at its end."""
-        self._owner.forget_lease(self.hold)
+        owner = self._owner()
+        if owner is not None:
+            owner.forget_lease(self.hold)
+
+    def _engine(self) -> LeaseOwner:
+        owner = self._owner()
+        assert owner is not None, "the engine of the lease is gone"
+        return owner
 
     def __enter__(self) -> Lease:
         return self
@@ -70,5 +80,5 @@ class Lease:
     def __del__(self) -> None:
         # A constructor that was interrupted has left no hold behind.
         hold = getattr(self, "hold", None)
-        if hold is not None and hold.num_tokens:
-            self._owner.forget_lease(hold)
+        if hold is not None and not hold.is_over:
+            self.close_later()

@@ -282,7 +282,7 @@ class Scheduler:
         self.begun.append(sequence)
         if self._may_reuse(sequence):
             sequence.costs.num_cached_tokens = sequence.num_computed_tokens
-            sequence.costs.miss_reason = match.stop
+            sequence.costs.miss_reason = match.miss_reason
             self.cache.stats.note(sequence.num_prompt_tokens - 1, sequence.num_computed_tokens)
         log.debug(
             "%s: begins, %d of %d prompt tokens cached (%s)",

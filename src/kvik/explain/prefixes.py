@@ -124,5 +124,5 @@ def _first_token(engine: Engine, token_ids: list[int]) -> _FirstToken:
         num_copied=match.tail[1] if match.tail else 0,
         shared_blocks=match.block_ids,
         copied_block=match.tail[0] if match.tail else None,
-        stop=match.stop,
+        stop=match.miss_reason,
     )
