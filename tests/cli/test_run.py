@@ -107,6 +107,7 @@ def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
         "repetition_penalty",
         "presence_penalty",
         "frequency_penalty",
+        "logit_bias",
         "stop",
         "stop_token_ids",
         "seed",
@@ -170,7 +171,14 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
     engine = ["--activations", "int16", "--kv-dtype", "f32", "--context", "300", "--threads", "1", "--no-cache"]
     engine += ["--kv-memory", "512MiB"]
     values = report(kvik, "hello", *arguments, *engine)
-    others = {"stop": ["one", "two"], "stop_token_ids": [5, 6], "ignore_eos": True, "n": 1, "echo": False}
+    others = {
+        "stop": ["one", "two"],
+        "stop_token_ids": [5, 6],
+        "ignore_eos": True,
+        "n": 1,
+        "echo": False,
+        "logit_bias": [],
+    }
     assert values["params"] == options | others
     config = {"activations": "int16", "kv_dtype": "f32", "context": 300, "threads": 1, "kv_memory": 512 << 20}
     config |= {"token_budget": TOKEN_BUDGET, "backend": "native", "prefix_cache": True}
