@@ -27,7 +27,8 @@ from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
 from kvik.engine.events import StepEvent
 from kvik.engine.output import TokenLogprobs
-from kvik.engine.sampler import NumpySampler, Sampled, SampleRow
+from kvik.engine.sampler import Sampled, SampleRow, make_sampler
+from kvik.ops.native import NativeOps
 
 VOCAB, CONTEXT, PROMPT = 32, 4096, 20
 FloatArray = npt.NDArray[np.float32]
@@ -37,7 +38,7 @@ class StandInRunner:
     """Writes the same token for ever."""
 
     def __init__(self) -> None:
-        self._sampler = NumpySampler()
+        self._sampler = make_sampler(NativeOps(threads=1))
         self._logits = np.zeros((4096, VOCAB), np.float32)
         self._logits[:, 1] = 1
 
