@@ -59,7 +59,7 @@ class Slots:
         return self.tokens, self.positions, self.salts
 
 
-class StepFailed(Exception):
+class SimulatedFailure(Exception):
     """What a simulation asked for."""
 
 
@@ -116,7 +116,7 @@ class SimulatedRunner:
             written.positions[slots] = arrays.positions
             written.salts[slots] = batch_salts[arrays.sequence_index]
         if fails:
-            raise StepFailed
+            raise SimulatedFailure
         rows = np.zeros((len(arrays.logit_rows), VOCAB), np.float32)
         windows = self.spec.layer_windows
         assert windows is not None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         QueueFull,
         RequestsFailed,
         SlowReader,
-        StepInterrupted,
+        StepFailed,
         TemplateError,
     )
     from kvik.planner.plan import Plan, plan
@@ -58,7 +58,7 @@ __all__ = [
     "Session",
     "SlowReader",
     "Stats",
-    "StepInterrupted",
+    "StepFailed",
     "TemplateError",
     "TokenLogprobs",
     "TurnStats",
@@ -79,7 +79,7 @@ _ERRORS = (
     "QueueFull",
     "RequestsFailed",
     "SlowReader",
-    "StepInterrupted",
+    "StepFailed",
     "TemplateError",
 )
 _LAZY = {

@@ -12,7 +12,7 @@
     ├── QueueFull               more requests wait than the engine takes
     ├── SlowReader              a stream was not read while its tokens kept coming
     ├── RequestsFailed          some of several requests failed; it has the completions of the others
-    ├── StepInterrupted         a step was interrupted half way, and every request with it
+    ├── StepFailed              the step that computed the request failed, or was interrupted half way
     └── EngineDead              the engine has ended; nothing more will come
 
 Each carries one line that names the thing with its numbers, and a `hint` that says what to do about it.
@@ -84,8 +84,8 @@ class RequestsFailed(KvikError):
         self.errors = errors  # by that order
 
 
-class StepInterrupted(KvikError):
-    """A step was interrupted half way, so that nothing of what it worked on can be trusted."""
+class StepFailed(KvikError):
+    """The step that computed the request failed, or was interrupted half way; its cause tells how."""
 
 
 class EngineDead(KvikError):

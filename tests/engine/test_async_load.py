@@ -16,8 +16,8 @@ from kvik.config import SamplingParams
 from kvik.engine import async_llm
 from kvik.engine.async_llm import AsyncLLM
 from kvik.engine.output import Completion
-from kvik.errors import InvalidInput, SlowReader
-from simulation import VOCAB, SimulatedEngine, StepFailed, expected_sequence
+from kvik.errors import InvalidInput, SlowReader, StepFailed
+from simulation import VOCAB, SimulatedEngine, expected_sequence
 
 NUM_TASKS = 300
 SEED = 5

@@ -14,7 +14,7 @@ from kvik.engine.beams import Beam, search_beams
 from kvik.engine.engine import Engine
 from kvik.engine.events import StepEvent
 from kvik.engine.llm import LLM
-from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong
+from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong, StepFailed
 from kvik.models.loader import LoadedModel
 from models import assert_idle, random_prompt, run, tiny_model
 from runners import failing, watched_engine
@@ -129,7 +129,8 @@ def test_what_beams_have_in_common_is_computed_once(tiny: LoadedModel) -> None:
 
     def count(event: StepEvent) -> None:
         nonlocal computed
-        computed += len(event.batch.arrays.token_ids)
+        if event.batch is not None:
+            computed += len(event.batch.arrays.token_ids)
 
     engine.add_observer(count)
     search_beams(engine, prompt, width=4, max_tokens=10, length_penalty=1.0)
@@ -199,7 +200,7 @@ def test_what_the_engine_refuses_is_refused(llm: LLM) -> None:
 def test_an_exception_in_a_step_leaves_nothing_behind(tiny: LoadedModel) -> None:
     (engine, runner), prompt = watched_engine(tiny), random_prompt(tiny, 40, seed=47)
     runner.before = failing(ZeroDivisionError(), after=3)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(StepFailed, match="ZeroDivisionError"):
         search_beams(engine, prompt, width=3, max_tokens=10, length_penalty=1.0)
     assert_idle(engine)
     wanted = search_beams(Engine(tiny), prompt, width=3, max_tokens=10, length_penalty=1.0)

@@ -12,7 +12,7 @@ import pytest
 from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
-from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong
+from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong, StepFailed
 from kvik.models.loader import LoadedModel
 from models import assert_idle, random_prompt, run, run_sequence, tiny_model
 from runners import failing, watched_engine
@@ -266,8 +266,10 @@ def test_an_exception_in_a_step_ends_its_sequences_and_leaves_the_accounts_right
     assert result is not None
     assert (result.error, result.sequences) == (error, [])
     assert sequence.finish_reason == "abort"
-    assert isinstance(sequence.error, ZeroDivisionError)
-    assert_idle(engine)  # nothing is parked either: its blocks may be half written
+    assert isinstance(sequence.error, StepFailed)
+    assert sequence.error.__cause__ is error
+    assert sequence.lease is None
+    assert_idle(engine)  # nothing is held either: its blocks may be half written
     np.testing.assert_array_equal(run(engine, prompt, PARAMS).logits.view(np.uint32), wanted.logits.view(np.uint32))
 
 

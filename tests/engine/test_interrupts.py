@@ -16,7 +16,7 @@ from kvik.config import SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
 from kvik.engine.session import Session
-from kvik.errors import StepInterrupted
+from kvik.errors import StepFailed
 from sequences import new_sequence
 from simulation import SimulatedEngine, expected_sequence
 
@@ -109,7 +109,7 @@ def test_an_interruption_at_any_line_of_a_step_leaves_the_accounts_whole(happen:
             assert not any(sequence.error for sequence in sequences), where
         engine.abort(*sequences)
         for sequence in sequences:
-            assert sequence.error is None or isinstance(sequence.error, StepInterrupted), where
+            assert sequence.error is None or isinstance(sequence.error, StepFailed), where
             if sequence.lease is not None:
                 sequence.lease.close()
         assert_whole(engine, where)
@@ -168,6 +168,6 @@ def test_what_others_run_ends_with_a_torn_step_and_says_so() -> None:
     engine.runner.before = tear
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    assert isinstance(sequence.error, StepInterrupted)
+    assert isinstance(sequence.error, StepFailed)
     assert "send the request again" in sequence.error.hint
     assert_whole(engine, "a torn step")

@@ -12,7 +12,7 @@ from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.scheduler import PRIORITY_STEPS
 from kvik.engine.sequence import Sequence
-from kvik.errors import CacheTooSmall, InvalidInput, QueueFull
+from kvik.errors import CacheTooSmall, InvalidInput, QueueFull, StepFailed
 from kvik.models.loader import LoadedModel
 from models import assert_idle, random_prompt, run
 from runners import failing, watched_engine
@@ -240,6 +240,9 @@ def test_a_step_that_fails_ends_its_requests_and_leaves_the_cache_in_order(tiny:
     assert result is not None
     assert result.error is error
     engine.scheduler.check()
-    assert error in [sequence.error for sequence in sequences]
+    failed = [sequence.error for sequence in sequences if sequence.error is not None]
+    assert failed
+    assert all(isinstance(each, StepFailed) and each.__cause__ is error for each in failed)
+    assert len({id(each) for each in failed}) == len(failed), "an error of its own"
     assert_idle_after(engine)
     assert run(engine, prompt, PARAMS).token_ids == wanted.token_ids

@@ -15,9 +15,17 @@ from kvik.cache import MissReason
 from kvik.config import SamplingParams
 from kvik.engine.lease import Lease
 from kvik.engine.sequence import Sequence
-from kvik.errors import CacheTooSmall, QueueFull
+from kvik.errors import CacheTooSmall, InvalidInput, QueueFull, StepFailed
 from sequences import new_sequence
-from simulation import ALL, CONTEXT, VOCAB, SimulatedEngine, StepFailed, expected_prompt_logprobs, expected_sequence
+from simulation import (
+    ALL,
+    CONTEXT,
+    VOCAB,
+    SimulatedEngine,
+    SimulatedFailure,
+    expected_prompt_logprobs,
+    expected_sequence,
+)
 from tiers import simulation_groups
 
 # Of the layers: that all see all tokens in every second workload.
@@ -149,7 +157,7 @@ class Workload:
         self.engine.scheduler.check()
         self.failed_last = result is not None and result.error is not None
         if result is not None and result.error is not None:
-            assert isinstance(result.error, StepFailed)
+            assert isinstance(result.error, SimulatedFailure)
             self.num_failed += 1
         self._take_leases()
 
@@ -185,7 +193,7 @@ class Workload:
         if self.leases:
             try:
                 self.pins.append(self.rng.choice(self.leases)[0].pin())
-            except CacheTooSmall:
+            except InvalidInput:  # too small, or without a full block
                 self.num_refused += 1
 
     def unpin(self) -> None:

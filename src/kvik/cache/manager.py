@@ -62,7 +62,7 @@ class CacheManager:
         """Forget everything, whatever state an interruption has left it in: all tables are empty, all holds lost."""
         for hold in self.holds:
             hold.tokens, hold.is_over = b"", True
-        for table in self._tables:
+        for table in self._tables.copy():
             table.block_ids, table.num_sealed, table.claims = [], 0, []
             table.windows = [WindowTable() for _ in self.spec.windows]
         self._begin_empty()

@@ -12,7 +12,7 @@ from typing import Unpack
 from kvik.cache import CacheManager, Match
 from kvik.config import SamplingParams
 from kvik.engine.lease import Lease
-from kvik.engine.request import Request, RequestOptions
+from kvik.engine.request import HeldOptions, Request, check_options
 from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong
 from kvik.models.loader import LoadedModel
 
@@ -34,7 +34,7 @@ class Admission:
         self.max_running = max_running
 
     def new_request(
-        self, prompt_ids: SequenceOf[int], params: SamplingParams, **options: Unpack[RequestOptions]
+        self, prompt_ids: SequenceOf[int], params: SamplingParams, **options: Unpack[HeldOptions]
     ) -> Request:
         """A checked request. Raises `InvalidInput`, `PromptTooLong`, `CacheTooSmall`."""
         if not isinstance(params, SamplingParams):
@@ -127,13 +127,11 @@ def check_token_id_list(prompt: SequenceOf[int]) -> list[int]:
         raise InvalidInput(f"the prompt is {reprlib.repr(prompt)}", hint="give text, or a list of token ids") from None
 
 
-def _check_options(options: RequestOptions) -> None:
-    for name in options:
-        if name not in RequestOptions.__annotations__:
-            raise TypeError(f"a request has no option {name!r}: it has {', '.join(RequestOptions.__annotations__)}")
+def _check_options(options: HeldOptions) -> None:
+    check_options(options, HeldOptions)
     for name in ("use_cache", "hold"):
         if type(options.get(name, True)) is not bool:
-            raise InvalidInput(f"{name} is {reprlib.repr(options[name])}", hint="give True or False")  # type: ignore[literal-required]
+            raise InvalidInput(f"{name} is {reprlib.repr(options[name])}", hint="give True or False")
     priority = options.get("priority", 0)
     if type(priority) is not int or abs(priority) > MAX_PRIORITY:
         raise InvalidInput(

@@ -19,16 +19,15 @@ from kvik.engine.output import Completion, Piece
 from kvik.engine.request import (
     ChatOptions,
     Message,
-    Request,
     RequestOptions,
     TemplateOptions,
-    request_options,
-    template_options,
+    check_options,
+    split_options,
 )
 from kvik.engine.sequence import Sequence
 from kvik.engine.session import AsyncSession
 from kvik.engine.stream import PieceFeed, collect
-from kvik.errors import EngineDead, KvikError, SlowReader
+from kvik.errors import EngineDead, SlowReader
 from kvik.text.chat_messages import Content
 
 log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class AsyncLLM:
     @property
     def is_alive(self) -> bool:
         """Whether requests are served."""
-        return self._death is None and not self._is_closing
+        return self._death is None and not self._is_closing and self._engine.death is None
 
     @property
     def idle_s(self) -> float:
@@ -79,8 +78,7 @@ class AsyncLLM:
 
         Raises the error of a completion that failed; where others are whole, `RequestsFailed` with them.
         """
-        sequence = self._engine.new_sequence(await self._new_request(prompt, params, options))
-        reader = self._open(sequence, wants_pieces=False)
+        reader = self._open(await self._new_sequence(prompt, params, options), wants_pieces=False)
         try:
             while await reader.read():
                 pass
@@ -96,27 +94,24 @@ class AsyncLLM:
         With `params.n` above 1 the pieces of all completions come as they are written; `Piece.index` says whose each
         is.
         """
-        reader = self._open(self._engine.new_sequence(await self._new_request(prompt, params, options)))
-        try:
-            while pieces := await reader.read():
-                for piece in pieces:
-                    yield piece
-        finally:
-            self._leave(reader.branches)
+        async for piece in self.stream_sequence(await self._new_sequence(prompt, params, options)):
+            yield piece
 
     async def chat(
         self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
     ) -> list[Completion]:
         """Answers a conversation, `params.n` times."""
-        token_ids = await self._render_chat(messages, template_options(options))
-        return await self.generate(token_ids, params, **request_options(options))
+        for_template, others = split_options(options)
+        token_ids = await self._render_chat(messages, for_template)
+        return await self.generate(token_ids, params, **others)
 
     async def stream_chat(
         self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
     ) -> AsyncIterator[Piece]:
         """Answers a conversation piece by piece."""
-        token_ids = await self._render_chat(messages, template_options(options))
-        async for piece in self.stream(token_ids, params, **request_options(options)):
+        for_template, others = split_options(options)
+        token_ids = await self._render_chat(messages, for_template)
+        async for piece in self.stream(token_ids, params, **others):
             yield piece
 
     def session(self, *, system: Content | None = None, **options: Unpack[ChatOptions]) -> AsyncSession:
@@ -130,6 +125,7 @@ class AsyncLLM:
             while pieces := await reader.read():
                 for piece in pieces:
                     yield piece
+            collect(self._engine, reader.branches)  # raises what went wrong
         finally:
             self._leave(reader.branches)
 
@@ -155,13 +151,14 @@ class AsyncLLM:
 
     # On the event loop's side.
 
-    async def _new_request(self, prompt: Prompt, params: SamplingParams, options: RequestOptions) -> Request:
-        """Checked elsewhere than on the event loop, for tokenizing takes its time."""
+    async def _new_sequence(self, prompt: Prompt, params: SamplingParams, options: RequestOptions) -> Sequence:
+        """Checked elsewhere than on the event loop, for tokenizing takes its time, and so may echoing a prompt."""
         if not self.is_alive:
             raise self._dead()
+        check_options(options, RequestOptions)
 
-        def make() -> Request:
-            return self._engine.new_request(self.llm.encode(prompt), params, **options)
+        def make() -> Sequence:
+            return self._engine.new_sequence(self._engine.new_request(self.llm.encode(prompt), params, **options))
 
         return await asyncio.to_thread(make)
 
@@ -171,11 +168,13 @@ class AsyncLLM:
     def _open(self, sequence: Sequence, *, wants_pieces: bool = True) -> _Reader:
         """Queue a sequence, between two steps, and let it be read."""
         reader = _Reader(self._engine, sequence, wants_pieces=wants_pieces)
+        for branch in reader.branches:
+            branch.costs.submitted_s = time.perf_counter()
 
         def begin() -> None:
             try:
                 self._engine.add(reader.sequence)
-            except KvikError as error:  # the queue is full, or there is no room beside what is pinned
+            except Exception as error:  # noqa: BLE001  # that the queue is full, or whatever it is: this one hears of it
                 reader.fail(error)
             else:
                 self._readers[reader] = None
@@ -184,20 +183,23 @@ class AsyncLLM:
         return reader
 
     def _leave(self, branches: SequenceOf[Sequence], done: asyncio.Future[None] | None = None) -> None:
-        """Abort what is not finished, at the end of the present step; `done` is told."""
-        if all(branch.finish_reason is not None for branch in branches) or not self.is_alive:
-            if done is not None:
-                done.set_result(None)
-            return
+        """Abort what is not finished, at the end of the present step; `done` is told, and so is who still reads."""
 
         def end() -> None:
-            for reader in [reader for reader in self._readers if reader.sequence in branches]:
-                del self._readers[reader]
-            self._engine.abort(*branches)
-            if done is not None:
-                _call(done.get_loop(), partial(_resolve, done))
+            try:
+                self._engine.abort(*branches)
+            finally:
+                if done is not None:
+                    _call(done.get_loop(), partial(_resolve, done))
 
-        self._command(end)
+        is_over = all(branch.finish_reason is not None for branch in branches)
+        try:
+            if not is_over:
+                self._command(end)
+        except EngineDead:  # which has told everybody
+            is_over = True
+        if is_over and done is not None:
+            done.set_result(None)
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._lock:
@@ -217,22 +219,23 @@ class AsyncLLM:
 
     def _main(self) -> None:
         death: BaseException = _Closed()
-        num_failed = 0
+        num_stuck = 0  # steps in a row that ended before they began
         try:
             while not self._is_closing:
                 # Another thread's step may have ended what readers here still wait for.
                 self._obey(wait=not (self._engine.scheduler.has_work or self._readers))
                 self._beat_s = time.monotonic()
+                num_steps = self._engine.scheduler.num_steps
                 try:
                     self._engine.step()
-                    num_failed = 0
                 except EngineDead:
                     raise
                 except Exception:
-                    # The engine has forgotten all it cannot trust, and told those whose requests went with it.
-                    log.exception("the engine failed between two steps")
-                    num_failed += 1
-                    if num_failed == MAX_FAILED_STEPS:
+                    # An observer's, or accounts that broke: then the engine has forgotten what it cannot trust, and
+                    # ended those whose requests went with it.
+                    log.exception("a step ended with an error of its own")
+                    num_stuck = num_stuck + 1 if self._engine.scheduler.num_steps == num_steps else 0
+                    if num_stuck == MAX_FAILED_STEPS:
                         raise
                 self._deliver()
         except BaseException as error:  # noqa: BLE001  # all who wait must hear of it, whatever it was
@@ -253,7 +256,10 @@ class AsyncLLM:
                 command = self._inbox.get(block=wait)
             except queue.Empty:
                 return
-            command()
+            try:
+                command()
+            except Exception:
+                log.exception("a request could not be begun or ended")
             wait = False
 
     def _deliver(self) -> None:
@@ -275,7 +281,7 @@ class AsyncLLM:
             is_closed = not _call(loop, partial(_hand_out, deliveries))
             for reader, delivery in deliveries:
                 if delivery.is_last or is_closed:
-                    del self._readers[reader]
+                    self._readers.pop(reader, None)
                 if is_closed:
                     self._engine.abort(*reader.branches)
 
@@ -327,9 +333,7 @@ class _Reader:
         for branch in self.branches:
             if branch.finish_reason is None:
                 return _Delivery(pieces, is_last=False, error=None) if pieces else None
-        # Who asked for completions gets the errors with them.
-        error = next((branch.error for branch in self.branches if branch.error is not None), None)
-        return _Delivery(pieces, is_last=True, error=error if self._feeds else None)
+        return _Delivery(pieces, is_last=True, error=None)
 
     def fail(self, error: Exception) -> None:
         """No more pieces: this went wrong."""
@@ -352,7 +356,7 @@ class _Reader:
             self._waiter.set_result(None)
 
     async def read(self) -> list[Piece]:
-        """Pieces, as many as there are; none at the end. Raises what ended the request."""
+        """Pieces, as many as there are; none at the end. Raises what kept the request from running to its end."""
         while not self._pieces and not self._is_done:
             self._waiter = self.loop.create_future()
             await self._waiter

@@ -11,6 +11,7 @@ from kvik.config import MAX_BEAM_WIDTH, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.lease import Lease
 from kvik.engine.sequence import Sequence
+from kvik.engine.stream import run_all
 from kvik.errors import InvalidInput
 
 
@@ -92,21 +93,11 @@ def search_beams(
 
 def _compute(engine: Engine, prompt: SequenceOf[int], beams: list[_Branch], params: SamplingParams) -> list[Sequence]:
     """One more token for each beam, all in one batch: sequences with leases, and the logprobs of what may follow."""
-    sequences = [
-        engine.new_sequence(engine.new_request([*prompt, *beam.token_ids], params, hold=True, lease=beam.lease))
-        for beam in beams
-    ]
-    try:
-        for sequence in sequences:
-            engine.add(sequence)
-        while any(sequence.finish_reason is None for sequence in sequences):
-            engine.step()
-        for sequence in sequences:
-            if sequence.error is not None:
-                raise sequence.error
-    except BaseException:
-        engine.abort(*sequences)
-        raise
+    requests = [engine.new_request([*prompt, *beam.token_ids], params, hold=True, lease=beam.lease) for beam in beams]
+    sequences = run_all(engine, [engine.new_sequence(request) for request in requests])
+    for sequence in sequences:
+        if sequence.error is not None:
+            raise sequence.error
     return sequences
 
 

@@ -22,15 +22,15 @@ from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.admission import Admission
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.events import Observer, StepEvent, StepResult
-from kvik.engine.interrupts import OwnedLock, uninterrupted
+from kvik.engine.interrupts import OwnedLock, is_uninterrupted, uninterrupted
 from kvik.engine.lease import Lease
 from kvik.engine.output import Completion, TextStream
-from kvik.engine.request import Request, RequestOptions
+from kvik.engine.request import HeldOptions, Request
 from kvik.engine.runner import ModelRunner, Runner
 from kvik.engine.sampler import SampleRow, sample_rows
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
-from kvik.errors import CacheTooSmall, EngineDead, KvikError, ModelError, StepInterrupted
+from kvik.errors import CacheTooSmall, EngineDead, InvalidInput, KvikError, ModelError, StepFailed
 from kvik.models.loader import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ class Engine:
         self._forgotten: deque[Hold] = deque()
         self._num_failed_steps = 0  # in a row
         self._is_torn = False  # something is being changed, or was when it was interrupted
+        self._is_telling = False  # observers are being called
         self._step_bytes = {wanted: self.runner.step_bytes(with_logits=wanted) for wanted in (False, True)}
         for observer in observers:
             self.add_observer(observer)
@@ -117,9 +118,9 @@ class Engine:
     # What is asked of it.
 
     def new_request(
-        self, prompt_ids: SequenceOf[int], params: SamplingParams, **options: Unpack[RequestOptions]
+        self, prompt_ids: SequenceOf[int], params: SamplingParams, **options: Unpack[HeldOptions]
     ) -> Request:
-        """A request, checked as far as it can be without the lock; its options are those of `RequestOptions`.
+        """A request, checked as far as it can be without the lock; its options are those of `HeldOptions`.
 
         Raises `InvalidInput`, `PromptTooLong`, `CacheTooSmall`.
         """
@@ -144,44 +145,32 @@ class Engine:
     def check_room(self, request: Request) -> None:
         """Raise `CacheTooSmall` for a request that what is pinned leaves no room for."""
         with self._exclusive():
-            self._check_room(self.new_sequence(request))
+            self._check_room(request)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence and start its clock. Raises `CacheTooSmall`, `QueueFull`, `EngineDead`."""
         with self._exclusive():
             self._check_alive()
-            self._check_room(sequence)
-            self.scheduler.add(sequence)
-            for branch in sequence.all_branches():
-                branch.costs.queued_s = time.perf_counter()
+            self._check_room(sequence.request)
+            with self._changing():
+                self.scheduler.add(sequence)
 
     def step(self) -> StepResult | None:
         """Advance by one step; `None` when nothing is to do. Raises `EngineDead`."""
         with self._exclusive():
             self._check_alive()
             clock = _Clock()
-            batch = self.scheduler.schedule()
-            if batch is None:
+            with self._changing():
+                batch = self.scheduler.schedule()
+                clock.lap()
+                result = None if batch is None else self._advance(batch, clock)
                 self._trim()
-                return None
-            clock.lap()
-            try:
-                logits = self._run(batch)
-                clock.lap()
-                result = self._sample(batch, logits)
-                clock.lap()
-            except Exception as error:  # noqa: BLE001  # whatever it was, the sequences of this step get it
-                result = self._fail(batch, error)
-            else:
-                self.scheduler.commit(batch, weight_bytes=self._step_bytes[len(logits) > 0])
-                self._num_failed_steps = 0
-            self._trim()
             self._tell(clock, batch, result)
             return result
 
     def abort(self, *sequences: Sequence) -> None:
         """Stop those that are not finished; a finished one stays as it is."""
-        with self._exclusive():
+        with self._exclusive(), self._changing():
             for sequence in sequences:
                 self.scheduler.abort(sequence)
             self._trim_idle()
@@ -202,7 +191,7 @@ class Engine:
 
     def clear_cache(self) -> None:
         """Forget every block that nobody holds, and give the memory of free ones back."""
-        with self._exclusive():
+        with self._exclusive(), self._changing():
             self.cache.clear()
             self._give_back(self.cache.take_idle(max_kept=0))
 
@@ -210,7 +199,7 @@ class Engine:
 
     def fork_lease(self, lease: Lease) -> Lease:
         """Another lease of the same blocks."""
-        with self._exclusive():
+        with self._exclusive(), self._changing():
             return Lease(ref(self), self.cache.keep(lease.hold.table, lease.hold.tokens))
 
     def pin_lease(self, lease: Lease) -> Lease:
@@ -218,11 +207,16 @@ class Engine:
 
         It is refused where a request that waits or runs could no longer be served.
         """
-        with self._exclusive():
+        if not lease.hold.table.num_sealed:
+            raise InvalidInput(
+                "there is no full block to pin",
+                hint="pin more than 32 tokens" if self.cache.prefix_cache else "pins need the prefix cache",
+            )
+        with self._exclusive(), self._changing():
             pin = self.cache.keep(lease.hold.table, lease.hold.tokens, is_pinned=True)
             for other in (*self.scheduler.waiting, *self.scheduler.running):
                 try:
-                    self._check_room(other)
+                    self._check_room(other.request, other)
                 except CacheTooSmall as error:
                     self.cache.let_go(pin)
                     raise CacheTooSmall(
@@ -234,15 +228,15 @@ class Engine:
 
     def close_lease(self, lease: Lease) -> None:
         """Give the blocks of a lease back."""
-        with self._exclusive():
+        with self._exclusive(), self._changing():
             self.cache.let_go(lease.hold)
             self._trim_idle()
 
     def forget_lease(self, hold: Hold) -> None:
         """The same for finalisers: now, or after the step that is going on."""
         self._forgotten.append(hold)
-        if self.lock.acquire_now():  # not where this very thread is in the middle of a step
-            self.lock.release()
+        # Not where this very thread is in the middle of something that it must finish first.
+        if not is_uninterrupted() and self.lock.is_free_for():
             with self._exclusive():
                 pass
 
@@ -251,7 +245,7 @@ class Engine:
     def add_observer(self, observer: Observer) -> None:
         """Call `observer` after each step from now on, with the lock held: it must not call the engine."""
         with self._exclusive():
-            self.observers += (observer,)
+            self.observers = (*self.observers, observer)
             self.cache.events = self.cache.events or BlockEvents()
 
     def remove_observer(self, observer: Observer) -> None:
@@ -262,6 +256,19 @@ class Engine:
                 self.cache.events = None
 
     # The parts of a step.
+
+    def _advance(self, batch: ScheduledBatch, clock: _Clock) -> StepResult:
+        """Run the model, sample, commit; a step that fails ends its own sequences."""
+        try:
+            logits = self._run(batch)
+            clock.lap()
+            result = self._sample(batch, logits)
+            clock.lap()
+        except Exception as error:  # noqa: BLE001  # whatever it was, the sequences of this step get it
+            return self._fail(batch, error)
+        self.scheduler.commit(batch, weight_bytes=self._step_bytes[len(logits) > 0])
+        self._num_failed_steps = 0
+        return result
 
     def _run(self, batch: ScheduledBatch) -> npt.NDArray[np.float32]:
         for group, copies in batch.copies.items():
@@ -326,29 +333,29 @@ class Engine:
 
     def _fail(self, batch: ScheduledBatch, error: Exception) -> StepResult:
         """End the step's sequences; after several such steps, the engine."""
-        self._num_failed_steps += 1
         names = ", ".join(dict.fromkeys(item.sequence.request.request_id for item in batch.items))
-        log.error("a step failed, and with it %s: %r", names, error)
-        self.scheduler.fail(batch, error)
-        if self._num_failed_steps >= MAX_FAILED_STEPS:
-            self.death = error
-            log.critical("the engine ends: %d steps failed, one after the other", self._num_failed_steps)
-            for sequence in list(self.scheduler.unfinished):
-                self.scheduler.abort(sequence, self._dead())
+        log.error("a step failed, and with it %s", names, exc_info=error)
+        self.scheduler.fail(batch, lambda: _failure(f"the step that computed it failed: {error!r}", error))
+        self._count_failure(error)
         return StepResult([], [], np.empty((0, self.decoder.spec.vocab_size), np.float32), error)
 
-    def _tell(self, clock: _Clock, batch: ScheduledBatch, result: StepResult) -> None:
-        """Call the observers; an error of theirs is the caller's, and tears nothing."""
-        scheduler, cache = self.scheduler, self.cache
-        if not self.observers:
-            scheduler.begun.clear()
-            scheduler.ended.clear()
+    def _count_failure(self, error: Exception) -> None:
+        self._num_failed_steps += 1
+        if self._num_failed_steps < MAX_FAILED_STEPS or self.death is not None:
+            return
+        self.death = error
+        log.critical("the engine ends: %d steps failed, one after the other", self._num_failed_steps)
+        for sequence in list(self.scheduler.unfinished):
+            self.scheduler.abort(sequence, self._dead())
+
+    def _tell(self, clock: _Clock, batch: ScheduledBatch | None, result: StepResult | None) -> None:
+        """Call all observers; then an error of theirs is the caller's, and tears nothing."""
+        begun, ended = self.scheduler.take_news()
+        if not self.observers or (batch is None and not begun and not ended):
             return
         clock.lap()
-        begun, scheduler.begun = scheduler.begun, []
-        ended, scheduler.ended = scheduler.ended, []
-        blocks, cache.events = cache.events or BlockEvents(), BlockEvents()
         schedule_s, run_s, sample_s, commit_s = clock.parts_s()
+        blocks, self.cache.events = self.cache.events or BlockEvents(), BlockEvents()
         event = StepEvent(
             started_s=clock.times_s[0],
             schedule_s=schedule_s,
@@ -361,46 +368,66 @@ class Engine:
             ended=ended,
             blocks=blocks,
         )
-        self._is_torn = False
-        for observer in self.observers:
-            observer(event)
+        errors: list[Exception] = []
+        self._is_telling = True
+        try:
+            for observer in self.observers:
+                try:
+                    observer(event)
+                except Exception as error:  # noqa: BLE001  # raised when the others know too
+                    errors.append(error)
+        finally:
+            self._is_telling = False
+        if errors:
+            raise errors[0]
 
     # Accounts that an interruption does not tear.
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Take the lock for a change; run releases deferred by finalizers before letting go.
-
-        Ctrl-C waits until the change is whole. Whatever else ends it half way, an error that refuses it aside, leaves
-        accounts that nobody can trust: then everything is forgotten, here or, if that is interrupted too, next time.
-        """
-        with uninterrupted(), self.lock:
+        """Have the lock, with nothing torn; Ctrl-C waits for the end. Releases deferred by finalizers are run."""
+        if self._is_telling and self.lock.is_owned:
+            raise RuntimeError("an observer must not call the engine that it watches")
+        with self.lock.take(), uninterrupted():
             if self._is_torn:
-                self._recover()
-            self._is_torn = True
-            try:
-                yield
+                self._recover(None)
+            self._let_go_forgotten()
+            yield
+            self._let_go_forgotten()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Change the accounts, all of it or nothing that anybody trusts.
+
+        What ends this half way, an error that refuses it aside, leaves accounts that are torn: then everything is
+        forgotten, here or, if that is interrupted too, by whoever comes next.
+        """
+        self._is_torn = True
+        try:
+            yield
+        except KvikError:  # raised by a check, before anything was changed
+            self._is_torn = False
+            raise
+        except BaseException as error:
+            self._recover(error)
+            raise
+        self._is_torn = False
+
+    def _let_go_forgotten(self) -> None:
+        if self._forgotten:
+            with self._changing():
                 while self._forgotten:
                     self.cache.let_go(self._forgotten.popleft())
-                self._is_torn = False
-            except KvikError:  # raised by a check, before anything was changed
-                self._is_torn = False
-                raise
-            except BaseException:
-                if self._is_torn:
-                    self._recover()
-                raise
 
-    def _recover(self) -> None:
+    def _recover(self, cause: BaseException | None) -> None:
         """Forget all sequences and blocks: what is left is an engine as it was made."""
-        log.error("a step was interrupted half way; all requests end, and the cache is empty")
-        error = StepInterrupted(
-            "the engine was interrupted in the middle of a step", hint="send the request again; nothing else is lost"
-        )
-        self.scheduler.reset(error)
+        log.error("a step was interrupted half way; all requests end, and the cache is empty", exc_info=cause)
+        self.scheduler.reset(lambda: _failure("the engine was interrupted in the middle of a step", cause))
         self.cache.reset()
         self._give_back(self.cache.all_superblocks())
         self._is_torn = False
+        if isinstance(cause, Exception):  # accounts that break are a fault of kvik's, and will break again
+            self._count_failure(cause)
 
     def _trim(self) -> None:
         """Return the memory of superblocks that stay unused, nearly all of it once nothing runs."""
@@ -418,8 +445,9 @@ class Engine:
 
     # What is refused.
 
-    def _check_room(self, sequence: Sequence) -> None:
-        self.admission.check_room(sequence.request, self.scheduler.match(sequence))
+    def _check_room(self, request: Request, sequence: Sequence | None = None) -> None:
+        token_ids = request.prompt_ids if sequence is None else sequence.token_ids
+        self.admission.check_room(request, self.scheduler.match(request, token_ids))
 
     def _check_alive(self) -> None:
         if self.death is not None:
@@ -437,3 +465,10 @@ class Engine:
             f"{self.model.path.name}: the logits after {sequence.num_tokens:,} tokens are not finite",
             hint="the file's weights are damaged; download it again",
         )
+
+
+def _failure(message: str, cause: BaseException | None) -> StepFailed:
+    """An error for one request. The traceback is in the log: kept here, it would keep the step's logits too."""
+    error = StepFailed(message, hint="send the request again; nothing else is lost")
+    error.__cause__ = None if cause is None else cause.with_traceback(None)
+    return error

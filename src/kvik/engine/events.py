@@ -38,8 +38,8 @@ class StepEvent:
     run_s: float
     sample_s: float
     commit_s: float
-    batch: ScheduledBatch
-    result: StepResult
+    batch: ScheduledBatch | None  # None where nothing ran, and sequences had ended since the step before
+    result: StepResult | None
     begun: list[Sequence]  # those that run since this step
     ended: list[Sequence]  # since the step before
     blocks: BlockEvents

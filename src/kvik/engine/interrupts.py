@@ -9,7 +9,10 @@ from contextlib import contextmanager
 
 
 class OwnedLock:
-    """A lock that a thread may find its own: an interruption has left it behind there, and it is taken over."""
+    """A lock that may be taken again by the thread that has it, and that knows its owner.
+
+    An interruption between the end of a block and its release leaves the lock with its thread; `take` finds it there.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -19,17 +22,25 @@ class OwnedLock:
         """Whether this thread has it."""
         return bool(self._lock._is_owned())  # type: ignore[attr-defined]  # what threading.Condition asks too
 
-    def acquire_now(self) -> bool:
-        """Take it, if nobody has it."""
-        return not self.is_owned and self._lock.acquire(blocking=False)
-
-    def release(self) -> None:
-        """Let it go."""
-        self._lock.release()
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Have it for a block; where it was left behind, it is had already."""
         if not self.is_owned:
             self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def is_free_for(self) -> bool:
+        """Whether this thread could have it now without waiting, and does not have it yet."""
+        if self.is_owned or not self._lock.acquire(blocking=False):
+            return False
+        self._lock.release()
+        return True
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
@@ -43,6 +54,11 @@ class _PutOff:
 
     def __call__(self, number: int, frame: object) -> None:
         self.came = True
+
+
+def is_uninterrupted() -> bool:
+    """Whether Ctrl-C is being put off."""
+    return isinstance(signal.getsignal(signal.SIGINT), _PutOff)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Protocol
 from weakref import ReferenceType
 
 from kvik.cache import Hold
+from kvik.errors import InvalidInput
 
 
 class LeaseOwner(Protocol):
@@ -68,7 +69,8 @@ class Lease:
 
     def _engine(self) -> LeaseOwner:
         owner = self._owner()
-        assert owner is not None, "the engine of the lease is gone"
+        if owner is None:
+            raise InvalidInput("the engine of the lease is gone", hint="keep the LLM for as long as its leases")
         return owner
 
     def __enter__(self) -> Lease:

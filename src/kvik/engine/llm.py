@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import reprlib
-from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -18,10 +17,17 @@ from kvik.engine.beams import Beam, search_beams
 from kvik.engine.cache_view import CacheView
 from kvik.engine.engine import Engine
 from kvik.engine.output import Completion, Piece
-from kvik.engine.request import ChatOptions, Message, RequestOptions, TemplateOptions, request_options, template_options
-from kvik.engine.sequence import Sequence
-from kvik.engine.stream import collect, stream_sequence
-from kvik.errors import CacheTooSmall, InvalidInput, ModelError, NotEnoughMemory, QueueFull
+from kvik.engine.request import (
+    ChatOptions,
+    Message,
+    Request,
+    RequestOptions,
+    TemplateOptions,
+    check_options,
+    split_options,
+)
+from kvik.engine.stream import collect, run_all, stream_sequence
+from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
 from kvik.hub.progress import bytes_progress, counted_progress
 from kvik.hub.store import resolve
 from kvik.machine import available_memory_bytes, give_back_memory
@@ -79,12 +85,10 @@ class LLM:
         different `salt` share nothing. A terminal shows the progress.
         """
         engine = self.engine
-        requests = [engine.new_request(self.encode(prompt), params, **options) for prompt in _as_list(prompts)]
-        for request in requests:
-            engine.check_room(request)
+        requests = [self._new_request(self.encode(prompt), params, options) for prompt in _as_list(prompts)]
         sequences = [engine.new_sequence(request) for request in requests]
-        branches = [branch for sequence in sequences for branch in sequence.all_branches()]
-        self._run_all(sequences, branches)
+        with counted_progress("completions", len(requests) * params.n) as advance:
+            branches = run_all(engine, sequences, advance)
         return collect(engine, branches)
 
     def stream(
@@ -95,22 +99,22 @@ class LLM:
         With `params.n` above 1 the pieces of all completions come as they are written; `Piece.index` says whose each
         is. Closing the iterator early stops the request. The prompt is checked before this returns.
         """
-        request = self.engine.new_request(self.encode(prompt), params, **options)
+        request = self._new_request(self.encode(prompt), params, options)
         return stream_sequence(self.engine, self.engine.new_sequence(request))
 
     def chat(
         self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
     ) -> Completion:
         """Answers a conversation of messages as `render_chat` takes them; of several answers, the first."""
-        token_ids = self.render_chat(messages, **template_options(options))
-        return self.generate(token_ids, params, **request_options(options))[0]
+        for_template, others = split_options(options)
+        return self.generate(self.render_chat(messages, **for_template), params, **others)[0]
 
     def stream_chat(
         self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
     ) -> Iterator[Piece]:
         """Answers a conversation piece by piece; see `stream`."""
-        token_ids = self.render_chat(messages, **template_options(options))
-        return self.stream(token_ids, params, **request_options(options))
+        for_template, others = split_options(options)
+        return self.stream(self.render_chat(messages, **for_template), params, **others)
 
     def beam_search(
         self, prompt: Prompt, *, width: int = 4, max_tokens: int = 64, length_penalty: float = 1.0
@@ -184,6 +188,13 @@ class LLM:
         other.engine = other.new_engine()
         return other
 
+    def _new_request(self, prompt_ids: list[int], params: SamplingParams, options: RequestOptions) -> Request:
+        """A request that has been checked in full, what is pinned included."""
+        check_options(options, RequestOptions)
+        request = self.engine.new_request(prompt_ids, params, **options)
+        self.engine.check_room(request)
+        return request
+
     def _check_memory(self, spec: DecoderSpec, context: int) -> None:
         """Before the weights are loaded: whether the cache will find its memory."""
         config = self.config
@@ -201,34 +212,6 @@ class LLM:
                 f" the machine has {available / 2**30:,.1f} GiB available",
                 hint=f"set the context to {available // 2 // spec.position_bytes} or less (`--context`)",
             )
-
-    def _run_all(self, sequences: SequenceOf[Sequence], branches: SequenceOf[Sequence]) -> None:
-        """Step until all are finished, queueing as many as the engine takes."""
-        engine, queue = self.engine, deque(sequences)
-        unfinished = list(branches)
-        with counted_progress("completions", len(branches)) as advance:
-            try:
-                while unfinished:
-                    while queue and not engine.scheduler.is_full:
-                        _add(engine, queue)
-                    engine.step()
-                    left = [branch for branch in unfinished if branch.finish_reason is None]
-                    advance(len(unfinished) - len(left))
-                    unfinished = left
-            finally:
-                engine.abort(*unfinished)
-
-
-def _add(engine: Engine, queue: deque[Sequence]) -> None:
-    """Queue the first of the sequences, unless another thread was quicker to fill the engine's queue."""
-    try:
-        engine.add(queue[0])
-    except QueueFull:
-        return
-    except CacheTooSmall as error:  # blocks were pinned after it was checked
-        for branch in queue[0].all_branches():
-            branch.finish("abort", error)
-    queue.popleft()
 
 
 def _make_ops(config: EngineConfig) -> Ops:

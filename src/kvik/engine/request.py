@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -27,8 +26,13 @@ class RequestOptions(TypedDict, total=False):
     priority: int  # more is earlier
     salt: str | None  # requests of different salts share nothing
     request_id: str | None  # names it in logs; never used as a key
+
+
+class HeldOptions(RequestOptions, total=False):
+    """And those of an engine's own clients, such as sessions, for blocks that outlive a request."""
+
     lease: Lease | None  # blocks to go on from, beside those that the prefix cache finds
-    hold: bool  # when it ends, `Sequence.lease` holds what was computed
+    hold: bool  # when it ends, `Sequence.lease` holds what was computed, if anything was
 
 
 class TemplateOptions(TypedDict, total=False):
@@ -42,17 +46,21 @@ class ChatOptions(RequestOptions, TemplateOptions, total=False):
     """Both, for the routes that take messages."""
 
 
-def request_options(options: ChatOptions) -> RequestOptions:
-    """Those that are not for the template; unknown ones too, which `Admission` refuses."""
-    return cast(RequestOptions, {name: options[name] for name in options if name not in TEMPLATE_OPTIONS})  # type: ignore[literal-required]
+def split_options(options: ChatOptions) -> tuple[TemplateOptions, RequestOptions]:
+    """Those for the template, and the others. Raises `TypeError` for one that no route has."""
+    given: Mapping[str, Any] = options
+    check_options(given, ChatOptions)
+    names = TemplateOptions.__annotations__
+    template = {name: value for name, value in given.items() if name in names}
+    others = {name: value for name, value in given.items() if name not in names}
+    return cast(TemplateOptions, template), cast(RequestOptions, others)
 
 
-def template_options(options: ChatOptions) -> TemplateOptions:
-    """Those that are for the template."""
-    return cast(TemplateOptions, {name: options[name] for name in options if name in TEMPLATE_OPTIONS})  # type: ignore[literal-required]
-
-
-TEMPLATE_OPTIONS = frozenset(TemplateOptions.__annotations__)
+def check_options(options: Mapping[str, Any], kind: type) -> None:
+    """Raise `TypeError` for an option that is not one of this kind, as Python does for an argument."""
+    for name in options:
+        if name not in kind.__annotations__:
+            raise TypeError(f"there is no option {name!r}: there are {', '.join(kind.__annotations__)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,12 +78,16 @@ class Request:
     request_id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
     held: Hold | None = None  # of its lease, which has an end of its own
     hold: bool = False
-    arrived_s: float = field(default_factory=time.perf_counter)
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.prompt_ids)
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether some of it may come from the cache."""
+        return self.use_cache and not self.wants_prompt_logprobs
 
     @property
     def wants_prompt_logprobs(self) -> bool:

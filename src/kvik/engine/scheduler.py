@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import time
 from bisect import insort
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from itertools import chain
 
 from kvik.cache import CacheManager, Hold, Match, packed
 from kvik.config import EngineConfig
 from kvik.engine.batch import Scheduled, ScheduledBatch, build_batch
 from kvik.engine.lease import Lease
+from kvik.engine.request import Request
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, QueueFull
 
@@ -52,8 +55,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.unfinished: dict[Sequence, None] = {}  # all that were added and have not ended
-        self.begun: list[Sequence] = []  # since somebody watching took note
-        self.ended: list[Sequence] = []
+        self._begun: dict[Sequence, None] = {}  # since `take_news`
+        self._ended: dict[Sequence, None] = {}
         self.num_preemptions = 0
         self._make_lease = make_lease
         self.num_steps = 0
@@ -81,8 +84,18 @@ class Scheduler:
         for each in sequence.all_branches():
             self._num_added += 1
             each.place = (self.num_steps - PRIORITY_STEPS * each.request.priority, self._num_added)
+            each.is_queued = True
+            if each.costs.submitted_s is None:
+                each.costs.submitted_s = time.perf_counter()
             self.unfinished[each] = None
         self._queue(sequence)
+
+    def take_news(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The sequences that have begun and those that have ended since the last time."""
+        news = list(self._begun), list(self._ended)
+        self._begun.clear()
+        self._ended.clear()
+        return news
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose how many tokens each sequence computes in this step; `None` when nothing is to do.
@@ -131,14 +144,18 @@ class Scheduler:
                 self._drop_blocks(sequence)
             if sequence.finish_reason is not None:
                 self._leave(sequence)
+                for branch in sequence.branches:  # it ended before they could begin
+                    branch.finish("abort", sequence.error)
+                    self._leave(branch)
+                sequence.branches = []
 
-    def fail(self, batch: ScheduledBatch, error: Exception) -> None:
+    def fail(self, batch: ScheduledBatch, make_error: Callable[[], Exception]) -> None:
         """End the sequences of a step that failed. Their blocks may be half written: nobody goes on from them."""
         self.cache.end_copies()
         for item in batch.items:
             self._drop_blocks(item.sequence)
             for each in item.sequence.all_branches():
-                each.finish("abort", error)  # one that ended in this very step keeps its reason
+                each.finish("abort", make_error())  # one that ended in this very step keeps its reason
                 self._leave(each)
             item.sequence.branches = []
 
@@ -150,13 +167,13 @@ class Scheduler:
                 self._leave(each)
         sequence.branches = []
 
-    def reset(self, error: Exception) -> None:
+    def reset(self, make_error: Callable[[], Exception]) -> None:
         """End everything after an interruption that may have left the accounts torn; the cache is reset beside it."""
         for sequence in list(chain(self.unfinished, self.waiting, self.running)):
             for each in sequence.all_branches():
-                each.finish("abort", error)
+                each.finish("abort", make_error())
                 each.num_computed_tokens, each.draft_ids = 0, []
-                self.ended.append(each)
+                self._ended[each] = None
             sequence.branches = []
         self.waiting, self.running, self.unfinished = [], [], {}
 
@@ -172,7 +189,8 @@ class Scheduler:
         assert self.waiting == sorted(self.waiting, key=_place), "the queue is out of order"
         assert len(self.running) <= self.max_running, "more sequences run than may"
         assert all(sequence.finish_reason is None for sequence in chain(self.waiting, self.running, self.unfinished))
-        assert self.unfinished.keys() >= {*self.waiting, *self.running}, "a sequence was never added"
+        known = {each for sequence in chain(self.waiting, self.running) for each in sequence.all_branches()}
+        assert {each for each in known if each.finish_reason is None} == self.unfinished.keys(), "a sequence got lost"
 
     # Blocks for a step.
 
@@ -213,7 +231,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, step: _Step) -> bool:
         """Take blocks from whoever is least entitled to them; False where that is the sequence itself."""
-        if self.cache.take_back(spared=_hold_of(sequence)):
+        if self.cache.take_back(spared=_hold_of(sequence.request)):
             return True
         last = max(self.running, key=_place)
         if last is sequence and len(self.running) == 1:
@@ -246,13 +264,13 @@ class Scheduler:
         for sequence in self.waiting[: self.max_running]:
             if step.budget <= 0 or len(self.running) >= self.max_running:
                 break
-            match = self.match(sequence)
+            match = self.match(sequence.request, sequence.token_ids)
             if self.cache.is_being_computed(match):
                 continue
             while not (has_room := self.cache.has_room(match, sequence.num_tokens, promised)):
-                if not self.cache.take_back(spared=_hold_of(sequence)):
+                if not self.cache.take_back(spared=_hold_of(sequence.request)):
                     break
-                match = self.match(sequence)
+                match = self.match(sequence.request, sequence.token_ids)
             if not has_room:
                 if self.running:
                     break  # nobody overtakes it
@@ -262,25 +280,22 @@ class Scheduler:
             self._schedule_one(sequence, step)
             promised += self._num_promised(sequence)
 
-    def match(self, sequence: Sequence) -> Match:
-        """What the cache has of a sequence; nothing for one that must compute all of its tokens."""
-        may_reuse = self._may_reuse(sequence)
-        token_ids = sequence.token_ids if may_reuse else []
-        return self.cache.match(token_ids, sequence.request.salt, _hold_of(sequence) if may_reuse else None)
-
-    def _may_reuse(self, sequence: Sequence) -> bool:
-        return sequence.request.use_cache and not sequence.request.wants_prompt_logprobs
+    def match(self, request: Request, token_ids: SequenceOf[int]) -> Match:
+        """What the cache has of a request's tokens; nothing for one that must compute all of them."""
+        if not request.may_reuse:
+            return self.cache.match((), request.salt)
+        return self.cache.match(token_ids, request.salt, _hold_of(request))
 
     def _begin(self, sequence: Sequence, match: Match) -> None:
         """Let a waiting sequence run, with what is computed of it."""
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        if self._may_reuse(sequence):
+        if sequence.request.may_reuse:
             sequence.num_computed_tokens = self.cache.adopt(sequence.table, sequence.token_ids, match)
         if sequence.costs.num_preemptions:
             return  # what it finds is its own work
-        self.begun.append(sequence)
-        if self._may_reuse(sequence):
+        self._begun[sequence] = None
+        if sequence.request.may_reuse:
             sequence.costs.num_cached_tokens = sequence.num_computed_tokens
             sequence.costs.miss_reason = match.miss_reason
             self.cache.stats.note(sequence.num_prompt_tokens - 1, sequence.num_computed_tokens)
@@ -323,7 +338,7 @@ class Scheduler:
             tokens = packed(sequence.token_ids[: sequence.num_computed_tokens])
             sequence.lease = self._make_lease(self.cache.keep(sequence.table, tokens))
         self._drop_blocks(sequence)
-        self.ended.append(sequence)
+        self._ended[sequence] = None
         log.debug("%s: ends (%s)", sequence.request.request_id, sequence.error or sequence.finish_reason)
 
     def _drop_blocks(self, sequence: Sequence) -> None:
@@ -336,17 +351,17 @@ class Scheduler:
         for branch in sequence.branches:
             if branch.finish_reason is not None:
                 self.unfinished.pop(branch, None)
-                self.ended.append(branch)
+                self._ended[branch] = None
                 continue
             if branch.request.use_cache:
                 branch.table = self.cache.fork(sequence.table, sequence.num_computed_tokens)
                 branch.num_computed_tokens = branch.costs.num_cached_tokens = sequence.num_computed_tokens
             if len(self.running) < self.max_running:
                 self.running.append(branch)
+                self._begun[branch] = None
             else:
                 self._drop_blocks(branch)
                 self._queue(branch)
-            self.begun.append(branch)
         sequence.branches = []
 
 
@@ -354,6 +369,6 @@ def _place(sequence: Sequence) -> tuple[int, int]:
     return sequence.place
 
 
-def _hold_of(sequence: Sequence) -> Hold | None:
-    held = sequence.request.held
+def _hold_of(request: Request) -> Hold | None:
+    held = request.held
     return held if held is not None and held.num_tokens else None

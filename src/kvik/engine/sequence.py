@@ -29,7 +29,7 @@ class Costs:
     num_preemptions: int = 0
     kv_bytes: int = 0  # of the blocks held when it last computed
     weight_bytes: int = 0  # that its steps went over
-    queued_s: float | None = None
+    submitted_s: float | None = None  # when it was queued, or given to the thread that does
     first_token_s: float | None = None
     last_token_s: float | None = None
 
@@ -50,6 +50,7 @@ class Sequence:
         "drafts",
         "error",
         "finish_reason",
+        "is_queued",
         "lease",
         "logprobs",
         "num_computed_tokens",
@@ -72,6 +73,7 @@ class Sequence:
         self.table = table
         self.text = text
         self.branches: list[Sequence] = []  # others of the same request, which begin with its first token
+        self.is_queued = False  # whether the engine ever took it
         self.place = (0, 0)  # in the queue, the least first
         self.drafts = NgramDrafts() if params.speculate == "ngram" and request.use_cache else None
         self.draft_ids: list[int] = []  # guesses behind the last token, computed in the same step
@@ -149,7 +151,7 @@ class Sequence:
             num_cached_tokens=costs.num_cached_tokens,
             num_computed_tokens=costs.num_computed_tokens,
             num_completion_tokens=self.num_completion_tokens,
-            time_to_first_token_s=0.0 if first_s is None or costs.queued_s is None else first_s - costs.queued_s,
+            time_to_first_token_s=0.0 if first_s is None or costs.submitted_s is None else first_s - costs.submitted_s,
             decode_s=0.0 if first_s is None or last_s is None else last_s - first_s,
             kv_bytes=costs.kv_bytes,
             weight_bytes=costs.weight_bytes,

@@ -13,7 +13,7 @@ from kvik.config import SamplingParams
 from kvik.engine.lease import Lease
 from kvik.engine.llm import GREEDY, LLM
 from kvik.engine.output import Completion, Piece, Stats
-from kvik.engine.request import ChatOptions, Request, request_options, template_options
+from kvik.engine.request import ChatOptions, Request, split_options
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput
@@ -33,6 +33,7 @@ class Conversation:
     """The messages of a session, and the lease of what was computed of them."""
 
     def __init__(self, llm: LLM, *, system: Content | None, options: ChatOptions) -> None:
+        self._for_template, self._for_requests = split_options(options)
         check_tools(options.get("tools"))
         check_template_vars(options.get("template_vars"))
         self.llm = llm
@@ -89,19 +90,19 @@ class Conversation:
             raise InvalidInput(
                 "a session has one answer a turn", hint="leave n and echo as they are, or use LLM.generate"
             )
-        token_ids = self.llm.render_chat(self.messages, **template_options(self._options))
-        options = request_options(self._options) | {"hold": True, "lease": self._lease}
-        return self.llm.engine.new_request(token_ids, params, **options)
+        token_ids = self.llm.render_chat(self.messages, **self._for_template)
+        return self.llm.engine.new_request(token_ids, params, **self._for_requests, hold=True, lease=self._lease)
 
     def _end_turn(self, sequence: Sequence, give_back: Callable[[Lease], None]) -> None:
         """Append the answer, whole or as far as it came; `give_back` closes a lease that nobody needs any more."""
-        lease, was_queued = sequence.lease, sequence.costs.queued_s is not None
+        lease = sequence.lease
         if self._writing is not sequence or self._is_closed:  # a newer turn, or the end, has left this one behind
             if lease is not None:
                 give_back(lease)
             return
         self._writing = None
-        if not was_queued:  # the engine did not take it
+        # The engine did not take it, or its thread has ended and left it as it was.
+        if not sequence.is_queued or sequence.finish_reason is None:
             return
         if lease is not None:
             self._lease, lease = lease, self._lease
@@ -110,7 +111,7 @@ class Conversation:
         engine = self.llm.engine
         self._completion = engine.completion(sequence)
         stats = self._completion.stats
-        if sequence.error is None or stats.num_completion_tokens:
+        if stats.num_completion_tokens or sequence.finish_reason != "abort":
             self.append("assistant", sequence.text.text)
         cost_s = engine.prefill_token_s
         saved_s = None if cost_s is None else stats.num_cached_tokens * cost_s
@@ -125,6 +126,7 @@ class Conversation:
         return self._lease.fork() if self._lease is not None and self._lease.num_tokens else None
 
     def _replace_pin(self) -> None:
+        self._check_not_writing("pin")
         if self._lease is None or not self._lease.num_tokens:
             raise InvalidInput("nothing of the session is in the cache", hint="pin it after an answer")
         before, self._pin = self._pin, self._lease.pin()
@@ -149,6 +151,15 @@ class Conversation:
             )
 
 
+def _whole(last: list[Piece]) -> Completion:
+    if last and last[0].completion is not None and last[0].completion.finish_reason != "abort":
+        return last[0].completion
+    raise InvalidInput(
+        "the turn ended before its answer was whole: a newer one began, or the session was closed",
+        hint="let one turn of a session end before the next begins",
+    )
+
+
 class Session(Conversation):
     """A conversation as an object: each turn computes only what the turns before it have not.
 
@@ -167,11 +178,8 @@ class Session(Conversation):
         super().__init__(llm, system=system, options=options)
 
     def generate(self, params: SamplingParams = GREEDY) -> Completion:
-        """Answers the messages so far, and appends the answer."""
-        for _ in self.stream(params):
-            pass
-        assert self.completion is not None
-        return self.completion
+        """Answers the messages so far, and appends the answer. Raises `InvalidInput` where another turn ended it."""
+        return _whole([piece for piece in self.stream(params) if piece.completion is not None])
 
     def stream(
         self, params: SamplingParams = GREEDY, *, should_stop: Callable[[], bool] = lambda: False
@@ -181,7 +189,9 @@ class Session(Conversation):
         `should_stop` is asked between steps, and ends the answer as closing the iterator does. The messages are
         checked before this returns; reading begins the turn, and ends one that is still being written.
         """
-        return self._stream(self._new_request(params), should_stop)
+        request = self._new_request(params)
+        self.llm.engine.check_room(request)
+        return self._stream(request, should_stop)
 
     def fork(self) -> Session:
         """Another session with the same past and the same blocks: only what they come to differ in costs anything."""
@@ -234,10 +244,6 @@ class Streams(Protocol):
 
     llm: LLM
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether requests are served."""
-
     def stream_sequence(self, sequence: Sequence) -> AsyncIterator[Piece]:
         """The tokens of a sequence as they come."""
 
@@ -253,18 +259,15 @@ class AsyncSession(Conversation):
         self._async_llm = llm
 
     async def generate(self, params: SamplingParams = GREEDY) -> Completion:
-        """Answers the messages so far, and appends the answer. Cancelling ends it."""
-        async for _ in self.stream(params):
-            pass
-        assert self.completion is not None
-        return self.completion
+        """Answers the messages so far, and appends the answer. Cancelling ends it; see `Session.generate`."""
+        return _whole([piece async for piece in self.stream(params) if piece.completion is not None])
 
     async def stream(self, params: SamplingParams = GREEDY) -> AsyncIterator[Piece]:
         """Answers the messages so far, piece by piece, and appends the answer, whole or as far as it came."""
         request = await asyncio.to_thread(self._new_request, params)
         if self._is_closed:
             return
-        sequence = self.llm.engine.new_sequence(request)
+        sequence = self.llm.engine.new_sequence(request)  # one, without an echo: it takes no time
         try:
             previous, self._writing = self._writing, sequence
             if previous is not None:
@@ -272,9 +275,10 @@ class AsyncSession(Conversation):
             async for piece in self._async_llm.stream_sequence(sequence):
                 yield piece
         finally:
-            if self._async_llm.is_alive:
+            try:
                 await self._async_llm.abort([sequence])  # it has its lease when the engine's thread has done so
-            self._end_turn(sequence, Lease.close_later)
+            finally:
+                self._end_turn(sequence, Lease.close_later)
 
     async def fork(self) -> AsyncSession:
         """Another session with the same past and the same blocks: only what they come to differ in costs anything."""

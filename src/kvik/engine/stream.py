@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from kvik.engine.engine import Engine
 from kvik.engine.output import Completion, Piece
 from kvik.engine.sequence import Sequence
-from kvik.errors import KvikError, RequestsFailed
+from kvik.errors import CacheTooSmall, EngineDead, KvikError, QueueFull, RequestsFailed
 
 
 def stream_sequence(
@@ -16,8 +17,9 @@ def stream_sequence(
 ) -> Iterator[Piece]:
     """Queues the sequence and steps the engine until it is finished, giving its tokens as they come.
 
-    With several completions the pieces of all come as they are written, and say whose they are. Closing the iterator
-    aborts the sequence, and so does `should_stop`, asked before each step.
+    With several completions the pieces of all come as they are written, and say whose they are; what failed is raised
+    when the others are whole. Closing the iterator aborts the sequence, and so does `should_stop`, asked before each
+    step.
     """
     branches = list(sequence.all_branches())
     feeds = [PieceFeed(engine, branch) for branch in branches]
@@ -28,14 +30,54 @@ def stream_sequence(
                 with engine.lock:
                     pieces = feed.take()
                 yield from pieces
-                if feed.sequence.error is not None:
-                    raise feed.sequence.error
-            if all(feed.is_done for feed in feeds) or should_stop():
+            if all(feed.is_done for feed in feeds):
+                collect(engine, branches)  # raises what went wrong
+                return
+            if should_stop():
                 return
             engine.step()
     finally:
         if any(branch.finish_reason is None for branch in branches):
             engine.abort(*branches)
+
+
+def run_all(
+    engine: Engine, sequences: SequenceOf[Sequence], advance: Callable[[int], None] = lambda count: None
+) -> list[Sequence]:
+    """Queue as many at a time as the engine takes, and step until all are finished; gives them with their branches.
+
+    `advance` is told how many have ended since the last time. An error of a sequence is its own; see `collect`.
+    """
+    queue = deque(sequences)
+    branches = [branch for sequence in sequences for branch in sequence.all_branches()]
+    unfinished = branches
+    try:
+        while unfinished:
+            try:
+                while queue and not engine.scheduler.is_full:
+                    _add_first(engine, queue)
+                engine.step()
+            except EngineDead as error:
+                for branch in unfinished:
+                    branch.finish("abort", error)
+            left = [branch for branch in unfinished if branch.finish_reason is None]
+            advance(len(unfinished) - len(left))
+            unfinished = left
+    finally:
+        engine.abort(*unfinished)
+    return branches
+
+
+def _add_first(engine: Engine, queue: deque[Sequence]) -> None:
+    """Queue the first of the sequences, unless another thread was quicker to fill the engine's queue."""
+    try:
+        engine.add(queue[0])
+    except QueueFull:
+        return
+    except CacheTooSmall as error:  # blocks were pinned after it was checked
+        for branch in queue[0].all_branches():
+            branch.finish("abort", error)
+    queue.popleft()
 
 
 def collect(engine: Engine, branches: SequenceOf[Sequence]) -> list[Completion]:
@@ -78,7 +120,8 @@ class PieceFeed:
         sequence = self.sequence
         finish_reason = sequence.finish_reason
         self.is_done = finish_reason is not None
-        first, last = self._num_taken, sequence.num_completion_tokens
+        # A token whose text went wrong has none.
+        first, last = self._num_taken, len(sequence.text.parts)
         if first == last:
             return []
         self._num_taken = last
@@ -86,7 +129,8 @@ class PieceFeed:
         num_prompt = sequence.num_prompt_tokens
         pieces = []
         for at in range(first, last):
-            completion = self._engine.completion(sequence) if finish_reason and at == last - 1 else None
+            is_last = finish_reason is not None and at == last - 1
+            completion = self._engine.completion(sequence) if is_last and sequence.error is None else None
             pieces.append(
                 Piece(
                     parts[at],
@@ -94,7 +138,7 @@ class PieceFeed:
                     completion,
                     sequence.branch,
                     logprobs[at] if logprobs else None,
-                    None if completion is None else finish_reason,
+                    finish_reason if is_last else None,
                 )
             )
         return pieces

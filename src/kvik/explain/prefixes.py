@@ -105,7 +105,7 @@ def _first_token(engine: Engine, token_ids: list[int]) -> _FirstToken:
     """Write one token, and tell what the cache had of the prompt."""
     request = engine.new_request(token_ids, SamplingParams(max_tokens=1, ignore_eos=True))
     sequence = engine.new_sequence(request)
-    match = engine.scheduler.match(sequence)
+    match = engine.scheduler.match(request, request.prompt_ids)
     engine.add(sequence)
     bits = b""
     while sequence.finish_reason is None:

@@ -73,6 +73,8 @@ class Tracer:
 
     def __call__(self, event: StepEvent) -> None:
         """A step has run: it runs once more, watched."""
+        if event.batch is None or event.result is None or event.result.error is not None:
+            return
         started_s = time.perf_counter()
         batch = event.batch.arrays
         assert len(batch.block_tables) == 1, "one sequence is watched, not several"

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvik.config import TOKEN_BUDGET, KVDType, SamplingParams
 from kvik.engine.lease import Lease
-from kvik.engine.request import RequestOptions
+from kvik.engine.request import HeldOptions
 from kvik.engine.sequence import Sequence as TokenSequence
 from kvik.errors import InvalidInput
 from kvik.machine import available_memory_bytes
@@ -244,7 +244,7 @@ class _EngineBench:
             _raise(sequence)
         return seconds, self._meter.take_work(), 0
 
-    def _new(self, prompt: list[int], max_tokens: int, **options: Unpack[RequestOptions]) -> TokenSequence:
+    def _new(self, prompt: list[int], max_tokens: int, **options: Unpack[HeldOptions]) -> TokenSequence:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         return self.engine.new_sequence(self.engine.new_request(prompt, params, **options))
 

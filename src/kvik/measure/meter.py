@@ -21,7 +21,8 @@ class Meter:
 
     def __call__(self, event: StepEvent) -> None:
         """A step has run."""
-        self._batches.append(event.batch.arrays)
+        if event.batch is not None and event.result is not None and event.result.error is None:
+            self._batches.append(event.batch.arrays)
 
     def take(self) -> list[Batch]:
         """The batches since the last time."""

@@ -85,6 +85,7 @@ def _profile_next(engine: Engine, title: str, rounds: int) -> StepProfile:
 
     def profile(event: StepEvent) -> None:
         # Computing a step again writes the same keys and values to the same slots.
+        assert event.batch is not None
         profiles.extend(runner.profile(event.batch) for _ in range(rounds))
 
     engine.add_observer(profile)
