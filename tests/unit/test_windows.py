@@ -245,3 +245,20 @@ def test_no_window_costs_nothing() -> None:
     assert spec.groups == (0,) * 4
     assert KVCacheSpec(4, 2, 16, "f16", layer_windows=(None,) * 4).windows == ()
     assert spec.held_bytes(100) == 4 * spec.block_bytes
+
+
+def test_a_pin_reaches_back_from_its_last_full_block() -> None:
+    """The table itself has gone on, and given back a block that the first token behind the pinned ones sees."""
+    cache = manager(None, 6, window_blocks=8)
+    table = computed(cache, run(0, 23), step=2)
+    (group,) = cache.windows
+    num_full = table.num_sealed * 4
+    assert table.windows[0].first > group.spec.first_block(num_full)
+    pin = cache.keep(table, packed(run(0, 23)), is_pinned=True)
+    cache.release(table)
+    taken = group.take(group.pool.num_available, None)  # others need all twins that nobody holds
+    assert taken is not None
+    group.pool.release(taken)
+    assert cache.match(run(0, 24)).num_cached_tokens == num_full
+    cache.let_go(pin)
+    cache.check([])

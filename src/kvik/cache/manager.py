@@ -272,9 +272,15 @@ class CacheManager:
             sealed = table.block_ids[: table.num_sealed]
             self.pool.hold(sealed)
             self._pin_counts.update(sealed)
+            num_tokens = table.num_sealed * self.spec.block_size
+            tokens = tokens[: 4 * num_tokens]
             windows = self._hold_windows(table.windows, table.num_sealed)
+            for index, group in enumerate(self.windows):
+                # What goes on from the last full block sees further back than the table does, if it is still known.
+                if group.usable(sealed, num_tokens) == len(sealed):
+                    group.cut(windows[index], 0)
+                    windows[index] = group.adopt(sealed, num_tokens)
             kept = self._table(table.namespace, sealed, table.num_sealed, windows)
-            tokens = tokens[: 4 * table.num_sealed * self.spec.block_size]
         else:
             kept = self.fork(table, len(tokens) // 4)
         hold = Hold(kept, tokens, is_pinned)
