@@ -53,9 +53,9 @@ def shuffle_free_blocks(engine: Engine, seed: int) -> None:
     pool, rng = engine.cache.pool, random.Random(seed)
 
     def any_free(after: int | None) -> int:
-        return rng.choice([block_id for block_id, is_free in enumerate(pool._is_free) if is_free])
+        return rng.choice([block_id for block_id in range(pool.num_blocks) if pool.is_free(block_id)])
 
-    pool._next_free = any_free  # type: ignore[method-assign]
+    pool.next_free = any_free  # type: ignore[method-assign]
 
 
 def altered(

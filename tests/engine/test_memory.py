@@ -113,7 +113,7 @@ def num_unused_superblocks(engine: Engine) -> int:
     """Superblocks that are committed, and of which no block is held or reusable."""
     pool = engine.cache.pool
     pool.check([hold.table.block_ids for hold in engine.cache.holds])
-    used = {block_id // BLOCKS_PER_SUPERBLOCK for block_id in range(pool.num_blocks) if not pool._is_free[block_id]}
+    used = {block_id // BLOCKS_PER_SUPERBLOCK for block_id in range(pool.num_blocks) if not pool.is_free(block_id)}
     return engine.cache.committed_bytes // (BLOCKS_PER_SUPERBLOCK * engine.kv_spec.block_bytes) - len(used)
 
 

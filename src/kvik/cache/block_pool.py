@@ -60,6 +60,10 @@ class BlockPool:
         """Whether the block's content is to be kept when nobody holds it."""
         return self._named[block_id]
 
+    def is_free(self, block_id: int) -> bool:
+        """Whether nobody holds the block and nothing in it is worth keeping."""
+        return self._is_free[block_id]
+
     def allocate(self, count: int, after: int | None = None) -> list[int] | None:
         """Take `count` free blocks, or none at all: `None` means "not now".
 
@@ -69,7 +73,7 @@ class BlockPool:
             return None
         taken: list[int] = []
         for _ in range(count):
-            after = self._next_free(after)
+            after = self.next_free(after)
             self._take(after)
             taken.append(after)
         return taken
@@ -163,7 +167,7 @@ class BlockPool:
         committed = self.num_blocks - sum(self._sizes[superblock] for superblock in self._untouched)
         assert self.num_committed == committed, "committed blocks are miscounted"
 
-    def _next_free(self, after: int | None) -> int:
+    def next_free(self, after: int | None) -> int:
         """The free block to take next; there is one."""
         if after is not None:
             neighbour = after + 1

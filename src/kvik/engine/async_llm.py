@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
 from typing import Unpack
@@ -86,7 +86,7 @@ class AsyncLLM:
             self._leave(reader.branches)
         return collect(self._engine, reader.branches)
 
-    async def stream(
+    def stream(
         self, prompt: Prompt, params: SamplingParams = GREEDY, **options: Unpack[RequestOptions]
     ) -> AsyncIterator[Piece]:
         """Completes one prompt piece by piece; the last piece of a completion carries the `Completion`.
@@ -94,8 +94,7 @@ class AsyncLLM:
         With `params.n` above 1 the pieces of all completions come as they are written; `Piece.index` says whose each
         is.
         """
-        async for piece in self.stream_sequence(await self._new_sequence(prompt, params, options)):
-            yield piece
+        return self._pieces(partial(self._new_sequence, prompt, params, options))
 
     async def chat(
         self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
@@ -105,22 +104,32 @@ class AsyncLLM:
         token_ids = await self._render_chat(messages, for_template)
         return await self.generate(token_ids, params, **others)
 
-    async def stream_chat(
+    def stream_chat(
         self, messages: SequenceOf[Message], params: SamplingParams = GREEDY, **options: Unpack[ChatOptions]
     ) -> AsyncIterator[Piece]:
         """Answers a conversation piece by piece."""
         for_template, others = split_options(options)
-        token_ids = await self._render_chat(messages, for_template)
-        async for piece in self.stream(token_ids, params, **others):
-            yield piece
+
+        async def make() -> Sequence:
+            return await self._new_sequence(await self._render_chat(messages, for_template), params, others)
+
+        return self._pieces(make)
 
     def session(self, *, system: Content | None = None, **options: Unpack[ChatOptions]) -> AsyncSession:
         """A conversation that keeps its cache; `options` are those of `chat`, and hold for every turn."""
         return AsyncSession(self, system=system, **options)
 
-    async def stream_sequence(self, sequence: Sequence) -> AsyncIterator[Piece]:
+    def stream_sequence(self, sequence: Sequence) -> AsyncIterator[Piece]:
         """Queues a sequence of this engine and gives its tokens, and those of its branches, as they come."""
-        reader = self._open(sequence)
+
+        async def given() -> Sequence:
+            return sequence
+
+        return self._pieces(given)
+
+    async def _pieces(self, make: Callable[[], Awaitable[Sequence]]) -> AsyncIterator[Piece]:
+        # One generator for every route: leaving an outer one would not close an inner one at once.
+        reader = self._open(await make())
         try:
             while pieces := await reader.read():
                 for piece in pieces:

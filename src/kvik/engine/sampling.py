@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,8 @@ LOG2_E = 1.4426950408889634
 MAX_SCALE = 1e300  # of the lowest temperatures; the least difference between two logits times this is beyond any weight
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """What one row of logits is sampled with."""
+class SampleRow(NamedTuple):
+    """What one row of logits is sampled with: made for each row of a step, hence no dataclass, which takes longer."""
 
     row: int  # index into the step's logits
     params: SamplingParams
@@ -40,8 +39,7 @@ class SampleRow:
     mask: bytes | None = None  # bit i % 8 of byte i // 8, the lowest first: token i is allowed; None: all are
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """The token of one row."""
 
     token_id: int  # -1 where the row is not finite (a NaN, +inf or nothing but -inf), or no token is allowed
