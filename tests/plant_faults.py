@@ -142,6 +142,24 @@ FAULTS = (
         "  for (int r = 0; r < kRowBlock; ++r) {\n"
         "    const uint8_t *row = source + (row_block * kRowBlock + r) * columns * size;",
     ),
+    Fault(
+        "of equally likely tokens another is taken than the first",
+        "native/sample.inl",
+        "    if (value > best) best = value, first = i;",
+        "    if (value >= best) best = value, first = i;",
+    ),
+    Fault(
+        "what a step that failed has half written is gone on from",
+        "src/kvik/engine/scheduler.py",
+        "            self._drop_blocks(item.sequence)\n            for each in",
+        "            for each in",
+    ),
+    Fault(
+        "a preempted request's own work counts as found in the prefix cache",
+        "src/kvik/engine/scheduler.py",
+        "        if sequence.costs.num_preemptions:\n            return  # what it finds is its own work\n",
+        "",
+    ),
 )
 
 
