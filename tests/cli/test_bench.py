@@ -308,7 +308,7 @@ def test_contexts_that_do_not_fit_together_are_computed_again(tiny: Path) -> Non
 def test_a_case_takes_whole_superblocks_for_each_sequence(tiny: Path, dtype: KVDType) -> None:
     spec = LLM(str(tiny)).model.decoder.spec.kv_spec(dtype)
     case = Case("decode", 1, dtype, 250, 5, batch=3)  # 250, the first token, and 5
-    assert case.most_tokens == 256
+    assert case.max_total_tokens == 256
     assert case.kv_bytes(spec) == 3 * 256 * SHAPE.kv_token_bytes(dtype)
 
 

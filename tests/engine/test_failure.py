@@ -225,7 +225,16 @@ def test_a_route_without_leases_takes_none(llm: LLM) -> None:
 # AsyncLLM.
 
 
+def slow(llm: LLM) -> LLM:
+    """Steps of 5 ms or more, so that a long answer is still being written when something happens to it."""
+    llm.engine, runner = watched_engine(llm.model, llm.config)
+    runner.before = lambda batch: time.sleep(0.005)
+    return llm
+
+
 def test_a_newer_turn_of_a_session_ends_the_one_before_it(llm: LLM) -> None:
+    slow(llm)
+
     async def work() -> Any:
         async with AsyncLLM(llm) as served, served.session() as session:
             session.append("user", "Hello")
@@ -243,6 +252,8 @@ def test_a_newer_turn_of_a_session_ends_the_one_before_it(llm: LLM) -> None:
 
 
 def test_a_session_closed_while_it_writes_says_so(llm: LLM) -> None:
+    slow(llm)
+
     async def work() -> Any:
         async with AsyncLLM(llm) as served:
             session = served.session()
@@ -258,6 +269,8 @@ def test_a_session_closed_while_it_writes_says_so(llm: LLM) -> None:
 
 
 def test_an_early_end_of_a_turn_keeps_what_it_wrote(llm: LLM) -> None:
+    slow(llm)
+
     async def work() -> None:
         async with AsyncLLM(llm) as served, served.session() as session:
             session.append("user", "Hello, I am talking to you and to nobody else")

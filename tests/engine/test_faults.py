@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import time
 from weakref import ref
 
 import pytest
@@ -103,18 +102,12 @@ def test_any_number_of_requests_may_be_refused_in_one_step() -> None:
 
 
 def test_the_text_of_a_long_answer_is_not_copied_for_each_token() -> None:
-    """Four times as many tokens take about four times as long, where copying made it sixteen."""
-
-    def seconds(count: int) -> float:
-        text = TextStream(FakeTokenizer())  # type: ignore[arg-type]
-        started_s = time.thread_time()
-        for _ in range(count):
-            text.add(1)
-        assert len(text.text) == count
-        return time.thread_time() - started_s
-
-    few = min(seconds(20_000) for _ in range(3))
-    assert min(seconds(80_000) for _ in range(3)) < 8 * few
+    """Each token's text stands alone, and is put together when somebody asks for all of it."""
+    text = TextStream(FakeTokenizer())  # type: ignore[arg-type]
+    for _ in range(1000):
+        text.add(1)
+    assert max(map(len, text.parts)) == 1
+    assert text.text == "b" * 1000
 
 
 def test_completions_that_are_whole_outlive_one_that_failed(llm: LLM) -> None:

@@ -45,7 +45,7 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
     Sequences whose tables begin alike come one after the other, so that attention can read what they share once.
     """
     items.sort(key=lambda item: item.sequence.table.block_ids)
-    most_blocks = max(len(item.sequence.table.block_ids) for item in items)
+    max_blocks = max(len(item.sequence.table.block_ids) for item in items)
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -64,9 +64,9 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
         positions += range(start, end)
         slots += [table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in range(start, end)]
         sequence_index += [row] * (end - start)
-        tables.append(table + [0] * (most_blocks - len(table)))
+        tables.append(table + [0] * (max_blocks - len(table)))
         logit_rows += range(len(token_ids) - item.num_logits, len(token_ids))
-    windows = tuple(_window_places(items, index, most_blocks) for index in range(len(items[0].sequence.table.windows)))
+    windows = tuple(_window_places(items, index, max_blocks) for index in range(len(items[0].sequence.table.windows)))
     # Python's code is cold after a decode step, so calling `np.array` seven times beats one clever call.
     arrays = Batch(
         token_ids=np.array(token_ids, np.int32),
@@ -80,12 +80,12 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
     return ScheduledBatch(items, arrays)
 
 
-def _window_places(items: list[Scheduled], index: int, most_blocks: int) -> KVIndex:
+def _window_places(items: list[Scheduled], index: int, max_blocks: int) -> KVIndex:
     """The same tokens in a group of layers with a window."""
     tables, slots = [], []
     for item in items:
         sequence = item.sequence
-        table = sequence.table.windows[index].places(most_blocks)
+        table = sequence.table.windows[index].places(max_blocks)
         tables.append(table)
         start = sequence.num_computed_tokens
         end = start + item.num_tokens + (len(sequence.draft_ids) if item.closes_gap else 0)

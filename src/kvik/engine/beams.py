@@ -50,7 +50,7 @@ def search_beams(
     whole = engine.new_request(prompt, SamplingParams(max_tokens=max_tokens))  # raises what is wrong with it
     engine.check_room(whole)
     step = SamplingParams(max_tokens=1, logprobs=2 * width)
-    most, ends = whole.max_total_tokens - len(prompt), whole.stop_token_ids
+    max_length, ends = whole.max_total_tokens - len(prompt), whole.stop_token_ids
     beams, found = [_Branch([], 0.0, None)], list[Beam]()
 
     def finished(token_ids: list[int], logprob: float, reason: str) -> Beam:
@@ -58,7 +58,7 @@ def search_beams(
         return Beam(text, token_ids, logprob, logprob / len(token_ids) ** length_penalty, reason)
 
     try:
-        for length in range(1, most + 1):
+        for length in range(1, max_length + 1):
             sequences = _compute(engine, prompt, beams, step)
             leases = [sequence.lease for sequence in sequences]
             _close_all(beam.lease for beam in beams)
@@ -81,7 +81,7 @@ def search_beams(
                 break
             found = sorted(found, key=lambda beam: -beam.score)[:width]
             # Every further token lowers a logprob, so a beam's best future score is bounded by what it has now.
-            longest = most if length_penalty > 0 else length
+            longest = max_length if length_penalty > 0 else length
             if len(found) == width and max(beam.logprob for beam in beams) / longest**length_penalty <= found[-1].score:
                 break
         else:

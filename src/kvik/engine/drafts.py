@@ -32,8 +32,8 @@ class NgramDrafts:
         """The most tokens that `propose` drafts at present; 0 during a pause."""
         return 0 if self._num_paused else self._num_wanted
 
-    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
-        """What may follow `token_ids`: at most `most` and at most `num_wanted` tokens, none where nothing is known.
+    def propose(self, token_ids: Sequence[int], max_drafts: int) -> list[int]:
+        """What may follow `token_ids`: at most `max_drafts` and at most `num_wanted` tokens, none where nothing is known.
 
         The last three tokens, or else the last two, are looked up where they occurred last before, and what followed
         them there is the draft. It may run on into itself: so a text that repeats itself is continued for as long as is
@@ -46,7 +46,7 @@ class NgramDrafts:
         if self._num_paused:
             self._num_paused -= 1
             return []
-        count = min(most, self._num_wanted)
+        count = min(max_drafts, self._num_wanted)
         if count <= 0:
             return []
         self._index(token_ids)

@@ -57,7 +57,7 @@ class Case:
         return f"prefill {self.length:,}" + (", seen before" if self.kind == "seen" else "")
 
     @property
-    def most_tokens(self) -> int:
+    def max_total_tokens(self) -> int:
         """Tokens of one of its sequences at the end."""
         return max(1, self.length) + self.num_tokens + (1 if self.kind == "decode" else 0)
 
@@ -72,7 +72,7 @@ class Case:
 
     def num_blocks(self, spec: KVCacheSpec) -> int:
         """Blocks that its sequences need."""
-        return self.batch * spec.pool_blocks_for(self.most_tokens)
+        return self.batch * spec.pool_blocks_for(self.max_total_tokens)
 
 
 @dataclass(slots=True)
@@ -119,10 +119,10 @@ def make_cases(
 
 def check_cases(cases: Sequence[Case], context: int) -> None:
     """Raise `InvalidInput` for a case that the context does not hold."""
-    longest = max(cases, key=lambda case: case.most_tokens)
-    if longest.most_tokens > context:
+    longest = max(cases, key=lambda case: case.max_total_tokens)
+    if longest.max_total_tokens > context:
         raise InvalidInput(
-            f"{longest.name} takes {longest.most_tokens:,} tokens, the context holds {context:,}",
+            f"{longest.name} takes {longest.max_total_tokens:,} tokens, the context holds {context:,}",
             hint="lower --depth, --prompt or --gen",
         )
 

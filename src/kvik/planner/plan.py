@@ -193,11 +193,11 @@ def _auto_kv_bytes(shape: ModelShape, dtype: KVDType, context: int) -> int | Non
         return None
 
 
-def _check_int(name: str, value: Any, least: int, most: int, *, of: str = "") -> int:
+def _check_int(name: str, value: Any, minimum: int, maximum: int, *, of: str = "") -> int:
     """The value as a plain int. Raises `InvalidInput`."""
     number = plain_int(value)
-    if number is None or not least <= number <= most:
+    if number is None or not minimum <= number <= maximum:
         shown = f"{number:,}" if number is not None and abs(number) <= MAX_SIZE_BYTES else f"{value!r:.40}"
-        reason = f"; {of}" if of and number is not None and number > most else ""
-        raise InvalidInput(f"{name} is {shown}{reason}", hint=f"give a whole number from {least:,} to {most:,}")
+        reason = f"; {of}" if of and number is not None and number > maximum else ""
+        raise InvalidInput(f"{name} is {shown}{reason}", hint=f"give a whole number from {minimum:,} to {maximum:,}")
     return number
