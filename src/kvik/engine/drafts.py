@@ -33,7 +33,7 @@ class NgramDrafts:
         return 0 if self._num_paused else self._num_wanted
 
     def propose(self, token_ids: Sequence[int], max_drafts: int) -> list[int]:
-        """What may follow `token_ids`: at most `max_drafts` tokens and at most `num_wanted`, none where nothing is known.
+        """What may follow `token_ids`: at most `max_drafts` and `num_wanted` tokens, none where nothing is known.
 
         The last three tokens, or else the last two, are looked up where they occurred last before, and what followed
         them there is the draft. It may run on into itself: so a text that repeats itself is continued for as long as is
