@@ -13,7 +13,7 @@ import pytest
 
 from command_line import Kvik
 from gguf_files import tiny_llama
-from kvik.cli.explain import _list
+from kvik.cli.explain import number_list
 from kvik.cli.terminal import INTERRUPTED
 from kvik.engine.sequence import Sequence
 from kvik.explain.run import TracedRun
@@ -236,4 +236,4 @@ def test_the_next_turn_of_a_chat_goes_through_the_template(kvik: Kvik, tmp_path:
     ("numbers", "shown"), [((0,), "0"), ((0, 1), "0, 1"), ((0, 1, 2, 7, 9, 10, 11), "0-2, 7, 9-11"), ((3, 1), "3, 1")]
 )
 def test_runs_of_numbers_are_shown_by_their_ends(numbers: tuple[int, ...], shown: str) -> None:
-    assert _list(numbers) == shown
+    assert number_list(numbers) == shown

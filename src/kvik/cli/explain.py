@@ -104,7 +104,7 @@ def explain(
             chosen += next_turn(llm, prompt, run.with_cache.lane.sequence.completion_ids)
         page = _page(llm, run, engine.model, chosen)
         save_text(html, page)
-        drawn = f"layers {_list(selection.layers)}, KV heads {_list(selection.kv_heads)}"
+        drawn = f"layers {number_list(selection.layers)}, KV heads {number_list(selection.kv_heads)}"
         lines.append(f"{html}: {len(page.encode()):,} bytes; attention of {drawn}")
     if trace is not None:
         events: Mapping[str, Any] = perfetto_trace(run, engine.model)
@@ -162,7 +162,7 @@ def _result_line(run: TracedRun) -> str:
     )
 
 
-def _list(numbers: tuple[int, ...]) -> str:
+def number_list(numbers: tuple[int, ...]) -> str:
     """`0-63, 70`: a run of three or more by its ends."""
     runs: list[list[int]] = []
     for number in numbers:
