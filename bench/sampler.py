@@ -58,10 +58,8 @@ def all_logits(model: str, count: int) -> Iterator[tuple[str, FloatArray]]:
         own = np.concatenate(rows)
         yield model, own
         # As a larger vocabulary would have it: the same tokens again, each time less likely by a factor of 50.
-        yield (
-            f"{model}, 151,936",
-            np.concatenate([own - np.float32(4 * again) for again in range(4)], axis=1)[:, :151_936],
-        )
+        larger = np.concatenate([own - np.float32(4 * again) for again in range(4)], axis=1)
+        yield f"{model}, 151,936", np.ascontiguousarray(larger[:, :151_936])
     for vocab_size in (49_152, 151_936):
         normal = rng.normal(0, 3, (count, vocab_size)).astype(np.float32)
         peaked = normal.copy()
