@@ -1,10 +1,10 @@
 """Who owns which block, how large a block is, and which blocks hold what others need. No arrays here."""
 
 from kvik.cache.block_pool import BlockPool
-from kvik.cache.manager import CacheManager, packed
+from kvik.cache.manager import CacheManager
 from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
 from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize, WindowSpec
-from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold
+from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold, packed
 from kvik.cache.windows import WindowGroup, WindowTable
 
 __all__ = [

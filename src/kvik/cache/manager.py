@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -11,7 +10,7 @@ from weakref import WeakSet
 from kvik.cache.block_pool import BlockPool
 from kvik.cache.radix import Match, MissReason, Namespace, RadixTree, common_bytes
 from kvik.cache.spec import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
-from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold
+from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold, packed
 from kvik.cache.windows import WindowGroup, WindowTable
 
 IDLE_TICKS = 256
@@ -499,8 +498,3 @@ class CacheManager:
 def _ids_of(match: Match) -> list[int]:
     """The blocks of a match, that of its tail too."""
     return [*match.block_ids, *([match.tail[0]] if match.tail else [])]
-
-
-def packed(token_ids: Sequence[int]) -> bytes:
-    """Tokens as the prefix tree compares them: an int32 each."""
-    return array("i", token_ids).tobytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -84,3 +86,8 @@ class CacheStats:
     def hit_rate(self) -> float:
         """Share of the tokens asked for that were found."""
         return self.num_cached_tokens / self.num_queried_tokens if self.num_queried_tokens else 0.0
+
+
+def packed(token_ids: Sequence[int]) -> bytes:
+    """Tokens as the prefix tree compares them: an int32 each."""
+    return array("i", token_ids).tobytes()
