@@ -185,7 +185,7 @@ $(VENV)/.made:
 # -e: Python sources are used where they lie; a change of native code or of pyproject.toml installs again.
 $(VENV)/.installed: $(SOURCES) | $(VENV)/.made
 	$(call say,Build and install kvik (half a minute))
-	$(VENV)/bin/pip install -q -e .
+	$(VENV)/bin/pip install -q -e '.[server]'
 	@touch $@
 
 # By name: kvik is there already, and only what these extras need is added; from its sources it would be compiled again.
