@@ -13,9 +13,9 @@ from functools import partial
 from typing import Unpack
 
 from kvik.config import SamplingParams
-from kvik.engine.engine import MAX_FAILED_STEPS, Engine
+from kvik.engine.engine import MAX_FAILED_STEPS
 from kvik.engine.llm import GREEDY, LLM, Prompt
-from kvik.engine.output import Completion, Piece
+from kvik.engine.output import Completion, Piece, Progress
 from kvik.engine.request import (
     ChatOptions,
     Message,
@@ -53,7 +53,7 @@ class AsyncLLM:
         self.llm = llm
         self._engine = llm.engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._readers: dict[_Reader, None] = {}  # the engine thread's own
+        self._readers: dict[TokenStream, None] = {}  # the engine thread's own
         self._death: BaseException | None = None
         self._is_closing = False
         self._beat_s = time.monotonic()
@@ -78,13 +78,11 @@ class AsyncLLM:
 
         Raises the error of a completion that failed; where others are whole, `RequestsFailed` with them.
         """
-        reader = self._open(await self._new_sequence(prompt, params, options), wants_pieces=False)
-        try:
-            while await reader.read():
+        sequence = await self._new_sequence(prompt, params, options)
+        with self.open([sequence], wants_pieces=False) as stream:
+            while await stream.read():
                 pass
-        finally:
-            self._leave(reader.branches)
-        return collect(self._engine, reader.branches)
+        return collect(self._engine, stream.branches)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams = GREEDY, **options: Unpack[RequestOptions]
@@ -127,16 +125,43 @@ class AsyncLLM:
 
         return self._pieces(given)
 
+    def open(
+        self, sequences: SequenceOf[Sequence], *, wants_pieces: bool = True, wants_progress: bool = False
+    ) -> TokenStream:
+        """Queue new sequences of this engine, all or none, and let them be read step by step.
+
+        Closing the stream aborts what is not finished. With `wants_progress` it also says how far the prompts are.
+        """
+        if not self.is_alive:
+            raise self._dead()
+        stream = TokenStream(self, sequences, wants_pieces=wants_pieces, wants_progress=wants_progress)
+        for branch in stream.branches:
+            branch.costs.submitted_s = time.perf_counter()
+
+        def begin() -> None:
+            try:
+                for sequence in sequences:
+                    self._engine.add(sequence)
+            except Exception as error:  # noqa: BLE001  # that the queue is full, or whatever it is: this one hears of it
+                self._engine.abort(*stream.branches)
+                stream.fail(error)
+            else:
+                self._readers[stream] = None
+
+        self._command(begin)
+        return stream
+
     async def _pieces(self, make: Callable[[], Awaitable[Sequence]]) -> AsyncIterator[Piece]:
         # One generator for every route: leaving an outer one would not close an inner one at once.
-        reader = self._open(await make())
-        try:
-            while pieces := await reader.read():
+        with self.open([await make()]) as stream:
+            while pieces := await stream.read():
                 for piece in pieces:
                     yield piece
-            collect(self._engine, reader.branches)  # raises what went wrong
-        finally:
-            self._leave(reader.branches)
+            collect(self._engine, stream.branches)  # raises what went wrong
+
+    def leave(self, sequences: SequenceOf[Sequence]) -> None:
+        """Stop those that are not finished, at the end of the present step, without waiting for it."""
+        self._leave(sequences)
 
     async def abort(self, sequences: SequenceOf[Sequence]) -> None:
         """Stop those that are not finished, and wait until they are."""
@@ -173,23 +198,6 @@ class AsyncLLM:
 
     async def _render_chat(self, messages: SequenceOf[Message], options: TemplateOptions) -> list[int]:
         return await asyncio.to_thread(lambda: self.llm.render_chat(messages, **options))
-
-    def _open(self, sequence: Sequence, *, wants_pieces: bool = True) -> _Reader:
-        """Queue a sequence, between two steps, and let it be read."""
-        reader = _Reader(self._engine, sequence, wants_pieces=wants_pieces)
-        for branch in reader.branches:
-            branch.costs.submitted_s = time.perf_counter()
-
-        def begin() -> None:
-            try:
-                self._engine.add(reader.sequence)
-            except Exception as error:  # noqa: BLE001  # that the queue is full, or whatever it is: this one hears of it
-                reader.fail(error)
-            else:
-                self._readers[reader] = None
-
-        self._command(begin)
-        return reader
 
     def _leave(self, branches: SequenceOf[Sequence], done: asyncio.Future[None] | None = None) -> None:
         """Abort what is not finished, at the end of the present step; `done` is told, and so is who still reads."""
@@ -273,8 +281,8 @@ class AsyncLLM:
 
     def _deliver(self) -> None:
         """Hand on what is new, with one call to each event loop."""
-        outbox: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, _Delivery]]] = {}
-        late: list[_Reader] = []
+        outbox: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream, _Delivery]]] = {}
+        late: list[TokenStream] = []
         with self._engine.lock:
             for reader in self._readers:
                 delivery = reader.take()
@@ -285,7 +293,7 @@ class AsyncLLM:
                     late.append(reader)
         for reader in late:
             self._engine.abort(*reader.branches)
-            outbox[reader.loop].append((reader, _Delivery([], is_last=True, error=reader.slow_error())))
+            outbox[reader.loop].append((reader, _Delivery([], [], is_last=True, error=reader.slow_error())))
         for loop, deliveries in outbox.items():
             is_closed = not _call(loop, partial(_hand_out, deliveries))
             for reader, delivery in deliveries:
@@ -302,29 +310,63 @@ class _Closed(Exception):
 class _Delivery:
     """What one step brought one reader."""
 
-    __slots__ = ("error", "is_last", "pieces")
+    __slots__ = ("error", "is_last", "pieces", "progress")
 
-    def __init__(self, pieces: list[Piece], *, is_last: bool, error: Exception | None) -> None:
+    def __init__(
+        self, pieces: list[Piece], progress: list[Progress], *, is_last: bool, error: Exception | None = None
+    ) -> None:
         self.pieces = pieces
+        self.progress = progress
         self.is_last = is_last
         self.error = error
 
 
-class _Reader:
-    """One request's pieces on their way from the engine's thread to a task."""
+class TokenStream:
+    """What sequences write, on its way from the engine's thread to a task, a batch of pieces for each step.
 
-    __slots__ = ("_engine", "_error", "_feeds", "_is_done", "_pieces", "_waiter", "branches", "loop", "sequence")
+    `Piece.index` counts the completions of all of them: those of the first sequence, then those of the next. A context
+    manager; `AsyncLLM.open` makes it.
+    """
 
-    def __init__(self, engine: Engine, sequence: Sequence, *, wants_pieces: bool) -> None:
-        self.sequence = sequence
-        self.branches = list(sequence.all_branches())
+    __slots__ = (
+        "_error",
+        "_feeds",
+        "_is_done",
+        "_llm",
+        "_pieces",
+        "_progress",
+        "_waiter",
+        "branches",
+        "loop",
+        "progress",
+        "sequences",
+    )
+
+    def __init__(
+        self, llm: AsyncLLM, sequences: SequenceOf[Sequence], *, wants_pieces: bool, wants_progress: bool
+    ) -> None:
+        self.sequences = sequences
+        self.branches = [branch for sequence in sequences for branch in sequence.all_branches()]
         self.loop = asyncio.get_running_loop()
-        self._engine = engine
-        self._feeds = [PieceFeed(engine, branch) for branch in self.branches] if wants_pieces else []
+        self.progress: list[Progress] = []  # that nobody has looked at yet; the reader empties it
+        self._llm = llm
+        engine = llm.llm.engine
+        self._feeds = [PieceFeed(engine, branch, at) for at, branch in enumerate(self.branches)] if wants_pieces else []
+        self._progress = dict.fromkeys(sequences, -1) if wants_progress else {}
         self._pieces: list[Piece] = []
         self._waiter: asyncio.Future[None] | None = None
         self._is_done = False
         self._error: Exception | None = None
+
+    def close(self) -> None:
+        """Abort what is not finished, within a step."""
+        self._llm.leave(self.branches)
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     # For the engine's thread.
 
@@ -339,14 +381,33 @@ class _Reader:
             pieces = self._feeds[0].take()
         else:
             pieces = [piece for feed in self._feeds for piece in feed.take()]
+        progress = self._take_progress() if self._progress else []
         for branch in self.branches:
             if branch.finish_reason is None:
-                return _Delivery(pieces, is_last=False, error=None) if pieces else None
-        return _Delivery(pieces, is_last=True, error=None)
+                return _Delivery(pieces, progress, is_last=False) if pieces or progress else None
+        return _Delivery(pieces, progress, is_last=True)
+
+    def _take_progress(self) -> list[Progress]:
+        """How far each prompt has come since the last look: first what was cached, at the end all of it."""
+        news = []
+        for sequence, before in list(self._progress.items()):
+            costs, total = sequence.costs, sequence.num_prompt_tokens
+            if costs.begun_s is None:
+                continue
+            processed = total if costs.first_token_s is not None else min(sequence.num_computed_tokens, total)
+            elapsed_s = time.perf_counter() - costs.begun_s
+            if before < 0:
+                news.append(Progress(total, costs.num_cached_tokens, costs.num_cached_tokens, 0.0))
+            if processed > max(before, costs.num_cached_tokens):
+                news.append(Progress(total, costs.num_cached_tokens, processed, elapsed_s))
+            self._progress[sequence] = processed
+            if processed == total:
+                del self._progress[sequence]
+        return news
 
     def fail(self, error: Exception) -> None:
         """No more pieces: this went wrong."""
-        _call(self.loop, lambda: self.receive(_Delivery([], is_last=True, error=error)))
+        _call(self.loop, lambda: self.receive(_Delivery([], [], is_last=True, error=error)))
 
     def slow_error(self) -> SlowReader:
         """Why it gets no more."""
@@ -359,14 +420,23 @@ class _Reader:
     def receive(self, delivery: _Delivery) -> None:
         """Take a delivery, and wake the task that waits for it."""
         self._pieces += delivery.pieces
+        self.progress += delivery.progress
         self._is_done = self._is_done or delivery.is_last
         self._error = self._error or delivery.error
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether no more will come than what waits to be read."""
+        return self._is_done
+
     async def read(self) -> list[Piece]:
-        """Pieces, as many as there are; none at the end. Raises what kept the request from running to its end."""
-        while not self._pieces and not self._is_done:
+        """Pieces, as many as there are; none at the end. Raises what kept the sequences from being served at all.
+
+        Where `progress` was asked for and has come, it returns without pieces although `is_done` is false.
+        """
+        while not self._pieces and not self._is_done and not self.progress:
             self._waiter = self.loop.create_future()
             await self._waiter
         pieces, self._pieces = self._pieces, []
@@ -380,7 +450,7 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _hand_out(deliveries: list[tuple[_Reader, _Delivery]]) -> None:
+def _hand_out(deliveries: list[tuple[TokenStream, _Delivery]]) -> None:
     for reader, delivery in deliveries:
         reader.receive(delivery)
 

@@ -82,6 +82,16 @@ class Piece:
     finish_reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a prompt has come, in tokens, and the seconds since it was begun."""
+
+    num_total: int
+    num_cached: int
+    num_processed: int  # the cached ones among them
+    elapsed_s: float
+
+
 class TextStream:
     """Turns tokens into text as they come: whole characters only, and nothing that a stop string may yet swallow."""
 

@@ -295,6 +295,9 @@ class Scheduler:
         if sequence.costs.num_preemptions:
             return  # what it finds is its own work
         self._begun[sequence] = None
+        now_s = time.perf_counter()
+        for each in sequence.all_branches():
+            each.costs.begun_s = now_s
         if sequence.request.may_reuse:
             sequence.costs.num_cached_tokens = sequence.num_computed_tokens
             sequence.costs.miss_reason = match.miss_reason

@@ -30,6 +30,7 @@ class Costs:
     kv_bytes: int = 0  # of the blocks held when it last computed
     weight_bytes: int = 0  # that its steps went over
     submitted_s: float | None = None  # when it was queued, or given to the thread that does
+    begun_s: float | None = None  # when it first had blocks
     first_token_s: float | None = None
     last_token_s: float | None = None
 

@@ -107,10 +107,11 @@ def _line(error: Exception) -> str:
 class PieceFeed:
     """What a sequence has written since the last look; another stream's steps may have brought it several tokens."""
 
-    __slots__ = ("_engine", "_num_taken", "is_done", "sequence")
+    __slots__ = ("_engine", "_index", "_num_taken", "is_done", "sequence")
 
-    def __init__(self, engine: Engine, sequence: Sequence) -> None:
+    def __init__(self, engine: Engine, sequence: Sequence, index: int | None = None) -> None:
         self._engine = engine
+        self._index = sequence.branch if index is None else index  # of its completion, for whom reads it
         self.sequence = sequence
         self._num_taken = 0
         self.is_done = False
@@ -136,7 +137,7 @@ class PieceFeed:
                     parts[at],
                     token_ids[num_prompt + at],
                     completion,
-                    sequence.branch,
+                    self._index,
                     logprobs[at] if logprobs else None,
                     finish_reason if is_last else None,
                 )
