@@ -212,7 +212,7 @@ def test_each_op_of_a_step_is_near_the_reference(pair: tuple[LoadedModel, Loaded
     caches = [model.decoder.ops.allocate_kv(spec, 24) for model in pair]
     step = native.decoder.capture(caches[0])
     assert isinstance(step, CapturedStep)
-    calls, _ = capture(lambda ops, batch: reference.decoder.forward(batch, caches[1], ops))
+    calls, _, _ = capture(lambda ops, batch: reference.decoder.forward(batch, caches[1], ops))
     tolerance = {"int8": 2e-2, "int16": 2e-4}[native.decoder.ops.activations]  # type: ignore[attr-defined]
     rng = np.random.default_rng(44)
     for lengths in ([(0, 40)], [(40, 41), (0, 7)]):
