@@ -320,7 +320,7 @@ class Program:
         self, value: int, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")]
     ) -> None:
         """
-        Copies the first rows of a value of the last run; unless it is kept, a later op may have reused its memory.
+        Copies the first rows of a value of the last run, if it is kept or no later op has reused its memory.
         """
 
 SAMPLE_ROW_BYTES: int = 152

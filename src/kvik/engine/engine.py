@@ -268,7 +268,8 @@ class Engine:
         try:
             output = self._run(batch)
             clock.lap()
-            self._pool(batch, output.hidden)
+            if len(output.hidden):
+                self._pool(batch, output.hidden)
             result = self._sample(batch, output.logits)
             clock.lap()
         except Exception as error:  # noqa: BLE001  # whatever it was, the sequences of this step get it
