@@ -27,6 +27,7 @@ from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
 from kvik.engine.events import StepEvent
 from kvik.engine.output import TokenLogprobs
+from kvik.engine.runner import StepOutput
 from kvik.engine.sampler import Sampled, SampleRow, make_sampler
 from kvik.ops.native import NativeOps
 
@@ -42,9 +43,9 @@ class StandInRunner:
         self._logits = np.zeros((4096, VOCAB), np.float32)
         self._logits[:, 1] = 1
 
-    def run(self, batch: ScheduledBatch) -> FloatArray:
+    def run(self, batch: ScheduledBatch) -> StepOutput:
         """One row for each token that is asked for."""
-        return self._logits[: len(batch.arrays.logit_rows)]
+        return StepOutput(self._logits[: len(batch.arrays.logit_rows)], self._logits[:0])
 
     def sample(self, logits: FloatArray, rows: SequenceOf[SampleRow]) -> list[Sampled]:
         """The likeliest token."""

@@ -357,10 +357,11 @@ int capture_take_rows(Program &program, int x) {
       [=](const Step &step) { return Cost{8.0 * static_cast<double>(step.num_logits * in.width), 0}; });
 }
 
-void finish(Program &program, int output) {
+void finish(Program &program, int output, const std::vector<int> &kept) {
   const Program::Value out = checked_value(program, output);
   require(out.of_logits, "Program: the output must have a row for each logit row");
-  program.finish(output);
+  for (const int id : kept) checked_value(program, id);
+  program.finish(output, kept);
 }
 
 std::vector<double> run(Program &program, const StepArrays &arrays, FloatsOut<2> out, int first, int last, bool timed) {
@@ -456,7 +457,8 @@ void bind_program(nb::module_ &m) {
       .def("soft_cap", &capture_soft_cap, "x"_a, "cap"_a)
       .def("add", &capture_add, "x"_a, "y"_a)
       .def("take_rows", &capture_take_rows, "x"_a)
-      .def("finish", &finish, "output"_a)
+      .def("finish", &finish, "output"_a, "kept"_a = std::vector<int>(),
+           "No op can follow; the memory of values that are kept is not reused within a step.")
       .def("run", &run_arrays, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "sequence_index"_a.noconvert(), "block_tables"_a.noconvert(), "logit_rows"_a.noconvert(),
            "windows"_a.noconvert(), "out"_a.noconvert(), "first"_a, "last"_a, "timed"_a,
@@ -468,7 +470,7 @@ void bind_program(nb::module_ &m) {
                    "How the last run cut its attention, by shape of layer: units, those that are shared, chunks.")
       .def("is_of_logits", &is_of_logits, "value"_a, "Whether a value has a row for each logit row, not each token.")
       .def("copy_value", &copy_value, "value"_a, "out"_a.noconvert(),
-           "Copies the first rows of a value of the last run, if no later op has reused its memory.");
+           "Copies the first rows of a value of the last run, if it is kept or no later op has reused its memory.");
 }
 
 } // namespace kvik

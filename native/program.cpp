@@ -28,8 +28,9 @@ void Program::add_op(Op op) {
   ops_.push_back(std::move(op));
 }
 
-void Program::finish(int output) {
+void Program::finish(int output, const std::vector<int> &kept) {
   values_[static_cast<std::size_t>(output)].last_use = static_cast<int>(ops_.size());
+  for (const int id : kept) values_[static_cast<std::size_t>(id)].last_use = static_cast<int>(ops_.size());
   output_ = output;
   std::vector<int> holder; // of each buffer: the value that lives there
   for (std::size_t index = 0; index < ops_.size(); ++index) {

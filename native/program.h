@@ -84,8 +84,8 @@ public:
 
   int new_value(int64_t width, bool of_logits);
   void add_op(Op op);
-  // No op can follow. Values that never live at the same time share a buffer.
-  void finish(int output);
+  // No op can follow. Values that never live at the same time share a buffer; those that are kept live to the end.
+  void finish(int output, const std::vector<int> &kept);
 
   // Runs ops [first, last); out (R, width of the output) is written by the op that computes the output. Where
   // `seconds` is given, it gets each op's time. Threads take turns.

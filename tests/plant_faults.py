@@ -160,6 +160,18 @@ FAULTS = (
         "        if sequence.costs.num_preemptions:\n            return  # what it finds is its own work\n",
         "",
     ),
+    Fault(
+        "the memory of hidden states is reused before they are read",
+        "src/kvik/ops/program.py",
+        "self._program.finish(self._ids[self._output.id], kept)",
+        "self._program.finish(self._ids[self._output.id])",
+    ),
+    Fault(
+        "a preempted embedding adds what it computes again once more",
+        "src/kvik/engine/pooling.py",
+        "for row in rows[self._num_tokens - first :]:",
+        "for row in rows:",
+    ),
 )
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
-
 from kvik.config import EngineConfig
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
-from kvik.engine.runner import ModelRunner
+from kvik.engine.runner import ModelRunner, StepOutput
 from kvik.models.loader import LoadedModel
 
 
@@ -20,7 +17,7 @@ class WatchedRunner(ModelRunner):
 
     before: Callable[[ScheduledBatch], None] | None = None
 
-    def run(self, batch: ScheduledBatch) -> npt.NDArray[np.float32]:
+    def run(self, batch: ScheduledBatch) -> StepOutput:
         if self.before is not None:
             self.before(batch)
         return super().run(batch)

@@ -24,9 +24,12 @@ from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
 from kvik.engine.output import TokenLogprobs
+from kvik.engine.pooling import PooledHidden
+from kvik.engine.runner import StepOutput
 from kvik.engine.sampler import NumpySampler, Sampled, SampleRow
 from kvik.engine.sampler_reference import token_logprobs
 from kvik.engine.sequence import Sequence
+from kvik.ops.base import Batch, IntArray
 
 VOCAB = 11
 CONTEXT = 400
@@ -101,7 +104,7 @@ class SimulatedRunner:
     ) -> list[TokenLogprobs]:
         return self._sampler.prompt_logprobs(logits, next_ids, num_top)
 
-    def run(self, batch: ScheduledBatch) -> npt.NDArray[np.float32]:
+    def run(self, batch: ScheduledBatch) -> StepOutput:
         self.before()
         arrays = batch.arrays
         batch_salts = np.array([salt_number(item.sequence.request.salt) for item in batch.items])
@@ -117,12 +120,18 @@ class SimulatedRunner:
             written.salts[slots] = batch_salts[arrays.sequence_index]
         if fails:
             raise SimulatedFailure
-        rows = np.zeros((len(arrays.logit_rows), VOCAB), np.float32)
+        return StepOutput(
+            *(self._rows(arrays, tokens, batch_salts) for tokens in (arrays.logit_rows, arrays.hidden_rows))
+        )
+
+    def _rows(self, arrays: Batch, tokens: IntArray, batch_salts: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """What the tables show of some of the step's tokens: their logits, and their hidden states as well."""
+        rows = np.zeros((len(tokens), VOCAB), np.float32)
         windows = self.spec.layer_windows
         assert windows is not None
         for window, group in zip(windows, self.spec.groups, strict=True):
             tables, stored = arrays.places(group).block_tables, self.slots[group]
-            for index, token in enumerate(arrays.logit_rows):
+            for index, token in enumerate(tokens):
                 sequence, position = arrays.sequence_index[token], arrays.positions[token]
                 seen = np.arange(0 if window is None else max(0, position + 1 - window), position + 1)
                 slots = tables[sequence, seen // BLOCK_SIZE] * BLOCK_SIZE + seen % BLOCK_SIZE
@@ -212,6 +221,16 @@ def expected_sequence(
             sequence.logprobs.append(sampled.logprobs)
         sequence.accept(sampled.token_id)
     return sequence
+
+
+def expected_vector(engine: SimulatedEngine, sequence: Sequence) -> npt.NDArray[np.float32]:
+    """The embedding of a request's prompt, by the model's definition."""
+    request = sequence.request
+    pooled = PooledHidden(request.pooling)
+    for at in range(1, len(request.prompt_ids) + 1):
+        tokens = np.array(request.prompt_ids[:at], np.int64)
+        pooled.add(at - 1, logits_of_layers(tokens, salt_number(request.salt), engine.windows)[None])
+    return pooled.vector(normalize=request.normalize)
 
 
 def expected_prompt_logprobs(

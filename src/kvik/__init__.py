@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvik.engine.beams import Beam
     from kvik.engine.cache_view import CacheView
     from kvik.engine.llm import LLM
-    from kvik.engine.output import Completion, Piece, Stats, TokenLogprobs
+    from kvik.engine.output import Completion, Embedding, Piece, Stats, TokenLogprobs
     from kvik.engine.session import AsyncSession, Session, TurnStats
     from kvik.errors import (
         CacheTooSmall,
@@ -42,6 +42,7 @@ __all__ = [
     "CacheView",
     "Completion",
     "DownloadError",
+    "Embedding",
     "EngineConfig",
     "EngineDead",
     "InvalidInput",
@@ -93,6 +94,7 @@ _LAZY = {
     "Beam": "engine.beams",
     "CacheView": "engine.cache_view",
     "Completion": "engine.output",
+    "Embedding": "engine.output",
     "Piece": "engine.output",
     "Stats": "engine.output",
     "TokenLogprobs": "engine.output",

@@ -258,7 +258,11 @@ class Program:
     def soft_cap(self, x: int, cap: float) -> int: ...
     def add(self, x: int, y: int) -> int: ...
     def take_rows(self, x: int) -> int: ...
-    def finish(self, output: int) -> None: ...
+    def finish(self, output: int, kept: Sequence[int] = []) -> None:
+        """
+        No op can follow; the memory of values that are kept is not reused within a step.
+        """
+
     def run(
         self,
         token_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
@@ -316,7 +320,7 @@ class Program:
         self, value: int, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")]
     ) -> None:
         """
-        Copies the first rows of a value of the last run, if no later op has reused its memory.
+        Copies the first rows of a value of the last run, if it is kept or no later op has reused its memory.
         """
 
 SAMPLE_ROW_BYTES: int = 152

@@ -16,6 +16,7 @@ ActivationDType = Literal["int8", "int16"]
 KVDType = Literal["f32", "f16", "int8"]
 Backend = Literal["native", "reference"]
 Speculation = Literal["ngram"]
+Pooling = Literal["last", "mean"]
 WeightFormat = Literal["q8", "q4"]
 
 MAX_STOP_STRINGS = 16

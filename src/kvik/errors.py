@@ -80,7 +80,7 @@ class RequestsFailed(KvikError):
 
     def __init__(self, message: str, *, hint: str, completions: list[Any], errors: dict[int, Exception]) -> None:
         super().__init__(message, hint=hint)
-        self.completions = completions  # in the order of the requests, None where one failed
+        self.completions = completions  # or embeddings, in the order of the requests; None where one failed
         self.errors = errors  # by that order
 
 

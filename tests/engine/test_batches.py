@@ -13,7 +13,7 @@ import pytest
 from kvik.config import EngineConfig, KVDType, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
-from kvik.engine.runner import ModelRunner
+from kvik.engine.runner import ModelRunner, StepOutput
 from kvik.engine.sequence import Sequence
 from kvik.models.loader import LoadedModel
 from models import FloatArray, Run, assert_idle, random_prompt, run, shuffle_free_blocks, with_ops
@@ -249,9 +249,9 @@ def test_a_recorded_step_is_its_ops_one_by_one(tiny: LoadedModel, wanted: list[R
     calls: list[int] = []
 
     class OneByOne(ModelRunner):
-        def run(self, batch: ScheduledBatch) -> Any:
+        def run(self, batch: ScheduledBatch) -> StepOutput:
             calls.append(len(batch.arrays.token_ids))
-            return self.decoder.forward(batch.arrays, kv_cache=self.kv_arrays)
+            return StepOutput(self.decoder.forward(batch.arrays, kv_cache=self.kv_arrays), np.empty((0, 0), np.float32))
 
     engine = Engine(tiny, EngineConfig(token_budget=50), make_runner=OneByOne)
     assert_same(run_batch(engine, prompts_of(tiny, 16)), wanted)

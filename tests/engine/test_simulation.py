@@ -9,14 +9,15 @@ import dataclasses
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
 from kvik.cache import MissReason
-from kvik.config import SamplingParams
+from kvik.config import Pooling, SamplingParams
 from kvik.engine.lease import Lease
+from kvik.engine.request import HeldOptions
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, InvalidInput, QueueFull, StepFailed
-from sequences import new_sequence
 from simulation import (
     ALL,
     CONTEXT,
@@ -25,6 +26,7 @@ from simulation import (
     SimulatedFailure,
     expected_prompt_logprobs,
     expected_sequence,
+    expected_vector,
 )
 from tiers import simulation_groups
 
@@ -47,6 +49,8 @@ class Happened:
     num_aborted: int = 0
     num_failed: int = 0  # steps
     num_evicted_twins: int = 0  # blocks of windows
+    num_embeddings: int = 0
+    num_cached_tokens_of_embeddings: int = 0
     num_short_windows: int = 0  # matches that ended where a window reaches back to blocks that are gone
 
 
@@ -130,18 +134,21 @@ class Workload:
             echo=rng.random() < 0.2,
         )
         # Computing all tokens for each new one, one a step, would take most of the test's time.
-        use_cache = rng.random() < 0.9 or engine.scheduler.token_budget < 16 or params.max_tokens > 10
+        options: HeldOptions = {
+            "use_cache": rng.random() < 0.9 or engine.scheduler.token_budget < 16 or params.max_tokens > 10,
+            "hold": rng.random() < 0.4,
+            "lease": lease,
+            "priority": rng.choice((0, 0, 0, 1, -1)),
+            "salt": salt,
+        }
+        pooling: Pooling | None = rng.choice((None, None, None, "last", "mean"))
         try:
-            sequence = new_sequence(
-                engine,
-                prompt,
-                params,
-                use_cache=use_cache,
-                hold=rng.random() < 0.4,
-                lease=lease,
-                priority=rng.choice((0, 0, 0, 1, -1)),
-                salt=salt,
+            request = (
+                engine.new_request(prompt, params, **options)
+                if pooling is None
+                else engine.new_embed_request(prompt, pooling, rng.random() < 0.5, **options)
             )
+            sequence = engine.new_sequence(request)
             branches = list(sequence.all_branches())
             engine.add(sequence)
         except (CacheTooSmall, QueueFull):
@@ -220,6 +227,9 @@ class Workload:
         assert not engine.scheduler.has_work, "it never ends"
         for sequence, prompt, salt in self.requests:
             assert sequence.error is None or isinstance(sequence.error, StepFailed), sequence.error
+            if sequence.hidden is not None:
+                self._finish_embedding(sequence, prompt)
+                continue
             wanted = expected_sequence(engine, prompt, sequence.params, sequence.seed, salt)
             if sequence.finish_reason == "abort":
                 assert wanted.token_ids[: sequence.num_tokens] == sequence.token_ids
@@ -245,6 +255,15 @@ class Workload:
             assert pool.num_free == pool.num_blocks, "blocks were lost"
         assert engine.cache.committed_bytes == 0, "memory was kept"
 
+    def _finish_embedding(self, sequence: Sequence, prompt: list[int]) -> None:
+        embedding = sequence.embedding()
+        assert sequence.token_ids == prompt
+        assert embedding.finish_reason in ("stop", "abort")
+        wanted = expected_vector(self.engine, sequence)
+        if embedding.finish_reason == "abort":
+            wanted = wanted[:0]
+        np.testing.assert_array_equal(embedding.vector.view(np.uint32), wanted.view(np.uint32))
+
     def count(self, happened: Happened) -> None:
         """Add up what this workload saw."""
         stats = self.engine.cache.stats
@@ -259,6 +278,9 @@ class Workload:
         happened.num_failed += self.num_failed
         happened.num_evicted_twins += sum(group.num_evicted for group in self.engine.cache.windows)
         all_costs = [sequence.costs for sequence, _, _ in self.requests]
+        embeddings = [sequence.costs for sequence, _, _ in self.requests if sequence.hidden is not None]
+        happened.num_embeddings += len(embeddings)
+        happened.num_cached_tokens_of_embeddings += sum(costs.num_cached_tokens for costs in embeddings)
         happened.num_short_windows += sum(costs.miss_reason is MissReason.WINDOW for costs in all_costs)
 
     def _text(self, prompt: list[int]) -> str:

@@ -10,6 +10,7 @@ from families.cases import CASES
 from families.goldens import golden_of
 from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
+from kvik.explain.tracing_ops import TracingOps, weight_names
 from kvik.models.loader import LoadedModel, load_model
 from kvik.ops.base import Batch
 from kvik.ops.native import NativeOps
@@ -80,7 +81,11 @@ def test_a_recorded_pass_gives_the_bits_of_an_eager_one(model: LoadedModel) -> N
         sequence_index=np.zeros(num_tokens, np.int32),
         block_tables=np.arange(num_blocks, dtype=np.int32)[None],
         logit_rows=positions,
+        hidden_rows=positions[::-7],
     ).with_windows(len(spec.windows))
-    eager = decoder.ops.to_numpy(decoder.forward(batch, decoder.ops.allocate_kv(spec, num_blocks)))
-    captured = decoder.ops.to_numpy(decoder.capture(decoder.ops.allocate_kv(spec, num_blocks))(batch))
+    ops = TracingOps(decoder.ops, weight_names(decoder))
+    eager = decoder.ops.to_numpy(decoder.forward(batch, decoder.ops.allocate_kv(spec, num_blocks), ops))
+    captured, hidden = decoder.capture(decoder.ops.allocate_kv(spec, num_blocks)).with_hidden(batch)
     np.testing.assert_array_equal(captured.view(np.uint32), eager.view(np.uint32))
+    assert ops.hidden is not None
+    np.testing.assert_array_equal(hidden.view(np.uint32), ops.hidden[::-7].view(np.uint32))

@@ -497,7 +497,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "Program.take_rows": (on_program("take_rows"), {"x": value}),
     "Program.finish": (
         lambda **arguments: rows_program().finish(**arguments),
-        {"output": one_of(0, 1, 1, *INTEGERS)},
+        {"output": one_of(0, 1, 1, *INTEGERS), "kept": list_of(one_of(0, 1, *INTEGERS))},
     ),
     "Program.run": (
         on_program("run", whole_program),

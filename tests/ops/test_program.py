@@ -184,6 +184,35 @@ def test_other_families_have_the_same_bits_too(kv_dtype: KVDType, options: dict[
             assert abs(wanted - near).max() < 0.1 * abs(near).max()
 
 
+def test_hidden_states_outlive_the_ops_behind_them() -> None:
+    """Those between attention and MLP, whose memory later ops would reuse, of any tokens in any order."""
+    ops = NativeOps("int8", 2)
+    layer = Layer(ops, "f16")
+    gated = dataclasses.replace(layer.down, matrix=layer.o_proj.matrix)  # 144 columns: of as many heads
+
+    def forward(ops: Ops, batch: Batch) -> tuple[Array, Array]:
+        x = ops.embed(layer.table, batch.token_ids)
+        q = ops.norm_qkv(x, layer.norm, layer.qkv, layer.rope, layer.kv, batch)
+        attended = ops.merge_heads(ops.attend(q, layer.kv, batch, layer.rule))
+        after = ops.linear(attended, layer.o_proj, residual=x)
+        for _ in range(3):
+            x = ops.linear(attended, gated, residual=after)
+            x = ops.linear(attended, gated, residual=x)
+        rows = ops.take_rows(x, batch.logit_rows)
+        return ops.norm_linear(rows, layer.norm, layer.head), ops.take_rows(after, batch.hidden_rows)
+
+    step, rng = ops.capture(forward), np.random.default_rng(43)
+    for lengths, hidden_rows in (([(0, 1)], [0]), ([(0, 61)], [60, 3, 3]), ([(5, 6), (0, 40)], [1]), ([(0, 7)], [])):
+        batch = batch_of(lengths, rng, vocab_size=layer.vocab_size, num_blocks=layer.num_blocks)
+        batch = dataclasses.replace(batch, hidden_rows=np.array(hidden_rows, np.int32))
+        logits, hidden = step.with_hidden(batch)
+        wanted_logits, wanted = forward(ops, batch)
+        assert hidden.shape == (len(hidden_rows), 96)
+        same_bits(logits, wanted_logits)
+        same_bits(hidden, wanted)
+        same_bits(step(batch), wanted_logits)
+
+
 def test_a_step_that_wants_no_logits() -> None:
     ops = NativeOps()
     layer = Layer(ops, "f16")
@@ -212,7 +241,7 @@ def test_each_op_of_a_step_is_near_the_reference(pair: tuple[LoadedModel, Loaded
     caches = [model.decoder.ops.allocate_kv(spec, 24) for model in pair]
     step = native.decoder.capture(caches[0])
     assert isinstance(step, CapturedStep)
-    calls, _ = capture(lambda ops, batch: reference.decoder.forward(batch, caches[1], ops))
+    calls, _, _ = capture(lambda ops, batch: reference.decoder.forward(batch, caches[1], ops))
     tolerance = {"int8": 2e-2, "int16": 2e-4}[native.decoder.ops.activations]  # type: ignore[attr-defined]
     rng = np.random.default_rng(44)
     for lengths in ([(0, 40)], [(40, 41), (0, 7)]):
@@ -319,6 +348,7 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
             lambda: program.norm_qkv(x, norm, query, key, value, narrow, None, None, True, layer.kv),
         ),
         ("a row for each logit row", lambda: program.finish(x)),
+        ("no such value", lambda: program.finish(program.take_rows(x), [99])),
     ]
     for message, call in refused:
         with pytest.raises(ValueError, match=message):

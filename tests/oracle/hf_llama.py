@@ -118,6 +118,18 @@ def logits(model: Any, token_ids: Sequence[int]) -> FloatArray:
     return rows
 
 
+def hidden_states(model: Any, token_ids: Sequence[int]) -> FloatArray:
+    """What the head sees of each token, behind the last norm: (T, hidden_size), in one pass."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        logits(model, token_ids)
+    finally:
+        handle.remove()
+    rows: FloatArray = seen[0][0].numpy()
+    return rows
+
+
 @dataclass(frozen=True, slots=True)
 class Continuation:
     """A greedy continuation."""

@@ -9,8 +9,9 @@ import pytest
 
 from families.cases import CASES, NUM_TOKENS
 from families.goldens import ROWS, golden_of
-from kvik.config import EngineConfig, SamplingParams
+from kvik.config import EngineConfig, Pooling, SamplingParams
 from kvik.engine.engine import Engine
+from kvik.engine.stream import run_all
 from kvik.models.hf_spec import read_hf_spec
 from kvik.models.loader import load_model
 from kvik.ops.native import NativeOps
@@ -18,7 +19,7 @@ from kvik.ops.reference import ReferenceOps
 from models import run
 from oracle.conftest import Report
 from oracle.hf_families import SavedModel, random_ids, save_checkpoint
-from oracle.hf_llama import continue_greedily
+from oracle.hf_llama import FloatArray, continue_greedily, hidden_states
 from oracle.teacher_forcing import teacher_forced
 
 TOLERANCE = 1e-4
@@ -41,6 +42,21 @@ def test_logits(saved: SavedModel, report: Report) -> None:
         found = [teacher_forced(decoder, token_ids, kv_dtype="f32", chunks=chunks) for chunks in CHUNKS]
         errors[ops.name] = max(float(np.abs(rows - expected).max()) for rows in found)
     report("largest difference of a logit: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+    assert max(errors.values()) < TOLERANCE
+
+
+def test_embeddings(saved: SavedModel, report: Report) -> None:
+    """transformers' last hidden states, those that its head sees."""
+    token_ids = random_ids(100, seed=3)
+    expected = hidden_states(saved.model, token_ids)
+    engine = Engine(load_model(saved.folder, NativeOps()), EngineConfig(kv_dtype="f32", token_budget=48))
+    poolings: dict[Pooling, FloatArray] = {"last": expected[-1], "mean": expected.mean(axis=0)}
+    errors = {}
+    for pooling, wanted in poolings.items():
+        sequence = engine.new_sequence(engine.new_embed_request(token_ids, pooling, False))
+        assert run_all(engine, [sequence]) == [sequence]
+        errors[pooling] = float(np.abs(sequence.embedding().vector - wanted).max())
+    report(f"standard deviation {expected.std():.1f}; largest difference: {errors}")
     assert max(errors.values()) < TOLERANCE
 
 

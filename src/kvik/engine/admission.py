@@ -7,10 +7,10 @@ import os
 import reprlib
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from typing import Unpack
+from typing import Any, Unpack, get_args
 
 from kvik.cache import CacheManager, Match
-from kvik.config import SamplingParams
+from kvik.config import Pooling, SamplingParams
 from kvik.engine.lease import Lease
 from kvik.engine.request import HeldOptions, Request, check_options
 from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong
@@ -39,18 +39,36 @@ class Admission:
         """A checked request. Raises `InvalidInput`, `PromptTooLong`, `CacheTooSmall`."""
         if not isinstance(params, SamplingParams):
             raise InvalidInput(f"params is {reprlib.repr(params)}", hint="give SamplingParams(...)")
-        self._check_prompt(prompt_ids)
-        _check_options(options)
-        named = {name: value for name, value in options.items() if name != "lease" and value is not None}
-        lease = options.get("lease")
+        self._check_prompt(prompt_ids, self.model.context - 1)
         request = Request(
             prompt_ids=tuple(prompt_ids),
             params=params,
             seed=int.from_bytes(os.urandom(8)) if params.seed is None else params.seed,
             stop_token_ids=self._stop_token_ids(params),
             max_total_tokens=min(len(prompt_ids) + params.max_tokens, self.model.context),
-            held=None if lease is None else lease.hold,
-            **named,  # type: ignore[arg-type]  # `_check_options` has seen to it
+            **_checked_options(options),
+        )
+        self._check_blocks(request, self.cache.num_reachable_blocks, 0)
+        return request
+
+    def new_embed_request(
+        self, prompt_ids: SequenceOf[int], pooling: Pooling, normalize: bool, **options: Unpack[HeldOptions]
+    ) -> Request:
+        """The same of a prompt that is to become a vector; it may fill the context."""
+        if pooling not in get_args(Pooling):
+            raise InvalidInput(f"pooling is {reprlib.repr(pooling)}", hint='give "last" or "mean"')
+        _check_bool("normalize", normalize)
+        self._check_prompt(prompt_ids, self.model.context)
+        request = Request(
+            prompt_ids=tuple(prompt_ids),
+            params=SamplingParams(),
+            seed=0,
+            stop_token_ids=frozenset(),
+            max_total_tokens=len(prompt_ids),
+            kind="embed",
+            pooling=pooling,
+            normalize=normalize,
+            **_checked_options(options),
         )
         self._check_blocks(request, self.cache.num_reachable_blocks, 0)
         return request
@@ -61,11 +79,11 @@ class Admission:
 
     def _check_blocks(self, request: Request, num_blocks: int, num_pinned: int) -> None:
         spec = self.cache.spec
-        needed = spec.num_blocks_for(request.max_total_tokens - 1)  # the last token of all needs no place
+        needed = spec.num_blocks_for(request.max_kept_tokens)
         if needed <= num_blocks:
             return
         room = num_blocks * spec.block_size + 1 - request.num_prompt_tokens
-        advice = f"lower max_tokens to {room:,} or less, or " if room > 0 else ""
+        advice = f"lower max_tokens to {room:,} or less, or " if room > 0 and request.kind == "generate" else ""
         wanted = spec.pool_bytes(
             spec.pool_size(
                 spec.pool_blocks_for(request.max_total_tokens),
@@ -74,19 +92,21 @@ class Admission:
                 max_running=self.max_running,
             )
         )
+        subject = "prompt and answer need" if request.kind == "generate" else "the prompt needs"
         raise CacheTooSmall(
-            f"prompt and answer need {needed:,} blocks ({request.max_total_tokens:,} tokens), the cache has"
-            f" {num_blocks:,}" + (f" besides {num_pinned:,} pinned ones" if num_pinned else ""),
+            f"{subject} {needed:,} blocks ({request.max_total_tokens:,} tokens), the cache has {num_blocks:,}"
+            + (f" besides {num_pinned:,} pinned ones" if num_pinned else ""),
             hint=f"{advice}raise kv_memory (`--kv-memory`) to {-(-wanted // 2**20):,} MiB or more",
         )
 
-    def _check_prompt(self, prompt_ids: SequenceOf[int]) -> None:
+    def _check_prompt(self, prompt_ids: SequenceOf[int], max_tokens: int) -> None:
         if not prompt_ids:
             raise InvalidInput("the prompt is empty", hint="give at least one token of text")
         self._check_token_ids("the prompt's token id", prompt_ids)
-        if len(prompt_ids) >= self.model.context:
+        if len(prompt_ids) > max_tokens:
+            with_answer = " with the answer" if max_tokens < self.model.context else ""
             raise PromptTooLong(
-                f"the prompt has {len(prompt_ids):,} tokens, the context holds {self.model.context:,} with the answer",
+                f"the prompt has {len(prompt_ids):,} tokens, the context holds {self.model.context:,}{with_answer}",
                 hint=self._context_hint(),
             )
 
@@ -127,11 +147,11 @@ def check_token_id_list(prompt: SequenceOf[int]) -> list[int]:
         raise InvalidInput(f"the prompt is {reprlib.repr(prompt)}", hint="give text, or a list of token ids") from None
 
 
-def _check_options(options: HeldOptions) -> None:
+def _checked_options(options: HeldOptions) -> dict[str, Any]:
+    """The fields of a request that they are."""
     check_options(options, HeldOptions)
     for name in ("use_cache", "hold"):
-        if type(options.get(name, True)) is not bool:
-            raise InvalidInput(f"{name} is {reprlib.repr(options[name])}", hint="give True or False")
+        _check_bool(name, options.get(name, True))
     priority = options.get("priority", 0)
     if type(priority) is not int or abs(priority) > MAX_PRIORITY:
         raise InvalidInput(
@@ -143,6 +163,13 @@ def _check_options(options: HeldOptions) -> None:
         raise InvalidInput(f"lease is {reprlib.repr(lease)}", hint="give the lease of a sequence of this engine")
     _check_text("the salt", options.get("salt"), MAX_SALT_BYTES)
     _check_text("request_id", options.get("request_id"), MAX_REQUEST_ID_BYTES)
+    fields = {name: value for name, value in options.items() if name != "lease" and value is not None}
+    return fields if lease is None else fields | {"held": lease.hold}
+
+
+def _check_bool(name: str, value: object) -> None:
+    if type(value) is not bool:
+        raise InvalidInput(f"{name} is {reprlib.repr(value)}", hint="give True or False")
 
 
 def _check_text(name: str, value: str | None, max_bytes: int) -> None:

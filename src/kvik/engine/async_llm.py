@@ -10,12 +10,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import Unpack
+from typing import TypeVar, Unpack
 
-from kvik.config import SamplingParams
+from kvik.config import Pooling, SamplingParams
 from kvik.engine.engine import MAX_FAILED_STEPS
-from kvik.engine.llm import GREEDY, LLM, Prompt
-from kvik.engine.output import Completion, Piece, Progress
+from kvik.engine.llm import GREEDY, LLM, Prompt, as_list
+from kvik.engine.output import Completion, Embedding, Piece, Progress
 from kvik.engine.request import (
     ChatOptions,
     Message,
@@ -26,11 +26,13 @@ from kvik.engine.request import (
 )
 from kvik.engine.sequence import Sequence
 from kvik.engine.session import AsyncSession
-from kvik.engine.stream import PieceFeed, collect
+from kvik.engine.stream import PieceFeed, collect, collect_embeddings
 from kvik.errors import EngineDead, SlowReader
 from kvik.text.chat_messages import Content
 
 log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 MAX_PIECES = 4096
 """Pieces that wait for a reader; one who is further behind loses the request."""
@@ -113,6 +115,31 @@ class AsyncLLM:
 
         return self._pieces(make)
 
+    async def embed(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        **options: Unpack[RequestOptions],
+    ) -> list[Embedding]:
+        """Makes each prompt one vector; see `LLM.embed`. Cancelling aborts them.
+
+        Of many prompts no more are queued at a time than the engine runs, so that others are not refused.
+        """
+        sequences = await self._checked(partial(self._new_embed_sequences, prompts, pooling, normalize, options))
+        readers: list[TokenStream] = []
+        max_queued = self._engine.scheduler.max_running
+        try:
+            for index, sequence in enumerate(sequences):
+                if index >= max_queued:
+                    await readers[index - max_queued].read()
+                readers.append(self.open([sequence], wants_pieces=False))
+            for reader in readers[-max_queued:]:
+                await reader.read()
+        finally:
+            self._leave([reader.sequence for reader in readers])
+        return collect_embeddings(sequences)
+
     def session(self, *, system: Content | None = None, **options: Unpack[ChatOptions]) -> AsyncSession:
         """A conversation that keeps its cache; `options` are those of `chat`, and hold for every turn."""
         return AsyncSession(self, system=system, **options)
@@ -186,14 +213,25 @@ class AsyncLLM:
     # On the event loop's side.
 
     async def _new_sequence(self, prompt: Prompt, params: SamplingParams, options: RequestOptions) -> Sequence:
-        """Checked elsewhere than on the event loop, for tokenizing takes its time, and so may echoing a prompt."""
-        if not self.is_alive:
-            raise self._dead()
         check_options(options, RequestOptions)
 
         def make() -> Sequence:
             return self._engine.new_sequence(self._engine.new_request(self.llm.encode(prompt), params, **options))
 
+        return await self._checked(make)
+
+    def _new_embed_sequences(
+        self, prompts: Prompt | SequenceOf[Prompt], pooling: Pooling, normalize: bool, options: RequestOptions
+    ) -> list[Sequence]:
+        check_options(options, RequestOptions)
+        new_request, encode = self._engine.new_embed_request, self.llm.encode
+        requests = [new_request(encode(prompt), pooling, normalize, **options) for prompt in as_list(prompts)]
+        return [self._engine.new_sequence(request) for request in requests]
+
+    async def _checked(self, make: Callable[[], Made]) -> Made:
+        """Made elsewhere than on the event loop, for tokenizing takes its time, and so may echoing a prompt."""
+        if not self.is_alive:
+            raise self._dead()
         return await asyncio.to_thread(make)
 
     async def _render_chat(self, messages: SequenceOf[Message], options: TemplateOptions) -> list[int]:

@@ -19,8 +19,9 @@ class Scheduled:
     sequence: Sequence
     num_tokens: int  # without drafts
     copies: list[BlockCopy]  # to be made before
-    closes_gap: bool  # a token is sampled from what the step computes
+    closes_gap: bool  # a token is sampled from what the step computes, or an embedding is whole
     num_logits: int  # rows of logits, those of its last tokens
+    num_hidden: int = 0  # rows of hidden states, the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
     sequence_index: list[int] = []
     tables: list[list[int]] = []
     logit_rows: list[int] = []
+    hidden_rows: list[int] = []
     for row, item in enumerate(items):
         sequence = item.sequence
         table = sequence.table.block_ids
@@ -66,8 +68,9 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
         sequence_index += [row] * (end - start)
         tables.append(table + [0] * (max_blocks - len(table)))
         logit_rows += range(len(token_ids) - item.num_logits, len(token_ids))
+        hidden_rows += range(len(token_ids) - item.num_hidden, len(token_ids))
     windows = tuple(_window_places(items, index, max_blocks) for index in range(len(items[0].sequence.table.windows)))
-    # Python's code is cold after a decode step, so calling `np.array` seven times beats one clever call.
+    # Python's code is cold after a decode step, so calling `np.array` eight times beats one clever call.
     arrays = Batch(
         token_ids=np.array(token_ids, np.int32),
         positions=np.array(positions, np.int32),
@@ -76,6 +79,7 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
         block_tables=np.array(tables, np.int32),
         logit_rows=np.array(logit_rows, np.int32),
         windows=windows,
+        hidden_rows=np.array(hidden_rows, np.int32),
     )
     return ScheduledBatch(items, arrays)
 

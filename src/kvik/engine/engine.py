@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvik.cache import BlockEvents, CacheManager, Hold, KVCacheSpec, PoolSize
 from kvik.cache.sizing import choose_pool_size
-from kvik.config import EngineConfig, SamplingParams
+from kvik.config import EngineConfig, Pooling, SamplingParams
 from kvik.engine.admission import Admission
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.events import Observer, StepEvent, StepResult
@@ -26,7 +26,7 @@ from kvik.engine.interrupts import OwnedLock, is_uninterrupted, uninterrupted
 from kvik.engine.lease import Lease
 from kvik.engine.output import Completion, TextStream
 from kvik.engine.request import HeldOptions, Request
-from kvik.engine.runner import ModelRunner, Runner
+from kvik.engine.runner import ModelRunner, Runner, StepOutput
 from kvik.engine.sampler import SampleRow, sample_rows
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
@@ -125,6 +125,12 @@ class Engine:
         Raises `InvalidInput`, `PromptTooLong`, `CacheTooSmall`.
         """
         return self.admission.new_request(prompt_ids, params, **options)
+
+    def new_embed_request(
+        self, prompt_ids: SequenceOf[int], pooling: Pooling, normalize: bool, **options: Unpack[HeldOptions]
+    ) -> Request:
+        """The same of a prompt that is to become a vector, its finished sequence's `embedding`."""
+        return self.admission.new_embed_request(prompt_ids, pooling, normalize, **options)
 
     def new_sequence(self, request: Request) -> Sequence:
         """What `add` takes: the request's first completion, and the others as its branches."""
@@ -260,24 +266,40 @@ class Engine:
     def _advance(self, batch: ScheduledBatch, clock: _Clock) -> StepResult:
         """Run the model, sample, commit; a step that fails ends its own sequences."""
         try:
-            logits = self._run(batch)
+            output = self._run(batch)
             clock.lap()
-            result = self._sample(batch, logits)
+            if len(output.hidden):
+                self._pool(batch, output.hidden)
+            result = self._sample(batch, output.logits)
             clock.lap()
         except Exception as error:  # noqa: BLE001  # whatever it was, the sequences of this step get it
             return self._fail(batch, error)
-        self.scheduler.commit(batch, weight_bytes=self._step_bytes[len(logits) > 0])
+        self.scheduler.commit(batch, weight_bytes=self._step_bytes[len(output.logits) > 0])
         self._num_failed_steps = 0
         return result
 
-    def _run(self, batch: ScheduledBatch) -> npt.NDArray[np.float32]:
+    def _run(self, batch: ScheduledBatch) -> StepOutput:
         for group, copies in batch.copies.items():
             self.runner.copy_blocks(copies, group)
         started_s = time.perf_counter()
-        logits = self.runner.run(batch)
+        output = self.runner.run(batch)
         if any(item.num_tokens >= LONG_CHUNK for item in batch.items):
             self.prefill_token_s = (time.perf_counter() - started_s) / len(batch.arrays.token_ids)
-        return logits
+        return output
+
+    def _pool(self, batch: ScheduledBatch, hidden: npt.NDArray[np.float32]) -> None:
+        """Add what is computed to the embeddings; one whose prompt is whole ends."""
+        first = 0
+        for item in batch.items:
+            sequence, rows = item.sequence, hidden[first : first + item.num_hidden]
+            first += item.num_hidden
+            if sequence.hidden is None or not len(rows):
+                continue
+            sequence.hidden.add(sequence.num_computed_tokens + item.num_tokens - len(rows), rows)
+            if not np.isfinite(rows).all():
+                sequence.finish("abort", self._not_finite(sequence, "hidden states"))
+            elif item.closes_gap:
+                sequence.finish_embedding()
 
     def _sample(self, batch: ScheduledBatch, logits: npt.NDArray[np.float32]) -> StepResult:
         """Choose tokens, a draft's successor only where the draft was chosen itself."""
@@ -288,7 +310,7 @@ class Engine:
             sequence, end = item.sequence, first + item.num_logits
             if item.num_logits and sequence.request.wants_prompt_logprobs:
                 self._note_prompt(sequence, logits[first:end])
-            if item.closes_gap:
+            if item.closes_gap and sequence.hidden is None:
                 asked += sample_rows(sequence, end - 1 - len(sequence.draft_ids))
                 for branch in sequence.branches:
                     branch.prompt_logprobs = sequence.prompt_logprobs
@@ -460,9 +482,9 @@ class Engine:
         error.__cause__ = self.death
         return error
 
-    def _not_finite(self, sequence: Sequence) -> ModelError:
+    def _not_finite(self, sequence: Sequence, what: str = "logits") -> ModelError:
         return ModelError(
-            f"{self.model.path.name}: the logits after {sequence.num_tokens:,} tokens are not finite",
+            f"{self.model.path.name}: the {what} after {sequence.num_tokens:,} tokens are not finite",
             hint="the file's weights are damaged; download it again",
         )
 

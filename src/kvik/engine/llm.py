@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any, TypeAlias, Unpack
 
 from kvik.cache.sizing import choose_pool_size
-from kvik.config import EngineConfig, SamplingParams
+from kvik.config import EngineConfig, Pooling, SamplingParams
 from kvik.engine.admission import check_token_id_list
 from kvik.engine.beams import Beam, search_beams
 from kvik.engine.cache_view import CacheView
 from kvik.engine.engine import Engine
-from kvik.engine.output import Completion, Piece
+from kvik.engine.output import Completion, Embedding, Piece
 from kvik.engine.request import (
     ChatOptions,
     Message,
@@ -26,7 +26,7 @@ from kvik.engine.request import (
     check_options,
     split_options,
 )
-from kvik.engine.stream import collect, run_all, stream_sequence
+from kvik.engine.stream import collect, collect_embeddings, run_all, stream_sequence
 from kvik.errors import InvalidInput, ModelError, NotEnoughMemory
 from kvik.hub.progress import bytes_progress, counted_progress
 from kvik.hub.store import resolve
@@ -85,7 +85,7 @@ class LLM:
         different `salt` share nothing. A terminal shows the progress.
         """
         engine = self.engine
-        requests = [self._new_request(self.encode(prompt), params, options) for prompt in _as_list(prompts)]
+        requests = [self._new_request(self.encode(prompt), params, options) for prompt in as_list(prompts)]
         sequences = [engine.new_sequence(request) for request in requests]
         with counted_progress("completions", len(requests) * params.n) as advance:
             branches = run_all(engine, sequences, advance)
@@ -126,6 +126,31 @@ class LLM:
         return search_beams(
             self.engine, self.encode(prompt), width=width, max_tokens=max_tokens, length_penalty=length_penalty
         )
+
+    def embed(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        **options: Unpack[RequestOptions],
+    ) -> list[Embedding]:
+        """Makes each prompt, text or token ids, one vector (hidden_size,), all in one batch.
+
+        It is the hidden state behind the last norm: of the last token, or the mean over all. `normalize` makes its
+        length 1. A mean needs every token's hidden state, so nothing of it is read from the prefix cache; what it
+        computes is kept there for others. A model that was trained to chat gives poor embeddings: take one that was
+        trained to embed, and the pooling and the end token that it was trained with. Errors are those of `generate`.
+        """
+        engine = self.engine
+        check_options(options, RequestOptions)
+        requests = [
+            engine.new_embed_request(self.encode(prompt), pooling, normalize, **options) for prompt in as_list(prompts)
+        ]
+        for request in requests:
+            engine.check_room(request)
+        with counted_progress("embeddings", len(requests)) as advance:
+            sequences = run_all(engine, [engine.new_sequence(request) for request in requests], advance)
+        return collect_embeddings(sequences)
 
     @property
     def cache(self) -> CacheView:
@@ -228,7 +253,7 @@ def _make_ops(config: EngineConfig) -> Ops:
     return NativeOps(config.activations, config.threads)
 
 
-def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> SequenceOf[Prompt]:
+def as_list(prompts: Prompt | SequenceOf[Prompt]) -> SequenceOf[Prompt]:
     """One prompt or several: a list of token ids is one prompt."""
     if isinstance(prompts, str | bytes | bytearray):
         return [prompts]  # `encode` says what is wrong with bytes

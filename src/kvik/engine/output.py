@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from kvik.cache import MissReason
 from kvik.text.detokenizer import Detokenizer
 from kvik.text.tokenizer import Tokenizer
@@ -65,6 +68,20 @@ class Completion:
     seed: int  # repeats the text with the same params and prompt
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with `echo`; the first token has none
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """What a prompt became: one vector, and its cost. Of the times only `Stats.total_s` says something."""
+
+    vector: npt.NDArray[np.float32]  # (hidden_size,); none (0,) of one that was aborted
+    finish_reason: str  # "stop" or "abort"
+    stats: Stats
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self.stats.num_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)

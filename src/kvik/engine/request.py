@@ -6,15 +6,16 @@ import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
 
 from kvik.cache import Hold
-from kvik.config import SamplingParams
+from kvik.config import Pooling, SamplingParams
 
 if TYPE_CHECKING:
     from kvik.engine.lease import Lease
 
 Message: TypeAlias = Mapping[str, Any]
+RequestKind: TypeAlias = Literal["generate", "embed"]
 
 _numbers = itertools.count(1)
 
@@ -65,7 +66,10 @@ def check_options(options: Mapping[str, Any], kind: type) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """One prompt and how it is to be completed; `Admission.new_request` makes it and checks every field."""
+    """One prompt and what is wanted of it; `Admission` makes it and checks every field.
+
+    It is to be completed, or ("embed") to become one vector: then it ends with its prompt, and no token is sampled.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
@@ -78,6 +82,9 @@ class Request:
     request_id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
     held: Hold | None = None  # of its lease, which has an end of its own
     hold: bool = False
+    kind: RequestKind = "generate"
+    pooling: Pooling = "last"  # of an embedding
+    normalize: bool = True  # the same
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -87,9 +94,19 @@ class Request:
     @property
     def may_reuse(self) -> bool:
         """Whether some of it may come from the cache."""
-        return self.use_cache and not self.wants_prompt_logprobs
+        return self.use_cache and not self.wants_prompt_logprobs and not self.wants_all_hidden
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether each prompt token's logits are asked for, so that none can come from the prefix cache."""
         return self.params.echo and self.params.logprobs is not None
+
+    @property
+    def wants_all_hidden(self) -> bool:
+        """Whether each prompt token's hidden state is asked for: then too."""
+        return self.kind == "embed" and self.pooling == "mean"
+
+    @property
+    def max_kept_tokens(self) -> int:
+        """Tokens whose keys and values come to be needed: the last of a completion is never computed."""
+        return self.max_total_tokens - (1 if self.kind == "generate" else 0)

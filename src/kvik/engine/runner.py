@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float32]
 
 
+class StepOutput(NamedTuple):
+    """What comes out of one pass over the layers."""
+
+    logits: FloatArray  # (R, vocab_size) of the batch's `logit_rows`
+    hidden: FloatArray  # (H, hidden_size) of its `hidden_rows`, behind the last norm
+
+
 class Runner(Protocol):
     """What an engine needs of a model; `copy_blocks` and `discard_blocks` name blocks of one group of layers."""
 
-    def run(self, batch: ScheduledBatch) -> FloatArray:
-        """Compute the batch's tokens, keep their keys and values, and give the logits (R, vocab_size)."""
+    def run(self, batch: ScheduledBatch) -> StepOutput:
+        """Compute the batch's tokens, keep their keys and values, and give the rows that are wanted."""
 
     def sample(self, logits: FloatArray, rows: SequenceOf[SampleRow]) -> list[Sampled]:
         """The next token of each row, all in one call."""
@@ -49,13 +56,17 @@ class ModelRunner:
         self.decoder = model.decoder
         self.kv_spec = kv_spec
         self.kv_arrays = model.decoder.ops.allocate_kv(kv_spec, size.num_blocks, size.window_blocks)
-        self._forward = model.decoder.capture(self.kv_arrays)
+        self._step = model.decoder.capture(self.kv_arrays)
+        self._no_hidden = np.empty((0, model.decoder.spec.hidden_size), np.float32)
         self._sampler = make_sampler(model.decoder.ops)
 
-    def run(self, batch: ScheduledBatch) -> FloatArray:
+    def run(self, batch: ScheduledBatch) -> StepOutput:
         """Compute a batch; see `Runner`."""
-        logits: FloatArray = self.decoder.ops.to_numpy(self._forward(batch.arrays))
-        return logits
+        decoder, arrays = self.decoder, batch.arrays
+        if not len(arrays.hidden_rows):
+            return StepOutput(decoder.ops.to_numpy(self._step(arrays)), self._no_hidden)
+        logits, hidden = self._step.with_hidden(arrays)
+        return StepOutput(decoder.ops.to_numpy(logits), decoder.ops.to_numpy(decoder.normed(hidden)))
 
     def sample(self, logits: FloatArray, rows: SequenceOf[SampleRow]) -> list[Sampled]:
         """Choose tokens; see `Runner`."""
@@ -81,5 +92,5 @@ class ModelRunner:
         """Run a batch that has run before once more, with a clock beside each op; it writes what is there already."""
         from kvik.ops.program import CapturedStep
 
-        assert isinstance(self._forward, CapturedStep), "only the native backend has a profile"
-        return self._forward.profile(batch.arrays)
+        assert isinstance(self._step, CapturedStep), "only the native backend has a profile"
+        return self._step.profile(batch.arrays)

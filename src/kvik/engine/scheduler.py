@@ -219,8 +219,10 @@ class Scheduler:
                 if not self._make_room(sequence, step):
                     return
         num_drafted = len(sequence.draft_ids)
-        num_logits = max(num_rows, 1 + num_drafted if closes_gap else 0)
-        step.items[sequence] = Scheduled(sequence, count, copies, closes_gap, num_logits)
+        num_logits, num_hidden = max(num_rows, 1 + num_drafted if closes_gap else 0), 0
+        if sequence.request.kind == "embed":
+            num_logits, num_hidden = 0, count if sequence.request.wants_all_hidden else int(closes_gap)
+        step.items[sequence] = Scheduled(sequence, count, copies, closes_gap, num_logits, num_hidden)
         step.budget -= count + num_drafted
 
     def _propose(self, sequence: Sequence, max_drafts: int) -> list[int]:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from kvik.cache import BlockTable, MissReason
 from kvik.config import SamplingParams
 from kvik.engine.drafts import NgramDrafts
 from kvik.engine.lease import Lease
-from kvik.engine.output import Stats, TextStream, TokenLogprobs
+from kvik.engine.output import Embedding, Stats, TextStream, TokenLogprobs
+from kvik.engine.pooling import PooledHidden
 from kvik.engine.request import Request
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -39,7 +42,7 @@ class Sequence:
     """One completion of a request: tokens, of which the first `num_computed_tokens` have keys and values in the cache.
 
     There is no prefill and no decode: a step closes part of the gap between the two counts, and the step that closes it
-    samples one more token.
+    samples one more token; or it ends the sequence, where the request asks for an embedding.
     """
 
     __slots__ = (
@@ -51,6 +54,7 @@ class Sequence:
         "drafts",
         "error",
         "finish_reason",
+        "hidden",
         "is_queued",
         "lease",
         "logprobs",
@@ -80,6 +84,7 @@ class Sequence:
         self.draft_ids: list[int] = []  # guesses behind the last token, computed in the same step
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's second token and on
+        self.hidden = PooledHidden(request.pooling) if request.kind == "embed" else None
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None  # why it was aborted, where it was not the caller who did
         self.lease: Lease | None = None  # what was computed, where the request asked to hold it
@@ -132,6 +137,11 @@ class Sequence:
         elif len(self.token_ids) >= request.max_total_tokens:
             self.finish("length")
 
+    def finish_embedding(self) -> None:
+        """Note the time: the prompt is computed, and that is all."""
+        self.costs.first_token_s = self.costs.last_token_s = time.perf_counter()
+        self.finish("stop")
+
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """No more tokens will come."""
         if self.finish_reason is None:
@@ -143,8 +153,16 @@ class Sequence:
         yield self
         yield from self.branches
 
+    def embedding(self) -> Embedding:
+        """The result of a finished sequence whose request asked for one."""
+        assert self.hidden is not None
+        assert self.finish_reason is not None
+        is_whole = self.finish_reason == "stop"
+        vector = self.hidden.vector(normalize=self.request.normalize) if is_whole else np.empty(0, np.float32)
+        return Embedding(vector, self.finish_reason, self.stats())
+
     def stats(self) -> Stats:
-        """What the completion cost so far."""
+        """What it cost so far."""
         costs = self.costs
         first_s, last_s = costs.first_token_s, costs.last_token_s
         return Stats(

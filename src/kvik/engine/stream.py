@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from typing import TypeVar
 
 from kvik.engine.engine import Engine
-from kvik.engine.output import Completion, Piece
+from kvik.engine.output import Completion, Embedding, Piece
 from kvik.engine.sequence import Sequence
 from kvik.errors import CacheTooSmall, EngineDead, KvikError, QueueFull, RequestsFailed
+
+Result = TypeVar("Result", Completion, Embedding)
 
 
 def stream_sequence(
@@ -86,16 +89,25 @@ def collect(engine: Engine, branches: SequenceOf[Sequence]) -> list[Completion]:
     Raises the error of one that stands alone or where all failed; `RequestsFailed`, which has the completions of the
     others, where some did.
     """
+    return _collect(branches, engine.completion, "completions")
+
+
+def collect_embeddings(sequences: SequenceOf[Sequence]) -> list[Embedding]:
+    """The same of sequences that are to become vectors."""
+    return _collect(sequences, Sequence.embedding, "embeddings")
+
+
+def _collect(branches: SequenceOf[Sequence], result: Callable[[Sequence], Result], name: str) -> list[Result]:
     errors = {index: branch.error for index, branch in enumerate(branches) if branch.error is not None}
     if not errors:
-        return [engine.completion(branch) for branch in branches]
+        return [result(branch) for branch in branches]
     index, first = next(iter(errors.items()))
     if len(errors) == len(branches):
         raise first
     raise RequestsFailed(
-        f"{len(errors):,} of {len(branches):,} completions failed, the first of them {index}: {_line(first)}",
+        f"{len(errors):,} of {len(branches):,} {name} failed, the first of them {index}: {_line(first)}",
         hint="the error's `completions` has the others, its `errors` tells why each failed",
-        completions=[None if branch.error else engine.completion(branch) for branch in branches],
+        completions=[None if branch.error else result(branch) for branch in branches],
         errors=errors,
     ) from first
 

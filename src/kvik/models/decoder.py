@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
-from kvik.ops.base import Array, AttentionRule, Batch, LayerKV, Linear, Norm, Ops, QKVWeights, RopeTable, Weight
+from kvik.ops.base import Array, AttentionRule, Batch, LayerKV, Linear, Norm, Ops, QKVWeights, RopeTable, Step, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +88,26 @@ class Decoder:
         """The same weights, run by other ops of the same backend, which pack weights alike."""
         return Decoder(self.spec, self.weights, ops, self.num_positions)
 
-    def capture(self, kv_cache: Sequence[LayerKV]) -> Callable[[Batch], Array]:
-        """The forward pass over these KV arrays as one function of the batch, its ops noted where the backend can."""
-        return self.ops.capture(lambda ops, batch: self.forward(batch, kv_cache, ops))
+    def capture(self, kv_cache: Sequence[LayerKV]) -> Step:
+        """The forward pass over these KV arrays as one function of the batch, its ops noted where the backend can.
+
+        Its hidden states are those behind the last layer; see `normed`.
+        """
+
+        def forward(ops: Ops, batch: Batch) -> tuple[Array, Array]:
+            x = self._layers(batch, kv_cache, ops)
+            return self.logits(ops.take_rows(x, batch.logit_rows), ops), ops.take_rows(x, batch.hidden_rows)
+
+        return self.ops.capture(forward)
 
     def forward(self, batch: Batch, kv_cache: Sequence[LayerKV], ops: Ops | None = None) -> Array:
         """Computes the batch's tokens, remembers their keys and values, and gives logits (R, vocab_size)."""
-        ops, spec, weights = ops or self.ops, self.spec, self.weights
+        ops = ops or self.ops
+        return self.logits(ops.take_rows(self._layers(batch, kv_cache, ops), batch.logit_rows), ops)
+
+    def _layers(self, batch: Batch, kv_cache: Sequence[LayerKV], ops: Ops) -> Array:
+        """The batch's tokens behind the last layer: (T, hidden_size)."""
+        spec, weights = self.spec, self.weights
         x = ops.embed(weights.embedding, batch.token_ids, spec.embedding_scale)  # (T, hidden_size)
         if weights.positions is not None:
             x = ops.add(x, ops.embed(weights.positions, batch.positions))
@@ -104,12 +117,16 @@ class Decoder:
             after = _add(ops, x, attended, w.o_proj, w.post_attn_norm)
             hidden = self._mlp_hidden(ops, w, after if spec.parallel == "none" else x)
             x = _add(ops, after, hidden, w.down_proj, w.post_mlp_norm)
-        return self.logits(ops.take_rows(x, batch.logit_rows), ops)
+        return x
 
     def logits(self, hidden: Array, ops: Ops) -> Array:
         """What rows of hidden states (R, hidden_size) say about the next token: (R, vocab_size)."""
         logits = ops.norm_linear(hidden, self.weights.norm, self.weights.lm_head)
         return logits if self.spec.logit_soft_cap is None else ops.soft_cap(logits, self.spec.logit_soft_cap)
+
+    def normed(self, hidden: Array) -> Array:
+        """Rows of hidden states (H, hidden_size) as the head sees them, behind the last norm."""
+        return self.ops.norm(hidden, self.weights.norm)
 
     def rule(self, layer: LayerSpec) -> AttentionRule:
         """How this layer's scores become weights."""

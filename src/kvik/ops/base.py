@@ -5,11 +5,10 @@ Arrays are the backend's and opaque to callers. T is the number of tokens in a s
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -62,6 +61,7 @@ class Batch:
     block_tables: IntArray  # (sequences, most blocks of any); unused places hold 0
     logit_rows: IntArray  # (R,) tokens whose logits are wanted
     windows: tuple[KVIndex, ...] = ()
+    hidden_rows: IntArray = field(default_factory=lambda: np.empty(0, np.int32))  # (H,) whose hidden states are wanted
 
     def places(self, kv_group: int) -> KVIndex:
         """Those of a KV group: 0, or 1 and the index of a window."""
@@ -178,8 +178,36 @@ class RowSampler(Protocol):
         """Tokens and what their logprobs are computed from, into the last five arrays."""
 
 
-Forward: TypeAlias = Callable[["Ops", Batch], Array]
-"""A forward pass, written against any ops: logits (R, vocab_size) of a batch."""
+Forward: TypeAlias = Callable[["Ops", Batch], Array | tuple[Array, Array]]
+"""A forward pass, written against any ops: logits (R, vocab_size) of a batch, or these and its `hidden_rows`."""
+
+
+class Step(Protocol):
+    """A forward pass as a function of the batch."""
+
+    def __call__(self, batch: Batch) -> Array:
+        """Logits (R, vocab_size)."""
+
+    def with_hidden(self, batch: Batch) -> tuple[Array, Array]:
+        """The same, and hidden states (H, hidden_size) of `hidden_rows`: of a forward pass that gives both."""
+
+
+class EagerStep:
+    """Calls the ops one by one."""
+
+    def __init__(self, forward: Forward, ops: Ops) -> None:
+        self._forward = forward
+        self._ops = ops
+
+    def __call__(self, batch: Batch) -> Array:
+        """Logits; see `Step`."""
+        result = self._forward(self._ops, batch)
+        return result[0] if isinstance(result, tuple) else result
+
+    def with_hidden(self, batch: Batch) -> tuple[Array, Array]:
+        """Both; see `Step`."""
+        logits, hidden = self._forward(self._ops, batch)
+        return logits, hidden
 
 
 class Ops(ABC):
@@ -306,9 +334,9 @@ class Ops(ABC):
     def take_rows(self, x: Array, rows: IntArray) -> Array:
         """x[rows]: (R, hidden_size)."""
 
-    def capture(self, forward: Forward) -> Callable[[Batch], Array]:
+    def capture(self, forward: Forward) -> Step:
         """The forward pass as a function of the batch; a backend may note its ops once and replay them."""
-        return functools.partial(forward, self)
+        return EagerStep(forward, self)
 
     def row_sampler(self) -> RowSampler | None:
         """The backend's sampling, which gives the bits of the reference in NumPy; None: it has none."""

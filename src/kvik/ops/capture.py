@@ -68,12 +68,14 @@ class Call:
     results: tuple[Value, ...]
 
 
-def capture(forward: Forward) -> tuple[list[Call], Value]:
-    """The calls of a forward pass, and the value that it returns."""
+def capture(forward: Forward) -> tuple[list[Call], Value, Value | None]:
+    """The calls of a forward pass, the value that it returns, and the one whose `hidden_rows` it returns beside it."""
     capturing = _CapturingOps()
-    output = forward(capturing, STEP)
+    result = forward(capturing, STEP)
+    output, hidden = result if isinstance(result, tuple) else (result, None)
     assert isinstance(output, Value)
-    return capturing.calls, output
+    assert hidden is None or isinstance(hidden, Value)
+    return capturing.calls, output, hidden
 
 
 class _CapturingOps(Ops):
@@ -157,6 +159,8 @@ class _CapturingOps(Ops):
         return self._one("add", (x, y), x.shape)
 
     def take_rows(self, x: Value, rows: IntArray) -> Value:
+        if rows is STEP.hidden_rows:
+            return x  # no op of the step: who wants them reads them behind it
         return self._one("take_rows", (x, rows), x.shape)
 
     def to_numpy(self, x: Array) -> NoReturn:

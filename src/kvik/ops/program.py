@@ -59,23 +59,33 @@ class OpReplay:
 class CapturedStep:
     """The ops of a forward pass, noted once; calling it with a batch gives the logits (R, vocab_size).
 
-    Threads may share it: they take turns.
+    Threads may share it: they take turns. `with_hidden` and `replay` take several: no other thread may come between.
     """
 
     def __init__(self, forward: Forward, pool: _native.ThreadPool, *, int16_activations: bool) -> None:
-        self.ops, self._output = capture(forward)
+        self.ops, self._output, self._hidden = capture(forward)
         self._program = _native.Program(pool, int16_activations)
         self._ids: dict[int, int] = {}  # of a captured value: the program's
         for call in self.ops:
             results = _append(self._program, self._ids, call)
             self._ids |= {value.id: number for value, number in zip(call.results, results, strict=True)}
-        self._program.finish(self._ids[self._output.id])
+        kept = [] if self._hidden is None else [self._ids[self._hidden.id]]
+        self._program.finish(self._ids[self._output.id], kept)
 
     def __call__(self, batch: Batch) -> FloatArray:
         """Run the step."""
         out = self._new_output(batch)
         self._run(batch, out, 0, len(self.ops))
         return out
+
+    def with_hidden(self, batch: Batch) -> tuple[FloatArray, FloatArray]:
+        """Run the step; its logits, and hidden states (H, hidden_size) of the batch's `hidden_rows`."""
+        assert self._hidden is not None, "the forward pass gives logits alone"
+        logits, rows = self(batch), batch.hidden_rows
+        hidden = np.empty((rows.max(initial=-1) + 1, *self._hidden.shape), np.float32)
+        if len(rows):
+            self._program.copy_value(self._ids[self._hidden.id], hidden)
+        return logits, hidden[rows]
 
     def profile(self, batch: Batch) -> list[OpProfile]:
         """Run the step with a clock beside it: one entry an op."""
@@ -97,10 +107,7 @@ class CapturedStep:
         return self._program.attend_plans
 
     def replay(self, batch: Batch) -> Iterator[OpReplay]:
-        """Run the step op by op and show each one's inputs and outputs, to be compared with another backend's.
-
-        Unlike a run this takes many turns: no other thread may use the step meanwhile.
-        """
+        """Run the step op by op and show each one's inputs and outputs, to be compared with another backend's."""
         out = self._new_output(batch)
         for index, call in enumerate(self.ops):
             arguments = tuple(self._resolve(argument, batch, out) for argument in call.arguments)
