@@ -137,7 +137,7 @@ class AsyncLLM:
             for reader in readers[-max_queued:]:
                 await reader.read()
         finally:
-            self._leave([reader.sequence for reader in readers])
+            self._leave([branch for reader in readers for branch in reader.branches])
         return collect_embeddings(sequences)
 
     def session(self, *, system: Content | None = None, **options: Unpack[ChatOptions]) -> AsyncSession:

@@ -35,6 +35,7 @@ from kvik.models.decoder import Decoder
 from kvik.models.loader import check_config_of, load_model
 from kvik.models.spec import DecoderSpec
 from kvik.ops.base import Ops
+from kvik.text.chat_prompt import encode_chat
 
 Prompt: TypeAlias = str | SequenceOf[int]
 
@@ -168,10 +169,11 @@ class LLM:
 
         Messages are like {"role": "user", "content": "..."}, with content of text or of text parts, and may carry
         `tool_calls`, `tool_call_id` and `name`; `tools` are function tools; both as in the OpenAI API. `template_vars`
-        are the template's own switches, such as {"enable_thinking": False}.
+        are the template's own switches, such as {"enable_thinking": False}. `continue_final_message`, with
+        `add_generation_prompt` False, has the answer go on where the last message ends.
 
         As in transformers, the names of control tokens are read as those tokens wherever they stand, also inside a
-        message: whoever passes on what strangers wrote should take `<|im_end|>` and its like out first.
+        message; with `plain_content` they are text there, as is right for what strangers wrote.
         """
         template = self.model.chat_template
         if template is None:
@@ -179,9 +181,7 @@ class LLM:
                 f"{self.model.path.name} has no chat template",
                 hint="use generate or stream (`kvik run --raw`): it is a model for plain completion",
             )
-        text = template.render_request(messages, **options)
-        # The template writes the beginning-of-text token itself where the model wants one.
-        return self.model.tokenizer.encode(text, add_special=False)
+        return encode_chat(template, self.model.tokenizer, messages, **options)
 
     @property
     def is_chat_model(self) -> bool:

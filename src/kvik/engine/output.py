@@ -118,7 +118,12 @@ class TextStream:
         self._pending = ""  # decoded, and perhaps the beginning of a stop string
         self._before = before
         self.parts: list[str] = []  # what each token made certain; the first one also what stands before it
-        self.stopped = False
+        self.stopped_by: str | None = None  # the stop string that ended the text
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self.stopped_by is not None
 
     @property
     def text(self) -> str:
@@ -153,10 +158,10 @@ class TextStream:
             self._append(text)
             return
         self._pending += text
-        found = [at for at in (self._pending.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._pending.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            self._append(self._pending[: min(found)])
+            first, self.stopped_by = min(found, key=lambda each: each[0])
+            self._append(self._pending[:first])
             self._pending = ""
             return
         held = max((_overlap(self._pending, stop) for stop in self._stop), default=0)

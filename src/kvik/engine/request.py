@@ -41,6 +41,9 @@ class TemplateOptions(TypedDict, total=False):
 
     tools: SequenceOf[Mapping[str, Any]] | None  # function tools, as in OpenAI's API
     template_vars: Mapping[str, Any] | None  # the template's own switches, such as `enable_thinking`
+    add_generation_prompt: bool  # False: end with the last message as it is
+    continue_final_message: bool  # end within the last message
+    plain_content: bool  # control tokens only where the template writes them
 
 
 class ChatOptions(RequestOptions, TemplateOptions, total=False):

@@ -115,6 +115,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_vars: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
         """The prompt for a caller's request, of which nothing is ignored.
 
@@ -133,7 +134,7 @@ class ChatTemplate:
                     f"{self._name}: the chat template has no variable {name!r}",
                     hint="check its spelling, or leave it out",
                 )
-        return self.render(messages, tools=tools, **variables)
+        return self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables)
 
     def _mentions(self, name: str) -> bool:
         in_tools = self._for_tools is not None and (name == "tools" or self._for_tools._mentions(name))

@@ -1,0 +1,146 @@
+"""Every refusal and failure as an HTTP answer: a status, a code that programs read, and a message that people do.
+
+The shapes are those of the OpenAI API (`error` with message, type, param and code) and of the Anthropic API.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from kvik.errors import (
+    CacheTooSmall,
+    EngineDead,
+    InvalidInput,
+    KvikError,
+    ModelError,
+    ModelNotFound,
+    NotEnoughMemory,
+    PromptTooLong,
+    QueueFull,
+    RequestsFailed,
+    SlowReader,
+    TemplateError,
+)
+
+RETRY_AFTER_S = 1
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+_CODES: tuple[tuple[type[KvikError], int, str], ...] = (
+    (PromptTooLong, 400, "context_length_exceeded"),
+    (CacheTooSmall, 400, "kv_capacity_exceeded"),
+    (QueueFull, 429, "rate_limit_exceeded"),
+    (SlowReader, 500, "slow_reader"),
+    (EngineDead, 503, "engine_dead"),
+    (NotEnoughMemory, 503, "not_enough_memory"),
+    (TemplateError, 500, "template_error"),
+    (ModelNotFound, 404, "model_not_found"),
+    (ModelError, 400, "unsupported_by_model"),
+)
+
+
+class ApiError(Exception):
+    """An answer that is no success."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+        self.details = dict(details or {})  # further keys of the error's object
+        if status in (429, 503):
+            self.headers.setdefault("retry-after", str(RETRY_AFTER_S))
+
+    @property
+    def type(self) -> str:
+        """OpenAI's kind of error."""
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 403:
+            return "permission_error"
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def openai(self) -> dict[str, Any]:
+        """The body in OpenAI's shape."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+                **self.details,
+            }
+        }
+
+    def anthropic(self) -> dict[str, Any]:
+        """The body in Anthropic's shape."""
+        kind = "invalid_request_error" if self.status < 500 else "api_error"
+        return {"type": "error", "error": {"type": _ANTHROPIC_TYPES.get(self.status, kind), "message": self.message}}
+
+    def body(self, *, is_anthropic: bool = False) -> bytes:
+        """The JSON of either shape."""
+        return msgspec.json.encode(self.anthropic() if is_anthropic else self.openai())
+
+
+def bad_request(message: str, param: str | None = None, *, code: str = "invalid_value") -> ApiError:
+    """A 400 about one field."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiError:
+    """What a client is told of an error of kvik's: never a path, an address or a traceback.
+
+    `fields` are the names of the request's fields, for messages that begin with one.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestsFailed):
+        return api_error(next(iter(error.errors.values())), fields)
+    if not isinstance(error, KvikError):
+        return ApiError(500, "the server failed; its log has the reason", code="internal_error")
+    text = f"{error.message} (hint: {error.hint})"
+    for kind, status, code in _CODES:
+        if isinstance(error, kind):
+            break
+    else:
+        status, code = (400, "invalid_value") if isinstance(error, InvalidInput) else (500, "internal_error")
+    code = getattr(error, "code", code)
+    if isinstance(error, TemplateError) and "refuses the messages" in error.message:
+        status, code = 400, "template_refused"
+    if isinstance(error, EngineDead):
+        text = "the engine has ended, and this model serves no more requests (hint: the server must be started again)"
+    elif status == 500 and not isinstance(error, TemplateError | SlowReader):
+        text = f"{error.message.split(':')[0]} (hint: {error.hint})"  # what follows is Python's own
+    return ApiError(status, text, code=code, param=_param(error.message, fields))
+
+
+def _param(message: str, fields: frozenset[str]) -> str | None:
+    match = re.match(r"[a-z_]+(\[\d+\])?", message)
+    if match is None:
+        return "messages" if "messages" in fields and "prompt" in message else None
+    name = match[0]
+    return name if name.split("[")[0] in fields else None

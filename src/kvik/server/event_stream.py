@@ -1,0 +1,211 @@
+"""A completion as server-sent events: one write for each step, pings while it is silent, an end in any case."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from kvik.engine.output import Piece, Progress, TokenLogprobs
+from kvik.errors import KvikError
+from kvik.server.errors import ApiError, api_error
+from kvik.server.generation import Running
+from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolEvent
+
+log = logging.getLogger(__name__)
+
+encode = msgspec.json.Encoder().encode
+
+PING = b": ping\n\n"
+
+
+class EventWriter(ABC):
+    """One route's form of what is written: each method gives the bytes of whole events."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+
+    @abstractmethod
+    def begin(self) -> bytes:
+        """What comes before all pieces."""
+
+    def progress(self, progress: Progress) -> bytes:
+        """How far the prompt is."""
+        return b""
+
+    @abstractmethod
+    def text(self, index: int, text: str, piece: Piece) -> bytes:
+        """More text of a choice, and the token that brought it."""
+
+    def call_begin(self, index: int, event: CallBegin) -> bytes:
+        """A choice calls a tool."""
+        raise NotImplementedError
+
+    def call_arguments(self, index: int, event: ArgumentsDelta) -> bytes:
+        """More of the arguments of a choice's call."""
+        raise NotImplementedError
+
+    def call_end(self, index: int, event: CallEnd) -> bytes:
+        """A choice's call is whole."""
+        return b""
+
+    @abstractmethod
+    def finish(self, index: int, piece: Piece) -> bytes:
+        """A choice is whole."""
+
+    @abstractmethod
+    def end(self) -> bytes:
+        """All choices are."""
+
+    @abstractmethod
+    def error(self, error: ApiError) -> bytes:
+        """It went wrong after the answer had begun."""
+
+    ping = PING
+
+    def pieces(self, pieces: Sequence[Piece]) -> bytes:
+        """The events of one step's pieces."""
+        parts = []
+        parsers = self.running.parsers
+        for piece in pieces:
+            if parsers is None:
+                if piece.text or piece.logprobs is not None:
+                    parts.append(self.text(piece.index, piece.text, piece))
+            else:
+                parser = parsers[piece.index]
+                events = parser.feed(piece.token_id, piece.text)
+                if piece.finish_reason is not None:
+                    events += parser.finish()
+                parts += [self._event(piece, event) for event in events]
+            if piece.finish_reason is not None and piece.completion is not None:
+                parts.append(self.finish(piece.index, piece))
+        return b"".join(parts)
+
+    def _event(self, piece: Piece, event: ToolEvent) -> bytes:
+        match event:
+            case TextDelta():
+                return self.text(piece.index, event.text, piece)
+            case CallBegin():
+                return self.call_begin(piece.index, event)
+            case ArgumentsDelta():
+                return self.call_arguments(piece.index, event)
+        return self.call_end(piece.index, event)
+
+
+class EventStream:
+    """The ASGI answer that streams.
+
+    What goes wrong before the first event is an ordinary HTTP error, which the gate makes of the exception.
+    """
+
+    def __init__(self, running: Running, writer: EventWriter, *, ping_s: float, headers: dict[str, str]) -> None:
+        self._running = running
+        self._writer = writer
+        self._ping_s = ping_s
+        self._headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream until all is written, it goes wrong or the client leaves."""
+        writing = asyncio.ensure_future(self._write(send))
+        leaving = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                await writing
+        finally:
+            leaving.cancel()
+            writing.cancel()
+            self._running.stream.close()
+            await asyncio.wait((writing, leaving))
+            for told in self._running.generation.on_end:
+                told(self._running)
+
+    async def _write(self, send: Send) -> None:
+        stream, writer = self._running.stream, self._writer
+        has_begun = False
+        reading: asyncio.Future[list[Piece]] | None = None
+
+        async def write(data: bytes) -> None:
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        async def begin() -> None:
+            headers = {
+                "content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-cache",
+                "x-accel-buffering": "no",
+                "server-timing": self._running.server_timing(),
+                **self._headers,
+            }
+            raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+        try:
+            while True:
+                reading = reading or asyncio.ensure_future(stream.read())
+                await asyncio.wait((reading,), timeout=self._ping_s)
+                data = b""
+                if reading.done():
+                    pieces, reading = reading.result(), None
+                    for progress in stream.progress:
+                        data += writer.progress(progress)
+                    stream.progress.clear()
+                    data += writer.pieces(pieces)
+                    is_over = not pieces and stream.is_done
+                else:
+                    data, is_over = writer.ping, False
+                if is_over:
+                    self._running.completions()  # raises what went wrong
+                    data += writer.end()
+                if not has_begun:
+                    await begin()
+                    has_begun = True
+                    data = writer.begin() + data
+                await write(data)
+                if is_over:
+                    break
+        except (KvikError, ApiError) as error:
+            told = api_error(error, self._running.generation.fields)
+            if not has_begun:
+                raise told from error
+            log.warning("%s: a stream ended with %s", self._running.generation.request_id, type(error).__name__)
+            await write(writer.error(told))
+        finally:
+            if reading is not None:
+                reading.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """One event."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + encode(data) + b"\n\n"
+
+
+def floor(logprob: float) -> float:
+    """JSON has no minus infinity."""
+    return max(logprob, -9999.0)
+
+
+def logprobs_entry(running: Running, entry: TokenLogprobs) -> dict[str, Any]:
+    """One token's logprobs as chat and Responses have them."""
+    tokenizer = running.served.llm.model.tokenizer
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id, skip_special=False)
+        return {"token": data.decode(errors="replace"), "logprob": floor(logprob), "bytes": list(data)}
+
+    return {
+        **token(entry.token_id, entry.logprob),
+        "top_logprobs": [token(token_id, logprob) for token_id, logprob in entry.top.items()],
+    }

@@ -1,0 +1,217 @@
+"""What all generating routes translate to: prompts of one model, how they are completed, and what it cost."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from kvik.config import SamplingParams
+from kvik.engine.async_llm import TokenStream
+from kvik.engine.output import Completion
+from kvik.engine.request import HeldOptions
+from kvik.engine.sequence import Sequence as Written
+from kvik.engine.stream import collect
+from kvik.server.errors import ApiError, api_error
+from kvik.server.served import ServedModel
+from kvik.server.state import ServerState
+from kvik.text.tool_calls import ToolCallParser
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One request of any route: prompts, each completed `params.n` times; choices are numbered in that order."""
+
+    served: ServedModel
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    options: HeldOptions
+    request_id: str
+    fields: frozenset[str]  # of the request's body, for errors that name one
+    new_parser: Callable[[], ToolCallParser] | None = None  # where the answer may hold tool calls
+    wants_progress: bool = False
+    on_end: Sequence[Callable[[Running], None]] = ()  # told when the completions are whole or given up
+    extras: dict[str, Any] = field(default_factory=dict)  # of the answer's body, known before it is written
+
+
+class Running:
+    """A generation that is being written."""
+
+    def __init__(self, generation: Generation, stream: TokenStream) -> None:
+        self.generation = generation
+        self.stream = stream
+        self.parsers = (
+            [generation.new_parser() for _ in stream.branches] if generation.new_parser is not None else None
+        )
+        self.created = int(time.time())
+
+    @property
+    def branches(self) -> list[Written]:
+        """The completions as they are written, one for each choice."""
+        return self.stream.branches
+
+    @property
+    def served(self) -> ServedModel:
+        """The model that writes."""
+        return self.generation.served
+
+    def completions(self) -> list[Completion]:
+        """All of them, whole. Raises the error of one that failed."""
+        return collect(self.served.llm.engine, self.branches)
+
+    async def wait(self) -> None:
+        """Wait until all are whole."""
+        while await self.stream.read():
+            pass
+
+    def usage(self) -> Usage:
+        """What was read and written so far."""
+        prompts = self.stream.sequences
+        cache = self.served.llm.engine.cache
+        return Usage(
+            num_prompt_tokens=sum(sequence.num_prompt_tokens for sequence in prompts),
+            num_completion_tokens=sum(branch.num_completion_tokens for branch in self.branches),
+            num_cached_tokens=sum(sequence.costs.num_cached_tokens for sequence in prompts),
+            num_written_tokens=sum(
+                max(
+                    0,
+                    sequence.num_prompt_tokens // cache.spec.block_size * cache.spec.block_size
+                    - sequence.costs.num_cached_tokens,
+                )
+                for sequence in prompts
+                if sequence.request.use_cache and cache.prefix_cache
+            ),
+        )
+
+    def timings(self) -> dict[str, Any]:
+        """llama.cpp's `timings`, of all completions together."""
+        usage, times = self.usage(), self._times_s()
+        prompt_n = usage.num_prompt_tokens - usage.num_cached_tokens
+        predicted_n, queue_s, prefill_s, decode_s = usage.num_completion_tokens, *times
+        num_later = max(0, predicted_n - len(self.branches))
+        return {
+            "cache_n": usage.num_cached_tokens,
+            "prompt_n": prompt_n,
+            "prompt_ms": round(prefill_s * 1000, 3),
+            "prompt_per_token_ms": round(prefill_s * 1000 / prompt_n, 3) if prompt_n else 0.0,
+            "prompt_per_second": round(prompt_n / prefill_s, 3) if prefill_s else 0.0,
+            "predicted_n": predicted_n,
+            "predicted_ms": round(decode_s * 1000, 3),
+            "predicted_per_token_ms": round(decode_s * 1000 / num_later, 3) if num_later else 0.0,
+            "predicted_per_second": round(num_later / decode_s, 3) if decode_s else 0.0,
+            "queue_ms": round(queue_s * 1000, 3),
+            "draft_n": sum(branch.costs.num_drafted_tokens for branch in self.branches),
+            "draft_n_accepted": sum(branch.costs.num_accepted_tokens for branch in self.branches),
+        }
+
+    def server_timing(self) -> str:
+        """The header of that name: milliseconds in the queue, of the prompt and, once it is over, of decoding."""
+        queue_s, prefill_s, decode_s = self._times_s()
+        parts = [f"queue;dur={queue_s * 1000:.1f}", f"prefill;dur={prefill_s * 1000:.1f}"]
+        if all(branch.finish_reason is not None for branch in self.branches):
+            parts.append(f"decode;dur={decode_s * 1000:.1f}")
+        return ", ".join(parts)
+
+    def _times_s(self) -> tuple[float, float, float]:
+        """Seconds until the first prompt was begun, until the last first token, and until the last token."""
+        costs = [branch.costs for branch in self.branches]
+        submitted_s = min(cost.submitted_s or 0.0 for cost in costs)
+        begun_s = min((cost.begun_s for cost in costs if cost.begun_s is not None), default=submitted_s)
+        first_s = max((cost.first_token_s for cost in costs if cost.first_token_s is not None), default=begun_s)
+        last_s = max((cost.last_token_s for cost in costs if cost.last_token_s is not None), default=first_s)
+        return begun_s - submitted_s, first_s - begun_s, last_s - first_s
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts of tokens."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int  # of the prompts
+    num_written_tokens: int  # of the prompts, in full blocks that were not in the cache
+
+    def openai(self) -> dict[str, Any]:
+        """As chat and completions have it."""
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_completion_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+            "prompt_tokens_details": {
+                "cached_tokens": self.num_cached_tokens,
+                "cache_write_tokens": self.num_written_tokens,
+            },
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody can guess."""
+    return prefix + secrets.token_hex(12)
+
+
+def default_max_tokens(served: ServedModel, num_prompt_tokens: int) -> int:
+    """As many as context and cache have room for, where the client names no number; 1 where there is none at all."""
+    cache = served.llm.engine.cache
+    room = min(served.llm.model.context, cache.num_reachable_blocks * cache.spec.block_size + 1)
+    return max(1, room - num_prompt_tokens)
+
+
+def check_work(state: ServerState, num_prompts: int, n: int, max_tokens: int) -> None:
+    """Raise `ApiError` for a request that asks for more tokens than any may."""
+    asked = num_prompts * n * max_tokens
+    if asked > state.config.work_limit:
+        raise ApiError(
+            400,
+            f"{num_prompts} prompts with n {n} and up to {max_tokens:,} tokens ask for {asked:,} tokens, the server"
+            f" writes {state.config.work_limit:,} for one request (hint: lower n or max_tokens)",
+            code="work_limit_exceeded",
+            param="max_tokens",
+        )
+
+
+async def start(generation: Generation, *, wants_pieces: bool) -> Running:
+    """Check everything that can be refused, and queue it."""
+    engine = generation.served.llm.engine
+
+    def make() -> list[Written]:
+        options = {**generation.options, "request_id": generation.request_id}
+        requests = [
+            engine.new_request(prompt_ids, generation.params, **options)  # type: ignore[arg-type]
+            for prompt_ids in generation.prompts
+        ]
+        return [engine.new_sequence(request) for request in requests]
+
+    try:
+        sequences = await asyncio.to_thread(make)
+        stream = generation.served.async_llm.open(
+            sequences, wants_pieces=wants_pieces, wants_progress=generation.wants_progress
+        )
+    except Exception as error:
+        raise api_error(error, generation.fields) from error
+    return Running(generation, stream)
+
+
+async def unless_client_leaves(request: HttpRequest, work: asyncio.Task[T]) -> T | None:
+    """What the work gives; None, with the work cancelled, where the client leaves first."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    left = asyncio.ensure_future(leave())
+    try:
+        await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+        return await work if work.done() else None
+    finally:
+        left.cancel()
+        if not work.done():
+            work.cancel()
+            await asyncio.wait((work,))

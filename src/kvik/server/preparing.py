@@ -1,0 +1,193 @@
+"""From a request's fields to what the engine takes, for all generating routes: options, grammar and tools."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from msgspec import Struct
+from starlette.requests import Request as HttpRequest
+
+from kvik.engine.request import HeldOptions
+from kvik.errors import InvalidInput
+from kvik.server.errors import bad_request
+from kvik.server.fields import Body, JsonObject, SamplingFields
+from kvik.server.served import ServedModel
+from kvik.server.state import ServerState
+from kvik.text.constraint import Constraint
+from kvik.text.grammar import Grammar
+from kvik.text.tool_calls import ToolCallParser
+from kvik.text.tool_format import Named
+
+ID_LETTERS = string.ascii_letters + string.digits
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(Body, tag="function", tag_field="type"):
+    """OpenAI's function tool."""
+
+    function: Function
+
+
+class ChosenFunction(Body):
+    """Its name."""
+
+    name: str
+
+
+class NamedChoice(Body):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """Tools as the template writes them, and what the model may do with them."""
+
+    functions: Sequence[Mapping[str, Any]]
+    choice: str = "auto"  # none, auto, required
+    name: str | None = None  # of the one function that must be called
+    parallel: bool = True
+
+    @classmethod
+    def of(
+        cls, tools: Sequence[FunctionTool] | None, choice: ToolChoice | None, parallel: bool | None
+    ) -> Tools | None:
+        """From OpenAI's fields. Raises `ApiError`."""
+        if not tools:
+            if choice not in (None, "none", "auto"):
+                raise bad_request("tool_choice asks for a call, but there are no tools", "tool_choice")
+            return None
+        names = [tool.function.name for tool in tools]
+        name = choice.function.name if isinstance(choice, NamedChoice) else None
+        if name is not None and name not in names:
+            raise bad_request(f"tool_choice names {name[:100]!r}, the tools are {', '.join(names)[:400]}", "tool_choice")
+        functions = []
+        for tool in tools:
+            function = tool.function
+            others = {
+                key: value
+                for key, value in (("description", function.description), ("parameters", function.parameters))
+                if value is not None
+            }
+            functions.append({"type": "function", "function": {"name": function.name, **others}})
+        return cls(functions, choice if isinstance(choice, str) else "auto", name, parallel is not False)
+
+
+def constraint_of(served: ServedModel, fields: SamplingFields, tools: Tools | None) -> Constraint | None:
+    """The grammar that the answer follows, compiled; it takes its time. Raises `ApiError`, `InvalidInput`."""
+    grammar = structured_grammar(fields)
+    if tools is None or tools.choice == "none":
+        return None if grammar is None else served.llm.compile_grammar(grammar)
+    if grammar is not None:
+        raise bad_request(
+            "an answer that may call tools cannot follow a format too (hint: set tool_choice to none)",
+            "response_format",
+            code="unsupported_combination",
+        )
+    choice = tools.choice if tools.name is None else Named(tools.name)
+    text = served.tool_format.grammar(tools.functions, choice, parallel=tools.parallel)
+    return None if text is None else served.llm.compile_grammar(Grammar.lark(text))
+
+
+def parser_maker(served: ServedModel, tools: Tools) -> ToolCallParser:
+    """A parser of one completion."""
+    return ToolCallParser(served.tool_format, tools.functions, new_call_id)
+
+
+def new_call_id(length: int) -> str:
+    """Letters and digits that nobody can guess."""
+    return "".join(secrets.choice(ID_LETTERS) for _ in range(length))
+
+
+def structured_grammar(fields: SamplingFields) -> Grammar | None:
+    """The one format that the fields ask for. Raises `ApiError`, `InvalidInput`."""
+    found: dict[str, Grammar] = {}
+    if (wanted := fields.response_format) is not None:
+        if wanted.type == "json_object":
+            found["response_format"] = Grammar.json_object()
+        elif wanted.type == "json_schema":
+            if wanted.json_schema is None or wanted.json_schema.schema is None:
+                raise bad_request("response_format has no json_schema.schema", "response_format.json_schema")
+            found["response_format"] = Grammar.json_schema(wanted.json_schema.schema)
+    given = fields.structured_outputs
+    prefix = "structured_outputs." if given is not None else "guided_"
+    source: Struct = fields if given is None else given
+    for name, value in (
+        ("json", given.json if given is not None else fields.guided_json),
+        ("regex", getattr(source, "regex" if given is not None else "guided_regex")),
+        ("choice", getattr(source, "choice" if given is not None else "guided_choice")),
+        ("grammar", getattr(source, "grammar" if given is not None else "guided_grammar")),
+        ("json_object", given.json_object if given is not None else None),
+    ):
+        if value is None or (name == "json_object" and not value):
+            continue
+        match name:
+            case "json":
+                found[prefix + name] = Grammar.json_schema(_schema(value, prefix + name))
+            case "regex":
+                found[prefix + name] = Grammar.regex(value)
+            case "choice":
+                found[prefix + name] = Grammar.choice(value)
+            case "grammar":
+                found[prefix + name] = Grammar.lark(value)
+            case _:
+                found[prefix + name] = Grammar.json_object()
+    if len(found) > 1:
+        raise bad_request(f"{' and '.join(found)} contradict each other (hint: send one)", next(iter(found)))
+    return next(iter(found.values()), None)
+
+
+def _schema(value: JsonObject | bool | str, name: str) -> JsonObject | bool:
+    if not isinstance(value, str):
+        return value
+    try:
+        schema = json.loads(value)
+    except (ValueError, RecursionError):
+        schema = None
+    if not isinstance(schema, dict | bool):
+        raise bad_request(f"{name} is no JSON schema", name, code="invalid_json_schema")
+    return schema
+
+
+def options_of(
+    state: ServerState, request: HttpRequest, fields: SamplingFields, constraint: Constraint | None
+) -> HeldOptions:
+    """The engine's options. Raises `ApiError`."""
+    if fields.cache_salt is not None and not fields.cache_salt.isprintable():
+        raise bad_request("cache_salt has characters that are not printable", "cache_salt")
+    options: HeldOptions = {"salt": state.salt(request, fields.cache_salt)}
+    if fields.cache_prompt is False:
+        options["use_cache"] = False
+    if fields.priority is not None:
+        options["priority"] = fields.priority
+    if constraint is not None:
+        options["constraint"] = constraint
+    return options
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """The header that names what was accepted and changes nothing."""
+    return {"x-kvik-ignored": ",".join(names)} if names else {}
+
+
+def invalid(error: InvalidInput, param: str) -> Exception:
+    """The same, about a field."""
+    return bad_request(f"{error.message} (hint: {error.hint})", param)

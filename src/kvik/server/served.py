@@ -1,0 +1,82 @@
+"""The models that a server has, by all of their names."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+from kvik.engine.async_llm import AsyncLLM
+from kvik.engine.llm import LLM
+from kvik.server.errors import ApiError
+
+
+class ServedModel:
+    """One model and its engine."""
+
+    def __init__(self, model_id: str, llm: LLM, aliases: Iterable[str] = ()) -> None:
+        self.id = model_id
+        self.aliases = tuple(alias for alias in aliases if alias != model_id)
+        self.llm = llm
+        self.async_llm = AsyncLLM(llm)
+        self.created = int(time.time())
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether its engine serves requests."""
+        return self.async_llm.is_alive
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the weights, their format and the numbers' formats are, as OpenAI's `system_fingerprint`."""
+        config = self.llm.config
+        text = f"{self.llm.model.path.name} {config.activations} {config.kv_dtype} {config.weights}"
+        return "kvik-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+    def card(self) -> dict[str, Any]:
+        """What `/v1/models` says of it."""
+        return {
+            "id": self.id,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "kvik",
+            "aliases": list(self.aliases),
+            "max_model_len": self.llm.model.context,
+            "chat": self.llm.is_chat_model,
+        }
+
+
+class Models:
+    """All models of a server, in the order of the command line; the first serves requests that name none."""
+
+    def __init__(self, served: Iterable[ServedModel]) -> None:
+        self._served = list(served)
+        self._by_name: dict[str, ServedModel] = {}
+        for model in self._served:
+            for name in (model.id, *model.aliases):
+                self._by_name.setdefault(name, model)
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._served)
+
+    def __len__(self) -> int:
+        return len(self._served)
+
+    def get(self, name: str | None) -> ServedModel:
+        """The model of this name, which may be an alias. Raises `ApiError` 404."""
+        if name is None:
+            return self._served[0]
+        model = self._by_name.get(name)
+        if model is None:
+            names = ", ".join(self._by_name)
+            raise ApiError(
+                404, f"there is no model {name[:100]!r} (hint: take one of: {names})", code="model_not_found", param="model"
+            )
+        return model
+
+    @property
+    def names(self) -> list[str]:
+        """All names and aliases."""
+        return list(self._by_name)

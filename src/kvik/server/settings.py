@@ -1,0 +1,71 @@
+"""How a server is run: where it listens, who may call it, and what it puts up with."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvik.errors import InvalidInput
+
+DEFAULT_PORT = 8000
+MIN_KEY_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The operator's choices. Raises `InvalidInput`."""
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT  # 0: any that is free
+    api_keys: Mapping[str, str] = field(default_factory=dict)  # key to the name of whom it was given to
+    no_auth: bool = False  # said aloud where it listens beyond this machine without keys
+    shared_cache: bool = False  # requests of all keys may share what was computed
+    cors_origins: tuple[str, ...] = ()  # of browsers' pages; "localhost" is any page of this machine
+    allowed_hosts: tuple[str, ...] = ()  # further names by which browsers and proxies may call the server
+    max_body_bytes: int = 16 << 20
+    max_prompts: int = 2048  # of one request to /v1/completions or /v1/embeddings
+    work_limit: int = 1 << 20  # most tokens that one request may ask for, over all of its completions
+    ping_s: float = 10.0  # a stream that is silent for so long gets a comment
+    drain_s: float = 30.0  # what runs at SIGTERM may go on for so long
+    hang_s: float = 10.0  # a step without any sign of life for so long is a hang
+    log_format: Literal["text", "json"] = "text"
+    access_log: bool = True
+    allow_template_vars: bool = True  # `chat_template_kwargs`: the template's own switches
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise InvalidInput(f"port is {self.port}", hint="give a number from 0 to 65535")
+        for key in self.api_keys:
+            if not key.isascii() or not key.isprintable() or " " in key or len(key) < MIN_KEY_BYTES:
+                raise InvalidInput(
+                    f"an API key has {len(key)} characters, or some that are not printable ASCII",
+                    hint=f"give at least {MIN_KEY_BYTES} letters, digits and signs, without spaces",
+                )
+        if not self.is_local and not self.api_keys and not self.no_auth:
+            raise InvalidInput(
+                f"the server would listen on {self.host}, where others reach it, and ask nobody for a key",
+                hint="add --api-key, or --no-auth if everybody there may use it",
+            )
+        if self.no_auth and self.api_keys:
+            raise InvalidInput("--no-auth and --api-key contradict each other", hint="leave out one")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches the server."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the name or address is this machine's own."""
+    address = parsed_address(host)
+    return host.lower() == "localhost" or (address is not None and address.is_loopback)
+
+
+def parsed_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that the text is, with or without brackets; None for a name."""
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return None

@@ -1,0 +1,109 @@
+"""A conversation as token ids: the template's text, tokenized with or without control tokens in what people wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from kvik.errors import InvalidInput
+from kvik.text.chat_messages import check_messages
+from kvik.text.chat_template import ChatTemplate
+from kvik.text.tokenizer import Tokenizer
+
+FIRST_PRIVATE, LAST_PRIVATE = 0xF0000, 0xF00FF
+"""Characters of private use, one of which stands for what is put in later: one that the request does not contain."""
+
+
+def encode_chat(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_vars: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    plain_content: bool = False,
+) -> list[int]:
+    """Token ids of the rendered conversation.
+
+    `continue_final_message` ends them within the last message, which the answer continues. With `plain_content` the
+    names of control tokens in messages and tools are text; only the template writes control tokens. Raises as
+    `ChatTemplate.render_request` does.
+    """
+    if continue_final_message and add_generation_prompt:
+        raise InvalidInput(
+            "continue_final_message and add_generation_prompt contradict each other",
+            hint="set add_generation_prompt to false",
+        )
+    mark = _unused_character(messages, tools)
+    messages = [dict(message) for message in check_messages(messages)]
+    if continue_final_message:
+        messages[-1] = _marked(messages[-1], mark)
+    names = control_names(tokenizer) if plain_content else ()
+    pattern = re.compile("|".join(map(re.escape, names))) if names else None
+    if pattern is not None:
+        messages = [_escaped(message, pattern, names, mark) for message in messages]
+        tools = _escaped(tools, pattern, names, mark)
+    text = template.render_request(
+        messages, tools=tools, template_vars=template_vars, add_generation_prompt=add_generation_prompt
+    )
+    if json.dumps(mark)[1:-1] in text:
+        raise InvalidInput(
+            "the chat template changes what it is given, and control tokens in messages cannot be told apart",
+            hint="take the names of control tokens, such as <|im_end|>, out of the messages",
+        )
+    if continue_final_message:
+        text, found, _ = text.partition(mark + mark)
+        if not found:
+            raise InvalidInput(
+                "the chat template does not write the last message", hint="end with a message of the assistant"
+            )
+    # The template writes the beginning-of-text token itself where the model wants one.
+    token_ids: list[int] = []
+    for at, part in enumerate(re.split(f"{mark}(\\d+){mark}", text)):
+        if at % 2:
+            token_ids += tokenizer.encode(names[int(part)], add_special=False, parse_special=False)
+        elif part:
+            token_ids += tokenizer.encode(part, add_special=False)
+    return token_ids
+
+
+@lru_cache(maxsize=16)
+def control_names(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The texts that a tokenizer reads as control tokens, the longest first."""
+    names = {
+        tokenizer.token_bytes(token_id, skip_special=False).decode(errors="replace")
+        for token_id in tokenizer.special_token_ids
+    }
+    return tuple(sorted(filter(None, names), key=lambda name: (-len(name), name)))
+
+
+def _unused_character(*values: object) -> str:
+    text = repr(values)
+    for code in range(FIRST_PRIVATE, LAST_PRIVATE):
+        if chr(code) not in text and f"\\U{code:08x}" not in text:
+            return chr(code)
+    raise InvalidInput("the messages use up characters of private use", hint="take those from U+F0000 on out")
+
+
+def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """The message with the place where it ends marked."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return message | {"content": [*content[:-1], content[-1] | {"text": content[-1]["text"] + mark + mark}]}
+    return message | {"content": (content or "") + mark + mark}
+
+
+def _escaped(value: Any, pattern: re.Pattern[str], names: tuple[str, ...], mark: str) -> Any:
+    """The value with a mark and its number for each name of a control token."""
+    if isinstance(value, str):
+        return pattern.sub(lambda match: f"{mark}{names.index(match[0])}{mark}", value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(item, pattern, names, mark) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_escaped(item, pattern, names, mark) for item in value]
+    return value
