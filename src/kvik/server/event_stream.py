@@ -39,8 +39,8 @@ class EventWriter(ABC):
         return b""
 
     @abstractmethod
-    def text(self, index: int, text: str, piece: Piece) -> bytes:
-        """More text of a choice, and the token that brought it."""
+    def text(self, index: int, text: str, logprobs: TokenLogprobs | None) -> bytes:
+        """More text of a choice, and the logprobs of the token that brought it, where they were asked for."""
 
     def call_begin(self, index: int, event: CallBegin) -> bytes:
         """A choice calls a tool."""
@@ -67,16 +67,22 @@ class EventWriter(ABC):
         """It went wrong after the answer had begun."""
 
     ping = PING
+    shows_ends = False  # whether tokens that only end the text have logprobs
 
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         """The events of one step's pieces."""
         parts = []
         parsers = self.running.parsers
         for piece in pieces:
+            logprobs = piece.logprobs
+            if logprobs is not None and not self.shows_ends and ends_text(self.running, piece.token_id, piece.finish_reason):
+                logprobs = None
             if parsers is None:
-                if piece.text or piece.logprobs is not None:
-                    parts.append(self.text(piece.index, piece.text, piece))
+                if piece.text or logprobs is not None:
+                    parts.append(self.text(piece.index, piece.text, logprobs))
             else:
+                if logprobs is not None:  # of what may be held back, or a part of a call
+                    parts.append(self.text(piece.index, "", logprobs))
                 parser = parsers[piece.index]
                 events = parser.feed(piece.token_id, piece.text)
                 if piece.finish_reason is not None:
@@ -89,7 +95,7 @@ class EventWriter(ABC):
     def _event(self, piece: Piece, event: ToolEvent) -> bytes:
         match event:
             case TextDelta():
-                return self.text(piece.index, event.text, piece)
+                return self.text(piece.index, event.text, None)
             case CallBegin():
                 return self.call_begin(piece.index, event)
             case ArgumentsDelta():
@@ -190,6 +196,11 @@ def event(data: Any, name: str | None = None) -> bytes:
     """One event."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + encode(data) + b"\n\n"
+
+
+def ends_text(running: Running, token_id: int, finish_reason: str | None) -> bool:
+    """Whether the token only ended the text, so that its logprobs are not those of any text."""
+    return finish_reason == "stop" and not running.served.llm.model.tokenizer.token_bytes(token_id)
 
 
 def floor(logprob: float) -> float:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -38,7 +38,7 @@ class Generation:
     new_parser: Callable[[], ToolCallParser] | None = None  # where the answer may hold tool calls
     wants_progress: bool = False
     on_end: Sequence[Callable[[Running], None]] = ()  # told when the completions are whole or given up
-    extras: dict[str, Any] = field(default_factory=dict)  # of the answer's body, known before it is written
+    extras: Sequence[Callable[[Running], dict[str, Any]]] = ()  # further fields of the answer, when it is whole
 
 
 class Running:
@@ -51,6 +51,14 @@ class Running:
             [generation.new_parser() for _ in stream.branches] if generation.new_parser is not None else None
         )
         self.created = int(time.time())
+        self.response_id = ""  # that its answer goes by
+
+    def extras(self) -> dict[str, Any]:
+        """Further fields of the answer's body."""
+        found: dict[str, Any] = {}
+        for make in self.generation.extras:
+            found |= make(self)
+        return found
 
     @property
     def branches(self) -> list[Written]:
