@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         CacheTooSmall,
         DownloadError,
         EngineDead,
+        GrammarFailed,
+        InvalidGrammar,
         InvalidInput,
         KvikError,
         ModelError,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         TemplateError,
     )
     from kvik.planner.plan import Plan, plan
+    from kvik.text.grammar import Grammar
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,9 @@ __all__ = [
     "DownloadError",
     "EngineConfig",
     "EngineDead",
+    "Grammar",
+    "GrammarFailed",
+    "InvalidGrammar",
     "InvalidInput",
     "KvikError",
     "ModelError",
@@ -70,6 +76,8 @@ _ERRORS = (
     "CacheTooSmall",
     "DownloadError",
     "EngineDead",
+    "GrammarFailed",
+    "InvalidGrammar",
     "InvalidInput",
     "KvikError",
     "ModelError",
@@ -92,6 +100,7 @@ _LAZY = {
     "AsyncLLM": "engine.async_llm",
     "Beam": "engine.beams",
     "CacheView": "engine.cache_view",
+    "Grammar": "text.grammar",
     "Completion": "engine.output",
     "Piece": "engine.output",
     "Stats": "engine.output",

@@ -35,6 +35,9 @@ from kvik.models.decoder import Decoder
 from kvik.models.loader import check_config_of, load_model
 from kvik.models.spec import DecoderSpec
 from kvik.ops.base import Ops
+from kvik.text.constraint import Constraint
+from kvik.text.grammar import Grammar
+from kvik.text.grammar_compiler import GrammarCompiler
 
 Prompt: TypeAlias = str | SequenceOf[int]
 
@@ -70,6 +73,7 @@ class LLM:
             )
         give_back_memory()  # return the memory freed after building the tokenizer
         self.engine = self.new_engine()
+        self._grammars = GrammarCompiler(self.model.tokenizer, self.model.decoder.spec.vocab_size)
 
     def generate(
         self,
@@ -82,7 +86,7 @@ class LLM:
         With `params.n` above 1 there are so many completions for each prompt, one after the other. All prompts are
         checked before any runs. Where a request fails while it runs, the others end before its error is raised, as
         `RequestsFailed` with their completions where there are any. A higher `priority` is served earlier; requests of
-        different `salt` share nothing. A terminal shows the progress.
+        different `salt` share nothing; a `constraint` is what `compile_grammar` gives. A terminal shows the progress.
         """
         engine = self.engine
         requests = [self._new_request(self.encode(prompt), params, options) for prompt in _as_list(prompts)]
@@ -157,6 +161,16 @@ class LLM:
         text = template.render_request(messages, **options)
         # The template writes the beginning-of-text token itself where the model wants one.
         return self.model.tokenizer.encode(text, add_special=False)
+
+    def compile_grammar(self, grammar: Grammar) -> Constraint:
+        """What makes a completion follow a grammar, as the option `constraint` of any request; from any thread.
+
+        The grammars used last need no compiling. Raises `InvalidGrammar`; `InvalidInput` where llguidance is missing.
+
+        >>> constraint = llm.compile_grammar(Grammar.json_schema({"type": "integer"}))
+        >>> llm.generate("The answer is ", constraint=constraint)
+        """
+        return self._grammars.compile(grammar)
 
     @property
     def is_chat_model(self) -> bool:
