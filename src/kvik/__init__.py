@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         CacheTooSmall,
         DownloadError,
         EngineDead,
+        GrammarFailed,
+        InvalidGrammar,
         InvalidInput,
         KvikError,
         ModelError,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         TemplateError,
     )
     from kvik.planner.plan import Plan, plan
+    from kvik.text.grammar import Grammar
 
 __version__ = "0.1.0"
 
@@ -45,6 +48,9 @@ __all__ = [
     "Embedding",
     "EngineConfig",
     "EngineDead",
+    "Grammar",
+    "GrammarFailed",
+    "InvalidGrammar",
     "InvalidInput",
     "KvikError",
     "ModelError",
@@ -71,6 +77,8 @@ _ERRORS = (
     "CacheTooSmall",
     "DownloadError",
     "EngineDead",
+    "GrammarFailed",
+    "InvalidGrammar",
     "InvalidInput",
     "KvikError",
     "ModelError",
@@ -93,6 +101,7 @@ _LAZY = {
     "AsyncLLM": "engine.async_llm",
     "Beam": "engine.beams",
     "CacheView": "engine.cache_view",
+    "Grammar": "text.grammar",
     "Completion": "engine.output",
     "Embedding": "engine.output",
     "Piece": "engine.output",

@@ -7,7 +7,9 @@
     │   └── TemplateError       the model's chat template failed or ran too long
     ├── InvalidInput            a value the caller chose (also a ValueError)
     │   ├── PromptTooLong       more tokens than the context holds
-    │   └── CacheTooSmall       more blocks than the cache has free
+    │   ├── CacheTooSmall       more blocks than the cache has free
+    │   └── InvalidGrammar      a schema, pattern or grammar that is wrong, or too complex to be followed
+    ├── GrammarFailed           a text went where its grammar cannot be followed any further
     ├── NotEnoughMemory         the machine cannot hold what was asked for
     ├── QueueFull               more requests wait than the engine takes
     ├── SlowReader              a stream was not read while its tokens kept coming
@@ -61,6 +63,18 @@ class PromptTooLong(InvalidInput):
 
 class CacheTooSmall(InvalidInput):
     """The cache has too few free blocks for the request."""
+
+
+class InvalidGrammar(InvalidInput):
+    """A schema, pattern or grammar is wrong, or too complex to be followed."""
+
+    def __init__(self, message: str, *, hint: str, code: str) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code  # "invalid_json_schema", "invalid_grammar" or "grammar_too_complex"
+
+
+class GrammarFailed(KvikError):
+    """A text went where its grammar cannot be followed any further; the request ends."""
 
 
 class NotEnoughMemory(KvikError):

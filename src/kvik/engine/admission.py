@@ -15,6 +15,7 @@ from kvik.engine.lease import Lease
 from kvik.engine.request import HeldOptions, Request, check_options
 from kvik.errors import CacheTooSmall, InvalidInput, PromptTooLong
 from kvik.models.loader import LoadedModel
+from kvik.text.constraint import Constraint
 
 MAX_SALT_BYTES = 256
 MAX_REQUEST_ID_BYTES = 256
@@ -40,11 +41,13 @@ class Admission:
         if not isinstance(params, SamplingParams):
             raise InvalidInput(f"params is {reprlib.repr(params)}", hint="give SamplingParams(...)")
         self._check_prompt(prompt_ids, self.model.context - 1)
+        constraint = options.get("constraint")
+        self._check_constraint(constraint)
         request = Request(
             prompt_ids=tuple(prompt_ids),
             params=params,
             seed=int.from_bytes(os.urandom(8)) if params.seed is None else params.seed,
-            stop_token_ids=self._stop_token_ids(params),
+            stop_token_ids=self._stop_token_ids(params, is_constrained=constraint is not None),
             max_total_tokens=min(len(prompt_ids) + params.max_tokens, self.model.context),
             **_checked_options(options),
         )
@@ -58,6 +61,8 @@ class Admission:
         if pooling not in get_args(Pooling):
             raise InvalidInput(f"pooling is {reprlib.repr(pooling)}", hint='give "last" or "mean"')
         _check_bool("normalize", normalize)
+        if options.get("constraint") is not None:
+            raise InvalidInput("an embedding writes nothing that a grammar could constrain", hint="leave it out")
         self._check_prompt(prompt_ids, self.model.context)
         request = Request(
             prompt_ids=tuple(prompt_ids),
@@ -124,10 +129,25 @@ class Admission:
                     f"{what} {token_id} is not in the vocabulary", hint=f"ids go from 0 to {vocab_size - 1}"
                 )
 
-    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+    def _check_constraint(self, constraint: Constraint | None) -> None:
+        if constraint is None:
+            return
+        if not isinstance(constraint, Constraint):
+            raise InvalidInput(
+                f"constraint is {reprlib.repr(constraint)}", hint="give what LLM.compile_grammar made of a grammar"
+            )
+        vocab_size = self.model.decoder.spec.vocab_size
+        if constraint.tokenizer is not self.model.tokenizer or constraint.vocab_size != vocab_size:
+            raise InvalidInput(
+                "the constraint was compiled for another model", hint="compile the grammar with this LLM"
+            )
+
+    def _stop_token_ids(self, params: SamplingParams, *, is_constrained: bool) -> frozenset[int]:
         self._check_token_ids("stop_token_ids:", params.stop_token_ids)
         self._check_token_ids("logit_bias: token id", (token_id for token_id, _ in params.biases))
-        ends = frozenset() if params.ignore_eos else self.model.tokenizer.eos_token_ids
+        # A grammar lets no text go on behind an end.
+        ignores_ends = params.ignore_eos and not is_constrained
+        ends = frozenset() if ignores_ends else self.model.tokenizer.eos_token_ids
         stop_token_ids = ends.union(params.stop_token_ids)
         if params.min_tokens and len(stop_token_ids) == self.model.decoder.spec.vocab_size:
             raise InvalidInput(

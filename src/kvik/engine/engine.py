@@ -311,11 +311,11 @@ class Engine:
             if item.num_logits and sequence.request.wants_prompt_logprobs:
                 self._note_prompt(sequence, logits[first:end])
             if item.closes_gap and sequence.hidden is None:
-                asked += sample_rows(sequence, end - 1 - len(sequence.draft_ids))
-                for branch in sequence.branches:
-                    branch.prompt_logprobs = sequence.prompt_logprobs
-                    askers.append((branch, None))
-                askers += [(sequence, draft_id) for draft_id in (*sequence.draft_ids, None)]
+                for each in (*sequence.branches, sequence):
+                    each.prompt_logprobs = sequence.prompt_logprobs
+                    found = _rows_of(each, end - 1 - len(sequence.draft_ids))
+                    asked += found
+                    askers += [(each, draft_id) for draft_id, _ in zip((*each.draft_ids, None), found, strict=False)]
             first = end
         chosen: list[Sequence] = []
         rows: list[int] = []
@@ -487,6 +487,15 @@ class Engine:
             f"{self.model.path.name}: the {what} after {sequence.num_tokens:,} tokens are not finite",
             hint="the file's weights are damaged; download it again",
         )
+
+
+def _rows_of(sequence: Sequence, first: int) -> list[SampleRow]:
+    """The rows of `sample_rows`; none where the sequence's grammar fails, which ends that sequence alone."""
+    try:
+        return sample_rows(sequence, first)
+    except Exception as error:  # noqa: BLE001  # whatever it was, it is this request's alone
+        sequence.finish("abort", error)
+        return []
 
 
 def _failure(message: str, cause: BaseException | None) -> StepFailed:

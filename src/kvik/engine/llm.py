@@ -36,6 +36,9 @@ from kvik.models.loader import check_config_of, load_model
 from kvik.models.spec import DecoderSpec
 from kvik.ops.base import Ops
 from kvik.text.chat_prompt import encode_chat
+from kvik.text.constraint import Constraint
+from kvik.text.grammar import Grammar
+from kvik.text.grammar_compiler import GrammarCompiler
 
 Prompt: TypeAlias = str | SequenceOf[int]
 
@@ -71,6 +74,7 @@ class LLM:
             )
         give_back_memory()  # return the memory freed after building the tokenizer
         self.engine = self.new_engine()
+        self._grammars = GrammarCompiler(self.model.tokenizer, self.model.decoder.spec.vocab_size)
 
     def generate(
         self,
@@ -83,7 +87,7 @@ class LLM:
         With `params.n` above 1 there are so many completions for each prompt, one after the other. All prompts are
         checked before any runs. Where a request fails while it runs, the others end before its error is raised, as
         `RequestsFailed` with their completions where there are any. A higher `priority` is served earlier; requests of
-        different `salt` share nothing. A terminal shows the progress.
+        different `salt` share nothing; a `constraint` is what `compile_grammar` gives. A terminal shows the progress.
         """
         engine = self.engine
         requests = [self._new_request(self.encode(prompt), params, options) for prompt in as_list(prompts)]
@@ -182,6 +186,16 @@ class LLM:
                 hint="use generate or stream (`kvik run --raw`): it is a model for plain completion",
             )
         return encode_chat(template, self.model.tokenizer, messages, **options)
+
+    def compile_grammar(self, grammar: Grammar) -> Constraint:
+        """What makes a completion follow a grammar, as the option `constraint` of any request; from any thread.
+
+        The grammars used last need no compiling. Raises `InvalidGrammar`; `InvalidInput` where llguidance is missing.
+
+        >>> constraint = llm.compile_grammar(Grammar.json_schema({"type": "integer"}))
+        >>> llm.generate("The answer is ", constraint=constraint)
+        """
+        return self._grammars.compile(grammar)
 
     @property
     def is_chat_model(self) -> bool:

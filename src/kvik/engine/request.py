@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
 
 from kvik.cache import Hold
 from kvik.config import Pooling, SamplingParams
+from kvik.text.constraint import Constraint
 
 if TYPE_CHECKING:
     from kvik.engine.lease import Lease
@@ -27,6 +28,7 @@ class RequestOptions(TypedDict, total=False):
     priority: int  # more is earlier
     salt: str | None  # requests of different salts share nothing
     request_id: str | None  # names it in logs; never used as a key
+    constraint: Constraint | None  # a grammar that every completion follows; `LLM.compile_grammar` makes one
 
 
 class HeldOptions(RequestOptions, total=False):
@@ -77,12 +79,13 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     seed: int  # of the first completion's draws; the i-th draws with seed + i (modulo 2**64)
-    stop_token_ids: frozenset[int]  # the caller's, and the model's own unless they are ignored
+    stop_token_ids: frozenset[int]  # the caller's, and the model's own unless they are ignored and nothing constrains
     max_total_tokens: int  # of prompt and completion
     use_cache: bool = True
     priority: int = 0
     salt: str | None = None
     request_id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
+    constraint: Constraint | None = None
     held: Hold | None = None  # of its lease, which has an end of its own
     hold: bool = False
     kind: RequestKind = "generate"
@@ -93,6 +96,11 @@ class Request:
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.prompt_ids)
+
+    @property
+    def unwanted_end_ids(self) -> frozenset[int]:
+        """Of a constrained request: what would end a text that shall go on as long as its grammar lets it."""
+        return self.stop_token_ids.difference(self.params.stop_token_ids) if self.params.ignore_eos else frozenset()
 
     @property
     def may_reuse(self) -> bool:

@@ -229,7 +229,8 @@ class Scheduler:
         if sequence.drafts is None or sequence.num_completion_tokens == 0:
             return []
         max_drafts = min(max_drafts, sequence.request.max_total_tokens - sequence.num_tokens - 1)
-        return sequence.drafts.propose(sequence.token_ids, max(0, max_drafts))
+        draft_ids = sequence.drafts.propose(sequence.token_ids, max(0, max_drafts))
+        return draft_ids if sequence.matcher is None else draft_ids[: sequence.matcher.count_valid(draft_ids)]
 
     def _make_room(self, sequence: Sequence, step: _Step) -> bool:
         """Take blocks from whoever is least entitled to them; False where that is the sequence itself."""

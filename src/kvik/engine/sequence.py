@@ -58,6 +58,7 @@ class Sequence:
         "is_queued",
         "lease",
         "logprobs",
+        "matcher",
         "num_computed_tokens",
         "place",
         "prompt_logprobs",
@@ -77,6 +78,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.table = table
         self.text = text
+        self.matcher = None if request.constraint is None else request.constraint.new_matcher()
         self.branches: list[Sequence] = []  # others of the same request, which begin with its first token
         self.is_queued = False  # whether the engine ever took it
         self.place = (0, 0)  # in the queue, the least first
@@ -132,7 +134,9 @@ class Sequence:
             self.finish("stop")
             return
         self.text.add(token_id, may_stop=self.num_completion_tokens >= request.params.min_tokens)
-        if self.text.stopped:
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
+        if self.text.stopped or (self.matcher is not None and self.matcher.is_finished):
             self.finish("stop")
         elif len(self.token_ids) >= request.max_total_tokens:
             self.finish("length")
@@ -146,6 +150,7 @@ class Sequence:
         """No more tokens will come."""
         if self.finish_reason is None:
             self.finish_reason, self.error = reason, error
+            self.matcher = None  # it may hold megabytes
             self.text.finish()
 
     def all_branches(self) -> Iterator[Sequence]:
