@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         SlowReader,
         StepFailed,
         TemplateError,
+        ToolsNotSupported,
     )
     from kvik.planner.plan import Plan, plan
 
@@ -61,6 +62,7 @@ __all__ = [
     "StepFailed",
     "TemplateError",
     "TokenLogprobs",
+    "ToolsNotSupported",
     "TurnStats",
     "__version__",
     "plan",
@@ -81,6 +83,7 @@ _ERRORS = (
     "SlowReader",
     "StepFailed",
     "TemplateError",
+    "ToolsNotSupported",
 )
 _LAZY = {
     "EngineConfig": "config",

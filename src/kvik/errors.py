@@ -7,6 +7,7 @@
     │   └── TemplateError       the model's chat template failed or ran too long
     ├── InvalidInput            a value the caller chose (also a ValueError)
     │   ├── PromptTooLong       more tokens than the context holds
+    │   ├── ToolsNotSupported   the model's chat template takes no tools, or writes calls in a way kvik cannot read
     │   └── CacheTooSmall       more blocks than the cache has free
     ├── NotEnoughMemory         the machine cannot hold what was asked for
     ├── QueueFull               more requests wait than the engine takes
@@ -57,6 +58,10 @@ class InvalidInput(KvikError, ValueError):
 
 class PromptTooLong(InvalidInput):
     """The prompt has more tokens than the context; kvik never truncates it."""
+
+
+class ToolsNotSupported(InvalidInput):
+    """The model's chat template takes no tools, or writes calls in a way that kvik cannot read."""
 
 
 class CacheTooSmall(InvalidInput):
