@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SlowReader,
         StepFailed,
         TemplateError,
+        ToolsNotSupported,
     )
     from kvik.planner.plan import Plan, plan
     from kvik.text.grammar import Grammar
@@ -68,6 +69,7 @@ __all__ = [
     "StepFailed",
     "TemplateError",
     "TokenLogprobs",
+    "ToolsNotSupported",
     "TurnStats",
     "__version__",
     "plan",
@@ -90,6 +92,7 @@ _ERRORS = (
     "SlowReader",
     "StepFailed",
     "TemplateError",
+    "ToolsNotSupported",
 )
 _LAZY = {
     "EngineConfig": "config",

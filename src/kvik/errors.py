@@ -7,6 +7,7 @@
     │   └── TemplateError       the model's chat template failed or ran too long
     ├── InvalidInput            a value the caller chose (also a ValueError)
     │   ├── PromptTooLong       more tokens than the context holds
+    │   ├── ToolsNotSupported   the model's chat template takes no tools, or writes calls in a way kvik cannot read
     │   ├── CacheTooSmall       more blocks than the cache has free
     │   └── InvalidGrammar      a schema, pattern or grammar that is wrong, or too complex to be followed
     ├── GrammarFailed           a text went where its grammar cannot be followed any further
@@ -59,6 +60,10 @@ class InvalidInput(KvikError, ValueError):
 
 class PromptTooLong(InvalidInput):
     """The prompt has more tokens than the context; kvik never truncates it."""
+
+
+class ToolsNotSupported(InvalidInput):
+    """The model's chat template takes no tools, or writes calls in a way that kvik cannot read."""
 
 
 class CacheTooSmall(InvalidInput):

@@ -24,6 +24,7 @@ from kvik.errors import (
     RequestsFailed,
     SlowReader,
     TemplateError,
+    ToolsNotSupported,
 )
 
 RETRY_AFTER_S = 1
@@ -44,6 +45,7 @@ _CODES: tuple[tuple[type[KvikError], int, str], ...] = (
     (SlowReader, 500, "slow_reader"),
     (EngineDead, 503, "engine_dead"),
     (NotEnoughMemory, 503, "not_enough_memory"),
+    (ToolsNotSupported, 400, "tools_not_supported"),
     (TemplateError, 500, "template_error"),
     (ModelNotFound, 404, "model_not_found"),
     (ModelError, 400, "unsupported_by_model"),

@@ -10,7 +10,10 @@ from typing import Any
 
 from kvik.engine.async_llm import AsyncLLM
 from kvik.engine.llm import LLM
+from kvik.errors import ToolsNotSupported
 from kvik.server.errors import ApiError
+from kvik.text.tool_detection import detect_tool_format
+from kvik.text.tool_format import ToolFormat
 
 
 class ServedModel:
@@ -34,6 +37,14 @@ class ServedModel:
         config = self.llm.config
         text = f"{self.llm.model.path.name} {config.activations} {config.kv_dtype} {config.weights}"
         return "kvik-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of tools; it takes its time. Raises `ToolsNotSupported`."""
+        template = self.llm.model.chat_template
+        if template is None:
+            raise ToolsNotSupported(f"{self.id} has no chat template", hint="leave tools out")
+        return detect_tool_format(template, self.llm.model.tokenizer)
 
     def card(self) -> dict[str, Any]:
         """What `/v1/models` says of it."""

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvik.errors import InvalidInput, TemplateError
+from kvik.errors import InvalidInput, TemplateError, ToolsNotSupported
 from kvik.text.chat_messages import check_messages, check_template_vars, check_tools, joined
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ MAX_MEMORY_BYTES = 1 << 29
 MAX_SECONDS = 2.0  # of processor time for one rendering; a long conversation takes some milliseconds
 
 PROBE = "kvik-probe"
+PROBE_ID = "kvikprobe"  # Mistral's templates want nine letters and digits
 MAX_ROLES = 16
 
 _DAMAGED = "take another file of this model, or send a prompt instead of messages, which needs no template"
@@ -77,6 +78,7 @@ class ChatTemplate:
         self._for_tools = for_tools
         self._name = name
         self._forms_by_role: dict[str, tuple[bool, bool]] = {}
+        self._form_of_calls: tuple[dict[str, Any], bool] | None = None
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -100,7 +102,10 @@ class ChatTemplate:
             return self._for_tools.render(
                 messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
             )
-        checked = [self._in_form(message) for message in check_messages(messages)]
+        checked = [
+            self._in_form(self._with_calls_in_form(message, given))
+            for message, given in zip(check_messages(messages), messages, strict=True)
+        ]
         kind, text = self._render_checked(checked, check_tools(tools), add_generation_prompt, variables)
         if kind == "text":
             return text
@@ -123,7 +128,7 @@ class ChatTemplate:
         """
         variables = check_template_vars(template_vars)
         if check_tools(tools) and not self._mentions("tools"):
-            raise InvalidInput(
+            raise ToolsNotSupported(
                 f"{self._name}: the chat template takes no tools", hint="take a model that was trained to call tools"
             )
         for name in variables:
@@ -152,6 +157,50 @@ class ChatTemplate:
                 return message
             return message | {"content": [{"type": "text", "text": content}]}
         return message if takes_parts else message | {"content": joined(content)}
+
+    def _with_calls_in_form(self, message: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The message with its calls in the form that the template takes; `given` is the message before its check."""
+        calls = message.get("tool_calls")
+        if not calls:
+            return message
+        without_content, takes_text = self._calls_form()
+        if not message.get("content"):
+            message = message | without_content
+        if takes_text:
+            as_text = [
+                {**call, "function": {**call["function"], "arguments": _arguments_text(call, before)}}
+                for call, before in zip(calls, given["tool_calls"], strict=True)
+            ]
+            message = message | {"tool_calls": as_text}
+        return message
+
+    def _calls_form(self) -> tuple[dict[str, Any], bool]:
+        """What a message of calls alone has for content, and whether arguments are JSON text rather than an object.
+
+        Templates ask for the content to be absent, empty or none, and some put arguments between texts with `+`.
+        """
+        if self._form_of_calls is None:
+            forms = [
+                (content, takes_text)
+                for content in ({}, {"content": ""}, {"content": None})
+                for takes_text in (False, True)
+            ]
+            self._form_of_calls = next((form for form in forms if self._writes_calls(*form)), ({}, False))
+        return self._form_of_calls
+
+    def _writes_calls(self, without_content: dict[str, Any], takes_text: bool) -> bool:
+        arguments: Any = {PROBE: PROBE}
+        function = {"name": PROBE_ID, "arguments": json.dumps(arguments) if takes_text else arguments}
+        call = {"id": PROBE_ID, "type": "function", "function": function}
+        asked = self._in_form({"role": "user", "content": PROBE})
+        try:
+            kind, text = self._render_checked(
+                [asked, {"role": "assistant", "tool_calls": [call], **without_content}], None, False, {}
+            )
+        except TemplateError:  # as in `_writes`
+            return False
+        # Python's own writing of an object has single quotes, and JSON inside JSON has them escaped.
+        return kind == "text" and PROBE_ID in text and f'"{PROBE}"' in text
 
     def _forms(self, role: str) -> tuple[bool, bool]:
         """Whether the template writes the content of such a message where it is text, and where it is parts.
@@ -263,6 +312,20 @@ class ChatTemplate:
         return TemplateError(
             f"{self._name}: the process that renders the chat template ended with code {code}", hint=_DAMAGED
         )
+
+
+def _arguments_text(call: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The arguments of a call as JSON: what the caller gave where that was text, so that it stays the same tokens."""
+    arguments = given["function"].get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        return arguments
+    try:
+        return json.dumps(call["function"]["arguments"], ensure_ascii=False, default=_plain, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(
+            f"the arguments of a call hold what JSON cannot: {error}",
+            hint="use text, numbers, true, false, null, lists and objects",
+        ) from error
 
 
 def _plain(value: object) -> object:

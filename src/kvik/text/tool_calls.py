@@ -1,0 +1,258 @@
+"""Tool calls out of the tokens of an answer, while they arrive."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from kvik.text.chat_messages import check_tools
+from kvik.text.detokenizer import Detokenizer
+from kvik.text.tool_format import CALL_ID_LENGTH, ID_CHARACTER, MARKS, ToolFormat
+
+LONG_ID_LENGTH = 24
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More of the text that is no call."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegin:
+    """A call of a tool, whose arguments follow. Calls count from 0."""
+
+    index: int
+    call_id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentsDelta:
+    """More of the JSON text of a call's arguments."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """The arguments of a call are whole. An answer that is cut off in a call has none for it."""
+
+    index: int
+
+
+ToolEvent: TypeAlias = TextDelta | CallBegin | ArgumentsDelta | CallEnd
+
+
+class ToolCallParser:
+    """Tells the calls in one answer from its text, token by token.
+
+    `new_id` makes as many random letters and digits as it is asked for. Text that may yet be the beginning of a call
+    is held back; what is no call after all is text, to the last character. A call has begun with its name and the `{`
+    of its arguments.
+    """
+
+    def __init__(self, format: ToolFormat, tools: Sequence[Mapping[str, Any]], new_id: Callable[[int], str]) -> None:
+        names = [tool["function"]["name"] for tool in check_tools(tools) or []]
+        self._format = format
+        self._new_id = new_id
+        head = format.begin.lstrip()
+        self._first = {head + name + format.between + "{": name for name in names}
+        self._ended = format.after + format.end
+        self._next: dict[str, str] = {}
+        if format.separator is not None:
+            before = format.after + format.separator
+            self._next = {before + name + format.between + "{": name for name in names}
+        self._released = _Released(format)
+        self._pending = ""  # marked text that no event has told of
+        self._state = self._in_text
+        self._text_begins = True
+        self._lead = ""  # what stands before the head of a call, if it is one
+        self._num_calls = 0
+        self._json = _JsonEnd()
+        self._finished = False
+
+    def feed(self, token_id: int, text: str) -> list[ToolEvent]:
+        """What is known with one more token; `text` is what became certain with it, as a `Piece` has it."""
+        self._pending += self._released.add(token_id, text)
+        return self._events()
+
+    def finish(self) -> list[ToolEvent]:
+        """What was held back, when no more tokens come."""
+        self._finished = True
+        return self._events()
+
+    def _events(self) -> list[ToolEvent]:
+        events: list[ToolEvent] = []
+        while (found := self._state()) is not None:
+            for event in found:
+                last = events[-1] if events else None
+                if isinstance(event, TextDelta) and isinstance(last, TextDelta):
+                    events[-1] = TextDelta(last.text + event.text)
+                else:
+                    events.append(event)
+        return events
+
+    # Each state takes what it can of the pending text and gives its events, or None when it needs more text.
+
+    def _in_text(self) -> list[ToolEvent] | None:
+        if self._format.is_bare:
+            return self._in_text_of_bare_format()
+        at = self._pending.find(self._format.trigger)
+        if at < 0:
+            lead, trigger = self._format.lead, self._format.trigger
+            held = (
+                0 if self._finished else max(_overlap(self._pending, lead + trigger), _overlap(self._pending, trigger))
+            )
+            return self._take_text(len(self._pending) - held) or None
+        before = self._pending[:at]
+        self._lead = self._format.lead if before.endswith(self._format.lead) else ""
+        events = self._take_text(at - len(self._lead))
+        self._pending = self._pending.removeprefix(self._lead)
+        self._state = self._in_head
+        return events
+
+    def _in_text_of_bare_format(self) -> list[ToolEvent] | None:
+        if not self._pending:
+            return None
+        mark = MARKS.search(self._pending)
+        if mark is not None and (mark.start() == 0 or not self._text_begins):
+            self._text_begins = True
+            return self._take_text(mark.end())
+        if self._text_begins:
+            self._text_begins = False
+            self._state = self._in_head
+            return []
+        return self._take_text(len(self._pending))
+
+    def _in_head(self) -> list[ToolEvent] | None:
+        candidate, may_grow = self._match(self._first)
+        if candidate is not None:
+            return self._begin_call(candidate, self._first[candidate])
+        if may_grow and not self._finished:
+            return None
+        self._pending = self._lead + self._pending
+        self._state = self._in_text
+        # Of other formats the trigger may stand again in what follows its own first character.
+        return self._take_text(0 if self._format.is_bare else len(self._lead) + 1)
+
+    def _begin_call(self, head: str, name: str) -> list[ToolEvent]:
+        self._pending = self._pending[len(head) - 1 :]
+        self._state = self._in_arguments
+        self._json = _JsonEnd()
+        random = self._new_id(CALL_ID_LENGTH if self._format.has_ids else LONG_ID_LENGTH)
+        self._num_calls += 1
+        return [CallBegin(self._num_calls - 1, random if self._format.has_ids else f"call_{random}", name)]
+
+    def _in_arguments(self) -> list[ToolEvent] | None:
+        if not self._pending:
+            return None
+        index = self._num_calls - 1
+        end = self._json.find(self._pending)
+        text = MARKS.sub("", self._pending[:end])
+        self._pending = "" if end is None else self._pending[end:]
+        events: list[ToolEvent] = [ArgumentsDelta(index, text)] if text else []
+        if end is not None:
+            self._state = self._after_arguments
+            events.append(CallEnd(index))
+        return events
+
+    def _after_arguments(self) -> list[ToolEvent] | None:
+        candidate, may_grow = self._match({self._ended: "", **self._next})
+        if may_grow and not self._finished:
+            return None
+        if candidate is not None and candidate != self._ended:
+            return self._begin_call(candidate, self._next[candidate])
+        if candidate is None and may_grow:  # the answer was cut off here
+            self._pending = ""
+        self._pending = self._pending[len(candidate or "") :]
+        self._text_begins = False
+        self._state = self._in_text
+        return []
+
+    def _match(self, candidates: Mapping[str, str]) -> tuple[str | None, bool]:
+        """The longest candidate that the pending text begins with, and whether a longer one may yet be."""
+        text = self._pending
+        fitting = [candidate for candidate in candidates if _fits(candidate, text)]
+        whole = [candidate for candidate in fitting if len(candidate) <= len(text)]
+        return max(whole, key=len, default=None), len(whole) < len(fitting)
+
+    def _take_text(self, length: int) -> list[ToolEvent]:
+        text = MARKS.sub("", self._pending[:length])
+        self._pending = self._pending[length:]
+        return [TextDelta(text)] if text else []
+
+
+class _Released:
+    """The marked text of tokens whose text becomes certain later than they come, as under stop strings."""
+
+    def __init__(self, format: ToolFormat) -> None:
+        self._format = format
+        # Only for how many characters stand before a control token.
+        self._detokenizer = Detokenizer(format.tokenizer, continues_text=True)
+        self._num_written = 0
+        self._num_certain = 0
+        self._marks: deque[tuple[int, str]] = deque()
+
+    def add(self, token_id: int, text: str) -> str:
+        tokenizer = self._format.tokenizer
+        if token_id in tokenizer.eos_token_ids:
+            pass  # it ends the answer, and is no part of it
+        elif token_id in tokenizer.special_token_ids:
+            self._marks.append((self._num_written, self._format.mark_of(token_id)))
+        else:
+            self._num_written += len(self._detokenizer.add(token_id))
+        return "".join(self._woven(text))
+
+    def _woven(self, text: str) -> Iterator[str]:
+        at, self._num_certain = self._num_certain, self._num_certain + len(text)
+        while self._marks and self._marks[0][0] <= self._num_certain:
+            place, mark = self._marks.popleft()
+            yield text[: place - at] + mark
+            text, at = text[place - at :], place
+        yield text
+
+
+class _JsonEnd:
+    """Finds where an object of JSON ends, in pieces of its text."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    def find(self, text: str) -> int | None:
+        """How much of the text belongs to the object, if it ends there."""
+        for at, character in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif character == '"':
+                self._in_string = not self._in_string
+            elif self._in_string:
+                self._escaped = character == "\\"
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    return at + 1
+        return None
+
+
+def _fits(pattern: str, text: str) -> bool:
+    """Whether one of pattern and text begins with the other."""
+    if ID_CHARACTER not in pattern:
+        return text.startswith(pattern) or pattern.startswith(text)
+    return all(
+        want == have or (want == ID_CHARACTER and have.isascii() and have.isalnum())
+        for want, have in zip(pattern, text, strict=False)
+    )
+
+
+def _overlap(text: str, literal: str) -> int:
+    """Length of the longest end of `text` that begins `literal` and is not all of it."""
+    longest = min(len(text), len(literal) - 1)
+    return next((size for size in range(longest, 0, -1) if literal.startswith(text[-size:])), 0)

@@ -1,0 +1,265 @@
+"""How a model writes tool calls, found by what its own chat template makes of a call that we know.
+
+The idea is that of llama.cpp's auto-parser: render the same conversation with an answer in plain text, with one call
+and with two, and see what the template put around names and arguments. Token ids are compared rather than text, since
+the names of two control tokens may begin alike.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from kvik.errors import TemplateError, ToolsNotSupported
+from kvik.text.chat_template import ChatTemplate
+from kvik.text.detokenizer import Detokenizer
+from kvik.text.tokenizer import Tokenizer
+from kvik.text.tool_format import (
+    CALL_ID_LENGTH,
+    FIRST_MARK,
+    ID_CHARACTER,
+    MARKS,
+    MAX_MARKS,
+    NAME_CHARACTER,
+    ToolFormat,
+)
+
+MAX_ANSWER_LENGTH = 4000  # characters of what a template makes of two short calls
+MIN_TRIGGER_LENGTH = 3
+
+_Tokens: TypeAlias = list[tuple[int, str]]
+"""Ids, and the marked text of each."""
+
+QUESTION, ANSWER = "kvik question", "plain words"
+KEY = "kvik_key"
+_HINT = "take a model whose template writes calls with JSON arguments, or leave out the tools"
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    value: str
+    call_id: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {KEY: self.value, "kvik_number": 1}
+
+    @property
+    def given(self) -> str:
+        """The arguments as no template writes them, so that it shows where one takes them as they are."""
+        return json.dumps(self.arguments, separators=(" ,  ", " :  "))
+
+    def message(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": self.given}
+        return {"id": self.call_id, "type": "function", "function": function}
+
+    def tool(self) -> dict[str, Any]:
+        properties = {KEY: {"type": "string"}, "kvik_number": {"type": "integer"}}
+        parameters = {"type": "object", "properties": properties, "required": [KEY]}
+        function = {"name": self.name, "description": "kvik description", "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+FIRST = _Call("kvik_first", "kvik value", "kvikcall1")
+SECOND = _Call("kvik_second", "kvik other", "kvikcall2")
+
+
+class _UnlikeError(Exception):
+    """The text is not as calls are written: a line that says why."""
+
+
+def detect_tool_format(template: ChatTemplate, tokenizer: Tokenizer) -> ToolFormat:
+    """How the model writes tool calls: for its caller to keep, since it takes some renderings.
+
+    Raises ToolsNotSupported where the template takes no tools or writes calls in another way than with JSON arguments;
+    TemplateError where it fails with tools and no call.
+    """
+    return _Detection(template, tokenizer).format()
+
+
+class _Detection:
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        self._template = template
+        self._tokenizer = tokenizer
+        self._marked_ids: list[int] = []
+
+    def format(self) -> ToolFormat:
+        question = [{"role": "user", "content": QUESTION}]
+        if FIRST.name not in self._template.render(question, tools=[FIRST.tool()]):
+            raise ToolsNotSupported("the model's chat template ignores tools", hint=_HINT)
+        plain = self._answer({"content": ANSWER})
+        try:
+            one = self._differing(self._answer({"tool_calls": [FIRST.message()]}), plain)
+            begin, between, after_one = _literals(one, [FIRST])
+        except TemplateError as error:
+            raise ToolsNotSupported(
+                f"the model's chat template fails where it has to write a tool call: {error.message}", hint=_HINT
+            ) from error
+        except _UnlikeError as error:
+            raise ToolsNotSupported(f"the model's chat template {error}", hint=_HINT) from error
+        after, separator, end = self._several(plain, begin, between, after_one)
+        return self._checked(begin, between, after, separator, end, self._lead(begin), _json_separators(one))
+
+    def _several(self, plain: _Tokens, begin: str, between: str, after_one: str) -> tuple[str, str | None, str]:
+        """What comes after a call's arguments in any case, between two calls, and after the last."""
+        try:
+            two = self._differing(self._answer({"tool_calls": [FIRST.message(), SECOND.message()]}), plain)
+            begin_two, between_first, middle, between_second, after_two = _literals(two, [FIRST, SECOND])
+        except (TemplateError, _UnlikeError):
+            return after_one, None, ""
+        # Some templates end calls in full only where there are several.
+        alike = begin_two == begin and between_first == between_second == between and after_two.startswith(after_one)
+        after = middle[: _num_common(middle, after_two)]
+        if not alike or len(after) == len(middle) or self._ends_in(middle):
+            return after_one, None, ""
+        return after, middle[len(after) :], after_two[len(after) :]
+
+    def _lead(self, begin: str) -> str:
+        """The space between a text and the first call."""
+        space = begin[: len(begin) - len(begin.lstrip())]
+        try:
+            both = _text(self._answer({"content": ANSWER, "tool_calls": [FIRST.message()]}))
+        except TemplateError:
+            return space
+        lead = both.rpartition(begin + FIRST.name)[0].rpartition(ANSWER)[2]
+        return lead + space if ANSWER + lead + begin in both and not lead.strip() else space
+
+    def _checked(
+        self,
+        begin: str,
+        between: str,
+        after: str,
+        separator: str | None,
+        end: str,
+        lead: str,
+        json_separators: tuple[str, str] | None,
+    ) -> ToolFormat:
+        head = begin.lstrip()
+        is_bare = head.startswith(("{", "["))
+        if is_bare:
+            begin = trigger = head
+        else:
+            # The first token or tag or word: with what comes after it the grammar helps.
+            found = re.match("[\ud800-\udfff]|[^\\s>\\]\ud800-\udfff]+[>\\]]?", head)
+            trigger = found[0] if found else ""
+        is_mark = not is_bare and trigger != ID_CHARACTER and MARKS.fullmatch(trigger)
+        if not is_mark and (len(trigger) < MIN_TRIGGER_LENGTH or MARKS.search(trigger)):
+            raise ToolsNotSupported("the model's chat template begins calls with nothing of their own", hint=_HINT)
+        if NAME_CHARACTER.match(between) or self._ends_in(begin + between):
+            raise ToolsNotSupported("the model's chat template sets no end to the name of a call", hint=_HINT)
+        return ToolFormat(
+            begin=begin,
+            between=between,
+            after=after,
+            separator=separator,
+            end=end,
+            lead=lead,
+            trigger=trigger,
+            is_bare=is_bare,
+            marked_ids=tuple(self._marked_ids),
+            json_separators=json_separators,
+            tokenizer=self._tokenizer,
+        )
+
+    def _ends_in(self, literal: str) -> bool:
+        """Whether a turn ends in the middle of the literal, since it has a token that ends it."""
+        ids = (self._marked_ids[ord(mark) - ord(FIRST_MARK)] for mark in MARKS.findall(literal) if mark != ID_CHARACTER)
+        return any(token_id in self._tokenizer.eos_token_ids for token_id in ids)
+
+    def _answer(self, message: Mapping[str, Any]) -> _Tokens:
+        """The tokens from the question's end on, where the assistant answers with the message."""
+        text = self._template.render(
+            [{"role": "user", "content": QUESTION}, {"role": "assistant", **message}],
+            add_generation_prompt=False,
+            tools=[FIRST.tool(), SECOND.tool()],
+        )
+        text = text.rpartition(QUESTION)[2]
+        if len(text) > MAX_ANSWER_LENGTH:
+            raise ToolsNotSupported(
+                f"the model's chat template makes {len(text):,} characters of one short answer", hint=_HINT
+            )
+        return self._tokens(text)
+
+    def _tokens(self, text: str) -> _Tokens:
+        detokenizer = Detokenizer(self._tokenizer, continues_text=True)
+        control = self._tokenizer.special_token_ids | self._tokenizer.eos_token_ids
+        ids = self._tokenizer.encode(text, add_special=False)
+        return [(i, self._mark(i) if i in control else detokenizer.add(i)) for i in ids]
+
+    def _mark(self, token_id: int) -> str:
+        if token_id not in self._marked_ids:
+            if len(self._marked_ids) == MAX_MARKS:
+                raise ToolsNotSupported(
+                    f"the model's chat template has more than {MAX_MARKS} control tokens in an answer", hint=_HINT
+                )
+            self._marked_ids.append(token_id)
+        return chr(ord(FIRST_MARK) + self._marked_ids.index(token_id))
+
+    def _differing(self, answer: _Tokens, plain: _Tokens) -> str:
+        """The marked text of the answer without what it has in common with plain text, up to the end of its turn."""
+        start = _num_common(answer, plain)
+        answer, plain = answer[start:], plain[start:]
+        stop = _num_common(answer[::-1], plain[::-1])
+        text, other = (_text(tokens[: len(tokens) - stop]) for tokens in (answer, plain))
+        # What is left in common is half a control token that the file calls text, or space in tokens with other text.
+        start = _num_common(text, other)
+        if text[:start].isspace():
+            text, other = text[start:], other[start:]
+        stop = len(text) - _num_common(text[::-1], other[::-1])
+        if text[stop:].isspace():
+            text = text[:stop]
+        ends = (match.start() for match in MARKS.finditer(text) if self._ends_in(match[0]))
+        return text[: next(ends, None)]
+
+
+def _num_common(left: Sequence[object], right: Sequence[object]) -> int:
+    """How many items both begin with."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(left), len(right)))
+
+
+def _text(tokens: _Tokens) -> str:
+    return "".join(text for _, text in tokens)
+
+
+def _literals(text: str, calls: Sequence[_Call]) -> list[str]:
+    """The marked text before, between and after names and arguments of the calls. Raises _UnlikeError."""
+    for call in calls:
+        text = text.replace(call.call_id, ID_CHARACTER * CALL_ID_LENGTH)
+    literals, at = [], 0
+    for call in calls:
+        if call.name not in text:
+            raise _UnlikeError("takes tools, but leaves out calls")
+        if text.count(call.name) > 1:
+            raise _UnlikeError(f"writes the name of a call {text.count(call.name)} times")
+        start = text.find(call.name, at)
+        stop = start + len(call.name)
+        key = text.find(KEY, at)
+        if not at <= start < key:
+            raise _UnlikeError("writes a call without arguments after its name")
+        opening = text.rfind("{", stop, key)
+        try:
+            arguments, closing = json.JSONDecoder().raw_decode(text, max(opening, 0))
+        except (ValueError, RecursionError):
+            arguments = None
+        if opening < 0 or arguments != call.arguments:
+            raise _UnlikeError(f"writes calls {_notation(text[stop:key])}, not with JSON arguments")
+        literals += [text[at:start], text[stop:opening]]
+        at = closing
+    return [*literals, text[at:]]
+
+
+def _notation(between: str) -> str:
+    if "(" in between:
+        return "as Python does"
+    return "as XML" if "<" in between else "in a notation of its own"
+
+
+def _json_separators(text: str) -> tuple[str, str] | None:
+    """What the template writes between items and after keys; None where it leaves the JSON to others, or indents it."""
+    both = ((", ", ": "), (",", ":"))
+    return next((pair for pair in both if json.dumps(FIRST.arguments, separators=pair) in text), None)

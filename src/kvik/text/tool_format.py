@@ -1,0 +1,242 @@
+"""How one model writes tool calls, and the grammar that makes it write them so.
+
+A format is for models that write a call's arguments as JSON. Its literals are *marked text*: text in which a half of a
+surrogate pair, which no decoded text can hold, stands for a control token, and another for a character of a call's id.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+from kvik.errors import InvalidInput
+from kvik.text.chat_messages import check_tools
+from kvik.text.tokenizer import Tokenizer
+
+MAX_TOOLS = 128
+MAX_SCHEMA_BYTES = 1 << 16  # of one tool
+MAX_SCHEMA_OBJECTS = 2000  # of all tools; what a grammar costs grows with it
+
+FIRST_MARK, ID_CHARACTER, OTHER_TOKEN = "\ud800", "\udffe", "\udfff"
+MAX_MARKS = 64
+MARKS = re.compile("[\ud800-\udfff]")
+
+CALL_ID_LENGTH = 9  # where a model writes ids; Mistral's alone do, and their templates refuse any other length
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NAME_CHARACTER = re.compile(r"[A-Za-z0-9_.-]")
+
+
+@dataclass(frozen=True)
+class Named:
+    """The choice of one tool, which is called once."""
+
+    name: str
+
+
+ToolChoice: TypeAlias = Literal["none", "auto", "required"] | Named
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """The marked text around names and arguments of calls.
+
+    Calls are `begin`, name, `between`, arguments, `after`; then for each further one `separator`, name, `between`,
+    arguments, `after`; then `end`, and with it the turn. Without a `separator` there is one call.
+
+    `trigger` is what no other text holds: with it, a call has begun. A *bare* format has nothing but JSON, so its
+    trigger is all of `begin`, and counts only where text begins: first of all, or after a control token.
+    """
+
+    begin: str
+    between: str
+    after: str
+    separator: str | None
+    end: str
+    lead: str  # what stands between other text and the first call, and belongs to neither
+    trigger: str
+    is_bare: bool
+    marked_ids: tuple[int, ...]  # the control tokens, in the order of their marks
+    json_separators: tuple[str, str] | None  # between items and after keys, where the template writes the JSON
+    tokenizer: Tokenizer = field(repr=False, compare=False)
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the model writes an id for each call."""
+        return ID_CHARACTER in self.begin + self.between + self.after + (self.separator or "") + self.end
+
+    def mark_of(self, token_id: int) -> str:
+        """What stands for a control token in marked text."""
+        if token_id in self.marked_ids:
+            return chr(ord(FIRST_MARK) + self.marked_ids.index(token_id))
+        return OTHER_TOKEN
+
+    def grammar(
+        self, tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice = "auto", *, parallel: bool = True
+    ) -> str | None:
+        """The grammar of an answer, in llguidance's Lark; None where calls are not to be written.
+
+        With `auto` any text may stand before the calls, and nothing after them, as in the messages of the API. Without
+        `parallel`, and for a named tool, it is one call. Raises InvalidInput for tools, schemas and choices that are
+        none, by the tool's name.
+        """
+        schemas = check_functions(tools)
+        if isinstance(choice, Named):
+            if choice.name not in schemas:
+                raise InvalidInput(
+                    f"tool_choice names {choice.name!r:.80}, which is none of the tools",
+                    hint="name one of: " + (", ".join(schemas) or "there are no tools"),
+                )
+            schemas = {choice.name: schemas[choice.name]}
+        elif choice not in ("none", "auto", "required"):
+            raise InvalidInput(
+                f"tool_choice is {choice!r:.80}", hint="choose none, auto, required or the name of one tool"
+            )
+        if choice == "required" and not schemas:
+            raise InvalidInput("tool_choice is required, but there are no tools", hint="send tools, or choose auto")
+        if choice == "none" or not schemas:
+            return None
+        several = parallel and not isinstance(choice, Named) and self.separator is not None
+        return "\n".join([*self._start(choice == "auto"), *self._calls(schemas, several), ""])
+
+    def _start(self, is_auto: bool) -> Iterator[str]:
+        yield "%llguidance {}"
+        if not is_auto:
+            yield f"start: {self._lark(self.begin)} calls"
+            return
+        head = self.begin.lstrip()
+        others = _ranges(self.tokenizer.special_token_ids - self.tokenizer.eos_token_ids - self._trigger_ids())
+        text_before = "(TEXT? other)*" if others else ""
+        if others:
+            yield f"other: <[{others}]>"
+        yield "ANY: /(?s:.)/"
+        if self.is_bare:
+            yield f"start: {text_before} (TEXT | {self._lark(head)} calls)?"
+            yield f"TEXT: ANY+ & ~({self._lark(self.trigger)} ANY*)"
+        elif self._trigger_ids():
+            yield f"start: {text_before} TEXT? ({self._lark(head)} calls)?"
+            yield "TEXT: ANY+"
+        else:
+            yield f"start: {text_before} (TEXT | until {self._lark(head.removeprefix(self.trigger))} calls)?"
+            yield f"TEXT: ANY+ & ~(ANY* {self._lark(self.trigger)} ANY*)"
+            yield f"until[lazy]: ANY* {self._lark(self.trigger)}"
+
+    def _trigger_ids(self) -> frozenset[int]:
+        return frozenset(token_id for token_id in self.marked_ids if self.mark_of(token_id) in self.trigger)
+
+    def _calls(self, schemas: Mapping[str, Mapping[str, Any]], several: bool) -> Iterator[str]:
+        more = f"({self._lark(self.separator)} call)*" if several and self.separator else ""
+        yield f"calls: call {more} {self._lark(self.end)}"
+        yield "call: " + " | ".join(f"call_{index}" for index in range(len(schemas)))
+        options: dict[str, object] = {"whitespace_flexible": self.json_separators is None}
+        if self.json_separators is not None:
+            options |= dict(zip(("item_separator", "key_separator"), self.json_separators, strict=True))
+        for index, (name, schema) in enumerate(schemas.items()):
+            arguments = "%json " + json.dumps({**schema, "x-guidance": options})
+            yield f"call_{index}: {self._lark(name + self.between)} {arguments} {self._lark(self.after)}"
+        if self.has_ids:
+            yield f"CALL_ID: /[A-Za-z0-9]{{{CALL_ID_LENGTH}}}/"
+
+    def _lark(self, literal: str) -> str:
+        """Marked text as Lark has it."""
+        parts = []
+        for part in re.findall("[^\ud800-\udfff]+|\udffe+|.", literal, re.DOTALL):
+            if part[0] == ID_CHARACTER:
+                parts.append("CALL_ID")
+            elif MARKS.match(part):
+                parts.append(f"<[{self.marked_ids[ord(part) - ord(FIRST_MARK)]}]>")
+            else:
+                parts.append(json.dumps(part, ensure_ascii=False))
+        return " ".join(parts)
+
+
+def check_functions(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    """The schema of each tool's arguments, by its name. Raises InvalidInput, which names the tool."""
+    checked = check_tools(tools) or []
+    if len(checked) > MAX_TOOLS:
+        raise InvalidInput(f"there are {len(checked):,} tools, more than {MAX_TOOLS}", hint="send fewer tools")
+    schemas: dict[str, dict[str, Any]] = {}
+    num_objects = 0
+    for tool in checked:
+        name = tool["function"]["name"]
+        if not _NAME.fullmatch(name):
+            raise InvalidInput(
+                f"the tool {name!r:.80} has a name that no model can write",
+                hint="use at most 64 of the letters a to z, digits, '_', '-' and '.'",
+            )
+        if name in schemas:
+            raise InvalidInput(f"two tools have the name {name!r}", hint="give each tool a name of its own")
+        schemas[name] = _object_schema(name, tool["function"].get("parameters") or {})
+        num_objects += _check_size(name, schemas[name])
+        if num_objects > MAX_SCHEMA_OBJECTS:
+            raise InvalidInput(
+                f"the schemas of the tools have more than {MAX_SCHEMA_OBJECTS:,} objects",
+                hint="send fewer tools, or simpler ones",
+            )
+        _check_schema(name, schemas[name])
+    return schemas
+
+
+def _object_schema(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema, which is of an object even where it does not say so: arguments are nothing else."""
+    if schema.get("type", "object") != "object":
+        raise InvalidInput(
+            f"the parameters of the tool {name!r} are of type {schema['type']!r:.80}, not an object",
+            hint='send a JSON schema with "type": "object"',
+        )
+    return {"type": "object", **schema}
+
+
+def _check_size(name: str, schema: Mapping[str, Any]) -> int:
+    """The number of objects in the schema."""
+    try:
+        num_bytes = len(json.dumps(schema, allow_nan=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(
+            f"the parameters of the tool {name!r} are not JSON: {error}", hint="send a JSON schema"
+        ) from error
+    if num_bytes > MAX_SCHEMA_BYTES:
+        raise InvalidInput(
+            f"the parameters of the tool {name!r} have {num_bytes:,} bytes, more than {MAX_SCHEMA_BYTES:,}",
+            hint="send a simpler schema",
+        )
+    num_objects, left = 0, [schema]
+    while left:
+        value: Any = left.pop()
+        num_objects += isinstance(value, Mapping)
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+    return num_objects
+
+
+def _check_schema(name: str, schema: Mapping[str, Any]) -> None:
+    """Raise InvalidInput for a schema with what no grammar is made of, so that no keyword of it is passed over."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(
+        initial_lexer_fuel=100_000, max_grammar_size=50_000, max_lexer_states=20_000, verbose_errors=False
+    )
+    grammar = json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": {}}}]})
+    if error := LLMatcher.validate_grammar(grammar, limits=limits):
+        raise InvalidInput(
+            f"the parameters of the tool {name!r} cannot be kept to: {error.splitlines()[0]:.200}",
+            hint="leave this out of the schema, and check it in the tool itself",
+        )
+
+
+def _ranges(token_ids: frozenset[int]) -> str:
+    """The ids as llguidance's ranges."""
+    ids = sorted(token_ids)
+    firsts = [ids[0]] if ids else []
+    lasts = []
+    for left, right in pairwise(ids):
+        if right != left + 1:
+            lasts.append(left)
+            firsts.append(right)
+    lasts += ids[-1:]
+    return ",".join(f"{first}-{last}" for first, last in zip(firsts, lasts, strict=True))
