@@ -23,6 +23,7 @@ from kvik.cli.plan import plan
 from kvik.cli.pool_heads import pool_heads
 from kvik.cli.race import race
 from kvik.cli.run import run
+from kvik.cli.serve import serve
 from kvik.cli.terminal import INTERRUPTED, OutputError, Stdout, note, show_error, show_problem, write
 from kvik.errors import KvikError
 
@@ -111,6 +112,7 @@ def root(
 app.command()(run)
 app.command()(race)
 app.command()(bench)
+app.command()(serve)
 app.command()(plan)
 app.command()(explain)
 app.command("pool-heads")(pool_heads)

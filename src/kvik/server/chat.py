@@ -43,21 +43,21 @@ from kvik.text.tool_calls import ArgumentsDelta, CallBegin, TextDelta
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
-class Breakpoint(Body):
+class Breakpoint(Body, frozen=True, kw_only=True):
     """OpenAI's `prompt_cache_breakpoint`: what stands before it is to be kept."""
 
     mode: Literal["explicit"] = "explicit"
     ttl: str | None = None
 
 
-class TextPart(Body, tag="text", tag_field="type"):
+class TextPart(Body, tag="text", tag_field="type", frozen=True, kw_only=True):
     """Text of a message."""
 
     text: str
     prompt_cache_breakpoint: Breakpoint | None = None
 
 
-class RefusalPart(Body, tag="refusal", tag_field="type"):
+class RefusalPart(Body, tag="refusal", tag_field="type", frozen=True, kw_only=True):
     """An answer that was refused, in a history."""
 
     refusal: str
@@ -78,14 +78,14 @@ class FilePart(msgspec.Struct, tag="file", tag_field="type", frozen=True):
 Part = TextPart | RefusalPart | ImagePart | AudioPart | FilePart
 
 
-class CalledFunction(Body):
+class CalledFunction(Body, frozen=True, kw_only=True):
     """A function and its arguments, in JSON."""
 
     name: str
     arguments: str | JsonObject = "{}"
 
 
-class ToolCall(Body):
+class ToolCall(Body, frozen=True, kw_only=True):
     """A call in a history."""
 
     function: CalledFunction
@@ -94,7 +94,7 @@ class ToolCall(Body):
     index: int | None = None
 
 
-class ChatMessage(Body):
+class ChatMessage(Body, frozen=True, kw_only=True):
     """One message."""
 
     role: Role
@@ -134,7 +134,7 @@ class ChatMessage(Body):
         return message
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     """A request for answers to a conversation."""
 
     accepted = frozenset(

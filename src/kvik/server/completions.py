@@ -29,7 +29,7 @@ DEFAULT_MAX_TOKENS = 16
 MAX_LOGPROBS = 5
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     """A request for what follows some prompts."""
 
     accepted = frozenset(
@@ -109,7 +109,11 @@ def prepare(state: ServerState, request: Request, body: CompletionRequest, serve
 
 
 def prompts_of(
-    served: ServedModel, prompt: str | Sequence[str | int | Sequence[int]], *, add_special: bool = True, name: str = "prompt"
+    served: ServedModel,
+    prompt: str | Sequence[str | int | Sequence[int]],
+    *,
+    add_special: bool = True,
+    name: str = "prompt",
 ) -> list[list[int]]:
     """Token ids of each prompt: text, token ids, or a list of either. Raises `ApiError`."""
     encode_text = partial(served.llm.model.tokenizer.encode, add_special=add_special)
@@ -122,9 +126,7 @@ def prompts_of(
         if len(token_ids) < len(prompt):
             raise bad_request(f"{name} mixes token ids with prompts", name)
         return [token_ids]
-    return [
-        encode_text(item) if isinstance(item, str) else list(item) for item in prompt if not isinstance(item, int)
-    ]
+    return [encode_text(item) if isinstance(item, str) else list(item) for item in prompt if not isinstance(item, int)]
 
 
 def completion(running: Running, body: CompletionRequest) -> dict[str, Any]:
@@ -235,9 +237,7 @@ class CompletionWriter(OpenAIWriter):
     def text(self, index: int, text: str, logprobs: TokenLogprobs | None) -> bytes:
         """More text."""
         told = b"null" if self._logprobs is None else encode(self._logprobs[index].take())
-        return self.chunk(
-            b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null}' % (index, encode(text), told)
-        )
+        return self.chunk(b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null}' % (index, encode(text), told))
 
     def finished_choice(self, index: int) -> dict[str, Any]:
         """No text, and why it ended."""

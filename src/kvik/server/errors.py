@@ -125,11 +125,8 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
     if not isinstance(error, KvikError):
         return ApiError(500, "the server failed; its log has the reason", code="internal_error")
     text = f"{error.message} (hint: {error.hint})"
-    for kind, status, code in _CODES:
-        if isinstance(error, kind):
-            break
-    else:
-        status, code = (400, "invalid_value") if isinstance(error, InvalidInput) else (500, "internal_error")
+    otherwise = (400, "invalid_value") if isinstance(error, InvalidInput) else (500, "internal_error")
+    status, code = next(((status, code) for kind, status, code in _CODES if isinstance(error, kind)), otherwise)
     code = getattr(error, "code", code)
     if isinstance(error, TemplateError) and "refuses the messages" in error.message:
         status, code = 400, "template_refused"

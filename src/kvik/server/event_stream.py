@@ -75,7 +75,11 @@ class EventWriter(ABC):
         parsers = self.running.parsers
         for piece in pieces:
             logprobs = piece.logprobs
-            if logprobs is not None and not self.shows_ends and ends_text(self.running, piece.token_id, piece.finish_reason):
+            if (
+                logprobs is not None
+                and not self.shows_ends
+                and ends_text(self.running, piece.token_id, piece.finish_reason)
+            ):
                 logprobs = None
             if parsers is None:
                 if piece.text or logprobs is not None:

@@ -19,6 +19,11 @@ JsonObject = dict[str, Any]
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
 
+_PLAIN_PARAMS = (
+    *("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n"),
+    *("stop_token_ids", "min_tokens", "ignore_eos", "speculate"),
+)
+
 T = TypeVar("T")
 
 
@@ -32,7 +37,7 @@ class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
         return sorted(name for name in self.accepted if getattr(self, name) is not None)
 
 
-class StreamOptions(Body):
+class StreamOptions(Body, frozen=True, kw_only=True):
     """What a stream carries beside its pieces."""
 
     include_usage: bool = False
@@ -40,14 +45,14 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # never done
 
 
-class CacheOptions(Body):
+class CacheOptions(Body, frozen=True, kw_only=True):
     """OpenAI's `prompt_cache_options`."""
 
     mode: Literal["implicit", "explicit"] = "implicit"
     ttl: str | None = None
 
 
-class StructuredOutputs(Body):
+class StructuredOutputs(Body, frozen=True, kw_only=True):
     """vLLM's `structured_outputs`: one of them."""
 
     json: JsonObject | bool | str | None = None
@@ -57,7 +62,7 @@ class StructuredOutputs(Body):
     grammar: str | None = None
 
 
-class JsonSchema(Body):
+class JsonSchema(Body, frozen=True, kw_only=True):
     """A schema and what it is called."""
 
     name: str = ""
@@ -66,14 +71,14 @@ class JsonSchema(Body):
     strict: bool | None = None
 
 
-class ResponseFormat(Body):
+class ResponseFormat(Body, frozen=True, kw_only=True):
     """OpenAI's `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class SamplingFields(Body):
+class SamplingFields(Body, frozen=True, kw_only=True):
     """How tokens are chosen, by the names of OpenAI's API and of vLLM's."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
@@ -134,12 +139,7 @@ class SamplingFields(Body):
 
     def params(self, *, max_tokens: int, **others: Any) -> SamplingParams:
         """The engine's parameters; temperature is 1 unless it is said, as in OpenAI's API."""
-        given = {
-            name: value
-            for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n")
-            + ("stop_token_ids", "min_tokens", "ignore_eos", "speculate")
-            if (value := getattr(self, name)) is not None
-        }
+        given = {name: value for name in _PLAIN_PARAMS if (value := getattr(self, name)) is not None}
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(0, self.top_k or 0),

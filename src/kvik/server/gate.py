@@ -54,9 +54,7 @@ class Gate:
             await exchange.send_error(error)
         except Exception:
             log.exception("%s: a request failed in a way of its own", exchange.request_id)
-            await exchange.send_error(
-                ApiError(500, "the server failed; its log has the reason", code="internal_error")
-            )
+            await exchange.send_error(ApiError(500, "the server failed; its log has the reason", code="internal_error"))
         finally:
             self._note(scope["method"], exchange.path, exchange.status)
             if self.config.access_log:

@@ -47,9 +47,7 @@ class Running:
     def __init__(self, generation: Generation, stream: TokenStream) -> None:
         self.generation = generation
         self.stream = stream
-        self.parsers = (
-            [generation.new_parser() for _ in stream.branches] if generation.new_parser is not None else None
-        )
+        self.parsers = [generation.new_parser() for _ in stream.branches] if generation.new_parser is not None else None
         self.created = int(time.time())
         self.response_id = ""  # that its answer goes by
 

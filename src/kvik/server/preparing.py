@@ -9,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from msgspec import Struct
 from starlette.requests import Request as HttpRequest
 
 from kvik.engine.request import HeldOptions
-from kvik.errors import InvalidInput
 from kvik.server.errors import bad_request
 from kvik.server.fields import Body, JsonObject, SamplingFields
 from kvik.server.served import ServedModel
@@ -26,7 +24,7 @@ from kvik.text.tool_format import Named
 ID_LETTERS = string.ascii_letters + string.digits
 
 
-class Function(Body):
+class Function(Body, frozen=True, kw_only=True):
     """A function that the model may call."""
 
     name: str
@@ -35,19 +33,19 @@ class Function(Body):
     strict: bool | None = None
 
 
-class FunctionTool(Body, tag="function", tag_field="type"):
+class FunctionTool(Body, tag="function", tag_field="type", frozen=True, kw_only=True):
     """OpenAI's function tool."""
 
     function: Function
 
 
-class ChosenFunction(Body):
+class ChosenFunction(Body, frozen=True, kw_only=True):
     """Its name."""
 
     name: str
 
 
-class NamedChoice(Body):
+class NamedChoice(Body, frozen=True, kw_only=True):
     """The one function that must be called."""
 
     type: Literal["function"]
@@ -62,14 +60,12 @@ class Tools:
     """Tools as the template writes them, and what the model may do with them."""
 
     functions: Sequence[Mapping[str, Any]]
-    choice: str = "auto"  # none, auto, required
+    choice: Literal["none", "auto", "required"] = "auto"
     name: str | None = None  # of the one function that must be called
     parallel: bool = True
 
     @classmethod
-    def of(
-        cls, tools: Sequence[FunctionTool] | None, choice: ToolChoice | None, parallel: bool | None
-    ) -> Tools | None:
+    def of(cls, tools: Sequence[FunctionTool] | None, choice: ToolChoice | None, parallel: bool | None) -> Tools | None:
         """From OpenAI's fields. Raises `ApiError`."""
         if not tools:
             if choice not in (None, "none", "auto"):
@@ -78,7 +74,9 @@ class Tools:
         names = [tool.function.name for tool in tools]
         name = choice.function.name if isinstance(choice, NamedChoice) else None
         if name is not None and name not in names:
-            raise bad_request(f"tool_choice names {name[:100]!r}, the tools are {', '.join(names)[:400]}", "tool_choice")
+            raise bad_request(
+                f"tool_choice names {name[:100]!r}, the tools are {', '.join(names)[:400]}", "tool_choice"
+            )
         functions = []
         for tool in tools:
             function = tool.function
@@ -128,28 +126,22 @@ def structured_grammar(fields: SamplingFields) -> Grammar | None:
                 raise bad_request("response_format has no json_schema.schema", "response_format.json_schema")
             found["response_format"] = Grammar.json_schema(wanted.json_schema.schema)
     given = fields.structured_outputs
-    prefix = "structured_outputs." if given is not None else "guided_"
-    source: Struct = fields if given is None else given
-    for name, value in (
-        ("json", given.json if given is not None else fields.guided_json),
-        ("regex", getattr(source, "regex" if given is not None else "guided_regex")),
-        ("choice", getattr(source, "choice" if given is not None else "guided_choice")),
-        ("grammar", getattr(source, "grammar" if given is not None else "guided_grammar")),
-        ("json_object", given.json_object if given is not None else None),
-    ):
-        if value is None or (name == "json_object" and not value):
-            continue
-        match name:
-            case "json":
-                found[prefix + name] = Grammar.json_schema(_schema(value, prefix + name))
-            case "regex":
-                found[prefix + name] = Grammar.regex(value)
-            case "choice":
-                found[prefix + name] = Grammar.choice(value)
-            case "grammar":
-                found[prefix + name] = Grammar.lark(value)
-            case _:
-                found[prefix + name] = Grammar.json_object()
+    if given is None:
+        prefix, schema, regex = "guided_", fields.guided_json, fields.guided_regex
+        choice, lark = fields.guided_choice, fields.guided_grammar
+    else:
+        prefix, schema, regex = "structured_outputs.", given.json, given.regex
+        choice, lark = given.choice, given.grammar
+        if given.json_object:
+            found["structured_outputs.json_object"] = Grammar.json_object()
+    if schema is not None:
+        found[prefix + "json"] = Grammar.json_schema(_schema(schema, prefix + "json"))
+    if regex is not None:
+        found[prefix + "regex"] = Grammar.regex(regex)
+    if choice is not None:
+        found[prefix + "choice"] = Grammar.choice(choice)
+    if lark is not None:
+        found[prefix + "grammar"] = Grammar.lark(lark)
     if len(found) > 1:
         raise bad_request(f"{' and '.join(found)} contradict each other (hint: send one)", next(iter(found)))
     return next(iter(found.values()), None)
@@ -186,8 +178,3 @@ def options_of(
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
     """The header that names what was accepted and changes nothing."""
     return {"x-kvik-ignored": ",".join(names)} if names else {}
-
-
-def invalid(error: InvalidInput, param: str) -> Exception:
-    """The same, about a field."""
-    return bad_request(f"{error.message} (hint: {error.hint})", param)

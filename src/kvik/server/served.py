@@ -83,7 +83,10 @@ class Models:
         if model is None:
             names = ", ".join(self._by_name)
             raise ApiError(
-                404, f"there is no model {name[:100]!r} (hint: take one of: {names})", code="model_not_found", param="model"
+                404,
+                f"there is no model {name[:100]!r} (hint: take one of: {names})",
+                code="model_not_found",
+                param="model",
             )
         return model
 

@@ -30,12 +30,13 @@ class ServerState:
         """That of the server which a request came to."""
         return cast(ServerState, request.app.state.server)
 
+    def note_answer(self, method: str, path: str, status: int) -> None:
+        """Count an answer."""
+
     def check_open(self) -> None:
         """Raise `ApiError` 503 where no new work is taken."""
         if self.is_draining:
-            raise ApiError(
-                503, "the server is about to stop (hint: try another, or again later)", code="shutting_down"
-            )
+            raise ApiError(503, "the server is about to stop (hint: try another, or again later)", code="shutting_down")
 
     def salt(self, request: Request, given: str | None) -> str | None:
         """What isolates a request's blocks: the key it came with, unless all share, and the salt that it names."""

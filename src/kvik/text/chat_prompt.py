@@ -40,16 +40,16 @@ def encode_chat(
             hint="set add_generation_prompt to false",
         )
     mark = _unused_character(messages, tools)
-    messages = [dict(message) for message in check_messages(messages)]
+    checked = check_messages(messages)
     if continue_final_message:
-        messages[-1] = _marked(messages[-1], mark)
+        checked[-1] = _marked(checked[-1], mark)
     names = control_names(tokenizer) if plain_content else ()
     pattern = re.compile("|".join(map(re.escape, names))) if names else None
     if pattern is not None:
-        messages = [_escaped(message, pattern, names, mark) for message in messages]
+        checked = [_escaped(message, pattern, names, mark) for message in checked]
         tools = _escaped(tools, pattern, names, mark)
     text = template.render_request(
-        messages, tools=tools, template_vars=template_vars, add_generation_prompt=add_generation_prompt
+        checked, tools=tools, template_vars=template_vars, add_generation_prompt=add_generation_prompt
     )
     if json.dumps(mark)[1:-1] in text:
         raise InvalidInput(

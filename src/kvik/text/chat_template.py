@@ -84,6 +84,11 @@ class ChatTemplate:
         self._owner = 0
         self._stop: weakref.finalize[[subprocess.Popen[bytes], int], ChatTemplate] | None = None
 
+    @property
+    def source(self) -> str:
+        """The template itself."""
+        return self._source
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -1,0 +1,181 @@
+"""`kvik serve`: models behind the HTTP API."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kvik.cli.options import ENGINE, check_utf8, value
+from kvik.cli.terminal import note
+from kvik.config import ActivationDType, KVDType, WeightFormat
+from kvik.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from kvik.server.served import ServedModel
+    from kvik.server.settings import ServerConfig
+
+SERVER, ACCESS, LIMITS = "Server", "Who may call it", "Limits"
+
+
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL...", help="Models to serve, each as `kvik run -m` takes it; ALIAS=MODEL names it."
+        ),
+    ] = None,
+    *,
+    host: Annotated[str, value(SERVER, "ADDRESS", "Where to listen.", show_default=True)] = "127.0.0.1",
+    port: Annotated[int, value(SERVER, "N", "0 takes any that is free.", show_default=True)] = 8000,
+    log_format: Annotated[
+        Literal["text", "json"], value(SERVER, "text|json", "How lines of the log look.", show_default=True)
+    ] = "text",
+    drain: Annotated[
+        float, value(SERVER, "S", "Seconds that running requests have after SIGTERM.", show_default=True)
+    ] = 30.0,
+    api_key: Annotated[
+        list[str] | None,
+        value(ACCESS, "KEY", "A key, NAME=KEY or @FILE of such lines; may be repeated. Else KVIK_API_KEYS, of lines."),
+    ] = None,
+    no_auth: Annotated[
+        bool,
+        typer.Option("--no-auth", help="Listen beyond this machine, and ask nobody for a key.", rich_help_panel=ACCESS),
+    ] = False,
+    shared_cache: Annotated[
+        bool, typer.Option("--shared-cache", help="Let all keys share what was computed.", rich_help_panel=ACCESS)
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None, value(ACCESS, "ORIGIN", "Pages that may call it; localhost: those of this machine.")
+    ] = None,
+    allowed_host: Annotated[list[str] | None, value(ACCESS, "NAME", "Another name by which it is called.")] = None,
+    max_body: Annotated[str, value(LIMITS, "SIZE", "Largest body of a request.", show_default=True)] = "16MiB",
+    max_running: Annotated[int, value(LIMITS, "N", "Sequences that run at once.", show_default=True)] = 64,
+    max_waiting: Annotated[int, value(LIMITS, "N", "Requests that wait; more get 429.", show_default=True)] = 1024,
+    kv_memory: Annotated[
+        str, value(ENGINE, "SIZE", "For keys and values of all models, in equal shares.", show_default=True)
+    ] = "auto",
+    context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None,
+    threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None,
+    token_budget: Annotated[int | None, value(ENGINE, "N", "Most tokens that one step computes.")] = None,
+    kv_dtype: Annotated[
+        KVDType, value(ENGINE, "f16|f32|int8", "Keys and values in the cache.", show_default=True)
+    ] = "f16",
+    activations: Annotated[
+        ActivationDType, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
+    ] = "int8",
+    weights: Annotated[
+        WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")
+    ] = None,
+) -> None:
+    """Serve models over HTTP: OpenAI's API, Anthropic's, and kvik's own.
+
+    One cache serves all requests; each answer says what was reused. SIGTERM or Ctrl-C ends it when what runs is done.
+    """
+    try:
+        import msgspec  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InvalidInput(
+            f"the server needs {error.name}, which is not installed", hint="pip install 'kvik[server]'"
+        ) from None
+    from kvik.cli.serve_logs import set_up_logs
+    from kvik.config import parse_bytes
+    from kvik.server.run import bind
+    from kvik.server.run import serve as run_server
+    from kvik.server.served import Models
+    from kvik.server.settings import ServerConfig
+    from kvik.server.state import ServerState
+
+    config = ServerConfig(
+        host=host,
+        port=port,
+        api_keys=read_keys(api_key, os.environ.get("KVIK_API_KEYS", "")),
+        no_auth=no_auth,
+        shared_cache=shared_cache,
+        cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
+        max_body_bytes=parse_bytes("--max-body", max_body),
+        drain_s=drain,
+        log_format=log_format,
+    )
+    set_up_logs(log_format)
+    listening = bind(config.host, config.port)  # before the models are loaded: a port that is taken is known at once
+    names = models or ["smollm2"]
+    share: int | str = "auto" if kv_memory == "auto" else parse_bytes("--kv-memory", kv_memory) // len(names)
+    engine: dict[str, Any] = {
+        "kv_memory": share,
+        "context": context,
+        "threads": threads,
+        "kv_dtype": kv_dtype,
+        "activations": activations,
+        "weights": weights,
+        "max_running": max_running,
+        "max_waiting": max_waiting,
+        **({} if token_budget is None else {"token_budget": token_budget}),
+    }
+    served = [load(name, **engine) for name in names]
+    state = ServerState(config, Models(served))
+    port = listening.getsockname()[1]
+    run_server(state, listening, on_ready=lambda: welcome(config, port, served))
+
+
+def load(name: str, **engine: Any) -> ServedModel:
+    """One model, by the name that it is served by."""
+    from kvik.engine.llm import LLM
+    from kvik.server.served import ServedModel
+
+    alias, equals, model = name.partition("=")
+    if not equals:
+        alias, model = Path(name).stem if name.endswith(".gguf") else name, name
+    llm = LLM(model, **engine)
+    return ServedModel(alias, llm, aliases=[model, llm.model.path.stem])
+
+
+def read_keys(given: list[str] | None, environment: str) -> Mapping[str, str]:
+    """Keys with the names of whom they were given to; those that have none are numbered."""
+    lines: list[str] = []
+    for each in given or environment.splitlines():
+        if each.startswith("@"):
+            path = Path(each[1:])
+            lines += check_utf8(str(path), path.read_bytes()).splitlines()
+        else:
+            lines.append(each)
+    keys: dict[str, str] = {}
+    for line in lines:
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, equals, key = line.partition("=")
+        if not equals:
+            name, key = f"key {len(keys) + 1}", line
+        if key in keys:
+            raise InvalidInput(f"an API key is given twice, to {keys[key]!r} and {name!r}", hint="leave out one")
+        keys[key] = name
+    return keys
+
+
+def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
+    """One screen: where it is, what it serves and how to call it."""
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host if config.host not in ('0.0.0.0', '::') else '127.0.0.1'}:{port}"
+    note(f"kvik serves at {url}/v1" + ("" if config.is_local else f" (listening on {host})"))
+    for model in served:
+        cache = model.llm.cache
+        note(
+            f"  {model.id}: context {model.llm.model.context:,}, cache {cache.num_bytes / 2**20:,.0f} MiB"
+            f" ({cache.num_blocks:,} blocks of {model.llm.engine.kv_spec.block_size} tokens)"
+        )
+    who = "with a key" if config.api_keys else "by anybody who reaches it"
+    note(f"  called {who}; /docs lists all routes, /metrics counts")
+    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
+    first = served[0]
+    if first.llm.is_chat_model:
+        path, data = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'
+    else:
+        path, data = "completions", '{"prompt": "Once upon a time", "max_tokens": 32}'
+    note(f"try: curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{data}'")
