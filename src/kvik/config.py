@@ -128,6 +128,8 @@ Whoever decodes waits that long for a prompt's chunk, and memory for intermediat
 are no faster (docs/log.md).
 """
 
+MIXED_BUDGET = 256
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -139,6 +141,7 @@ class EngineConfig:
     context: int | None = None  # most tokens of a sequence, prompt and completion; None: the model's own limit
     threads: int | None = None  # None: the processors this process may use
     token_budget: int = TOKEN_BUDGET  # most tokens one step computes; never changes a result
+    mixed_budget: int = MIXED_BUDGET  # of them, most for prompts where others wait for their next token
     kv_memory: int | str = "auto"  # for keys and values: bytes, or text like "2GiB", which is turned into bytes
     prefix_cache: bool = True  # keep what was computed, for requests that begin alike
     max_running: int = 64  # sequences that run at once
@@ -156,6 +159,7 @@ class EngineConfig:
         if self.threads is not None:
             _keep_int(self, "threads", 1, 256)
         _keep_int(self, "token_budget", 1, 1 << 20)
+        _keep_int(self, "mixed_budget", 1, 1 << 20)
         is_auto = isinstance(self.kv_memory, str) and self.kv_memory == "auto"
         _keep(self, "kv_memory", "auto" if is_auto else parse_bytes("kv_memory", self.kv_memory))
         _keep_bool(self, "prefix_cache")

@@ -85,6 +85,7 @@ def serve(
         ) from None
     from kvik.cli.serve_logs import set_up_logs
     from kvik.config import parse_bytes
+    from kvik.machine import available_memory_bytes
     from kvik.server.run import bind
     from kvik.server.run import serve as run_server
     from kvik.server.served import Models
@@ -106,7 +107,10 @@ def serve(
     set_up_logs(log_format)
     listening = bind(config.host, config.port)  # before the models are loaded: a port that is taken is known at once
     names = models or ["smollm2"]
-    share: int | str = "auto" if kv_memory == "auto" else parse_bytes("--kv-memory", kv_memory) // len(names)
+    share: int | str = kv_memory
+    if kv_memory != "auto" or len(names) > 1:
+        whole = available_memory_bytes() // 2 if kv_memory == "auto" else parse_bytes("--kv-memory", kv_memory)
+        share = whole // len(names)
     engine: dict[str, Any] = {
         "kv_memory": share,
         "context": context,
@@ -130,10 +134,12 @@ def load(name: str, **engine: Any) -> ServedModel:
     from kvik.server.served import ServedModel
 
     alias, equals, model = name.partition("=")
-    if not equals:
-        alias, model = Path(name).stem if name.endswith(".gguf") else name, name
+    if not equals or Path(name).exists():
+        alias, model = "", name
     llm = LLM(model, **engine)
-    return ServedModel(alias, llm, aliases=[model, llm.model.path.stem])
+    is_path = Path(model).exists()
+    own = llm.model.path.stem if is_path else model
+    return ServedModel(alias or own, llm, aliases=[own, llm.model.path.stem])
 
 
 def read_keys(given: list[str] | None, environment: str) -> Mapping[str, str]:

@@ -50,6 +50,7 @@ class Scheduler:
     def __init__(self, cache: CacheManager, config: EngineConfig, make_lease: Callable[[Hold], Lease]) -> None:
         self.cache = cache
         self.token_budget = config.token_budget
+        self.mixed_budget = config.mixed_budget
         self.max_running = min(config.max_running, config.token_budget)
         self.max_waiting = config.max_waiting
         self.waiting: list[Sequence] = []
@@ -105,9 +106,15 @@ class Scheduler:
         while self.has_work:  # a round may do no more than refuse somebody, or make room for the others
             self.num_steps += 1
             step = _Step(self.token_budget)
-            for sequence in sorted(self.running, key=lambda each: (each.num_missing_tokens > 1, each.place)):
+            in_order = sorted(self.running, key=lambda each: (each.num_missing_tokens > 1, each.place))
+            num_short = sum(sequence.num_missing_tokens == 1 for sequence in in_order)
+            for at, sequence in enumerate(in_order):
+                if at == num_short:
+                    self._begin_prompts(step)
                 if step.budget > 0 and sequence not in step.gone:
                     self._schedule_one(sequence, step)
+            if num_short == len(in_order):
+                self._begin_prompts(step)
             self._admit(step)
             if step.items:
                 return build_batch(list(step.items.values()))
@@ -193,6 +200,11 @@ class Scheduler:
         assert {each for each in known if each.finish_reason is None} == self.unfinished.keys(), "a sequence got lost"
 
     # Blocks for a step.
+
+    def _begin_prompts(self, step: _Step) -> None:
+        """What prompts may have of a step in which others wait for their next token."""
+        if step.items:
+            step.budget = min(step.budget, self.mixed_budget)
 
     def _schedule_one(self, sequence: Sequence, step: _Step) -> None:
         """Give a running sequence its tokens of this step, and the blocks."""
