@@ -76,6 +76,7 @@ class Workload:
             windows=WINDOWS[self.seed % len(WINDOWS)],
             least_sequences=rng.choice((1, 2, 8)),
             token_budget=rng.choice((1, 5, 16, 33, 64, 200)),
+            mixed_budget=rng.choice((1, 8, 40, 256)),
             prefix_cache=rng.random() < 0.9,
             max_running=rng.choice((1, 2, 4, 8)),
             max_waiting=rng.choice((2, 50)),
