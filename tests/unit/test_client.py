@@ -127,6 +127,25 @@ def test_a_connection_is_kept_and_opened_again_after_the_server_closed_it() -> N
     assert ports[0] == ports[1] != ports[2] == ports[3]
 
 
+def test_a_request_on_a_kept_connection_that_closes_unanswered_is_sent_once_more() -> None:
+    def close_second(exchange: Exchange) -> None:
+        if exchange.number in (1, 3, 4):
+            exchange.break_off()
+        else:
+            answer(exchange)
+
+    async def ask_twice(server: FakeServer) -> None:
+        connection = Connection(parse_url(server.url), timeout_s=30)
+        for _ in range(2):
+            await Server().ask(connection, CHAT_PATH, BODY, Reply())
+        with pytest.raises(RemoteError, match="closed the connection"):
+            await Server().ask(connection, CHAT_PATH, BODY, Reply())
+
+    with FakeServer(close_second) as server:
+        asyncio.run(ask_twice(server))
+    assert len(server.exchanges) == 5
+
+
 def test_llama_cpp_tells_tokens_by_timings_and_others_nothing() -> None:
     def with_timings(exchange: Exchange) -> None:
         exchange.start()

@@ -79,22 +79,26 @@ class Connection:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._http = h11.Connection(h11.CLIENT)
+        self._has_answered = False  # a byte came since the last request
 
     async def request(
         self, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes = b""
     ) -> Response:
         """Send a request and wait for the head of its answer. Raises `RemoteError`."""
+        is_kept = self._writer is not None and not self._is_stale()
         try:
-            if self._writer is None or self._is_stale():
-                await self._open()
-            await self._send(method, path, headers or {}, body)
-            while not isinstance(event := await self.next_event(), h11.Response):
-                if not isinstance(event, h11.InformationalResponse):
-                    raise self.error("bad HTTP", "sent no answer")
+            try:
+                head = await self._exchange(method, path, headers or {}, body)
+            except RemoteError as error:
+                # A server may close a connection just when it is to be used again: then it has not seen the request.
+                if not is_kept or self._has_answered or error.kind != "disconnected":
+                    raise
+                self.close()
+                head = await self._exchange(method, path, headers or {}, body)
         except BaseException:
             self.close()
             raise
-        return Response(self, event)
+        return Response(self, head)
 
     def close(self) -> None:
         """Leave at once; an answer that is under way ends for the server as a disconnect."""
@@ -128,6 +132,7 @@ class Connection:
                 raise self.error("timeout", f"was silent for {self.timeout_s:g} s") from None
             except OSError as error:
                 raise self.error("disconnected", f"broke off: {_reason(error)}") from None
+            self._has_answered |= bool(data)
             self._http.receive_data(data)
 
     def error(self, kind: str, what: str, hint: str = "") -> RemoteError:
@@ -142,6 +147,16 @@ class Connection:
     def _is_stale(self) -> bool:
         assert self._reader is not None
         return self._reader.at_eof() or self._http.our_state is not h11.IDLE
+
+    async def _exchange(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> h11.Response:
+        if self._writer is None or self._is_stale():
+            await self._open()
+        self._has_answered = False
+        await self._send(method, path, headers, body)
+        while not isinstance(event := await self.next_event(), h11.Response):
+            if not isinstance(event, h11.InformationalResponse):
+                raise self.error("bad HTTP", "sent no answer")
+        return event
 
     async def _open(self) -> None:
         self.close()
