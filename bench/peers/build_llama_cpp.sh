@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds llama.cpp's benchmarks for this processor, from the sources inside the llama-cpp-python package.
+# Builds llama.cpp's benchmarks and its server for this processor, from the sources inside the llama-cpp-python package.
 #
 #   bench/peers/build_llama_cpp.sh [folder]      default: build/peers
 #
@@ -9,7 +9,7 @@ set -euo pipefail
 
 VERSION=0.3.36
 SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
-TARGETS=(llama-bench llama-batched-bench llama-quantize llama-completion)
+TARGETS=(llama-bench llama-batched-bench llama-quantize llama-completion llama-server)
 
 cd "$(dirname "$0")/../.."
 folder=${1:-build/peers}
@@ -18,7 +18,8 @@ folder=$(cd "$folder" && pwd)
 say() { printf '\n== %s\n' "$1"; }
 
 stamp="llama-cpp-python $VERSION"
-if [[ -f $folder/version.txt && $(head -n 1 "$folder/version.txt") == "$stamp" ]]; then
+has_all() { for target in "${TARGETS[@]}"; do [[ -x $folder/bin/$target ]] || return 1; done; }
+if [[ -f $folder/version.txt && $(head -n 1 "$folder/version.txt") == "$stamp" ]] && has_all; then
   echo "llama.cpp is built already: $folder/bin ($stamp)"
   exit 0
 fi
@@ -85,7 +86,7 @@ echo "$amx"
 say "Build ${TARGETS[*]} (some minutes)"
 cmake -S "$source" -B "$folder/llama.cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
   -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF \
-  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF >"$folder/configure.log" 2>&1 ||
+  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=ON -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_EXAMPLES=OFF >"$folder/configure.log" 2>&1 ||
   { tail -n 30 "$folder/configure.log"; exit 1; }
 ninja -C "$folder/llama.cpp" "${TARGETS[@]}" >"$folder/build.log" 2>&1 || { tail -n 30 "$folder/build.log"; exit 1; }
 mkdir -p "$folder/bin"

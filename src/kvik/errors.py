@@ -15,6 +15,7 @@
     ├── QueueFull               more requests wait than the engine takes
     ├── SlowReader              a stream was not read while its tokens kept coming
     ├── RequestsFailed          some of several requests failed; it has the completions of the others
+    ├── RemoteError             a server that kvik asked cannot be reached, refuses, fails or breaks off
     ├── StepFailed              the step that computed the request failed, or was interrupted half way
     └── EngineDead              the engine has ended; nothing more will come
 
@@ -101,6 +102,15 @@ class RequestsFailed(KvikError):
         super().__init__(message, hint=hint)
         self.completions = completions  # or embeddings, in the order of the requests; None where one failed
         self.errors = errors  # by that order
+
+
+class RemoteError(KvikError):
+    """A server that was asked over HTTP cannot be reached, refuses, fails or breaks off."""
+
+    def __init__(self, message: str, *, hint: str, kind: str, status: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.kind = kind  # a short name to count by: connect, timeout, disconnected, HTTP 429 …
+        self.status = status  # of HTTP, where it was that
 
 
 class StepFailed(KvikError):

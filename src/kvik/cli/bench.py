@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
+from kvik.cli.load_options import LoadOptions, LoadOutput
 from kvik.cli.options import (
     MAX_KV_HEADS,
     ModelOptions,
+    ServerOptions,
     check_count,
     check_output_path,
     flag,
+    given_options,
     parse_counts,
     parse_list,
     spell_out,
@@ -39,6 +42,7 @@ MAX_THREADS = 256
 
 @spell_out
 def bench(
+    command_line: typer.Context,
     *,
     prompt: Annotated[str, value(CASES, "N,N,…", "Lengths of prompts.", show_default=True)] = "512",
     gen: Annotated[int, value(CASES, "N", "Tokens that each sequence writes.", show_default=True)] = 64,
@@ -62,17 +66,30 @@ def bench(
     save: Annotated[Path | None, value(OUTPUT, "FILE", "Keep the JSON in a file too.")] = None,
     compare: Annotated[Path | None, value(OUTPUT, "FILE", "Show what moved against such a file.")] = None,
     model: ModelOptions,
+    server: ServerOptions,
+    load: LoadOptions,
 ) -> None:
-    """Measure prefill and decode on this machine, with random tokens.
+    """Measure prefill and decode on this machine, with random tokens; or with --url a server under load.
 
     Every round measures each case once, so that a slow spell of the machine hits all alike. A prompt is measured cold,
     which is asserted, and again when it was seen before. Ctrl-C ends it; what was measured is shown and saved.
+
+    A server is asked by clients that hold chats; the exit code is 1 where a request failed.
     """
     from kvik.cli import bench_report
     from kvik.measure.cases import Bench, Interrupted, check_cases
     from kvik.measure.kv_heads import variants
     from kvik.ops.limits import measured_limits
 
+    given = given_options(command_line)
+    server.check(given)
+    if server.url is not None:
+        from kvik.cli.bench_load import bench_load
+
+        output = LoadOutput(as_json=as_json, as_markdown=as_markdown, save=save)
+        bench_load(given, server, load, output, prompt=prompt, model=model.model)
+        return
+    load.check_absent(given)
     if as_json + as_csv + as_markdown > 1:
         raise InvalidInput("more than one of --json, --csv and --markdown is given", hint="give one, and --save FILE")
     check_count("--rounds", rounds, 1, 10_000)

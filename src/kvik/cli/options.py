@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -26,7 +26,8 @@ STOP_HELP = r"End before this text; \n, \t, \r, \\, \xNN and \uNNNN are characte
 ESCAPE = re.compile(r"\\(?:(?P<letter>[ntr\\])|x(?P<byte>[0-9a-fA-F]{2})|u(?P<code>[0-9a-fA-F]{4})|.?)", re.DOTALL)
 LETTERS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
-PROMPT, SAMPLING, ENGINE = "Prompt and output", "Sampling", "Model and engine"  # panels of --help
+# Panels of --help.
+PROMPT, SAMPLING, ENGINE, SERVER = "Prompt and output", "Sampling", "Model and engine", "Of a server"
 
 MAX_KV_HEADS = 1 << 16
 
@@ -142,6 +143,54 @@ class EngineOptions(ModelOptions):
         "f16"
     )
     threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Which server is asked in place of a model in this process."""
+
+    url: Annotated[
+        str | None, value(SERVER, "URL", "Ask this OpenAI-compatible server, like http://127.0.0.1:8000.")
+    ] = None
+    api_key: Annotated[
+        str | None, value(SERVER, "KEY", "The server's key.", envvar=["KVIK_API_KEY", "OPENAI_API_KEY"])
+    ] = None
+    timeout: Annotated[float, value(SERVER, "S", "Longest silence in seconds.", show_default=True)] = 300.0
+
+    def check(self, given: dict[str, str]) -> None:
+        """Raise `InvalidInput` for a server that cannot be asked, or options of one where there is none."""
+        from importlib.util import find_spec
+
+        if self.url is None:
+            others = [given[name] for name in ("api_key", "timeout") if name in given]
+            if others:
+                raise InvalidInput(f"{', '.join(others)} without --url", hint="add --url, or leave it out")
+            return
+        missing = [name for name in ("h11", "msgspec") if find_spec(name) is None]
+        if missing:
+            raise InvalidInput(
+                f"--url needs {' and '.join(missing)}, which this Python lacks", hint="pip install 'kvik[server]'"
+            )
+        if not 0 < self.timeout <= 86_400:
+            raise InvalidInput(f"--timeout is {self.timeout:g}", hint="give seconds above 0, 86400 at most")
+
+
+def given_options(context: typer.Context) -> dict[str, str]:
+    """The options on the command line, without those from the environment: how each is spelled, by its parameter."""
+    given = {}
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            given[parameter.name or ""] = max(parameter.opts, key=len)
+    return given
+
+
+def refuse_options(given: dict[str, str], allowed: Collection[str], mode: str, hint: str) -> None:
+    """Raise `InvalidInput` for options that the command does not use in this mode."""
+    others = [option for name, option in given.items() if name not in allowed]
+    if others:
+        verb = "has" if len(others) == 1 else "have"
+        raise InvalidInput(f"{', '.join(others)} {verb} no meaning {mode}", hint=hint)
 
 
 def spell_out(command: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,9 @@ from kvik.cli.options import (
     EngineOptions,
     PromptOptions,
     SamplingOptions,
+    ServerOptions,
     flag,
+    given_options,
     spell_out,
     value,
 )
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 @spell_out
 def run(
+    command_line: typer.Context,
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -55,6 +58,7 @@ def run(
     ] = None,
     engine: EngineOptions,
     no_cache: Annotated[bool, flag(ENGINE, "--no-cache", "Compute every token again for each new one.")] = False,
+    server: ServerOptions,
 ) -> None:
     """Answer a prompt; without one, chat.
 
@@ -62,16 +66,29 @@ def run(
 
     The answer goes to stdout as it is written; Ctrl-C stops it.
     """
+    given = given_options(command_line)
+    server.check(given)
+    if server.url is not None:
+        from kvik.cli.remote import check_options
+
+        check_options(given)
     params = sampling.params(max_tokens=max_tokens, ignore_eos=ignore_eos, logprobs=logprobs)
     prompt_options.check()
     template = template_options.read(raw=prompt_options.raw)
     if logprobs is not None and not as_json:
         raise InvalidInput("--logprobs are shown in JSON only", hint="add --json")
     text = read_prompt_or_chat(prompt, with_stdin=stdin is not None)
+    if text is None and (prompt_options.raw or as_json):
+        option = "--raw" if prompt_options.raw else "--json"
+        raise InvalidInput(f"{option} needs a prompt", hint=f'for example `kvik run {option} "Once upon a time"`')
+    if server.url is not None:
+        from kvik.cli.remote import RemoteModel, request_fields, run_remote
+
+        fields = request_fields(params, given, raw=prompt_options.raw, no_cache=no_cache)
+        remote = RemoteModel(server, engine.model if "model" in given else None, fields)
+        run_remote(remote, text, prompt_options, as_json=as_json, show_stats=show_stats)
+        return
     if text is None:
-        if prompt_options.raw or as_json:
-            option = "--raw" if prompt_options.raw else "--json"
-            raise InvalidInput(f"{option} needs a prompt", hint=f'for example `kvik run {option} "Once upon a time"`')
         from kvik.cli.chat import chat
 
         chat(

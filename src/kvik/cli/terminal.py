@@ -141,12 +141,9 @@ def rate(tokens_per_s: float) -> str:
 
 def stats_line(stats: Stats, finish_reason: str, *, use_cache: bool) -> str:
     """What an answer cost, in one line; at its end what was out of the ordinary."""
-    percent = round(100 * stats.num_cached_tokens / stats.num_prompt_tokens)
-    if stats.num_cached_tokens < stats.num_prompt_tokens:
-        percent = min(percent, 99)
     parts = [
         f"prompt {stats.num_prompt_tokens:,}",
-        f"cached {stats.num_cached_tokens:,} ({percent} %)",
+        cached_part(stats.num_cached_tokens, stats.num_prompt_tokens),
         f"TTFT {seconds(stats.time_to_first_token_s) if stats.num_completion_tokens else '-'}",
         f"{rate(stats.tokens_per_s)} tok/s",
         f"KV {mebibytes(stats.kv_bytes)}",
@@ -160,6 +157,14 @@ def stats_line(stats: Stats, finish_reason: str, *, use_cache: bool) -> str:
     elif finish_reason == "abort":
         parts.append(f"interrupted after {stats.num_completion_tokens:,} tokens")
     return " · ".join(parts)
+
+
+def cached_part(num_cached_tokens: int, num_prompt_tokens: int) -> str:
+    """How much of a prompt was cached; 100 % is all of it."""
+    percent = round(100 * num_cached_tokens / num_prompt_tokens)
+    if num_cached_tokens < num_prompt_tokens:
+        percent = min(percent, 99)
+    return f"cached {num_cached_tokens:,} ({percent} %)"
 
 
 class Interrupt:
