@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from constraints import CannotGoOn, RandomConstraint
 from kvik.cache import MissReason
 from kvik.config import SamplingParams
 from kvik.engine.lease import Lease
@@ -47,6 +48,9 @@ class Happened:
     num_aborted: int = 0
     num_failed: int = 0  # steps
     num_evicted_twins: int = 0  # blocks of windows
+    num_constrained_tokens: int = 0  # of drafts of constrained requests, accepted
+    num_grammars_ended: int = 0  # texts that their grammar ended
+    num_grammars_failed: int = 0
     num_short_windows: int = 0  # matches that ended where a window reaches back to blocks that are gone
 
 
@@ -131,6 +135,13 @@ class Workload:
         )
         # Computing all tokens for each new one, one a step, would take most of the test's time.
         use_cache = rng.random() < 0.9 or engine.scheduler.token_budget < 16 or params.max_tokens > 10
+        # With numbers of its own, so that all else happens as it would without.
+        chance = random.Random(f"{self.seed} {len(self.requests)}")
+        constraint = None
+        if chance.random() < 0.25:
+            fails = chance.random() < 0.3
+            constraint = RandomConstraint(engine.model.tokenizer, VOCAB, seed=chance.randrange(1000), fails=fails)
+            params = dataclasses.replace(params, min_tokens=min(params.max_tokens, chance.choice((0, 0, 5))))
         try:
             sequence = new_sequence(
                 engine,
@@ -141,6 +152,7 @@ class Workload:
                 lease=lease,
                 priority=rng.choice((0, 0, 0, 1, -1)),
                 salt=salt,
+                constraint=constraint,
             )
             branches = list(sequence.all_branches())
             engine.add(sequence)
@@ -219,8 +231,9 @@ class Workload:
         engine = self.engine
         assert not engine.scheduler.has_work, "it never ends"
         for sequence, prompt, salt in self.requests:
-            assert sequence.error is None or isinstance(sequence.error, StepFailed), sequence.error
-            wanted = expected_sequence(engine, prompt, sequence.params, sequence.seed, salt)
+            assert sequence.error is None or isinstance(sequence.error, StepFailed | CannotGoOn), sequence.error
+            constraint = sequence.request.constraint
+            wanted = expected_sequence(engine, prompt, sequence.params, sequence.seed, salt, constraint)
             if sequence.finish_reason == "abort":
                 assert wanted.token_ids[: sequence.num_tokens] == sequence.token_ids
                 continue
@@ -258,6 +271,14 @@ class Workload:
         happened.num_reclaimed += self.num_reclaimed
         happened.num_failed += self.num_failed
         happened.num_evicted_twins += sum(group.num_evicted for group in self.engine.cache.windows)
+        constrained = [sequence for sequence, _, _ in self.requests if sequence.request.constraint is not None]
+        happened.num_constrained_tokens += sum(sequence.costs.num_accepted_tokens for sequence in constrained)
+        happened.num_grammars_failed += sum(isinstance(sequence.error, CannotGoOn) for sequence in constrained)
+        happened.num_grammars_ended += sum(
+            sequence.finish_reason == "stop" and sequence.token_ids[-1] not in sequence.request.stop_token_ids
+            for sequence in constrained
+            if not sequence.params.stop
+        )
         all_costs = [sequence.costs for sequence, _, _ in self.requests]
         happened.num_short_windows += sum(costs.miss_reason is MissReason.WINDOW for costs in all_costs)
 
