@@ -16,7 +16,7 @@ class CannotGoOn(Exception):
 
 @dataclass(frozen=True, eq=False)
 class RandomConstraint(Constraint):
-    """Allows about half of the tokens; the text is finished at a random token; where `fails`, it fails at one."""
+    """Allows one token, half of them or most; a text is finished at a random token, or fails there where it `fails`."""
 
     tokenizer: Tokenizer
     vocab_size: int
@@ -63,7 +63,8 @@ class RandomMatcher(Matcher):
         if rng.random() < 0.05 and self.constraint.fails:
             raise CannotGoOn
         size = self.constraint.vocab_size
-        allowed = [rng.random() < 0.5 for _ in range(size)]
+        density = rng.choice((0.0, 0.5, 0.5, 0.9))  # 0: there is no choice
+        allowed = [rng.random() < density for _ in range(size)]
         allowed[rng.randrange(size)] = True
         bits = sum(1 << token_id for token_id, is_allowed in enumerate(allowed) if is_allowed)
         return bits.to_bytes((size + 7) // 8, "little")

@@ -299,7 +299,7 @@ def test_a_matcher_that_fails_ends_its_own_sequence_alone(tiny: LoadedModel) -> 
         for prompt, constraint in zip(prompts, [*fails, None, None, None], strict=True)
     ]
     branches = run_all(engine, sequences)
-    assert sum(isinstance(branch.error, CannotGoOn) for branch in branches) > 2
+    assert sum(isinstance(branch.error, CannotGoOn) for branch in branches) > 1
     for branch in branches[6:]:
         assert branch.num_completion_tokens == 100
         assert branch.error is None

@@ -127,8 +127,8 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer, num_tokens: int) -> None:
         self._tokenizer = tokenizer
         self.library: LLTokenizer | None = None
-        known = range(min(tokenizer.vocab_size, num_tokens))
-        self.tokens = [tokenizer.token_bytes(token_id, skip_special=False) for token_id in known]
+        special, known = tokenizer.special_token_ids, range(min(tokenizer.vocab_size, num_tokens))
+        self.tokens = [tokenizer.token_bytes(token_id, skip_special=token_id not in special) for token_id in known]
         self.tokens += [b""] * (num_tokens - len(self.tokens))  # which never come
         self.end_ids = sorted(tokenizer.eos_token_ids)
         if not self.end_ids:  # the library wants one: it lies beyond every mask
