@@ -51,6 +51,18 @@ class Fault:
 
 FAULTS = (
     Fault(
+        "the rows behind a draft have the mask of the row before it",
+        "src/kvik/engine/sampler.py",
+        "    masks += [masks[-1]] * (num_rows - len(masks))",
+        "    masks = [masks[0]] * num_rows",
+    ),
+    Fault(
+        "a grammar that allows only what may not come yet leaves no token",
+        "src/kvik/engine/sampler.py",
+        "    if mask is not None:\n        mask = without(",
+        "    if mask is not None and not forbidden_ids:\n        mask = without(",
+    ),
+    Fault(
         "a shared block is written without a copy",
         "src/kvik/cache/manager.py",
         "return self.pool.ref_count(block_id) == 1 and not self.pool.is_named(block_id)",

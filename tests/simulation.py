@@ -30,6 +30,7 @@ from kvik.engine.sampler import NumpySampler, Sampled, SampleRow
 from kvik.engine.sampler_reference import token_logprobs
 from kvik.engine.sequence import Sequence
 from kvik.ops.base import Batch, IntArray
+from kvik.text.constraint import Constraint, allows
 
 VOCAB = 11
 CONTEXT = 400
@@ -197,16 +198,32 @@ class SimulatedEngine(Engine):
 
 
 def expected_sequence(
-    engine: SimulatedEngine, prompt: list[int], params: SamplingParams, seed: int, salt: str | None
+    engine: SimulatedEngine,
+    prompt: list[int],
+    params: SamplingParams,
+    seed: int,
+    salt: str | None,
+    constraint: Constraint | None = None,
 ) -> Sequence:
     """The same request, written by nothing but the model's definition: no cache, no batch, no engine."""
     # With the seed of the completion that is asked for, it is the only one.
     params = dataclasses.replace(params, n=1, seed=seed, echo=False)
-    sequence = engine.new_sequence(engine.new_request(prompt, params, salt=salt))
-    stop_token_ids = tuple(sequence.request.stop_token_ids)
+    sequence = engine.new_sequence(engine.new_request(prompt, params, salt=salt, constraint=constraint))
+    stop_token_ids = sequence.request.stop_token_ids
     while sequence.finish_reason is None:
         logits = logits_of_layers(np.array(sequence.token_ids, np.int64), salt_number(salt), engine.windows)
-        is_short = sequence.num_completion_tokens < params.min_tokens
+        forbidden = set(stop_token_ids if sequence.num_completion_tokens < params.min_tokens else ())
+        mask = None
+        if sequence.matcher is not None:
+            if params.ignore_eos:
+                forbidden |= FakeTokenizer.eos_token_ids
+            try:
+                (mask,) = sequence.matcher.masks()
+            except Exception as error:  # noqa: BLE001
+                sequence.finish("abort", error)
+                break
+            if not any(allows(mask, token_id) for token_id in set(range(VOCAB)) - forbidden):
+                forbidden = set()
         row = SampleRow(
             row=0,
             params=params,
@@ -214,7 +231,8 @@ def expected_sequence(
             position=sequence.num_tokens,
             token_ids=sequence.token_ids,
             num_prompt_tokens=len(prompt),
-            forbidden_ids=stop_token_ids if is_short else (),
+            forbidden_ids=tuple(forbidden),
+            mask=mask,
         )
         (sampled,) = NumpySampler().sample(logits[None], [row])
         if sampled.logprobs is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from constraints import CannotGoOn, RandomConstraint
 from kvik.cache import MissReason
 from kvik.config import Pooling, SamplingParams
 from kvik.engine.lease import Lease
@@ -51,6 +52,9 @@ class Happened:
     num_evicted_twins: int = 0  # blocks of windows
     num_embeddings: int = 0
     num_cached_tokens_of_embeddings: int = 0
+    num_constrained_tokens: int = 0  # of drafts of constrained requests, accepted
+    num_grammars_ended: int = 0  # texts that their grammar ended
+    num_grammars_failed: int = 0
     num_short_windows: int = 0  # matches that ended where a window reaches back to blocks that are gone
 
 
@@ -143,6 +147,14 @@ class Workload:
             "salt": salt,
         }
         pooling: Pooling | None = rng.choice((None, None, None, "last", "mean"))
+        # With numbers of its own, so that all else happens as it would without.
+        chance = random.Random(f"{self.seed} {len(self.requests)}")
+        if pooling is None and chance.random() < 0.25:
+            fails = chance.random() < 0.3
+            options["constraint"] = RandomConstraint(
+                engine.model.tokenizer, VOCAB, seed=chance.randrange(1000), fails=fails
+            )
+            params = dataclasses.replace(params, min_tokens=min(params.max_tokens, chance.choice((0, 0, 5))))
         try:
             request = (
                 engine.new_request(prompt, params, **options)
@@ -227,11 +239,12 @@ class Workload:
         engine = self.engine
         assert not engine.scheduler.has_work, "it never ends"
         for sequence, prompt, salt in self.requests:
-            assert sequence.error is None or isinstance(sequence.error, StepFailed), sequence.error
+            assert sequence.error is None or isinstance(sequence.error, StepFailed | CannotGoOn), sequence.error
             if sequence.hidden is not None:
                 self._finish_embedding(sequence, prompt)
                 continue
-            wanted = expected_sequence(engine, prompt, sequence.params, sequence.seed, salt)
+            constraint = sequence.request.constraint
+            wanted = expected_sequence(engine, prompt, sequence.params, sequence.seed, salt, constraint)
             if sequence.finish_reason == "abort":
                 assert wanted.token_ids[: sequence.num_tokens] == sequence.token_ids
                 continue
@@ -278,6 +291,14 @@ class Workload:
         happened.num_reclaimed += self.num_reclaimed
         happened.num_failed += self.num_failed
         happened.num_evicted_twins += sum(group.num_evicted for group in self.engine.cache.windows)
+        constrained = [sequence for sequence, _, _ in self.requests if sequence.request.constraint is not None]
+        happened.num_constrained_tokens += sum(sequence.costs.num_accepted_tokens for sequence in constrained)
+        happened.num_grammars_failed += sum(isinstance(sequence.error, CannotGoOn) for sequence in constrained)
+        happened.num_grammars_ended += sum(
+            sequence.finish_reason == "stop" and sequence.token_ids[-1] not in sequence.request.stop_token_ids
+            for sequence in constrained
+            if not sequence.params.stop
+        )
         all_costs = [sequence.costs for sequence, _, _ in self.requests]
         embeddings = [sequence.costs for sequence, _, _ in self.requests if sequence.hidden is not None]
         happened.num_embeddings += len(embeddings)

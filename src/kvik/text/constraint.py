@@ -20,8 +20,9 @@ class Matcher(ABC):
     def masks(self, draft_ids: Sequence[int] = ()) -> list[bytes]:
         """What may come next, then what may come after the first draft, after the second, and so on.
 
-        It ends early at a draft that may not come. Each mask has a bit for each token, as in `SampleRow.mask`, and
-        allows at least one. The matcher stays where it was. Whatever is raised ends its own sequence.
+        It ends early at a draft that may not come, or behind which the matcher would fail. Each mask has a bit for each
+        token, as in `SampleRow.mask`, and allows at least one. The matcher stays where it was, and what it looked at
+        for a draft never shows in what it says later. Whatever is raised ends its own sequence.
         """
 
     @abstractmethod
@@ -60,3 +61,8 @@ def any_allowed(mask: bytes | bytearray) -> bool:
 def allows(mask: bytes, token_id: int) -> bool:
     """Whether the mask allows this token."""
     return bool(mask[token_id // 8] >> token_id % 8 & 1)
+
+
+def num_mask_bytes(vocab_size: int) -> int:
+    """Bytes of a mask."""
+    return (vocab_size + 7) // 8

@@ -7,18 +7,20 @@ copies of one share it, so that a text of one request would show in what becomes
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from kvik.errors import GrammarFailed, InvalidGrammar, InvalidInput
-from kvik.text.constraint import Constraint, Matcher, allows, any_allowed
+from kvik.text.constraint import Constraint, Matcher, allows, any_allowed, num_mask_bytes
 from kvik.text.grammar import Code, Grammar
 from kvik.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+T = TypeVar("T")
 
 MAX_CACHED_GRAMMARS = 256
 
@@ -65,7 +67,7 @@ class GrammarCompiler:
                 self._known.popitem(last=False)
         return constraint
 
-    def new_matcher(self, grammar: Grammar) -> LLMatcher:
+    def new_library_matcher(self, grammar: Grammar) -> LLMatcher:
         """llguidance's matcher at the beginning of a text; it never raises, and says itself what is wrong with it."""
         from llguidance import LLMatcher
 
@@ -73,15 +75,10 @@ class GrammarCompiler:
             tokenizer, limits = self._tokenizer, self._limits
         return LLMatcher(tokenizer, _source(grammar), log_level=0, limits=limits)
 
-    @cached_property
-    def end_ids(self) -> frozenset[int]:
-        """Tokens that end a text, each allowed where the grammar lets it end."""
-        return self.tokenizer.eos_token_ids
-
     def _check(self, grammar: Grammar) -> None:
         """Raise `InvalidGrammar` for one that has no text; only the first mask shows some of them."""
         try:
-            matcher = self.new_matcher(grammar)
+            matcher = self.new_library_matcher(grammar)
         except ImportError as error:
             raise InvalidInput(
                 f"a grammar needs llguidance, which is not installed: {error}", hint="pip install 'kvik[server]'"
@@ -97,16 +94,8 @@ class GrammarCompiler:
             raise InvalidGrammar(
                 f"the grammar would not be followed in full: {_one_line(warnings[0])}", hint=_HINTS[code], code=code
             )
-        if not any_allowed(self.cut(mask)):
+        if not any_allowed(cut(mask, self.vocab_size)):
             raise InvalidGrammar("no token of the model begins such a text", hint=_HINTS[code], code=code)
-
-    def cut(self, bits: bytes) -> bytes:
-        """llguidance's mask as the sampler takes it."""
-        return bits[: self._num_mask_bytes]
-
-    @cached_property
-    def _num_mask_bytes(self) -> int:
-        return (self.vocab_size + 7) // 8
 
     @cached_property
     def _limits(self) -> LLParserLimits:
@@ -124,7 +113,7 @@ class GrammarCompiler:
     def _tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer
 
-        vocabulary = _Vocabulary(self.tokenizer, self._num_mask_bytes * 8)
+        vocabulary = _Vocabulary(self.tokenizer, num_mask_bytes(self.vocab_size) * 8)
         # It takes any object with the fields of its own wrapper, which would swallow every exception.
         vocabulary.library = LLTokenizer(cast("TokenizerWrapper", vocabulary), eos_token=vocabulary.end_ids)
         return vocabulary.library
@@ -138,8 +127,8 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer, num_tokens: int) -> None:
         self._tokenizer = tokenizer
         self.library: LLTokenizer | None = None
-        known = range(min(tokenizer.vocab_size, num_tokens))
-        self.tokens = [tokenizer.token_bytes(token_id, skip_special=False) for token_id in known]
+        special, known = tokenizer.special_token_ids, range(min(tokenizer.vocab_size, num_tokens))
+        self.tokens = [tokenizer.token_bytes(token_id, skip_special=token_id not in special) for token_id in known]
         self.tokens += [b""] * (num_tokens - len(self.tokens))  # which never come
         self.end_ids = sorted(tokenizer.eos_token_ids)
         if not self.end_ids:  # the library wants one: it lies beyond every mask
@@ -172,17 +161,24 @@ class _GrammarConstraint(Constraint):
 
     def new_matcher(self) -> Matcher:
         """See Constraint."""
-        return _GrammarMatcher(self._compiler, self._compiler.new_matcher(self.grammar))
+        return _GrammarMatcher(self)
+
+    def new_library_matcher(self) -> LLMatcher:
+        """llguidance's own, at the beginning of a text."""
+        return self._compiler.new_library_matcher(self.grammar)
 
 
 class _GrammarMatcher(Matcher):
     """`Matcher` over llguidance's, which computes with the interpreter lock released."""
 
-    __slots__ = ("_compiler", "_matcher")
+    __slots__ = ("_accepted", "_constraint", "_has_mask", "_has_strayed", "_matcher")
 
-    def __init__(self, compiler: GrammarCompiler, matcher: LLMatcher) -> None:
-        self._compiler = compiler
-        self._matcher = matcher
+    def __init__(self, constraint: _GrammarConstraint) -> None:
+        self._constraint = constraint
+        self._accepted: list[int] = []
+        self._has_mask = False  # of the next token
+        self._has_strayed = False  # drafts were looked at
+        self._matcher = constraint.new_library_matcher()
 
     @property
     def is_finished(self) -> bool:
@@ -191,31 +187,69 @@ class _GrammarMatcher(Matcher):
 
     def masks(self, draft_ids: Sequence[int] = ()) -> list[bytes]:
         """See Matcher. Of text that must come a mask allows only the usual tokens, so it may refuse valid drafts."""
-        found = [self._mask()]
-        for token_id in draft_ids[: self._num_before_end(draft_ids)]:
-            if not allows(found[-1], token_id):
-                break
-            self.accept(token_id)
-            found.append(self._mask())
-        if len(found) > 1 and not self._matcher.rollback(len(found) - 1):
-            raise self._failed()
+        found = [self._or_again(self._mask)]
+        self._has_mask = True
+        num_ahead = 0
+        try:
+            for token_id in draft_ids[: self._num_before_end(draft_ids)]:
+                if not allows(found[-1], token_id):
+                    break
+                self._has_strayed = True
+                self._consume(token_id)
+                num_ahead += 1
+                if self.is_finished:
+                    break
+                found.append(self._mask())
+            if num_ahead and not self._matcher.rollback(num_ahead):
+                raise self._failed()
+        except GrammarFailed:  # behind a draft that may not be chosen
+            self._start_again()
         return found
 
     def accept(self, token_id: int) -> None:
         """See Matcher."""
-        if not self._matcher.consume_token(token_id):
-            raise self._failed()
+        self._or_again(lambda: self._consume(token_id))
+        self._accepted.append(token_id)
+        self._has_mask = False
 
     def count_valid(self, token_ids: Sequence[int]) -> int:
         """See Matcher."""
+        self._has_strayed = True
         return self._matcher.validate_tokens(list(token_ids[: self._num_before_end(token_ids)]))
 
+    def _or_again(self, act: Callable[[], T]) -> T:
+        """Act; where that fails, and drafts may be why, once more as if there had been none.
+
+        What was looked at for drafts counts towards the library's limits, and it never recovers from a failure.
+        """
+        try:
+            return act()
+        except GrammarFailed:
+            if not self._has_strayed:
+                raise
+            self._start_again()
+            return act()
+
+    def _start_again(self) -> None:
+        """Come to the same place by the tokens that were chosen, and by each one's mask, alone."""
+        self._matcher = self._constraint.new_library_matcher()
+        self._has_strayed = False
+        for token_id in self._accepted:
+            self._mask()
+            self._consume(token_id)
+        if self._has_mask:
+            self._mask()
+
     def _num_before_end(self, token_ids: Sequence[int]) -> int:
-        ends = self._compiler.end_ids
+        ends = self._constraint.tokenizer.eos_token_ids
         return next((index for index, token_id in enumerate(token_ids) if token_id in ends), len(token_ids))
 
+    def _consume(self, token_id: int) -> None:
+        if not self._matcher.consume_token(token_id):
+            raise self._failed()
+
     def _mask(self) -> bytes:
-        mask = self._compiler.cut(self._matcher.compute_bitmask())
+        mask = cut(self._matcher.compute_bitmask(), self._constraint.vocab_size)
         if self._matcher.is_error() or not any_allowed(mask):
             raise self._failed()
         return mask
@@ -234,6 +268,11 @@ def _source(grammar: Grammar) -> str:
     if grammar.kind == "json_schema":
         return LLMatcher.grammar_from_json_schema(grammar.text)
     return (LLMatcher.grammar_from_regex if grammar.kind == "regex" else LLMatcher.grammar_from_lark)(grammar.text)
+
+
+def cut(bits: bytes, vocab_size: int) -> bytes:
+    """The library's mask as the sampler takes it."""
+    return bits[: num_mask_bytes(vocab_size)]
 
 
 _HINTS: dict[Code, str] = {
