@@ -226,6 +226,26 @@ SUPPORTED = {
     ),
 }
 
+# Tags of text that begin with the same token, and what is written for an answer, but not for a call.
+TAGS = r"""{%- if not message.tool_calls %}{{ '<think></think>' + message.content }}
+{%- else %}{{ '<TOOLCALL>[' }}
+{%- for call in message.tool_calls %}{{ (call.function | tojson) + ('' if loop.last else ', ') }}{%- endfor %}
+{{- ']</TOOLCALL>' }}
+{%- endif %}"""
+# An empty thought that stands before calls alone.
+THOUGHT = r"""{%- if not message.tool_calls %}{{ message.content }}
+{%- else %}{{ '<|START_THINKING|><|END_THINKING|><|START_ACTION|>[' }}
+{%- for call in message.tool_calls %}
+    {{- '\n    {"tool_call_id": "0", "tool_name": "' + call.function.name + '", "parameters": ' }}
+    {{- call.function.arguments | tojson }}{{ '}' + ('' if loop.last else ',') }}
+{%- endfor %}{{ '\n]<|END_ACTION|>' }}
+{%- endif %}"""
+THOUGHT_NAMES = ("<|START_THINKING|>", "<|END_THINKING|>", "<|START_ACTION|>", "<|END_ACTION|>")
+SUPPORTED["tags of text"] = _chatml_family(_chatml(TAGS).replace("{{ message.content or '' }}", ""))
+SUPPORTED["thought before calls"] = ToolTemplate(
+    _chatml(THOUGHT).replace("{{ message.content or '' }}", ""), (*CHATML, *THOUGHT_NAMES), ("<|im_end|>",)
+)
+
 XML = _each(
     r"""{{- '<tool_call>\n<function=' + function.name + '>\n' }}
 {%- for key, value in function.arguments | items %}
@@ -253,6 +273,19 @@ REFUSED = {
         _chatml_family(_chatml(XML.replace("<parameter=", "|").replace(">", "|").replace("<", "|"))),
         "in a notation of its own",
     ),
+    "own notation, or text as it is": (
+        _chatml_family(
+            _chatml(
+                _each(
+                    r"""{{- '<call>' + function.name + '{' }}
+{%- if function.arguments is string %}{{ function.arguments }}
+{%- else %}{%- for key, value in function.arguments | items %}{{ key + ':' }}{{ value }}{%- endfor %}{%- endif %}
+{{- '}' }}"""
+                )
+            )
+        ),
+        "in a notation of its own",
+    ),
     "name last": (
         _chatml_family(
             _chatml(
@@ -273,7 +306,7 @@ REFUSED = {
         _chatml_family(_chatml(_each("{{ '<call>' + function.name + '.json' }}{{ function.arguments | tojson }}"))),
         "sets no end to the name",
     ),
-    "fails": (_chatml_family(_chatml(_each("{{ raise_exception('no calls') }}"))), "fails where it has to write"),
+    "fails": (_chatml_family(_chatml(_each("{{ raise_exception('no calls') }}"))), "fails with tools"),
     "too long": (_chatml_family(_chatml(_each("{{ function.name * 1000 }}"))), "characters of one short answer"),
 }
 

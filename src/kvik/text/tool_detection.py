@@ -38,6 +38,10 @@ KEY = "kvik_key"
 _HINT = "take a model whose template writes calls with JSON arguments, or leave out the tools"
 
 
+_HALF_TAG_LAST = re.compile("[<\\[][^<>\\[\\]\\s\ud800-\udfff]*$")
+_HALF_TAG_FIRST = re.compile("[^<>\\[\\]\\s\ud800-\udfff]*[>\\]]")
+
+
 @dataclass(frozen=True)
 class _Call:
     name: str
@@ -58,9 +62,10 @@ class _Call:
         return {"id": self.call_id, "type": "function", "function": function}
 
     def tool(self) -> dict[str, Any]:
-        properties = {KEY: {"type": "string"}, "kvik_number": {"type": "integer"}}
+        described = {"description": "kvik description"}  # which some templates want
+        properties = {KEY: {"type": "string", **described}, "kvik_number": {"type": "integer", **described}}
         parameters = {"type": "object", "properties": properties, "required": [KEY]}
-        function = {"name": self.name, "description": "kvik description", "parameters": parameters}
+        function = {"name": self.name, "parameters": parameters, **described}
         return {"type": "function", "function": function}
 
 
@@ -75,10 +80,14 @@ class _UnlikeError(Exception):
 def detect_tool_format(template: ChatTemplate, tokenizer: Tokenizer) -> ToolFormat:
     """How the model writes tool calls: for its caller to keep, since it takes some renderings.
 
-    Raises ToolsNotSupported where the template takes no tools or writes calls in another way than with JSON arguments;
-    TemplateError where it fails with tools and no call.
+    Raises ToolsNotSupported where the template takes no tools, or writes calls in another way than with JSON arguments.
     """
-    return _Detection(template, tokenizer).format()
+    try:
+        return _Detection(template, tokenizer).format()
+    except TemplateError as error:
+        raise ToolsNotSupported(f"the model's chat template fails with tools: {error.message}", hint=_HINT) from error
+    except _UnlikeError as error:
+        raise ToolsNotSupported(f"the model's chat template {error}", hint=_HINT) from error
 
 
 class _Detection:
@@ -90,18 +99,12 @@ class _Detection:
     def format(self) -> ToolFormat:
         question = [{"role": "user", "content": QUESTION}]
         if FIRST.name not in self._template.render(question, tools=[FIRST.tool()]):
-            raise ToolsNotSupported("the model's chat template ignores tools", hint=_HINT)
+            raise _UnlikeError("ignores tools")
         plain = self._answer({"content": ANSWER})
-        try:
-            one = self._differing(self._answer({"tool_calls": [FIRST.message()]}), plain)
-            begin, between, after_one = _literals(one, [FIRST])
-        except TemplateError as error:
-            raise ToolsNotSupported(
-                f"the model's chat template fails where it has to write a tool call: {error.message}", hint=_HINT
-            ) from error
-        except _UnlikeError as error:
-            raise ToolsNotSupported(f"the model's chat template {error}", hint=_HINT) from error
+        one = self._differing(self._answer({"tool_calls": [FIRST.message()]}), plain)
+        begin, between, after_one = _literals(one, [FIRST])
         after, separator, end = self._several(plain, begin, between, after_one)
+        begin = begin[self._end_of_thought(begin) :]
         return self._checked(begin, between, after, separator, end, self._lead(begin), _json_separators(one))
 
     def _several(self, plain: _Tokens, begin: str, between: str, after_one: str) -> tuple[str, str | None, str]:
@@ -117,6 +120,15 @@ class _Detection:
         if not alike or len(after) == len(middle) or self._ends_in(middle):
             return after_one, None, ""
         return after, middle[len(after) :], after_two[len(after) :]
+
+    def _end_of_thought(self, begin: str) -> int:
+        """Where an empty thought ends, which some templates put before a call and no model has to."""
+        marks = [mark for mark in MARKS.finditer(begin) if "think" in self._name(mark[0]).lower()]
+        tags = re.finditer("<[^<>\ud800-\udfff]*think[^<>\ud800-\udfff]*>\\s*", begin, re.IGNORECASE)
+        return max((found.end() for found in (*marks, *tags)), default=0)
+
+    def _name(self, mark: str) -> str:
+        return "" if mark == ID_CHARACTER else self._tokenizer.token_text(self._marked_ids[ord(mark) - ord(FIRST_MARK)])
 
     def _lead(self, begin: str) -> str:
         """The space between a text and the first call."""
@@ -148,9 +160,9 @@ class _Detection:
             trigger = found[0] if found else ""
         is_mark = not is_bare and trigger != ID_CHARACTER and MARKS.fullmatch(trigger)
         if not is_mark and (len(trigger) < MIN_TRIGGER_LENGTH or MARKS.search(trigger)):
-            raise ToolsNotSupported("the model's chat template begins calls with nothing of their own", hint=_HINT)
+            raise _UnlikeError("begins calls with nothing of their own")
         if NAME_CHARACTER.match(between) or self._ends_in(begin + between):
-            raise ToolsNotSupported("the model's chat template sets no end to the name of a call", hint=_HINT)
+            raise _UnlikeError("sets no end to the name of a call")
         return ToolFormat(
             begin=begin,
             between=between,
@@ -179,9 +191,7 @@ class _Detection:
         )
         text = text.rpartition(QUESTION)[2]
         if len(text) > MAX_ANSWER_LENGTH:
-            raise ToolsNotSupported(
-                f"the model's chat template makes {len(text):,} characters of one short answer", hint=_HINT
-            )
+            raise _UnlikeError(f"makes {len(text):,} characters of one short answer")
         return self._tokens(text)
 
     def _tokens(self, text: str) -> _Tokens:
@@ -193,19 +203,22 @@ class _Detection:
     def _mark(self, token_id: int) -> str:
         if token_id not in self._marked_ids:
             if len(self._marked_ids) == MAX_MARKS:
-                raise ToolsNotSupported(
-                    f"the model's chat template has more than {MAX_MARKS} control tokens in an answer", hint=_HINT
-                )
+                raise _UnlikeError(f"has more than {MAX_MARKS} control tokens in an answer")
             self._marked_ids.append(token_id)
         return chr(ord(FIRST_MARK) + self._marked_ids.index(token_id))
 
     def _differing(self, answer: _Tokens, plain: _Tokens) -> str:
         """The marked text of the answer without what it has in common with plain text, up to the end of its turn."""
         start = _num_common(answer, plain)
-        answer, plain = answer[start:], plain[start:]
-        stop = _num_common(answer[::-1], plain[::-1])
-        text, other = (_text(tokens[: len(tokens) - stop]) for tokens in (answer, plain))
-        # What is left in common is half a control token that the file calls text, or space in tokens with other text.
+        stop = _num_common(answer[start:][::-1], plain[start:][::-1])
+        shared_start, shared_end = _text(answer[:start]), _text(answer[len(answer) - stop :])
+        text, other = (_text(tokens[start : len(tokens) - stop]) for tokens in (answer, plain))
+        # Tags that count as text may begin or end with the same tokens.
+        if (tag := _HALF_TAG_LAST.search(shared_start)) is not None:
+            text, other = tag[0] + text, tag[0] + other
+        if (tag := _HALF_TAG_FIRST.match(shared_end)) is not None:
+            text, other = text + tag[0], other + tag[0]
+        # Tokens that hold space with other text differ in the other text.
         start = _num_common(text, other)
         if text[:start].isspace():
             text, other = text[start:], other[start:]
