@@ -26,7 +26,7 @@ from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, 
 from kvik.text.tool_detection import detect_tool_format
 from kvik.text.tool_format import MAX_SCHEMA_BYTES, MAX_SCHEMA_OBJECTS, MAX_TOOLS, Named, ToolFormat
 from tiers import examples
-from tool_templates import REFUSED, SUPPORTED, make
+from tool_templates import COUNTED, REFUSED, SUPPORTED, make
 
 WEATHER = {
     "type": "function",
@@ -185,6 +185,11 @@ def test_a_format_has_what_stands_around_names_and_arguments(family: Callable[[s
     assert family("mistral small 3.2").format.has_ids
 
 
+def test_what_follows_calls_and_depends_on_their_number_allows_one_alone(tmp_path: Path) -> None:
+    form = detect_tool_format(*make(tmp_path, COUNTED))
+    assert (form.separator, form.after) == (None, "}\n</tool_call>(1)")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_templates_are_refused_by_what_they_do(tmp_path: Path, name: str) -> None:
     made, reason = REFUSED[name]
@@ -202,7 +207,7 @@ def test_a_template_that_fails_with_tools_at_all_says_so(tmp_path: Path) -> None
 def test_deep_json_in_a_template_is_no_crash(tmp_path: Path) -> None:
     _, tokenizer = make(tmp_path, SUPPORTED["hermes"])
     source = """{{ tools[0].function.name if messages | length == 1 else messages[0].content + '<call>' }}
-{%- if messages[-1].tool_calls %}kvik_first{{ '[' * 1500 + '{' * 1500 + 'kvik_key' }}{% endif %}"""
+{%- if messages[-1].tool_calls %}kvik_first{"kvik_key":{{ '[' * 3000 }}{% endif %}"""
     with pytest.raises(ToolsNotSupported, match="not with JSON arguments"):
         detect_tool_format(ChatTemplate(source, bos_token="", eos_token="", name="model"), tokenizer)
 
@@ -276,6 +281,8 @@ def test_only_auto_takes_text(family: Callable[[str], Family], name: str) -> Non
     for text in ("", "Hej 🙂 <tool_ {", f"{control}Hej{control}", one[:3] if made.format.is_bare else "to="):
         assert made.accepts(auto, text)
         assert not made.accepts(required, text)
+    end = made.tokenizer.token_text(min(made.tokenizer.eos_token_ids))
+    assert not made.accepts(auto, f"Hej{end}Hej", whole=False)
     assert made.accepts(auto, "Hej\n" + one)
     assert not made.accepts(required, "Hej\n" + one)
     assert not made.accepts(made.format.grammar(TOOLS, Named("weather_map")), one)

@@ -1,8 +1,8 @@
 """How a model writes tool calls, found by what its own chat template makes of a call that we know.
 
 The idea is that of llama.cpp's auto-parser: render the same conversation with an answer in plain text, with one call
-and with two, and see what the template put around names and arguments. Token ids are compared rather than text, since
-the names of two control tokens may begin alike.
+and with two, and see what the template put around names and arguments. Marked text is compared, in which a control
+token is one character, since the names of two of them may begin alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from kvik.errors import TemplateError, ToolsNotSupported
 from kvik.text.chat_template import ChatTemplate
@@ -30,10 +30,7 @@ from kvik.text.tool_format import (
 MAX_ANSWER_LENGTH = 4000  # characters of what a template makes of two short calls
 MIN_TRIGGER_LENGTH = 3
 
-_Tokens: TypeAlias = list[tuple[int, str]]
-"""Ids, and the marked text of each."""
-
-QUESTION, ANSWER = "kvik question", "plain words"
+QUESTION, ANSWER = "kvik question", "~plain words~"
 KEY = "kvik_key"
 _HINT = "take a model whose template writes calls with JSON arguments, or leave out the tools"
 
@@ -107,7 +104,7 @@ class _Detection:
         begin = begin[self._end_of_thought(begin) :]
         return self._checked(begin, between, after, separator, end, self._lead(begin), _json_separators(one))
 
-    def _several(self, plain: _Tokens, begin: str, between: str, after_one: str) -> tuple[str, str | None, str]:
+    def _several(self, plain: str, begin: str, between: str, after_one: str) -> tuple[str, str | None, str]:
         """What comes after a call's arguments in any case, between two calls, and after the last."""
         try:
             two = self._differing(self._answer({"tool_calls": [FIRST.message(), SECOND.message()]}), plain)
@@ -117,7 +114,7 @@ class _Detection:
         # Some templates end calls in full only where there are several.
         alike = begin_two == begin and between_first == between_second == between and after_two.startswith(after_one)
         after = middle[: _num_common(middle, after_two)]
-        if not alike or len(after) == len(middle) or self._ends_in(middle):
+        if not alike or len(after) == len(middle):
             return after_one, None, ""
         return after, middle[len(after) :], after_two[len(after) :]
 
@@ -134,7 +131,7 @@ class _Detection:
         """The space between a text and the first call."""
         space = begin[: len(begin) - len(begin.lstrip())]
         try:
-            both = _text(self._answer({"content": ANSWER, "tool_calls": [FIRST.message()]}))
+            both = self._answer({"content": ANSWER, "tool_calls": [FIRST.message()]})
         except TemplateError:
             return space
         lead = both.rpartition(begin + FIRST.name)[0].rpartition(ANSWER)[2]
@@ -161,7 +158,7 @@ class _Detection:
         is_mark = not is_bare and trigger != ID_CHARACTER and MARKS.fullmatch(trigger)
         if not is_mark and (len(trigger) < MIN_TRIGGER_LENGTH or MARKS.search(trigger)):
             raise _UnlikeError("begins calls with nothing of their own")
-        if NAME_CHARACTER.match(between) or self._ends_in(begin + between):
+        if NAME_CHARACTER.match(between):
             raise _UnlikeError("sets no end to the name of a call")
         return ToolFormat(
             begin=begin,
@@ -177,13 +174,11 @@ class _Detection:
             tokenizer=self._tokenizer,
         )
 
-    def _ends_in(self, literal: str) -> bool:
-        """Whether a turn ends in the middle of the literal, since it has a token that ends it."""
-        ids = (self._marked_ids[ord(mark) - ord(FIRST_MARK)] for mark in MARKS.findall(literal) if mark != ID_CHARACTER)
-        return any(token_id in self._tokenizer.eos_token_ids for token_id in ids)
+    def _ends_a_turn(self, mark: str) -> bool:
+        return self._marked_ids[ord(mark) - ord(FIRST_MARK)] in self._tokenizer.eos_token_ids
 
-    def _answer(self, message: Mapping[str, Any]) -> _Tokens:
-        """The tokens from the question's end on, where the assistant answers with the message."""
+    def _answer(self, message: Mapping[str, Any]) -> str:
+        """The marked text from the question's end on, where the assistant answers with the message."""
         text = self._template.render(
             [{"role": "user", "content": QUESTION}, {"role": "assistant", **message}],
             add_generation_prompt=False,
@@ -192,13 +187,10 @@ class _Detection:
         text = text.rpartition(QUESTION)[2]
         if len(text) > MAX_ANSWER_LENGTH:
             raise _UnlikeError(f"makes {len(text):,} characters of one short answer")
-        return self._tokens(text)
-
-    def _tokens(self, text: str) -> _Tokens:
         detokenizer = Detokenizer(self._tokenizer, continues_text=True)
         control = self._tokenizer.special_token_ids | self._tokenizer.eos_token_ids
         ids = self._tokenizer.encode(text, add_special=False)
-        return [(i, self._mark(i) if i in control else detokenizer.add(i)) for i in ids]
+        return "".join(self._mark(i) if i in control else detokenizer.add(i) for i in ids)
 
     def _mark(self, token_id: int) -> str:
         if token_id not in self._marked_ids:
@@ -207,36 +199,23 @@ class _Detection:
             self._marked_ids.append(token_id)
         return chr(ord(FIRST_MARK) + self._marked_ids.index(token_id))
 
-    def _differing(self, answer: _Tokens, plain: _Tokens) -> str:
-        """The marked text of the answer without what it has in common with plain text, up to the end of its turn."""
+    def _differing(self, answer: str, plain: str) -> str:
+        """The answer without what it has in common with plain text, up to the end of its turn."""
         start = _num_common(answer, plain)
-        stop = _num_common(answer[start:][::-1], plain[start:][::-1])
-        shared_start, shared_end = _text(answer[:start]), _text(answer[len(answer) - stop :])
-        text, other = (_text(tokens[start : len(tokens) - stop]) for tokens in (answer, plain))
-        # Tags that count as text may begin or end with the same tokens.
-        if (tag := _HALF_TAG_LAST.search(shared_start)) is not None:
-            text, other = tag[0] + text, tag[0] + other
-        if (tag := _HALF_TAG_FIRST.match(shared_end)) is not None:
-            text, other = text + tag[0], other + tag[0]
-        # Tokens that hold space with other text differ in the other text.
-        start = _num_common(text, other)
-        if text[:start].isspace():
-            text, other = text[start:], other[start:]
-        stop = len(text) - _num_common(text[::-1], other[::-1])
-        if text[stop:].isspace():
-            text = text[:stop]
-        ends = (match.start() for match in MARKS.finditer(text) if self._ends_in(match[0]))
-        return text[: next(ends, None)]
+        stop = len(answer) - _num_common(answer[start:][::-1], plain[start:][::-1])
+        # Tags may begin or end alike.
+        if (tag := _HALF_TAG_LAST.search(answer, 0, start)) is not None:
+            start = tag.start()
+        if (tag := _HALF_TAG_FIRST.match(answer, stop)) is not None:
+            stop = tag.end()
+        ends = (mark.start() for mark in MARKS.finditer(answer, start, stop) if self._ends_a_turn(mark[0]))
+        return answer[start : next(ends, stop)]
 
 
-def _num_common(left: Sequence[object], right: Sequence[object]) -> int:
-    """How many items both begin with."""
+def _num_common(left: str, right: str) -> int:
+    """How many characters both begin with."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((at for at, (one, other) in pairs if one != other), min(len(left), len(right)))
-
-
-def _text(tokens: _Tokens) -> str:
-    return "".join(text for _, text in tokens)
 
 
 def _literals(text: str, calls: Sequence[_Call]) -> list[str]:
