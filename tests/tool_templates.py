@@ -20,6 +20,7 @@ from tokenizer_kinds import special
 
 # Trained without words, so that tokens lie across the borders of names, JSON and markers.
 CORPUS = [
+    *["assistant\n<tool_call>\n", "</function>\n"] * 9,
     '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call>\n<tool_call>\n{"name": "',
     '{"name": "weather", "parameters": {"city": "Oslo"}}, {"name": "clock", "arguments": {}, "id": "abcdefgh1"}]',
     'function\n```json\n{"city": "Oslo", "days": 3}\n``` to=functions.weather commentary json {"city":"Oslo","days":3}',
@@ -213,7 +214,8 @@ SUPPORTED = {
     "gpt-oss that ends at calls": ToolTemplate(HARMONY.source, HARMONY.control, ("<|return|>", "<|call|>")),
     "function tags": _chatml_family(
         _chatml(
-            _each(r"""{{- '<function=' + function.name + '>' }}{{ function.arguments | tojson }}{{ '</function>' }}""")
+            _each("{{ '<function=' + function.name + '>' }}{{ function.arguments | tojson }}{{ '</function>' }}")
+            + "{{ '\\n' }}"
         )
     ),
     "compact json": _chatml_family(
@@ -225,6 +227,31 @@ SUPPORTED = {
         )
     ),
 }
+
+# Tags of text that begin with the same token, and what is written for an answer, but not for a call.
+TAGS = r"""{%- if not message.tool_calls %}{{ '<think></think>' + message.content + '</reply>' }}
+{%- else %}{{ '<TOOLCALL>[' }}
+{%- for call in message.tool_calls %}{{ (call.function | tojson) + ('' if loop.last else ', ') }}{%- endfor %}
+{{- ']</TOOLCALL>' }}
+{%- endif %}"""
+# An empty thought that stands before calls alone.
+THOUGHT = r"""{%- if not message.tool_calls %}{{ message.content }}
+{%- else %}{{ '<|START_THINKING|><|END_THINKING|><|START_ACTION|>[' }}
+{%- for call in message.tool_calls %}
+    {{- '\n    {"tool_call_id": "0", "tool_name": "' + call.function.name + '", "parameters": ' }}
+    {{- call.function.arguments | tojson }}{{ '}' + ('' if loop.last else ',') }}
+{%- endfor %}{{ '\n]<|END_ACTION|>' }}
+{%- endif %}"""
+THOUGHT_NAMES = ("<|START_THINKING|>", "<|END_THINKING|>", "<|START_ACTION|>", "<|END_ACTION|>")
+SUPPORTED["tags of text"] = _chatml_family(_chatml(TAGS).replace("{{ message.content or '' }}", ""))
+SUPPORTED["thought before calls"] = ToolTemplate(
+    _chatml(THOUGHT).replace("{{ message.content or '' }}", ""), (*CHATML, *THOUGHT_NAMES), ("<|im_end|>",)
+)
+
+# How many calls there are shows in what follows them.
+COUNTED = _chatml_family(
+    _chatml(HERMES + "{%- if message.tool_calls %}{{ '(' }}{{ message.tool_calls | length }}{{ ')' }}{%- endif %}")
+)
 
 XML = _each(
     r"""{{- '<tool_call>\n<function=' + function.name + '>\n' }}
@@ -253,6 +280,19 @@ REFUSED = {
         _chatml_family(_chatml(XML.replace("<parameter=", "|").replace(">", "|").replace("<", "|"))),
         "in a notation of its own",
     ),
+    "own notation, or text as it is": (
+        _chatml_family(
+            _chatml(
+                _each(
+                    r"""{{- '<call>' + function.name + '{' }}
+{%- if function.arguments is string %}{{ function.arguments }}
+{%- else %}{%- for key, value in function.arguments | items %}{{ key + ':' }}{{ value }}{%- endfor %}{%- endif %}
+{{- '}' }}"""
+                )
+            )
+        ),
+        "in a notation of its own",
+    ),
     "name last": (
         _chatml_family(
             _chatml(
@@ -273,7 +313,7 @@ REFUSED = {
         _chatml_family(_chatml(_each("{{ '<call>' + function.name + '.json' }}{{ function.arguments | tojson }}"))),
         "sets no end to the name",
     ),
-    "fails": (_chatml_family(_chatml(_each("{{ raise_exception('no calls') }}"))), "fails where it has to write"),
+    "fails": (_chatml_family(_chatml(_each("{{ raise_exception('no calls') }}"))), "fails with tools"),
     "too long": (_chatml_family(_chatml(_each("{{ function.name * 1000 }}"))), "characters of one short answer"),
 }
 

@@ -197,15 +197,16 @@ class ChatTemplate:
         arguments: Any = {PROBE: PROBE}
         function = {"name": PROBE_ID, "arguments": json.dumps(arguments) if takes_text else arguments}
         call = {"id": PROBE_ID, "type": "function", "function": function}
-        asked = self._in_form({"role": "user", "content": PROBE})
+        asked = self._in_form({"role": "user", "content": "-"})
         try:
             kind, text = self._render_checked(
                 [asked, {"role": "assistant", "tool_calls": [call], **without_content}], None, False, {}
             )
         except TemplateError:  # as in `_writes`
             return False
-        # Python's own writing of an object has single quotes, and JSON inside JSON has them escaped.
-        return kind == "text" and PROBE_ID in text and f'"{PROBE}"' in text
+        # Text that is put into JSON is escaped, and an object that is put into text is written as Python does.
+        is_whole = f'"{PROBE}"' in text if takes_text else repr(arguments) not in text
+        return kind == "text" and PROBE_ID in text and PROBE in text and is_whole
 
     def _forms(self, role: str) -> tuple[bool, bool]:
         """Whether the template writes the content of such a message where it is text, and where it is parts.

@@ -1,8 +1,8 @@
 """How a model writes tool calls, found by what its own chat template makes of a call that we know.
 
 The idea is that of llama.cpp's auto-parser: render the same conversation with an answer in plain text, with one call
-and with two, and see what the template put around names and arguments. Token ids are compared rather than text, since
-the names of two control tokens may begin alike.
+and with two, and see what the template put around names and arguments. Marked text is compared, in which a control
+token is one character, since the names of two of them may begin alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from kvik.errors import TemplateError, ToolsNotSupported
 from kvik.text.chat_template import ChatTemplate
@@ -30,12 +30,13 @@ from kvik.text.tool_format import (
 MAX_ANSWER_LENGTH = 4000  # characters of what a template makes of two short calls
 MIN_TRIGGER_LENGTH = 3
 
-_Tokens: TypeAlias = list[tuple[int, str]]
-"""Ids, and the marked text of each."""
-
-QUESTION, ANSWER = "kvik question", "plain words"
+QUESTION, ANSWER = "kvik question", "~plain words~"
 KEY = "kvik_key"
 _HINT = "take a model whose template writes calls with JSON arguments, or leave out the tools"
+
+
+_HALF_TAG_LAST = re.compile("[<\\[][^<>\\[\\]\\s\ud800-\udfff]*$")
+_HALF_TAG_FIRST = re.compile("[^<>\\[\\]\\s\ud800-\udfff]*[>\\]]")
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ class _Call:
         return {"id": self.call_id, "type": "function", "function": function}
 
     def tool(self) -> dict[str, Any]:
-        properties = {KEY: {"type": "string"}, "kvik_number": {"type": "integer"}}
+        described = {"description": "kvik description"}  # which some templates want
+        properties = {KEY: {"type": "string", **described}, "kvik_number": {"type": "integer", **described}}
         parameters = {"type": "object", "properties": properties, "required": [KEY]}
-        function = {"name": self.name, "description": "kvik description", "parameters": parameters}
+        function = {"name": self.name, "parameters": parameters, **described}
         return {"type": "function", "function": function}
 
 
@@ -75,10 +77,14 @@ class _UnlikeError(Exception):
 def detect_tool_format(template: ChatTemplate, tokenizer: Tokenizer) -> ToolFormat:
     """How the model writes tool calls: for its caller to keep, since it takes some renderings.
 
-    Raises ToolsNotSupported where the template takes no tools or writes calls in another way than with JSON arguments;
-    TemplateError where it fails with tools and no call.
+    Raises ToolsNotSupported where the template takes no tools, or writes calls in another way than with JSON arguments.
     """
-    return _Detection(template, tokenizer).format()
+    try:
+        return _Detection(template, tokenizer).format()
+    except TemplateError as error:
+        raise ToolsNotSupported(f"the model's chat template fails with tools: {error.message}", hint=_HINT) from error
+    except _UnlikeError as error:
+        raise ToolsNotSupported(f"the model's chat template {error}", hint=_HINT) from error
 
 
 class _Detection:
@@ -90,21 +96,15 @@ class _Detection:
     def format(self) -> ToolFormat:
         question = [{"role": "user", "content": QUESTION}]
         if FIRST.name not in self._template.render(question, tools=[FIRST.tool()]):
-            raise ToolsNotSupported("the model's chat template ignores tools", hint=_HINT)
+            raise _UnlikeError("ignores tools")
         plain = self._answer({"content": ANSWER})
-        try:
-            one = self._differing(self._answer({"tool_calls": [FIRST.message()]}), plain)
-            begin, between, after_one = _literals(one, [FIRST])
-        except TemplateError as error:
-            raise ToolsNotSupported(
-                f"the model's chat template fails where it has to write a tool call: {error.message}", hint=_HINT
-            ) from error
-        except _UnlikeError as error:
-            raise ToolsNotSupported(f"the model's chat template {error}", hint=_HINT) from error
+        one = self._differing(self._answer({"tool_calls": [FIRST.message()]}), plain)
+        begin, between, after_one = _literals(one, [FIRST])
         after, separator, end = self._several(plain, begin, between, after_one)
+        begin = begin[self._end_of_thought(begin) :]
         return self._checked(begin, between, after, separator, end, self._lead(begin), _json_separators(one))
 
-    def _several(self, plain: _Tokens, begin: str, between: str, after_one: str) -> tuple[str, str | None, str]:
+    def _several(self, plain: str, begin: str, between: str, after_one: str) -> tuple[str, str | None, str]:
         """What comes after a call's arguments in any case, between two calls, and after the last."""
         try:
             two = self._differing(self._answer({"tool_calls": [FIRST.message(), SECOND.message()]}), plain)
@@ -114,15 +114,24 @@ class _Detection:
         # Some templates end calls in full only where there are several.
         alike = begin_two == begin and between_first == between_second == between and after_two.startswith(after_one)
         after = middle[: _num_common(middle, after_two)]
-        if not alike or len(after) == len(middle) or self._ends_in(middle):
+        if not alike or len(after) == len(middle):
             return after_one, None, ""
         return after, middle[len(after) :], after_two[len(after) :]
+
+    def _end_of_thought(self, begin: str) -> int:
+        """Where an empty thought ends, which some templates put before a call and no model has to."""
+        marks = [mark for mark in MARKS.finditer(begin) if "think" in self._name(mark[0]).lower()]
+        tags = re.finditer("<[^<>\ud800-\udfff]*think[^<>\ud800-\udfff]*>\\s*", begin, re.IGNORECASE)
+        return max((found.end() for found in (*marks, *tags)), default=0)
+
+    def _name(self, mark: str) -> str:
+        return "" if mark == ID_CHARACTER else self._tokenizer.token_text(self._marked_ids[ord(mark) - ord(FIRST_MARK)])
 
     def _lead(self, begin: str) -> str:
         """The space between a text and the first call."""
         space = begin[: len(begin) - len(begin.lstrip())]
         try:
-            both = _text(self._answer({"content": ANSWER, "tool_calls": [FIRST.message()]}))
+            both = self._answer({"content": ANSWER, "tool_calls": [FIRST.message()]})
         except TemplateError:
             return space
         lead = both.rpartition(begin + FIRST.name)[0].rpartition(ANSWER)[2]
@@ -148,9 +157,9 @@ class _Detection:
             trigger = found[0] if found else ""
         is_mark = not is_bare and trigger != ID_CHARACTER and MARKS.fullmatch(trigger)
         if not is_mark and (len(trigger) < MIN_TRIGGER_LENGTH or MARKS.search(trigger)):
-            raise ToolsNotSupported("the model's chat template begins calls with nothing of their own", hint=_HINT)
-        if NAME_CHARACTER.match(between) or self._ends_in(begin + between):
-            raise ToolsNotSupported("the model's chat template sets no end to the name of a call", hint=_HINT)
+            raise _UnlikeError("begins calls with nothing of their own")
+        if NAME_CHARACTER.match(between):
+            raise _UnlikeError("sets no end to the name of a call")
         return ToolFormat(
             begin=begin,
             between=between,
@@ -165,13 +174,11 @@ class _Detection:
             tokenizer=self._tokenizer,
         )
 
-    def _ends_in(self, literal: str) -> bool:
-        """Whether a turn ends in the middle of the literal, since it has a token that ends it."""
-        ids = (self._marked_ids[ord(mark) - ord(FIRST_MARK)] for mark in MARKS.findall(literal) if mark != ID_CHARACTER)
-        return any(token_id in self._tokenizer.eos_token_ids for token_id in ids)
+    def _ends_a_turn(self, mark: str) -> bool:
+        return self._marked_ids[ord(mark) - ord(FIRST_MARK)] in self._tokenizer.eos_token_ids
 
-    def _answer(self, message: Mapping[str, Any]) -> _Tokens:
-        """The tokens from the question's end on, where the assistant answers with the message."""
+    def _answer(self, message: Mapping[str, Any]) -> str:
+        """The marked text from the question's end on, where the assistant answers with the message."""
         text = self._template.render(
             [{"role": "user", "content": QUESTION}, {"role": "assistant", **message}],
             add_generation_prompt=False,
@@ -179,51 +186,36 @@ class _Detection:
         )
         text = text.rpartition(QUESTION)[2]
         if len(text) > MAX_ANSWER_LENGTH:
-            raise ToolsNotSupported(
-                f"the model's chat template makes {len(text):,} characters of one short answer", hint=_HINT
-            )
-        return self._tokens(text)
-
-    def _tokens(self, text: str) -> _Tokens:
+            raise _UnlikeError(f"makes {len(text):,} characters of one short answer")
         detokenizer = Detokenizer(self._tokenizer, continues_text=True)
         control = self._tokenizer.special_token_ids | self._tokenizer.eos_token_ids
         ids = self._tokenizer.encode(text, add_special=False)
-        return [(i, self._mark(i) if i in control else detokenizer.add(i)) for i in ids]
+        return "".join(self._mark(i) if i in control else detokenizer.add(i) for i in ids)
 
     def _mark(self, token_id: int) -> str:
         if token_id not in self._marked_ids:
             if len(self._marked_ids) == MAX_MARKS:
-                raise ToolsNotSupported(
-                    f"the model's chat template has more than {MAX_MARKS} control tokens in an answer", hint=_HINT
-                )
+                raise _UnlikeError(f"has more than {MAX_MARKS} control tokens in an answer")
             self._marked_ids.append(token_id)
         return chr(ord(FIRST_MARK) + self._marked_ids.index(token_id))
 
-    def _differing(self, answer: _Tokens, plain: _Tokens) -> str:
-        """The marked text of the answer without what it has in common with plain text, up to the end of its turn."""
+    def _differing(self, answer: str, plain: str) -> str:
+        """The answer without what it has in common with plain text, up to the end of its turn."""
         start = _num_common(answer, plain)
-        answer, plain = answer[start:], plain[start:]
-        stop = _num_common(answer[::-1], plain[::-1])
-        text, other = (_text(tokens[: len(tokens) - stop]) for tokens in (answer, plain))
-        # What is left in common is half a control token that the file calls text, or space in tokens with other text.
-        start = _num_common(text, other)
-        if text[:start].isspace():
-            text, other = text[start:], other[start:]
-        stop = len(text) - _num_common(text[::-1], other[::-1])
-        if text[stop:].isspace():
-            text = text[:stop]
-        ends = (match.start() for match in MARKS.finditer(text) if self._ends_in(match[0]))
-        return text[: next(ends, None)]
+        stop = len(answer) - _num_common(answer[start:][::-1], plain[start:][::-1])
+        # Tags may begin or end alike.
+        if (tag := _HALF_TAG_LAST.search(answer, 0, start)) is not None:
+            start = tag.start()
+        if (tag := _HALF_TAG_FIRST.match(answer, stop)) is not None:
+            stop = tag.end()
+        ends = (mark.start() for mark in MARKS.finditer(answer, start, stop) if self._ends_a_turn(mark[0]))
+        return answer[start : next(ends, stop)]
 
 
-def _num_common(left: Sequence[object], right: Sequence[object]) -> int:
-    """How many items both begin with."""
+def _num_common(left: str, right: str) -> int:
+    """How many characters both begin with."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((at for at, (one, other) in pairs if one != other), min(len(left), len(right)))
-
-
-def _text(tokens: _Tokens) -> str:
-    return "".join(text for _, text in tokens)
 
 
 def _literals(text: str, calls: Sequence[_Call]) -> list[str]:
