@@ -80,12 +80,10 @@ class Tools:
         functions = []
         for tool in tools:
             function = tool.function
-            others = {
-                key: value
-                for key, value in (("description", function.description), ("parameters", function.parameters))
-                if value is not None
-            }
-            functions.append({"type": "function", "function": {"name": function.name, **others}})
+            parameters = {} if function.parameters is None else {"parameters": function.parameters}
+            # Several templates fail on a tool without a description.
+            told = {"name": function.name, "description": function.description or "", **parameters}
+            functions.append({"type": "function", "function": told})
         return cls(functions, choice if isinstance(choice, str) else "auto", name, parallel is not False)
 
 
