@@ -14,6 +14,7 @@ import msgspec
 from kvik.errors import (
     CacheTooSmall,
     EngineDead,
+    EngineHung,
     InvalidInput,
     KvikError,
     ModelError,
@@ -44,6 +45,7 @@ _CODES: tuple[tuple[type[KvikError], int, str], ...] = (
     (QueueFull, 429, "rate_limit_exceeded"),
     (SlowReader, 500, "slow_reader"),
     (EngineDead, 503, "engine_dead"),
+    (EngineHung, 503, "engine_hung"),
     (NotEnoughMemory, 503, "not_enough_memory"),
     (ToolsNotSupported, 400, "tools_not_supported"),
     (TemplateError, 500, "template_error"),

@@ -12,6 +12,7 @@ from kvik.engine.async_llm import AsyncLLM
 from kvik.engine.llm import LLM
 from kvik.errors import ToolsNotSupported
 from kvik.server.errors import ApiError
+from kvik.server.meter import EngineMeter
 from kvik.text.tool_detection import detect_tool_format
 from kvik.text.tool_format import ToolFormat
 
@@ -23,6 +24,7 @@ class ServedModel:
         self.id = model_id
         self.aliases = tuple(alias for alias in aliases if alias != model_id)
         self.llm = llm
+        self.meter = EngineMeter(llm.engine)
         self.async_llm = AsyncLLM(llm)
         self.created = int(time.time())
 
