@@ -13,7 +13,7 @@ from kvik.server.chat import ChatRequest, chat
 from kvik.server.completions import CompletionRequest, completions
 from kvik.server.docs import docs
 from kvik.server.endpoint import Endpoint, plain_path
-from kvik.server.errors import ApiError
+from kvik.server.errors import ApiError, own_error
 from kvik.server.gate import Gate
 from kvik.server.health import decode_health, health, ready
 from kvik.server.metrics import metrics
@@ -43,7 +43,8 @@ ROUTES: tuple[Route, ...] = (
 
 def make_app(state: ServerState) -> Gate:
     """The whole application."""
-    app = Starlette(routes=list(ROUTES), exception_handlers={HTTPException: _not_found, ApiError: _api_error})
+    handlers = {HTTPException: _not_found, ApiError: _api_error, Exception: _own_error}
+    app = Starlette(routes=list(ROUTES), exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.server = state
     return Gate(app, state, {route.endpoint: plain_path(route.path) for route in ROUTES})
@@ -53,6 +54,11 @@ async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     body = error.body(is_anthropic=request.scope["path"].startswith("/v1/messages"))
     return Response(body, error.status, error.headers, media_type="application/json")
+
+
+async def _own_error(request: Request, error: Exception) -> Response:
+    """The gate logs it."""
+    return await _api_error(request, own_error())
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

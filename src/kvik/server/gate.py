@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvik.server.errors import ApiError
+from kvik.server.errors import ApiError, own_error
 from kvik.server.settings import is_loopback, parsed_address
 from kvik.server.state import ServerState
 
@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/health/decode", "/ready", "/docs"})
 """Served without a key, and compared exactly: a load balancer has none, nor has a browser that is shown a link."""
+
+LOCALHOST = "localhost"
+"""Among the origins: any page of this machine, whatever its port."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -59,7 +62,7 @@ class Gate:
             await exchange.send_error(error)
         except Exception:
             log.exception("%s: a request failed in a way of its own", exchange.request_id)
-            await exchange.send_error(ApiError(500, "the server failed; its log has the reason", code="internal_error"))
+            await exchange.send_error(own_error())
         finally:
             self.state.http.num_open -= 1
             self._count(exchange)
@@ -125,14 +128,10 @@ class Gate:
         )
 
     def _is_cors_origin(self, origin: str) -> bool:
-        if origin in self.config.cors_origins:
-            return True
-        if "localhost" not in self.config.cors_origins:
-            return False
-        parts = _split(origin)
-        if parts is None or parts.scheme not in ("http", "https") or parts.hostname is None:
-            return False
-        return is_loopback(parts.hostname)
+        if origin == LOCALHOST or origin not in self.config.cors_origins:
+            parts = _split(origin) if LOCALHOST in self.config.cors_origins else None
+            return parts is not None and parts.hostname is not None and is_loopback(parts.hostname)
+        return True
 
     def _tenant(self, headers: Headers) -> str | None:
         """The name of the key; each one is compared, and in a time that does not depend on where they differ."""
@@ -217,7 +216,7 @@ class _Exchange:
         access.info(
             "%s %s %d",
             self.scope["method"],
-            self.path[:200],
+            self.path[:200].encode("unicode_escape").decode(),  # it may hold line ends
             self.status,
             extra={
                 "request_id": self.request_id,
@@ -261,10 +260,10 @@ def _nowhere() -> None:
 
 
 def _split(origin: str) -> SplitResult | None:
-    """The parts of an origin; None where it has none."""
+    """The parts of a page's origin; None where it is not one of the web's."""
     try:
         parts = urlsplit(origin)
-        return parts if parts.hostname else None
+        return parts if parts.scheme in ("http", "https") and parts.hostname else None
     except ValueError:
         return None
 
