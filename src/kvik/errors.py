@@ -91,6 +91,10 @@ class SlowReader(KvikError):
     """A stream was not read while tokens kept coming."""
 
 
+class EngineHung(KvikError):
+    """A step takes so long that it will hardly ever end."""
+
+
 class QueueFull(KvikError):
     """More requests wait than the engine takes."""
 

@@ -85,7 +85,6 @@ def serve(
         ) from None
     from kvik.cli.serve_logs import set_up_logs
     from kvik.config import parse_bytes
-    from kvik.machine import available_memory_bytes
     from kvik.server.run import bind
     from kvik.server.run import serve as run_server
     from kvik.server.served import Models
@@ -107,10 +106,7 @@ def serve(
     set_up_logs(log_format)
     listening = bind(config.host, config.port)  # before the models are loaded: a port that is taken is known at once
     names = models or ["smollm2"]
-    share: int | str = kv_memory
-    if kv_memory != "auto" or len(names) > 1:
-        whole = available_memory_bytes() // 2 if kv_memory == "auto" else parse_bytes("--kv-memory", kv_memory)
-        share = whole // len(names)
+    share: int | str = "auto" if kv_memory == "auto" else parse_bytes("--kv-memory", kv_memory) // len(names)
     engine: dict[str, Any] = {
         "kv_memory": share,
         "context": context,
@@ -122,24 +118,43 @@ def serve(
         "max_waiting": max_waiting,
         **({} if token_budget is None else {"token_budget": token_budget}),
     }
-    served = [load(name, **engine) for name in names]
+    served = load(names, **engine)
     state = ServerState(config, Models(served))
     port = listening.getsockname()[1]
     run_server(state, listening, on_ready=lambda: welcome(config, port, served))
 
 
-def load(name: str, **engine: Any) -> ServedModel:
-    """One model, by the name that it is served by."""
+def load(names: list[str], **engine: Any) -> list[ServedModel]:
+    """All models, by the names that they are served by; of memory of automatic size each gets its share."""
     from kvik.engine.llm import LLM
+    from kvik.machine import available_memory_bytes
     from kvik.server.served import ServedModel
 
+    loaded = [(*alias_of(name), LLM(model_of(name), **engine)) for name in names]
+    share = available_memory_bytes() // 2 // len(loaded)
+    for _, _, llm in loaded:
+        if engine["kv_memory"] == "auto" and len(loaded) > 1 and llm.cache.num_bytes > share:
+            llm.engine = llm.new_engine(kv_memory=share)
+    return [
+        ServedModel(alias, llm, aliases=[*([] if model is None else [model]), llm.model.path.stem])
+        for alias, model, llm in loaded
+    ]
+
+
+def model_of(name: str) -> str:
+    """The model of an argument, without the alias that it may have."""
+    return name if Path(name).exists() else name.partition("=")[2] or name
+
+
+def alias_of(name: str) -> tuple[str, str | None]:
+    """What a model of the command line is called, and its name where that is not a path of this machine's."""
     alias, equals, model = name.partition("=")
     if not equals or Path(name).exists():
-        alias, model = "", name
-    llm = LLM(model, **engine)
-    is_path = Path(model).exists()
-    own = llm.model.path.stem if is_path else model
-    return ServedModel(alias or own, llm, aliases=[own, llm.model.path.stem])
+        equals, alias, model = "", name, name
+    is_path = model.endswith(".gguf") or Path(model).exists()
+    if not equals and is_path:
+        alias = Path(model).stem if model.endswith(".gguf") else Path(model).resolve().name
+    return alias, None if is_path else model
 
 
 def read_keys(given: list[str] | None, environment: str) -> Mapping[str, str]:
@@ -166,22 +181,27 @@ def read_keys(given: list[str] | None, environment: str) -> Mapping[str, str]:
 
 
 def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
-    """One screen: where it is, what it serves and how to call it."""
+    """One screen of 80 columns: where it is, what it serves, how it is watched and called."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host if config.host not in ('0.0.0.0', '::') else '127.0.0.1'}:{port}"
-    note(f"kvik serves at {url}/v1" + ("" if config.is_local else f" (listening on {host})"))
+    note(f"kvik serves at {url}/v1" + ("" if config.is_local else f" and listens on {host}"))
     for model in served:
-        cache = model.llm.cache
+        cache, weights = model.llm.cache, model.llm.model.decoder.weights
+        note(f"  {model.id}" + (f" (or {', '.join(model.aliases)})" if model.aliases else ""))
         note(
-            f"  {model.id}: context {model.llm.model.context:,}, cache {cache.num_bytes / 2**20:,.0f} MiB"
-            f" ({cache.num_blocks:,} blocks of {model.llm.engine.kv_spec.block_size} tokens)"
+            f"    context {model.llm.model.context:,}; weights {_mib(weights.num_bytes)}, cache"
+            f" {_mib(cache.num_bytes)} for {cache.num_blocks * model.llm.engine.kv_spec.block_size:,} tokens"
         )
-    who = "with a key" if config.api_keys else "by anybody who reaches it"
-    note(f"  called {who}; /docs lists all routes, /metrics counts")
-    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
-    first = served[0]
-    if first.llm.is_chat_model:
-        path, data = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'
+    who = f"with one of {len(config.api_keys)} keys" if config.api_keys else "by anybody who reaches it"
+    note(f"  Called {who}. All routes: {url}/docs")
+    note("  Watch /health, /metrics and this log; Ctrl-C ends it when what runs is done")
+    key = ' -H "Authorization: Bearer $KVIK_API_KEY"' if config.api_keys else ""
+    if served[0].llm.is_chat_model:
+        path, data = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}'
     else:
         path, data = "completions", '{"prompt": "Once upon a time", "max_tokens": 32}'
-    note(f"try: curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{data}'")
+    note(f"Try: curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{data}'")
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"

@@ -8,7 +8,10 @@ import sys
 import time
 from typing import Literal
 
-EXTRAS = ("request_id", "client", "seconds")
+EXTRAS = (
+    *("request_id", "client", "seconds"),
+    *("model", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens"),
+)
 
 
 class JsonFormatter(logging.Formatter):
@@ -35,8 +38,11 @@ class TextFormatter(logging.Formatter):
         """The record as text."""
         told = [time.strftime("%H:%M:%S", time.localtime(record.created)), record.levelname.lower()]
         text = " ".join(told) + " " + record.getMessage()
-        if hasattr(record, "seconds"):
-            text += f" {record.__dict__['seconds'] * 1000:.0f} ms {record.__dict__['request_id']}"
+        given = record.__dict__
+        if "seconds" in given:
+            text += f" {given['seconds'] * 1000:.0f} ms"
+        if "request_id" in given:
+            text += f" {given['request_id']}"
         return text + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
 from typing import TypeVar, Unpack
+from weakref import WeakSet
 
 from kvik.config import Pooling, SamplingParams
 from kvik.engine.engine import MAX_FAILED_STEPS
@@ -58,7 +59,8 @@ class AsyncLLM:
         self._readers: dict[TokenStream, None] = {}  # the engine thread's own
         self._death: BaseException | None = None
         self._is_closing = False
-        self._beat_s = time.monotonic()
+        self._streams: WeakSet[TokenStream] = WeakSet()  # the event loop's own
+        self._awake_s: float | None = None  # when the engine's thread last showed life; None while it waits for work
         self._lock = threading.Lock()  # between a last command and the thread's end
         self._thread = threading.Thread(target=self._main, name="kvik-engine", daemon=True)
         self._thread.start()
@@ -69,9 +71,10 @@ class AsyncLLM:
         return self._death is None and not self._is_closing and self._engine.death is None
 
     @property
-    def idle_s(self) -> float:
-        """Seconds since the engine's thread last showed that it lives; long ones during work mean a hanging step."""
-        return time.monotonic() - self._beat_s
+    def silent_s(self) -> float:
+        """Seconds that the present step takes already, 0 where there is nothing to do: the age of a hang."""
+        awake_s = self._awake_s
+        return 0.0 if awake_s is None else time.monotonic() - awake_s
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams = GREEDY, **options: Unpack[RequestOptions]
@@ -176,7 +179,15 @@ class AsyncLLM:
                 self._readers[stream] = None
 
         self._command(begin)
+        self._streams.add(stream)
         return stream
+
+    def fail_all(self, error: Exception) -> None:
+        """Have every stream that is read end with this error, now, whatever the engine does; and abort it."""
+        for stream in list(self._streams):
+            if not stream.is_done:
+                stream.receive(_Delivery([], [], is_last=True, error=error))
+                stream.close()
 
     async def _pieces(self, make: Callable[[], Awaitable[Sequence]]) -> AsyncIterator[Piece]:
         # One generator for every route: leaving an outer one would not close an inner one at once.
@@ -203,6 +214,13 @@ class AsyncLLM:
         self._is_closing = True
         self._inbox.put(lambda: None)
         await asyncio.to_thread(self._thread.join)
+
+    def stop(self, seconds: float) -> bool:
+        """The same without an event loop: whether the thread has ended within so many seconds."""
+        self._is_closing = True
+        self._inbox.put(lambda: None)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -277,9 +295,9 @@ class AsyncLLM:
         num_stuck = 0  # steps in a row that ended before they began
         try:
             while not self._is_closing:
+                self._awake_s = time.monotonic()
                 # Another thread's step may have ended what readers here still wait for.
                 self._obey(wait=not (self._engine.scheduler.has_work or self._readers))
-                self._beat_s = time.monotonic()
                 num_steps = self._engine.scheduler.num_steps
                 try:
                     self._engine.step()
@@ -303,14 +321,18 @@ class AsyncLLM:
             for reader in readers:
                 reader.fail(self._dead())
             self._engine.abort(*(branch for reader in readers for branch in reader.branches))
+            self._awake_s = None
 
     def _obey(self, *, wait: bool) -> None:
         """Do what the event loop asked for; with `wait`, sleep until it asks for something."""
         while True:
             try:
+                if wait:
+                    self._awake_s = None
                 command = self._inbox.get(block=wait)
             except queue.Empty:
                 return
+            self._awake_s = time.monotonic()
             try:
                 command()
             except Exception:
@@ -367,6 +389,7 @@ class TokenStream:
     """
 
     __slots__ = (
+        "__weakref__",
         "_error",
         "_feeds",
         "_is_done",

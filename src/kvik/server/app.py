@@ -9,38 +9,56 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kvik.server import other_routes
-from kvik.server.chat import chat
-from kvik.server.completions import completions
-from kvik.server.errors import ApiError
+from kvik.server.chat import ChatRequest, chat
+from kvik.server.completions import CompletionRequest, completions
+from kvik.server.docs import docs
+from kvik.server.endpoint import Endpoint, plain_path
+from kvik.server.errors import ApiError, own_error
 from kvik.server.gate import Gate
+from kvik.server.health import decode_health, health, ready
+from kvik.server.metrics import metrics
+from kvik.server.openapi import openapi
 from kvik.server.state import ServerState
 
-ROUTES = (
-    Route("/v1/chat/completions", chat, methods=["POST"]),
-    Route("/v1/chat/completions/input_tokens", other_routes.count_chat_tokens, methods=["POST"]),
-    Route("/v1/completions", completions, methods=["POST"]),
-    Route("/v1/embeddings", other_routes.embeddings, methods=["POST"]),
-    Route("/v1/models", other_routes.list_models, methods=["GET"]),
-    Route("/v1/models/{name:path}", other_routes.one_model, methods=["GET"]),
-    Route("/tokenize", other_routes.tokenize, methods=["POST"]),
-    Route("/detokenize", other_routes.detokenize, methods=["POST"]),
-    Route("/tokenizer_info", other_routes.tokenizer_info, methods=["GET"]),
-    Route("/version", other_routes.version, methods=["GET"]),
+ROUTES: tuple[Route, ...] = (
+    Endpoint("/v1/chat/completions", chat, methods=["POST"], body=ChatRequest, streams=True),
+    Endpoint("/v1/chat/completions/input_tokens", other_routes.count_chat_tokens, methods=["POST"], body=ChatRequest),
+    Endpoint("/v1/completions", completions, methods=["POST"], body=CompletionRequest, streams=True),
+    Endpoint("/v1/embeddings", other_routes.embeddings, methods=["POST"], body=other_routes.EmbeddingRequest),
+    Endpoint("/v1/models", other_routes.list_models, methods=["GET"]),
+    Endpoint("/v1/models/{name:path}", other_routes.one_model, methods=["GET"]),
+    Endpoint("/tokenize", other_routes.tokenize, methods=["POST"], body=other_routes.TokenizeRequest),
+    Endpoint("/detokenize", other_routes.detokenize, methods=["POST"], body=other_routes.DetokenizeRequest),
+    Endpoint("/tokenizer_info", other_routes.tokenizer_info, methods=["GET"]),
+    Endpoint("/version", other_routes.version, methods=["GET"]),
+    Endpoint("/health", health, methods=["GET"], statuses=[503]),
+    Endpoint("/health/decode", decode_health, methods=["GET"], statuses=[503]),
+    Endpoint("/ready", ready, methods=["GET"], statuses=[503]),
+    Endpoint("/metrics", metrics, methods=["GET"], answer="text/plain"),
+    Endpoint("/openapi.json", openapi, methods=["GET"]),
+    Endpoint("/docs", docs, methods=["GET"], answer="text/html"),
 )
+"""What is served. An `Endpoint` says what it takes, and stands in `/openapi.json` and `/docs` by itself."""
 
 
 def make_app(state: ServerState) -> Gate:
     """The whole application."""
-    app = Starlette(routes=list(ROUTES), exception_handlers={HTTPException: _not_found, ApiError: _api_error})
+    handlers = {HTTPException: _not_found, ApiError: _api_error, Exception: _own_error}
+    app = Starlette(routes=list(ROUTES), exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.server = state
-    return Gate(app, state.config, state.note_answer)
+    return Gate(app, state, {route.endpoint: plain_path(route.path) for route in ROUTES})
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     body = error.body(is_anthropic=request.scope["path"].startswith("/v1/messages"))
     return Response(body, error.status, error.headers, media_type="application/json")
+
+
+async def _own_error(request: Request, error: Exception) -> Response:
+    """The gate logs it."""
+    return await _api_error(request, own_error())
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

@@ -14,6 +14,7 @@ import msgspec
 from kvik.errors import (
     CacheTooSmall,
     EngineDead,
+    EngineHung,
     InvalidInput,
     KvikError,
     ModelError,
@@ -44,6 +45,7 @@ _CODES: tuple[tuple[type[KvikError], int, str], ...] = (
     (QueueFull, 429, "rate_limit_exceeded"),
     (SlowReader, 500, "slow_reader"),
     (EngineDead, 503, "engine_dead"),
+    (EngineHung, 503, "engine_hung"),
     (NotEnoughMemory, 503, "not_enough_memory"),
     (ToolsNotSupported, 400, "tools_not_supported"),
     (TemplateError, 500, "template_error"),
@@ -113,6 +115,11 @@ def bad_request(message: str, param: str | None = None, *, code: str = "invalid_
     return ApiError(400, message, code=code, param=param)
 
 
+def own_error() -> ApiError:
+    """What a client is told of an error that is no client's business."""
+    return ApiError(500, "the server failed; its log has the reason", code="internal_error")
+
+
 def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiError:
     """What a client is told of an error of kvik's: never a path, an address or a traceback.
 
@@ -123,7 +130,7 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
     if isinstance(error, RequestsFailed):
         return api_error(next(iter(error.errors.values())), fields)
     if not isinstance(error, KvikError):
-        return ApiError(500, "the server failed; its log has the reason", code="internal_error")
+        return own_error()
     text = f"{error.message} (hint: {error.hint})"
     otherwise = (400, "invalid_value") if isinstance(error, InvalidInput) else (500, "internal_error")
     status, code = next(((status, code) for kind, status, code in _CODES if isinstance(error, kind)), otherwise)

@@ -7,21 +7,27 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvik.server.errors import ApiError
-from kvik.server.settings import ServerConfig, is_loopback, parsed_address
+from kvik.server.errors import ApiError, own_error
+from kvik.server.settings import is_loopback, parsed_address
+from kvik.server.state import ServerState
 
 access = logging.getLogger("kvik.access")
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""Served without a key, and compared exactly: a load balancer has none."""
+OPEN_PATHS = frozenset({"/health", "/health/decode", "/ready", "/docs"})
+"""Served without a key, and compared exactly: a load balancer has none, nor has a browser that is shown a link."""
+
+LOCALHOST = "localhost"
+"""Among the origins: any page of this machine, whatever its port."""
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 MAX_REQUEST_ID = 128
 _REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
@@ -34,31 +40,42 @@ class Gate:
     Puts `request_id`, `tenant` (the name of the key, or None) and `received_s` into the scope's state.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, note: Callable[[str, str, int], None]) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState, templates: Mapping[Callable[..., Any], str]) -> None:
         self.app = app
-        self.config = config
-        self._note = note  # told method, path and status of each answer
-        self._keys = [(key.encode(), name) for key, name in config.api_keys.items()]
+        self.state = state
+        self.config = state.config
+        self._templates = templates  # the path of each endpoint's route
+        self._keys = [(key.encode(), name) for key, name in state.config.api_keys.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(self, scope, send)
+        exchange = _Exchange(scope, receive, send)
+        self.state.http.num_open += 1
         try:
             if not await self._is_answered(exchange):
-                body = _LimitedBody(receive, exchange.headers, self.config.max_body_bytes)
+                body = _LimitedBody(exchange.receive, exchange.headers, self.config.max_body_bytes)
                 await self.app(scope, body.receive, exchange.send)
         except ApiError as error:
             await exchange.send_error(error)
         except Exception:
             log.exception("%s: a request failed in a way of its own", exchange.request_id)
-            await exchange.send_error(ApiError(500, "the server failed; its log has the reason", code="internal_error"))
+            await exchange.send_error(own_error())
         finally:
-            self._note(scope["method"], exchange.path, exchange.status)
+            self.state.http.num_open -= 1
+            self._count(exchange)
             if self.config.access_log:
                 exchange.write_log()
+
+    def _count(self, exchange: _Exchange) -> None:
+        """Labels have few values: whatever a client makes up counts as one."""
+        http, method = self.state.http, exchange.scope["method"]
+        route = self._templates.get(exchange.scope.get("endpoint", _nowhere), "(none)")
+        http.responses[method if method in METHODS else "(other)", route, exchange.status] += 1
+        http.num_disconnects += exchange.client_left
+        http.num_retries += exchange.headers.get("x-stainless-retry-count", "0") != "0"
 
     async def _is_answered(self, exchange: _Exchange) -> bool:
         """Check the request; an OPTIONS is answered here."""
@@ -84,6 +101,8 @@ class Gate:
         if method == "OPTIONS":
             await exchange.send_empty(204, {"allow": "GET, HEAD, POST, DELETE, OPTIONS"})
             return True
+        if method not in ("GET", "HEAD"):
+            self.state.check_open()
         return False
 
     def _check_host(self, headers: Headers) -> None:
@@ -99,7 +118,8 @@ class Gate:
             )
 
     def _check_origin(self, origin: str, headers: Headers) -> None:
-        if self._is_cors_origin(origin) or urlsplit(origin).netloc == headers.get("host"):
+        parts = _split(origin)
+        if self._is_cors_origin(origin) or (parts is not None and parts.netloc == headers.get("host")):
             return
         raise ApiError(
             403,
@@ -108,12 +128,10 @@ class Gate:
         )
 
     def _is_cors_origin(self, origin: str) -> bool:
-        if origin in self.config.cors_origins:
-            return True
-        if "localhost" not in self.config.cors_origins:
-            return False
-        parts = urlsplit(origin)
-        return parts.scheme in ("http", "https") and parts.hostname is not None and is_loopback(parts.hostname)
+        if origin == LOCALHOST or origin not in self.config.cors_origins:
+            parts = _split(origin) if LOCALHOST in self.config.cors_origins else None
+            return parts is not None and parts.hostname is not None and is_loopback(parts.hostname)
+        return True
 
     def _tenant(self, headers: Headers) -> str | None:
         """The name of the key; each one is compared, and in a time that does not depend on where they differ."""
@@ -135,18 +153,28 @@ class Gate:
 class _Exchange:
     """One request and what becomes of it."""
 
-    def __init__(self, gate: Gate, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self.headers = Headers(scope=scope)
         self.path: str = scope["path"]
         self.origin: str | None = None  # of the page that asks, where it may read the answer
         self.status = 0
+        self.client_left = False  # before the end of the answer
+        self._is_over = False
+        self._receive = receive
         self._send = send
         self._started_s = time.perf_counter()
         given = self.headers.get("x-request-id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         state: dict[str, Any] = scope.setdefault("state", {})
         state |= {"request_id": self.request_id, "tenant": None, "received_s": self._started_s}
+
+    async def receive(self) -> Message:
+        """Pass a message on, and see whether the client leaves early."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._is_over:
+            self.client_left = True
+        return message
 
     async def send(self, message: Message) -> None:
         """Pass an answer on, with the headers that each one has."""
@@ -161,6 +189,8 @@ class _Exchange:
                 headers["access-control-allow-origin"] = self.origin
                 headers["access-control-expose-headers"] = _EXPOSED
                 headers.add_vary_header("origin")
+        elif not message.get("more_body"):
+            self._is_over = True
         await self._send(message)
 
     async def send_error(self, error: ApiError) -> None:
@@ -186,7 +216,7 @@ class _Exchange:
         access.info(
             "%s %s %d",
             self.scope["method"],
-            self.path[:200],
+            self.path[:200].encode("unicode_escape").decode(),  # it may hold line ends
             self.status,
             extra={
                 "request_id": self.request_id,
@@ -223,6 +253,19 @@ class _LimitedBody:
             code="request_too_large",
             headers={"connection": "close"},
         )
+
+
+def _nowhere() -> None:
+    """The endpoint of requests that came to none."""
+
+
+def _split(origin: str) -> SplitResult | None:
+    """The parts of a page's origin; None where it is not one of the web's."""
+    try:
+        parts = urlsplit(origin)
+        return parts if parts.scheme in ("http", "https") and parts.hostname else None
+    except ValueError:
+        return None
 
 
 def _host_name(host: str) -> str:

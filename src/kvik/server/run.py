@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import signal
+import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 
 import uvicorn
 
 from kvik.errors import InvalidInput
 from kvik.server.app import make_app
+from kvik.server.errors import ApiError
+from kvik.server.health import watch
 from kvik.server.state import ServerState
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,12 @@ SWITCH_INTERVAL_S = 0.0005
 """How long the engine's thread waits for Python's lock behind the event loop, at most; Python's own 5 ms are a step."""
 
 BACKLOG = 2048
+
+LAST_STEP_S = 1.5
+"""How long the server's end waits for the end of a step."""
+
+LAST_WORDS_S = 1.0
+"""How long an answer that was ended has until its client has read the error."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -38,30 +46,50 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, with a first signal that drains and a second that ends."""
+class Server(uvicorn.Server):
+    """uvicorn, with a first signal that drains and a second that ends.
+
+    While it drains it goes on listening: so health checks are answered, and what is new is refused in words.
+    """
 
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
         self._state = state
+        self.loop: asyncio.AbstractEventLoop | None = None  # that it runs on
+        self.was_told = asyncio.Event()  # by a first signal
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Refuse what is new, let the rest end; a second time: at once."""
         if self._state.is_draining:
             log.warning("stopping at once")
-            self.force_exit = True
-            self.should_exit = True
-            return
+            os._exit(128 + sig)  # nothing is torn by it, and no thread can keep it from ending
         self._state.is_draining = True
-        log.info(
-            "draining: up to %g s for what runs; the same signal again ends it at once", self._state.config.drain_s
-        )
-        self.should_exit = True
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self.was_told.set)
 
 
-def serve(state: ServerState, listening: socket.socket, *, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+async def drain(state: ServerState) -> None:
+    """Wait for what runs as long as it may take, then end the rest with an error."""
+    drain_s = state.config.drain_s
+    if state.http.num_open:
+        log.info("draining: %d requests run, for up to %g s; a second signal ends them", state.http.num_open, drain_s)
+    await _until_answered(state, drain_s)
+    if state.http.num_open:
+        log.warning("ending %d requests that still run", state.http.num_open)
+        error = ApiError(503, "the server stops (hint: send it again, to another or later)", code="shutting_down")
+        for served in state.models:
+            served.async_llm.fail_all(error)
+        await _until_answered(state, LAST_WORDS_S)
+
+
+async def _until_answered(state: ServerState, seconds: float) -> None:
+    deadline_s = time.monotonic() + seconds
+    while state.http.num_open and time.monotonic() < deadline_s:
+        await asyncio.sleep(0.02)
+
+
+def new_server(state: ServerState) -> Server:
+    """uvicorn around the application, not yet running."""
     config = uvicorn.Config(
         make_app(state),
         loop="asyncio",
@@ -72,24 +100,46 @@ def serve(state: ServerState, listening: socket.socket, *, on_ready: Callable[[]
         access_log=False,
         server_header=False,
         backlog=BACKLOG,
-        timeout_graceful_shutdown=max(1, int(state.config.drain_s)) if state.config.drain_s else 0,
+        timeout_graceful_shutdown=1,
         h11_max_incomplete_event_size=64 << 10,
         timeout_keep_alive=75,
     )
-    server = _Server(config, state)
+    return Server(config, state)
 
-    async def main() -> None:
-        serving = asyncio.ensure_future(server.serve(sockets=[listening]))
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.005)
-        if server.started:
-            on_ready()
-        try:
-            await serving
-        finally:
-            for served in state.models:
-                await served.async_llm.close()
 
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main())
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+async def run(server: Server, state: ServerState, listening: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Serve until the server is told to exit, or a signal drains it; the engines are left to `stop`."""
+    server.loop = asyncio.get_running_loop()
+    serving = asyncio.ensure_future(server.serve(sockets=[listening]))
+    watching = asyncio.ensure_future(watch(state))
+    told = asyncio.ensure_future(server.was_told.wait())
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    if server.started:
+        on_ready()
+    await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)
+    if told.done():
+        await drain(state)
+        server.should_exit = True
+    await serving
+    watching.cancel()
+    told.cancel()
+
+
+def stop(state: ServerState) -> bool:
+    """End all engines: whether their threads have ended."""
+    have_ended = [served.async_llm.stop(LAST_STEP_S) for served in state.models]
+    return all(have_ended)
+
+
+def serve(state: ServerState, listening: socket.socket, *, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        asyncio.run(run(new_server(state), state, listening, on_ready))
+    finally:
+        have_ended = stop(state)
+    if not have_ended:  # a thread in the middle of a step must not meet an interpreter that ends
+        log.warning("ending in the middle of a step")
+        logging.shutdown()
+        os._exit(0)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from kvik.engine.async_llm import AsyncLLM
 from kvik.engine.llm import LLM
-from kvik.errors import ToolsNotSupported
+from kvik.errors import InvalidInput, ToolsNotSupported
+from kvik.server.engine_log import log_ends
 from kvik.server.errors import ApiError
+from kvik.server.meter import EngineMeter
 from kvik.text.tool_detection import detect_tool_format
 from kvik.text.tool_format import ToolFormat
 
@@ -21,8 +23,10 @@ class ServedModel:
 
     def __init__(self, model_id: str, llm: LLM, aliases: Iterable[str] = ()) -> None:
         self.id = model_id
-        self.aliases = tuple(alias for alias in aliases if alias != model_id)
+        self.aliases = tuple(alias for alias in dict.fromkeys(aliases) if alias != model_id)
         self.llm = llm
+        self.meter = EngineMeter(llm.engine)
+        llm.engine.add_observer(partial(log_ends, model_id))
         self.async_llm = AsyncLLM(llm)
         self.created = int(time.time())
 
@@ -64,10 +68,15 @@ class Models:
 
     def __init__(self, served: Iterable[ServedModel]) -> None:
         self._served = list(served)
-        self._by_name: dict[str, ServedModel] = {}
+        self._by_name = {model.id: model for model in self._served}
+        if len(self._by_name) < len(self._served):
+            raise InvalidInput(
+                f"two models have one name, of {', '.join(model.id for model in self._served)}",
+                hint="name each by ALIAS=MODEL",
+            )
         for model in self._served:
-            for name in (model.id, *model.aliases):
-                self._by_name.setdefault(name, model)
+            for alias in model.aliases:
+                self._by_name.setdefault(alias, model)
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._served)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -16,12 +17,23 @@ from kvik.server.settings import ServerConfig
 
 
 @dataclass(slots=True)
+class HttpCounts:
+    """What came in over HTTP, and what became of it."""
+
+    num_open: int = 0  # requests that are not answered yet
+    num_disconnects: int = 0  # of clients that left before the end of their answer
+    num_retries: int = 0  # requests of clients that say they asked before
+    responses: Counter[tuple[str, str, int]] = field(default_factory=Counter)  # by method, template of the path, status
+
+
+@dataclass(slots=True)
 class ServerState:
     """Made once for each server."""
 
     config: ServerConfig
     models: Models
     is_draining: bool = False
+    http: HttpCounts = field(default_factory=HttpCounts)
     started_s: float = field(default_factory=time.monotonic)
     secret: str = field(default_factory=lambda: secrets.token_hex(16))
 
@@ -29,9 +41,6 @@ class ServerState:
     def of(cls, request: Request) -> ServerState:
         """That of the server which a request came to."""
         return cast(ServerState, request.app.state.server)
-
-    def note_answer(self, method: str, path: str, status: int) -> None:
-        """Count an answer."""
 
     def check_open(self) -> None:
         """Raise `ApiError` 503 where no new work is taken."""

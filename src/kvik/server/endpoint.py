@@ -1,0 +1,48 @@
+"""A route that knows what it takes, so that the description of the API follows from the table of routes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+from starlette.requests import Request
+from starlette.routing import Route
+
+
+def plain_path(path: str) -> str:
+    """The template without Starlette's converters, as OpenAPI and metrics have it."""
+    return re.sub(r"\{(\w+):\w+\}", r"{\1}", path)
+
+
+class Endpoint(Route):
+    """A path, who answers it, and the struct that its body is read into; its summary is the handler's docstring."""
+
+    def __init__(
+        self,
+        path: str,
+        handler: Callable[[Request], Awaitable[Any]],
+        *,
+        methods: Collection[str],
+        body: type | None = None,
+        streams: bool = False,  # where the body asks for it
+        answer: str = "application/json",
+        statuses: Collection[int] = (),  # beside 200 and those that any route may have
+    ) -> None:
+        super().__init__(path, handler, methods=methods)
+        self.body = body
+        self.streams = streams
+        self.answer = answer
+        self.statuses = tuple(statuses)
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return (inspect.getdoc(self.endpoint) or "").partition("\n")[0]
+
+    @property
+    def group(self) -> str:
+        """What the routes beside it have in common: the part of the path that says so."""
+        parts = [part for part in self.path.split("/") if part and part != "v1"]
+        return parts[0] if parts else "page"

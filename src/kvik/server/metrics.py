@@ -1,0 +1,213 @@
+"""`/metrics`: the counters of all engines and of the gate as Prometheus reads them, put together when it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kvik import __version__
+from kvik.server.meter import Histogram
+from kvik.server.served import ServedModel
+from kvik.server.state import ServerState
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+PREFIX = "kvik_"
+
+Value = Callable[[ServedModel], Any]
+
+GAUGES: tuple[tuple[str, str, Value], ...] = (
+    ("num_requests_running", "Completions that have blocks", lambda served: len(_engine(served).scheduler.running)),
+    ("num_requests_waiting", "Requests in the queue", lambda served: len(_engine(served).scheduler.waiting)),
+    ("kv_cache_usage_perc", "Share of the cache's blocks that somebody holds, 1 is all", lambda served: _usage(served)),
+    ("engine_up", "1 while the engine serves requests", lambda served: int(served.is_healthy)),
+    ("engine_step_age_seconds", "How long the present step takes already", lambda served: served.async_llm.silent_s),
+)
+
+COUNTERS: tuple[tuple[str, str, Value], ...] = (
+    (
+        "prefix_cache_queries",
+        "Tokens of prompts that were looked for in the prefix cache",
+        lambda served: _engine(served).cache.stats.num_queried_tokens,
+    ),
+    (
+        "prefix_cache_hits",
+        "Tokens of those that were found",
+        lambda served: _engine(served).cache.stats.num_cached_tokens,
+    ),
+    (
+        "prompt_tokens",
+        "Tokens of prompts that have begun",
+        lambda served: served.meter.num_cached_tokens + served.meter.num_computed_tokens,
+    ),
+    ("prompt_tokens_cached", "Tokens of those that were read back", lambda served: served.meter.num_cached_tokens),
+    ("prompt_tokens_computed", "Tokens of those that were computed", lambda served: served.meter.num_computed_tokens),
+    ("generation_tokens", "Tokens that were chosen", lambda served: served.meter.num_generated_tokens),
+    ("request_aborts", "Completions whose client left or took them back", lambda served: served.meter.num_aborted),
+    (
+        "num_preemptions",
+        "Times that others needed a completion's blocks",
+        lambda served: _scheduler(served).num_preemptions,
+    ),
+    (
+        "cache_evicted_blocks",
+        "Blocks whose content was given up for others",
+        lambda served: _engine(served).cache.stats.num_evicted_blocks,
+    ),
+    (
+        "cache_copied_blocks",
+        "Blocks that were copied before a shared one was written to",
+        lambda served: _engine(served).cache.stats.num_copied_blocks,
+    ),
+    ("spec_decode_num_draft_tokens", "Tokens that were guessed ahead", lambda served: served.meter.num_drafted_tokens),
+    ("spec_decode_num_accepted_tokens", "Guesses that were right", lambda served: served.meter.num_accepted_tokens),
+    ("engine_steps", "Steps of the engine", lambda served: served.meter.num_steps),
+)
+
+BY_LABEL: tuple[tuple[str, str, str, str, Callable[[ServedModel], Mapping[str, float]]], ...] = (
+    (
+        "counter",
+        "request_success",
+        "Completions that ended well",
+        "finished_reason",
+        lambda served: served.meter.finished,
+    ),
+    (
+        "counter",
+        "request_failures",
+        "Completions that failed, by the error",
+        "reason",
+        lambda served: served.meter.failed,
+    ),
+    (
+        "counter",
+        "prefix_cache_misses",
+        "Prompts by why no more of them was found in the prefix cache",
+        "reason",
+        lambda served: served.meter.misses,
+    ),
+    ("counter", "engine_step_seconds", "Time of the parts of all steps", "part", lambda served: served.meter.step_s),
+    ("gauge", "cache_blocks", "Blocks of the cache by who has them", "state", lambda served: _blocks(served)),
+)
+
+HISTOGRAMS: tuple[tuple[str, str, Callable[[ServedModel], Histogram]], ...] = (
+    (
+        "time_to_first_token_seconds",
+        "From a request to its first token",
+        lambda served: served.meter.time_to_first_token,
+    ),
+    ("inter_token_latency_seconds", "From a token to the next one", lambda served: served.meter.inter_token),
+    ("e2e_request_latency_seconds", "From a request to its last token", lambda served: served.meter.end_to_end),
+    ("request_queue_time_seconds", "From a request to its beginning", lambda served: served.meter.queue),
+    ("request_prefill_time_seconds", "From its beginning to its first token", lambda served: served.meter.prefill),
+    ("request_decode_time_seconds", "From the first token to the last one", lambda served: served.meter.decode),
+)
+
+
+def _engine(served: ServedModel) -> Any:
+    return served.llm.engine
+
+
+def _scheduler(served: ServedModel) -> Any:
+    return served.llm.engine.scheduler
+
+
+def _usage(served: ServedModel) -> float:
+    pool = served.llm.engine.cache.pool
+    return pool.num_held / pool.num_blocks
+
+
+def _blocks(served: ServedModel) -> dict[str, int]:
+    pool = served.llm.engine.cache.pool
+    return {"free": pool.num_free, "held": pool.num_held, "reusable": pool.num_reusable}
+
+
+class _Collector:
+    """What `prometheus_client` asks for families; nothing is kept between two scrapes."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        yield from self._of_models()
+        yield from self._of_server()
+
+    def _of_models(self) -> Iterator[Metric]:
+        from prometheus_client.core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+            InfoMetricFamily,
+        )
+
+        models = list(self._state.models)
+        for kind, table in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for name, told, value in table:
+                family = kind(PREFIX + name, told, labels=["model"])
+                for served in models:
+                    family.add_metric([served.id], value(served))
+                yield family
+        for kind_name, name, told, label, values in BY_LABEL:
+            made = CounterMetricFamily if kind_name == "counter" else GaugeMetricFamily
+            family = made(PREFIX + name, told, labels=["model", label])
+            for served in models:
+                for each, count in list(values(served).items()):
+                    family.add_metric([served.id, each], count)
+            yield family
+        for name, told, histogram in HISTOGRAMS:
+            times = HistogramMetricFamily(PREFIX + name, told, labels=["model"])
+            for served in models:
+                found = histogram(served)
+                times.add_metric([served.id], found.buckets(), found.total_s)
+            yield times
+        sizes = InfoMetricFamily(PREFIX + "cache_config", "The cache as it was made", labels=["model"])
+        for served in models:
+            cache, config = served.llm.engine.cache, served.llm.engine.config
+            info = {
+                "block_size": cache.spec.block_size,
+                "num_blocks": cache.pool.num_blocks,
+                "block_bytes": cache.spec.block_bytes,
+                "num_bytes": served.llm.cache.num_bytes,
+                "kv_dtype": cache.spec.dtype,
+                "prefix_cache": str(cache.prefix_cache).lower(),
+                "max_running": config.max_running,
+                "token_budget": config.token_budget,
+            }
+            sizes.add_metric([served.id], {name: str(value) for name, value in info.items()})
+        yield sizes
+
+    def _of_server(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+
+        http = self._state.http
+        responses = CounterMetricFamily(
+            PREFIX + "http_responses", "Answers by route and status", labels=["method", "route", "status"]
+        )
+        for (method, route, status), count in sorted(http.responses.items()):
+            responses.add_metric([method, route, str(status)], count)
+        yield responses
+        for name, told, value in (
+            ("http_disconnects", "Clients that left before the end of their answer", http.num_disconnects),
+            ("http_retries", "Requests of clients that say they asked before", http.num_retries),
+        ):
+            yield CounterMetricFamily(PREFIX + name, told, value=value)
+        yield GaugeMetricFamily(
+            PREFIX + "draining", "1 while the server is about to stop", int(self._state.is_draining)
+        )
+        yield InfoMetricFamily(PREFIX + "build", "What this is", value={"version": __version__})
+
+
+async def metrics(request: Request) -> Response:
+    """Counters and times of all models, as Prometheus reads them."""
+    from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+    from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(ServerState.of(request)))
+    ProcessCollector(registry=registry)
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
