@@ -59,9 +59,8 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(state: ServerState, listening: socket.socket, *, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+def new_server(state: ServerState) -> uvicorn.Server:
+    """uvicorn around the application, not yet running."""
     config = uvicorn.Config(
         make_app(state),
         loop="asyncio",
@@ -76,20 +75,28 @@ def serve(state: ServerState, listening: socket.socket, *, on_ready: Callable[[]
         h11_max_incomplete_event_size=64 << 10,
         timeout_keep_alive=75,
     )
-    server = _Server(config, state)
+    return _Server(config, state)
 
-    async def main() -> None:
-        serving = asyncio.ensure_future(server.serve(sockets=[listening]))
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.005)
-        if server.started:
-            on_ready()
-        try:
-            await serving
-        finally:
-            for served in state.models:
-                await served.async_llm.close()
 
+async def run(
+    server: uvicorn.Server, state: ServerState, listening: socket.socket, on_ready: Callable[[], None]
+) -> None:
+    """Serve until the server is told to exit; then end the engines."""
+    serving = asyncio.ensure_future(server.serve(sockets=[listening]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    if server.started:
+        on_ready()
+    try:
+        await serving
+    finally:
+        for served in state.models:
+            await served.async_llm.close()
+
+
+def serve(state: ServerState, listening: socket.socket, *, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main())
+        asyncio.run(run(new_server(state), state, listening, on_ready))
     signal.signal(signal.SIGINT, signal.default_int_handler)
