@@ -5,6 +5,7 @@ The shapes are those of the OpenAI API (`error` with message, type, param and co
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,8 @@ from kvik.errors import (
     TemplateError,
     ToolsNotSupported,
 )
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 _FINAL = frozenset({"template_error"})
@@ -137,6 +140,7 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
     if isinstance(error, RequestsFailed):
         return api_error(next(iter(error.errors.values())), fields)
     if not isinstance(error, KvikError):
+        log.error("a request failed in a way of its own", exc_info=error)
         return ApiError(500, "the server failed; its log has the reason", code="internal_error")
     text = f"{error.message} (hint: {error.hint})"
     otherwise = (400, "invalid_value") if isinstance(error, InvalidInput) else (500, "internal_error")
