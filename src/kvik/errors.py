@@ -62,6 +62,11 @@ class InvalidInput(KvikError, ValueError):
 class PromptTooLong(InvalidInput):
     """The prompt has more tokens than the context; kvik never truncates it."""
 
+    def __init__(self, message: str, *, hint: str, num_tokens: int, context: int) -> None:
+        super().__init__(message, hint=hint)
+        self.num_tokens = num_tokens
+        self.context = context
+
 
 class ToolsNotSupported(InvalidInput):
     """The model's chat template takes no tools, or writes calls in a way that kvik cannot read."""

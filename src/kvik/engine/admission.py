@@ -113,6 +113,8 @@ class Admission:
             raise PromptTooLong(
                 f"the prompt has {len(prompt_ids):,} tokens, the context holds {self.model.context:,}{with_answer}",
                 hint=self._context_hint(),
+                num_tokens=len(prompt_ids),
+                context=self.model.context,
             )
 
     def _context_hint(self) -> str:

@@ -328,6 +328,7 @@ def chat_completion(running: Running, body: ChatRequest) -> dict[str, Any]:
                 "logprobs": chat_logprobs(running, entries) if body.logprobs else None,
                 "finish_reason": finish_reason(branch, len(calls)),
                 "stop_reason": stop_reason(branch),
+                **({"token_ids": branch.completion_ids} if body.return_token_ids else {}),
             }
         )
     return {
@@ -339,6 +340,7 @@ def chat_completion(running: Running, body: ChatRequest) -> dict[str, Any]:
         "choices": choices,
         "usage": running.usage().openai(),
         "timings": running.timings(),
+        **({"prompt_token_ids": running.generation.prompts[0]} if body.return_token_ids else {}),
         **running.extras(),
     }
 
@@ -352,16 +354,30 @@ class ChatWriter(OpenAIWriter):
     """Chunks of a chat completion."""
 
     def __init__(self, running: Running, body: ChatRequest) -> None:
-        super().__init__(running, body.stream_options, prefix="chatcmpl-", kind="chat.completion.chunk")
+        super().__init__(
+            running,
+            body.stream_options,
+            prefix="chatcmpl-",
+            kind="chat.completion.chunk",
+            with_token_ids=body.return_token_ids,
+        )
         self._num_calls = [0] * len(running.branches)
 
-    def _delta(self, index: int, delta: bytes, logprobs: bytes = b"null") -> bytes:
-        return self.chunk(b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null}' % (index, delta, logprobs))
+    def _delta(self, index: int, delta: bytes, logprobs: bytes = b"null", others: bytes = b"") -> bytes:
+        ids = self.encoded_token_ids(index)
+        choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null%b}' % (index, delta, logprobs, ids)
+        return self.chunk(choice, others)
 
     def begin(self) -> bytes:
-        """The role of each choice, in their order."""
+        """The role of each choice, in their order; with token ids, the first chunk has the prompt's."""
         delta = b'{"role":"assistant","content":""}'
-        return b"".join(self._delta(index, delta) for index in range(len(self.running.branches)))
+        prompt = b""
+        if self._token_ids is not None:
+            prompt = b',"prompt_token_ids":' + encode(self.running.generation.prompts[0])
+        return b"".join(
+            self._delta(index, delta, others=prompt if index == 0 else b"")
+            for index in range(len(self.running.branches))
+        )
 
     def text(self, index: int, text: str, logprobs: TokenLogprobs | None) -> bytes:
         """More of the answer."""

@@ -144,6 +144,8 @@ def completion(running: Running, body: CompletionRequest) -> dict[str, Any]:
             "finish_reason": branch.finish_reason,
             "stop_reason": stop_reason(branch),
         }
+        if body.return_token_ids:
+            choice |= {"token_ids": branch.completion_ids, "prompt_token_ids": branch.request.prompt_ids}
         if body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = _prompt_logprobs(running, branch, body.prompt_logprobs)
         choices.append(choice)
@@ -225,7 +227,14 @@ class CompletionWriter(OpenAIWriter):
     shows_ends = True
 
     def __init__(self, running: Running, body: CompletionRequest) -> None:
-        super().__init__(running, body.stream_options, prefix="cmpl-", kind="text_completion")
+        super().__init__(
+            running,
+            body.stream_options,
+            prefix="cmpl-",
+            kind="text_completion",
+            with_token_ids=body.return_token_ids,
+        )
+        self._begun = set[int]()  # choices that have told their prompts' token ids
         self._logprobs = (
             None if body.logprobs is None else [_Logprobs(running, body, branch) for branch in running.branches]
         )
@@ -234,10 +243,21 @@ class CompletionWriter(OpenAIWriter):
         """Nothing."""
         return b""
 
+    def new_token_ids(self, index: int) -> dict[str, Sequence[int]]:
+        """With a choice's first ones, those of its prompt."""
+        found = super().new_token_ids(index)
+        if found and index not in self._begun:
+            self._begun.add(index)
+            found["prompt_token_ids"] = self.running.branches[index].request.prompt_ids
+        return found
+
     def text(self, index: int, text: str, logprobs: TokenLogprobs | None) -> bytes:
         """More text."""
         told = b"null" if self._logprobs is None else encode(self._logprobs[index].take())
-        return self.chunk(b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null}' % (index, encode(text), told))
+        ids = self.encoded_token_ids(index)
+        return self.chunk(
+            b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null%b}' % (index, encode(text), told, ids)
+        )
 
     def finished_choice(self, index: int) -> dict[str, Any]:
         """No text, and why it ended."""

@@ -5,6 +5,7 @@ The shapes are those of the OpenAI API (`error` with message, type, param and co
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +29,11 @@ from kvik.errors import (
     ToolsNotSupported,
 )
 
+log = logging.getLogger(__name__)
+
 RETRY_AFTER_S = 1
+_FINAL = frozenset({"template_error"})
+"""Failures of the server's that the same request meets again: OpenAI's clients are told not to repeat it."""
 
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -51,6 +56,16 @@ _CODES: tuple[tuple[type[KvikError], int, str], ...] = (
     (TemplateError, 500, "template_error"),
     (ModelNotFound, 404, "model_not_found"),
     (ModelError, 400, "unsupported_by_model"),
+)
+
+# What messages call fields, and the fields that they may be.
+_SUBJECTS = (
+    ("stop string", ("stop",)),
+    ("the salt", ("cache_salt",)),
+    ("template_vars", ("chat_template_kwargs",)),
+    ("tools", ("tools",)),
+    ("messages", ("messages",)),
+    ("prompt", ("prompt", "input", "messages")),
 )
 
 
@@ -76,6 +91,8 @@ class ApiError(Exception):
         self.details = dict(details or {})  # further keys of the error's object
         if status in (429, 503):
             self.headers.setdefault("retry-after", str(RETRY_AFTER_S))
+        if code in _FINAL:
+            self.headers.setdefault("x-should-retry", "false")
 
     @property
     def type(self) -> str:
@@ -130,6 +147,7 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
     if isinstance(error, RequestsFailed):
         return api_error(next(iter(error.errors.values())), fields)
     if not isinstance(error, KvikError):
+        log.error("a request failed in a way of its own", exc_info=error)
         return own_error()
     text = f"{error.message} (hint: {error.hint})"
     otherwise = (400, "invalid_value") if isinstance(error, InvalidInput) else (500, "internal_error")
@@ -143,12 +161,20 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
         text = "the engine has ended, and this model serves no more requests (hint: the server must be started again)"
     elif status == 500 and not isinstance(error, TemplateError | SlowReader):
         text = f"{error.message.split(':')[0]} (hint: {error.hint})"  # what follows is Python's own
-    return ApiError(status, text, code=code, param=_param(error.message, fields))
+    details: dict[str, Any] = {}
+    if isinstance(error, PromptTooLong):
+        # In the words of OpenAI's API, which programs look for, and with llama.cpp's fields.
+        text = f"maximum context length is {error.context} tokens; you sent {error.num_tokens}: {text}"
+        details = {"n_prompt_tokens": error.num_tokens, "n_ctx": error.context}
+    return ApiError(status, text, code=code, param=_param(error.message, fields), details=details)
 
 
 def _param(message: str, fields: frozenset[str]) -> str | None:
+    """The field that a message is about: it begins with its name, or with words that stand for it."""
     match = re.match(r"[a-z_]+(\[\d+\])?", message)
-    if match is None:
-        return "messages" if "messages" in fields and "prompt" in message else None
-    name = match[0]
-    return name if name.split("[")[0] in fields else None
+    if match is not None and match[0].split("[")[0] in fields:
+        return match[0]
+    for words, names in _SUBJECTS:
+        if words in message:
+            return next((name for name in names if name in fields), None)
+    return None

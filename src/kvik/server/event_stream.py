@@ -12,7 +12,6 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from kvik.engine.output import Piece, Progress, TokenLogprobs
-from kvik.errors import KvikError
 from kvik.server.errors import ApiError, api_error
 from kvik.server.generation import Running
 from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolEvent
@@ -179,7 +178,7 @@ class EventStream:
                 await write(data)
                 if is_over:
                     break
-        except (KvikError, ApiError) as error:
+        except Exception as error:
             told = api_error(error, self._running.generation.fields)
             if not has_begun:
                 raise told from error

@@ -114,6 +114,7 @@ class SamplingFields(Body, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = None
+    return_token_ids: bool | None = None  # vLLM's
     timings_per_token: bool | None = None
     # Accepted.
     user: str | None = None
@@ -178,8 +179,8 @@ def decode(kind: type[T], body: bytes) -> T:
 def _validation_error(message: str) -> ApiError:
     """msgspec's message, and the field that it names."""
     said, _, path = message.partition(" - at `$")
-    param = path.rstrip("`").lstrip(".")
-    code = "invalid_type" if said.startswith("Expected") else "invalid_value"
+    param = path.rstrip("`").lstrip(".").replace("[...]", "")
+    code = "invalid_type" if ", got " in said else "invalid_value"
     named = re.search(r"field `([^`]*)`", said)
     if named is not None:
         param = f"{param}.{named[1]}" if param else named[1]

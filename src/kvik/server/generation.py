@@ -183,28 +183,11 @@ def check_work(state: ServerState, num_prompts: int, n: int, max_tokens: int) ->
         )
 
 
-def check_length(served: ServedModel, num_tokens: int, fields: frozenset[str]) -> None:
-    """Raise `ApiError` for a prompt that leaves no room for an answer, with both numbers."""
-    context = served.llm.model.context
-    if num_tokens < context:
-        return
-    raise ApiError(
-        400,
-        f"this model's maximum context length is {context:,} tokens; you sent {num_tokens:,} (hint: shorten the prompt;"
-        " nothing is cut off)",
-        code="context_length_exceeded",
-        param=next((name for name in ("messages", "prompt", "input") if name in fields), None),
-        details={"n_prompt_tokens": num_tokens, "n_ctx": context},
-    )
-
-
 async def start(generation: Generation, *, wants_pieces: bool) -> Running:
     """Check everything that can be refused, and queue it."""
     engine = generation.served.llm.engine
 
     def make() -> list[Written]:
-        for prompt_ids in generation.prompts:
-            check_length(generation.served, len(prompt_ids), generation.fields)
         options = {**generation.options, "request_id": generation.request_id}
         requests = [
             engine.new_request(prompt_ids, generation.params, **options)  # type: ignore[arg-type]

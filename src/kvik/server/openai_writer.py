@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from kvik.engine.output import Piece, Progress
@@ -17,8 +18,18 @@ DONE = b"data: [DONE]\n\n"
 class OpenAIWriter(EventWriter):
     """Chunks with `choices`; the parts that do not change are encoded once."""
 
-    def __init__(self, running: Running, options: StreamOptions | None, *, prefix: str, kind: str) -> None:
+    def __init__(
+        self,
+        running: Running,
+        options: StreamOptions | None,
+        *,
+        prefix: str,
+        kind: str,
+        with_token_ids: bool | None,
+    ) -> None:
         super().__init__(running)
+        # Of each choice, those that no chunk has told yet.
+        self._token_ids: list[list[int]] | None = [[] for _ in running.branches] if with_token_ids else None
         self._is_continuous = options is not None and options.continuous_usage_stats
         self._ends_with_usage = options is not None and options.include_usage
         self._num_unfinished = len(running.branches)
@@ -37,6 +48,28 @@ class OpenAIWriter(EventWriter):
         """One event with one choice, or none, and further fields."""
         return self._before + choice + b"]" + others + self._tail()
 
+    def pieces(self, pieces: Sequence[Piece]) -> bytes:
+        """The events of one step's pieces; with token ids, each choice's next chunk has those that came up to it."""
+        if self._token_ids is None:
+            return super().pieces(pieces)
+        parts = []
+        for piece in pieces:
+            self._token_ids[piece.index].append(piece.token_id)
+            parts.append(super().pieces([piece]))
+        return b"".join(parts)
+
+    def new_token_ids(self, index: int) -> dict[str, Sequence[int]]:
+        """The field with the token ids that a choice has not told yet, where they are asked for."""
+        if self._token_ids is None:
+            return {}
+        found, self._token_ids[index] = self._token_ids[index], []
+        return {"token_ids": found}
+
+    def encoded_token_ids(self, index: int) -> bytes:
+        """The same, to follow other fields in JSON."""
+        fields = self.new_token_ids(index)
+        return b"," + encode(fields)[1:-1] if fields else b""
+
     def progress(self, progress: Progress) -> bytes:
         """llama.cpp's `prompt_progress`."""
         report = {
@@ -53,7 +86,7 @@ class OpenAIWriter(EventWriter):
 
     def finish(self, index: int, piece: Piece) -> bytes:
         """A choice's last chunk; the last one of all also has what `end` tells, unless a chunk with usage follows."""
-        chunk: dict[str, Any] = self._head | {"choices": [self.finished_choice(index)]}
+        chunk: dict[str, Any] = self._head | {"choices": [self.finished_choice(index) | self.new_token_ids(index)]}
         if self._is_continuous or self._ends_with_usage:
             chunk["usage"] = self.running.usage().openai() if self._is_continuous else None
         self._num_unfinished -= 1

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
 from kvik.engine.request import HeldOptions
+from kvik.errors import InvalidGrammar
 from kvik.server.errors import bad_request
 from kvik.server.fields import Body, JsonObject, SamplingFields
 from kvik.server.served import ServedModel
@@ -89,10 +91,16 @@ class Tools:
 
 def constraint_of(served: ServedModel, fields: SamplingFields, tools: Tools | None) -> Constraint | None:
     """The grammar that the answer follows, compiled; it takes its time. Raises `ApiError`, `InvalidInput`."""
-    grammar = structured_grammar(fields)
+    wanted = structured_format(fields)
     if tools is None or tools.choice == "none":
-        return None if grammar is None else served.llm.compile_grammar(grammar)
-    if grammar is not None:
+        if wanted is None:
+            return None
+        name, new_grammar = wanted
+        try:
+            return served.llm.compile_grammar(new_grammar())
+        except InvalidGrammar as error:
+            raise bad_request(f"{error.message} (hint: {error.hint})", name, code=error.code) from error
+    if wanted is not None:
         raise bad_request(
             "an answer that may call tools cannot follow a format too (hint: set tool_choice to none)",
             "response_format",
@@ -113,16 +121,16 @@ def new_call_id(length: int) -> str:
     return "".join(secrets.choice(ID_LETTERS) for _ in range(length))
 
 
-def structured_grammar(fields: SamplingFields) -> Grammar | None:
-    """The one format that the fields ask for. Raises `ApiError`, `InvalidInput`."""
-    found: dict[str, Grammar] = {}
+def structured_format(fields: SamplingFields) -> tuple[str, Callable[[], Grammar]] | None:
+    """The one format that the fields ask for, by the name of the field. Raises `ApiError`."""
+    found: dict[str, Callable[[], Grammar]] = {}
     if (wanted := fields.response_format) is not None:
         if wanted.type == "json_object":
-            found["response_format"] = Grammar.json_object()
+            found["response_format"] = Grammar.json_object
         elif wanted.type == "json_schema":
             if wanted.json_schema is None or wanted.json_schema.schema is None:
                 raise bad_request("response_format has no json_schema.schema", "response_format.json_schema")
-            found["response_format"] = Grammar.json_schema(wanted.json_schema.schema)
+            found["response_format"] = partial(Grammar.json_schema, wanted.json_schema.schema)
     given = fields.structured_outputs
     if given is None:
         prefix, schema, regex = "guided_", fields.guided_json, fields.guided_regex
@@ -131,18 +139,18 @@ def structured_grammar(fields: SamplingFields) -> Grammar | None:
         prefix, schema, regex = "structured_outputs.", given.json, given.regex
         choice, lark = given.choice, given.grammar
         if given.json_object:
-            found["structured_outputs.json_object"] = Grammar.json_object()
+            found["structured_outputs.json_object"] = Grammar.json_object
     if schema is not None:
-        found[prefix + "json"] = Grammar.json_schema(_schema(schema, prefix + "json"))
+        found[prefix + "json"] = partial(Grammar.json_schema, _schema(schema, prefix + "json"))
     if regex is not None:
-        found[prefix + "regex"] = Grammar.regex(regex)
+        found[prefix + "regex"] = partial(Grammar.regex, regex)
     if choice is not None:
-        found[prefix + "choice"] = Grammar.choice(choice)
+        found[prefix + "choice"] = partial(Grammar.choice, choice)
     if lark is not None:
-        found[prefix + "grammar"] = Grammar.lark(lark)
+        found[prefix + "grammar"] = partial(Grammar.lark, lark)
     if len(found) > 1:
         raise bad_request(f"{' and '.join(found)} contradict each other (hint: send one)", next(iter(found)))
-    return next(iter(found.values()), None)
+    return next(iter(found.items()), None)
 
 
 def _schema(value: JsonObject | bool | str, name: str) -> JsonObject | bool:

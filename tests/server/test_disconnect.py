@@ -1,0 +1,188 @@
+"""Who leaves, in whatever phase, is aborted within a step or two: nothing runs on, and no block stays held."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from kvik.engine import async_llm
+from kvik.engine.async_llm import TokenStream
+from kvik.engine.llm import LLM
+from server_process import Server, wait_until, with_engine
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 1, "seed": 1}
+LONG = {"prompt": [5 + at % 290 for at in range(7000)], "max_tokens": 1000, **ENDLESS}
+DECODES = {"prompt": [5, 6, 7], "max_tokens": 8000, **ENDLESS}
+
+
+@pytest.fixture(scope="module")
+def one(tiny_llm: LLM) -> Iterator[Server]:
+    """A server that runs one sequence at a time, in small steps, and lets two wait."""
+    with Server({"tiny": with_engine(tiny_llm, max_running=1, max_waiting=2, token_budget=16)}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def many(tiny_llm: LLM) -> Iterator[Server]:
+    """A server that runs several."""
+    with Server({"tiny": with_engine(tiny_llm, token_budget=16)}) as server:
+        yield server
+
+
+@contextmanager
+def asked(server: Server, body: dict[str, Any], path: str = TEXT) -> Iterator[socket.socket]:
+    """A request whose answer nobody reads; leaving closes the connection, and the engine must notice."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(f"{head}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        yield connection
+
+
+def assert_left(server: Server, stream: TokenStream) -> None:
+    """It was aborted, long before its end, and the server is as if it had never come."""
+    server.assert_idle()
+    assert {branch.finish_reason for branch in stream.branches} == {"abort"}
+    assert all(branch.num_computed_tokens < branch.request.max_total_tokens - 1 for branch in stream.branches)
+    assert server.client.ok(TEXT, {"prompt": [3], "max_tokens": 1})["choices"]
+    server.wait_for_stream()
+    server.assert_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_in_the_queue(one: Server, stream: bool) -> None:
+    with asked(one, DECODES) as _:
+        running = one.wait_for_stream()
+        with asked(one, DECODES | {"stream": stream}) as _:
+            waiting = one.wait_for_stream()
+            wait_until(lambda: bool(running.branches[0].num_completion_tokens))
+            assert not waiting.branches[0].num_computed_tokens
+        wait_until(lambda: waiting.branches[0].finish_reason is not None)
+        assert waiting.branches[0].num_completion_tokens == 0
+        assert running.branches[0].finish_reason is None
+    assert_left(one, running)
+
+
+@pytest.mark.parametrize("others", [{}, {"n": 3}, {"prompt": [LONG["prompt"], LONG["prompt"][1:]]}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_in_prefill(many: Server, stream: bool, others: dict[str, Any]) -> None:
+    with asked(many, LONG | {"cache_prompt": False, "stream": stream} | others) as _:
+        left = many.wait_for_stream()
+        wait_until(lambda: left.sequences[0].num_computed_tokens > 0)
+    many.assert_idle()
+    assert all(sequence.num_computed_tokens < 7000 for sequence in left.sequences)
+    assert_left(many, left)
+
+
+@pytest.mark.parametrize("others", [{}, {"n": 3}, {"logprobs": 2, "echo": True}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_in_decode(many: Server, stream: bool, others: dict[str, Any]) -> None:
+    with asked(many, DECODES | {"stream": stream} | others) as _:
+        left = many.wait_for_stream()
+        wait_until(lambda: all(branch.num_completion_tokens > 2 for branch in left.branches))
+    assert_left(many, left)
+
+
+def test_between_two_events_of_a_chat(many: Server) -> None:
+    """A client that has read some of it, as one that shows text until somebody says stop."""
+    body = {"messages": [{"role": "user", "content": "Go on"}], "max_tokens": 8000, **ENDLESS}
+    with many.client.streaming(CHAT, body) as events:
+        assert [json.loads(next(events))["object"] for _ in range(3)] == ["chat.completion.chunk"] * 3
+        left = many.wait_for_stream()
+    assert_left(many, left)
+
+
+def test_an_embedding(many: Server) -> None:
+    with asked(many, {"input": [LONG["prompt"], LONG["prompt"][1:]], "pooling": "mean"}, "/v1/embeddings") as _:
+        left = many.wait_for_stream()
+        many.wait_for_stream()
+        wait_until(lambda: left.sequences[0].num_computed_tokens > 0)
+    assert_left(many, left)
+
+
+def test_a_slow_reader_is_given_up(many: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 26: what waits for it is bounded; then its request ends, and others never notice."""
+    monkeypatch.setattr(async_llm, "MAX_PIECES", 64)
+    body = DECODES | {"n": 8, "logprobs": 5, "max_tokens": 4000, "stream": True}
+    with asked(many, body) as connection:
+        slow = many.wait_for_stream()
+        wait_until(lambda: slow.branches[0].finish_reason is not None)
+        assert {branch.finish_reason for branch in slow.branches} == {"abort"}
+        assert many.client.ok(TEXT, {"prompt": [3], "max_tokens": 4, "ignore_eos": True})["choices"]
+        assert b'"code":"slow_reader"' in read_all(connection)
+    many.assert_idle()
+
+
+def test_many_that_time_out(one: Server) -> None:
+    """As impatient clients do: all leave, and then one is answered."""
+    for _ in range(20):
+        with asked(one, DECODES | {"stream": True}) as _:
+            pass
+    wait_until(lambda: one.client.post(TEXT, {"prompt": [3], "max_tokens": 1}).status == 200)
+    one.assert_idle()
+    assert all(branch.finish_reason is not None for stream in one.streams for branch in stream.branches)
+
+
+def test_half_a_request(many: Server) -> None:
+    """A client that leaves within its own body."""
+    with socket.create_connection(("127.0.0.1", many.port)) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b'Content-Length: 100\r\n\r\n{"prompt": '
+        )
+    assert many.client.ok(TEXT, {"prompt": [3], "max_tokens": 1})["choices"]
+    many.assert_idle()
+
+
+def test_the_queue_is_full(one: Server) -> None:
+    """Row 24: 429, told when to come again; with many prompts, all or none."""
+    with asked(one, DECODES) as _:
+        running = one.wait_for_stream()
+        wait_until(lambda: bool(running.branches[0].num_completion_tokens))
+        for stream in (False, True):
+            answer = one.client.post(TEXT, {"prompt": ["a", "b", "c"], "max_tokens": 1, "stream": stream})
+            assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
+            assert answer.error["type"] == "rate_limit_error"
+            assert 1 <= int(answer.headers["retry-after"]) <= 120
+        assert len(one.engine.scheduler.waiting) == 0
+    one.assert_idle()
+
+
+def test_one_of_a_batch_fails(many: Server) -> None:
+    """Row 30: it alone gets an error, streamed or not; the others' tokens are what they would be without it."""
+
+    def ask(body: dict[str, Any]) -> Any:
+        return many.client.ok(TEXT, body | {"max_tokens": 200, "return_token_ids": True, **ENDLESS})
+
+    alone = ask({"prompt": [9, 10, 11]})["choices"][0]["token_ids"]
+    many.streams  # noqa: B018  # forget that one
+    with asked(many, DECODES | {"stream": True}) as streamed, asked(many, DECODES | {"seed": 2}) as whole:
+        failing = [many.wait_for_stream().branches[0] for _ in range(2)]
+        wait_until(lambda: all(branch.num_completion_tokens > 2 for branch in failing))
+        for branch in failing:
+            branch.text.add = _fail  # type: ignore[method-assign]
+        assert ask({"prompt": [9, 10, 11]})["choices"][0]["token_ids"] == alone
+        events, answer = read_all(streamed), read_all(whole)
+    assert events.count(b'"finish_reason":"') == 0
+    assert events.index(b'data: {"error":{"message":') < events.index(b"data: [DONE]")
+    assert answer.startswith(b"HTTP/1.1 500 ")
+    assert b"boom" not in events + answer
+    many.assert_idle()
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise ValueError("boom")
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What is sent until the server closes."""
+    connection.settimeout(60)
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
