@@ -199,6 +199,22 @@ def test_prompt_lists_all_tools_whichever_are_allowed(client: openai.OpenAI) -> 
     assert count(client, **ONE_CALL, tool_choice=allowed) == count(client, **ONE_CALL)
 
 
+def test_allowed_tools_of_a_chat(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} for tool in TOOLS]
+    names: Any = [{"type": "function", "function": {"name": "clock"}}]
+    answer = client.chat.completions.create(
+        model="tools",
+        messages=[{"role": "user", "content": "?"}],
+        tools=tools,
+        tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": names}},
+        parallel_tool_calls=False,
+        temperature=0,
+        max_tokens=100,
+    )
+    calls = answer.choices[0].message.tool_calls or []
+    assert [call.type == "function" and call.function.name for call in calls] == ["clock"]
+
+
 def test_history(client: openai.OpenAI) -> None:
     """What was answered goes back as it came, with or without ids, and begins the next prompt."""
     first = ask(client, **ONE_CALL, tool_choice="required", max_output_tokens=200)
@@ -283,6 +299,7 @@ def test_progress(client: openai.OpenAI) -> None:
         ({"background": True}, "background", "unsupported_parameter"),
         ({"truncation": "auto"}, "truncation", "invalid_value"),
         ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"prewarm": True, "cache_prompt": False}, "prewarm", "invalid_value"),
         ({"input": [{"role": "user", "content": "a", "x": 1}]}, "input[0].x", "unknown_field"),
         ({"input": [{"role": "user", "content": "a"}, {"type": "item_reference"}]}, "input[1].type", "invalid_value"),
         (

@@ -13,6 +13,7 @@ from kvik.server.chat import chat
 from kvik.server.completions import completions
 from kvik.server.errors import ApiError
 from kvik.server.gate import Gate
+from kvik.server.messages import count_message_tokens, messages
 from kvik.server.responses import count_response_tokens, responses
 from kvik.server.state import ServerState
 
@@ -21,6 +22,8 @@ ROUTES = (
     Route("/v1/chat/completions/input_tokens", other_routes.count_chat_tokens, methods=["POST"]),
     Route("/v1/responses", responses, methods=["POST"]),
     Route("/v1/responses/input_tokens", count_response_tokens, methods=["POST"]),
+    Route("/v1/messages", messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", count_message_tokens, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/embeddings", other_routes.embeddings, methods=["POST"]),
     Route("/v1/models", other_routes.list_models, methods=["GET"]),

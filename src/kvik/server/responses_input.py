@@ -258,6 +258,8 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
             )
         if self.top_logprobs and not self.wants_logprobs:
             raise bad_request(f'top_logprobs needs include: ["{LOGPROBS}"]', "top_logprobs")
+        if self.prewarm and self.cache_prompt is False:
+            raise bad_request("prewarm and cache_prompt: false contradict each other", "prewarm")
         for name in ("stream_options", "return_progress"):
             if getattr(self, name) and not self.stream:
                 raise bad_request(f"{name} needs stream: true", name)
