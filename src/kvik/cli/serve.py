@@ -55,6 +55,15 @@ def serve(
     max_body: Annotated[str, value(LIMITS, "SIZE", "Largest body of a request.", show_default=True)] = "16MiB",
     max_running: Annotated[int, value(LIMITS, "N", "Sequences that run at once.", show_default=True)] = 64,
     max_waiting: Annotated[int, value(LIMITS, "N", "Requests that wait; more get 429.", show_default=True)] = 1024,
+    drop_billing_line: Annotated[
+        bool,
+        typer.Option(
+            "--drop-billing-line",
+            help="Leave out of Claude Code's requests the first line, which is another each time and keeps them from"
+            " the cache.",
+            rich_help_panel=SERVER,
+        ),
+    ] = False,
     kv_memory: Annotated[
         str, value(ENGINE, "SIZE", "For keys and values of all models, in equal shares.", show_default=True)
     ] = "auto",
@@ -102,6 +111,7 @@ def serve(
         max_body_bytes=parse_bytes("--max-body", max_body),
         drain_s=drain,
         log_format=log_format,
+        drop_billing_line=drop_billing_line,
     )
     set_up_logs(log_format)
     listening = bind(config.host, config.port)  # before the models are loaded: a port that is taken is known at once

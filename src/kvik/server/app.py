@@ -16,14 +16,22 @@ from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import ApiError, own_error
 from kvik.server.gate import Gate
 from kvik.server.health import decode_health, health, ready
+from kvik.server.messages import count_message_tokens, messages
+from kvik.server.messages_input import CountRequest, MessagesRequest
 from kvik.server.metrics import metrics
 from kvik.server.openapi import openapi
+from kvik.server.responses import count_response_tokens, responses
+from kvik.server.responses_input import ResponsesRequest
 from kvik.server.state import ServerState
 
 ROUTES: tuple[Route, ...] = (
     Endpoint("/v1/chat/completions", chat, methods=["POST"], body=ChatRequest, streams=True),
     Endpoint("/v1/chat/completions/input_tokens", other_routes.count_chat_tokens, methods=["POST"], body=ChatRequest),
     Endpoint("/v1/completions", completions, methods=["POST"], body=CompletionRequest, streams=True),
+    Endpoint("/v1/responses", responses, methods=["POST"], body=ResponsesRequest, streams=True),
+    Endpoint("/v1/responses/input_tokens", count_response_tokens, methods=["POST"], body=ResponsesRequest),
+    Endpoint("/v1/messages", messages, methods=["POST"], body=MessagesRequest, streams=True),
+    Endpoint("/v1/messages/count_tokens", count_message_tokens, methods=["POST"], body=CountRequest),
     Endpoint("/v1/embeddings", other_routes.embeddings, methods=["POST"], body=other_routes.EmbeddingRequest),
     Endpoint("/v1/models", other_routes.list_models, methods=["GET"]),
     Endpoint("/v1/models/{name:path}", other_routes.one_model, methods=["GET"]),

@@ -158,7 +158,7 @@ class EventStream:
             while True:
                 reading = reading or asyncio.ensure_future(stream.read())
                 await asyncio.wait((reading,), timeout=self._ping_s)
-                data = b""
+                data = b"" if has_begun else writer.begin()
                 if reading.done():
                     pieces, reading = reading.result(), None
                     for progress in stream.progress:
@@ -167,14 +167,13 @@ class EventStream:
                     data += writer.pieces(pieces)
                     is_over = not pieces and stream.is_done
                 else:
-                    data, is_over = writer.ping, False
+                    data, is_over = data + writer.ping, False
                 if is_over:
                     self._running.completions()  # raises what went wrong
                     data += writer.end()
                 if not has_begun:
                     await begin()
                     has_begun = True
-                    data = writer.begin() + data
                 await write(data)
                 if is_over:
                     break

@@ -37,6 +37,7 @@ class Generation:
     fields: frozenset[str]  # of the request's body, for errors that name one
     new_parser: Callable[[], ToolCallParser] | None = None  # where the answer may hold tool calls
     wants_progress: bool = False
+    prewarm: bool = False  # compute the prompts into the cache, and write nothing
     on_end: Sequence[Callable[[Running], None]] = ()  # told when the completions are whole or given up
     extras: Sequence[Callable[[Running], dict[str, Any]]] = ()  # further fields of the answer, when it is whole
 
@@ -157,6 +158,32 @@ class Usage:
             "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
+    def responses(self) -> dict[str, Any]:
+        """As Responses have it."""
+        return {
+            "input_tokens": self.num_prompt_tokens,
+            "input_tokens_details": {
+                "cached_tokens": self.num_cached_tokens,
+                "cache_write_tokens": self.num_written_tokens,
+            },
+            "output_tokens": self.num_completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+        }
+
+    def anthropic(self) -> dict[str, Any]:
+        """As Messages have it: the prompt's tokens are those read from the cache, those written to it, and the rest."""
+        return {
+            "input_tokens": self.num_prompt_tokens - self.num_cached_tokens - self.num_written_tokens,
+            "cache_read_input_tokens": self.num_cached_tokens,
+            "cache_creation_input_tokens": self.num_written_tokens,
+            "cache_creation": {
+                "ephemeral_5m_input_tokens": self.num_written_tokens,
+                "ephemeral_1h_input_tokens": 0,
+            },
+            "output_tokens": self.num_completion_tokens,
+        }
+
 
 def new_id(prefix: str) -> str:
     """An id that nobody can guess."""
@@ -188,11 +215,12 @@ async def start(generation: Generation, *, wants_pieces: bool) -> Running:
     engine = generation.served.llm.engine
 
     def make() -> list[Written]:
-        options = {**generation.options, "request_id": generation.request_id}
-        requests = [
-            engine.new_request(prompt_ids, generation.params, **options)  # type: ignore[arg-type]
-            for prompt_ids in generation.prompts
-        ]
+        options: HeldOptions = {**generation.options, "request_id": generation.request_id}
+        if generation.prewarm:  # what an embedding computes is what an answer would start from
+            options.pop("constraint", None)
+            requests = [engine.new_embed_request(each, "last", False, **options) for each in generation.prompts]
+        else:
+            requests = [engine.new_request(each, generation.params, **options) for each in generation.prompts]
         return [engine.new_sequence(request) for request in requests]
 
     try:

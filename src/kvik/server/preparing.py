@@ -47,14 +47,26 @@ class ChosenFunction(Body, frozen=True, kw_only=True):
     name: str
 
 
-class NamedChoice(Body, frozen=True, kw_only=True):
+class NamedChoice(Body, tag="function", tag_field="type", frozen=True, kw_only=True):
     """The one function that must be called."""
 
-    type: Literal["function"]
     function: ChosenFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+class AllowedTools(Body, frozen=True, kw_only=True):
+    """Functions that may be called, of all that the prompt lists."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedChoice]
+
+
+class AllowedChoice(Body, tag="allowed_tools", tag_field="type", frozen=True, kw_only=True):
+    """A choice among some of the functions, so that the prompt is the same whichever they are."""
+
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +77,14 @@ class Tools:
     choice: Literal["none", "auto", "required"] = "auto"
     name: str | None = None  # of the one function that must be called
     parallel: bool = True
+    allowed: frozenset[str] | None = None  # names of those that may be called; None: all
+
+    @property
+    def callable(self) -> Sequence[Mapping[str, Any]]:
+        """The functions that may be called."""
+        if self.allowed is None:
+            return self.functions
+        return [each for each in self.functions if each["function"]["name"] in self.allowed]
 
     @classmethod
     def of(cls, tools: Sequence[FunctionTool] | None, choice: ToolChoice | None, parallel: bool | None) -> Tools | None:
@@ -75,10 +95,17 @@ class Tools:
             return None
         names = [tool.function.name for tool in tools]
         name = choice.function.name if isinstance(choice, NamedChoice) else None
-        if name is not None and name not in names:
-            raise bad_request(
-                f"tool_choice names {name[:100]!r}, the tools are {', '.join(names)[:400]}", "tool_choice"
-            )
+        allowed = None
+        if isinstance(choice, AllowedChoice):
+            allowed = frozenset(each.function.name for each in choice.allowed_tools.tools)
+            choice = choice.allowed_tools.mode
+            if not allowed:
+                raise bad_request("tool_choice allows no tool (hint: choose none)", "tool_choice")
+        for wanted in (allowed or ()) if name is None else (name,):
+            if wanted not in names:
+                raise bad_request(
+                    f"tool_choice names {wanted[:100]!r}, the tools are {', '.join(names)[:400]}", "tool_choice"
+                )
         functions = []
         for tool in tools:
             function = tool.function
@@ -86,7 +113,7 @@ class Tools:
             # Several templates fail on a tool without a description.
             told = {"name": function.name, "description": function.description or "", **parameters}
             functions.append({"type": "function", "function": told})
-        return cls(functions, choice if isinstance(choice, str) else "auto", name, parallel is not False)
+        return cls(functions, choice if isinstance(choice, str) else "auto", name, parallel is not False, allowed)
 
 
 def constraint_of(served: ServedModel, fields: SamplingFields, tools: Tools | None) -> Constraint | None:
@@ -107,7 +134,7 @@ def constraint_of(served: ServedModel, fields: SamplingFields, tools: Tools | No
             code="unsupported_combination",
         )
     choice = tools.choice if tools.name is None else Named(tools.name)
-    text = served.tool_format.grammar(tools.functions, choice, parallel=tools.parallel)
+    text = served.tool_format.grammar(tools.callable, choice, parallel=tools.parallel)
     return None if text is None else served.llm.compile_grammar(Grammar.lark(text))
 
 

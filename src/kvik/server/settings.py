@@ -32,6 +32,7 @@ class ServerConfig:
     hang_s: float = 10.0  # a step without any sign of life for so long is a hang
     log_format: Literal["text", "json"] = "text"
     access_log: bool = True
+    drop_billing_line: bool = False  # the one that Claude Code puts before its system prompt, another each time
     allow_template_vars: bool = True  # `chat_template_kwargs`: the template's own switches
 
     def __post_init__(self) -> None:

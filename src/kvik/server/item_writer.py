@@ -1,0 +1,135 @@
+"""An answer of items, texts and calls in their order, as Responses and Messages have it: streamed or whole."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvik.engine.output import Piece, TokenLogprobs
+from kvik.engine.stream import PieceFeed
+from kvik.server.event_stream import EventWriter, event, logprobs_entry
+from kvik.server.generation import Running
+from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd
+
+
+@dataclass(slots=True)
+class Item:
+    """A text, or a call where it has a name."""
+
+    at: int
+    id: str
+    call_id: str = ""
+    name: str = ""
+    parts: list[str] = field(default_factory=list)  # of the text, or of the arguments' JSON
+    logprobs: list[dict[str, Any]] = field(default_factory=list)  # of the text's tokens, as OpenAI's API has them
+    is_whole: bool = False
+
+    @property
+    def text(self) -> str:
+        """What is written of it."""
+        return "".join(self.parts)
+
+
+class ItemWriter(EventWriter):
+    """Each item has events of its beginning, its growth and its end, and the writer keeps them all.
+
+    The logprobs of tokens that write a call are told to nobody: in these APIs only text has some.
+    """
+
+    def __init__(self, running: Running) -> None:
+        super().__init__(running)
+        self.items: list[Item] = []
+        self._open: Item | None = None
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text no event has told of
+
+    @abstractmethod
+    def item_id(self, *, is_call: bool) -> str:
+        """An id for a new item."""
+
+    @abstractmethod
+    def item_begin(self, item: Item) -> bytes:
+        """An item begins."""
+
+    @abstractmethod
+    def item_delta(self, item: Item, text: str, logprobs: list[dict[str, Any]]) -> bytes:
+        """More of an item."""
+
+    @abstractmethod
+    def item_end(self, item: Item) -> bytes:
+        """An item has ended, whole or not."""
+
+    def text(self, index: int, text: str, logprobs: TokenLogprobs | None) -> bytes:
+        """More text; where it may yet be of a call, its logprobs wait."""
+        if logprobs is not None:
+            self._logprobs.append(logprobs_entry(self.running, logprobs))
+        if not text and self.running.parsers is not None:
+            return b""
+        return self._add_text(text)
+
+    def call_begin(self, index: int, event: CallBegin) -> bytes:
+        """A call begins, and the text before it has ended."""
+        self._logprobs.clear()
+        if self._open is not None:
+            self._open.is_whole = True
+        return self._end() + self._begin(event.call_id, event.name)
+
+    def call_arguments(self, index: int, event: ArgumentsDelta) -> bytes:
+        """More of a call's arguments."""
+        assert self._open is not None
+        self._logprobs.clear()
+        self._open.parts.append(event.text)
+        return self.item_delta(self._open, event.text, [])
+
+    def call_end(self, index: int, event: CallEnd) -> bytes:
+        """A call is whole."""
+        assert self._open is not None
+        self._logprobs.clear()
+        self._open.is_whole = True
+        return self._end()
+
+    def finish(self, index: int, piece: Piece) -> bytes:
+        """The last item ends."""
+        data = b""
+        is_text = not self.items if self._open is None else not self._open.name
+        if self._logprobs and is_text:
+            data = self._add_text("")
+        if self._open is not None and is_text:
+            self._open.is_whole = self.running.branches[index].finish_reason == "stop"
+        return data + self._end()
+
+    def replay(self) -> None:
+        """Take all items of an answer that nobody has streamed."""
+        engine = self.running.served.llm.engine
+        with engine.lock:
+            pieces = [piece for branch in self.running.branches for piece in PieceFeed(engine, branch).take()]
+        self.pieces(pieces)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls among the items."""
+        return sum(bool(item.name) for item in self.items)
+
+    def _add_text(self, text: str) -> bytes:
+        data = b""
+        if self._open is None or self._open.name:
+            data = self._end() + self._begin()
+        assert self._open is not None
+        logprobs, self._logprobs = self._logprobs, []
+        self._open.parts.append(text)
+        self._open.logprobs += logprobs
+        return data + self.item_delta(self._open, text, logprobs)
+
+    def _begin(self, call_id: str = "", name: str = "") -> bytes:
+        self._open = Item(len(self.items), self.item_id(is_call=bool(name)), call_id, name)
+        self.items.append(self._open)
+        return self.item_begin(self._open)
+
+    def _end(self) -> bytes:
+        item, self._open = self._open, None
+        return b"" if item is None else self.item_end(item)
+
+
+def named_event(kind: str, **fields: Any) -> bytes:
+    """An event whose data repeats its name as `type`."""
+    return event({"type": kind, **fields}, kind)

@@ -1,0 +1,348 @@
+"""Requests of Anthropic's Messages API, and what they are as a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+
+from kvik.server.chat import Breakpoint, CalledFunction, ChatMessage, ChatRequest, TextPart, ToolCall
+from kvik.server.errors import ApiError, bad_request
+from kvik.server.fields import Body, JsonObject, JsonSchema, ResponseFormat, Text, convert
+from kvik.server.preparing import ChosenFunction, Function, FunctionTool, NamedChoice
+from kvik.server.preparing import ToolChoice as ChatToolChoice
+
+OWN_NAMES = {
+    "max_completion_tokens": "max_tokens",
+    "messages": "messages",
+    "response_format": "output_config.format",
+    "stop": "stop_sequences",
+}
+"""What a chat's fields are called here."""
+
+BILLING_LINE = "x-anthropic-billing-header:"
+
+ChatRole = Literal["user", "assistant", "system"]
+
+
+class CacheControl(Body, tag="ephemeral", tag_field="type", frozen=True, kw_only=True):
+    """What stands before it is to be kept."""
+
+    ttl: Literal["5m", "1h"] = "5m"
+
+    def breakpoint(self) -> Breakpoint:
+        """As OpenAI's API has it."""
+        return Breakpoint(ttl=self.ttl)
+
+
+class TextBlock(Body, tag="text", tag_field="type", frozen=True, kw_only=True):
+    """Text."""
+
+    text: str
+    cache_control: CacheControl | None = None
+    citations: list[Any] | None = None
+
+    def part(self) -> TextPart:
+        """As a chat has it."""
+        control = self.cache_control
+        return TextPart(text=self.text, prompt_cache_breakpoint=None if control is None else control.breakpoint())
+
+
+class ToolUseBlock(Body, tag="tool_use", tag_field="type", frozen=True, kw_only=True):
+    """A call of a tool."""
+
+    id: str
+    name: str
+    input: JsonObject
+    cache_control: CacheControl | None = None
+    caller: JsonObject | None = None
+
+
+class ImageBlock(msgspec.Struct, tag="image", tag_field="type", frozen=True):
+    """Refused: kvik's models read text."""
+
+
+class DocumentBlock(msgspec.Struct, tag="document", tag_field="type", frozen=True):
+    """Refused."""
+
+
+class ToolResultBlock(Body, tag="tool_result", tag_field="type", frozen=True, kw_only=True):
+    """What a tool gave."""
+
+    tool_use_id: str
+    content: str | list[TextBlock | ImageBlock | DocumentBlock] | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+class ThinkingBlock(Body, tag="thinking", tag_field="type", frozen=True, kw_only=True):
+    """What a model thought, which is left out: templates write none of other turns."""
+
+    thinking: str
+    signature: str | None = None
+
+
+class RedactedThinkingBlock(Body, tag="redacted_thinking", tag_field="type", frozen=True, kw_only=True):
+    """The same, encrypted."""
+
+    data: str
+
+
+Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock | ImageBlock | DocumentBlock
+
+
+class Message(Body, frozen=True, kw_only=True):
+    """One message; `ctx` and `msg` are what Claude Code calls some of the user's."""
+
+    role: Literal["user", "assistant", "system", "ctx", "msg"]
+    content: str | list[Block]
+
+    @property
+    def chat_role(self) -> ChatRole:
+        """As a chat has it."""
+        return "user" if self.role == "ctx" or self.role == "msg" else self.role
+
+
+class Tool(Body, frozen=True, kw_only=True):
+    """A tool that the model may call."""
+
+    name: str
+    input_schema: JsonObject
+    type: Literal["custom"] | None = None
+    description: str | None = None
+    strict: bool | None = None
+    cache_control: CacheControl | None = None
+    eager_input_streaming: bool | None = None
+    defer_loading: Literal[False] | None = None
+
+    def chat(self) -> FunctionTool:
+        """As a chat has it."""
+        function = Function(
+            name=self.name, description=self.description, parameters=self.input_schema, strict=self.strict
+        )
+        return FunctionTool(function=function)
+
+
+class AutoChoice(Body, tag="auto", tag_field="type", frozen=True, kw_only=True):
+    """The model may call tools."""
+
+    disable_parallel_tool_use: bool | None = None
+
+
+class AnyChoice(Body, tag="any", tag_field="type", frozen=True, kw_only=True):
+    """It must."""
+
+    disable_parallel_tool_use: bool | None = None
+
+
+class OneChoice(Body, tag="tool", tag_field="type", frozen=True, kw_only=True):
+    """It must call this one."""
+
+    name: str
+    disable_parallel_tool_use: bool | None = None
+
+
+class NoChoice(Body, tag="none", tag_field="type", frozen=True, kw_only=True):
+    """It may not."""
+
+
+class Diagnostics(Body, frozen=True, kw_only=True):
+    """A wish to know why the cache had no more, beside the request of an earlier message."""
+
+    previous_message_id: Text | None = None
+
+
+class OutputFormat(Body, tag="json_schema", tag_field="type", frozen=True, kw_only=True):
+    """JSON of a schema."""
+
+    schema: JsonObject
+
+
+class OutputConfig(Body, frozen=True, kw_only=True):
+    """How the answer is to be."""
+
+    format: OutputFormat | None = None
+    effort: str | None = None
+
+
+class Conversation(Body, frozen=True, kw_only=True):
+    """What a prompt is made of."""
+
+    accepted = frozenset({"context_management"})
+
+    model: str | None = None
+    messages: list[Message]
+    system: str | list[TextBlock] | None = None
+    tools: list[JsonObject] | None = None
+    tool_choice: AutoChoice | AnyChoice | OneChoice | NoChoice | None = None
+    thinking: JsonObject | None = None
+    cache_control: CacheControl | None = None
+    output_config: OutputConfig | None = None
+    context_management: JsonObject | None = None
+    chat_template_kwargs: JsonObject | None = None
+
+    def ignored(self) -> list[str]:
+        """The accepted fields that were sent, and what was left out of others."""
+        names = super().ignored()
+        if self.thinking is not None and self.thinking.get("type") != "disabled":
+            names.append("thinking")
+        if self.output_config is not None and self.output_config.effort is not None:
+            names.append("output_config.effort")
+        blocks = [block for message in self.messages if isinstance(message.content, list) for block in message.content]
+        if any(isinstance(block, ThinkingBlock | RedactedThinkingBlock) for block in blocks):
+            names.append("messages.thinking")
+        if any(isinstance(block, ToolResultBlock) and block.is_error for block in blocks):
+            names.append("messages.is_error")
+        return names + list(dict.fromkeys(f"tools.{tool['type']}" for tool in self.tools or () if _is_web_search(tool)))
+
+    @property
+    def has_billing_line(self) -> bool:
+        """Whether the system prompt begins with Claude Code's line, which is another in each request."""
+        system = self.system
+        first = system if isinstance(system, str) else system[0].text if system else ""
+        return first.startswith(BILLING_LINE)
+
+    def without_billing_line(self) -> Self:
+        """The same without that line, and without a block that has no other."""
+        system = self.system
+        assert system
+        if isinstance(system, str):
+            return msgspec.structs.replace(self, system=system.partition("\n")[2])
+        rest = system[0].text.partition("\n")[2]
+        first = [msgspec.structs.replace(system[0], text=rest)] if rest else []
+        return msgspec.structs.replace(self, system=[*first, *system[1:]])
+
+    def chat(self) -> ChatRequest:
+        """The same as a chat. Raises `ApiError`."""
+        if self.thinking is not None and not isinstance(self.thinking.get("type"), str):
+            raise bad_request("thinking has no type", "thinking.type")
+        messages = self._messages()
+        # An answer that has begun goes on.
+        goes_on = bool(self.messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
+        wanted = None if self.output_config is None else self.output_config.format
+        schema = None if wanted is None else JsonSchema(schema=wanted.schema)
+        functions = [
+            convert(Tool, tool, f"tools[{at}]") for at, tool in enumerate(self.tools or ()) if not _is_web_search(tool)
+        ]
+        return ChatRequest(
+            model=self.model,
+            messages=messages,
+            add_generation_prompt=False if goes_on else None,
+            continue_final_message=goes_on or None,
+            response_format=None if schema is None else ResponseFormat(type="json_schema", json_schema=schema),
+            tools=[tool.chat() for tool in functions] or None,
+            tool_choice=_chat_choice(self.tool_choice),
+            parallel_tool_calls=False if getattr(self.tool_choice, "disable_parallel_tool_use", None) else None,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def _messages(self) -> list[ChatMessage]:
+        messages: list[ChatMessage] = []
+        if self.system:
+            content: Any = self.system if isinstance(self.system, str) else [block.part() for block in self.system]
+            messages.append(ChatMessage(role="system", content=content))
+        numbered = enumerate(self.messages)
+        for role, turn in groupby(numbered, lambda each: each[1].chat_role):  # a turn each, as in their API
+            messages += _turn(role, list(turn))
+        return messages
+
+
+class CountRequest(Conversation, frozen=True, kw_only=True):
+    """A conversation whose tokens are counted."""
+
+
+class MessagesRequest(Conversation, frozen=True, kw_only=True):
+    """A request for the next message."""
+
+    accepted = Conversation.accepted | {"metadata", "service_tier"}
+
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)]  # 0: compute the prompt into the cache, and write nothing
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    diagnostics: Diagnostics | None = None
+    metadata: JsonObject | None = None
+    service_tier: str | None = None
+    cache_salt: Text | None = None
+
+    def chat(self) -> ChatRequest:
+        """The same as a chat. Raises `ApiError`."""
+        return msgspec.structs.replace(
+            super().chat(),
+            max_completion_tokens=self.max_tokens or None,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=self.stop_sequences,
+            stream=self.stream,
+            cache_salt=self.cache_salt,
+        )
+
+
+def _is_web_search(tool: JsonObject) -> bool:
+    """A tool of Anthropic's servers, which Claude Code lists among its own: left out of the prompt."""
+    return str(tool.get("type", "")).startswith("web_search_")
+
+
+def _turn(role: ChatRole, turn: list[tuple[int, Message]]) -> Iterator[ChatMessage]:
+    """Messages of one role that follow each other; what tools gave are messages of their own."""
+    if len(turn) == 1 and isinstance(turn[0][1].content, str):
+        yield ChatMessage(role=role, content=turn[0][1].content)
+        return
+    parts: list[TextPart] = []
+    calls: list[ToolCall] = []
+    for at, message in turn:
+        content = [TextBlock(text=message.content)] if isinstance(message.content, str) else message.content
+        for index, block in enumerate(content):
+            where = f"messages[{at}].content[{index}]"
+            match block:
+                case TextBlock():
+                    parts.append(block.part())
+                case ToolUseBlock() if role == "assistant":
+                    function = CalledFunction(name=block.name, arguments=block.input)
+                    calls.append(ToolCall(id=block.id, function=function))
+                case ToolResultBlock() if role == "user":
+                    if parts:
+                        yield ChatMessage(role="user", content=[*parts])
+                        parts.clear()
+                    yield ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=_result(block, where))
+                case ThinkingBlock() | RedactedThinkingBlock():
+                    pass
+                case _:
+                    raise _unsupported(block, where, f" in a message of the {role}'s")
+    if parts or calls:
+        yield ChatMessage(role=role, content=[*parts] or None, tool_calls=calls or None)
+
+
+def _result(block: ToolResultBlock, where: str) -> Any:
+    if not block.content or isinstance(block.content, str):
+        return block.content or ""
+    parts = []
+    for index, each in enumerate(block.content):
+        if not isinstance(each, TextBlock):
+            raise _unsupported(each, f"{where}.content[{index}]")
+        parts.append(each.part())
+    return parts
+
+
+def _unsupported(block: msgspec.Struct, where: str, place: str = "") -> ApiError:
+    kind = type(block).__struct_config__.tag
+    if kind in ("image", "document"):
+        place = "; the models of this server read text"
+    return bad_request(f"{where} is {kind}{place}", where, code="unsupported_content")
+
+
+def _chat_choice(choice: AutoChoice | AnyChoice | OneChoice | NoChoice | None) -> ChatToolChoice | None:
+    match choice:
+        case OneChoice():
+            return NamedChoice(function=ChosenFunction(name=choice.name))
+        case AnyChoice():
+            return "required"
+        case NoChoice():
+            return "none"
+    return None
