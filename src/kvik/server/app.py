@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kvik.server import other_routes
+from kvik.server import cache_routes, other_routes, session_routes
 from kvik.server.chat import chat
 from kvik.server.completions import completions
 from kvik.server.errors import ApiError
@@ -18,6 +18,17 @@ from kvik.server.state import ServerState
 ROUTES = (
     Route("/v1/chat/completions", chat, methods=["POST"]),
     Route("/v1/chat/completions/input_tokens", other_routes.count_chat_tokens, methods=["POST"]),
+    Route("/v1/sessions", session_routes.create, methods=["POST"]),
+    Route("/v1/sessions", session_routes.list_all, methods=["GET"]),
+    Route("/v1/sessions/{id}", session_routes.retrieve, methods=["GET"]),
+    Route("/v1/sessions/{id}", session_routes.delete, methods=["DELETE"]),
+    Route("/v1/sessions/{id}/fork", session_routes.fork, methods=["POST"]),
+    Route("/v1/sessions/{id}/rewind", session_routes.rewind, methods=["POST"]),
+    Route("/v1/sessions/{id}/pin", session_routes.pin, methods=["POST"]),
+    Route("/v1/sessions/{id}/unpin", session_routes.unpin, methods=["POST"]),
+    Route("/v1/cache", cache_routes.show, methods=["GET"]),
+    Route("/v1/cache", cache_routes.clear, methods=["DELETE"]),
+    Route("/v1/cache/tree", cache_routes.tree, methods=["GET"]),
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/embeddings", other_routes.embeddings, methods=["POST"]),
     Route("/v1/models", other_routes.list_models, methods=["GET"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,9 +105,9 @@ def constraint_of(served: ServedModel, fields: SamplingFields, tools: Tools | No
     return None if text is None else served.llm.compile_grammar(Grammar.lark(text))
 
 
-def parser_maker(served: ServedModel, tools: Tools) -> ToolCallParser:
+def parser_maker(served: ServedModel, tools: Tools, new_id: Callable[[int], str] | None = None) -> ToolCallParser:
     """A parser of one completion."""
-    return ToolCallParser(served.tool_format, tools.functions, new_call_id)
+    return ToolCallParser(served.tool_format, tools.functions, new_id or new_call_id)
 
 
 def new_call_id(length: int) -> str:

@@ -87,6 +87,7 @@ def serve(state: ServerState, listening: socket.socket, *, on_ready: Callable[[]
         try:
             await serving
         finally:
+            state.kept.close()
             for served in state.models:
                 await served.async_llm.close()
 
