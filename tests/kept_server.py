@@ -91,7 +91,7 @@ class KeptServer:
 
     def __enter__(self) -> KeptServer:
         listening = bind("127.0.0.1", 0)
-        self._port = listening.getsockname()[1]
+        self.port = listening.getsockname()[1]
         served = [ServedModel("model", self.llm)]
         served += [ServedModel(f"model-{at}", llm) for at, llm in enumerate(self._others, start=2)]
         self.state = ServerState(self._config, Models(served), clock=lambda: self.now_s)
@@ -118,7 +118,7 @@ class KeptServer:
 
     def caller(self, key: str | None = None) -> Caller:
         """Whoever has this key."""
-        return Caller(self._port, key)
+        return Caller(self.port, key)
 
     @property
     def num_held(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_forks_go_their_own_ways_and_a_rewind_forgets(anna: Caller, llm: LLM) ->
     anna.chat(user(QUESTIONS[1]), session_id=session["id"])
     history = anna.get(f"{SESSIONS}/{session['id']}")["messages"]
     forks = [
-        anna.post(f"{SESSIONS}/{session['id']}/fork", {}),
+        anna.post(f"{SESSIONS}/{session['id']}/fork", None),
         anna.post(SESSIONS, {"fork": session["id"], "ttl": "5m"}),
     ]
     assert [fork["forked_from"] for fork in forks] == [session["id"]] * 2
@@ -154,6 +155,29 @@ def test_one_turn_at_a_time_and_an_answer_that_is_left_counts_as_far_as_it_came(
     assert shown["messages"][-1]["content"]
     answer = anna.chat(user("Go on."), session_id=session["id"])
     assert answer["session"]["num_messages"] == 5
+
+
+def test_a_whole_answer_that_nobody_waits_for_counts_too(server: KeptServer, anna: Caller) -> None:
+    session = anna.post(SESSIONS, {})
+    path = f"{SESSIONS}/{session['id']}"
+    body = {"messages": user("Count to a thousand."), "session_id": session["id"], "max_tokens": 900}
+    connection = HTTPConnection("127.0.0.1", server.port)
+    headers = {"Authorization": "Bearer key-of-anna", "Content-Type": "application/json"}
+    connection.request("POST", CHAT, json.dumps({**body, "ignore_eos": True}), headers)
+    wait_until(lambda: any(sequence.num_completion_tokens for sequence in server.llm.engine.scheduler.running))
+    assert anna.get(path)["num_messages"] == 0
+    connection.close()
+    wait_until(lambda: not anna.get(path)["is_busy"])
+    assert anna.get(path)["num_messages"] == 2
+
+
+def test_a_turn_of_which_nothing_came_changes_nothing(server: KeptServer, anna: Caller) -> None:
+    session = anna.post(SESSIONS, {})
+    body = {"messages": user("Hello. " * 1500), "session_id": session["id"], "stream": True}
+    with anna.open("POST", CHAT, {**body, "return_progress": True}) as response:
+        response.readline()
+    wait_until(lambda: not anna.get(f"{SESSIONS}/{session['id']}")["is_busy"])
+    assert anna.get(f"{SESSIONS}/{session['id']}")["num_messages"] == 0
 
 
 def test_a_refused_turn_changes_nothing(anna: Caller) -> None:

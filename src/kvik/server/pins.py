@@ -21,6 +21,7 @@ MAX_CONSIDERED = 80
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 Clock = Callable[[], float]
+Kind = Literal["breakpoint", "session"]
 
 
 def parse_ttl(text: str, param: str) -> float:
@@ -36,14 +37,14 @@ def parse_ttl(text: str, param: str) -> float:
 class Pin:
     """Tokens that stay in the cache until a time."""
 
-    kind: Literal["breakpoint", "session"]
+    kind: Kind
     served: ServedModel
     tenant: str | None
     salt: str | None
     tokens: bytes  # as `packed` gives them
     lease: Lease
     ttl_s: float
-    expires_s: float = 0.0
+    expires_s: float
 
     @property
     def num_tokens(self) -> int:
@@ -106,20 +107,36 @@ class Pins:
         """Let it live for so long from now on, if it would not anyway."""
         pin.expires_s = max(pin.expires_s, self.clock() + ttl_s)
 
-    def add(self, lease: Lease, num_tokens: int, **fields: object) -> Pin:
+    def add(
+        self,
+        lease: Lease,
+        num_tokens: int,
+        *,
+        kind: Kind,
+        served: ServedModel,
+        tenant: str | None,
+        salt: str | None,
+        ttl_s: float,
+    ) -> Pin:
         """Pin a lease's first tokens; above the share of all pins the oldest goes. It waits for the engine's step.
 
         Raises `PinTooLarge`, `CacheTooSmall`, `InvalidInput`.
         """
-        served = fields["served"]
-        assert isinstance(served, ServedModel)
         engine, limit = served.llm.engine, self.limit(served)
         with self._adding:
             if engine.kv_spec.num_blocks_for(num_tokens) > limit:
                 raise PinTooLarge
             pinned = lease.pin(num_tokens)
-            pin = Pin(tokens=pinned.hold.tokens, lease=pinned, **fields)  # type: ignore[arg-type]
-            self.refresh(pin, pin.ttl_s)
+            pin = Pin(
+                kind=kind,
+                served=served,
+                tenant=tenant,
+                salt=salt,
+                tokens=pinned.hold.tokens,
+                lease=pinned,
+                ttl_s=ttl_s,
+                expires_s=self.clock() + ttl_s,
+            )
             with self._lock:
                 self._pins[pin] = None
             while _num_pinned(served) > limit:

@@ -7,6 +7,9 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+MESSAGE_BYTES = 128
+"""Of a role and a digest."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -17,6 +20,11 @@ class Asked:
     tokens: bytes  # of the prompt
     facts: Mapping[str, bytes]  # digests of fields by their names
     messages: Sequence[tuple[str, bytes]]  # role and digest of each
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory it takes."""
+        return len(self.tokens) + MESSAGE_BYTES * len(self.messages)
 
 
 class ResponseMemory:
@@ -31,14 +39,14 @@ class ResponseMemory:
 
     def note(self, tenant: str | None, response_id: str, asked: Asked) -> None:
         """Remember one; the one that was used longest ago may go for it."""
-        if len(asked.tokens) > self._max_bytes:
+        if asked.num_bytes > self._max_bytes:
             return
         with self._lock:
             entries = self._of_tenant.setdefault(tenant, OrderedDict())
             entries[response_id] = asked
-            num_bytes = self._num_bytes.get(tenant, 0) + len(asked.tokens)
+            num_bytes = self._num_bytes.get(tenant, 0) + asked.num_bytes
             while len(entries) > self._max_entries or num_bytes > self._max_bytes:
-                num_bytes -= len(entries.popitem(last=False)[1].tokens)
+                num_bytes -= entries.popitem(last=False)[1].num_bytes
             self._num_bytes[tenant] = num_bytes
 
     def find(self, tenant: str | None, response_id: str) -> Asked | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta
 from starlette.requests import Request
@@ -20,6 +20,8 @@ from kvik.server.pins import PinTooLarge, parse_ttl
 from kvik.server.preparing import FunctionTool, Tools
 from kvik.server.sessions import Session
 from kvik.server.state import ServerState, tenant_of
+
+T = TypeVar("T")
 
 
 class NewSession(Body, frozen=True, kw_only=True):
@@ -106,14 +108,14 @@ async def fork(request: Request) -> Response:
     """Another session with the same past and the same blocks."""
     state = ServerState.of(request)
     state.check_open()
-    body = await read_body(request, Lifetime)
+    body = await _read_options(request, Lifetime)
     return json_response(told(state, await _fork(request, request.path_params["id"], body.ttl)))
 
 
 async def rewind(request: Request) -> Response:
     """Forget the last messages; what was computed of those before them stays."""
     state = ServerState.of(request)
-    body = await read_body(request, Rewind)
+    body = await _read_options(request, Rewind)
     session = state.kept.sessions.get_idle(tenant_of(request), request.path_params["id"])
     if body.num_messages > len(session.messages):
         raise bad_request(
@@ -127,7 +129,7 @@ async def rewind(request: Request) -> Response:
 async def pin(request: Request) -> Response:
     """Keep what is computed of it now, whoever else needs memory."""
     state = ServerState.of(request)
-    body = await read_body(request, Lifetime)
+    body = await _read_options(request, Lifetime)
     sessions, pins = state.kept.sessions, state.kept.pins
     session = sessions.get_idle(tenant_of(request), request.path_params["id"])
     ttl_s = session.ttl_s if body.ttl is None else parse_ttl(body.ttl, "ttl")
@@ -177,6 +179,13 @@ async def unpin(request: Request) -> Response:
     session = state.kept.sessions.get(tenant_of(request), request.path_params["id"])
     state.kept.sessions.unpin(session)
     return json_response(told(state, session))
+
+
+async def _read_options(request: Request, kind: type[T]) -> T:
+    """The body, all of whose fields have defaults; it may be left out."""
+    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
+        return kind()
+    return await read_body(request, kind)
 
 
 async def _fork(request: Request, session_id: str, ttl: str | None) -> Session:

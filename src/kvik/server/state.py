@@ -58,6 +58,7 @@ class ServerState:
         salt = hashlib.blake2b(repr((self.secret, tenant, given)).encode(), digest_size=16).hexdigest()
         if not self.config.shared_cache:
             self._tenant_of[salt] = tenant
+            self._tenant_of.move_to_end(salt)
             if len(self._tenant_of) > MAX_SALTS:
                 self._tenant_of.popitem(last=False)
         return salt
