@@ -67,7 +67,7 @@ class Workload:
     engine: SimulatedEngine = field(init=False)
     requests: list[tuple[Sequence, list[int], str | None]] = field(default_factory=list)  # each branch, prompt and salt
     leases: list[tuple[Lease, list[int], str | None]] = field(default_factory=list)  # each with its tokens and salt
-    pins: list[Lease] = field(default_factory=list)
+    pins: list[tuple[Lease, list[int], str | None]] = field(default_factory=list)
     num_refused: int = 0
     num_reclaimed: int = 0
     num_failed: int = 0
@@ -122,8 +122,8 @@ class Workload:
         rng, engine = self.rng, self.engine
         beginning = rng.choice(self.beginnings)
         lease, leased_salt = None, None
-        if self.leases and rng.random() < 0.4:
-            lease, beginning, leased_salt = rng.choice(self.leases)
+        if (leases := self.leases + self.pins) and rng.random() < 0.4:
+            lease, beginning, leased_salt = rng.choice(leases)
         prompt = beginning[: rng.randrange(1, len(beginning) + 1)] if rng.random() < 0.5 else list(beginning)
         prompt = (prompt + self._tokens(rng.choice((0, 0, 1, 5, 40))))[: CONTEXT - 1]
         salt = leased_salt if lease and rng.random() < 0.8 else rng.choice(SALTS)
@@ -143,6 +143,7 @@ class Workload:
             "use_cache": rng.random() < 0.9 or engine.scheduler.token_budget < 16 or params.max_tokens > 10,
             "hold": rng.random() < 0.4,
             "lease": lease,
+            "share": rng.random() < 0.9,
             "priority": rng.choice((0, 0, 0, 1, -1)),
             "salt": salt,
         }
@@ -169,6 +170,7 @@ class Workload:
             return
         if lease is not None and rng.random() < 0.5:  # whether it has begun or not
             self.leases = [each for each in self.leases if each[0] is not lease]
+            self.pins = [each for each in self.pins if each[0] is not lease]
             lease.close()
         self.requests += [(branch, prompt, salt) for branch in branches]
 
@@ -211,14 +213,16 @@ class Workload:
 
     def pin(self) -> None:
         if self.leases:
+            lease, tokens, salt = self.rng.choice(self.leases)
+            count = self.rng.randrange(1, lease.num_tokens + 1) if self.rng.random() < 0.5 else None
             try:
-                self.pins.append(self.rng.choice(self.leases)[0].pin())
+                self.pins.append((lease.pin(count), tokens, salt))
             except InvalidInput:  # too small, or without a full block
                 self.num_refused += 1
 
     def unpin(self) -> None:
         if self.pins:
-            self.pins.pop().close()
+            self.pins.pop()[0].close()
 
     def fail(self) -> None:
         """The next step stops half way; what it ran has ended."""

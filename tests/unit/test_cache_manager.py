@@ -374,6 +374,33 @@ def test_the_claim_of_another_is_left_alone() -> None:
     assert not cache.is_being_computed(cache.match(tokens))
 
 
+def test_a_pin_of_so_many_tokens_holds_the_block_that_they_end_in() -> None:
+    cache = manager(6)
+    table = start(cache, run(0, 10))
+    pins = [cache.keep(table, packed(run(0, 10)), is_pinned=True, num_pinned_tokens=count) for count in (6, 9, 3)]
+    assert [pin.num_tokens for pin in pins] == [6, 9, 3]
+    cache.release(table)
+    cache.check([])
+    assert (cache.num_pinned, cache.pool.num_held) == (3, 3)
+    cache.clear()
+    assert cache.match(run(0, 12)).num_cached_tokens == 8
+    match = cache.match(run(0, 12), hold=pins[1])
+    assert match.num_cached_tokens == 9
+    other = cache.new_table()
+    assert cache.adopt(other, run(0, 12), match) == 9
+    copies = cache.reserve(other, 12, 9)
+    assert copies is not None
+    (copy,) = copies
+    assert copy.source == pins[1].table.block_ids[2]
+    cache.end_copies()
+    cache.check([other])
+    cache.release(other)
+    for pin in pins:
+        cache.let_go(pin)
+    cache.check([])
+    assert (cache.num_pinned, cache.pool.num_held) == (0, 0)
+
+
 def test_a_pin_holds_what_is_sealed() -> None:
     cache = manager(4)
     table = start(cache, run(0, 10))

@@ -104,11 +104,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.copies += copies
         return True
 
-    @rule(tokens=tokens_of_a_prompt, salt=st.sampled_from(SALTS))
-    def begin(self, tokens: list[int], salt: str | None) -> None:
+    @rule(tokens=tokens_of_a_prompt, salt=st.sampled_from(SALTS), data=st.data())
+    def begin(self, tokens: list[int], salt: str | None, data: st.DataObject) -> None:
         if len(self.running) == 5:
             return
-        found = self.cache.match(tokens, salt)
+        pin = data.draw(st.sampled_from([None, *self.pins]))
+        if pin is not None and data.draw(st.booleans()):
+            tokens = pin.tokens + tokens
+        found = self.cache.match(tokens, salt, None if pin is None else pin.hold)
+        if pin is not None and salt == pin.salt:
+            assert found.num_cached_tokens >= common(tokens[:-1], tuple(pin.tokens[: pin.hold.num_tokens]))
         assert found.num_cached_tokens < len(tokens)
         sequence = Running(salt, tokens, self.cache.new_table(salt))
         sequence.num_computed = self.cache.adopt(sequence.table, tokens, found)
@@ -197,13 +202,12 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def pin(self, data: st.DataObject) -> None:
         sequence = self.a_sequence(data)
-        self.pins.append(
-            Pin(
-                self.cache.keep(sequence.table, packed(sequence.tokens), is_pinned=True),
-                sequence.salt,
-                list(sequence.tokens),
-            )
-        )
+        count = None  # of full blocks, or of so many tokens
+        if sequence.num_computed and data.draw(st.booleans(), label="exactly"):
+            count = data.draw(st.integers(1, sequence.num_computed))
+        hold = self.cache.keep(sequence.table, packed(sequence.tokens), is_pinned=True, num_pinned_tokens=count)
+        assert count in (None, hold.num_tokens)
+        self.pins.append(Pin(hold, sequence.salt, list(sequence.tokens)))
 
     @precondition(lambda self: self.pins)
     @rule(data=st.data())
@@ -248,7 +252,7 @@ class CacheMachine(RuleBasedStateMachine):
         for sequence in self.running:
             yield sequence.table, sequence.num_computed, sequence.history(sequence.num_computed)
         for pin in self.pins:
-            num_tokens = len(pin.hold.table.block_ids) * SIZE
+            num_tokens = pin.hold.num_tokens
             yield pin.hold.table, num_tokens, (pin.salt, tuple(pin.tokens[:num_tokens]))
 
     def note_holds(self) -> None:

@@ -262,3 +262,15 @@ def test_a_pin_reaches_back_from_its_last_full_block() -> None:
     assert cache.match(run(0, 24)).num_cached_tokens == num_full
     cache.let_go(pin)
     cache.check([])
+
+
+def test_a_pin_of_so_many_tokens_ends_with_a_full_block_where_there_are_windows() -> None:
+    cache = manager(None, 6, window_blocks=8)
+    table = computed(cache, run(0, 23), step=2)
+    pin = cache.keep(table, packed(run(0, 23)), is_pinned=True, num_pinned_tokens=14)
+    assert pin.num_tokens == 12
+    cache.check([table])
+    cache.release(table)
+    assert cache.match(run(0, 13), hold=pin).num_cached_tokens == 12
+    cache.let_go(pin)
+    cache.check([])

@@ -262,24 +262,31 @@ class CacheManager:
 
     # Beside sequences.
 
-    def keep(self, table: BlockTable, tokens: bytes, *, is_pinned: bool = False) -> Hold:
+    def keep(
+        self, table: BlockTable, tokens: bytes, *, is_pinned: bool = False, num_pinned_tokens: int | None = None
+    ) -> Hold:
         """Hold what a table has of its computed tokens until `let_go` or `take_back`, whatever becomes of the table.
 
-        A pinned hold is one of the full blocks alone, and `take_back` leaves it.
+        A pinned hold is one of the full blocks alone, and `take_back` leaves it. With `num_pinned_tokens` it is one of
+        the first so many tokens, and of the full blocks among them where there are windows: those of the last block
+        may be gone.
         """
         if is_pinned:
-            sealed = table.block_ids[: table.num_sealed]
-            self.pool.hold(sealed)
-            self._pin_counts.update(sealed)
-            num_tokens = table.num_sealed * self.spec.block_size
+            num_sealed, num_tokens = table.num_sealed, table.num_sealed * self.spec.block_size
+            if num_pinned_tokens is not None:
+                num_sealed = min(num_sealed, num_pinned_tokens // self.spec.block_size)
+                num_tokens = num_sealed * self.spec.block_size if self.windows else num_pinned_tokens
+            block_ids = table.block_ids[: self.spec.num_blocks_for(num_tokens)]
+            self.pool.hold(block_ids)
+            self._pin_counts.update(block_ids)
             tokens = tokens[: 4 * num_tokens]
-            windows = self._hold_windows(table.windows, table.num_sealed)
+            windows = self._hold_windows(table.windows, num_sealed)
             for index, group in enumerate(self.windows):
                 # What goes on from the last full block sees further back than the table does, if it is still known.
-                if group.usable(sealed, num_tokens) == len(sealed):
+                if group.usable(block_ids, num_tokens) == len(block_ids):
                     group.cut(windows[index], 0)
-                    windows[index] = group.adopt(sealed, num_tokens)
-            kept = self._table(table.namespace, sealed, table.num_sealed, windows)
+                    windows[index] = group.adopt(block_ids, num_tokens)
+            kept = self._table(table.namespace, block_ids, num_sealed, windows)
         else:
             kept = self.fork(table, len(tokens) // 4)
         hold = Hold(kept, tokens, is_pinned)

@@ -172,7 +172,7 @@ def check_token_id_list(prompt: SequenceOf[int]) -> list[int]:
 def _checked_options(options: HeldOptions) -> dict[str, Any]:
     """The fields of a request that they are."""
     check_options(options, HeldOptions)
-    for name in ("use_cache", "hold"):
+    for name in ("use_cache", "hold", "share"):
         _check_bool(name, options.get(name, True))
     priority = options.get("priority", 0)
     if type(priority) is not int or abs(priority) > MAX_PRIORITY:

@@ -208,18 +208,27 @@ class Engine:
         with self._exclusive(), self._changing():
             return Lease(ref(self), self.cache.keep(lease.hold.table, lease.hold.tokens))
 
-    def pin_lease(self, lease: Lease) -> Lease:
+    def pin_lease(self, lease: Lease, num_tokens: int | None = None) -> Lease:
         """Another lease, of the full blocks, which nobody's need takes away. Raises `CacheTooSmall`.
 
-        It is refused where a request that waits or runs could no longer be served.
+        With `num_tokens` it is one of the first so many tokens, the block that they end in included; in a model whose
+        layers have windows, of the full blocks among them. It is refused where a request that waits or runs could no
+        longer be served.
         """
-        if not lease.hold.table.num_sealed:
+        needs_full = num_tokens is None or bool(self.cache.windows)
+        if needs_full and (
+            not lease.hold.table.num_sealed or (num_tokens is not None and num_tokens < self.kv_spec.block_size)
+        ):
             raise InvalidInput(
                 "there is no full block to pin",
                 hint="pin more than 32 tokens" if self.cache.prefix_cache else "pins need the prefix cache",
             )
         with self._exclusive(), self._changing():
-            pin = self.cache.keep(lease.hold.table, lease.hold.tokens, is_pinned=True)
+            if num_tokens is not None and not 1 <= num_tokens <= lease.num_tokens:
+                raise InvalidInput(
+                    f"num_tokens is {num_tokens:,}, the lease has {lease.num_tokens:,}", hint="pin fewer tokens"
+                )
+            pin = self.cache.keep(lease.hold.table, lease.hold.tokens, is_pinned=True, num_pinned_tokens=num_tokens)
             for other in (*self.scheduler.waiting, *self.scheduler.running):
                 try:
                     self._check_room(other.request, other)

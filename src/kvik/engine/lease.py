@@ -15,8 +15,8 @@ class LeaseOwner(Protocol):
     def fork_lease(self, lease: Lease) -> Lease:
         """Another lease of the same blocks."""
 
-    def pin_lease(self, lease: Lease) -> Lease:
-        """Another lease, of the full blocks, which nobody's need takes away. Raises `CacheTooSmall`."""
+    def pin_lease(self, lease: Lease, num_tokens: int | None = None) -> Lease:
+        """Another lease, of the full blocks or of so many tokens, which nobody's need takes away."""
 
     def close_lease(self, lease: Lease) -> None:
         """Give the blocks back."""
@@ -48,12 +48,12 @@ class Lease:
         """Another lease of the same blocks, with an end of its own."""
         return self._engine().fork_lease(self)
 
-    def pin(self) -> Lease:
-        """Another lease, of the full blocks, which nobody's need takes away.
+    def pin(self, num_tokens: int | None = None) -> Lease:
+        """Another lease, of the full blocks, or of the first so many tokens, which nobody's need takes away.
 
         Raises `CacheTooSmall` where a request that waits or runs could no longer be served.
         """
-        return self._engine().pin_lease(self)
+        return self._engine().pin_lease(self, num_tokens)
 
     def close(self) -> None:
         """Give the blocks back; once more is no error."""

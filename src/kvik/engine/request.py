@@ -36,6 +36,7 @@ class HeldOptions(RequestOptions, total=False):
 
     lease: Lease | None  # blocks to go on from, beside those that the prefix cache finds
     hold: bool  # when it ends, `Sequence.lease` holds what was computed, if anything was
+    share: bool  # False: nothing of it is read from the prefix cache, or left there
 
 
 class TemplateOptions(TypedDict, total=False):
@@ -88,6 +89,7 @@ class Request:
     constraint: Constraint | None = None
     held: Hold | None = None  # of its lease, which has an end of its own
     hold: bool = False
+    share: bool = True
     kind: RequestKind = "generate"
     pooling: Pooling = "last"  # of an embedding
     normalize: bool = True  # the same
@@ -105,7 +107,7 @@ class Request:
     @property
     def may_reuse(self) -> bool:
         """Whether some of it may come from the cache."""
-        return self.use_cache and not self.wants_prompt_logprobs and not self.wants_all_hidden
+        return self.use_cache and self.share and not self.wants_prompt_logprobs and not self.wants_all_hidden
 
     @property
     def wants_prompt_logprobs(self) -> bool:

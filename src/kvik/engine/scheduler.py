@@ -142,7 +142,7 @@ class Scheduler:
             costs.kv_bytes = self.cache.held_bytes(sequence.table)
             if num_rejected:
                 self.cache.release(sequence.table, sequence.num_computed_tokens)
-            if sequence.request.use_cache:
+            if sequence.request.use_cache and sequence.request.share:
                 self.cache.seal(sequence.table, sequence.token_ids, sequence.num_computed_tokens)
             self.cache.slide(sequence.table, sequence.num_computed_tokens)
             if sequence.branches and item.closes_gap:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kvik.server import other_routes
+from kvik.server import cache_routes, other_routes, session_routes
 from kvik.server.chat import ChatRequest, chat
 from kvik.server.completions import CompletionRequest, completions
 from kvik.server.docs import docs
@@ -32,6 +32,17 @@ ROUTES: tuple[Route, ...] = (
     Endpoint("/v1/responses/input_tokens", count_response_tokens, methods=["POST"], body=ResponsesRequest),
     Endpoint("/v1/messages", messages, methods=["POST"], body=MessagesRequest, streams=True),
     Endpoint("/v1/messages/count_tokens", count_message_tokens, methods=["POST"], body=CountRequest),
+    Endpoint("/v1/sessions", session_routes.create, methods=["POST"], body=session_routes.NewSession),
+    Endpoint("/v1/sessions", session_routes.list_all, methods=["GET"]),
+    Endpoint("/v1/sessions/{id}", session_routes.retrieve, methods=["GET"]),
+    Endpoint("/v1/sessions/{id}", session_routes.delete, methods=["DELETE"]),
+    Endpoint("/v1/sessions/{id}/fork", session_routes.fork, methods=["POST"], body=session_routes.Lifetime),
+    Endpoint("/v1/sessions/{id}/rewind", session_routes.rewind, methods=["POST"], body=session_routes.Rewind),
+    Endpoint("/v1/sessions/{id}/pin", session_routes.pin, methods=["POST"], body=session_routes.Lifetime),
+    Endpoint("/v1/sessions/{id}/unpin", session_routes.unpin, methods=["POST"]),
+    Endpoint("/v1/cache", cache_routes.show, methods=["GET"]),
+    Endpoint("/v1/cache", cache_routes.clear, methods=["DELETE"]),
+    Endpoint("/v1/cache/tree", cache_routes.tree, methods=["GET"]),
     Endpoint("/v1/embeddings", other_routes.embeddings, methods=["POST"], body=other_routes.EmbeddingRequest),
     Endpoint("/v1/models", other_routes.list_models, methods=["GET"]),
     Endpoint("/v1/models/{name:path}", other_routes.one_model, methods=["GET"]),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any, Literal
 
 import msgspec
@@ -12,11 +15,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvik.engine.output import TokenLogprobs
+from kvik.engine.request import TemplateOptions
 from kvik.engine.sequence import Sequence as Written
 from kvik.server.bodies import json_response, read_body
+from kvik.server.breakpoints import Mark, with_breakpoints
+from kvik.server.diagnostics import with_diagnostics
 from kvik.server.errors import ApiError, api_error, bad_request
 from kvik.server.event_stream import EventStream, encode, ends_text, logprobs_entry
-from kvik.server.fields import MAX_TOP_LOGPROBS, Body, Count, JsonObject, SamplingFields, Text
+from kvik.server.fields import MAX_TOP_LOGPROBS, Body, CacheOptions, Count, JsonObject, SamplingFields, Text
 from kvik.server.generation import (
     Generation,
     Running,
@@ -33,12 +39,16 @@ from kvik.server.preparing import (
     Tools,
     constraint_of,
     ignored_header,
+    new_call_id,
     options_of,
     parser_maker,
 )
 from kvik.server.served import ServedModel
-from kvik.server.state import ServerState
-from kvik.text.tool_calls import ArgumentsDelta, CallBegin, TextDelta
+from kvik.server.sessions import Session
+from kvik.server.state import ServerState, tenant_of
+from kvik.server.turns import Turn, as_history
+from kvik.text.chat_prompt import find_part_ends
+from kvik.text.tool_calls import ArgumentsDelta, CallBegin, TextDelta, ToolCallParser
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -168,6 +178,25 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
             raise bad_request(f"top_logprobs is {self.top_logprobs}, give 0 to {MAX_TOP_LOGPROBS}", "top_logprobs")
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+        if self.session_id is not None:
+            others = {
+                "n": (self.n or 1) > 1,
+                "cache_salt": self.cache_salt is not None,
+                "continue_final_message": self.continue_final_message,
+                "add_generation_prompt": self.add_generation_prompt is False,
+            }
+            if given := [name for name, is_given in others.items() if is_given]:
+                raise bad_request(f"{given[0]} cannot be said of one turn of a session", given[0])
+
+    def marks(self, num_before: int) -> list[Mark]:
+        """The breakpoints, behind so many messages of a session."""
+        return [
+            Mark(num_before + at, index, f"messages[{at}].content[{index}]", part.prompt_cache_breakpoint.ttl)
+            for at, message in enumerate(self.messages)
+            if isinstance(message.content, list)
+            for index, part in enumerate(message.content)
+            if isinstance(part, TextPart) and part.prompt_cache_breakpoint is not None
+        ]
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -183,14 +212,19 @@ async def chat(request: Request) -> Response | EventStream:
     state = ServerState.of(request)
     state.check_open()
     body = await read_body(request, ChatRequest)
-    served = state.models.get(body.model)
-    try:
-        body.check()
-        generation = await asyncio.to_thread(prepare_chat, state, request, body, served)
-    except Exception as error:
-        raise api_error(error, CHAT_FIELDS) from error
+    session = session_of(state, request, body)
+    served = state.models.get(body.model) if session is None else session.served
+    turn = None if session is None else Turn(state.kept.sessions, session)
+    with turn or nullcontext():
+        try:
+            body.check()
+            generation = await asyncio.to_thread(prepare_chat, state, request, body, served, session)
+        except Exception as error:
+            raise api_error(error, CHAT_FIELDS) from error
+        if turn is not None:
+            generation = take_turn(turn, generation, body)
+        running = await start(generation, wants_pieces=bool(body.stream))
     headers = ignored_header(body.ignored())
-    running = await start(generation, wants_pieces=bool(body.stream))
     if body.stream:
         writer = ChatWriter(running, body)
         return EventStream(running, writer, ping_s=state.config.ping_s, headers=headers)
@@ -214,22 +248,67 @@ async def answer(request: Request, running: Running, make: Any, headers: dict[st
 async def _whole(running: Running) -> bool:
     await running.wait()
     running.completions()  # raises what went wrong
+    await running.settle()
     return True
 
 
-def prepare_chat(state: ServerState, request: Request, body: ChatRequest, served: ServedModel) -> Generation:
+def session_of(state: ServerState, request: Request, body: ChatRequest) -> Session | None:
+    """The idle session that a request names. Raises `ApiError`."""
+    if body.session_id is None:
+        return None
+    session = state.kept.sessions.get_idle(tenant_of(request), body.session_id)
+    if body.model is not None and state.models.get(body.model) is not session.served:
+        raise bad_request(f"model is {body.model[:100]!r}, the session's is {session.served.id!r}", "model")
+    return session
+
+
+def take_turn(turn: Turn, generation: Generation, body: ChatRequest) -> Generation:
+    """The generation as a turn of a session, which gets the same ids of calls as the answer has."""
+    call_ids: list[str] = []
+    make = generation.new_parser
+
+    def new_parser() -> ToolCallParser:
+        numbers = count()
+
+        def new_id(length: int) -> str:
+            number = next(numbers)
+            if number == len(call_ids):
+                call_ids.append(new_call_id(length))
+            return call_ids[number]
+
+        assert make is not None
+        return make(new_id)
+
+    def message_of(running: Running) -> dict[str, Any]:
+        return as_history(*calls_and_text(running, 0, None if make is None else new_parser()))
+
+    new = [message.plain(f"messages[{at}]") for at, message in enumerate(body.messages)]
+    generation = turn.begin(generation, new, message_of)
+    return generation if make is None else replace(generation, new_parser=new_parser)
+
+
+def prepare_chat(
+    state: ServerState, request: Request, body: ChatRequest, served: ServedModel, session: Session | None = None
+) -> Generation:
     """Render, tokenize and compile; not on the event loop, for it takes its time."""
-    tools = Tools.of(body.tools, body.tool_choice, body.parallel_tool_calls)
-    messages = [message.plain(f"messages[{at}]") for at, message in enumerate(body.messages)]
+    given_tools = body.tools if body.tools is not None or session is None else session.tools
+    tools = Tools.of(given_tools, body.tool_choice, body.parallel_tool_calls)
+    history = [] if session is None else session.messages
+    messages = [*history, *(message.plain(f"messages[{at}]") for at, message in enumerate(body.messages))]
+    if session is not None:
+        session.check_size(messages)
     if tools is not None:
         served.tool_format  # noqa: B018  # raises where the model has none
-    prompt_ids = render(served, messages, body, tools)
+    for_template = template_options(body, tools)
+    prompt_ids = served.llm.render_chat(messages, **for_template)
     max_tokens = body.wanted_tokens or default_max_tokens(served, len(prompt_ids))
     check_work(state, 1, body.n or 1, max_tokens)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     params = body.params(max_tokens=max_tokens, logprobs=num_top)
     options = options_of(state, request, body, constraint_of(served, body, tools))
-    return Generation(
+    if session is not None:
+        options |= {"salt": session.salt, "hold": True, "lease": session.held}
+    generation = Generation(
         served=served,
         prompts=[prompt_ids],
         params=params,
@@ -239,20 +318,45 @@ def prepare_chat(state: ServerState, request: Request, body: ChatRequest, served
         new_parser=partial(parser_maker, served, tools) if tools is not None and tools.choice != "none" else None,
         wants_progress=bool(body.return_progress),
     )
-
-
-def render(
-    served: ServedModel, messages: Sequence[dict[str, Any]], body: ChatRequest, tools: Tools | None
-) -> list[int]:
-    """The prompt's token ids."""
-    return served.llm.render_chat(
-        messages,
-        tools=None if tools is None else tools.functions,
-        template_vars=body.chat_template_kwargs,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=bool(body.continue_final_message),
-        plain_content=True,
+    template, tokenizer = served.llm.model.chat_template, served.llm.model.tokenizer
+    assert template is not None  # it has rendered
+    wanted = body.prompt_cache_options or CacheOptions()
+    generation = with_breakpoints(
+        state,
+        tenant_of(request),
+        generation,
+        body.marks(len(history)),
+        lambda ends: find_part_ends(template, tokenizer, messages, ends, prompt_ids, **for_template),
+        explicit=wanted.mode == "explicit",
+        ttl=wanted.ttl,
     )
+    return with_diagnostics(
+        state,
+        request,
+        generation,
+        compared_id=body.compared_id,
+        fields={
+            "tools": None if tools is None else tools.functions,
+            "template": body.chat_template_kwargs,
+            "prompt_cache_key": body.prompt_cache_key,
+            "text_format": body.response_format,
+            "reasoning_effort": body.reasoning_effort,
+            "verbosity": body.verbosity,
+            "service_tier": body.service_tier,
+        },
+        messages=messages,
+    )
+
+
+def template_options(body: ChatRequest, tools: Tools | None) -> TemplateOptions:
+    """What the template gets beside the messages."""
+    return {
+        "tools": None if tools is None else tools.functions,
+        "template_vars": body.chat_template_kwargs,
+        "add_generation_prompt": body.add_generation_prompt is not False,
+        "continue_final_message": bool(body.continue_final_message),
+        "plain_content": True,
+    }
 
 
 def _plain_part(part: Part, where: str) -> dict[str, str]:
@@ -280,12 +384,12 @@ def stop_reason(branch: Written) -> str | int | None:
     return last if last in branch.params.stop_token_ids else None
 
 
-def calls_and_text(running: Running, at: int) -> tuple[str, list[dict[str, Any]]]:
-    """A whole completion's text and its calls."""
+def calls_and_text(running: Running, at: int, parser: ToolCallParser | None = None) -> tuple[str, list[dict[str, Any]]]:
+    """A completion's text and its calls, as its own parser or a new one finds them."""
     branch = running.branches[at]
     if running.parsers is None:
         return branch.text.text, []
-    parser = running.parsers[at]
+    parser = parser or running.parsers[at]
     events = [
         each
         for token_id, text in zip(branch.completion_ids, branch.text.parts, strict=True)

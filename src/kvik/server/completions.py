@@ -14,15 +14,17 @@ from starlette.responses import Response
 from kvik.engine.output import TokenLogprobs
 from kvik.engine.sequence import Sequence as Written
 from kvik.server.bodies import read_body
+from kvik.server.breakpoints import with_breakpoints
 from kvik.server.chat import answer, stop_reason
+from kvik.server.diagnostics import with_diagnostics
 from kvik.server.errors import api_error, bad_request
 from kvik.server.event_stream import EventStream, encode, floor
-from kvik.server.fields import MAX_TOP_LOGPROBS, Count, SamplingFields
+from kvik.server.fields import MAX_TOP_LOGPROBS, CacheOptions, Count, SamplingFields
 from kvik.server.generation import Generation, Running, check_work, new_id, start
 from kvik.server.openai_writer import OpenAIWriter
 from kvik.server.preparing import constraint_of, ignored_header, options_of
 from kvik.server.served import ServedModel
-from kvik.server.state import ServerState
+from kvik.server.state import ServerState, tenant_of
 from kvik.text.detokenizer import Detokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -97,7 +99,7 @@ def prepare(state: ServerState, request: Request, body: CompletionRequest, serve
         logprobs=max(wanted, default=None),
         echo=bool(body.echo) or body.prompt_logprobs is not None,
     )
-    return Generation(
+    generation = Generation(
         served=served,
         prompts=prompts,
         params=params,
@@ -106,6 +108,12 @@ def prepare(state: ServerState, request: Request, body: CompletionRequest, serve
         fields=COMPLETION_FIELDS,
         wants_progress=bool(body.return_progress),
     )
+    caching = body.prompt_cache_options or CacheOptions()
+    generation = with_breakpoints(
+        state, tenant_of(request), generation, explicit=caching.mode == "explicit", ttl=caching.ttl
+    )
+    fields = {"prompt_cache_key": body.prompt_cache_key, "service_tier": body.service_tier}
+    return with_diagnostics(state, request, generation, compared_id=body.compared_id, fields=fields)
 
 
 def prompts_of(

@@ -164,6 +164,8 @@ class EventStream:
                     for progress in stream.progress:
                         data += writer.progress(progress)
                     stream.progress.clear()
+                    if stream.is_done:
+                        await self._running.settle()
                     data += writer.pieces(pieces)
                     is_over = not pieces and stream.is_done
                 else:

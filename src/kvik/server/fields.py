@@ -50,6 +50,7 @@ class CacheOptions(Body, frozen=True, kw_only=True):
 
     mode: Literal["implicit", "explicit"] = "implicit"
     ttl: str | None = None
+    comparison_response_id: Text | None = None
 
 
 class StructuredOutputs(Body, frozen=True, kw_only=True):
@@ -132,6 +133,13 @@ class SamplingFields(Body, frozen=True, kw_only=True):
         stops = self.stops
         if len(stops) > MAX_STOPS or not all(stops):
             raise bad_request(f"stop has {len(stops)} strings, give up to {MAX_STOPS} that are not empty", "stop")
+
+    @property
+    def compared_id(self) -> str | None:
+        """The answer whose prompt this one's is compared with; the name stands in the options too, as in Responses."""
+        options = self.prompt_cache_options
+        nested = None if options is None else options.comparison_response_id
+        return self.comparison_response_id if nested is None else nested
 
     @property
     def stops(self) -> list[str]:

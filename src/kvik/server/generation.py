@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,9 +35,10 @@ class Generation:
     options: HeldOptions
     request_id: str
     fields: frozenset[str]  # of the request's body, for errors that name one
-    new_parser: Callable[[], ToolCallParser] | None = None  # where the answer may hold tool calls
+    new_parser: Callable[..., ToolCallParser] | None = None  # where the answer may hold tool calls
     wants_progress: bool = False
     prewarm: bool = False  # compute the prompts into the cache, and write nothing
+    on_whole: Sequence[Callable[[Running], Awaitable[None]]] = ()  # awaited before the answer's end is sent
     on_end: Sequence[Callable[[Running], None]] = ()  # told when the completions are whole or given up
     extras: Sequence[Callable[[Running], dict[str, Any]]] = ()  # further fields of the answer, when it is whole
 
@@ -51,6 +52,8 @@ class Running:
         self.parsers = [generation.new_parser() for _ in stream.branches] if generation.new_parser is not None else None
         self.created = int(time.time())
         self.response_id = ""  # that its answer goes by
+        self.written_by_ttl: Mapping[str, int] | None = None  # tokens of the prompt that are kept for a time, by it
+        self._is_settled = False
 
     def extras(self) -> dict[str, Any]:
         """Further fields of the answer's body."""
@@ -78,23 +81,36 @@ class Running:
         while await self.stream.read():
             pass
 
+    async def settle(self) -> None:
+        """Do what must be done when all are whole, and before the answer says so."""
+        if self._is_settled or any(branch.finish_reason is None for branch in self.branches):
+            return
+        self._is_settled = True
+        for told in self.generation.on_whole:
+            await told(self)
+        for branch in self.branches:
+            if branch.lease is not None:
+                branch.lease.close_later()
+
     def usage(self) -> Usage:
         """What was read and written so far."""
         prompts = self.stream.sequences
         cache = self.served.llm.engine.cache
+        num_full = sum(
+            max(
+                0,
+                sequence.num_prompt_tokens // cache.spec.block_size * cache.spec.block_size
+                - sequence.costs.num_cached_tokens,
+            )
+            for sequence in prompts
+            if sequence.request.use_cache and sequence.request.share and cache.prefix_cache
+        )
         return Usage(
             num_prompt_tokens=sum(sequence.num_prompt_tokens for sequence in prompts),
             num_completion_tokens=sum(branch.num_completion_tokens for branch in self.branches),
             num_cached_tokens=sum(sequence.costs.num_cached_tokens for sequence in prompts),
-            num_written_tokens=sum(
-                max(
-                    0,
-                    sequence.num_prompt_tokens // cache.spec.block_size * cache.spec.block_size
-                    - sequence.costs.num_cached_tokens,
-                )
-                for sequence in prompts
-                if sequence.request.use_cache and cache.prefix_cache
-            ),
+            num_written_tokens=max(num_full, sum((self.written_by_ttl or {}).values())),
+            written_by_ttl=self.written_by_ttl,
         )
 
     def timings(self) -> dict[str, Any]:
@@ -143,7 +159,15 @@ class Usage:
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int  # of the prompts
-    num_written_tokens: int  # of the prompts, in full blocks that were not in the cache
+    num_written_tokens: int  # of the prompts, that were not in the cache, in full blocks or before a breakpoint
+    written_by_ttl: Mapping[str, int] | None = None  # by breakpoints, for how long each
+
+    def write_details(self) -> dict[str, Any]:
+        """OpenAI's `cache_write_tokens_details`, where breakpoints were asked for."""
+        if self.written_by_ttl is None:
+            return {}
+        counts = {"30m": 0, "12h": 0, **self.written_by_ttl}
+        return {"cache_write_tokens_details": {f"ttl_{ttl}_tokens": count for ttl, count in counts.items()}}
 
     def openai(self) -> dict[str, Any]:
         """As chat and completions have it."""
@@ -154,6 +178,7 @@ class Usage:
             "prompt_tokens_details": {
                 "cached_tokens": self.num_cached_tokens,
                 "cache_write_tokens": self.num_written_tokens,
+                **self.write_details(),
             },
             "completion_tokens_details": {"reasoning_tokens": 0},
         }

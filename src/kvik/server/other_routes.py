@@ -15,7 +15,7 @@ from kvik import __version__
 from kvik.config import Pooling
 from kvik.engine.output import Embedding
 from kvik.server.bodies import json_response, read_body
-from kvik.server.chat import CHAT_FIELDS, ChatMessage, ChatRequest, prepare_chat
+from kvik.server.chat import CHAT_FIELDS, ChatMessage, ChatRequest, prepare_chat, session_of
 from kvik.server.completions import prompts_of
 from kvik.server.errors import ApiError, api_error, bad_request
 from kvik.server.fields import Body, Text
@@ -202,9 +202,10 @@ async def count_chat_tokens(request: Request) -> Response:
     """How many tokens a chat request's prompt has."""
     state = ServerState.of(request)
     body = await read_body(request, ChatRequest)
-    served = state.models.get(body.model)
+    session = session_of(state, request, body)
+    served = state.models.get(body.model) if session is None else session.served
     try:
-        generation = await asyncio.to_thread(prepare_chat, state, request, body, served)
+        generation = await asyncio.to_thread(prepare_chat, state, request, body, served, session)
     except Exception as error:
         raise api_error(error, CHAT_FIELDS) from error
     return json_response({"object": "chat.completion.input_tokens", "input_tokens": len(generation.prompts[0])})

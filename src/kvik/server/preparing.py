@@ -138,9 +138,9 @@ def constraint_of(served: ServedModel, fields: SamplingFields, tools: Tools | No
     return None if text is None else served.llm.compile_grammar(Grammar.lark(text))
 
 
-def parser_maker(served: ServedModel, tools: Tools) -> ToolCallParser:
+def parser_maker(served: ServedModel, tools: Tools, new_id: Callable[[int], str] | None = None) -> ToolCallParser:
     """A parser of one completion."""
-    return ToolCallParser(served.tool_format, tools.functions, new_call_id)
+    return ToolCallParser(served.tool_format, tools.functions, new_id or new_call_id)
 
 
 def new_call_id(length: int) -> str:

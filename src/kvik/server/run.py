@@ -128,6 +128,7 @@ async def run(server: Server, state: ServerState, listening: socket.socket, on_r
 
 def stop(state: ServerState) -> bool:
     """End all engines: whether their threads have ended."""
+    state.kept.close()
     have_ended = [served.async_llm.stop(LAST_STEP_S) for served in state.models]
     return all(have_ended)
 

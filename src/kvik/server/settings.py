@@ -30,6 +30,11 @@ class ServerConfig:
     ping_s: float = 10.0  # a stream that is silent for so long gets a comment
     drain_s: float = 30.0  # what runs at SIGTERM may go on for so long
     hang_s: float = 10.0  # a step without any sign of life for so long is a hang
+    pin_share: float = 0.25  # of each model's blocks, that breakpoints and pinned sessions may keep
+    max_sessions: int = 256  # of each key
+    session_ttl_s: float = 3600.0  # a session that nobody uses for so long ends, unless it says otherwise
+    max_remembered: int = 1024  # answers of each key that later ones can be compared with
+    max_remembered_tokens: int = 1 << 20  # of their prompts
     log_format: Literal["text", "json"] = "text"
     access_log: bool = True
     drop_billing_line: bool = False  # the one that Claude Code puts before its system prompt, another each time
@@ -51,6 +56,8 @@ class ServerConfig:
             )
         if self.no_auth and self.api_keys:
             raise InvalidInput("--no-auth and --api-key contradict each other", hint="leave out one")
+        if not 0 <= self.pin_share <= 1:
+            raise InvalidInput(f"pin_share is {self.pin_share}", hint="give a number from 0 to 1")
 
     @property
     def is_local(self) -> bool:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
 from starlette.requests import Request
 
 from kvik.server.errors import ApiError
+from kvik.server.kept import Kept
 from kvik.server.served import Models
 from kvik.server.settings import ServerConfig
+
+MAX_SALTS = 1 << 14
+"""Salts whose tenants are remembered."""
 
 
 @dataclass(slots=True)
@@ -36,6 +41,12 @@ class ServerState:
     http: HttpCounts = field(default_factory=HttpCounts)
     started_s: float = field(default_factory=time.monotonic)
     secret: str = field(default_factory=lambda: secrets.token_hex(16))
+    clock: Callable[[], float] = time.monotonic  # by which what is kept for a time has had it
+    kept: Kept = field(init=False)
+    _tenant_of: OrderedDict[str, str | None] = field(default_factory=OrderedDict)  # of salts
+
+    def __post_init__(self) -> None:
+        self.kept = Kept(self.config, self.clock)
 
     @classmethod
     def of(cls, request: Request) -> ServerState:
@@ -52,4 +63,26 @@ class ServerState:
         tenant = None if self.config.shared_cache else request.scope["state"]["tenant"]
         if tenant is None and given is None:
             return None
-        return hashlib.blake2b(repr((self.secret, tenant, given)).encode(), digest_size=16).hexdigest()
+        salt = hashlib.blake2b(repr((self.secret, tenant, given)).encode(), digest_size=16).hexdigest()
+        if not self.config.shared_cache:
+            self._tenant_of[salt] = tenant
+            self._tenant_of.move_to_end(salt)
+            if len(self._tenant_of) > MAX_SALTS:
+                self._tenant_of.popitem(last=False)
+        return salt
+
+    @property
+    def is_operator_alone(self) -> bool:
+        """Whether all requests come from whoever runs the server: there is one key, or none."""
+        return len(self.config.api_keys) <= 1
+
+    def may_read(self, request: Request, salt: str | None) -> bool:
+        """Whether the text of what is cached under a salt is the caller's own."""
+        if self.is_operator_alone:
+            return True
+        return salt is not None and self._tenant_of.get(salt, "") == tenant_of(request) is not None
+
+
+def tenant_of(request: Request) -> str | None:
+    """The name of the key that a request came with."""
+    return cast("str | None", request.scope["state"]["tenant"])

@@ -16,6 +16,9 @@ from kvik.text.tokenizer import Tokenizer
 FIRST_PRIVATE, LAST_PRIVATE = 0xF0000, 0xF00FF
 """Characters of private use, one of which stands for what is put in later: one that the request does not contain."""
 
+MAX_MERGED = 4
+"""Tokens at the end of a part that may come out differently for what follows them; more, and it was not found."""
+
 
 def encode_chat(
     template: ChatTemplate,
@@ -34,42 +37,106 @@ def encode_chat(
     names of control tokens in messages and tools are text; only the template writes control tokens. Raises as
     `ChatTemplate.render_request` does.
     """
-    if continue_final_message and add_generation_prompt:
-        raise InvalidInput(
-            "continue_final_message and add_generation_prompt contradict each other",
-            hint="set add_generation_prompt to false",
-        )
-    mark = _unused_character(messages, tools)
-    checked = check_messages(messages)
-    if continue_final_message:
-        checked[-1] = _marked(checked[-1], mark)
-    names = control_names(tokenizer) if plain_content else ()
-    pattern = re.compile("|".join(map(re.escape, names))) if names else None
-    if pattern is not None:
-        checked = [_escaped(message, pattern, names, mark) for message in checked]
-        tools = _escaped(tools, pattern, names, mark)
-    text = template.render_request(
-        checked, tools=tools, template_vars=template_vars, add_generation_prompt=add_generation_prompt
+    prompt = _Prompt(
+        template,
+        tokenizer,
+        messages,
+        tools=tools,
+        template_vars=template_vars,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        plain_content=plain_content,
     )
-    if json.dumps(mark)[1:-1] in text:
-        raise InvalidInput(
-            "the chat template changes what it is given, and control tokens in messages cannot be told apart",
-            hint="take the names of control tokens, such as <|im_end|>, out of the messages",
+    return prompt.encode(prompt.text)
+
+
+def find_part_ends(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    ends: Sequence[tuple[int, int]],
+    token_ids: Sequence[int],
+    **options: Any,
+) -> list[int | None]:
+    """How many of the conversation's `token_ids` stand before the end of each of these parts (message, part).
+
+    `token_ids` are those of `encode_chat` with the same options. A token that the end falls into is not counted, and
+    a part that the template does not write once, or not as it is given, has None.
+    """
+    mark = _unused_character(messages, options.get("tools"))
+    marked: list[Mapping[str, Any]] = list(messages)
+    for number, (at, part) in enumerate(ends):
+        marked[at] = _with_text_behind(marked[at], part, f"{mark}{number}{mark}")
+    prompt = _Prompt(template, tokenizer, marked, **options)
+    pieces = re.split(f"{mark}(\\d+){mark}", prompt.text)
+    found: dict[int, list[int | None]] = {}
+    for at in range(1, len(pieces), 2):
+        before = prompt.encode("".join(pieces[:at:2]))
+        num_common = next(
+            (n for n, (mine, theirs) in enumerate(zip(before, token_ids, strict=False)) if mine != theirs),
+            min(len(before), len(token_ids)),
         )
-    if continue_final_message:
-        text, found, _ = text.partition(mark + mark)
-        if not found:
+        is_there = len(before) - num_common <= MAX_MERGED
+        found.setdefault(int(pieces[at]), []).append(num_common if is_there and num_common else None)
+    return [places[0] if len(places := found.get(number, [])) == 1 else None for number in range(len(ends))]
+
+
+class _Prompt:
+    """A rendered conversation, in which marks and numbers stand for the names of control tokens that are text."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        plain_content: bool = False,
+    ) -> None:
+        if continue_final_message and add_generation_prompt:
             raise InvalidInput(
-                "the chat template does not write the last message", hint="end with a message of the assistant"
+                "continue_final_message and add_generation_prompt contradict each other",
+                hint="set add_generation_prompt to false",
             )
-    # The template writes the beginning-of-text token itself where the model wants one.
-    token_ids: list[int] = []
-    for at, part in enumerate(re.split(f"{mark}(\\d+){mark}", text)):
-        if at % 2:
-            token_ids += tokenizer.encode(names[int(part)], add_special=False, parse_special=False)
-        elif part:
-            token_ids += tokenizer.encode(part, add_special=False)
-    return token_ids
+        mark = self._mark = _unused_character(messages, tools)
+        self._tokenizer = tokenizer
+        names = self._names = control_names(tokenizer) if plain_content else ()
+        checked = check_messages(messages)
+        if continue_final_message:
+            checked[-1] = _marked(checked[-1], mark)
+        pattern = re.compile("|".join(map(re.escape, names))) if names else None
+        if pattern is not None:
+            checked = [_escaped(message, pattern, names, mark) for message in checked]
+            tools = _escaped(tools, pattern, names, mark)
+        text = template.render_request(
+            checked, tools=tools, template_vars=template_vars, add_generation_prompt=add_generation_prompt
+        )
+        if json.dumps(mark)[1:-1] in text:
+            raise InvalidInput(
+                "the chat template changes what it is given, and control tokens in messages cannot be told apart",
+                hint="take the names of control tokens, such as <|im_end|>, out of the messages",
+            )
+        if continue_final_message:
+            text, found, _ = text.partition(mark + mark)
+            if not found:
+                raise InvalidInput(
+                    "the chat template does not write the last message", hint="end with a message of the assistant"
+                )
+        self.text = text
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text, or of a beginning of it."""
+        # The template writes the beginning-of-text token itself where the model wants one.
+        token_ids: list[int] = []
+        for at, part in enumerate(re.split(f"{self._mark}(\\d+){self._mark}", text)):
+            if at % 2:
+                token_ids += self._tokenizer.encode(self._names[int(part)], add_special=False, parse_special=False)
+            elif part:
+                token_ids += self._tokenizer.encode(part, add_special=False)
+        return token_ids
 
 
 @lru_cache(maxsize=16)
@@ -96,6 +163,16 @@ def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
     if isinstance(content, list):
         return message | {"content": [*content[:-1], content[-1] | {"text": content[-1]["text"] + mark + mark}]}
     return message | {"content": (content or "") + mark + mark}
+
+
+def _with_text_behind(message: Mapping[str, Any], part: int, text: str) -> dict[str, Any]:
+    """The message with more text at the end of one of its parts; its content of plain text is part 0."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": content + text}
+    parts = list(content)
+    parts[part] = {**parts[part], "text": parts[part]["text"] + text}
+    return {**message, "content": parts}
 
 
 def _escaped(value: Any, pattern: re.Pattern[str], names: tuple[str, ...], mark: str) -> Any:
