@@ -277,7 +277,7 @@ def test_ignored_is_said(client: anthropic.Anthropic) -> None:
             "messages[0].content[0] is tool_use in",
         ),
         ({"stop_sequences": ["a"] * 17}, "stop_sequences has 17"),
-        ({"messages": [{"role": "user", "content": "a " * 3000}]}, "the prompt has"),
+        ({"messages": [{"role": "user", "content": "a " * 3000}]}, "maximum context length is"),
     ],
 )
 def test_refusals(client: anthropic.Anthropic, fields: Any, said: str) -> None:

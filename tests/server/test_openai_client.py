@@ -12,7 +12,6 @@ from openai import OpenAI
 
 from kvik.engine.llm import LLM
 from kvik.errors import TemplateError
-from kvik.server import chat as chat_route
 from server_process import Server, wait_until, with_engine
 
 MESSAGES: Any = [{"role": "user", "content": "Say hello."}]
@@ -284,14 +283,16 @@ def test_a_full_queue(guarded: Server, guarded_client: OpenAI) -> None:
     guarded.assert_idle()
 
 
-def test_a_failure_that_comes_again_is_not_retried(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_that_comes_again_is_not_retried(
+    client: OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
-    def render(*_: object) -> list[int]:
+    def render(*_: object, **__: object) -> list[int]:
         calls.append(1)
         raise TemplateError("the chat template failed", hint="take another")
 
-    monkeypatch.setattr(chat_route, "render", render)
+    monkeypatch.setattr(server.served.llm, "render_chat", render)
     with pytest.raises(openai.InternalServerError) as raised:
         client.with_options(max_retries=2).chat.completions.create(model="smollm2", messages=MESSAGES)
     assert raised.value.code == "template_error"

@@ -310,7 +310,7 @@ def test_progress(client: openai.OpenAI) -> None:
         ({"input": []}, "input", "invalid_value"),
         ({"input": [{"role": "tool", "content": "a"}]}, "input[0].role", "invalid_value"),
         ({"tools": [{"type": "file_search"}]}, "tools[0].type", "invalid_value"),
-        ({"tools": TOOLS}, None, "tools_not_supported"),
+        ({"tools": TOOLS}, "tools", "tools_not_supported"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}}, "tool_choice", "invalid_value"),
         ({"max_output_tokens": 1 << 30}, "max_output_tokens", "work_limit_exceeded"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "invalid_value"),

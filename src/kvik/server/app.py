@@ -9,7 +9,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kvik.server import cache_routes, other_routes, session_routes
-from kvik.server.chat import ChatRequest, chat
+from kvik.server.chat import chat
+from kvik.server.chat_input import ChatRequest
 from kvik.server.completions import CompletionRequest, completions
 from kvik.server.docs import docs
 from kvik.server.endpoint import Endpoint, plain_path

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,11 +17,12 @@ from kvik.engine.output import TokenLogprobs
 from kvik.engine.request import TemplateOptions
 from kvik.engine.sequence import Sequence as Written
 from kvik.server.bodies import json_response, read_body
-from kvik.server.breakpoints import Mark, with_breakpoints
-from kvik.server.diagnostics import with_diagnostics
+from kvik.server.breakpoints import with_breakpoints
+from kvik.server.chat_input import CHAT_FIELDS, ChatRequest
+from kvik.server.diagnostics import Diagnosis, with_diagnostics
 from kvik.server.errors import ApiError, api_error, bad_request
 from kvik.server.event_stream import EventStream, encode, ends_text, logprobs_entry
-from kvik.server.fields import MAX_TOP_LOGPROBS, Body, CacheOptions, Count, JsonObject, SamplingFields, Text
+from kvik.server.fields import CacheOptions
 from kvik.server.generation import (
     Generation,
     Running,
@@ -34,8 +34,6 @@ from kvik.server.generation import (
 )
 from kvik.server.openai_writer import OpenAIWriter
 from kvik.server.preparing import (
-    FunctionTool,
-    ToolChoice,
     Tools,
     constraint_of,
     ignored_header,
@@ -49,162 +47,6 @@ from kvik.server.state import ServerState, tenant_of
 from kvik.server.turns import Turn, as_history
 from kvik.text.chat_prompt import find_part_ends
 from kvik.text.tool_calls import ArgumentsDelta, CallBegin, TextDelta, ToolCallParser
-
-Role = Literal["system", "developer", "user", "assistant", "tool"]
-
-
-class Breakpoint(Body, frozen=True, kw_only=True):
-    """OpenAI's `prompt_cache_breakpoint`: what stands before it is to be kept."""
-
-    mode: Literal["explicit"] = "explicit"
-    ttl: str | None = None
-
-
-class TextPart(Body, tag="text", tag_field="type", frozen=True, kw_only=True):
-    """Text of a message."""
-
-    text: str
-    prompt_cache_breakpoint: Breakpoint | None = None
-
-
-class RefusalPart(Body, tag="refusal", tag_field="type", frozen=True, kw_only=True):
-    """An answer that was refused, in a history."""
-
-    refusal: str
-
-
-class ImagePart(msgspec.Struct, tag="image_url", tag_field="type", frozen=True):
-    """Refused: kvik's models read text."""
-
-
-class AudioPart(msgspec.Struct, tag="input_audio", tag_field="type", frozen=True):
-    """Refused."""
-
-
-class FilePart(msgspec.Struct, tag="file", tag_field="type", frozen=True):
-    """Refused."""
-
-
-Part = TextPart | RefusalPart | ImagePart | AudioPart | FilePart
-
-
-class CalledFunction(Body, frozen=True, kw_only=True):
-    """A function and its arguments, in JSON."""
-
-    name: str
-    arguments: str | JsonObject = "{}"
-
-
-class ToolCall(Body, frozen=True, kw_only=True):
-    """A call in a history."""
-
-    function: CalledFunction
-    id: str | None = None
-    type: Literal["function"] | None = None
-    index: int | None = None
-
-
-class ChatMessage(Body, frozen=True, kw_only=True):
-    """One message."""
-
-    role: Role
-    content: str | list[Part] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-
-    def plain(self, where: str) -> dict[str, Any]:
-        """As templates take it. Raises `ApiError`."""
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
-        if self.content is not None:
-            message["content"] = (
-                self.content
-                if isinstance(self.content, str)
-                else [_plain_part(part, f"{where}.content[{at}]") for at, part in enumerate(self.content)]
-            )
-        elif self.refusal is not None:
-            message["content"] = self.refusal
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "type": "function",
-                    "function": {"name": call.function.name, "arguments": call.function.arguments},
-                    **({} if call.id is None else {"id": call.id}),
-                }
-                for call in self.tool_calls
-            ]
-        for name in ("name", "tool_call_id", "reasoning_content"):
-            if (value := getattr(self, name)) is not None:
-                message[name] = value
-        return message
-
-
-class ChatRequest(SamplingFields, frozen=True, kw_only=True):
-    """A request for answers to a conversation."""
-
-    accepted = frozenset(
-        {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_retention", "store", "verbosity"}
-        | {"reasoning_effort", "client_metadata", "timings_per_token"}
-    )
-
-    model: str | None = None
-    messages: list[ChatMessage]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[FunctionTool] | None = None
-    tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    chat_template_kwargs: JsonObject | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    session_id: Text | None = None
-    store: Literal[False] | None = None
-    modalities: list[Literal["text"]] | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
-    reasoning_effort: str | None = None
-    client_metadata: JsonObject | None = None
-
-    def check(self) -> None:
-        """Raise `ApiError` for fields that contradict each other."""
-        super().check()
-        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
-            raise bad_request(f"top_logprobs is {self.top_logprobs}, give 0 to {MAX_TOP_LOGPROBS}", "top_logprobs")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
-        if self.session_id is not None:
-            others = {
-                "n": (self.n or 1) > 1,
-                "cache_salt": self.cache_salt is not None,
-                "continue_final_message": self.continue_final_message,
-                "add_generation_prompt": self.add_generation_prompt is False,
-            }
-            if given := [name for name, is_given in others.items() if is_given]:
-                raise bad_request(f"{given[0]} cannot be said of one turn of a session", given[0])
-
-    def marks(self, num_before: int) -> list[Mark]:
-        """The breakpoints, behind so many messages of a session."""
-        return [
-            Mark(num_before + at, index, f"messages[{at}].content[{index}]", part.prompt_cache_breakpoint.ttl)
-            for at, message in enumerate(self.messages)
-            if isinstance(message.content, list)
-            for index, part in enumerate(message.content)
-            if isinstance(part, TextPart) and part.prompt_cache_breakpoint is not None
-        ]
-
-    @property
-    def wanted_tokens(self) -> int | None:
-        """Most tokens of an answer, by either name."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-
-CHAT_FIELDS = frozenset(ChatRequest.__struct_fields__)
 
 
 async def chat(request: Request) -> Response | EventStream:
@@ -288,7 +130,12 @@ def take_turn(turn: Turn, generation: Generation, body: ChatRequest) -> Generati
 
 
 def prepare_chat(
-    state: ServerState, request: Request, body: ChatRequest, served: ServedModel, session: Session | None = None
+    state: ServerState,
+    request: Request,
+    body: ChatRequest,
+    served: ServedModel,
+    session: Session | None = None,
+    tell: Callable[[Diagnosis], dict[str, Any]] = Diagnosis.openai,
 ) -> Generation:
     """Render, tokenize and compile; not on the event loop, for it takes its time."""
     given_tools = body.tools if body.tools is not None or session is None else session.tools
@@ -345,6 +192,7 @@ def prepare_chat(
             "service_tier": body.service_tier,
         },
         messages=messages,
+        tell=tell,
     )
 
 
@@ -357,15 +205,6 @@ def template_options(body: ChatRequest, tools: Tools | None) -> TemplateOptions:
         "continue_final_message": bool(body.continue_final_message),
         "plain_content": True,
     }
-
-
-def _plain_part(part: Part, where: str) -> dict[str, str]:
-    if isinstance(part, TextPart):
-        return {"type": "text", "text": part.text}
-    if isinstance(part, RefusalPart):
-        return {"type": "text", "text": part.refusal}
-    kind = part.__struct_config__.tag
-    raise bad_request(f"{where} is {kind}; the models of this server read text", where, code="unsupported_content")
 
 
 def finish_reason(branch: Written, num_calls: int) -> str:

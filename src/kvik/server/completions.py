@@ -133,8 +133,23 @@ def prompts_of(
     if token_ids:
         if len(token_ids) < len(prompt):
             raise bad_request(f"{name} mixes token ids with prompts", name)
-        return [token_ids]
-    return [encode_text(item) if isinstance(item, str) else list(item) for item in prompt if not isinstance(item, int)]
+        return [_checked(served, token_ids, name)]
+    return [
+        encode_text(item) if isinstance(item, str) else _checked(served, item, name)
+        for item in prompt
+        if not isinstance(item, int)
+    ]
+
+
+def _checked(served: ServedModel, token_ids: Sequence[int], name: str) -> list[int]:
+    """The ids, all of which are in the vocabulary. Raises `ApiError`."""
+    vocab_size = served.llm.model.decoder.spec.vocab_size
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise bad_request(
+                f"token id {token_id} is not in the vocabulary (hint: ids go from 0 to {vocab_size - 1})", name
+            )
+    return list(token_ids)
 
 
 def completion(running: Running, body: CompletionRequest) -> dict[str, Any]:

@@ -190,6 +190,7 @@ class Usage:
             "input_tokens_details": {
                 "cached_tokens": self.num_cached_tokens,
                 "cache_write_tokens": self.num_written_tokens,
+                **self.write_details(),
             },
             "output_tokens": self.num_completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
@@ -198,13 +199,14 @@ class Usage:
 
     def anthropic(self) -> dict[str, Any]:
         """As Messages have it: the prompt's tokens are those read from the cache, those written to it, and the rest."""
+        num_for_an_hour = (self.written_by_ttl or {}).get("1h", 0)
         return {
             "input_tokens": self.num_prompt_tokens - self.num_cached_tokens - self.num_written_tokens,
             "cache_read_input_tokens": self.num_cached_tokens,
             "cache_creation_input_tokens": self.num_written_tokens,
             "cache_creation": {
-                "ephemeral_5m_input_tokens": self.num_written_tokens,
-                "ephemeral_1h_input_tokens": 0,
+                "ephemeral_5m_input_tokens": self.num_written_tokens - num_for_an_hour,
+                "ephemeral_1h_input_tokens": num_for_an_hour,
             },
             "output_tokens": self.num_completion_tokens,
         }

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from kvik.server.bodies import json_response, read_body
 from kvik.server.chat import answer, prepare_chat
+from kvik.server.diagnostics import Diagnosis
 from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventStream, event
 from kvik.server.generation import Generation, Running, default_max_tokens, new_id, start
@@ -64,7 +65,7 @@ def _prepared_chat(state: ServerState, request: Request, body: Conversation, ser
         body = body.without_billing_line()
     chat = body.chat()
     with own_names(OWN_NAMES):
-        return prepare_chat(state, request, chat, served)
+        return prepare_chat(state, request, chat, served, tell=Diagnosis.anthropic)
 
 
 def _drops_billing_line(state: ServerState, body: Conversation) -> bool:
@@ -95,7 +96,9 @@ class MessageWriter(ItemWriter):
 
     def begin(self) -> bytes:
         """The message, with nothing in it."""
-        return named_event("message_start", message=self._message()) + self.ping
+        # Clients keep what the first event says of the cache.
+        told = {name: value for name, value in self.running.extras().items() if name == "diagnostics"}
+        return named_event("message_start", message=self._message() | told) + self.ping
 
     def item_id(self, *, is_call: bool) -> str:
         """Blocks have none."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from kvik.server.chat import Breakpoint, CalledFunction, ChatMessage, ChatRequest, TextPart, ToolCall
+from kvik.server.chat_input import Breakpoint, CalledFunction, ChatMessage, ChatRequest, TextPart, ToolCall
 from kvik.server.errors import ApiError, bad_request
 from kvik.server.fields import Body, JsonObject, JsonSchema, ResponseFormat, Text, convert
 from kvik.server.preparing import ChosenFunction, Function, FunctionTool, NamedChoice
@@ -281,6 +281,7 @@ class MessagesRequest(Conversation, frozen=True, kw_only=True):
             stop=self.stop_sequences,
             stream=self.stream,
             cache_salt=self.cache_salt,
+            comparison_response_id=None if self.diagnostics is None else self.diagnostics.previous_message_id,
         )
 
 

@@ -15,7 +15,8 @@ from kvik import __version__
 from kvik.config import Pooling
 from kvik.engine.output import Embedding
 from kvik.server.bodies import json_response, read_body
-from kvik.server.chat import CHAT_FIELDS, ChatMessage, ChatRequest, prepare_chat, session_of
+from kvik.server.chat import prepare_chat, session_of
+from kvik.server.chat_input import CHAT_FIELDS, ChatMessage, ChatRequest
 from kvik.server.completions import prompts_of
 from kvik.server.errors import ApiError, api_error, bad_request
 from kvik.server.fields import Body, Text

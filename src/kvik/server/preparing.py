@@ -200,7 +200,7 @@ def options_of(
         raise bad_request("cache_salt has characters that are not printable", "cache_salt")
     options: HeldOptions = {"salt": state.salt(request, fields.cache_salt)}
     if fields.cache_prompt is False:
-        options["use_cache"] = False
+        options["share"] = False  # computed anew, and left to nobody
     if fields.priority is not None:
         options["priority"] = fields.priority
     if constraint is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from kvik.server.chat import Breakpoint, CalledFunction, ChatMessage, ChatRequest, RefusalPart, TextPart, ToolCall
+from kvik.server.chat_input import Breakpoint, CalledFunction, ChatMessage, ChatRequest, RefusalPart, TextPart, ToolCall
 from kvik.server.errors import bad_request
 from kvik.server.fields import (
     MAX_TOP_LOGPROBS,

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from kvik.errors import CacheTooSmall
 from kvik.server.bodies import json_response, read_body
-from kvik.server.chat import ChatMessage
+from kvik.server.chat_input import ChatMessage
 from kvik.server.errors import ApiError, api_error, bad_request
 from kvik.server.fields import Body, Text
 from kvik.server.generation import new_id
@@ -183,9 +183,7 @@ async def unpin(request: Request) -> Response:
 
 async def _read_options(request: Request, kind: type[T]) -> T:
     """The body, all of whose fields have defaults; it may be left out."""
-    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
-        return kind()
-    return await read_body(request, kind)
+    return await read_body(request, kind) if await request.body() else kind()
 
 
 async def _fork(request: Request, session_id: str, ttl: str | None) -> Session:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from kvik.server.chat import CHAT_FIELDS
+from kvik.server.chat_input import CHAT_FIELDS
 from kvik.server.errors import ApiError, api_error
 
 
