@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import schemathesis
@@ -36,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 
 OPERATIONS = {
-    each.ok().label: each.ok()
+    each.ok().label: each.ok()  # type: ignore[union-attr]
     for each in schemathesis.openapi.from_dict(describe(ROUTES, ["tiny"])).get_all_operations()
 }
 
@@ -56,7 +57,7 @@ def test_any_request_gets_an_answer_that_is_documented(server: LiveServer, label
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(max_examples=examples(100) if takes_something else 2, suppress_health_check=list(HealthCheck))
-    def ask(case: schemathesis.Case) -> None:
+    def ask(case: schemathesis.Case[Any]) -> None:
         case.call_and_validate(base_url=f"http://127.0.0.1:{server.port}", checks=CHECKS)
 
     ask()

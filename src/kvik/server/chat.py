@@ -117,8 +117,8 @@ class ChatMessage(Body, frozen=True, kw_only=True):
                 if isinstance(self.content, str)
                 else [_plain_part(part, f"{where}.content[{at}]") for at, part in enumerate(self.content)]
             )
-        elif self.refusal is not None:
-            message["content"] = self.refusal
+        else:  # templates add it to other text without a look
+            message["content"] = self.refusal or ""
         if self.tool_calls:
             message["tool_calls"] = [
                 {

@@ -137,6 +137,8 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
     code = getattr(error, "code", code)
     if isinstance(error, TemplateError) and "refuses the messages" in error.message:
         status, code = 400, "template_refused"
+    elif isinstance(error, TemplateError) and "the chat template failed" in error.message:
+        status, code = 400, "template_failed"  # on these messages; on others it may not
     if isinstance(error, EngineDead):
         text = "the engine has ended, and this model serves no more requests (hint: the server must be started again)"
     elif status == 500 and not isinstance(error, TemplateError | SlowReader):
