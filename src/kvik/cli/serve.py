@@ -173,7 +173,13 @@ def read_keys(given: list[str] | None, environment: str) -> Mapping[str, str]:
     for each in given or environment.splitlines():
         if each.startswith("@"):
             path = Path(each[1:])
-            lines += check_utf8(str(path), path.read_bytes()).splitlines()
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise InvalidInput(
+                    f"cannot read the keys in {path}: {error.strerror}", hint="give @FILE, lines of NAME=KEY"
+                ) from error
+            lines += check_utf8(str(path), data).splitlines()
         else:
             lines.append(each)
     keys: dict[str, str] = {}

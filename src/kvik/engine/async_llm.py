@@ -393,6 +393,7 @@ class TokenStream:
         "_error",
         "_feeds",
         "_is_done",
+        "_is_woken",
         "_llm",
         "_pieces",
         "_progress",
@@ -417,6 +418,7 @@ class TokenStream:
         self._pieces: list[Piece] = []
         self._waiter: asyncio.Future[None] | None = None
         self._is_done = False
+        self._is_woken = False
         self._error: Exception | None = None
 
     def close(self) -> None:
@@ -484,6 +486,14 @@ class TokenStream:
         self.progress += delivery.progress
         self._is_done = self._is_done or delivery.is_last
         self._error = self._error or delivery.error
+        self._wake_waiter()
+
+    def wake(self) -> None:
+        """Have `read` return although nothing has come."""
+        self._is_woken = True
+        self._wake_waiter()
+
+    def _wake_waiter(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -495,11 +505,13 @@ class TokenStream:
     async def read(self) -> list[Piece]:
         """Pieces, as many as there are; none at the end. Raises what kept the sequences from being served at all.
 
-        Where `progress` was asked for and has come, it returns without pieces although `is_done` is false.
+        Where `progress` was asked for and has come, or after `wake`, it returns without pieces although `is_done` is
+        false.
         """
-        while not self._pieces and not self._is_done and not self.progress:
+        while not (self._pieces or self._is_done or self.progress or self._is_woken):
             self._waiter = self.loop.create_future()
             await self._waiter
+        self._is_woken = False
         pieces, self._pieces = self._pieces, []
         if not pieces and self._error is not None:
             raise self._error

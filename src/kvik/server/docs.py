@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from html import escape
 from typing import Any
 
@@ -12,6 +13,9 @@ from kvik import __version__
 from kvik.server.openapi import describe
 
 Json = dict[str, Any]
+
+MAX_SHOWN = 2**31 - 1
+"""Bounds from here on are those of the machine's numbers, and say nothing to a reader."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5b646d; --line: #dfe3e7; --paper: #fff; --well: #f5f7f8;
@@ -32,7 +36,8 @@ summary:hover { background: var(--well); } details > div { padding: 0 .7rem .7re
 .path { font-weight: 600; overflow-wrap: anywhere; line-height: 1.5rem; } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-top: 1px solid var(--line); }
-th { border: 0; color: var(--soft); font-weight: 500; } td code { overflow-wrap: anywhere; } a { color: var(--post); }
+th { border: 0; color: var(--soft); font-weight: 500; } td:first-child { white-space: nowrap; }
+a { color: var(--post); }
 """
 
 
@@ -54,7 +59,7 @@ def render(document: Json) -> str:
     schemas = document["components"]["schemas"]
     structs = "".join(
         f'<details id="{escape(name)}"><summary><span class="path">{escape(name)}</span>'
-        f'<span class="soft">{escape(schema.get("description", ""))}</span></summary>'
+        f'<span class="soft">{_text(schema.get("description", ""))}</span></summary>'
         f"<div>{_fields(schema)}</div></details>"
         for name, schema in schemas.items()
         if "properties" in schema
@@ -86,7 +91,7 @@ def _operation(path: str, method: str, operation: Json) -> str:
     )
     return (
         f'<details><summary><span class="method {method}">{method.upper()}</span>'
-        f'<span class="path">{escape(path)}</span><span class="soft">{escape(operation["summary"])}</span></summary>'
+        f'<span class="path">{escape(path)}</span><span class="soft">{_text(operation["summary"])}</span></summary>'
         f'<div>{parameters}{body}<div class="scroll"><table><tr><th>Status<th>Content<th>When</tr>{answers}</table>'
         "</div></div></details>"
     )
@@ -110,9 +115,7 @@ def _fields(schema: Json) -> str:
 
 def _default(field: Json) -> str:
     value = field.get("default")
-    return (
-        "" if value is None else f"<code>{escape(str(value).lower() if isinstance(value, bool) else str(value))}</code>"
-    )
+    return "" if value is None else f"<code>{escape(json.dumps(value))}</code>"
 
 
 def _kind(schema: Json) -> str:
@@ -124,7 +127,7 @@ def _kind(schema: Json) -> str:
         kinds = [kind for kind in schema["anyOf"] if kind != {"type": "null"}]
         return " or ".join(dict.fromkeys(_kind(kind) for kind in kinds))
     if "enum" in schema:
-        return " | ".join(f"<code>{escape(str(value))}</code>" for value in schema["enum"] if value is not None)
+        return " | ".join(f"<code>{escape(json.dumps(value))}</code>" for value in schema["enum"] if value is not None)
     kind = schema.get("type", "any")
     if kind == "array":
         return f"array of {_kind(schema.get('items', {}))}"
@@ -132,7 +135,7 @@ def _kind(schema: Json) -> str:
     bounds = [
         f"{sign} {schema[name]:,}"
         for name, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"))
-        if name in schema
+        if abs(schema.get(name, MAX_SHOWN)) < MAX_SHOWN
     ]
     if "maxLength" in schema:
         bounds.append(f"up to {schema['maxLength']:,} characters")

@@ -43,6 +43,5 @@ class Endpoint(Route):
 
     @property
     def group(self) -> str:
-        """What the routes beside it have in common: the part of the path that says so."""
-        parts = [part for part in self.path.split("/") if part and part != "v1"]
-        return parts[0] if parts else "page"
+        """Whose words it speaks: those of the APIs that clients know, or the server's own."""
+        return "API" if self.path.startswith("/v1/") else "Server"

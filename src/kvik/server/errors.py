@@ -155,6 +155,8 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
     code = getattr(error, "code", code)
     if isinstance(error, TemplateError) and "refuses the messages" in error.message:
         status, code = 400, "template_refused"
+    elif isinstance(error, TemplateError) and "the chat template failed" in error.message:
+        status, code = 400, "template_failed"  # on these messages; on others it may not
     if isinstance(error, CacheTooSmall):
         text += "; `kvik plan MODEL --context N` shows what fits"
     if isinstance(error, EngineDead):

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from kvik.engine.async_llm import TokenStream
 from kvik.engine.output import Piece, Progress, TokenLogprobs
 from kvik.server.errors import ApiError, api_error
 from kvik.server.generation import Running
@@ -137,11 +138,6 @@ class EventStream:
     async def _write(self, send: Send) -> None:
         stream, writer = self._running.stream, self._writer
         has_begun = False
-        reading: asyncio.Future[list[Piece]] | None = None
-
-        async def write(data: bytes) -> None:
-            if data:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
 
         async def begin() -> None:
             headers = {
@@ -154,29 +150,30 @@ class EventStream:
             raw = [(name.encode(), value.encode()) for name, value in headers.items()]
             await send({"type": "http.response.start", "status": 200, "headers": raw})
 
+        alarm = _Alarm(stream, self._ping_s)
         try:
             while True:
-                reading = reading or asyncio.ensure_future(stream.read())
-                await asyncio.wait((reading,), timeout=self._ping_s)
+                pieces = await stream.read()
                 data = b"" if has_begun else writer.begin()
-                if reading.done():
-                    pieces, reading = reading.result(), None
-                    for progress in stream.progress:
-                        data += writer.progress(progress)
-                    stream.progress.clear()
-                    if stream.is_done:
-                        await self._running.settle()
+                reports = [writer.progress(progress) for progress in stream.progress]
+                stream.progress.clear()
+                data += b"".join(reports)
+                if stream.is_done:
+                    await self._running.settle()
+                is_over = not pieces and stream.is_done
+                if pieces:
                     data += writer.pieces(pieces)
-                    is_over = not pieces and stream.is_done
-                else:
-                    data, is_over = data + writer.ping, False
-                if is_over:
+                elif is_over:
                     self._running.completions()  # raises what went wrong
                     data += writer.end()
+                elif not reports:
+                    data += writer.ping
                 if not has_begun:
                     await begin()
                     has_begun = True
-                await write(data)
+                alarm.was_heard = True
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
                 if is_over:
                     break
         except Exception as error:
@@ -184,11 +181,30 @@ class EventStream:
             if not has_begun:
                 raise told from error
             log.warning("%s: a stream ended with %s", self._running.generation.request_id, type(error).__name__)
-            await write(writer.error(told))
+            await send({"type": "http.response.body", "body": writer.error(told), "more_body": True})
         finally:
-            if reading is not None:
-                reading.cancel()
+            alarm.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Alarm:
+    """Wakes who reads a stream that is silent for some seconds."""
+
+    def __init__(self, stream: TokenStream, seconds: float) -> None:
+        self.was_heard = True  # set with each write: that costs less than to look at the clock
+        self._stream = stream
+        self._seconds = seconds / 2
+        self._timer = stream.loop.call_later(self._seconds, self._ring)
+
+    def cancel(self) -> None:
+        """Never again."""
+        self._timer.cancel()
+
+    def _ring(self) -> None:
+        if not self.was_heard:
+            self._stream.wake()
+        self.was_heard = False
+        self._timer = self._stream.loop.call_later(self._seconds, self._ring)
 
 
 async def _left(receive: Receive) -> None:

@@ -115,9 +115,18 @@ def _operation(
 
 
 def _media(kind: str) -> Json:
-    schema: Json = {"type": "object"} if kind == "application/json" else {"type": "string"}
-    return {kind: {"schema": schema}}
+    return {kind: {"schema": SCHEMAS.get(kind, {"type": "string"})}}
 
+
+SCHEMAS: dict[str, Json] = {
+    "application/json": {"type": "object"},
+    # Of each event.
+    "text/event-stream": {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    },
+}
 
 ERRORS: Json = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
 

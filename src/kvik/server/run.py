@@ -33,17 +33,25 @@ LAST_WORDS_S = 1.0
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `InvalidInput`."""
+    """A socket of this address, which does not listen yet. Raises `InvalidInput`."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, proto)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+        bound = socket.socket(family, kind, proto)
     except OSError as error:
-        raise InvalidInput(
-            f"cannot listen on {host}, port {port}: {error.strerror}", hint="choose another with --port or --host"
-        ) from error
-    return listening
+        raise _no_address(host, port, error) from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise _no_address(host, port, error) from error
+    return bound
+
+
+def _no_address(host: str, port: int, error: OSError) -> InvalidInput:
+    return InvalidInput(
+        f"cannot listen on {host}, port {port}: {error.strerror}", hint="choose another with --port or --host"
+    )
 
 
 class Server(uvicorn.Server):
@@ -136,6 +144,10 @@ def stop(state: ServerState) -> bool:
 def serve(state: ServerState, listening: socket.socket, *, on_ready: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGTERM or SIGINT."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        listening.listen(BACKLOG)  # another may have done so since it was bound
+    except OSError as error:
+        raise _no_address(state.config.host, state.config.port, error) from error
     try:
         asyncio.run(run(new_server(state), state, listening, on_ready))
     finally:

@@ -1,0 +1,127 @@
+"""`kvik serve` before it serves: whom it refuses to serve, keys, names of models, shares of memory, and its log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import Kvik
+from kvik.cli import serve
+from kvik.cli.serve_logs import JsonFormatter, TextFormatter
+from kvik.errors import InvalidInput
+from kvik.server.errors import ApiError
+from kvik.server.served import Models, ServedModel
+
+ENGINE = {"kv_memory": "auto", "threads": 1, "context": 64}
+
+
+def test_it_does_not_open_itself_to_others_by_accident(kvik: Kvik, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVIK_API_KEYS", raising=False)
+    refused = kvik("serve", "--host", "0.0.0.0", "--port", "0")
+    assert refused.exit_code == 2
+    assert "add --api-key, or --no-auth" in refused.stderr
+    both = kvik("serve", "--host", "0.0.0.0", "--no-auth", "--api-key", "long-enough-key")
+    assert both.exit_code == 2
+    assert "contradict" in both.stderr
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(kvik: Kvik) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = kvik("serve", "no-such-model", "--port", str(taken.getsockname()[1]))
+    assert result.exit_code == 2
+    assert "cannot listen on 127.0.0.1" in result.stderr
+    assert "no-such-model" not in result.stderr
+
+
+def test_keys_come_from_words_files_and_the_environment(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\nalice=key-of-alice\n\nkey-of-nobody\n")
+    assert serve.read_keys(["bob=key-of-bob", f"@{path}"], "ignored-key") == {
+        "key-of-bob": "bob",
+        "key-of-alice": "alice",
+        "key-of-nobody": "key 3",
+    }
+    assert serve.read_keys(None, "key-of-alice\nbob=key-of-bob") == {"key-of-alice": "key 1", "key-of-bob": "bob"}
+    assert serve.read_keys(None, "") == {}
+    with pytest.raises(InvalidInput, match="given twice, to 'a' and 'b'"):
+        serve.read_keys(["a=the-same-key", "b=the-same-key"], "")
+    with pytest.raises(InvalidInput, match="no-such-file"):
+        serve.read_keys([f"@{tmp_path}/no-such-file"], "")
+
+
+def test_models_are_called_by_alias_or_name_and_never_by_a_path(tmp_path: Path, tiny: Path) -> None:
+    assert serve.alias_of("smollm2") == ("smollm2", "smollm2")
+    assert serve.alias_of("small=org/name") == ("small", "org/name")
+    assert serve.alias_of(f"small={tiny}") == ("small", None)
+    assert serve.alias_of(str(tiny)) == ("tiny", None)
+    assert serve.alias_of(str(tmp_path)) == (tmp_path.name, None)
+
+
+def test_several_models_share_the_memory_and_each_is_chosen_by_its_names(
+    tiny: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    available = 64 << 20
+    monkeypatch.setattr("kvik.machine.available_memory_bytes", lambda: available)
+    served = serve.load([f"a={tiny}", f"b={base}"], **ENGINE, max_running=4, token_budget=64)
+    try:
+        assert [model.id for model in served] == ["a", "b"]
+        assert sum(model.llm.cache.num_bytes for model in served) <= available // 2
+        models = Models(served)
+        assert models.names == ["a", "b", "tiny", "base"]
+        assert models.get("base") is models.get("b") is served[1]
+        assert models.get(None) is served[0]
+        with pytest.raises(ApiError, match="take one of: a, b, tiny, base"):
+            models.get("c")
+        with pytest.raises(InvalidInput, match="two models have one name"):
+            Models([served[0], served[0]])
+        assert str(tiny.parent) not in json.dumps([model.card() for model in served])
+    finally:
+        assert all([model.async_llm.stop(30) for model in served])  # noqa: C419  # all of them
+
+
+def test_a_models_own_name_goes_before_anothers_alias(tiny: Path, base: Path) -> None:
+    first, second = serve.load([f"a={tiny}", f"tiny={base}"], **ENGINE | {"kv_memory": 1 << 20}, max_running=4)
+    assert isinstance(first, ServedModel)
+    assert Models([first, second]).get("tiny") is second
+    for model in (first, second):
+        assert model.async_llm.stop(30)
+
+
+def record(message: str, **extras: object) -> logging.LogRecord:
+    made = logging.LogRecord("kvik.access", logging.WARNING, "file", 1, message, (), None)
+    made.__dict__ |= extras
+    return made
+
+
+def test_a_line_of_the_log_for_people_and_for_programs() -> None:
+    told = record("GET /x 200", request_id="req-1", client="127.0.0.1", seconds=0.0123)
+    assert TextFormatter().format(told).endswith("warning GET /x 200 12 ms req-1")
+    found = json.loads(JsonFormatter().format(told))
+    assert found.pop("time").endswith("Z")
+    assert found == {
+        "level": "warning",
+        "logger": "kvik.access",
+        "message": "GET /x 200",
+        "request_id": "req-1",
+        "client": "127.0.0.1",
+        "seconds": 0.0123,
+    }
+
+
+def test_an_exception_stays_in_its_line_of_json() -> None:
+    try:
+        raise ValueError("planted")
+    except ValueError:
+        failed = record("it failed")
+        failed.exc_info = sys.exc_info()
+    line = JsonFormatter().format(failed)
+    assert "\n" not in line
+    assert json.loads(line)["exception"].endswith("ValueError: planted")
+    assert TextFormatter().format(failed).endswith("ValueError: planted")
