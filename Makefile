@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 ORACLE_VENV := .venv-oracle
+CLIENTS_VENV := .venv-clients
 PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 CPP := $(wildcard native/*.h native/*.cpp native/*.inl)
@@ -11,7 +12,7 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp soak docs goldens format stubs clean
+.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle test-clients sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp soak docs goldens format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
@@ -22,6 +23,7 @@ help:
 	@echo "make plant-faults which tier finds which of the faults that tests/plant_faults.py plants (an hour)"
 	@echo "make check        formats, lint, types, import rules, stubs"
 	@echo "make test-oracle  the comparisons with transformers, in a venv of their own"
+	@echo "make test-clients kvik serve with other people's clients of it, Python and Node, in a venv of their own"
 	@echo "make goldens      what transformers makes of the small checkpoints in tests/families, kept for the tests without torch"
 	@echo "make sanitize     the native core's tests under ASan and UBSan, and under TSan"
 	@echo "make bench        tokens per second of prefill and decode on this machine, and where the time goes"
@@ -55,7 +57,7 @@ test: $(VENV)/.tests-installed
 test-all: $(VENV)/.tests-installed
 	$(call say,What make test leaves out)
 	$(VENV)/bin/kvik models pull smollm2
-	$(MAKE) -j2 --output-sync=target test-oracle sanitize-address sanitize-thread test-rest
+	$(MAKE) -j2 --output-sync=target test-oracle test-clients sanitize-address sanitize-thread test-rest
 
 # Hypothesis marks its own tests: they run again with all of their examples.
 test-rest: $(VENV)/.tests-installed
@@ -70,6 +72,7 @@ nightly: $(VENV)/.tests-installed
 	$(MAKE) goldens
 	$(VENV)/bin/python -m pytest tests/families/test_goldens.py
 	$(MAKE) test-oracle
+	$(MAKE) test-clients
 	$(MAKE) soak
 
 plant-faults: $(VENV)/.check-installed
@@ -96,6 +99,13 @@ check: $(VENV)/.check-installed
 test-oracle: $(ORACLE_VENV)/.installed
 	$(call say,Compare with transformers in float32 and with llama.cpp)
 	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
+
+# What other people's packages warn of is theirs to mend.
+test-clients: $(CLIENTS_VENV)/.installed
+	$(call say,Fetch the default model once)
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,kvik serve with lm-eval$(,) llm$(,) LangChain$(,) Pydantic AI$(,) OpenAI's agents$(,) instructor$(,) and two libraries in Node)
+	$(CLIENTS_VENV)/bin/python -m pytest -W default tests/clients
 
 goldens: $(ORACLE_VENV)/.installed
 	$(call say,Logits of small checkpoints of every family$(,) by transformers)
@@ -174,7 +184,7 @@ stubs: $(VENV)/.check-installed
 	$(VENV)/bin/ruff format -q src/kvik/_native.pyi
 
 clean:
-	rm -rf $(VENV) $(ORACLE_VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(ORACLE_VENV) $(CLIENTS_VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.made:
 	$(call say,Make a virtual environment in $(VENV))
@@ -200,10 +210,10 @@ $(VENV)/.check-installed: $(VENV)/.installed
 	@touch $@
 
 # kvik, once compiled, and what its tests need come from $(VENV). One of an older kind is made anew.
-$(ORACLE_VENV)/.made: | $(VENV)/.tests-installed
-	$(call say,Make a virtual environment in $(ORACLE_VENV) on top of $(VENV))
-	$(VENV)/bin/python -m venv --clear $(ORACLE_VENV)
-	$(ORACLE_VENV)/bin/python -c 'import sys, sysconfig; from pathlib import Path; \
+$(ORACLE_VENV)/.made $(CLIENTS_VENV)/.made: | $(VENV)/.tests-installed
+	$(call say,Make a virtual environment in $(@D) on top of $(VENV))
+	$(VENV)/bin/python -m venv --clear $(@D)
+	$(@D)/bin/python -c 'import sys, sysconfig; from pathlib import Path; \
 	  Path(sysconfig.get_path("purelib"), "tests.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
 	  "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@touch $@
@@ -212,4 +222,13 @@ $(ORACLE_VENV)/.made: | $(VENV)/.tests-installed
 $(ORACLE_VENV)/.installed: tests/oracle/without_common.cmake $(VENV)/.tests-installed | $(ORACLE_VENV)/.made
 	$(call say,Add torch$(,) transformers and llama.cpp$(,) which is compiled (some minutes))
 	CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" $(ORACLE_VENV)/bin/pip install -q 'kvik[oracle]'
+	@touch $@
+
+# npm on an older Node than 22 looks for older packages, so package.json names exact versions, of Node too.
+$(CLIENTS_VENV)/.installed: tests/clients/package.json $(VENV)/.tests-installed | $(CLIENTS_VENV)/.made
+	$(call say,Add clients of the server (a minute))
+	$(CLIENTS_VENV)/bin/pip install -q 'kvik[clients]'
+	$(CLIENTS_VENV)/bin/pip install -q --upgrade --target $(CLIENTS_VENV)/instructor instructor==1.17.0
+	cp tests/clients/package.json $(CLIENTS_VENV)
+	npm install --prefix $(CLIENTS_VENV) --no-audit --no-fund --loglevel=error
 	@touch $@

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import tiny_config, tiny_tensors, write_checkpoint
 from kvik.engine.llm import LLM
 from models import tiny_model
 from server_process import Client, Server, with_engine
-from tool_templates import SUPPORTED, make
+from tool_model import write_tool_model
 
 KV_MEMORY = "96MiB"
 
@@ -53,14 +52,7 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 @pytest.fixture(scope="session")
 def tool_llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """A random model with a chat template that writes calls as Hermes does."""
-    folder = tmp_path_factory.mktemp("tools")
-    template, tokenizer = make(folder / "tokenizer", SUPPORTED["qwen2.5"])
-    config = tiny_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=4096)
-    write_checkpoint(folder, config, tiny_tensors(config, seed=3))
-    for path in (folder / "tokenizer").iterdir():
-        path.rename(folder / path.name)
-    (folder / "chat_template.jinja").write_text(template.source)
-    return LLM(folder, kv_memory="16MiB", threads=1)
+    return LLM(write_tool_model(tmp_path_factory.mktemp("tools")), kv_memory="16MiB", threads=1)
 
 
 @pytest.fixture(scope="session")
