@@ -14,7 +14,7 @@ from kvik.server.chat_input import ChatRequest
 from kvik.server.completions import CompletionRequest, completions
 from kvik.server.docs import docs
 from kvik.server.endpoint import Endpoint, plain_path
-from kvik.server.errors import ApiError, own_error
+from kvik.server.errors import ApiError, own_error, is_anthropic_path
 from kvik.server.gate import Gate
 from kvik.server.health import decode_health, health, ready
 from kvik.server.messages import count_message_tokens, messages
@@ -72,7 +72,7 @@ def make_app(state: ServerState) -> Gate:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    body = error.body(is_anthropic=request.scope["path"].startswith("/v1/messages"))
+    body = error.body(is_anthropic=is_anthropic_path(request.scope["path"]))
     return Response(body, error.status, error.headers, media_type="application/json")
 
 

@@ -69,6 +69,11 @@ _SUBJECTS = (
 )
 
 
+def is_anthropic_path(path: str) -> bool:
+    """Whether a route's errors have Anthropic's shape."""
+    return path.startswith("/v1/messages")
+
+
 class ApiError(Exception):
     """An answer that is no success."""
 

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvik.server.errors import ApiError, own_error
+from kvik.server.errors import ApiError, own_error, is_anthropic_path
 from kvik.server.settings import is_loopback, parsed_address
 from kvik.server.state import ServerState
 
@@ -183,7 +183,7 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
             headers["x-content-type-options"] = "nosniff"
-            if self.path.startswith("/v1/messages"):
+            if is_anthropic_path(self.path):
                 headers["request-id"] = self.request_id
             if self.origin is not None:
                 headers["access-control-allow-origin"] = self.origin
@@ -197,7 +197,7 @@ class _Exchange:
         """Answer with an error, unless the answer has begun."""
         if self.status:
             return
-        body = error.body(is_anthropic=self.path.startswith("/v1/messages"))
+        body = error.body(is_anthropic=is_anthropic_path(self.path))
         await self._respond(error.status, body, {"content-type": "application/json", **error.headers})
 
     async def send_empty(self, status: int, headers: dict[str, str]) -> None:

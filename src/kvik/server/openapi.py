@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute
 from kvik import __version__
 from kvik.server.bodies import json_response
 from kvik.server.endpoint import Endpoint, plain_path
+from kvik.server.errors import is_anthropic_path
 from kvik.server.gate import OPEN_PATHS
 from kvik.server.state import ServerState
 
@@ -49,6 +50,19 @@ ERROR: Json = {
     },
 }
 
+ANTHROPIC_ERROR: Json = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"type": "string", "enum": ["error"]},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+
 
 async def openapi(request: Request) -> Response:
     """The API in the words of OpenAPI 3.1."""
@@ -75,7 +89,7 @@ def describe(routes: Iterable[BaseRoute], model_names: Sequence[str], *, has_key
         "info": {"title": "kvik", "version": __version__, "description": "An LLM inference engine behind HTTP."},
         "paths": paths,
         "components": {
-            "schemas": components | {"Error": ERROR},
+            "schemas": components | {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -106,7 +120,10 @@ def _operation(
         operation["requestBody"] = {"required": True, "content": content}
     # 503 of a health route is no error: it has the shape of its 200.
     errors = {
-        str(status): {"description": STATUSES[status], "content": answer if status in endpoint.statuses else ERRORS}
+        str(status): {
+            "description": STATUSES[status],
+            "content": answer if status in endpoint.statuses else _errors(is_anthropic=is_anthropic_path(path)),
+        }
         for status in sorted(set(statuses))
     }
     operation["responses"] = {"200": {"description": "It went well", "content": answer}} | errors
@@ -128,7 +145,11 @@ SCHEMAS: dict[str, Json] = {
     },
 }
 
-ERRORS: Json = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+
+
+def _errors(*, is_anthropic: bool) -> Json:
+    name = "AnthropicError" if is_anthropic else "Error"
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
 
 
 def _parameter(name: str, model_names: Sequence[str]) -> Json:
