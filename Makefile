@@ -12,7 +12,7 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle test-clients sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp soak docs goldens format stubs clean
+.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle test-clients sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp soak serve-soak docs goldens format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
@@ -30,6 +30,7 @@ help:
 	@echo "make benchmarks   what docs/benchmarks.md shows of kvik race and kvik bench, measured again"
 	@echo "make bench-engine what batches, shared prefixes and prompts seen before bring, and the prefix cache's own speed"
 	@echo "make docs         the sample page of kvik explain, docs/explain.html, and the README's picture of it"
+	@echo "make serve-soak   30 minutes of 300 clients of kvik serve, a fifth of whom leave"
 	@echo "make soak         20 minutes of random requests: nothing wrong, nothing held for ever, no growth"
 	@echo "make bench-peers  the same file through llama-cpp-python, transformers and OpenVINO GenAI (half an hour)"
 	@echo "make bench-llama-cpp  build llama.cpp and compare with its own benchmark programs (an hour)"
@@ -74,6 +75,7 @@ nightly: $(VENV)/.tests-installed
 	$(MAKE) test-oracle
 	$(MAKE) test-clients
 	$(MAKE) soak
+	$(MAKE) serve-soak
 
 plant-faults: $(VENV)/.check-installed
 	$(call say,Plant one fault at a time in a copy of the tree$(,) and run the tiers until one fails)
@@ -140,6 +142,12 @@ soak: $(VENV)/.installed
 	$(VENV)/bin/kvik models pull smollm2
 	$(call say,Random requests for 20 minutes; --minutes and --seed of bench/soak.py make it another run)
 	$(VENV)/bin/python bench/soak.py
+
+serve-soak: $(VENV)/.installed
+	$(call say,Fetch the default model once)
+	$(VENV)/bin/kvik models pull smollm2
+	$(call say,Clients of kvik serve for 30 minutes; --minutes$(,) --clients and --seed of bench/serve_soak.py make it another run)
+	$(VENV)/bin/python bench/serve_soak.py
 
 bench-llama-cpp: $(VENV)/.installed
 	$(call say,Build llama.cpp)

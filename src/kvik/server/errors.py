@@ -66,6 +66,7 @@ _SUBJECTS = (
     ("tools", ("tools",)),
     ("messages", ("messages",)),
     ("prompt", ("prompt", "input", "messages")),
+    ("token", ("tokens",)),
 )
 
 
@@ -178,10 +179,8 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
 
 def _param(message: str, fields: frozenset[str]) -> str | None:
     """The field that a message is about: it begins with its name, or with words that stand for it."""
-    match = re.match(r"[a-z_]+(\[\d+\])?", message)
+    match = re.match(r"[a-z_]+(\[\d+\])?(?![\w.])", message)
     if match is not None and match[0].split("[")[0] in fields:
         return match[0]
-    for words, names in _SUBJECTS:
-        if words in message:
-            return next((name for name in names if name in fields), None)
-    return None
+    named = (name for words, names in _SUBJECTS if words in message for name in names)
+    return next((name for name in named if name in fields), None)

@@ -122,16 +122,19 @@ async def tokenizer_info(request: Request) -> Response:
     def name(token_id: int | None) -> str | None:
         return None if token_id is None else tokenizer.token_text(token_id)
 
-    eos = sorted(tokenizer.eos_token_ids)
+    # First the one that the model's own files call its end.
+    ends = sorted(
+        tokenizer.eos_token_ids, key=lambda each: (template is None or name(each) != template.eos_token, each)
+    )
     return json_response(
         {
             "tokenizer_class": type(tokenizer).__name__,
             "vocab_size": tokenizer.vocab_size,
             "bos_token": name(tokenizer.bos_token_id),
             "bos_token_id": tokenizer.bos_token_id,
-            "eos_token": name(eos[0]) if eos else None,
-            "eos_token_id": eos[0] if eos else None,
-            "eos_token_ids": eos,
+            "eos_token": name(ends[0]) if ends else None,
+            "eos_token_id": ends[0] if ends else None,
+            "eos_token_ids": sorted(ends),
             "pad_token": None,
             "model_max_length": model.context,
             "chat_template": None if template is None else template.source,

@@ -89,6 +89,11 @@ class ChatTemplate:
         """The template itself."""
         return self._source
 
+    @property
+    def eos_token(self) -> str:
+        """The name of the token that ends a text."""
+        return self._special["eos_token"]
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
