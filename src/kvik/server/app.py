@@ -14,7 +14,7 @@ from kvik.server.chat_input import ChatRequest
 from kvik.server.completions import CompletionRequest, completions
 from kvik.server.docs import docs
 from kvik.server.endpoint import Endpoint, plain_path
-from kvik.server.errors import ApiError, own_error, is_anthropic_path
+from kvik.server.errors import ApiError, is_anthropic_path, own_error
 from kvik.server.gate import Gate
 from kvik.server.health import decode_health, health, ready
 from kvik.server.messages import count_message_tokens, messages

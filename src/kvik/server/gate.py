@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvik.server.errors import ApiError, own_error, is_anthropic_path
+from kvik.server.errors import ApiError, is_anthropic_path, own_error
 from kvik.server.settings import is_loopback, parsed_address
 from kvik.server.state import ServerState
 

@@ -146,7 +146,6 @@ SCHEMAS: dict[str, Json] = {
 }
 
 
-
 def _errors(*, is_anthropic: bool) -> Json:
     name = "AnthropicError" if is_anthropic else "Error"
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
