@@ -262,12 +262,13 @@ class Soak:
         if engine.cache.pool.num_held:
             self.fail(f"{engine.cache.pool.num_held} blocks are held at the end")
         engine.scheduler.check()
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         body = json.dumps({"prompt": "Hi", "max_tokens": 1})
-        connection.request("POST", TEXT, body, {"Content-Type": "application/json"})
-        if connection.getresponse().status != 200:
-            self.fail("the server no longer answers")
-        connection.close()
+        for method, route, data in (("GET", "/health", None), ("POST", TEXT, body)):
+            connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+            connection.request(method, route, data, {"Content-Type": "application/json"})
+            if (status := connection.getresponse().status) != 200:
+                self.fail(f"at the end {route} answers {status}")
+            connection.close()
         self._judge_growth()
 
     def _judge_growth(self) -> None:
@@ -298,7 +299,7 @@ def serve_and_soak(args: argparse.Namespace, seed: int) -> int:
         context=CONTEXT,
         max_running=MAX_RUNNING,
         max_waiting=MAX_WAITING,
-        kv_memory=2 * small_cache_bytes(path),  # too small for all at once
+        kv_memory=small_cache_bytes(path),  # too small for all at once
     )
     config = ServerConfig(port=0, access_log=False, drain_s=5.0)
     served = ServedModel("smollm2", llm)

@@ -178,6 +178,29 @@ def test_one_of_a_batch_fails(many: Server) -> None:
     many.assert_idle()
 
 
+def test_a_dead_engine(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that runs gets an error, and what comes later 503; nobody is told where or how it died."""
+
+    def die(*_: object) -> None:
+        raise RuntimeError("<object at 0x7f00> in /home/somebody/file.py")
+
+    with Server({"tiny": with_engine(tiny_llm)}) as server:
+        with asked(server, DECODES | {"stream": True}) as streamed:
+            stream = server.wait_for_stream()
+            wait_until(lambda: bool(stream.branches[0].num_completion_tokens))
+            monkeypatch.setattr(server.engine, "step", die)
+            events = read_all(streamed)
+        later = server.client.post(TEXT, {"prompt": [3], "max_tokens": 1})
+        assert not server.served.is_healthy
+    assert b'"code":"engine_dead"' in events
+    assert events.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert (later.status, later.error["code"]) == (503, "engine_dead")
+    assert int(later.headers["retry-after"]) <= 120
+    for data in (events, later.data):
+        assert b"0x7f00" not in data
+        assert b"/home" not in data
+
+
 def _fail(*_: object, **__: object) -> None:
     raise ValueError("boom")
 
