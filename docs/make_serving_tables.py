@@ -1,4 +1,4 @@
-"""Writes the table of every field of every route into docs/serving.md, from the structs that the server reads bodies into.
+"""Writes the table of every field of every route into docs/serving.md, from the structs that bodies are read into.
 
 python docs/make_serving_tables.py [--check]
 """
