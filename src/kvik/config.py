@@ -131,8 +131,8 @@ are no faster (docs/log.md).
 MIXED_BUDGET = 128
 """Most tokens of prompts in a step in which others wait for their next token.
 
-A chunk of this size makes them wait half as long as one of `TOKEN_BUDGET`, and new prompts come to their turn sooner; less
-costs throughput (docs/log.md).
+A chunk of this size makes them wait half as long as one of `TOKEN_BUDGET`, and new prompts come to their turn sooner;
+less costs throughput (docs/log.md).
 """
 
 

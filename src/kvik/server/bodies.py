@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,9 @@ from starlette.responses import Response
 
 from kvik.server.errors import ApiError
 from kvik.server.fields import decode
+
+LARGE_BYTES = 1 << 16
+"""A body above this is read elsewhere than on the event loop, where all streams would wait for it."""
 
 T = TypeVar("T")
 
@@ -30,7 +34,7 @@ async def read_body(request: Request, kind: type[T]) -> T:
         body = await request.body()
     except ClientDisconnect:
         raise ApiError(499, "the client left", code="client_left") from None
-    return decode(kind, body)
+    return decode(kind, body) if len(body) < LARGE_BYTES else await asyncio.to_thread(decode, kind, body)
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

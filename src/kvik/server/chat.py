@@ -73,7 +73,9 @@ async def chat(request: Request) -> Response | EventStream:
     return await answer(request, running, partial(chat_completion, running, body), headers)
 
 
-async def answer(request: Request, running: Running, make: Any, headers: dict[str, str]) -> Response:
+async def answer(
+    request: Request, running: Running, make: Callable[[], dict[str, Any]], headers: dict[str, str]
+) -> Response:
     """Wait for the completions, and give what `make` makes of them; abort them where the client leaves."""
     try:
         with running.stream:
@@ -84,7 +86,10 @@ async def answer(request: Request, running: Running, make: Any, headers: dict[st
     finally:
         for told in running.generation.on_end:
             told(running)
-    return json_response(make(), headers={"server-timing": running.server_timing(), **headers})
+    # Of a long answer with logprobs it takes a while.
+    return await asyncio.to_thread(
+        lambda: json_response(make(), headers={"server-timing": running.server_timing(), **headers})
+    )
 
 
 async def _whole(running: Running) -> bool:

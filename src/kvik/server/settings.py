@@ -38,7 +38,6 @@ class ServerConfig:
     log_format: Literal["text", "json"] = "text"
     access_log: bool = True
     drop_billing_line: bool = False  # the one that Claude Code puts before its system prompt, another each time
-    allow_template_vars: bool = True  # `chat_template_kwargs`: the template's own switches
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
