@@ -18,7 +18,7 @@ from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams
 from kvik.cli.template import TemplateOptions
 from kvik.cli.terminal import INTERRUPTED
-from kvik.config import TOKEN_BUDGET
+from kvik.config import MIXED_BUDGET, TOKEN_BUDGET
 from template_families import FAMILIES, TOOLS
 
 GREY, END = "\x1b[90m", "\x1b[0m"
@@ -88,6 +88,7 @@ def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
         "context",
         "threads",
         "token_budget",
+        "mixed_budget",
         "backend",
         "kv_memory",
         "prefix_cache",
@@ -181,7 +182,7 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
     }
     assert values["params"] == options | others
     config = {"activations": "int16", "kv_dtype": "f32", "context": 300, "threads": 1, "kv_memory": 512 << 20}
-    config |= {"token_budget": TOKEN_BUDGET, "backend": "native", "prefix_cache": True}
+    config |= {"token_budget": TOKEN_BUDGET, "mixed_budget": MIXED_BUDGET, "backend": "native", "prefix_cache": True}
     config |= {"max_running": 64, "max_waiting": 1024}
     config["weights"] = None
     assert values["engine"] == config

@@ -189,6 +189,7 @@ GOOD_ENGINE: dict[str, list[Any]] = {
     "context": [None, 2, 4096, MAX_TOKENS],
     "threads": [None, 1, 256],
     "token_budget": [1, 512, 1 << 20],
+    "mixed_budget": [1, 512, 1 << 20],
     "kv_memory": ["auto", 1, 1 << 30, MAX_SIZE_BYTES],
     "prefix_cache": [True, False],
     "max_running": [1, 64, 4096],
@@ -202,6 +203,7 @@ BAD_ENGINE: dict[str, list[Any]] = {
     "context": [-1, 0, 1, *NOT_INTEGERS[1:]],
     "threads": [-1, 0, 257, *NOT_INTEGERS[1:]],
     "token_budget": [-1, 0, (1 << 20) + 1, *NOT_INTEGERS],
+    "mixed_budget": [-1, 0, (1 << 20) + 1, *NOT_INTEGERS],
     "kv_memory": [
         *BAD_SIZES,
         -1,
@@ -296,7 +298,10 @@ def test_scalars_of_numpy_are_kept_as_python_s_own(field: str, value: Any, plain
 @pytest.mark.parametrize(
     ("field", "value", "plain"),
     [
-        *((name, np.int64(9), 9) for name in ("context", "threads", "token_budget", "max_running", "max_waiting")),
+        *(
+            (name, np.int64(9), 9)
+            for name in ("context", "threads", "token_budget", "mixed_budget", "max_running", "max_waiting")
+        ),
         ("kv_memory", np.int64(1 << 30), 1 << 30),
         ("kv_memory", np.str_("1KiB"), 1024),
         ("kv_memory", np.str_("auto"), "auto"),
