@@ -22,7 +22,6 @@ REFUSED = {
     "best_of": "honoured where it equals `n`, refused else",
     "background": "refused where true",
     "previous_response_id": "refused: nothing is stored",
-    "prompt": "honoured",
 }
 
 
@@ -46,7 +45,7 @@ def table() -> str:
 
 def _shown(name: str) -> str:
     told = REFUSED.get(name)
-    return f"`{name}`" if told in (None, "honoured") else f"`{name}` ({told})"
+    return f"`{name}`" if told is None else f"`{name}` ({told})"
 
 
 def page_with_table(page: str) -> str:
