@@ -16,6 +16,7 @@ from kvik.cli.serve_logs import JsonFormatter, TextFormatter
 from kvik.errors import InvalidInput
 from kvik.server.errors import ApiError
 from kvik.server.served import Models, ServedModel
+from kvik.server.settings import ServerConfig
 
 ENGINE = {"kv_memory": "auto", "threads": 1, "context": 64}
 
@@ -54,6 +55,47 @@ def test_keys_come_from_words_files_and_the_environment(tmp_path: Path) -> None:
         serve.read_keys(["a=the-same-key", "b=the-same-key"], "")
     with pytest.raises(InvalidInput, match="no-such-file"):
         serve.read_keys([f"@{tmp_path}/no-such-file"], "")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("c2VjcmV0LWtleQ==", {"c2VjcmV0LWtleQ==": "key 1"}),
+        ("c2VjcmV0LWtleTE=", {"c2VjcmV0LWtleTE=": "key 1"}),
+        ("c2V/cmV0+LWtleQ=rest-of-it", {"c2V/cmV0+LWtleQ=rest-of-it": "key 1"}),
+        ("our bob=c2VjcmV0LWtleQ==", {"c2VjcmV0LWtleQ==": "our bob"}),
+        ("bob@home.net=key=of=bob", {"key=of=bob": "bob@home.net"}),
+        ("bob=short", {"short": "bob"}),  # which the server refuses
+    ],
+)
+def test_an_equals_sign_may_be_the_keys_own(line: str, expected: dict[str, str]) -> None:
+    assert serve.read_keys([line], "") == expected
+
+
+def test_the_screen_says_where_its_curl_line_has_the_key_from(
+    tiny: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = serve.load([f"a={tiny}", f"b={base}"], **ENGINE | {"kv_memory": 1 << 20}, max_running=4)
+    keys = serve.read_keys(["bob=key-of-bob"], "")
+    said = []
+    for config, models in (
+        (ServerConfig(), served),
+        (ServerConfig(api_keys=keys), served),
+        (ServerConfig(), served[1:]),
+    ):
+        serve.welcome(config, 8000, models)
+        said.append(capsys.readouterr().err)
+    assert "KVIK_API_KEY" not in said[0] + said[2]
+    assert "with a key" in said[1]
+    assert "export KVIK_API_KEY=KEY" in said[1]
+    assert '-H "Authorization: Bearer $KVIK_API_KEY"' in said[1]
+    assert "key-of-bob" not in said[1]
+    for text, path in zip(said, ("chat/completions", "chat/completions", "completions"), strict=True):
+        *screen, curl = text.splitlines()
+        assert curl.startswith(f"Try: curl http://127.0.0.1:8000/v1/{path} -H 'Content-Type: application/json'")
+        assert max(map(len, screen)) <= 80
+    for model in served:
+        assert model.async_llm.stop(30)
 
 
 def test_models_are_called_by_alias_or_name_and_never_by_a_path(tmp_path: Path, tiny: Path) -> None:

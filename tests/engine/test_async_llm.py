@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 from kvik.config import SamplingParams
 from kvik.engine import async_llm
 from kvik.engine.async_llm import AsyncLLM
+from kvik.engine.events import StepEvent
+from kvik.engine.interrupts import OwnedLock
 from kvik.engine.llm import LLM
 from kvik.engine.output import Completion
+from kvik.engine.stream import run_all
 from kvik.errors import EngineDead, InvalidInput, QueueFull, SlowReader
 from models import assert_idle
 
@@ -217,6 +221,62 @@ def test_a_slow_reader_loses_its_request_and_nobody_else_s(llm: LLM, monkeypatch
             return text
 
     assert finish(work()) == llm.generate(PROMPTS[3], PARAMS)[0].text
+
+
+def test_observers_hear_of_a_slow_reader_before_another_request_comes(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And why it ended: or the meter counts no failure, and takes an idle engine for one that decodes."""
+    monkeypatch.setattr(async_llm, "MAX_PIECES", 30)
+    told: dict[int, Exception | None] = {}
+
+    def observe(event: StepEvent) -> None:
+        told.update((sequence.branch, sequence.error) for sequence in event.ended)
+
+    llm.engine.add_observer(observe)
+
+    async def work() -> None:
+        async with AsyncLLM(llm) as engine:
+            slow = engine.stream("Once upon a time", SamplingParams(max_tokens=400, n=3, ignore_eos=True))
+            await anext(slow)
+            await until_idle(llm)
+            for _ in range(200):
+                if len(told) == 3:
+                    break
+                await asyncio.sleep(0.01)
+            assert [type(told.get(branch)) for branch in range(3)] == [SlowReader] * 3
+
+    finish(work())
+
+
+def test_a_lease_that_ends_later_never_waits_for_the_lock(llm: LLM) -> None:
+    """No other thread can come between the look whether the lock is free and having it."""
+    request = llm.engine.new_request(llm.encode("Once upon a time, " * 8), PARAMS, hold=True)
+    (sequence,) = run_all(llm.engine, [llm.engine.new_sequence(request)])
+    assert sequence.lease is not None
+    could_another: list[bool] = []
+    lock = OwnedLock()
+    take = lock.take
+
+    def another() -> None:
+        could_another.append(lock.try_to_take())
+        if could_another[-1]:
+            with take():
+                pass
+
+    def watched() -> Any:
+        thread = threading.Thread(target=another)
+        thread.start()
+        thread.join()
+        return take()
+
+    lock.take = watched  # type: ignore[method-assign]
+    llm.engine.lock = lock
+    sequence.lease.close_later()
+    lock.take = take  # type: ignore[method-assign]
+    assert could_another == [False]
+    assert sequence.lease.hold.is_over
+    assert_idle(llm.engine)
 
 
 def test_an_idle_engine_sleeps(llm: LLM) -> None:

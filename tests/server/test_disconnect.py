@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,8 @@ import pytest
 from kvik.engine import async_llm
 from kvik.engine.async_llm import TokenStream
 from kvik.engine.llm import LLM
+from kvik.errors import SlowReader
+from kvik.server.item_writer import ItemWriter
 from server_process import Server, wait_until, with_engine
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -121,6 +125,81 @@ def test_a_slow_reader_is_given_up(many: Server, monkeypatch: pytest.MonkeyPatch
     many.assert_idle()
 
 
+@pytest.fixture
+def hasty(tiny_llm: LLM) -> Iterator[Server]:
+    """A server that soon gives up on those who do not read an answer that is over."""
+    with Server({"tiny": with_engine(tiny_llm)}, unread_s=0.2) as server:
+        yield server
+
+
+def test_who_never_reads_loses_the_connection_too(hasty: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request, its task and its descriptor go; and the failure is counted though nothing else runs."""
+    monkeypatch.setattr(async_llm, "MAX_PIECES", 1024)
+    with asked(hasty, DECODES | {"n": 8, "logprobs": 5, "max_tokens": 4000, "stream": True}) as connection:
+        slow = hasty.wait_for_stream()
+        wait_until(lambda: connections_of(hasty) == hasty.state.http.num_open == 0)
+        assert {type(branch.error) for branch in slow.branches} == {SlowReader}
+        assert not read_all(connection).endswith(b"0\r\n\r\n")
+    meter = hasty.served.meter
+    wait_until(lambda: meter.failed.total() == 8 and not meter.is_decoding)
+    hasty.assert_idle()
+
+
+def test_what_is_left_of_a_whole_answer_is_not_kept_for_ever(hasty: Server) -> None:
+    """It is in the connection's buffer, and no task waits for it."""
+    prompt = [5 + at % 290 for at in range(4000)]
+    with asked(hasty, {"prompt": [prompt] * 40, "max_tokens": 1, "logprobs": 5, "echo": True}):
+        hasty.wait_for_stream()
+        wait_until(lambda: connections_of(hasty) == hasty.state.http.num_open == 0)
+
+
+def test_who_pauses_while_tokens_come_keeps_the_connection(hasty: Server) -> None:
+    with asked(hasty, DECODES | {"n": 8, "logprobs": 5, "max_tokens": 800, "stream": True}) as connection:
+        paused = hasty.wait_for_stream()
+        wait_until(lambda: paused.num_waiting > 64)
+        with hasty.engine.lock:
+            assert not paused.is_done
+            time.sleep(1)
+            assert connections_of(hasty) == 1
+        events = read_all(connection)
+    assert events.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert b'"error"' not in events
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Go on"}], "max_tokens": 4}),
+        ("/v1/responses", {"input": "Go on", "max_output_tokens": 4}),
+    ],
+)
+def test_a_whole_answer_of_items_waits_for_nobody_s_step(
+    many: Server, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    """Its completions are finished: it is made while another thread has the engine's lock."""
+    replay = ItemWriter.replay
+    has_waited: list[bool] = []
+
+    def replay_beside_a_step(writer: ItemWriter) -> None:
+        has_lock, is_made = threading.Event(), threading.Event()
+
+        def step() -> None:
+            with many.engine.lock:
+                has_lock.set()
+                has_waited.append(not is_made.wait(2))
+
+        thread = threading.Thread(target=step)
+        thread.start()
+        has_lock.wait()
+        replay(writer)
+        is_made.set()
+        thread.join()
+
+    monkeypatch.setattr(ItemWriter, "replay", replay_beside_a_step)
+    assert many.client.ok(path, body)
+    assert has_waited == [False]
+
+
 def test_many_that_time_out(one: Server) -> None:
     """As impatient clients do: all leave, and then one is answered."""
     for _ in range(20):
@@ -144,15 +223,17 @@ def test_half_a_request(many: Server) -> None:
 
 def test_the_queue_is_full(one: Server) -> None:
     """Row 24: 429, told when to come again; with many prompts, all or none."""
-    with asked(one, DECODES) as _:
-        running = one.wait_for_stream()
-        wait_until(lambda: bool(running.branches[0].num_completion_tokens))
+    with asked(one, DECODES) as _, asked(one, DECODES) as _:
+        wait_until(lambda: bool(one.engine.scheduler.running and one.engine.scheduler.waiting))
         for stream in (False, True):
-            answer = one.client.post(TEXT, {"prompt": ["a", "b", "c"], "max_tokens": 1, "stream": stream})
+            answer = one.client.post(TEXT, {"prompt": ["a", "b"], "max_tokens": 1, "stream": stream})
             assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
             assert answer.error["type"] == "rate_limit_error"
             assert 1 <= int(answer.headers["retry-after"]) <= 120
-        assert len(one.engine.scheduler.waiting) == 0
+        assert len(one.engine.scheduler.waiting) == 1
+        # What could never be queued is no matter of coming again.
+        answer = one.client.post(TEXT, {"prompt": ["a", "b", "c"], "max_tokens": 1})
+        assert (answer.status, answer.error["param"]) == (400, "prompt")
     one.assert_idle()
 
 
@@ -203,6 +284,10 @@ def test_a_dead_engine(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _fail(*_: object, **__: object) -> None:
     raise ValueError("boom")
+
+
+def connections_of(server: Server) -> int:
+    return len(server._server.server_state.connections)
 
 
 def read_all(connection: socket.socket) -> bytes:

@@ -9,16 +9,20 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import anthropic
+import msgspec
 import pytest
 from anthropic.types import Message
 
 from api_servers import serving, tools_checkpoint
 from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
-from kvik.server.errors import ApiError
+from kvik.errors import TemplateError
+from kvik.server.errors import ApiError, api_error
 from kvik.server.generation import Running, Usage
 from kvik.server.messages import MessageWriter
-from kvik.server.messages_input import MessagesRequest
+from kvik.server.messages_input import CountRequest, MessagesRequest
+from kvik.server.preparing import ignored_header
+from kvik.server.responses_input import ResponsesRequest
 
 QUESTION = "Name three colours of the rainbow."
 USER: Any = {"role": "user", "content": QUESTION}
@@ -32,6 +36,8 @@ TOOLS = [
     {"name": "weather", "description": "Of a city", "input_schema": WEATHER},
     {"name": "clock", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}},
 ]
+THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "s"}
+KEEP = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 ONE_CALL: dict[str, Any] = {
     "model": "tools",
     "messages": [{"role": "user", "content": "?"}],
@@ -170,7 +176,6 @@ def test_history(client: anthropic.Anthropic) -> None:
     (call,) = ask(client, **ONE_CALL).content
     assert call.type == "tool_use"
     use = {"type": "tool_use", "id": call.id, "name": call.name, "input": call.input}
-    thought = {"type": "thinking", "thinking": "hm", "signature": "s"}
     result = {"type": "tool_result", "tool_use_id": call.id, "content": "3"}
     parts = [{"type": "text", "text": "3"}]
     user = {"role": "user", "content": "?"}
@@ -178,7 +183,7 @@ def test_history(client: anthropic.Anthropic) -> None:
         count(client, model="tools", tools=TOOLS, messages=messages)
         for messages in (
             [user, {"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}],
-            [user, {"role": "assistant", "content": [thought, use]}, {"role": "ctx", "content": [result]}],
+            [user, {"role": "assistant", "content": [THOUGHT, use]}, {"role": "ctx", "content": [result]}],
             [
                 user,
                 {"role": "assistant", "content": [use]},
@@ -259,6 +264,90 @@ def test_ignored_is_said(client: anthropic.Anthropic) -> None:
         assert answer.headers.get("x-kvik-ignored") == expected
 
 
+def test_cache_control_marks_text_wherever_it_stands() -> None:
+    """On the whole request the last text; on calls and results that of their message."""
+    use = {"type": "tool_use", "id": "a", "name": "b", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "a"}
+    text = {"type": "text", "text": "x"}
+    asked = {"role": "user", "content": "?"}
+
+    def marks(*messages: Any, **others: Any) -> list[tuple[int, int, str | None]]:
+        body = msgspec.convert({"messages": messages, "max_tokens": 1, **others}, MessagesRequest)
+        assert body.ignored() == []
+        return [(mark.message, mark.part, mark.ttl) for mark in body.chat().marks(0)]
+
+    assert marks(asked, **KEEP) == [(0, 0, "1h")]
+    assert marks(asked, system="Be short.", **KEEP) == [(1, 0, "1h")]
+    assert marks({"role": "user", "content": [text, {**text, "cache_control": {"type": "ephemeral"}}]}, **KEEP) == [
+        (0, 1, "5m")
+    ]
+    assert marks(asked, {"role": "assistant", "content": [text, use]}, **KEEP) == [(1, 0, "1h")]
+    assert marks(asked, {"role": "assistant", "content": [use]}, **KEEP) == [(0, 0, "1h")]
+    assert marks(asked, {"role": "assistant", "content": [text, text, {**use, **KEEP}]}) == [(1, 1, "1h")]
+    for content in ("3", [text]):
+        assert marks({"role": "user", "content": [{**result, **KEEP, "content": content}]}) == [(0, 0, "1h")]
+    assert marks({"role": "user", "content": [{**result, **KEEP, "content": [text, {**text, **KEEP}]}, text]}) == [
+        (0, 1, "1h")
+    ]
+
+
+def test_the_whole_requests_cache_control_is_kept(client: anthropic.Anthropic) -> None:
+    """To the token, and named by nobody as ignored."""
+    messages = [{"role": "user", "content": "The cat is on the mat. " * 20}]
+    body = {"model": "smollm2", "messages": messages, "max_tokens": 1, "temperature": 0, **KEEP}
+    raw = client.post("/v1/messages", body=body, cast_to=anthropic.APIResponse[Any])
+    assert "x-kvik-ignored" not in raw.headers
+    (told,) = json.loads(raw.text())["prompt_cache_breakpoints"]
+    assert (told["status"], told["ttl"]) == ("written", "1h")
+    begun = [*messages, {"role": "assistant", "content": "The cat"}]
+    assert count(client, messages=begun, **KEEP) == count(client, messages=begun)
+    assert text_of(ask(client, messages=begun, **KEEP)) == text_of(ask(client, messages=begun))
+
+
+@pytest.mark.parametrize(
+    ("block", "role", "named"),
+    [
+        ({"type": "tool_use", "id": "a", "name": "b", "input": {}, **KEEP}, "assistant", "messages.cache_control"),
+        ({"type": "tool_result", "tool_use_id": "a", "content": "", **KEEP}, "user", "messages.cache_control"),
+        ({"type": "text", "text": "x", "citations": [{"cited_text": "y"}]}, "assistant", "messages.citations"),
+        (
+            {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "x", "citations": [{}]}]},
+            "user",
+            "messages.citations",
+        ),
+        (
+            {"type": "tool_use", "id": "a", "name": "b", "input": {}, "caller": {"type": "direct"}},
+            "assistant",
+            "messages.caller",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_of_a_block_is_named(block: Any, role: str, named: str) -> None:
+    body = msgspec.convert({"messages": [{"role": role, "content": [block]}], "max_tokens": 1}, MessagesRequest)
+    assert body.ignored() == [named]
+
+
+def test_what_cannot_be_honoured_of_tools_and_system_is_named() -> None:
+    given = {
+        "messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"}]}],
+        "max_tokens": 1,
+        "tools": [TOOLS[0] | KEEP | {"eager_input_streaming": True}, {"type": "web_search_20250305", "name": "w"}],
+        **KEEP,
+    }
+    body = msgspec.convert(given, MessagesRequest)
+    told = ["cache_control", "tools.cache_control", "tools.eager_input_streaming", "tools.web_search_20250305"]
+    assert body.ignored() == told
+    system = [{"type": "text", "text": "x", "citations": [{}]}]
+    assert msgspec.convert({"messages": [], "system": system}, CountRequest).ignored() == ["system.citations"]
+    streams = {"input": "x", "stream": True, "stream_options": {"include_obfuscation": True}}
+    assert msgspec.convert(streams, ResponsesRequest).ignored() == ["stream_options.include_obfuscation"]
+
+
+def test_the_header_takes_no_signs_of_its_own() -> None:
+    assert ignored_header(["a.b_1", "c\r\nset-cookie: d=e", "\u20ac"]) == {"x-kvik-ignored": "a.b_1"}
+    assert ignored_header(["\u20ac"]) == {}
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -268,6 +357,11 @@ def test_ignored_is_said(client: anthropic.Anthropic) -> None:
         ({"tools": [{"name": "a", "type": "bash_20250124"}]}, "tools[0]."),
         ({"tools": TOOLS}, "the model's chat template ignores tools"),
         ({"messages": []}, "messages must"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages have no text"),
+        ({"messages": [{"role": "assistant", "content": [THOUGHT]}], "system": "Be short."}, "messages have no text"),
+        ({"tools": [{"type": "web_search_\u20ac", "name": "web_search"}]}, "tools[0]."),
+        ({"tools": [{"type": "web_search_\r\nset-cookie: a=b", "name": "web_search"}]}, "tools[0]."),
+        ({"tools": [{"type": "web_search_20250305\n", "name": "web_search"}]}, "tools[0]."),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
             "messages[0].content[0] is image",
@@ -300,3 +394,15 @@ def test_error_within_a_stream() -> None:
         "type": "error",
         "error": {"type": "overloaded_error", "message": "gone"},
     }
+
+
+@pytest.mark.parametrize(
+    ("what", "code"), [("failed", "template_failed"), ("refuses the messages", "template_refused")]
+)
+def test_a_template_that_fails_names_no_file(what: str, code: str) -> None:
+    failed = TemplateError(f"model: x.gguf: the chat template {what}: no 'b' in c: d", hint="take another file")
+    told = api_error(failed, frozenset({"messages"}))
+    assert (told.status, told.code, told.param) == (400, code, "messages")
+    assert told.message.startswith(f"the chat template {what}")
+    assert "no 'b' in c: d" in told.message
+    assert ("another file" in told.message) == (code == "template_refused")

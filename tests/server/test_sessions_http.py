@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import pytest
 
 from kept_server import CHAT, KEYS, Caller, KeptServer, tool_llm, wait_until, with_engine
 from kvik.config import SamplingParams
+from kvik.engine.lease import Lease
 from kvik.engine.llm import LLM
+from kvik.errors import CacheTooSmall
 
 SESSIONS = "/v1/sessions"
 QUESTIONS = ("What is the colour of the sky at noon?", "And at night?", "Thank you very much for all of that.")
@@ -114,6 +118,49 @@ def test_forks_go_their_own_ways_and_a_rewind_forgets(anna: Caller, llm: LLM) ->
     assert answer["choices"][0]["message"]["content"] == history[-1]["content"]
     error = anna.post(f"{SESSIONS}/{forks[0]['id']}/rewind", {"num_messages": 9}, status=400)["error"]
     assert error["param"] == "num_messages"
+
+
+def test_a_fork_has_the_session_to_itself(server: KeptServer, anna: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is listed with what it holds or not at all, and an error leaves nothing behind."""
+    session = anna.post(SESSIONS, None)
+    path = f"{SESSIONS}/{session['id']}"
+    anna.chat(user(QUESTIONS[0]), session_id=session["id"])
+    engine = server.llm.engine
+    real_fork, is_forking, may_go_on = engine.fork_lease, threading.Event(), threading.Event()
+
+    def slow_fork(lease: Lease) -> Lease:
+        is_forking.set()
+        assert may_go_on.wait(60)
+        return real_fork(lease)
+
+    monkeypatch.setattr(engine, "fork_lease", slow_fork)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            forked = pool.submit(anna.post, f"{path}/fork", None)
+            assert is_forking.wait(60)
+            assert [(each["id"], each["is_busy"]) for each in anna.get(SESSIONS)["data"]] == [(session["id"], True)]
+            assert anna.post(f"{path}/rewind", {}, status=409)["error"]["code"] == "session_busy"
+        finally:
+            may_go_on.set()
+        assert forked.result()["cached_tokens"] > 0
+    assert not anna.get(path)["is_busy"]
+
+    def failing_fork(lease: Lease) -> Lease:
+        raise CacheTooSmall("no block is left", hint="give it more")
+
+    monkeypatch.setattr(engine, "fork_lease", failing_fork)
+    assert anna.post(f"{path}/fork", None, status=400)["error"]["code"] == "kv_capacity_exceeded"
+    assert len(anna.get(SESSIONS)["data"]) == 2
+    assert not anna.get(path)["is_busy"]
+
+
+def test_a_fork_too_many_holds_nothing(server: KeptServer, anna: Caller) -> None:
+    sessions = [anna.post(SESSIONS, {}) for _ in range(4)]
+    anna.chat(user(QUESTIONS[0]), session_id=sessions[0]["id"])
+    path = f"{SESSIONS}/{sessions[0]['id']}"
+    assert anna.post(f"{path}/fork", None, status=429)["error"]["code"] == "too_many_sessions"
+    anna.ask("DELETE", path)
+    assert server.num_held == 0
 
 
 def test_others_have_none_of_it(server: KeptServer, anna: Caller) -> None:

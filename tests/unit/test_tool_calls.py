@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from llguidance._tokenizer import TokenizerWrapper
 from kvik.engine.output import TextStream
 from kvik.errors import InvalidInput, ToolsNotSupported
 from kvik.text.chat_template import ChatTemplate
+from kvik.text.grammar import MAX_GRAMMAR_BYTES
 from kvik.text.tokenizer import Tokenizer
 from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolCallParser, ToolEvent
 from kvik.text.tool_detection import detect_tool_format
@@ -327,6 +329,45 @@ def test_schemas_with_references_keep_to_an_object(family: Callable[[str], Famil
     assert made.accepts(grammar, HERMES % ("point", '{"x": 1}'))
     assert not made.accepts(grammar, HERMES % ("point", '{"x": "1"}'))
     assert not made.accepts(grammar, HERMES % ("point", "[1]"))
+
+
+def test_what_only_describes_a_schema_is_no_part_of_its_grammar(family: Callable[[str], Family]) -> None:
+    """And a property may have the name of such a word, or a constant hold it."""
+    said = {"description": "d" * 600, "title": "t", "examples": ["e" * 100], "default": "f" * 100}
+    properties = {
+        "description": {"type": "string", **said},
+        "list": {"type": "array", "items": {"anyOf": [{"const": {"title": 1}, **said}, {"$ref": "#/$defs/title"}]}},
+    }
+    schema = {
+        "properties": properties,
+        "required": [*properties],
+        "additionalProperties": False,
+        "$defs": {"title": {"enum": [{"default": 2}], **said}},
+        **said,
+    }
+    made = family("hermes")
+    grammar = made.format.grammar([function(f"f{at}", schema) for at in range(60)], "required")
+    assert grammar is not None
+    assert len(grammar) < MAX_GRAMMAR_BYTES < len(json.dumps(schema)) * 60
+    assert "ddd" not in grammar
+    assert made.accepts(grammar, HERMES % ("f7", '{"description": "x", "list": [{"title": 1}, {"default": 2}]}'))
+    assert not made.accepts(grammar, HERMES % ("f7", '{"list": []}'))
+    assert not made.accepts(grammar, HERMES % ("f7", '{"description": "x", "list": [{"title": 2}]}'))
+
+
+def test_tools_too_many_for_a_grammar_are_named(family: Callable[[str], Family]) -> None:
+    tools = [function(f"f{at}", {"properties": {"a": {"enum": ["x" * 1000]}}}) for at in range(80)]
+    with pytest.raises(InvalidInput, match=r"^tools make a grammar of 9\d,\d{3} bytes, more than 65,536"):
+        family("hermes").format.grammar(tools)
+
+
+@pytest.mark.parametrize("depth", [200, 400, 700, 5000])
+def test_a_schema_that_is_nested_too_deeply_is_refused(family: Callable[[str], Family], depth: int) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    with pytest.raises(InvalidInput, match="'f' "):
+        family("hermes").format.grammar([function("f", schema)])
 
 
 def function(name: str, parameters: Any = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -187,8 +188,8 @@ def read_keys(given: list[str] | None, environment: str) -> Mapping[str, str]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        name, equals, key = line.partition("=")
-        if not equals:
+        name, _, key = line.partition("=")
+        if not key.strip("=") or not re.fullmatch(r"[\w .@-]+", name):  # the sign is the key's own, as at base64's end
             name, key = f"key {len(keys) + 1}", line
         if key in keys:
             raise InvalidInput(f"an API key is given twice, to {keys[key]!r} and {name!r}", hint="leave out one")
@@ -208,10 +209,13 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
             f"    context {model.llm.model.context:,}; weights {_mib(weights.num_bytes)}, cache"
             f" {_mib(cache.num_bytes)} for {cache.num_blocks * model.llm.engine.kv_spec.block_size:,} tokens"
         )
-    who = f"with one of {len(config.api_keys)} keys" if config.api_keys else "by anybody who reaches it"
+    num_keys = len(config.api_keys)
+    who = "with a key" if num_keys == 1 else f"with one of {num_keys} keys" if num_keys else "by anybody who reaches it"
     note(f"  Called {who}. All routes: {url}/docs")
     note("  Watch /health, /metrics and this log; Ctrl-C ends it when what runs is done")
-    key = ' -H "Authorization: Bearer $KVIK_API_KEY"' if config.api_keys else ""
+    if num_keys:
+        note("  For this line, kvik run --url and kvik bench --url: export KVIK_API_KEY=KEY")
+    key = ' -H "Authorization: Bearer $KVIK_API_KEY"' if num_keys else ""
     if served[0].llm.is_chat_model:
         path, data = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}'
     else:

@@ -212,13 +212,13 @@ class AsyncLLM:
     async def close(self) -> None:
         """End the engine's thread after its present step; what still runs gets `EngineDead`."""
         self._is_closing = True
-        self._inbox.put(lambda: None)
+        self._wake()
         await asyncio.to_thread(self._thread.join)
 
     def stop(self, seconds: float) -> bool:
         """The same without an event loop: whether the thread has ended within so many seconds."""
         self._is_closing = True
-        self._inbox.put(lambda: None)
+        self._wake()
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -352,8 +352,10 @@ class AsyncLLM:
                 if not delivery.is_last and reader.num_waiting > MAX_PIECES:
                     late.append(reader)
         for reader in late:
-            self._engine.abort(*reader.branches)
-            outbox[reader.loop].append((reader, _Delivery([], [], is_last=True, error=reader.slow_error())))
+            error = reader.slow_error()
+            self._engine.abort(*reader.branches, error=error)
+            self._wake()
+            outbox[reader.loop].append((reader, _Delivery([], [], is_last=True, error=error)))
         for loop, deliveries in outbox.items():
             is_closed = not _call(loop, partial(_hand_out, deliveries))
             for reader, delivery in deliveries:
@@ -361,6 +363,11 @@ class AsyncLLM:
                     self._readers.pop(reader, None)
                 if is_closed:
                     self._engine.abort(*reader.branches)
+                    self._wake()
+
+    def _wake(self) -> None:
+        """Have another step follow, where nothing may be left to do: observers hear of what has ended in it."""
+        self._inbox.put(lambda: None)
 
 
 class _Closed(Exception):
@@ -395,6 +402,8 @@ class TokenStream:
         "_is_done",
         "_is_woken",
         "_llm",
+        "_num_read",
+        "_num_sent",
         "_pieces",
         "_progress",
         "_waiter",
@@ -416,6 +425,8 @@ class TokenStream:
         self._feeds = [PieceFeed(engine, branch, at) for at, branch in enumerate(self.branches)] if wants_pieces else []
         self._progress = dict.fromkeys(sequences, -1) if wants_progress else {}
         self._pieces: list[Piece] = []
+        self._num_sent = 0  # written by the engine's thread alone
+        self._num_read = 0  # written by the event loop's
         self._waiter: asyncio.Future[None] | None = None
         self._is_done = False
         self._is_woken = False
@@ -435,8 +446,8 @@ class TokenStream:
 
     @property
     def num_waiting(self) -> int:
-        """Pieces that nobody has read yet."""
-        return len(self._pieces)
+        """Pieces that nobody has read yet, those on their way to the event loop among them."""
+        return self._num_sent - self._num_read
 
     def take(self) -> _Delivery | None:
         """What is new, if anything is; the caller holds the engine's lock."""
@@ -444,6 +455,7 @@ class TokenStream:
             pieces = self._feeds[0].take()
         else:
             pieces = [piece for feed in self._feeds for piece in feed.take()]
+        self._num_sent += len(pieces)
         progress = self._take_progress() if self._progress else []
         for branch in self.branches:
             if branch.finish_reason is None:
@@ -513,6 +525,7 @@ class TokenStream:
             await self._waiter
         self._is_woken = False
         pieces, self._pieces = self._pieces, []
+        self._num_read += len(pieces)
         if not pieces and self._error is not None:
             raise self._error
         return pieces

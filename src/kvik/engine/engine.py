@@ -174,11 +174,11 @@ class Engine:
             self._tell(clock, batch, result)
             return result
 
-    def abort(self, *sequences: Sequence) -> None:
-        """Stop those that are not finished; a finished one stays as it is."""
+    def abort(self, *sequences: Sequence, error: Exception | None = None) -> None:
+        """Stop those that are not finished, because of the error where there is one; a finished one stays as it is."""
         with self._exclusive(), self._changing():
             for sequence in sequences:
-                self.scheduler.abort(sequence)
+                self.scheduler.abort(sequence, error)
             self._trim_idle()
 
     def completion(self, sequence: Sequence) -> Completion:
@@ -251,7 +251,7 @@ class Engine:
         """The same for finalisers: now, or after the step that is going on."""
         self._forgotten.append(hold)
         # Not where this very thread is in the middle of something that it must finish first.
-        if not is_uninterrupted() and self.lock.is_free_for():
+        if not is_uninterrupted() and self.lock.try_to_take():
             with self._exclusive():
                 pass
 

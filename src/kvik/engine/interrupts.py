@@ -32,12 +32,9 @@ class OwnedLock:
         finally:
             self._lock.release()
 
-    def is_free_for(self) -> bool:
-        """Whether this thread could have it now without waiting, and does not have it yet."""
-        if self.is_owned or not self._lock.acquire(blocking=False):
-            return False
-        self._lock.release()
-        return True
+    def try_to_take(self) -> bool:
+        """Have it for the `take` that follows, if that needs no wait and this thread does not have it yet."""
+        return not self.is_owned and self._lock.acquire(blocking=False)
 
     def __enter__(self) -> None:
         self._lock.acquire()

@@ -18,7 +18,7 @@ from kvik.engine.request import TemplateOptions
 from kvik.engine.sequence import Sequence as Written
 from kvik.server.bodies import json_response, read_body
 from kvik.server.breakpoints import with_breakpoints
-from kvik.server.chat_input import CHAT_FIELDS, ChatRequest
+from kvik.server.chat_input import CHAT_FIELDS, ChatRequest, texts_of
 from kvik.server.diagnostics import Diagnosis, with_diagnostics
 from kvik.server.errors import ApiError, api_error, bad_request
 from kvik.server.event_stream import EventStream, encode, ends_text, logprobs_entry
@@ -26,6 +26,7 @@ from kvik.server.fields import CacheOptions
 from kvik.server.generation import (
     Generation,
     Running,
+    check_texts,
     check_work,
     default_max_tokens,
     new_id,
@@ -143,6 +144,7 @@ def prepare_chat(
     tell: Callable[[Diagnosis], dict[str, Any]] = Diagnosis.openai,
 ) -> Generation:
     """Render, tokenize and compile; not on the event loop, for it takes its time."""
+    served.check_queue()
     given_tools = body.tools if body.tools is not None or session is None else session.tools
     tools = Tools.of(given_tools, body.tool_choice, body.parallel_tool_calls)
     history = [] if session is None else session.messages
@@ -151,9 +153,10 @@ def prepare_chat(
         session.check_size(messages)
     if tools is not None:
         served.tool_format  # noqa: B018  # raises where the model has none
+    check_texts(served, texts_of(messages), "messages")
     for_template = template_options(body, tools)
     prompt_ids = served.llm.render_chat(messages, **for_template)
-    max_tokens = body.wanted_tokens or default_max_tokens(served, len(prompt_ids))
+    max_tokens = body.wanted_tokens or default_max_tokens(state, served, len(prompt_ids), body.n or 1)
     check_work(state, 1, body.n or 1, max_tokens)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     params = body.params(max_tokens=max_tokens, logprobs=num_top)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -10,6 +11,8 @@ from kvik.server.breakpoints import Mark
 from kvik.server.errors import bad_request
 from kvik.server.fields import MAX_TOP_LOGPROBS, Body, Count, JsonObject, SamplingFields, Text
 from kvik.server.preparing import FunctionTool, ToolChoice
+
+MAX_TEMPLATE_BYTES = 1 << 14  # of a template's switches
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -135,6 +138,11 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     def check(self) -> None:
         """Raise `ApiError` for fields that contradict each other."""
         super().check()
+        size = len(msgspec.json.encode(self.chat_template_kwargs or {}))
+        if size > MAX_TEMPLATE_BYTES:
+            raise bad_request(
+                f"chat_template_kwargs has {size:,} bytes, give up to {MAX_TEMPLATE_BYTES:,}", "chat_template_kwargs"
+            )
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise bad_request(f"top_logprobs is {self.top_logprobs}, give 0 to {MAX_TOP_LOGPROBS}", "top_logprobs")
         if self.top_logprobs is not None and not self.logprobs:
@@ -166,6 +174,16 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
 
 
 CHAT_FIELDS = frozenset(ChatRequest.__struct_fields__)
+
+
+def texts_of(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What people and models wrote in them."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            yield content
+        else:
+            yield from (part["text"] for part in content or ())
 
 
 def _plain_part(part: Part, where: str) -> dict[str, str]:

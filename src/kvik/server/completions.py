@@ -20,7 +20,7 @@ from kvik.server.diagnostics import with_diagnostics
 from kvik.server.errors import api_error, bad_request
 from kvik.server.event_stream import EventStream, encode, floor
 from kvik.server.fields import MAX_TOP_LOGPROBS, CacheOptions, Count, SamplingFields
-from kvik.server.generation import Generation, Running, check_work, new_id, start
+from kvik.server.generation import Generation, Running, check_texts, check_work, new_id, start
 from kvik.server.openai_writer import OpenAIWriter
 from kvik.server.preparing import constraint_of, ignored_header, options_of
 from kvik.server.served import ServedModel
@@ -88,9 +88,12 @@ async def completions(request: Request) -> Response | EventStream:
 
 def prepare(state: ServerState, request: Request, body: CompletionRequest, served: ServedModel) -> Generation:
     """Tokenize and compile; not on the event loop, for it takes its time."""
+    served.check_queue()
     prompts = prompts_of(served, body.prompt, add_special=body.add_special_tokens is not False)
-    if len(prompts) > state.config.max_prompts:
-        raise bad_request(f"there are {len(prompts):,} prompts, give up to {state.config.max_prompts:,}", "prompt")
+    # More than may wait could never be queued; whoever finds the queue full may come again.
+    max_prompts = min(state.config.max_prompts, served.llm.engine.scheduler.max_waiting)
+    if len(prompts) > max_prompts:
+        raise bad_request(f"there are {len(prompts):,} prompts, give up to {max_prompts:,}", "prompt")
     max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
     check_work(state, len(prompts), body.n or 1, max_tokens)
     wanted = [count for count in (body.logprobs, body.prompt_logprobs) if count is not None]
@@ -124,7 +127,11 @@ def prompts_of(
     name: str = "prompt",
 ) -> list[list[int]]:
     """Token ids of each prompt: text, token ids, or a list of either. Raises `ApiError`."""
-    encode_text = partial(served.llm.model.tokenizer.encode, add_special=add_special)
+
+    def encode_text(text: str) -> list[int]:
+        check_texts(served, [text], name)
+        return served.llm.model.tokenizer.encode(text, add_special=add_special)
+
     if isinstance(prompt, str):
         return [encode_text(prompt)]
     if not prompt:

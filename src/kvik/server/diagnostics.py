@@ -150,7 +150,9 @@ def diagnose(running: Running, before: Asked, now: Asked, *, tells_salts: bool) 
         num_lost=max(0, min(num_before, num_now - 1) - num_cached),
         engine_reason=None if miss is None else miss.name.lower(),
         changed=changed,
-        first_difference=_first_difference(running, before, now, num_common) if is_same_model else None,
+        first_difference=_first_difference(running, before, now, num_common)
+        if is_same_model and is_same_salt
+        else None,
     )
     if not is_same_model:
         return replace(found, reason="model_changed")
@@ -159,7 +161,7 @@ def diagnose(running: Running, before: Asked, now: Asked, *, tells_salts: bool) 
     if num_common < num_before and (reason := _reason(before, now, names, differs_at)) is not None:
         return replace(found, reason=reason)
     block_size = running.served.llm.engine.kv_spec.block_size
-    wanted = min(num_common, num_now - 1) // block_size * block_size  # a block that was left open is nobody's to find
+    wanted = min(num_common, num_now - 1) // block_size * block_size  # only full blocks are found in the cache
     return replace(found, kind="hit" if num_cached >= wanted else "unavailable")
 
 

@@ -16,6 +16,7 @@ from kvik.errors import (
     CacheTooSmall,
     EngineDead,
     EngineHung,
+    GrammarFailed,
     InvalidInput,
     KvikError,
     ModelError,
@@ -53,6 +54,7 @@ _CODES: tuple[tuple[type[KvikError], int, str], ...] = (
     (EngineHung, 503, "engine_hung"),
     (NotEnoughMemory, 503, "not_enough_memory"),
     (ToolsNotSupported, 400, "tools_not_supported"),
+    (GrammarFailed, 400, "grammar_too_complex"),
     (TemplateError, 500, "template_error"),
     (ModelNotFound, 404, "model_not_found"),
     (ModelError, 400, "unsupported_by_model"),
@@ -65,6 +67,7 @@ _SUBJECTS = (
     ("template_vars", ("chat_template_kwargs",)),
     ("tools", ("tools",)),
     ("messages", ("messages",)),
+    ("the chat template failed", ("messages",)),
     ("prompt", ("prompt", "input", "messages")),
     ("token", ("tokens",)),
 )
@@ -161,8 +164,11 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
     code = getattr(error, "code", code)
     if isinstance(error, TemplateError) and "refuses the messages" in error.message:
         status, code = 400, "template_refused"
+        text = text[text.index("the chat template refuses") :]  # before it stands the name of a file
     elif isinstance(error, TemplateError) and "the chat template failed" in error.message:
         status, code = 400, "template_failed"  # on these messages; on others it may not
+        said = error.message[error.message.index("the chat template failed") :]
+        text = f"{said} (hint: these messages have what it does not expect: check their roles, content and calls)"
     if isinstance(error, CacheTooSmall):
         text += "; `kvik plan MODEL --context N` shows what fits"
     if isinstance(error, EngineDead):

@@ -110,7 +110,8 @@ class EventWriter(ABC):
 class EventStream:
     """The ASGI answer that streams.
 
-    What goes wrong before the first event is an ordinary HTTP error, which the gate makes of the exception.
+    What goes wrong before the first event is an ordinary HTTP error, which the gate makes of the exception. The scope's
+    state has the `stream` while it is written: once that is done, the server ends the connection of who does not read.
     """
 
     def __init__(self, running: Running, writer: EventWriter, *, ping_s: float, headers: dict[str, str]) -> None:
@@ -121,6 +122,7 @@ class EventStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until all is written, it goes wrong or the client leaves."""
+        scope["state"]["stream"] = self._running.stream
         writing = asyncio.ensure_future(self._write(send))
         leaving = asyncio.ensure_future(_left(receive))
         try:
@@ -131,15 +133,16 @@ class EventStream:
             leaving.cancel()
             writing.cancel()
             self._running.stream.close()
+            del scope["state"]["stream"]
             await asyncio.wait((writing, leaving))
             for told in self._running.generation.on_end:
                 told(self._running)
 
     async def _write(self, send: Send) -> None:
         stream, writer = self._running.stream, self._writer
-        has_begun = False
+        has_head = has_begun = False
 
-        async def begin() -> None:
+        async def send_head() -> None:
             headers = {
                 "content-type": "text/event-stream; charset=utf-8",
                 "cache-control": "no-cache",
@@ -154,23 +157,23 @@ class EventStream:
         try:
             while True:
                 pieces = await stream.read()
-                data = b"" if has_begun else writer.begin()
-                reports = [writer.progress(progress) for progress in stream.progress]
-                stream.progress.clear()
-                data += b"".join(reports)
-                if stream.is_done:
-                    await self._running.settle()
                 is_over = not pieces and stream.is_done
-                if pieces:
-                    data += writer.pieces(pieces)
-                elif is_over:
-                    self._running.completions()  # raises what went wrong
-                    data += writer.end()
-                elif not reports:
-                    data += writer.ping
-                if not has_begun:
-                    await begin()
+                if pieces or stream.progress or is_over:
+                    data = b"" if has_begun else writer.begin()
                     has_begun = True
+                    data += b"".join(map(writer.progress, stream.progress))
+                    stream.progress.clear()
+                    if stream.is_done:
+                        await self._running.settle()
+                    data += writer.pieces(pieces)
+                    if is_over:
+                        self._running.completions()  # raises what went wrong
+                        data += writer.end()
+                else:  # what the first event tells of the cache is not known yet
+                    data = writer.ping
+                if not has_head:
+                    await send_head()
+                    has_head = True
                 alarm.was_heard = True
                 if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -178,7 +181,7 @@ class EventStream:
                     break
         except Exception as error:
             told = api_error(error, self._running.generation.fields)
-            if not has_begun:
+            if not has_head:
                 raise told from error
             log.warning("%s: a stream ended with %s", self._running.generation.request_id, type(error).__name__)
             await send({"type": "http.response.body", "body": writer.error(told), "more_body": True})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -217,11 +217,30 @@ def new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
 
 
-def default_max_tokens(served: ServedModel, num_prompt_tokens: int) -> int:
-    """As many as context and cache have room for, where the client names no number; 1 where there is none at all."""
+def default_max_tokens(state: ServerState, served: ServedModel, num_prompt_tokens: int, n: int) -> int:
+    """As many as context, cache and the limit on work have room for, where the client names no number; 1 at least."""
     cache = served.llm.engine.cache
-    room = min(served.llm.model.context, cache.num_reachable_blocks * cache.spec.block_size + 1)
-    return max(1, room - num_prompt_tokens)
+    num_blocks = cache.num_reachable_blocks - cache.num_pinned
+    room = min(served.llm.model.context, num_blocks * cache.spec.block_size + 1) - num_prompt_tokens
+    return max(1, min(room, state.config.work_limit // n))
+
+
+def check_texts(served: ServedModel, texts: Iterable[str], param: str) -> None:
+    """Raise `ApiError` for texts that could not fit the context if each token were the longest of the vocabulary.
+
+    Rendering and tokenizing take time and memory for each byte, so they are not begun with what is refused in any case.
+    """
+    num_bytes = sum(len(text) for text in texts)
+    context = served.llm.model.context
+    limit = context * served.max_token_bytes
+    if num_bytes > limit:
+        raise ApiError(
+            400,
+            f"maximum context length is {context} tokens; you sent {num_bytes:,} characters, which are more"
+            " (hint: shorten them; nothing is cut off)",
+            code="context_length_exceeded",
+            param=param,
+        )
 
 
 def check_work(state: ServerState, num_prompts: int, n: int, max_tokens: int) -> None:

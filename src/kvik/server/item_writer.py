@@ -99,11 +99,10 @@ class ItemWriter(EventWriter):
         return data + self._end()
 
     def replay(self) -> None:
-        """Take all items of an answer that nobody has streamed."""
+        """Take all items of a finished answer that nobody has streamed."""
         engine = self.running.served.llm.engine
-        with engine.lock:
-            pieces = [piece for branch in self.running.branches for piece in PieceFeed(engine, branch).take()]
-        self.pieces(pieces)
+        # Without the engine's lock: nobody changes what is finished, and a step would be waited for.
+        self.pieces([piece for branch in self.running.branches for piece in PieceFeed(engine, branch).take()])
 
     @property
     def num_calls(self) -> int:

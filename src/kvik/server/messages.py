@@ -55,7 +55,7 @@ def prepare(state: ServerState, request: Request, body: MessagesRequest, served:
     # `max_tokens` is no wish here but a bound, which clients set far above any answer: the context is another.
     bounded = msgspec.structs.replace(body, max_tokens=min(body.max_tokens, served.llm.model.context))
     generation = _prepared_chat(state, request, bounded, served)
-    room = default_max_tokens(served, len(generation.prompts[0]))
+    room = default_max_tokens(state, served, len(generation.prompts[0]), 1)
     params = replace(generation.params, max_tokens=min(generation.params.max_tokens, room))
     return replace(generation, params=params, prewarm=body.max_tokens == 0)
 

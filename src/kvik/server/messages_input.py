@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal, Self
 
@@ -105,6 +106,11 @@ class Message(Body, frozen=True, kw_only=True):
         """As a chat has it."""
         return "user" if self.role == "ctx" or self.role == "msg" else self.role
 
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The content, of which plain text is one block."""
+        return [TextBlock(text=self.content)] if isinstance(self.content, str) else self.content
+
 
 class Tool(Body, frozen=True, kw_only=True):
     """A tool that the model may call."""
@@ -191,12 +197,26 @@ class Conversation(Body, frozen=True, kw_only=True):
             names.append("thinking")
         if self.output_config is not None and self.output_config.effort is not None:
             names.append("output_config.effort")
-        blocks = [block for message in self.messages if isinstance(message.content, list) for block in message.content]
+        turns = [[block for _, message in turn for block in message.blocks] for _, turn in self._turns()]
+        blocks = [block for turn in turns for block in turn]
         if any(isinstance(block, ThinkingBlock | RedactedThinkingBlock) for block in blocks):
             names.append("messages.thinking")
         if any(isinstance(block, ToolResultBlock) and block.is_error for block in blocks):
             names.append("messages.is_error")
-        return names + list(dict.fromkeys(f"tools.{tool['type']}" for tool in self.tools or () if _is_web_search(tool)))
+        texts = [text for block in blocks for text in _texts(block)]
+        system = [TextBlock(text=self.system)] if isinstance(self.system, str) else self.system or []
+        tools = self.tools or []
+        is_left_out = {
+            "cache_control": self.cache_control is not None and not any(block.text for block in [*system, *texts]),
+            "system.citations": any(block.citations for block in system),
+            "messages.citations": any(block.citations for block in texts),
+            "messages.caller": any(isinstance(block, ToolUseBlock) and block.caller for block in blocks),
+            "messages.cache_control": any(_loses_breakpoint(turn) for turn in turns),
+            "tools.cache_control": any(tool.get("cache_control") is not None for tool in tools),
+            "tools.eager_input_streaming": any(tool.get("eager_input_streaming") for tool in tools),
+        }
+        names += [name for name, is_so in is_left_out.items() if is_so]
+        return names + list(dict.fromkeys(f"tools.{tool['type']}" for tool in tools if _is_web_search(tool)))
 
     @property
     def has_billing_line(self) -> bool:
@@ -221,7 +241,7 @@ class Conversation(Body, frozen=True, kw_only=True):
             raise bad_request("thinking has no type", "thinking.type")
         messages = self._messages()
         # An answer that has begun goes on.
-        goes_on = bool(self.messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
+        goes_on = bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
         wanted = None if self.output_config is None else self.output_config.format
         schema = None if wanted is None else JsonSchema(schema=wanted.schema)
         functions = [
@@ -244,10 +264,19 @@ class Conversation(Body, frozen=True, kw_only=True):
         if self.system:
             content: Any = self.system if isinstance(self.system, str) else [block.part() for block in self.system]
             messages.append(ChatMessage(role="system", content=content))
-        numbered = enumerate(self.messages)
-        for role, turn in groupby(numbered, lambda each: each[1].chat_role):  # a turn each, as in their API
-            messages += _turn(role, list(turn))
+        # Where the whole request has a breakpoint, it moves on with each: what it leaves is not to look changed.
+        takes_text = self.cache_control is None
+        turns = [message for role, turn in self._turns() for message in _turn(role, turn, takes_text=takes_text)]
+        if self.messages and not turns:
+            raise bad_request("messages have no text, no call and no result (hint: send one of the user's)", "messages")
+        messages += turns
+        if self.cache_control is not None:
+            _mark_last_text(messages, self.cache_control)
         return messages
+
+    def _turns(self) -> list[tuple[ChatRole, list[tuple[int, Message]]]]:
+        """Messages of one role that follow each other are a turn, as in Anthropic's API; each with its number."""
+        return [(role, list(turn)) for role, turn in groupby(enumerate(self.messages), lambda each: each[1].chat_role)]
 
 
 class CountRequest(Conversation, frozen=True, kw_only=True):
@@ -287,19 +316,60 @@ class MessagesRequest(Conversation, frozen=True, kw_only=True):
 
 def _is_web_search(tool: JsonObject) -> bool:
     """A tool of Anthropic's servers, which Claude Code lists among its own: left out of the prompt."""
-    return str(tool.get("type", "")).startswith("web_search_")
+    kind = tool.get("type")
+    return isinstance(kind, str) and re.fullmatch("web_search_[0-9]{8}", kind) is not None
 
 
-def _turn(role: ChatRole, turn: list[tuple[int, Message]]) -> Iterator[ChatMessage]:
-    """Messages of one role that follow each other; what tools gave are messages of their own."""
-    if len(turn) == 1 and isinstance(turn[0][1].content, str):
+def _texts(block: Block) -> list[TextBlock]:
+    """What is text of a block."""
+    match block:
+        case TextBlock():
+            return [block]
+        case ToolResultBlock(content=str(text)):
+            return [TextBlock(text=text)]
+        case ToolResultBlock(content=list(parts)):
+            return [part for part in parts if isinstance(part, TextBlock)]
+    return []
+
+
+def _loses_breakpoint(turn: Sequence[Block]) -> bool:
+    """Whether a call or a result has a breakpoint, but there is no text behind which it could be."""
+    has_text = any(isinstance(block, TextBlock) and block.text for block in turn)
+    return any(
+        isinstance(block, ToolUseBlock | ToolResultBlock)
+        and block.cache_control is not None
+        and not (has_text if isinstance(block, ToolUseBlock) else any(text.text for text in _texts(block)))
+        for block in turn
+    )
+
+
+def _mark_text(parts: list[TextPart], control: CacheControl) -> bool:
+    """Put a breakpoint behind the last text, unless it has one; False where there is no text."""
+    at = max((at for at, part in enumerate(parts) if part.text), default=None)
+    if at is not None and parts[at].prompt_cache_breakpoint is None:
+        parts[at] = msgspec.structs.replace(parts[at], prompt_cache_breakpoint=control.breakpoint())
+    return at is not None
+
+
+def _mark_last_text(messages: list[ChatMessage], control: CacheControl) -> None:
+    for at, message in reversed([*enumerate(messages)]):
+        content = [TextPart(text=message.content)] if isinstance(message.content, str) else message.content or ()
+        parts = [part for part in content if isinstance(part, TextPart)]
+        if _mark_text(parts, control):
+            messages[at] = msgspec.structs.replace(message, content=parts)
+            return
+
+
+def _turn(role: ChatRole, turn: list[tuple[int, Message]], *, takes_text: bool) -> Iterator[ChatMessage]:
+    """The messages of a turn; what tools gave are messages of their own."""
+    if takes_text and len(turn) == 1 and isinstance(turn[0][1].content, str):
         yield ChatMessage(role=role, content=turn[0][1].content)
         return
     parts: list[TextPart] = []
     calls: list[ToolCall] = []
+    control: CacheControl | None = None
     for at, message in turn:
-        content = [TextBlock(text=message.content)] if isinstance(message.content, str) else message.content
-        for index, block in enumerate(content):
+        for index, block in enumerate(message.blocks):
             where = f"messages[{at}].content[{index}]"
             match block:
                 case TextBlock():
@@ -307,6 +377,7 @@ def _turn(role: ChatRole, turn: list[tuple[int, Message]]) -> Iterator[ChatMessa
                 case ToolUseBlock() if role == "assistant":
                     function = CalledFunction(name=block.name, arguments=block.input)
                     calls.append(ToolCall(id=block.id, function=function))
+                    control = block.cache_control or control
                 case ToolResultBlock() if role == "user":
                     if parts:
                         yield ChatMessage(role="user", content=[*parts])
@@ -316,18 +387,22 @@ def _turn(role: ChatRole, turn: list[tuple[int, Message]]) -> Iterator[ChatMessa
                     pass
                 case _:
                     raise _unsupported(block, where, f" in a message of the {role}'s")
+    if control is not None:
+        _mark_text(parts, control)
     if parts or calls:
         yield ChatMessage(role=role, content=[*parts] or None, tool_calls=calls or None)
 
 
 def _result(block: ToolResultBlock, where: str) -> Any:
-    if not block.content or isinstance(block.content, str):
-        return block.content or ""
+    if not block.content:
+        return ""
     parts = []
-    for index, each in enumerate(block.content):
+    for index, each in enumerate(_texts(block) if isinstance(block.content, str) else block.content):
         if not isinstance(each, TextBlock):
             raise _unsupported(each, f"{where}.content[{index}]")
         parts.append(each.part())
+    if block.cache_control is not None:
+        _mark_text(parts, block.cache_control)
     return parts
 
 

@@ -16,11 +16,11 @@ from kvik.config import Pooling
 from kvik.engine.output import Embedding
 from kvik.server.bodies import json_response, read_body
 from kvik.server.chat import prepare_chat, session_of
-from kvik.server.chat_input import CHAT_FIELDS, ChatMessage, ChatRequest
+from kvik.server.chat_input import CHAT_FIELDS, ChatMessage, ChatRequest, texts_of
 from kvik.server.completions import prompts_of
 from kvik.server.errors import ApiError, api_error, bad_request
 from kvik.server.fields import Body, Text
-from kvik.server.generation import unless_client_leaves
+from kvik.server.generation import check_texts, unless_client_leaves
 from kvik.server.preparing import ignored_header
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
@@ -40,12 +40,16 @@ async def one_model(request: Request) -> Response:
     return json_response(ServerState.of(request).models.get(request.path_params["name"]).card())
 
 
+MAX_TOKENIZED = 1 << 20  # characters
+MAX_DETOKENIZED = 1 << 18  # tokens
+
+
 class TokenizeRequest(Body, frozen=True, kw_only=True):
     """Text, or a conversation, to be tokenized."""
 
     model: str | None = None
-    prompt: str | None = None
-    content: str | None = None  # llama.cpp's name of it
+    prompt: Annotated[str, Meta(max_length=MAX_TOKENIZED)] | None = None
+    content: Annotated[str, Meta(max_length=MAX_TOKENIZED)] | None = None  # llama.cpp's name of it
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool = True
     add_special: bool | None = None  # llama.cpp's name of it
@@ -67,24 +71,28 @@ async def tokenize(request: Request) -> Response:
     def encode() -> list[int]:
         if body.messages is not None:
             messages = [message.plain(f"messages[{at}]") for at, message in enumerate(body.messages)]
+            check_texts(served, texts_of(messages), "messages")
             return served.llm.render_chat(
                 messages, add_generation_prompt=body.add_generation_prompt, plain_content=True
             )
         assert isinstance(given[0], str)
         return served.llm.model.tokenizer.encode(given[0], add_special=add_special)
 
+    def answer() -> dict[str, Any]:
+        tokens = encode()
+        told: dict[str, Any] = {
+            "tokens": [_with_piece(served, token_id) for token_id in tokens] if body.with_pieces else tokens,
+            "count": len(tokens),
+            "max_model_len": served.llm.model.context,
+        }
+        if body.return_token_strs:
+            told["token_strs"] = [served.llm.model.tokenizer.token_text(token_id) for token_id in tokens]
+        return told
+
     try:
-        tokens = await asyncio.to_thread(encode)
+        return json_response(await asyncio.to_thread(answer))
     except Exception as error:
         raise api_error(error, frozenset(TokenizeRequest.__struct_fields__)) from error
-    answer: dict[str, Any] = {
-        "tokens": [_with_piece(served, token_id) for token_id in tokens] if body.with_pieces else tokens,
-        "count": len(tokens),
-        "max_model_len": served.llm.model.context,
-    }
-    if body.return_token_strs:
-        answer["token_strs"] = [served.llm.model.tokenizer.token_text(token_id) for token_id in tokens]
-    return json_response(answer)
 
 
 def _with_piece(served: ServedModel, token_id: int) -> dict[str, Any]:
@@ -99,7 +107,7 @@ class DetokenizeRequest(Body, frozen=True, kw_only=True):
     """Token ids to be made text."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Meta(max_length=MAX_DETOKENIZED)]
 
 
 async def detokenize(request: Request) -> Response:
@@ -107,7 +115,7 @@ async def detokenize(request: Request) -> Response:
     body = await read_body(request, DetokenizeRequest)
     served = ServerState.of(request).models.get(body.model)
     try:
-        text = served.llm.model.tokenizer.decode(body.tokens, skip_special=False)
+        text = await asyncio.to_thread(served.llm.model.tokenizer.decode, body.tokens, skip_special=False)
     except Exception as error:
         raise api_error(error, frozenset({"tokens"})) from error
     return json_response({"prompt": text, "content": text})

@@ -140,7 +140,11 @@ class Pins:
             with self._lock:
                 self._pins[pin] = None
             while _num_pinned(served) > limit:
-                oldest = next(other for other in self if other.served is served)
+                # Nobody's pins push out those of others while there are any of their own.
+                others = [other for other in self if other.served is served and other is not pin]
+                oldest = next((other for other in others if other.tenant == tenant), next(iter(others), None))
+                if oldest is None:
+                    break
                 with self._lock:
                     self._pins.pop(oldest, None)
                 oldest.lease.close()

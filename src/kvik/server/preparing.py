@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -209,5 +210,6 @@ def options_of(
 
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
-    """The header that names what was accepted and changes nothing."""
-    return {"x-kvik-ignored": ",".join(names)} if names else {}
+    """The header that names what was accepted and changes nothing; no header has other signs than those of a name."""
+    fit = [name for name in names if re.fullmatch(r"[\w.]+", name, re.ASCII)]
+    return {"x-kvik-ignored": ",".join(fit)} if fit else {}

@@ -283,6 +283,8 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
             names.append("include")
         if self.text is not None and self.text.verbosity is not None:
             names.append("text.verbosity")
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            names.append("stream_options.include_obfuscation")
         if isinstance(self.input, list) and any(item.get("type") == "reasoning" for item in self.input):
             names.append("input.reasoning")
         kinds = (type(tool).__struct_config__.tag for tool in self.tools or () if not isinstance(tool, FlatFunction))

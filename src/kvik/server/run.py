@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvik.errors import InvalidInput
 from kvik.server.app import make_app
@@ -75,6 +76,34 @@ class Server(uvicorn.Server):
         if self.loop is not None:
             self.loop.call_soon_threadsafe(self.was_told.set)
 
+    async def drop_unread(self) -> None:
+        """For ever: end each connection whose client takes nothing, for `unread_s`, of an answer that is over.
+
+        Closing it would not do, for that waits until all is sent.
+        """
+        unread_s = self._state.config.unread_s
+        seen: dict[H11Protocol, tuple[int, float]] = {}  # what each had left to send, and since when it is that much
+        while True:
+            await asyncio.sleep(unread_s / 4)
+            before, seen, now_s = seen, {}, time.monotonic()
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, H11Protocol)
+                num_bytes = _num_unread(connection)
+                if not num_bytes:
+                    continue
+                seen[connection] = (num_bytes, now_s)
+                if before.get(connection, (0, 0.0))[0] == num_bytes:
+                    seen[connection] = before[connection]
+                if now_s - seen[connection][1] >= unread_s:
+                    log.warning("a client has read nothing for %g s; its connection ends", unread_s)
+                    connection.transport.abort()
+
+
+def _num_unread(connection: H11Protocol) -> int:
+    """Bytes that wait for the client; 0 while more tokens may come, for then the engine bounds what waits."""
+    stream = connection.cycle.scope["state"].get("stream") if connection.cycle else None
+    return 0 if stream is not None and not stream.is_done else connection.transport.get_write_buffer_size()
+
 
 async def drain(state: ServerState) -> None:
     """Wait for what runs as long as it may take, then end the rest with an error."""
@@ -120,6 +149,7 @@ async def run(server: Server, state: ServerState, listening: socket.socket, on_r
     server.loop = asyncio.get_running_loop()
     serving = asyncio.ensure_future(server.serve(sockets=[listening]))
     watching = asyncio.ensure_future(watch(state))
+    dropping = asyncio.ensure_future(server.drop_unread())
     told = asyncio.ensure_future(server.was_told.wait())
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
@@ -131,6 +161,7 @@ async def run(server: Server, state: ServerState, listening: socket.socket, on_r
         server.should_exit = True
     await serving
     watching.cancel()
+    dropping.cancel()
     told.cancel()
 
 

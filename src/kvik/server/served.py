@@ -43,6 +43,23 @@ class ServedModel:
         return "kvik-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     @cached_property
+    def max_token_bytes(self) -> int:
+        """Bytes of the longest token."""
+        tokenizer = self.llm.model.tokenizer
+        return max(len(tokenizer.token_bytes(at, skip_special=False)) for at in range(tokenizer.vocab_size))
+
+    def check_queue(self) -> None:
+        """Raise `ApiError` 429 where a request would be refused after all the work of preparing it."""
+        scheduler = self.llm.engine.scheduler
+        if scheduler.is_full:
+            raise ApiError(
+                429,
+                f"{len(scheduler.waiting):,} requests wait, the server takes {scheduler.max_waiting:,}"
+                " (hint: try again when some are done)",
+                code="rate_limit_exceeded",
+            )
+
+    @cached_property
     def tool_format(self) -> ToolFormat:
         """How the model writes calls of tools; it takes its time. Raises `ToolsNotSupported`."""
         template = self.llm.model.chat_template

@@ -52,7 +52,7 @@ async def create(request: Request) -> Response:
     """Make a session."""
     state = ServerState.of(request)
     state.check_open()
-    body = await read_body(request, NewSession)
+    body = await _read_options(request, NewSession)
     ttl_s = state.config.session_ttl_s if body.ttl is None else parse_ttl(body.ttl, "ttl")
     if body.fork is not None:
         others = {"model", "system", "messages", "tools", "cache_salt"}
@@ -85,6 +85,12 @@ async def create(request: Request) -> Response:
 async def list_all(request: Request) -> Response:
     """The caller's sessions."""
     state = ServerState.of(request)
+    if tenant_of(request) is None and not state.is_operator_alone:
+        raise ApiError(
+            403,
+            "without keys nobody's sessions can be told from others' (hint: name one by its id)",
+            code="not_the_operator",
+        )
     data = [told(state, session) for session in state.kept.sessions.of(tenant_of(request))]
     return json_response({"object": "list", "data": data})
 
@@ -202,10 +208,21 @@ async def _fork(request: Request, session_id: str, ttl: str | None) -> Session:
         num_turns=session.num_turns,
     )
     lease = session.lease
-    sessions.add(forked)
-    if lease is not None and lease.num_tokens:
-        forked.lease = await asyncio.to_thread(lease.fork)
     sessions.touch(session)
+    if lease is not None and lease.num_tokens:
+        session.is_busy = True  # a turn would replace the lease
+        try:
+            forked.lease = await asyncio.to_thread(lease.fork)
+        except Exception as error:
+            raise api_error(error) from error
+        finally:
+            session.is_busy = False
+    try:
+        sessions.add(forked)
+    except ApiError:
+        sessions.close(forked)
+        raise
+    state.kept.watch()
     return forked
 
 

@@ -1,4 +1,4 @@
-"""How a server is run: where it listens, who may call it, and what it puts up with."""
+"""How a server is run: where it listens, who may call it, and its limits."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class ServerConfig:
     max_prompts: int = 2048  # of one request to /v1/completions or /v1/embeddings
     work_limit: int = 1 << 20  # most tokens that one request may ask for, over all of its completions
     ping_s: float = 10.0  # a stream that is silent for so long gets a comment
+    unread_s: float = 30.0  # who reads nothing of an answer that is over for so long loses the connection
     drain_s: float = 30.0  # what runs at SIGTERM may go on for so long
     hang_s: float = 10.0  # a step without any sign of life for so long is a hang
     pin_share: float = 0.25  # of each model's blocks, that breakpoints and pinned sessions may keep

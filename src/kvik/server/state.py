@@ -8,6 +8,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import cast
 
 from starlette.requests import Request
@@ -43,6 +44,7 @@ class ServerState:
     secret: str = field(default_factory=lambda: secrets.token_hex(16))
     clock: Callable[[], float] = time.monotonic  # by which what is kept for a time has had it
     kept: Kept = field(init=False)
+    _salts_lock: Lock = field(default_factory=Lock)
     _tenant_of: OrderedDict[str, str | None] = field(default_factory=OrderedDict)  # of salts
 
     def __post_init__(self) -> None:
@@ -65,16 +67,17 @@ class ServerState:
             return None
         salt = hashlib.blake2b(repr((self.secret, tenant, given)).encode(), digest_size=16).hexdigest()
         if not self.config.shared_cache:
-            self._tenant_of[salt] = tenant
-            self._tenant_of.move_to_end(salt)
-            if len(self._tenant_of) > MAX_SALTS:
-                self._tenant_of.popitem(last=False)
+            with self._salts_lock:
+                self._tenant_of[salt] = tenant
+                self._tenant_of.move_to_end(salt)
+                if len(self._tenant_of) > MAX_SALTS:
+                    self._tenant_of.popitem(last=False)
         return salt
 
     @property
     def is_operator_alone(self) -> bool:
-        """Whether all requests come from whoever runs the server: there is one key, or none."""
-        return len(self.config.api_keys) <= 1
+        """Whether all requests are the operator's: there is one key, or none and nobody but this machine."""
+        return len(self.config.api_keys) == 1 or (not self.config.api_keys and self.config.is_local)
 
     def may_read(self, request: Request, salt: str | None) -> bool:
         """Whether the text of what is cached under a salt is the caller's own."""

@@ -28,7 +28,7 @@ MAX_CACHED_GRAMMARS = 256
 INITIAL_LEXER_FUEL = 100_000
 MAX_GRAMMAR_SIZE = 50_000
 MAX_LEXER_STATES = 20_000
-STEP_MAX_ITEMS = 20_000
+STEP_MAX_ITEMS = 5_000
 
 _SIGNS_OF_A_LIMIT = ("too big", "too many", "too large", "too complex", "too deep", "limit exceeded", "fuel")
 _MAX_MESSAGE_CHARACTERS = 300

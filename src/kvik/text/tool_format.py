@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from kvik.errors import InvalidInput
 from kvik.text.chat_messages import check_tools
+from kvik.text.grammar import MAX_GRAMMAR_BYTES
 from kvik.text.tokenizer import Tokenizer
 
 MAX_TOOLS = 128
@@ -28,6 +29,12 @@ MARKS = re.compile("[\ud800-\udfff]")
 CALL_ID_LENGTH = 9  # where a model writes ids; Mistral's alone do, and their templates refuse any other length
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 NAME_CHARACTER = re.compile(r"[A-Za-z0-9_.-]")
+
+
+_NOTES = frozenset({"description", "title", "examples", "default", "$comment"})
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_SCHEMAS = frozenset({"items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf"})
+"""Keywords of a schema: those without a meaning for what is valid, and those that hold further schemas."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class ToolFormat:
 
         With `auto` any text may stand before the calls, and nothing after them, as in the messages of the API. Without
         `parallel`, and for a named tool, it is one call. Raises InvalidInput for tools, schemas and choices that are
-        none, by the tool's name.
+        none, by the tool's name, and for tools that are too much for one grammar.
         """
         schemas = check_functions(tools)
         if isinstance(choice, Named):
@@ -100,7 +107,13 @@ class ToolFormat:
         if choice == "none" or not schemas:
             return None
         several = parallel and not isinstance(choice, Named) and self.separator is not None
-        return "\n".join([*self._start(choice == "auto"), *self._calls(schemas, several), ""])
+        text = "\n".join([*self._start(choice == "auto"), *self._calls(schemas, several), ""])
+        if (num_bytes := len(text.encode())) > MAX_GRAMMAR_BYTES:
+            raise InvalidInput(
+                f"tools make a grammar of {num_bytes:,} bytes, more than {MAX_GRAMMAR_BYTES:,}",
+                hint="send fewer tools, or simpler schemas; descriptions do not count",
+            )
+        return text
 
     def _start(self, is_auto: bool) -> Iterator[str]:
         yield "%llguidance {}"
@@ -177,7 +190,27 @@ def check_functions(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, dict
                 hint="send fewer tools, or simpler ones",
             )
         _check_schema(name, schemas[name])
+        schemas[name] = _without_notes(schemas[name])
     return schemas
+
+
+def _without_notes(schema: Any) -> Any:
+    """A checked schema without what only describes: the prompt has it, and a grammar's size is bounded."""
+    if not isinstance(schema, Mapping):
+        return schema
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NOTES:
+            continue
+        if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
+            kept[key] = {name: _without_notes(each) for name, each in value.items()}
+        elif key in _SCHEMAS and isinstance(value, list | tuple):
+            kept[key] = [_without_notes(each) for each in value]
+        elif key in _SCHEMAS:
+            kept[key] = _without_notes(value)
+        else:
+            kept[key] = value
+    return kept
 
 
 def _object_schema(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
