@@ -48,6 +48,7 @@ const called = await generateText({
   toolChoice: "required",
   maxOutputTokens: 300,
   seed: 1,
+  providerOptions: { kvik: { parallel_tool_calls: false } },
   tools: { weather: tool({ inputSchema: jsonSchema(schema), execute }) },
 });
 found.results = called.toolResults.map((result) => result.output);

@@ -57,7 +57,7 @@ def url(tmp_path_factory: pytest.TempPathFactory, default_model_path: Path) -> I
     said = folder / "log"
     command = ["serve", f"smollm2={default_model_path}", f"tools={tools}", "--port", "0", "--kv-memory", "256MiB"]
     with said.open("w") as log, subprocess.Popen([sys.executable, "-m", "kvik", *command], stderr=log) as process:
-        wait_until(lambda: process.poll() is not None or "try: curl" in said.read_text())
+        wait_until(lambda: process.poll() is not None or "Try: curl" in said.read_text())
         found = re.search(r"kvik serves at (\S+)", said.read_text())
         assert found is not None, said.read_text()
         try:
