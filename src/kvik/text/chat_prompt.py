@@ -106,7 +106,9 @@ class _Prompt:
         names = self._names = control_names(tokenizer) if plain_content else ()
         checked = check_messages(messages)
         if continue_final_message:
-            checked[-1] = _marked(checked[-1], mark)
+            # Unlike the marks of two names side by side.
+            end = f"{mark}end{mark}"
+            checked[-1] = _ended(checked[-1], end)
         pattern = re.compile("|".join(map(re.escape, names))) if names else None
         if pattern is not None:
             checked = [_escaped(message, pattern, names, mark) for message in checked]
@@ -120,7 +122,7 @@ class _Prompt:
                 hint="take the names of control tokens, such as <|im_end|>, out of the messages",
             )
         if continue_final_message:
-            text, found, _ = text.partition(mark + mark)
+            text, found, _ = text.partition(end)
             if not found:
                 raise InvalidInput(
                     "the chat template does not write the last message", hint="end with a message of the assistant"
@@ -157,12 +159,12 @@ def _unused_character(*values: object) -> str:
     raise InvalidInput("the messages use up characters of private use", hint="take those from U+F0000 on out")
 
 
-def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
-    """The message with the place where it ends marked."""
+def _ended(message: dict[str, Any], end: str) -> dict[str, Any]:
+    """The message with this text at its end."""
     content = message.get("content")
-    if isinstance(content, list):
-        return message | {"content": [*content[:-1], content[-1] | {"text": content[-1]["text"] + mark + mark}]}
-    return message | {"content": (content or "") + mark + mark}
+    if content is None:
+        return message | {"content": end}
+    return _with_text_behind(message, len(content) - 1, end)
 
 
 def _with_text_behind(message: Mapping[str, Any], part: int, text: str) -> dict[str, Any]:
