@@ -136,6 +136,10 @@ def test_what_is_accepted_and_changes_nothing_is_named(client: Client) -> None:
     answer = client.post(CHAT, body)
     assert answer.headers["x-kvik-ignored"] == "metadata,service_tier,store,user"
     assert "x-kvik-ignored" not in client.post(CHAT, GREEDY).headers
+    hidden = {"stream": True, "stream_options": {"include_obfuscation": True}}
+    assert client.post(CHAT, GREEDY | hidden).headers["x-kvik-ignored"] == "stream_options.include_obfuscation"
+    completion = client.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "store": False})
+    assert completion.headers["x-kvik-ignored"] == "store"
 
 
 @pytest.mark.parametrize("text", ["", "text"])

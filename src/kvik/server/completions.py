@@ -36,6 +36,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
 
     accepted = frozenset(
         {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_retention", "timings_per_token"}
+        | {"store"}
     )
 
     model: str | None = None

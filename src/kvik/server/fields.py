@@ -141,6 +141,11 @@ class SamplingFields(Body, frozen=True, kw_only=True):
         nested = None if options is None else options.comparison_response_id
         return self.comparison_response_id if nested is None else nested
 
+    def ignored(self) -> list[str]:
+        """The accepted fields that were sent, one within `stream_options` among them."""
+        hides = self.stream_options is not None and self.stream_options.include_obfuscation
+        return super().ignored() + (["stream_options.include_obfuscation"] if hides else [])
+
     @property
     def stops(self) -> list[str]:
         """The stop strings as a list."""
