@@ -15,9 +15,9 @@ from http.client import HTTPConnection, HTTPResponse
 from types import TracebackType
 from typing import Any
 
-from kvik.engine.async_llm import TokenStream
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
+from kvik.engine.token_stream import TokenStream
 from kvik.server.run import bind, new_server, run
 from kvik.server.served import Models, ServedModel
 from kvik.server.settings import ServerConfig

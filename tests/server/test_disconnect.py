@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from kvik.engine import async_llm
-from kvik.engine.async_llm import TokenStream
 from kvik.engine.llm import LLM
+from kvik.engine.token_stream import TokenStream
 from kvik.errors import SlowReader
 from kvik.server.item_writer import ItemWriter
 from server_process import Server, wait_until, with_engine

@@ -16,7 +16,7 @@ from weakref import WeakSet
 from kvik.config import Pooling, SamplingParams
 from kvik.engine.engine import MAX_FAILED_STEPS
 from kvik.engine.llm import GREEDY, LLM, Prompt, as_list
-from kvik.engine.output import Completion, Embedding, Piece, Progress
+from kvik.engine.output import Completion, Embedding, Piece
 from kvik.engine.request import (
     ChatOptions,
     Message,
@@ -27,8 +27,9 @@ from kvik.engine.request import (
 )
 from kvik.engine.sequence import Sequence
 from kvik.engine.session import AsyncSession
-from kvik.engine.stream import PieceFeed, collect, collect_embeddings
-from kvik.errors import EngineDead, SlowReader
+from kvik.engine.stream import collect, collect_embeddings
+from kvik.engine.token_stream import Delivery, TokenStream, call_soon
+from kvik.errors import EngineDead
 from kvik.text.chat_messages import Content
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,9 @@ class AsyncLLM:
         """
         if not self.is_alive:
             raise self._dead()
-        stream = TokenStream(self, sequences, wants_pieces=wants_pieces, wants_progress=wants_progress)
+        stream = TokenStream(
+            self._engine, sequences, self.leave, wants_pieces=wants_pieces, wants_progress=wants_progress
+        )
         for branch in stream.branches:
             branch.costs.submitted_s = time.perf_counter()
 
@@ -186,7 +189,7 @@ class AsyncLLM:
         """Have every stream that is read end with this error, now, whatever the engine does; and abort it."""
         for stream in list(self._streams):
             if not stream.is_done:
-                stream.receive(_Delivery([], [], is_last=True, error=error))
+                stream.receive(Delivery([], [], is_last=True, error=error))
                 stream.close()
 
     async def _pieces(self, make: Callable[[], Awaitable[Sequence]]) -> AsyncIterator[Piece]:
@@ -263,7 +266,7 @@ class AsyncLLM:
                 self._engine.abort(*branches)
             finally:
                 if done is not None:
-                    _call(done.get_loop(), partial(_resolve, done))
+                    call_soon(done.get_loop(), partial(_resolve, done))
 
         is_over = all(branch.finish_reason is not None for branch in branches)
         try:
@@ -341,7 +344,7 @@ class AsyncLLM:
 
     def _deliver(self) -> None:
         """Hand on what is new, with one call to each event loop."""
-        outbox: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream, _Delivery]]] = {}
+        outbox: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream, Delivery]]] = {}
         late: list[TokenStream] = []
         with self._engine.lock:
             for reader in self._readers:
@@ -352,12 +355,12 @@ class AsyncLLM:
                 if not delivery.is_last and reader.num_waiting > MAX_PIECES:
                     late.append(reader)
         for reader in late:
-            error = reader.slow_error()
+            error = reader.slow_error(MAX_PIECES)
             self._engine.abort(*reader.branches, error=error)
             self._wake()
-            outbox[reader.loop].append((reader, _Delivery([], [], is_last=True, error=error)))
+            outbox[reader.loop].append((reader, Delivery([], [], is_last=True, error=error)))
         for loop, deliveries in outbox.items():
-            is_closed = not _call(loop, partial(_hand_out, deliveries))
+            is_closed = not call_soon(loop, partial(_hand_out, deliveries))
             for reader, delivery in deliveries:
                 if delivery.is_last or is_closed:
                     self._readers.pop(reader, None)
@@ -374,178 +377,11 @@ class _Closed(Exception):
     """The thread was asked to end."""
 
 
-class _Delivery:
-    """What one step brought one reader."""
-
-    __slots__ = ("error", "is_last", "pieces", "progress")
-
-    def __init__(
-        self, pieces: list[Piece], progress: list[Progress], *, is_last: bool, error: Exception | None = None
-    ) -> None:
-        self.pieces = pieces
-        self.progress = progress
-        self.is_last = is_last
-        self.error = error
-
-
-class TokenStream:
-    """What sequences write, on its way from the engine's thread to a task, a batch of pieces for each step.
-
-    `Piece.index` counts the completions of all of them: those of the first sequence, then those of the next. A context
-    manager; `AsyncLLM.open` makes it.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "_error",
-        "_feeds",
-        "_is_done",
-        "_is_woken",
-        "_llm",
-        "_num_read",
-        "_num_sent",
-        "_pieces",
-        "_progress",
-        "_waiter",
-        "branches",
-        "loop",
-        "progress",
-        "sequences",
-    )
-
-    def __init__(
-        self, llm: AsyncLLM, sequences: SequenceOf[Sequence], *, wants_pieces: bool, wants_progress: bool
-    ) -> None:
-        self.sequences = sequences
-        self.branches = [branch for sequence in sequences for branch in sequence.all_branches()]
-        self.loop = asyncio.get_running_loop()
-        self.progress: list[Progress] = []  # that nobody has looked at yet; the reader empties it
-        self._llm = llm
-        engine = llm.llm.engine
-        self._feeds = [PieceFeed(engine, branch, at) for at, branch in enumerate(self.branches)] if wants_pieces else []
-        self._progress = dict.fromkeys(sequences, -1) if wants_progress else {}
-        self._pieces: list[Piece] = []
-        self._num_sent = 0  # written by the engine's thread alone
-        self._num_read = 0  # written by the event loop's
-        self._waiter: asyncio.Future[None] | None = None
-        self._is_done = False
-        self._is_woken = False
-        self._error: Exception | None = None
-
-    def close(self) -> None:
-        """Abort what is not finished, within a step."""
-        self._llm.leave(self.branches)
-
-    def __enter__(self) -> TokenStream:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    # For the engine's thread.
-
-    @property
-    def num_waiting(self) -> int:
-        """Pieces that nobody has read yet, those on their way to the event loop among them."""
-        return self._num_sent - self._num_read
-
-    def take(self) -> _Delivery | None:
-        """What is new, if anything is; the caller holds the engine's lock."""
-        if len(self._feeds) == 1:
-            pieces = self._feeds[0].take()
-        else:
-            pieces = [piece for feed in self._feeds for piece in feed.take()]
-        self._num_sent += len(pieces)
-        progress = self._take_progress() if self._progress else []
-        for branch in self.branches:
-            if branch.finish_reason is None:
-                return _Delivery(pieces, progress, is_last=False) if pieces or progress else None
-        return _Delivery(pieces, progress, is_last=True)
-
-    def _take_progress(self) -> list[Progress]:
-        """How far each prompt has come since the last look: first what was cached, at the end all of it."""
-        news = []
-        for sequence, before in list(self._progress.items()):
-            costs, total = sequence.costs, sequence.num_prompt_tokens
-            if costs.begun_s is None:
-                continue
-            processed = total if costs.first_token_s is not None else min(sequence.num_computed_tokens, total)
-            elapsed_s = time.perf_counter() - costs.begun_s
-            if before < 0:
-                news.append(Progress(total, costs.num_cached_tokens, costs.num_cached_tokens, 0.0))
-            if processed > max(before, costs.num_cached_tokens):
-                news.append(Progress(total, costs.num_cached_tokens, processed, elapsed_s))
-            self._progress[sequence] = processed
-            if processed == total:
-                del self._progress[sequence]
-        return news
-
-    def fail(self, error: Exception) -> None:
-        """No more pieces: this went wrong."""
-        _call(self.loop, lambda: self.receive(_Delivery([], [], is_last=True, error=error)))
-
-    def slow_error(self) -> SlowReader:
-        """Why it gets no more."""
-        return SlowReader(
-            f"{self.num_waiting:,} tokens wait to be read, {MAX_PIECES:,} may", hint="read them as they come"
-        )
-
-    # For the event loop's.
-
-    def receive(self, delivery: _Delivery) -> None:
-        """Take a delivery, and wake the task that waits for it."""
-        self._pieces += delivery.pieces
-        self.progress += delivery.progress
-        self._is_done = self._is_done or delivery.is_last
-        self._error = self._error or delivery.error
-        self._wake_waiter()
-
-    def wake(self) -> None:
-        """Have `read` return although nothing has come."""
-        self._is_woken = True
-        self._wake_waiter()
-
-    def _wake_waiter(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether no more will come than what waits to be read."""
-        return self._is_done
-
-    async def read(self) -> list[Piece]:
-        """Pieces, as many as there are; none at the end. Raises what kept the sequences from being served at all.
-
-        Where `progress` was asked for and has come, or after `wake`, it returns without pieces although `is_done` is
-        false.
-        """
-        while not (self._pieces or self._is_done or self.progress or self._is_woken):
-            self._waiter = self.loop.create_future()
-            await self._waiter
-        self._is_woken = False
-        pieces, self._pieces = self._pieces, []
-        self._num_read += len(pieces)
-        if not pieces and self._error is not None:
-            raise self._error
-        return pieces
-
-
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
 
 
-def _hand_out(deliveries: list[tuple[TokenStream, _Delivery]]) -> None:
+def _hand_out(deliveries: list[tuple[TokenStream, Delivery]]) -> None:
     for reader, delivery in deliveries:
         reader.receive(delivery)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> bool:
-    """Whether the loop will do it; one that is closed has no tasks any more that wait for anything."""
-    try:
-        loop.call_soon_threadsafe(function)
-    except RuntimeError:
-        log.info("an event loop was closed while requests of it ran")
-        return False
-    return True

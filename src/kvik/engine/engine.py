@@ -21,7 +21,7 @@ from kvik.cache.sizing import choose_pool_size
 from kvik.config import EngineConfig, Pooling, SamplingParams
 from kvik.engine.admission import Admission
 from kvik.engine.batch import ScheduledBatch
-from kvik.engine.events import Observer, StepEvent, StepResult
+from kvik.engine.events import Observer, StepClock, StepEvent, StepResult
 from kvik.engine.interrupts import OwnedLock, is_uninterrupted, uninterrupted
 from kvik.engine.lease import Lease
 from kvik.engine.output import Completion, TextStream
@@ -45,23 +45,6 @@ MAX_FAILED_STEPS = 3
 """Steps that may fail one after the other before the engine ends."""
 
 MakeRunner: TypeAlias = Callable[[LoadedModel, KVCacheSpec, PoolSize], Runner]
-
-
-class _Clock:
-    """The times at which the parts of a step ended."""
-
-    def __init__(self) -> None:
-        self.times_s = [time.perf_counter()]
-
-    def lap(self) -> None:
-        """Another part has ended."""
-        self.times_s.append(time.perf_counter())
-
-    def parts_s(self) -> tuple[float, float, float, float]:
-        """Seconds of each part; 0 for those that a failed step never came to."""
-        started_s, scheduled_s, *ends_s = self.times_s
-        run_s, sampled_s, ended_s = (*ends_s, *[ends_s[-1]] * 2)[:3]
-        return scheduled_s - started_s, run_s - scheduled_s, sampled_s - run_s, ended_s - sampled_s
 
 
 class Engine:
@@ -165,7 +148,7 @@ class Engine:
         """Advance by one step; `None` when nothing is to do. Raises `EngineDead`."""
         with self._exclusive():
             self._check_alive()
-            clock = _Clock()
+            clock = StepClock()
             with self._changing():
                 batch = self.scheduler.schedule()
                 clock.lap()
@@ -272,7 +255,7 @@ class Engine:
 
     # The parts of a step.
 
-    def _advance(self, batch: ScheduledBatch, clock: _Clock) -> StepResult:
+    def _advance(self, batch: ScheduledBatch, clock: StepClock) -> StepResult:
         """Run the model, sample, commit; a step that fails ends its own sequences."""
         try:
             output = self._run(batch)
@@ -379,7 +362,7 @@ class Engine:
         for sequence in list(self.scheduler.unfinished):
             self.scheduler.abort(sequence, self._dead())
 
-    def _tell(self, clock: _Clock, batch: ScheduledBatch | None, result: StepResult | None) -> None:
+    def _tell(self, clock: StepClock, batch: ScheduledBatch | None, result: StepResult | None) -> None:
         """Call all observers; then an error of theirs is the caller's, and tears nothing."""
         begun, ended = self.scheduler.take_news()
         if not self.observers or (batch is None and not begun and not ended):

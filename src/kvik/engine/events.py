@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -48,6 +49,23 @@ class StepEvent:
     def run_started_s(self) -> float:
         """When the model began."""
         return self.started_s + self.schedule_s
+
+
+class StepClock:
+    """The times at which the parts of a step ended."""
+
+    def __init__(self) -> None:
+        self.times_s = [time.perf_counter()]
+
+    def lap(self) -> None:
+        """Another part has ended."""
+        self.times_s.append(time.perf_counter())
+
+    def parts_s(self) -> tuple[float, float, float, float]:
+        """Seconds of each part; 0 for those that a failed step never came to."""
+        started_s, scheduled_s, *ends_s = self.times_s
+        run_s, sampled_s, ended_s = (*ends_s, *[ends_s[-1]] * 2)[:3]
+        return scheduled_s - started_s, run_s - scheduled_s, sampled_s - run_s, ended_s - sampled_s
 
 
 Observer: TypeAlias = Callable[[StepEvent], None]

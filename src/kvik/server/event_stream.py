@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from kvik.engine.async_llm import TokenStream
 from kvik.engine.output import Piece, Progress, TokenLogprobs
+from kvik.engine.token_stream import TokenStream
 from kvik.server.errors import ApiError, api_error
 from kvik.server.generation import Running
 from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolEvent

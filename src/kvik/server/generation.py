@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from kvik.config import SamplingParams
-from kvik.engine.async_llm import TokenStream
 from kvik.engine.output import Completion
 from kvik.engine.request import HeldOptions
 from kvik.engine.sequence import Sequence as Written
 from kvik.engine.stream import collect
+from kvik.engine.token_stream import TokenStream
 from kvik.server.errors import ApiError, api_error
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
