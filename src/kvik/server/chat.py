@@ -21,7 +21,7 @@ from kvik.server.breakpoints import with_breakpoints
 from kvik.server.chat_input import CHAT_FIELDS, ChatRequest, texts_of
 from kvik.server.diagnostics import Diagnosis, with_diagnostics
 from kvik.server.errors import ApiError, api_error, bad_request
-from kvik.server.event_stream import EventStream, encode, ends_text, logprobs_entry
+from kvik.server.event_stream import CallWriter, EventStream, encode, ends_text, logprobs_entry
 from kvik.server.fields import CacheOptions
 from kvik.server.generation import (
     Generation,
@@ -47,7 +47,7 @@ from kvik.server.sessions import Session
 from kvik.server.state import ServerState, tenant_of
 from kvik.server.turns import Turn, as_history
 from kvik.text.chat_prompt import find_part_ends
-from kvik.text.tool_calls import ArgumentsDelta, CallBegin, TextDelta, ToolCallParser
+from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolCallParser
 
 
 async def chat(request: Request) -> Response | EventStream:
@@ -301,7 +301,7 @@ def chat_logprobs(running: Running, entries: Sequence[TokenLogprobs]) -> dict[st
     return {"content": [logprobs_entry(running, entry) for entry in entries], "refusal": None}
 
 
-class ChatWriter(OpenAIWriter):
+class ChatWriter(OpenAIWriter, CallWriter):
     """Chunks of a chat completion."""
 
     def __init__(self, running: Running, body: ChatRequest) -> None:
@@ -346,6 +346,10 @@ class ChatWriter(OpenAIWriter):
         """More of a call's arguments."""
         call = {"index": event.index, "function": {"arguments": event.text}}
         return self._delta(index, encode({"tool_calls": [call]}))
+
+    def call_end(self, index: int, event: CallEnd) -> bytes:
+        """Nothing: the next call, or the end, says so."""
+        return b""
 
     def finished_choice(self, index: int) -> dict[str, Any]:
         """An empty delta and why it ended."""

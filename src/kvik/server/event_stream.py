@@ -42,18 +42,6 @@ class EventWriter(ABC):
     def text(self, index: int, text: str, logprobs: TokenLogprobs | None) -> bytes:
         """More text of a choice, and the logprobs of the token that brought it, where they were asked for."""
 
-    def call_begin(self, index: int, event: CallBegin) -> bytes:
-        """A choice calls a tool."""
-        raise NotImplementedError
-
-    def call_arguments(self, index: int, event: ArgumentsDelta) -> bytes:
-        """More of the arguments of a choice's call."""
-        raise NotImplementedError
-
-    def call_end(self, index: int, event: CallEnd) -> bytes:
-        """A choice's call is whole."""
-        return b""
-
     @abstractmethod
     def finish(self, index: int, piece: Piece) -> bytes:
         """A choice is whole."""
@@ -72,7 +60,6 @@ class EventWriter(ABC):
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         """The events of one step's pieces."""
         parts = []
-        parsers = self.running.parsers
         for piece in pieces:
             logprobs = piece.logprobs
             if (
@@ -81,30 +68,52 @@ class EventWriter(ABC):
                 and ends_text(self.running, piece.token_id, piece.finish_reason)
             ):
                 logprobs = None
-            if parsers is None:
-                if piece.text or logprobs is not None:
-                    parts.append(self.text(piece.index, piece.text, logprobs))
-            else:
-                if logprobs is not None:  # of what may be held back, or a part of a call
-                    parts.append(self.text(piece.index, "", logprobs))
-                parser = parsers[piece.index]
-                events = parser.feed(piece.token_id, piece.text)
-                if piece.finish_reason is not None:
-                    events += parser.finish()
-                parts += [self._event(piece, event) for event in events]
+            parts.append(self.written(piece, logprobs))
             if piece.finish_reason is not None and piece.completion is not None:
                 parts.append(self.finish(piece.index, piece))
         return b"".join(parts)
 
-    def _event(self, piece: Piece, event: ToolEvent) -> bytes:
+    def written(self, piece: Piece, logprobs: TokenLogprobs | None) -> bytes:
+        """The events of one token, its choice's end aside."""
+        return self.text(piece.index, piece.text, logprobs) if piece.text or logprobs is not None else b""
+
+
+class CallWriter(EventWriter):
+    """Of a route whose answers may call tools."""
+
+    @abstractmethod
+    def call_begin(self, index: int, event: CallBegin) -> bytes:
+        """A choice calls a tool."""
+
+    @abstractmethod
+    def call_arguments(self, index: int, event: ArgumentsDelta) -> bytes:
+        """More of the arguments of a choice's call."""
+
+    @abstractmethod
+    def call_end(self, index: int, event: CallEnd) -> bytes:
+        """A choice's call is whole."""
+
+    def written(self, piece: Piece, logprobs: TokenLogprobs | None) -> bytes:
+        """The events of one token: text, or parts of calls."""
+        if self.running.parsers is None:
+            return super().written(piece, logprobs)
+        parser = self.running.parsers[piece.index]
+        events = parser.feed(piece.token_id, piece.text)
+        if piece.finish_reason is not None:
+            events += parser.finish()
+        # The logprobs are those of what may be held back, or a part of a call.
+        told = b"" if logprobs is None else self.text(piece.index, "", logprobs)
+        return told + b"".join(self._event(piece.index, event) for event in events)
+
+    def _event(self, index: int, event: ToolEvent) -> bytes:
         match event:
             case TextDelta():
-                return self.text(piece.index, event.text, None)
+                return self.text(index, event.text, None)
             case CallBegin():
-                return self.call_begin(piece.index, event)
+                return self.call_begin(index, event)
             case ArgumentsDelta():
-                return self.call_arguments(piece.index, event)
-        return self.call_end(piece.index, event)
+                return self.call_arguments(index, event)
+        return self.call_end(index, event)
 
 
 class EventStream:

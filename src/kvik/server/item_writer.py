@@ -8,7 +8,7 @@ from typing import Any
 
 from kvik.engine.output import Piece, TokenLogprobs
 from kvik.engine.stream import PieceFeed
-from kvik.server.event_stream import EventWriter, event, logprobs_entry
+from kvik.server.event_stream import CallWriter, event, logprobs_entry
 from kvik.server.generation import Running
 from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd
 
@@ -31,7 +31,7 @@ class Item:
         return "".join(self.parts)
 
 
-class ItemWriter(EventWriter):
+class ItemWriter(CallWriter):
     """Each item has events of its beginning, its growth and its end, and the writer keeps them all.
 
     The logprobs of tokens that write a call are told to nobody: in these APIs only text has some.
