@@ -16,11 +16,11 @@ from starlette.responses import Response
 from kvik.engine.output import TokenLogprobs
 from kvik.engine.request import TemplateOptions
 from kvik.engine.sequence import Sequence as Written
-from kvik.server.bodies import json_response, read_body
+from kvik.server.bodies import read_body
 from kvik.server.breakpoints import with_breakpoints
 from kvik.server.chat_input import CHAT_FIELDS, ChatRequest, texts_of
 from kvik.server.diagnostics import Diagnosis, with_diagnostics
-from kvik.server.errors import ApiError, api_error, bad_request
+from kvik.server.errors import api_error, bad_request
 from kvik.server.event_stream import CallWriter, EventStream, encode, ends_text, logprobs_entry
 from kvik.server.fields import CacheOptions
 from kvik.server.generation import (
@@ -31,7 +31,6 @@ from kvik.server.generation import (
     default_max_tokens,
     new_id,
     start,
-    unless_client_leaves,
 )
 from kvik.server.openai_writer import OpenAIWriter
 from kvik.server.preparing import (
@@ -42,6 +41,7 @@ from kvik.server.preparing import (
     options_of,
     parser_maker,
 )
+from kvik.server.reply import reply
 from kvik.server.served import ServedModel
 from kvik.server.sessions import Session
 from kvik.server.state import ServerState, tenant_of
@@ -53,7 +53,6 @@ from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, 
 async def chat(request: Request) -> Response | EventStream:
     """Answer a conversation."""
     state = ServerState.of(request)
-    state.check_open()
     body = await read_body(request, ChatRequest)
     session = session_of(state, request, body)
     served = state.models.get(body.model) if session is None else session.served
@@ -68,36 +67,8 @@ async def chat(request: Request) -> Response | EventStream:
             generation = take_turn(turn, generation, body)
         running = await start(generation, wants_pieces=bool(body.stream))
     headers = ignored_header(body.ignored())
-    if body.stream:
-        writer = ChatWriter(running, body)
-        return EventStream(running, writer, ping_s=state.config.ping_s, headers=headers)
-    return await answer(request, running, partial(chat_completion, running, body), headers)
-
-
-async def answer(
-    request: Request, running: Running, make: Callable[[], dict[str, Any]], headers: dict[str, str]
-) -> Response:
-    """Wait for the completions, and give what `make` makes of them; abort them where the client leaves."""
-    try:
-        with running.stream:
-            if await unless_client_leaves(request, asyncio.ensure_future(_whole(running))) is None:
-                raise ApiError(499, "the client left", code="client_left")
-    except Exception as error:
-        raise api_error(error, running.generation.fields) from error
-    finally:
-        for told in running.generation.on_end:
-            told(running)
-    # Of a long answer with logprobs it takes a while.
-    return await asyncio.to_thread(
-        lambda: json_response(make(), headers={"server-timing": running.server_timing(), **headers})
-    )
-
-
-async def _whole(running: Running) -> bool:
-    await running.wait()
-    running.completions()  # raises what went wrong
-    await running.settle()
-    return True
+    writer = ChatWriter(running, body) if body.stream else None
+    return await reply(request, running, headers, writer=writer, whole=partial(chat_completion, running, body))
 
 
 def session_of(state: ServerState, request: Request, body: ChatRequest) -> Session | None:

@@ -15,7 +15,7 @@ from kvik.engine.output import TokenLogprobs
 from kvik.engine.sequence import Sequence as Written
 from kvik.server.bodies import read_body
 from kvik.server.breakpoints import with_breakpoints
-from kvik.server.chat import answer, stop_reason
+from kvik.server.chat import stop_reason
 from kvik.server.diagnostics import with_diagnostics
 from kvik.server.errors import api_error, bad_request
 from kvik.server.event_stream import EventStream, encode, floor
@@ -23,6 +23,7 @@ from kvik.server.fields import MAX_TOP_LOGPROBS, CacheOptions, Count, SamplingFi
 from kvik.server.generation import Generation, Running, check_texts, check_work, new_id, start
 from kvik.server.openai_writer import OpenAIWriter
 from kvik.server.preparing import constraint_of, ignored_header, options_of
+from kvik.server.reply import reply
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState, tenant_of
 from kvik.text.detokenizer import Detokenizer
@@ -71,7 +72,6 @@ COMPLETION_FIELDS = frozenset(CompletionRequest.__struct_fields__)
 async def completions(request: Request) -> Response | EventStream:
     """Complete one or more prompts."""
     state = ServerState.of(request)
-    state.check_open()
     body = await read_body(request, CompletionRequest)
     served = state.models.get(body.model)
     try:
@@ -81,10 +81,8 @@ async def completions(request: Request) -> Response | EventStream:
         raise api_error(error, COMPLETION_FIELDS) from error
     headers = ignored_header(body.ignored())
     running = await start(generation, wants_pieces=bool(body.stream))
-    if body.stream:
-        writer = CompletionWriter(running, body)
-        return EventStream(running, writer, ping_s=state.config.ping_s, headers=headers)
-    return await answer(request, running, partial(completion, running, body), headers)
+    writer = CompletionWriter(running, body) if body.stream else None
+    return await reply(request, running, headers, writer=writer, whole=partial(completion, running, body))
 
 
 def prepare(state: ServerState, request: Request, body: CompletionRequest, served: ServedModel) -> Generation:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvik.server.bodies import json_response, read_body
-from kvik.server.chat import answer, prepare_chat
+from kvik.server.chat import prepare_chat
 from kvik.server.diagnostics import Diagnosis
 from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventStream, event
@@ -20,6 +20,7 @@ from kvik.server.generation import Generation, Running, default_max_tokens, new_
 from kvik.server.item_writer import Item, ItemWriter, named_event
 from kvik.server.messages_input import OWN_NAMES, Conversation, CountRequest, MessagesRequest
 from kvik.server.preparing import ignored_header
+from kvik.server.reply import reply
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
 from kvik.server.translation import own_names
@@ -28,7 +29,6 @@ from kvik.server.translation import own_names
 async def messages(request: Request) -> Response | EventStream:
     """Answer with a message."""
     state = ServerState.of(request)
-    state.check_open()
     body = await read_body(request, MessagesRequest)
     served = state.models.get(body.model)
     headers = ignored_header(_ignored(state, body))
@@ -36,9 +36,7 @@ async def messages(request: Request) -> Response | EventStream:
     with own_names(OWN_NAMES):
         running = await start(generation, wants_pieces=bool(body.stream))
     writer = MessageWriter(running, body)
-    if body.stream:
-        return EventStream(running, writer, ping_s=state.config.ping_s, headers=headers)
-    return await answer(request, running, writer.whole, headers)
+    return await reply(request, running, headers, writer=writer if body.stream else None, whole=writer.whole)
 
 
 async def count_message_tokens(request: Request) -> Response:

@@ -168,7 +168,6 @@ class EmbeddingRequest(Body, frozen=True, kw_only=True):
 async def embeddings(request: Request) -> Response:
     """One vector for each input."""
     state = ServerState.of(request)
-    state.check_open()
     body = await read_body(request, EmbeddingRequest)
     served = state.models.get(body.model)
     width = served.llm.model.decoder.spec.hidden_size

@@ -13,12 +13,13 @@ from starlette.responses import Response
 
 from kvik.engine.output import Piece, Progress
 from kvik.server.bodies import json_response, read_body
-from kvik.server.chat import answer, prepare_chat
+from kvik.server.chat import prepare_chat
 from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventStream
 from kvik.server.generation import Generation, Running, new_id, start
 from kvik.server.item_writer import Item, ItemWriter, named_event
 from kvik.server.preparing import ignored_header
+from kvik.server.reply import reply
 from kvik.server.responses_input import OWN_NAMES, ResponsesRequest
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
@@ -28,7 +29,6 @@ from kvik.server.translation import own_names
 async def responses(request: Request) -> Response | EventStream:
     """Answer with a response."""
     state = ServerState.of(request)
-    state.check_open()
     body = await read_body(request, ResponsesRequest)
     served = state.models.get(body.model)
     headers = ignored_header(body.ignored())
@@ -36,9 +36,7 @@ async def responses(request: Request) -> Response | EventStream:
     with own_names(OWN_NAMES):
         running = await start(generation, wants_pieces=bool(body.stream))
     writer = ResponseWriter(running, body)
-    if body.stream:
-        return EventStream(running, writer, ping_s=state.config.ping_s, headers=headers)
-    return await answer(request, running, writer.whole, headers)
+    return await reply(request, running, headers, writer=writer if body.stream else None, whole=writer.whole)
 
 
 async def count_response_tokens(request: Request) -> Response:

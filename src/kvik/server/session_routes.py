@@ -51,7 +51,6 @@ class Lifetime(Body, frozen=True, kw_only=True):
 async def create(request: Request) -> Response:
     """Make a session."""
     state = ServerState.of(request)
-    state.check_open()
     body = await _read_options(request, NewSession)
     ttl_s = state.config.session_ttl_s if body.ttl is None else parse_ttl(body.ttl, "ttl")
     if body.fork is not None:
@@ -113,7 +112,6 @@ async def delete(request: Request) -> Response:
 async def fork(request: Request) -> Response:
     """Another session with the same past and the same blocks."""
     state = ServerState.of(request)
-    state.check_open()
     body = await _read_options(request, Lifetime)
     return json_response(told(state, await _fork(request, request.path_params["id"], body.ttl)))
 
