@@ -1,8 +1,7 @@
-"""`kvik serve` as a process of its own, and a model that writes tool calls for it."""
+"""`kvik serve` as a process of its own."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,10 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-import tool_templates
-from checkpoints import tiny_config, tiny_tensors, write_safetensors
 
 PATIENCE_S = 120.0
 
@@ -42,13 +37,3 @@ def _url(process: subprocess.Popen[bytes], log: int) -> str:
         assert process.poll() is None, said
         assert time.monotonic() < deadline_s, said
         time.sleep(0.05)
-
-
-def tools_checkpoint(folder: Path) -> Path:
-    """Random weights under a template like those of Qwen, which lists tools and writes calls."""
-    template, tokenizer = tool_templates.make(folder, tool_templates.SUPPORTED["qwen2.5"])
-    (folder / "chat_template.jinja").write_text(template.source)
-    config = tiny_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=4096)
-    (folder / "config.json").write_text(json.dumps(config))
-    write_safetensors(folder / "model.safetensors", tiny_tensors(config, seed=3))
-    return folder

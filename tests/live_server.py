@@ -7,8 +7,7 @@ import copy
 import http.client
 import json
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -105,13 +104,6 @@ def new_state(models: Mapping[str, Any], **config: Any) -> ServerState:
     return ServerState(ServerConfig(port=0, **config), Models(served))
 
 
-def with_engine(llm: LLM, **changes: Any) -> LLM:
-    """The same weights behind another engine."""
-    other = copy.copy(llm)
-    other.engine = llm.new_engine(**changes)
-    return other
-
-
 class GatedRunner(ModelRunner):
     """The model, behind a gate that a test closes: a step waits there until it is opened again."""
 
@@ -134,14 +126,6 @@ def gated(llm: LLM, **changes: Any) -> tuple[LLM, GatedRunner]:
     other = copy.copy(llm)
     other.engine = Engine(llm.model, replace(llm.config, **changes), make_runner=GatedRunner)
     return other, cast(GatedRunner, other.engine.runner)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Until it is so, which must come some time."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
 
 
 def call(

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from http.client import HTTPConnection, HTTPResponse
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
 from kvik.engine.token_stream import TokenStream
-from kvik.server.run import bind, new_server, run
+from kvik.server.run import bind, new_server, run, stop
 from kvik.server.served import Models, ServedModel
 from kvik.server.settings import ServerConfig
 from kvik.server.state import ServerState
@@ -121,19 +121,27 @@ class Client:
 class Server:
     """The real application on a free port, around models by their names; a context manager."""
 
-    def __init__(self, models: Mapping[str, LLM], *, aliases: Iterable[str] = (), **config: Any) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, LLM],
+        *,
+        aliases: Iterable[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+        **config: Any,
+    ) -> None:
         self.config = ServerConfig(port=0, drain_s=1.0, **config)
+        self._clock = clock
         self._models = models
         self._aliases = aliases
         self._ready = threading.Event()
         self._streams: list[TokenStream] = []
         self._thread = threading.Thread(target=self._main, name="server")
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         self._listening = bind(self.config.host, self.config.port)
         self.port: int = self._listening.getsockname()[1]
         served = [ServedModel(name, llm, self._aliases) for name, llm in self._models.items()]
-        self.state = ServerState(self.config, Models(served))
+        self.state = ServerState(self.config, Models(served), clock=self._clock)
         for model in served:
             self._record_streams(model)
         self._server = new_server(self.state)
@@ -147,6 +155,7 @@ class Server:
         self._server.should_exit = True
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
+        assert stop(self.state), "an engine's thread lives on"
 
     @property
     def url(self) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from kept_server import KEYS, Caller, KeptServer, with_engine
+from kept_server import KEYS, Caller, KeptServer
 from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
+from server_process import with_engine
 
 SYSTEM = "You are a terse clerk. " * 9
 COUNT = "One two three four five six seven eight nine ten eleven twelve."

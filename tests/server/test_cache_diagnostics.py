@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from kept_server import KEYS, Caller, KeptServer, tool_llm, with_engine
+from kept_server import KEYS, Caller, KeptServer
 from kvik.engine.llm import LLM
 from kvik.server.diagnostics import Diagnosis, Reason
 from kvik.server.remembered import Asked, ResponseMemory
+from server_process import with_engine
+from tool_model import write_tool_model
 
 SYSTEM = {"role": "system", "content": "You are a terse clerk. " * 9}
 HISTORY = [
@@ -102,7 +104,7 @@ def test_other_tools_are_named(tmp_path: Path) -> None:
     def tool(name: str) -> dict[str, Any]:
         return {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
 
-    with KeptServer(tool_llm(tmp_path)) as server:
+    with KeptServer(LLM(write_tool_model(tmp_path), kv_memory="16MiB", threads=1)) as server:
         caller = server.caller()
         first = caller.chat(HISTORY, tools=[tool("clock")], tool_choice="none")
         again = diagnosis(caller, HISTORY, first["id"], tools=[tool("clock")], tool_choice="none")

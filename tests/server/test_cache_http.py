@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from kept_server import KEYS, KeptServer, wait_until, with_engine
+from kept_server import KEYS, KeptServer
 from kvik.engine.llm import LLM
+from server_process import wait_until, with_engine
 
 SECRET = "The password of the safe is swordfish. " * 6
 

@@ -17,8 +17,9 @@ from kvik.server.app import ROUTES, make_app
 from kvik.server.endpoint import plain_path
 from kvik.server.settings import ServerConfig
 from kvik.server.state import ServerState
-from live_server import PATIENCE_S, Answer, LiveServer, call, gated, live, new_state, wait_until
+from live_server import PATIENCE_S, Answer, LiveServer, call, gated, live, new_state
 from models import tiny_model
+from server_process import wait_until
 
 KEY, OTHER_KEY = "key-of-alice-1", "key-of-bob-2"
 BEARER = {"Authorization": f"Bearer {KEY}"}

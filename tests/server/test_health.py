@@ -9,8 +9,9 @@ import pytest
 
 from kvik.engine.llm import LLM
 from kvik.server.health import condition_of, hang_limit_s
-from live_server import GatedRunner, LiveServer, gated, live, wait_until
+from live_server import GatedRunner, LiveServer, gated, live
 from models import tiny_model
+from server_process import wait_until
 
 HANG_S = 0.4
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from anthropic.types import Message
 
-from api_servers import serving, tools_checkpoint
+from api_servers import serving
 from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
 from kvik.errors import TemplateError
@@ -23,6 +23,7 @@ from kvik.server.messages import MessageWriter
 from kvik.server.messages_input import CountRequest, MessagesRequest
 from kvik.server.preparing import ignored_header
 from kvik.server.responses_input import ResponsesRequest
+from tool_model import write_tool_model
 
 QUESTION = "Name three colours of the rainbow."
 USER: Any = {"role": "user", "content": QUESTION}
@@ -49,7 +50,7 @@ ONE_CALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    tools = tools_checkpoint(tmp_path_factory.mktemp("tools"))
+    tools = write_tool_model(tmp_path_factory.mktemp("tools"))
     with serving(
         *("smollm2", f"tools={tools}", "--kv-memory", "128MiB", "--context", "2048", "--drop-billing-line")
     ) as url:

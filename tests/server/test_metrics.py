@@ -9,8 +9,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvik.engine.llm import LLM
 from kvik.server.meter import SECONDS, Histogram
-from live_server import LiveServer, gated, live, wait_until
+from live_server import LiveServer, gated, live
 from models import tiny_model
+from server_process import wait_until
 
 MODEL = '{model="tiny"}'
 TIMES = ("request_queue_time", "request_prefill_time", "request_decode_time", "e2e_request_latency")

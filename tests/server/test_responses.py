@@ -13,13 +13,14 @@ import pytest
 from openai.types.responses import Response
 from pydantic import BaseModel
 
-from api_servers import serving, tools_checkpoint
+from api_servers import serving
 from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
 from kvik.server.errors import ApiError
 from kvik.server.generation import Running
 from kvik.server.responses import ResponseWriter
 from kvik.server.responses_input import LOGPROBS, ResponsesRequest
+from tool_model import write_tool_model
 
 QUESTION = "Name three colours of the rainbow."
 WEATHER = {
@@ -38,7 +39,7 @@ ONE_CALL: dict[str, Any] = {"model": "tools", "input": "?", "tools": TOOLS, "par
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    tools = tools_checkpoint(tmp_path_factory.mktemp("tools"))
+    tools = write_tool_model(tmp_path_factory.mktemp("tools"))
     with serving("smollm2", f"tools={tools}", "--kv-memory", "128MiB", "--context", "2048") as url:
         yield url
 

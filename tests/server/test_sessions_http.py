@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from kept_server import CHAT, KEYS, Caller, KeptServer, tool_llm, wait_until, with_engine
+from kept_server import CHAT, KEYS, Caller, KeptServer
 from kvik.config import SamplingParams
 from kvik.engine.lease import Lease
 from kvik.engine.llm import LLM
 from kvik.errors import CacheTooSmall
+from server_process import wait_until, with_engine
+from tool_model import write_tool_model
 
 SESSIONS = "/v1/sessions"
 QUESTIONS = ("What is the colour of the sky at noon?", "And at night?", "Thank you very much for all of that.")
@@ -291,7 +293,7 @@ def test_there_are_no_more_than_may_be(server: KeptServer, anna: Caller) -> None
 def test_calls_are_appended_with_the_ids_that_were_sent(tmp_path: Path, streams: bool) -> None:
     parameters = {"type": "object", "properties": {"days": {"enum": [1, 2, 3]}}, "required": ["days"]}
     tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
-    with KeptServer(tool_llm(tmp_path)) as server:
+    with KeptServer(LLM(write_tool_model(tmp_path), kv_memory="16MiB", threads=1)) as server:
         caller = server.caller()
         session = caller.post(SESSIONS, {"tools": [tool]})
         others = {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 400}

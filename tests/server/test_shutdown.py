@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from gguf_files import tiny_llama
-from live_server import LiveServer, wait_until
+from live_server import LiveServer
+from server_process import wait_until
 
 LONG = {"prompt": [1, 2, 3], "max_tokens": 20_000, "ignore_eos": True, "stream": True}
 

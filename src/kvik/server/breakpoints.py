@@ -11,7 +11,7 @@ from typing import Any
 from kvik.cache import packed
 from kvik.engine.sequence import Sequence as Written
 from kvik.errors import CacheTooSmall, InvalidInput
-from kvik.server.generation import Generation, Running
+from kvik.server.generation import Generation, Running, give_back_leases
 from kvik.server.pins import Pin, PinTooLarge, parse_ttl
 from kvik.server.state import ServerState
 
@@ -78,11 +78,13 @@ def with_breakpoints(
     for skipped in found[:num_skipped]:
         skipped.status = "skipped"
     writer = _Writer(state, tenant, found)
+    is_held = options.get("hold", False)  # by a session, which gives it back itself
     options["hold"] = True
     return replace(
         generation,
         options=options,
         on_whole=[writer.write, *generation.on_whole],
+        on_end=generation.on_end if is_held else [*generation.on_end, give_back_leases],
         extras=[*generation.extras, writer.extras],
     )
 

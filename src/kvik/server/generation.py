@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from kvik.engine.request import HeldOptions
 from kvik.engine.sequence import Sequence as Written
 from kvik.engine.stream import collect
 from kvik.engine.token_stream import TokenStream
+from kvik.errors import EngineDead
 from kvik.server.errors import ApiError, api_error
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
@@ -254,6 +256,37 @@ def check_work(state: ServerState, num_prompts: int, n: int, max_tokens: int) ->
             code="work_limit_exceeded",
             param="max_tokens",
         )
+
+
+def give_back_leases(running: Running) -> None:
+    """Close what is held of a generation's sequences, when all have ended; for `Generation.on_end`.
+
+    A finaliser would do it too, but only when the last reference to a sequence is gone, whenever that is.
+    """
+
+    async def when_ended() -> None:
+        await running.served.async_llm.abort(running.branches)
+        for branch in running.branches:
+            lease, branch.lease = branch.lease, None
+            if lease is not None:
+                lease.close_later()
+
+    in_background(when_ended())
+
+
+def in_background(work: Coroutine[Any, Any, None]) -> None:
+    """Have the event loop do some work that nobody waits for; an engine that is dead has nothing to end."""
+
+    async def unless_dead() -> None:
+        with suppress(EngineDead):
+            await work
+
+    task = asyncio.ensure_future(unless_dead())
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+
+
+_background: set[asyncio.Task[None]] = set()  # kept, for the event loop does not
 
 
 async def start(generation: Generation, *, wants_pieces: bool) -> Running:

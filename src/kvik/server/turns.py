@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +10,11 @@ from types import TracebackType
 from typing import Any
 
 from kvik.errors import EngineDead
-from kvik.server.generation import Generation, Running
+from kvik.server.generation import Generation, Running, in_background
 from kvik.server.sessions import Session, Sessions
 
 log = logging.getLogger(__name__)
 
-_ending: set[asyncio.Task[None]] = set()  # kept, for the event loop does not
 
 MessageOf = Callable[[Running], Mapping[str, Any]]
 """The answer as a message."""
@@ -62,9 +60,7 @@ class Turn:
     def _given_up(self, running: Running) -> None:
         """The answer has ended; where it was not whole, the engine ends it within a step."""
         if not self._is_over:
-            task = asyncio.ensure_future(self._end_aborted(running))
-            _ending.add(task)
-            task.add_done_callback(_ending.discard)
+            in_background(self._end_aborted(running))
 
     async def _end_aborted(self, running: Running) -> None:
         try:
