@@ -271,9 +271,9 @@ def test_a_full_queue(guarded: Server, guarded_client: OpenAI) -> None:
             )
         )
     )
-    guarded.streams  # noqa: B018  # forget those so far
+    refused = guarded.state.http.responses["POST", "/v1/completions", 429]
     patient.start()
-    guarded.wait_for_stream()  # its first try
+    wait_until(lambda: guarded.state.http.responses["POST", "/v1/completions", 429] > refused)  # its first try
     running.close()
     thread.join()
     waiting[-1].close()
