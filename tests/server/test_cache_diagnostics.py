@@ -10,8 +10,8 @@ import pytest
 
 from kept_server import KEYS, Caller, KeptServer
 from kvik.engine.llm import LLM
-from kvik.server.diagnostics import Diagnosis, Reason
-from kvik.server.remembered import Asked, ResponseMemory
+from kvik.server.cache.diagnostics import Diagnosis, Reason
+from kvik.server.cache.remembered import Asked, ResponseMemory
 from server_process import with_engine
 from tool_model import write_tool_model
 

@@ -16,7 +16,7 @@ from kvik.engine import async_llm
 from kvik.engine.llm import LLM
 from kvik.engine.token_stream import TokenStream
 from kvik.errors import SlowReader
-from kvik.server.item_writer import ItemWriter
+from kvik.server.openai.item_writer import ItemWriter
 from server_process import Server, wait_until, with_engine
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvik.engine.llm import LLM
-from kvik.server.health import condition_of, hang_limit_s
+from kvik.server.watch.health import condition_of, hang_limit_s
 from live_server import GatedRunner, LiveServer, gated, live
 from models import tiny_model
 from server_process import wait_until

@@ -17,12 +17,12 @@ from api_servers import serving
 from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
 from kvik.errors import TemplateError
+from kvik.server.anthropic.messages import MessageWriter
+from kvik.server.anthropic.messages_input import CountRequest, MessagesRequest
 from kvik.server.errors import ApiError, api_error
 from kvik.server.generation import Running, Usage
-from kvik.server.messages import MessageWriter
-from kvik.server.messages_input import CountRequest, MessagesRequest
+from kvik.server.openai.responses_input import ResponsesRequest
 from kvik.server.preparing import ignored_header
-from kvik.server.responses_input import ResponsesRequest
 from tool_model import write_tool_model
 
 QUESTION = "Name three colours of the rainbow."

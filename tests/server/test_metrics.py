@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvik.engine.llm import LLM
-from kvik.server.meter import SECONDS, Histogram
+from kvik.server.watch.meter import SECONDS, Histogram
 from live_server import LiveServer, gated, live
 from models import tiny_model
 from server_process import wait_until

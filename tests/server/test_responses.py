@@ -18,8 +18,8 @@ from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
 from kvik.server.errors import ApiError
 from kvik.server.generation import Running
-from kvik.server.responses import ResponseWriter
-from kvik.server.responses_input import LOGPROBS, ResponsesRequest
+from kvik.server.openai.responses import ResponseWriter
+from kvik.server.openai.responses_input import LOGPROBS, ResponsesRequest
 from tool_model import write_tool_model
 
 QUESTION = "Name three colours of the rainbow."

@@ -8,22 +8,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kvik.server import cache_routes, other_routes, session_routes
-from kvik.server.chat import chat
-from kvik.server.chat_input import ChatRequest
-from kvik.server.completions import CompletionRequest, completions
+from kvik.server import other_routes
+from kvik.server.anthropic.messages import count_message_tokens, messages
+from kvik.server.anthropic.messages_input import CountRequest, MessagesRequest
+from kvik.server.cache import cache_routes, session_routes
 from kvik.server.docs import docs
 from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import ApiError, is_anthropic_path, own_error
 from kvik.server.gate import Gate
-from kvik.server.health import decode_health, health, ready
-from kvik.server.messages import count_message_tokens, messages
-from kvik.server.messages_input import CountRequest, MessagesRequest
-from kvik.server.metrics import metrics
+from kvik.server.openai.chat import chat
+from kvik.server.openai.chat_input import ChatRequest
+from kvik.server.openai.completions import CompletionRequest, completions
+from kvik.server.openai.responses import count_response_tokens, responses
+from kvik.server.openai.responses_input import ResponsesRequest
 from kvik.server.openapi import openapi
-from kvik.server.responses import count_response_tokens, responses
-from kvik.server.responses_input import ResponsesRequest
 from kvik.server.state import ServerState
+from kvik.server.watch.health import decode_health, health, ready
+from kvik.server.watch.metrics import metrics
 
 ROUTES: tuple[Route, ...] = (
     Endpoint("/v1/chat/completions", chat, methods=["POST"], body=ChatRequest, streams=True),

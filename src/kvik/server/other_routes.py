@@ -15,12 +15,12 @@ from kvik import __version__
 from kvik.config import Pooling
 from kvik.engine.output import Embedding
 from kvik.server.bodies import json_response, read_body
-from kvik.server.chat import prepare_chat, session_of
-from kvik.server.chat_input import CHAT_FIELDS, ChatMessage, ChatRequest, texts_of
-from kvik.server.completions import prompts_of
 from kvik.server.errors import ApiError, api_error, bad_request
 from kvik.server.fields import Body, Text
 from kvik.server.generation import check_texts, unless_client_leaves
+from kvik.server.openai.chat import prepare_chat, session_of
+from kvik.server.openai.chat_input import CHAT_FIELDS, ChatMessage, ChatRequest, texts_of
+from kvik.server.openai.completions import prompts_of
 from kvik.server.preparing import ignored_header
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState

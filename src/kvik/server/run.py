@@ -16,8 +16,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from kvik.errors import InvalidInput
 from kvik.server.app import make_app
 from kvik.server.errors import ApiError
-from kvik.server.health import watch
 from kvik.server.state import ServerState
+from kvik.server.watch.health import watch
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any
 from kvik.engine.async_llm import AsyncLLM
 from kvik.engine.llm import LLM
 from kvik.errors import InvalidInput, ToolsNotSupported
-from kvik.server.engine_log import log_ends
 from kvik.server.errors import ApiError
-from kvik.server.meter import EngineMeter
+from kvik.server.watch.engine_log import log_ends
+from kvik.server.watch.meter import EngineMeter
 from kvik.text.tool_detection import detect_tool_format
 from kvik.text.tool_format import ToolFormat
 

@@ -13,8 +13,8 @@ from typing import cast
 
 from starlette.requests import Request
 
+from kvik.server.cache.kept import Kept
 from kvik.server.errors import ApiError
-from kvik.server.kept import Kept
 from kvik.server.served import Models
 from kvik.server.settings import ServerConfig
 

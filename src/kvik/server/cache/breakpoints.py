@@ -11,8 +11,8 @@ from typing import Any
 from kvik.cache import packed
 from kvik.engine.sequence import Sequence as Written
 from kvik.errors import CacheTooSmall, InvalidInput
+from kvik.server.cache.pins import Pin, PinTooLarge, parse_ttl
 from kvik.server.generation import Generation, Running, give_back_leases
-from kvik.server.pins import Pin, PinTooLarge, parse_ttl
 from kvik.server.state import ServerState
 
 DEFAULT_TTL = "30m"

@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvik import __version__
-from kvik.server.meter import Histogram
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
+from kvik.server.watch.meter import Histogram
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric

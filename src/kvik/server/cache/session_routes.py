@@ -12,13 +12,13 @@ from starlette.responses import Response
 
 from kvik.errors import CacheTooSmall
 from kvik.server.bodies import json_response, read_body
-from kvik.server.chat_input import ChatMessage
+from kvik.server.cache.pins import PinTooLarge, parse_ttl
+from kvik.server.cache.sessions import Session
 from kvik.server.errors import ApiError, api_error, bad_request
 from kvik.server.fields import Body, Text
 from kvik.server.generation import new_id
-from kvik.server.pins import PinTooLarge, parse_ttl
+from kvik.server.openai.chat_input import ChatMessage
 from kvik.server.preparing import FunctionTool, Tools
-from kvik.server.sessions import Session
 from kvik.server.state import ServerState, tenant_of
 
 T = TypeVar("T")

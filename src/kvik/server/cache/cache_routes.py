@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from kvik.engine.cache_view import TreeRow
 from kvik.server.bodies import json_response
+from kvik.server.cache.sessions import Session
 from kvik.server.errors import ApiError, bad_request
 from kvik.server.served import ServedModel
-from kvik.server.sessions import Session
 from kvik.server.state import ServerState, tenant_of
 
 MAX_LEVEL, MAX_ROWS = 64, 2000

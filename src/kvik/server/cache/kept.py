@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
-from kvik.server.pins import Clock, Pins
-from kvik.server.remembered import ResponseMemory
-from kvik.server.sessions import Sessions
+from kvik.server.cache.pins import Clock, Pins
+from kvik.server.cache.remembered import ResponseMemory
+from kvik.server.cache.sessions import Sessions
 from kvik.server.settings import ServerConfig
 
 SWEEP_S = 15.0

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from kvik.server.chat_input import Breakpoint, CalledFunction, ChatMessage, ChatRequest, TextPart, ToolCall
 from kvik.server.errors import ApiError, bad_request
 from kvik.server.fields import Body, JsonObject, JsonSchema, ResponseFormat, Text, convert
+from kvik.server.openai.chat_input import Breakpoint, CalledFunction, ChatMessage, ChatRequest, TextPart, ToolCall
 from kvik.server.preparing import ChosenFunction, Function, FunctionTool, NamedChoice
 from kvik.server.preparing import ToolChoice as ChatToolChoice
 

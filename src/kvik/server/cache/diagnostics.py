@@ -13,8 +13,8 @@ from starlette.requests import Request as HttpRequest
 
 from kvik.cache import MissReason, packed
 from kvik.cache.radix import common_bytes
+from kvik.server.cache.remembered import Asked
 from kvik.server.generation import Generation, Running
-from kvik.server.remembered import Asked
 from kvik.server.state import ServerState, tenant_of
 
 SHOWN_TOKENS = 8

@@ -17,9 +17,10 @@ from kvik.engine.output import TokenLogprobs
 from kvik.engine.request import TemplateOptions
 from kvik.engine.sequence import Sequence as Written
 from kvik.server.bodies import read_body
-from kvik.server.breakpoints import with_breakpoints
-from kvik.server.chat_input import CHAT_FIELDS, ChatRequest, texts_of
-from kvik.server.diagnostics import Diagnosis, with_diagnostics
+from kvik.server.cache.breakpoints import with_breakpoints
+from kvik.server.cache.diagnostics import Diagnosis, with_diagnostics
+from kvik.server.cache.sessions import Session
+from kvik.server.cache.turns import Turn, as_history
 from kvik.server.errors import api_error, bad_request
 from kvik.server.event_stream import CallWriter, EventStream, encode, ends_text, logprobs_entry
 from kvik.server.fields import CacheOptions
@@ -32,7 +33,8 @@ from kvik.server.generation import (
     new_id,
     start,
 )
-from kvik.server.openai_writer import OpenAIWriter
+from kvik.server.openai.chat_input import CHAT_FIELDS, ChatRequest, texts_of
+from kvik.server.openai.openai_writer import OpenAIWriter
 from kvik.server.preparing import (
     Tools,
     constraint_of,
@@ -43,9 +45,7 @@ from kvik.server.preparing import (
 )
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
-from kvik.server.sessions import Session
 from kvik.server.state import ServerState, tenant_of
-from kvik.server.turns import Turn, as_history
 from kvik.text.chat_prompt import find_part_ends
 from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolCallParser
 

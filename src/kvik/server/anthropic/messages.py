@@ -11,19 +11,19 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvik.server.anthropic.messages_input import OWN_NAMES, Conversation, CountRequest, MessagesRequest
 from kvik.server.bodies import json_response, read_body
-from kvik.server.chat import prepare_chat
-from kvik.server.diagnostics import Diagnosis
+from kvik.server.cache.diagnostics import Diagnosis
 from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventStream, event
 from kvik.server.generation import Generation, Running, default_max_tokens, new_id, start
-from kvik.server.item_writer import Item, ItemWriter, named_event
-from kvik.server.messages_input import OWN_NAMES, Conversation, CountRequest, MessagesRequest
+from kvik.server.openai.chat import prepare_chat
+from kvik.server.openai.item_writer import Item, ItemWriter, named_event
+from kvik.server.openai.translation import own_names
 from kvik.server.preparing import ignored_header
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
-from kvik.server.translation import own_names
 
 
 async def messages(request: Request) -> Response | EventStream:

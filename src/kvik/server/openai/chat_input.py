@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from kvik.server.breakpoints import Mark
+from kvik.server.cache.breakpoints import Mark
 from kvik.server.errors import bad_request
 from kvik.server.fields import MAX_TOP_LOGPROBS, Body, Count, JsonObject, SamplingFields, Text
 from kvik.server.preparing import FunctionTool, ToolChoice

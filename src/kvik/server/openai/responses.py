@@ -13,17 +13,17 @@ from starlette.responses import Response
 
 from kvik.engine.output import Piece, Progress
 from kvik.server.bodies import json_response, read_body
-from kvik.server.chat import prepare_chat
 from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventStream
 from kvik.server.generation import Generation, Running, new_id, start
-from kvik.server.item_writer import Item, ItemWriter, named_event
+from kvik.server.openai.chat import prepare_chat
+from kvik.server.openai.item_writer import Item, ItemWriter, named_event
+from kvik.server.openai.responses_input import OWN_NAMES, ResponsesRequest
+from kvik.server.openai.translation import own_names
 from kvik.server.preparing import ignored_header
 from kvik.server.reply import reply
-from kvik.server.responses_input import OWN_NAMES, ResponsesRequest
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
-from kvik.server.translation import own_names
 
 
 async def responses(request: Request) -> Response | EventStream:

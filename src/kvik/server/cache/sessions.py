@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from kvik.engine.lease import Lease
+from kvik.server.cache.pins import Clock, Pin, Pins
 from kvik.server.errors import ApiError
-from kvik.server.pins import Clock, Pin, Pins
 from kvik.server.served import ServedModel
 
 MIN_BYTES = 64 << 10

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from kvik.errors import EngineDead
+from kvik.server.cache.sessions import Session, Sessions
 from kvik.server.generation import Generation, Running, in_background
-from kvik.server.sessions import Session, Sessions
 
 log = logging.getLogger(__name__)
 

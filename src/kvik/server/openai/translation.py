@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from kvik.server.chat_input import CHAT_FIELDS
 from kvik.server.errors import ApiError, api_error
+from kvik.server.openai.chat_input import CHAT_FIELDS
 
 
 @contextmanager

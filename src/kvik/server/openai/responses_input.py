@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from kvik.server.chat_input import Breakpoint, CalledFunction, ChatMessage, ChatRequest, RefusalPart, TextPart, ToolCall
 from kvik.server.errors import bad_request
 from kvik.server.fields import (
     MAX_TOP_LOGPROBS,
@@ -19,6 +18,15 @@ from kvik.server.fields import (
     ResponseFormat,
     Text,
     convert,
+)
+from kvik.server.openai.chat_input import (
+    Breakpoint,
+    CalledFunction,
+    ChatMessage,
+    ChatRequest,
+    RefusalPart,
+    TextPart,
+    ToolCall,
 )
 from kvik.server.preparing import AllowedChoice, AllowedTools, ChosenFunction, Function, FunctionTool, NamedChoice
 from kvik.server.preparing import ToolChoice as ChatToolChoice

@@ -1,0 +1,1 @@
+"""Anthropic's routes: Messages and the count of their tokens."""
