@@ -48,8 +48,9 @@ def test_the_tree_shows_what_prompts_share_once(llm: LLM) -> None:
     shared = next(index for index in range(500) if prompts[0][index] != prompts[1][index]) // 32 * 32
     assert rows[0].num_tokens == shared
     assert rows[0].text == llm.model.tokenizer.decode(prompts[0][:shared], skip_special=False)
-    assert {(row.level, row.first_token) for row in rows[1:]} == {(1, shared)}
-    assert len(rows) == 3
+    ends = [row for row in rows[1:] if row.num_tokens < 32]  # the blocks in which they ended, not full
+    assert {(row.level, row.first_token) for row in rows[1:] if row not in ends} == {(1, shared)}
+    assert [len(rows), len(ends)] == [5, 2]
     lines = str(llm.cache).splitlines()
     assert len(lines) == 3 + len(rows)
     assert lines[4].startswith("  ")

@@ -57,9 +57,10 @@ def test_the_text_of_others_is_not_shown(server: KeptServer) -> None:
     anna.chat(user(SECRET), cache_salt="mine")
     bert.chat(user("Hello. " * 40))
     own = anna.get("/v1/cache/tree")["data"]
-    assert sum("swordfish" in row.get("text", "") for row in own) == 2
+    assert sum("swordfish" in row.get("text", "") for row in own if not row["level"]) == 2
     others = bert.get("/v1/cache/tree")["data"]
-    assert [row["is_own"] for row in others].count(False) == [row["is_own"] for row in own].count(True) == 2
+    assert [row["is_own"] for row in others] == [not row["is_own"] for row in own]
+    assert {row["is_own"] for row in own if not row["level"]} == {True, False}
     assert all(("text" in row) == row["is_own"] for row in others)
     assert "swordfish" not in str(others)
     assert sum(row["num_tokens"] for row in others) == sum(row["num_tokens"] for row in own)
@@ -68,9 +69,9 @@ def test_the_text_of_others_is_not_shown(server: KeptServer) -> None:
 def test_what_all_share_is_nobodys_own(llm: LLM) -> None:
     with KeptServer(with_engine(llm), api_keys=KEYS, shared_cache=True) as server:
         server.caller("key-of-anna").chat(user(SECRET))
-        (row,) = server.caller("key-of-bert").get("/v1/cache/tree")["data"]
-        assert not row["is_own"]
-        assert "text" not in row
+        rows = server.caller("key-of-bert").get("/v1/cache/tree")["data"]
+        assert [row["level"] for row in rows] == [0, 1]
+        assert not any(row["is_own"] or "text" in row for row in rows)
 
 
 def test_a_tree_is_shown_as_far_as_is_asked_for(llm: LLM) -> None:
@@ -79,7 +80,8 @@ def test_a_tree_is_shown_as_far_as_is_asked_for(llm: LLM) -> None:
         for at in range(4):
             caller.chat(user("The same beginning for all of them. " * 6 + f"{at} " * 40), max_tokens=1)
         whole = caller.get("/v1/cache/tree")
-        assert [row["level"] for row in whole["data"]] == [0, 1, 1, 1, 1]
+        assert [row["level"] for row in whole["data"]] == [0, *[1, 2] * 4]
+        assert {row["num_tokens"] < 32 for row in whole["data"] if row["level"] == 2} == {True}, "where each has ended"
         assert not whole["has_more"]
         assert whole["data"][0]["is_own"]
         assert len(caller.get("/v1/cache/tree?max_level=0")["data"]) == 1

@@ -69,6 +69,78 @@ def test_a_sequence_from_its_first_token_to_its_last() -> None:
     cache.check([])
 
 
+def end(cache: CacheManager, table: BlockTable, tokens: Sequence[int]) -> None:
+    """The sequence is over."""
+    cache.keep_end(table, tokens, len(tokens))
+    cache.release(table)
+
+
+def test_the_block_in_which_a_sequence_ended_is_found() -> None:
+    cache = manager(8)
+    end(cache, start(cache, run(0, 6)), run(0, 6))
+    assert (cache.pool.num_held, cache.pool.num_reusable, len(cache.tree)) == (0, 2, 2)
+    tokens = run(0, 9)
+    table = cache.new_table()
+    assert cache.adopt(table, tokens, cache.match(tokens)) == 6
+    assert cache.reserve(table, 9, 6) == [BlockCopy(1, 2)], "who goes on writes into a copy"
+    cache.check([table])
+    cache.end_copies()
+    cache.seal(table, tokens, 9)
+    assert (cache.pool.num_free, len(cache.tree)) == (5, 2), "nobody needs the open block any more"
+    cache.check([table])
+    end(cache, table, tokens)
+    assert num_cached(cache, run(0, 20)) == 9
+    assert cache.stats.num_evicted_blocks == 0
+    cache.check([])
+
+
+def test_of_ends_behind_the_same_path_the_longest_is_kept() -> None:
+    cache = manager(16)
+    for length, num_reusable in ((5, 2), (7, 2), (6, 2), (8, 2), (7, 2)):
+        table = start(cache, run(0, length))
+        end(cache, table, run(0, length))
+        assert (cache.pool.num_held, cache.pool.num_reusable) == (0, num_reusable), length
+        cache.check([])
+    end(cache, start(cache, [0, 1, 2, 3, 9]), [0, 1, 2, 3, 9])
+    assert cache.pool.num_reusable == 3
+    assert [num_cached(cache, [*run(0, 4), *rest]) for rest in ([9, 9], [4, 9], [8, 8])] == [5, 5, 4]
+
+
+def test_an_end_that_others_hold_is_theirs_when_it_is_needless() -> None:
+    cache = manager(8)
+    first = start(cache, run(0, 6))
+    hold = cache.keep(first, packed(run(0, 6)))
+    end(cache, first, run(0, 6))
+    assert hold.table.block_ids == [0, 1]
+    assert cache.pool.is_named(1)
+    second = start(cache, run(0, 8))
+    assert not cache.pool.is_named(1)
+    cache.check([second])
+    cache.let_go(hold)
+    assert cache.pool.is_free(1)
+    cache.check([second])
+
+
+def test_an_end_is_evicted_before_the_path_to_it() -> None:
+    cache = manager(3)
+    end(cache, start(cache, run(0, 6)), run(0, 6))
+    table = start(cache, run(50, 8))
+    assert num_cached(cache, run(0, 9)) == 4
+    cache.check([table])
+
+
+def test_the_end_of_nothing_is_nothing() -> None:
+    cache = manager(8)
+    end(cache, cache.new_table(), [])
+    with_room = start(cache, run(0, 8))
+    assert cache.reserve(with_room, 11, 8) == []
+    end(cache, with_room, run(0, 8))
+    assert (cache.pool.num_reusable, cache.pool.num_held) == (2, 0), "room that nothing was written to is given back"
+    off = manager(8, prefix_cache=False)
+    end(off, start(off, run(0, 6)), run(0, 6))
+    assert off.pool.num_free == 8
+
+
 def test_the_last_token_is_always_computed() -> None:
     cache = manager(8)
     fill(cache, run(0, 8))

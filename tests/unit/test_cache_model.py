@@ -141,8 +141,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check(sequence.table for sequence in self.running)
         self.step(batch)
 
-    @rule(prompts=st.lists(tokens_of_a_prompt, min_size=1, max_size=4), salt=st.sampled_from(SALTS))
-    def serve(self, prompts: list[list[int]], salt: str | None) -> None:
+    @rule(
+        prompts=st.lists(tokens_of_a_prompt, min_size=1, max_size=4),
+        salt=st.sampled_from(SALTS),
+        keeps_ends=st.booleans(),
+    )
+    def serve(self, prompts: list[list[int]], salt: str | None, keeps_ends: bool) -> None:
         """Requests that are computed at once and leave, one after another, where there is room for them."""
         for tokens in prompts:
             sequence = Running(salt, tokens, self.cache.new_table(salt))
@@ -151,7 +155,15 @@ class CacheMachine(RuleBasedStateMachine):
             count = len(tokens) - sequence.num_computed
             self.step([(sequence, count)] if self.reserve(sequence, count) else [])
             self.running.remove(sequence)
+            if keeps_ends:
+                self.keep_end(sequence)
             self.cache.release(sequence.table)
+
+    def keep_end(self, sequence: Running) -> None:
+        """All that a sequence has computed is found from then on."""
+        self.cache.keep_end(sequence.table, sequence.tokens, sequence.num_computed)
+        found = self.cache.match([*sequence.tokens[: sequence.num_computed], 0], sequence.salt)
+        assert found.num_cached_tokens == sequence.num_computed
 
     @precondition(lambda self: len(self.running) == 1)
     @rule(tokens=tokens_of_a_prompt, salt=st.sampled_from(SALTS))
@@ -196,6 +208,8 @@ class CacheMachine(RuleBasedStateMachine):
     def end(self, data: st.DataObject) -> None:
         sequence = self.a_sequence(data)
         self.running.remove(sequence)
+        if data.draw(st.booleans(), label="keeps its end"):
+            self.keep_end(sequence)
         self.cache.release(sequence.table)
 
     @precondition(lambda self: self.running and len(self.pins) < 2)
@@ -245,8 +259,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     def sealed(self) -> dict[int, History]:
         """What stands in each block of the tree, as the model has it."""
-        pool = self.cache.pool
-        return {block: self.content[block, SIZE - 1] for block in range(NUM_BLOCKS) if pool.is_named(block)}
+        lengths = {edge.block_ids[-1]: (len(edge.tokens) // 4 - 1) % SIZE + 1 for _, edge in self.cache.tree.edges()}
+        named = filter(self.cache.pool.is_named, range(NUM_BLOCKS))
+        return {block: self.content[block, lengths.get(block, SIZE) - 1] for block in named}
 
     def tables(self) -> Iterator[tuple[BlockTable, int, History]]:
         for sequence in self.running:

@@ -144,6 +144,53 @@ def test_a_split_loses_nothing(at: int) -> None:
     assert len(tree) == 0
 
 
+def test_an_open_block_is_a_tail_and_the_end_of_its_branch(tree: RadixTree) -> None:
+    assert tree.append_open(HERE, 2, packed([12, 13]), 4)
+    assert tree.append_open(HERE, None, packed([70]), 5)
+    assert tree.append_open(HERE, 0, packed([4, 80, 81]), 6), "which splits a run"
+    tree.check()
+    assert len(tree) == 7
+    for tokens, tail, reason in [
+        (run(0, 13), (4, 1), MissReason.ALL),
+        (run(0, 14), (4, 2), MissReason.ALL),
+        (run(0, 15), (4, 2), MissReason.SHORT),
+        (run(0, 18), (4, 2), MissReason.UNSEEN),
+        ([*run(0, 13), *run(90, 6)], (4, 1), MissReason.DIFFERS),
+        (run(70, 9), (5, 1), MissReason.UNSEEN),
+        ([*run(0, 5), 80, 7, 7, 7], (6, 2), MissReason.DIFFERS),
+        (run(0, 7), (1, 3), MissReason.ALL),
+    ]:
+        found = match(tree, tokens)
+        assert (found.tail, found.miss_reason) == (tail, reason), tokens
+    assert tree.place_of(4) == (HERE, 2)
+    with pytest.raises(AssertionError, match="which is open"):
+        tree.append(HERE, 4, packed(run(0, 4)), 7)
+    for block_id in (4, 5, 6):
+        tree.evict(block_id)
+        tree.check()
+    assert match(tree, run(0, 16)).miss_reason is MissReason.UNSEEN, "no hash names an open block that was evicted"
+    assert len(tree) == 4
+
+
+def test_an_open_block_is_kept_only_where_no_other_begins_with_its_tokens(tree: RadixTree) -> None:
+    for previous, tokens in ((0, [4, 5]), (1, [8]), (1, [50, 51, 52]), (None, [0, 1])):
+        assert not tree.append_open(HERE, previous, packed(tokens), 9)
+    assert tree.append_open(HERE, 1, packed([8, 9, 11]), 4)
+    assert not tree.append_open(HERE, 1, packed([8, 9]), 9)
+    assert not tree.append_open(HERE, 1, packed([8, 9, 11]), 9)
+    assert tree.take_open(HERE, 1, packed([8, 9, 10, 11])) is None
+    assert tree.take_open(HERE, 0, packed([8, 9, 11, 12])) is None
+    assert tree.take_open(HERE, 1, packed([8, 9, 11, 12])) == 4
+    tree.check()
+    assert len(tree) == 4
+    assert insert(tree, [*run(0, 8), 8, 9, 11, 12], [0, 1, 4]) == [0, 1, 4]
+
+
+def test_what_is_behind_a_block(tree: RadixTree) -> None:
+    assert [tree.last_behind(block_id) for block_id in (2, 3)] == [2, 3]
+    assert {tree.last_behind(block_id) for block_id in (0, 1)} <= {2, 3}
+
+
 def test_every_block_knows_its_place(tree: RadixTree) -> None:
     other = Namespace("f16", "other")
     insert(tree, run(0, 4), [9], other)
@@ -246,6 +293,7 @@ HARM: list[Callable[[RadixTree], object]] = [
     lambda tree: tree._node_of[2].block_ids.__setitem__(0, 0),
     lambda tree: tree._node_of[0].keys.reverse(),
     lambda tree: tree._beginnings.clear(),
+    lambda tree: tree._node_of[3].hashes.pop(),
 ]
 
 

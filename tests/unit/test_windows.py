@@ -214,6 +214,39 @@ def test_shortage_in_a_window_is_not_now() -> None:
     cache.check([table])
 
 
+def test_a_block_written_where_it_lies_takes_those_behind_it_out_of_the_tree() -> None:
+    """No copy of its twin fits, though the blocks that all tokens have are plenty."""
+    cache = manager(None, 6, window_blocks=4)
+    cache.release(computed(cache, run(0, 16)))
+    tokens = [*run(0, 10), 99]
+    table = cache.new_table()
+    assert cache.adopt(table, tokens, cache.match(tokens)) == 10
+    others = [cache.new_table(), cache.new_table()]
+    assert [cache.reserve(other, 1, 0) for other in others] == [[], []]
+    assert not cache.windows[0].pool.num_available
+    assert cache.reserve(table, 11, 10) == []
+    cache.check([table, *others])
+    assert len(cache.tree) == 2
+
+
+def test_the_end_of_a_sequence_is_found_with_its_window() -> None:
+    cache = manager(None, 6)
+    table = computed(cache, run(0, 18))
+    cache.keep_end(table, run(0, 18), 18)
+    cache.check([table])
+    cache.release(table)
+    cache.check([])
+    again = cache.new_table()
+    assert cache.adopt(again, run(0, 20), cache.match(run(0, 20))) == 18
+    copies = cache.reserve(again, 20, 18)
+    assert copies is not None
+    assert [copy.group for copy in copies] == [0, 1]
+    cache.end_copies()
+    cache.seal(again, run(0, 20), 20)
+    cache.check([again])
+    assert len(cache.tree) == 5
+
+
 def test_pins_hold_what_a_hit_needs() -> None:
     cache = manager(None, 6, window_blocks=5)
     table = computed(cache, run(0, 20), step=2)

@@ -23,7 +23,8 @@ class CacheManager:
     A block is *sealed* when all of its tokens are computed: from then on it is in the prefix tree, is never written
     again, and may be shared. Where two sequences compute the same block, both end up with the one sealed first. So
     whoever holds a block of the tree holds all blocks before it, and the block released longest ago is always the end
-    of a branch: that one is evicted first.
+    of a branch: that one is evicted first. The block in which a sequence ends stands in the tree as well, *open*: who
+    goes on from there copies it, and once that copy is sealed nobody needs the open one.
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class CacheManager:
             mine = table.block_ids[index]
             key = packed(token_ids[index * self.spec.block_size : (index + 1) * self.spec.block_size])
             previous = table.block_ids[index - 1] if index else None
+            self._drop_open(table.namespace, previous, key)
             sealed = self.tree.append(table.namespace, previous, key, mine)
             if sealed == mine:
                 self.pool.name(mine)
@@ -217,6 +219,26 @@ class CacheManager:
             table.num_sealed += 1
             if table.claims:
                 self._unclaim(table, table.claims.pop())
+
+    def keep_end(self, table: BlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+        """Put the block in which a sequence ends into the tree, where it is not full: the next turn begins there."""
+        self.release(table, num_computed_tokens)
+        index, offset = divmod(num_computed_tokens, self.spec.block_size)
+        if not (self.prefix_cache and offset) or self.pool.is_named(block_id := table.block_ids[index]):
+            return
+        key = packed(token_ids[index * self.spec.block_size : num_computed_tokens])
+        previous = table.block_ids[index - 1] if index else None
+        self._drop_open(table.namespace, previous, key)
+        if self.tree.append_open(table.namespace, previous, key, block_id):
+            self.pool.name(block_id)
+            for group, window in zip(self.windows, table.windows, strict=True):
+                group.seal(window, index, block_id)
+
+    def _drop_open(self, namespace: Namespace, previous: int | None, key: bytes) -> None:
+        """Forget the open block that one with these tokens makes needless; who holds it keeps it."""
+        block_id = self.tree.take_open(namespace, previous, key)
+        if block_id is not None:
+            self._forget(block_id)
 
     def slide(self, table: BlockTable, num_computed_tokens: int) -> None:
         """Give back what has left the windows of a table with so many tokens computed."""
@@ -459,7 +481,9 @@ class CacheManager:
         taken = self._take(num_more, source)
         if taken is None:
             return None
-        self._evict(source)  # whatever was behind it was reusable, and is evicted by now
+        while (last := self.tree.last_behind(source)) != source:  # nobody holds those either
+            self._evict(last)
+        self._evict(source)
         table.block_ids += taken
         self._extend_windows(table, num_more)
         return []
@@ -477,13 +501,16 @@ class CacheManager:
         return taken
 
     def _evict(self, block_id: int) -> None:
-        for group in self.windows:
-            group.forget(block_id)
         self.tree.evict(block_id)
-        self.pool.forget(block_id)
+        self._forget(block_id)
         self.stats.num_evicted_blocks += 1
         if self.events is not None:
             self.events.evicted.append(block_id)
+
+    def _forget(self, block_id: int) -> None:
+        for group in self.windows:
+            group.forget(block_id)
+        self.pool.forget(block_id)
 
     def _claim(self, table: BlockTable, token_ids: Sequence[int], match: Match) -> None:
         size, name = self.spec.block_size, match.next_hash

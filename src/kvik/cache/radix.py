@@ -52,7 +52,7 @@ class Match:
 
 
 class _Node:
-    """An edge: a run of whole blocks, and what follows its end."""
+    """An edge: a run of whole blocks, and what follows its end; or one open block, which nothing follows."""
 
     __slots__ = ("block_ids", "children", "depth", "hashes", "keys", "namespace", "parent", "tokens")
 
@@ -65,6 +65,11 @@ class _Node:
         self.hashes: list[int] = []  # of all tokens up to the end of each block
         self.children: dict[bytes, _Node] = {}  # by the tokens of their first block
         self.keys: list[bytes] = []  # the same, sorted: neighbours agree longest
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its one block is not full, so that no hash names it."""
+        return len(self.hashes) < len(self.block_ids)
 
     def add_child(self, child: _Node, key: bytes) -> None:
         self.children[key] = child
@@ -91,6 +96,10 @@ class RadixTree:
     Tokens are bytes, an int32 each. `match` finds, `append` inserts; a *lock* is a hold in the pool on a block and on
     all before it; `evict` takes one block, and only the last of a branch. Time is that of comparing tokens, a block of
     them at once; a split costs no more than the match that led to it.
+
+    The last block of a sequence that has ended stands in the tree too, though it is not full: an *open* block, the end
+    of its branch. It is only ever a match's tail, and none is kept whose tokens another block behind the same path
+    begins with.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -141,18 +150,16 @@ class RadixTree:
         elif next_hash is None:
             stop = MissReason.SHORT
         else:
-            reason = MissReason.DIFFERS if candidates else MissReason.UNSEEN
+            num_agreed = tail[1] if tail else 0
+            differs = any(4 * num_agreed < len(key) for key, _ in candidates)
+            reason = MissReason.DIFFERS if differs else MissReason.UNSEEN
             stop = self._whereabouts(rest, next_hash, namespace, is_beginning=at == 0) or reason
         return Match(namespace, block_ids, stop, at // 4, tail, next_hash)
 
     def append(self, namespace: Namespace, previous: int | None, key: bytes, block_id: int) -> int:
         """The block that holds `key`'s tokens behind block `previous`: `block_id`, now in the tree, or one that was."""
         assert len(key) == self._key_bytes
-        if previous is None:
-            node, index = self._root(namespace), 0
-        else:
-            node = self._node_of[previous]
-            index = self._depth_of[previous] - node.depth + 1
+        node, index = self._place_behind(namespace, previous)
         if index < len(node.block_ids):
             if node.tokens.startswith(key, index * self._key_bytes):
                 return node.block_ids[index]
@@ -161,21 +168,39 @@ class RadixTree:
             known = node.children.get(key)
             if known is not None:
                 return known.block_ids[0]
+        previous_hash = node.hashes[-1] if node.hashes else hash(namespace)
         if node.parent is None or node.children:
-            child = _Node(namespace, node, node.depth + len(node.block_ids))
-            node.add_child(child, key)
-            if node.parent is None:
-                self._beginnings.setdefault(key, set()).add(namespace)
-            previous_hash = node.hashes[-1] if node.hashes else hash(namespace)
-            node = child
-        else:
-            previous_hash = node.hashes[-1]
-        node.tokens += key
-        node.block_ids.append(block_id)
+            node = self._branch(node, key)
+        self._extend(node, key, block_id)
         node.hashes.append(hash((previous_hash, key)))
         self._evicted.pop(node.hashes[-1], None)
-        self._node_of[block_id] = node
-        self._depth_of[block_id] = node.depth + len(node.block_ids) - 1
+        return block_id
+
+    def append_open(self, namespace: Namespace, previous: int | None, key: bytes, block_id: int) -> bool:
+        """Put a block in that is not full; False where another one there begins with its tokens."""
+        assert 0 < len(key) < self._key_bytes
+        node, index = self._place_behind(namespace, previous)
+        if index < len(node.block_ids):
+            if node.tokens.startswith(key, index * self._key_bytes):
+                return False
+            node = self._split(node, index)
+        at = bisect_left(node.keys, key)
+        if at < len(node.keys) and node.keys[at].startswith(key):
+            return False
+        self._extend(self._branch(node, key), key, block_id)
+        return True
+
+    def take_open(self, namespace: Namespace, previous: int | None, key: bytes) -> int | None:
+        """Take the open block out whose tokens `key`, the tokens of a block there, begins with; which one it was."""
+        node, index = self._place_behind(namespace, previous)
+        if index < len(node.block_ids):
+            return None
+        at = bisect_left(node.keys, key) - 1
+        child = node.children[node.keys[at]] if at >= 0 else None
+        if child is None or not child.is_open or not key.startswith(child.tokens):
+            return None
+        block_id = child.block_ids[0]
+        self.evict(block_id)
         return block_id
 
     def evict(self, block_id: int) -> None:
@@ -183,15 +208,23 @@ class RadixTree:
         node = self._node_of[block_id]
         assert node.block_ids[-1] == block_id, f"block {block_id} is not the last of its edge"
         assert not node.children, f"block {block_id} has others behind it"
+        if not node.is_open:
+            self._evicted[node.hashes.pop()] = None
+            if len(self._evicted) > MAX_EVICTED:
+                self._evicted.popitem(last=False)
         node.block_ids.pop()
         del self._node_of[block_id], self._depth_of[block_id]
-        self._evicted[node.hashes.pop()] = None
-        if len(self._evicted) > MAX_EVICTED:
-            self._evicted.popitem(last=False)
         key = bytes(node.tokens[-self._key_bytes :])
         del node.tokens[-self._key_bytes :]
         if not node.block_ids:
             self._unlink(node, key)
+
+    def last_behind(self, block_id: int) -> int:
+        """The last block of a branch that leads through this one: itself where nothing is behind it."""
+        node = self._node_of[block_id]
+        while node.children:
+            node = node.children[node.keys[0]]
+        return node.block_ids[-1]
 
     def place_of(self, block_id: int) -> tuple[Namespace, int | None]:
         """Where a block of the tree stands: its namespace, and the block before it."""
@@ -227,8 +260,11 @@ class RadixTree:
             while stack:
                 node = stack.pop()
                 assert node.keys == sorted(node.children), "the sorted keys are not the children's"
-                assert len(node.tokens) == len(node.block_ids) * self._key_bytes, "an edge of other length than its run"
-                assert len(node.hashes) == len(node.block_ids), "an edge with other hashes than blocks"
+                if node.is_open:
+                    self._check_open(node)
+                else:
+                    assert len(node.tokens) == len(node.block_ids) * self._key_bytes, "an edge unlike its run"
+                    assert len(node.hashes) == len(node.block_ids), "an edge with other hashes than blocks"
                 assert (node is root) == (not node.block_ids), "a node without blocks"
                 for index, block_id in enumerate(node.block_ids):
                     assert block_id not in seen, f"block {block_id} stands twice in the tree"
@@ -247,6 +283,16 @@ class RadixTree:
         )
         assert seen == self._node_of.keys() == self._depth_of.keys(), "the index knows other blocks than the tree"
 
+    def _check_open(self, node: _Node) -> None:
+        assert len(node.block_ids) == 1, "an edge of several blocks that is open"
+        assert not node.hashes, "an open block with a hash"
+        assert 0 < len(node.tokens) < self._key_bytes, "an open block that is full"
+        assert not node.children, "blocks behind one that is open"
+        assert node.parent is not None
+        key = bytes(node.tokens)
+        others = [other for other in node.parent.keys if other != key and other.startswith(key)]
+        assert not others, "an open block whose tokens another begins with"
+
     def _whereabouts(self, key: bytes, name: int, namespace: Namespace, *, is_beginning: bool) -> MissReason | None:
         """What is known of a block that is not where it was looked for."""
         if name in self._evicted:
@@ -262,6 +308,28 @@ class RadixTree:
         if root is None:
             root = self._roots[namespace] = _Node(namespace, None, 0)
         return root
+
+    def _place_behind(self, namespace: Namespace, previous: int | None) -> tuple[_Node, int]:
+        """The node of a block, or the root, and how many of its blocks come before what follows."""
+        if previous is None:
+            return self._root(namespace), 0
+        node = self._node_of[previous]
+        assert not node.is_open, f"something behind block {previous}, which is open"
+        return node, self._depth_of[previous] - node.depth + 1
+
+    def _branch(self, node: _Node, key: bytes) -> _Node:
+        """A new child, for blocks that begin with `key`."""
+        child = _Node(node.namespace, node, node.depth + len(node.block_ids))
+        node.add_child(child, key)
+        if node.parent is None:
+            self._beginnings.setdefault(key, set()).add(node.namespace)
+        return child
+
+    def _extend(self, node: _Node, key: bytes, block_id: int) -> None:
+        node.tokens += key
+        node.block_ids.append(block_id)
+        self._node_of[block_id] = node
+        self._depth_of[block_id] = node.depth + len(node.block_ids) - 1
 
     def _split(self, node: _Node, index: int) -> _Node:
         """Move the node's blocks before `index` to a new node above it, and give that.

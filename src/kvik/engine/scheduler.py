@@ -351,6 +351,8 @@ class Scheduler:
             sequence.costs.kv_bytes = max(sequence.costs.kv_bytes, self.cache.held_bytes(sequence.table))
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        if sequence.request.use_cache and sequence.request.share:
+            self.cache.keep_end(sequence.table, sequence.token_ids, sequence.num_computed_tokens)
         if sequence.request.hold and sequence.table.block_ids:
             self.cache.release(sequence.table, sequence.num_computed_tokens)
             tokens = packed(sequence.token_ids[: sequence.num_computed_tokens])

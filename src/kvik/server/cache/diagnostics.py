@@ -161,7 +161,7 @@ def diagnose(running: Running, before: Asked, now: Asked, *, tells_salts: bool) 
     if num_common < num_before and (reason := _reason(before, now, names, differs_at)) is not None:
         return replace(found, reason=reason)
     block_size = running.served.llm.engine.kv_spec.block_size
-    wanted = min(num_common, num_now - 1) // block_size * block_size  # only full blocks are found in the cache
+    wanted = min(num_common, num_now - 1) // block_size * block_size  # an earlier answer that runs has sealed no more
     return replace(found, kind="hit" if num_cached >= wanted else "unavailable")
 
 
