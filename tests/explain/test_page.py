@@ -306,8 +306,8 @@ def test_prefixes_say_where_the_match_ends_and_why(open_page: Open, data: dict[s
     opened = open_page(data)
     turn, other = opened.page.locator("#prefixes article").all_inner_texts()
     found_turn, found_other = data["follow_ups"]
-    assert f"The match ends after {found_turn['num_shared_tokens']}" in turn
-    assert "block that is not full yet" in turn
+    assert "all that the first one has. There the match ends." in turn
+    assert "copied as far as both agree" in turn
     assert f"agree in their first {found_other['num_common_tokens']} tokens" in other
     assert "There the match ends." in other
     tokens = opened.page.locator("#prefixes article").nth(0).locator(".token")

@@ -169,7 +169,8 @@ def compare(first: RaceLane, second: RaceLane) -> Verdict:
 
 def _warm_up(engine: Engine, token_ids: list[int]) -> None:
     """Touch all weights once, so that no lane's clock pays for their first use."""
-    sequence = engine.new_sequence(engine.new_request(token_ids, SamplingParams(max_tokens=1)))
+    request = engine.new_request(token_ids, SamplingParams(max_tokens=1), use_cache=False)
+    sequence = engine.new_sequence(request)
     engine.add(sequence)
     while sequence.finish_reason is None:
         engine.step()

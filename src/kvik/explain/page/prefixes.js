@@ -16,7 +16,7 @@ function followUp(found, { memory, tokens }) {
     { class: "follow-up" },
     html("h3", {}, found.title),
     html("div", { class: "blocks" }, blocks(found, memory.block_size)),
-    html("p", {}, where(found, tokens, memory.block_size)),
+    html("p", {}, where(found, tokens)),
     html(
       "p",
       {},
@@ -38,7 +38,7 @@ function blocks(found, size) {
     const name = isShared
       ? `block ${found.shared_blocks[index]}, shared`
       : isCopied
-        ? `block ${found.copied_block}, copied up to the difference`
+        ? `block ${found.copied_block}, copied as far as both agree`
         : "a new block";
     boxes.push(
       html("div", { class: `block ${isShared ? "kept" : isCopied ? "copied" : "new"}` }, html("small", {}, name), inside.map((one, at) => token(one, kinds[at]))),
@@ -48,7 +48,7 @@ function blocks(found, size) {
 }
 
 // Where the match ends, and why.
-function where(found, tokens, size) {
+function where(found, tokens) {
   const common = found.num_common_tokens;
   const parts = [common ? `The texts agree in their first ${counted(common, "token")}` : "The texts differ from the first token on"];
   if (found.known_next && common < found.tokens.length) {
@@ -56,17 +56,14 @@ function where(found, tokens, size) {
   } else if (common === tokens.length) {
     parts.push(": all that the first one has");
   }
-  parts.push(`. ${reason(found, tokens, size)}`);
+  parts.push(`. ${reason(found)}`);
   return parts.join("");
 }
 
-function reason(found, tokens, size) {
+function reason(found) {
   const reused = found.num_shared_tokens + found.num_copied_tokens;
   const common = found.num_common_tokens;
-  const full = tokens.length - (tokens.length % size);
   if (reused === common) return common ? "There the match ends." : "So there is nothing to reuse.";
   if (reused === found.tokens.length - 1) return "Its last token is computed all the same: its logits choose the next one.";
-  if (reused === full && full === 0) return `But the first one does not fill a block of ${size} tokens, and only full blocks are shared: nothing is reused. A longer text would show more.`;
-  if (reused === full) return `The match ends after ${count(full)}: what the first one has after them lies in a block that is not full yet, and only full blocks are shared.`;
   return `The match ends after ${counted(reused, "token")}: ${found.stop}.`;
 }
