@@ -85,21 +85,10 @@ def serve(
 
     One cache serves all requests; each answer says what was reused. SIGTERM or Ctrl-C ends it when what runs is done.
     """
-    try:
-        import msgspec  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InvalidInput(
-            f"the server needs {error.name}, which is not installed", hint="pip install 'kvik[server]'"
-        ) from None
     from kvik.cli.serve_logs import set_up_logs
     from kvik.config import parse_bytes
-    from kvik.server.run import bind
-    from kvik.server.run import serve as run_server
-    from kvik.server.served import Models
+    from kvik.server.listening import bind
     from kvik.server.settings import ServerConfig
-    from kvik.server.state import ServerState
 
     config = ServerConfig(
         host=host,
@@ -115,7 +104,7 @@ def serve(
         drop_billing_line=drop_billing_line,
     )
     set_up_logs(log_format)
-    listening = bind(config.host, config.port)  # before the models are loaded: a port that is taken is known at once
+    listening = bind(config.host, config.port)  # before all that takes time: a port that is taken is known at once
     names = models or ["smollm2"]
     share: int | str = "auto" if kv_memory == "auto" else parse_bytes("--kv-memory", kv_memory) // len(names)
     engine: dict[str, Any] = {
@@ -129,10 +118,26 @@ def serve(
         "max_waiting": max_waiting,
         **({} if token_budget is None else {"token_budget": token_budget}),
     }
-    served = load(names, **engine)
-    state = ServerState(config, Models(served))
+    try:
+        import msgspec  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InvalidInput(
+            f"the server needs {error.name}, which is not installed", hint="pip install 'kvik[server]'"
+        ) from None
+    from kvik.server.run import serve as run_server
+    from kvik.server.served import Models
+    from kvik.server.state import ServerState
+
+    state = ServerState(config)
     port = listening.getsockname()[1]
-    run_server(state, listening, on_ready=lambda: welcome(config, port, served))
+    run_server(
+        state,
+        listening,
+        load=lambda: Models(load(names, **engine)),
+        on_ready=lambda: welcome(config, port, list(state.models)),
+    )
 
 
 def load(names: list[str], **engine: Any) -> list[ServedModel]:

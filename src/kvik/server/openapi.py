@@ -14,7 +14,7 @@ from kvik import __version__
 from kvik.server.bodies import json_response
 from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import is_anthropic_path
-from kvik.server.gate import OPEN_PATHS
+from kvik.server.gate import OPEN_PATHS, PATHS_WITHOUT_MODELS
 from kvik.server.state import ServerState
 
 Json = dict[str, Any]
@@ -28,10 +28,10 @@ STATUSES = {
     415: "The body is not JSON by its content type",
     429: "The queue is full; `Retry-After` says when to ask again",
     500: "The server or the model's template failed",
-    503: "The server is about to stop, or the engine is dead or hangs",
+    503: "The models are being loaded, the server is about to stop, or the engine is dead or hangs",
 }
 OF_ALL = (401, 403)
-OF_BODIES = (400, 404, 413, 415, 429, 500, 503)
+OF_BODIES = (400, 404, 413, 415, 429, 500)
 
 ERROR: Json = {
     "type": "object",
@@ -103,6 +103,8 @@ def _operation(
     if endpoint.streams:
         answer |= _media("text/event-stream")
     statuses = [*endpoint.statuses, *(() if path in OPEN_PATHS else OF_ALL)]
+    if path not in PATHS_WITHOUT_MODELS:
+        statuses.append(503)
     operation: Json = {
         "operationId": f"{method.lower()}_{endpoint.name}",
         "summary": endpoint.summary,
