@@ -26,7 +26,8 @@ from typing import Any
 
 from kvik import LLM
 from kvik.hub.store import resolve
-from kvik.server.run import bind, new_server, run
+from kvik.server.listening import bind
+from kvik.server.run import new_server, run
 from kvik.server.served import Models, ServedModel
 from kvik.server.settings import ServerConfig
 from kvik.server.state import ServerState

@@ -25,7 +25,8 @@ from typing import Any
 from async_streams import PROMPT, Letters, make_engine
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.runner import StepOutput
-from kvik.server.run import bind, serve
+from kvik.server.listening import bind
+from kvik.server.run import serve
 from kvik.server.served import Models, ServedModel
 from kvik.server.settings import ServerConfig
 from kvik.server.state import ServerState

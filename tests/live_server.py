@@ -18,7 +18,8 @@ from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
 from kvik.engine.runner import ModelRunner, StepOutput
-from kvik.server.run import bind, new_server, run, stop
+from kvik.server.listening import bind
+from kvik.server.run import new_server, run, stop
 from kvik.server.served import Models, ServedModel
 from kvik.server.settings import ServerConfig
 from kvik.server.state import ServerState

@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,86 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(kvik: Kvik) -> No
     assert result.exit_code == 2
     assert "cannot listen on 127.0.0.1" in result.stderr
     assert "no-such-model" not in result.stderr
+
+
+# Of `ServerConfig`, what no flag sets.
+INTERNAL = {
+    "unread_s": "guards the server's own memory, and no client that reads meets it",
+    "max_remembered_tokens": "4 MiB for each key; --max-remembered bounds the same in what people count",
+}
+
+# Each with the field that it sets.
+FLAGS: dict[str, tuple[str, tuple[str, ...], object]] = {
+    "host": ("--host", ("0.0.0.0",), "0.0.0.0"),
+    "port": ("--port", ("8123",), 8123),
+    "api_keys": ("--api-key", ("bob=key-of-bob",), {"key-of-bob": "bob"}),
+    "no_auth": ("--no-auth", (), True),
+    "shared_cache": ("--shared-cache", (), True),
+    "cors_origins": ("--cors-origin", ("localhost",), ("localhost",)),
+    "allowed_hosts": ("--allowed-host", ("kvik.example",), ("kvik.example",)),
+    "max_body_bytes": ("--max-body", ("2MiB",), 2 << 20),
+    "max_prompts": ("--max-prompts", ("7",), 7),
+    "work_limit": ("--work-limit", ("5000",), 5000),
+    "ping_s": ("--ping", ("2.5",), 2.5),
+    "drain_s": ("--drain", ("4",), 4.0),
+    "hang_s": ("--hang", ("60",), 60.0),
+    "pin_share": ("--pin-share", ("0.5",), 0.5),
+    "max_sessions": ("--max-sessions", ("9",), 9),
+    "session_ttl_s": ("--session-ttl", ("90",), 90.0),
+    "max_remembered": ("--max-remembered", ("11",), 11),
+    "log_format": ("--log-format", ("json",), "json"),
+    "access_log": ("--no-access-log", (), False),
+    "drop_billing_line": ("--drop-billing-line", (), True),
+}
+
+
+def test_each_field_of_the_config_has_a_flag_or_a_reason_to_have_none() -> None:
+    names = {each.name for each in fields(ServerConfig)}
+    assert names == FLAGS.keys() | INTERNAL.keys()
+    assert not FLAGS.keys() & INTERNAL.keys()
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for name, (flag, _, expected) in FLAGS.items():
+        assert f"`{flag}" in page, f"docs/serving.md says nothing of {flag}"
+        assert expected != getattr(ServerConfig(), name), f"the test of {flag} would not see it"
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_each_flag_reaches_its_field(kvik: Kvik, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    made: list[ServerConfig] = []
+    monkeypatch.delenv("KVIK_API_KEYS", raising=False)
+    monkeypatch.setattr("kvik.cli.serve_logs.set_up_logs", lambda form: None)
+    monkeypatch.setattr("kvik.server.run.serve", lambda state, listening, **others: made.append(state.config))
+    flag, values, expected = FLAGS[name]
+    others = ("--no-auth",) if name == "host" else ()
+    with socket.socket() as listening:
+        monkeypatch.setattr("kvik.server.listening.bind", lambda host, port: listening)
+        assert kvik("serve", flag, *values, *others).exit_code == 0
+        assert getattr(made[0], name) == expected
+        assert kvik("serve").exit_code == 0
+        assert made[1] == ServerConfig()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--port", "70000", "port is 70000"),
+        ("--max-body", "1100GiB", "max_body_bytes is 1181116006400"),
+        ("--max-prompts", "0", "max_prompts is 0"),
+        ("--work-limit", "-1", "work_limit is -1"),
+        ("--ping", "0", "ping_s is 0"),
+        ("--drain", "nan", "drain_s is nan"),
+        ("--hang", "inf", "hang_s is inf"),
+        ("--pin-share", "1.5", "pin_share is 1.5"),
+        ("--max-sessions", "-1", "max_sessions is -1"),
+        ("--session-ttl", "0.5", "session_ttl_s is 0.5"),
+        ("--max-remembered", "-1", "max_remembered is -1"),
+    ],
+)
+def test_a_limit_out_of_bounds_is_refused_by_its_name(kvik: Kvik, flag: str, value: str, said: str) -> None:
+    refused = kvik("serve", flag, value)
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+    assert "give a number from" in refused.stderr
 
 
 def test_keys_come_from_words_files_and_the_environment(tmp_path: Path) -> None:

@@ -55,6 +55,11 @@ def test_it_fits_and_opens(browser: Browser, tmp_path: Path, width: int, scheme:
     assert field.is_visible()
     assert field.inner_text().split("\t")[1].strip() == "integer ≥ 1"
     assert page.locator("#ChatRequest td:first-child").first.bounding_box()["height"] < 60  # type: ignore[index]
+    assert page.locator("#ChatChunk tr", has_text="prompt_progress").get_by_role("link").first.is_visible()
+    chat = page.locator("details", has=page.get_by_text("/v1/chat/completions", exact=True))
+    assert chat.get_by_role("link", name="ChatAnswer", exact=True).is_visible()
+    assert "ChatUsage or null" in page.locator("#ChatChunk tr", has_text="usage").inner_text()
+    assert chat.get_by_text("events of ChatChunk or Error").is_visible()
     ink, paper = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
     )

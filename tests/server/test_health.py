@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from kvik.engine.batch import ScheduledBatch
 from kvik.engine.llm import LLM
+from kvik.engine.runner import StepOutput
 from kvik.server.watch.health import condition_of, hang_limit_s
 from live_server import GatedRunner, LiveServer, gated, live
 from models import tiny_model
@@ -101,6 +106,41 @@ def test_a_draining_server_takes_nothing_new(runner_and_server: tuple[GatedRunne
     assert (answer.status, answer.body["error"]["code"]) == (503, "shutting_down")
     assert int(answer.headers["retry-after"]) > 0
     assert server.ask("GET", "/metrics").status == 200
+
+
+def test_a_full_queue_is_alive_and_not_ready(tiny: LLM) -> None:
+    llm, runner = gated(tiny, max_running=1, max_waiting=1)
+    other, _ = gated(tiny)
+    scheduler, run = llm.engine.scheduler, runner.run
+    is_told = threading.Event()
+
+    def stops_when_full(batch: ScheduledBatch) -> StepOutput:
+        if scheduler.is_full and not is_told.is_set():
+            runner.gate.clear()
+        time.sleep(0 if is_told.is_set() else 0.002)  # so that the first is not whole before the second comes
+        return run(batch)
+
+    runner.run = stops_when_full  # type: ignore[method-assign]
+    body = {"prompt": [1, 2], "max_tokens": 1000, "ignore_eos": True}
+    with live({"busy": llm, "idle": other}, hang_s=30.0) as server, ThreadPoolExecutor() as pool:
+        asked = [pool.submit(server.ask, "POST", "/v1/completions", body)]
+        wait_until(lambda: bool(scheduler.running))
+        assert server.ask("GET", "/ready").status == 200
+        asked.append(pool.submit(server.ask, "POST", "/v1/completions", body))
+        wait_until(lambda: not runner.gate.is_set())
+        ready = server.ask("GET", "/ready")
+        assert (ready.status, ready.body) == (503, {"status": "full", "models": {"busy": "full", "idle": "ok"}})
+        assert int(ready.headers["retry-after"]) > 0
+        alive = server.ask("GET", "/health")
+        assert (alive.status, alive.body["status"]) == (200, "ok")
+        assert server.ask("POST", "/v1/completions", body).status == 429
+        server.state.is_draining = True
+        assert server.ask("GET", "/ready").body["status"] == "draining"
+        server.state.is_draining = False
+        is_told.set()
+        runner.gate.set()
+        wait_until(lambda: server.ask("GET", "/ready").status == 200)
+        assert [each.result().status for each in asked] == [200, 200]
 
 
 def test_a_big_model_may_take_longer_for_a_step(runner_and_server: tuple[GatedRunner, LiveServer]) -> None:

@@ -16,6 +16,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from answer_schemas import strict
 from kvik.engine.llm import LLM
 from kvik.server.app import ROUTES
 from kvik.server.endpoint import Endpoint
@@ -38,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 OPERATIONS = {
     each.ok().label: each.ok()  # type: ignore[union-attr]
-    for each in schemathesis.openapi.from_dict(describe(ROUTES, ["tiny"])).get_all_operations()
+    for each in schemathesis.openapi.from_dict(strict(describe(ROUTES, ["tiny"]))).get_all_operations()
 }
 
 

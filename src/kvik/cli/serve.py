@@ -38,6 +38,15 @@ def serve(
     drain: Annotated[
         float, value(SERVER, "S", "Seconds that running requests have after SIGTERM.", show_default=True)
     ] = 30.0,
+    hang: Annotated[
+        float, value(SERVER, "S", "Seconds of a step after which the engine counts as hung.", show_default=True)
+    ] = 10.0,
+    ping: Annotated[
+        float, value(SERVER, "S", "Seconds after which a silent stream gets a comment.", show_default=True)
+    ] = 10.0,
+    no_access_log: Annotated[
+        bool, typer.Option("--no-access-log", help="Log no line for each request.", rich_help_panel=SERVER)
+    ] = False,
     api_key: Annotated[
         list[str] | None,
         value(ACCESS, "KEY", "A key, NAME=KEY or @FILE of such lines; may be repeated. Else KVIK_API_KEYS, of lines."),
@@ -56,6 +65,22 @@ def serve(
     max_body: Annotated[str, value(LIMITS, "SIZE", "Largest body of a request.", show_default=True)] = "16MiB",
     max_running: Annotated[int, value(LIMITS, "N", "Sequences that run at once.", show_default=True)] = 64,
     max_waiting: Annotated[int, value(LIMITS, "N", "Requests that wait; more get 429.", show_default=True)] = 1024,
+    max_prompts: Annotated[
+        int, value(LIMITS, "N", "Prompts of one request for completions or embeddings.", show_default=True)
+    ] = 2048,
+    work_limit: Annotated[
+        int, value(LIMITS, "N", "Tokens that one request may ask for, over all completions.", show_default=True)
+    ] = 1 << 20,
+    pin_share: Annotated[
+        float, value(LIMITS, "SHARE", "Of a cache, that pins and breakpoints may keep: 0 to 1.", show_default=True)
+    ] = 0.25,
+    max_sessions: Annotated[int, value(LIMITS, "N", "Sessions of each key.", show_default=True)] = 256,
+    session_ttl: Annotated[
+        float, value(LIMITS, "S", "Seconds until a session that nobody uses ends.", show_default=True)
+    ] = 3600.0,
+    max_remembered: Annotated[
+        int, value(LIMITS, "N", "Answers of each key that later ones can be compared with.", show_default=True)
+    ] = 1024,
     drop_billing_line: Annotated[
         bool,
         typer.Option(
@@ -85,21 +110,10 @@ def serve(
 
     One cache serves all requests; each answer says what was reused. SIGTERM or Ctrl-C ends it when what runs is done.
     """
-    try:
-        import msgspec  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InvalidInput(
-            f"the server needs {error.name}, which is not installed", hint="pip install 'kvik[server]'"
-        ) from None
     from kvik.cli.serve_logs import set_up_logs
     from kvik.config import parse_bytes
-    from kvik.server.run import bind
-    from kvik.server.run import serve as run_server
-    from kvik.server.served import Models
+    from kvik.server.listening import bind
     from kvik.server.settings import ServerConfig
-    from kvik.server.state import ServerState
 
     config = ServerConfig(
         host=host,
@@ -110,12 +124,21 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         allowed_hosts=tuple(allowed_host or ()),
         max_body_bytes=parse_bytes("--max-body", max_body),
+        max_prompts=max_prompts,
+        work_limit=work_limit,
+        ping_s=ping,
         drain_s=drain,
+        hang_s=hang,
+        pin_share=pin_share,
+        max_sessions=max_sessions,
+        session_ttl_s=session_ttl,
+        max_remembered=max_remembered,
         log_format=log_format,
+        access_log=not no_access_log,
         drop_billing_line=drop_billing_line,
     )
+    listening = bind(config.host, config.port)  # before all that takes time: a port that is taken is known at once
     set_up_logs(log_format)
-    listening = bind(config.host, config.port)  # before the models are loaded: a port that is taken is known at once
     names = models or ["smollm2"]
     share: int | str = "auto" if kv_memory == "auto" else parse_bytes("--kv-memory", kv_memory) // len(names)
     engine: dict[str, Any] = {
@@ -129,10 +152,26 @@ def serve(
         "max_waiting": max_waiting,
         **({} if token_budget is None else {"token_budget": token_budget}),
     }
-    served = load(names, **engine)
-    state = ServerState(config, Models(served))
+    try:
+        import msgspec  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InvalidInput(
+            f"the server needs {error.name}, which is not installed", hint="pip install 'kvik[server]'"
+        ) from None
+    from kvik.server.run import serve as run_server
+    from kvik.server.served import Models
+    from kvik.server.state import ServerState
+
+    state = ServerState(config)
     port = listening.getsockname()[1]
-    run_server(state, listening, on_ready=lambda: welcome(config, port, served))
+    run_server(
+        state,
+        listening,
+        load=lambda: Models(load(names, **engine)),
+        on_ready=lambda: welcome(config, port, list(state.models)),
+    )
 
 
 def load(names: list[str], **engine: Any) -> list[ServedModel]:

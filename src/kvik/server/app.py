@@ -9,13 +9,42 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kvik.server import other_routes
+from kvik.server.answers import (
+    Detokenized,
+    EmbeddingList,
+    Health,
+    ModelCard,
+    ModelList,
+    TokenCount,
+    Tokenized,
+    TokenizerInfo,
+    Version,
+)
+from kvik.server.anthropic.answers import MessageAnswer, MessageEvent, MessageTokenCount
 from kvik.server.anthropic.messages import count_message_tokens, messages
 from kvik.server.anthropic.messages_input import CountRequest, MessagesRequest
 from kvik.server.cache import cache_routes, session_routes
+from kvik.server.cache.answers import (
+    CacheCleared,
+    CacheState,
+    CacheTree,
+    SessionAnswer,
+    SessionDeleted,
+    SessionList,
+    SessionWithMessages,
+)
 from kvik.server.docs import docs
 from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import ApiError, is_anthropic_path, own_error
 from kvik.server.gate import Gate
+from kvik.server.openai.answers import (
+    ChatAnswer,
+    ChatChunk,
+    CompletionAnswer,
+    CompletionChunk,
+    ResponseAnswer,
+    ResponseEvent,
+)
 from kvik.server.openai.chat import chat
 from kvik.server.openai.chat_input import ChatRequest
 from kvik.server.openai.completions import CompletionRequest, completions
@@ -27,39 +56,109 @@ from kvik.server.watch.health import decode_health, health, ready
 from kvik.server.watch.metrics import metrics
 
 ROUTES: tuple[Route, ...] = (
-    Endpoint("/v1/chat/completions", chat, methods=["POST"], body=ChatRequest, streams=True),
-    Endpoint("/v1/chat/completions/input_tokens", other_routes.count_chat_tokens, methods=["POST"], body=ChatRequest),
-    Endpoint("/v1/completions", completions, methods=["POST"], body=CompletionRequest, streams=True),
-    Endpoint("/v1/responses", responses, methods=["POST"], body=ResponsesRequest, streams=True),
-    Endpoint("/v1/responses/input_tokens", count_response_tokens, methods=["POST"], body=ResponsesRequest),
-    Endpoint("/v1/messages", messages, methods=["POST"], body=MessagesRequest, streams=True),
-    Endpoint("/v1/messages/count_tokens", count_message_tokens, methods=["POST"], body=CountRequest),
-    Endpoint("/v1/sessions", session_routes.create, methods=["POST"], body=session_routes.NewSession),
-    Endpoint("/v1/sessions", session_routes.list_all, methods=["GET"]),
-    Endpoint("/v1/sessions/{id}", session_routes.retrieve, methods=["GET"]),
-    Endpoint("/v1/sessions/{id}", session_routes.delete, methods=["DELETE"]),
-    Endpoint("/v1/sessions/{id}/fork", session_routes.fork, methods=["POST"], body=session_routes.Lifetime),
-    Endpoint("/v1/sessions/{id}/rewind", session_routes.rewind, methods=["POST"], body=session_routes.Rewind),
-    Endpoint("/v1/sessions/{id}/pin", session_routes.pin, methods=["POST"], body=session_routes.Lifetime),
-    Endpoint("/v1/sessions/{id}/unpin", session_routes.unpin, methods=["POST"]),
-    Endpoint("/v1/cache", cache_routes.show, methods=["GET"]),
-    Endpoint("/v1/cache", cache_routes.clear, methods=["DELETE"]),
-    Endpoint("/v1/cache/tree", cache_routes.tree, methods=["GET"]),
-    Endpoint("/v1/embeddings", other_routes.embeddings, methods=["POST"], body=other_routes.EmbeddingRequest),
-    Endpoint("/v1/models", other_routes.list_models, methods=["GET"]),
-    Endpoint("/v1/models/{name:path}", other_routes.one_model, methods=["GET"]),
-    Endpoint("/tokenize", other_routes.tokenize, methods=["POST"], body=other_routes.TokenizeRequest),
-    Endpoint("/detokenize", other_routes.detokenize, methods=["POST"], body=other_routes.DetokenizeRequest),
-    Endpoint("/tokenizer_info", other_routes.tokenizer_info, methods=["GET"]),
-    Endpoint("/version", other_routes.version, methods=["GET"]),
-    Endpoint("/health", health, methods=["GET"], statuses=[503]),
-    Endpoint("/health/decode", decode_health, methods=["GET"], statuses=[503]),
-    Endpoint("/ready", ready, methods=["GET"], statuses=[503]),
+    Endpoint(
+        "/v1/chat/completions",
+        chat,
+        methods=["POST"],
+        body=ChatRequest,
+        answer=ChatAnswer,
+        event=ChatChunk,
+        statuses=[409],
+    ),
+    Endpoint(
+        "/v1/chat/completions/input_tokens",
+        other_routes.count_chat_tokens,
+        methods=["POST"],
+        body=ChatRequest,
+        answer=TokenCount,
+        statuses=[409],
+    ),
+    Endpoint(
+        "/v1/completions",
+        completions,
+        methods=["POST"],
+        body=CompletionRequest,
+        answer=CompletionAnswer,
+        event=CompletionChunk,
+    ),
+    Endpoint(
+        "/v1/responses", responses, methods=["POST"], body=ResponsesRequest, answer=ResponseAnswer, event=ResponseEvent
+    ),
+    Endpoint(
+        "/v1/responses/input_tokens", count_response_tokens, methods=["POST"], body=ResponsesRequest, answer=TokenCount
+    ),
+    Endpoint(
+        "/v1/messages", messages, methods=["POST"], body=MessagesRequest, answer=MessageAnswer, event=MessageEvent
+    ),
+    Endpoint(
+        "/v1/messages/count_tokens", count_message_tokens, methods=["POST"], body=CountRequest, answer=MessageTokenCount
+    ),
+    Endpoint(
+        "/v1/sessions",
+        session_routes.create,
+        methods=["POST"],
+        body=session_routes.NewSession,
+        answer=SessionAnswer,
+        statuses=[409],
+    ),
+    Endpoint("/v1/sessions", session_routes.list_all, methods=["GET"], answer=SessionList),
+    Endpoint("/v1/sessions/{id}", session_routes.retrieve, methods=["GET"], answer=SessionWithMessages),
+    Endpoint("/v1/sessions/{id}", session_routes.delete, methods=["DELETE"], answer=SessionDeleted),
+    Endpoint(
+        "/v1/sessions/{id}/fork",
+        session_routes.fork,
+        methods=["POST"],
+        body=session_routes.Lifetime,
+        answer=SessionAnswer,
+        statuses=[409],
+    ),
+    Endpoint(
+        "/v1/sessions/{id}/rewind",
+        session_routes.rewind,
+        methods=["POST"],
+        body=session_routes.Rewind,
+        answer=SessionAnswer,
+        statuses=[409],
+    ),
+    Endpoint(
+        "/v1/sessions/{id}/pin",
+        session_routes.pin,
+        methods=["POST"],
+        body=session_routes.Lifetime,
+        answer=SessionAnswer,
+        statuses=[409],
+    ),
+    Endpoint("/v1/sessions/{id}/unpin", session_routes.unpin, methods=["POST"], answer=SessionAnswer),
+    Endpoint("/v1/cache", cache_routes.show, methods=["GET"], answer=CacheState),
+    Endpoint("/v1/cache", cache_routes.clear, methods=["DELETE"], answer=CacheCleared),
+    Endpoint("/v1/cache/tree", cache_routes.tree, methods=["GET"], answer=CacheTree, statuses=[400, 404]),
+    Endpoint(
+        "/v1/embeddings",
+        other_routes.embeddings,
+        methods=["POST"],
+        body=other_routes.EmbeddingRequest,
+        answer=EmbeddingList,
+    ),
+    Endpoint("/v1/models", other_routes.list_models, methods=["GET"], answer=ModelList),
+    Endpoint("/v1/models/{name:path}", other_routes.one_model, methods=["GET"], answer=ModelCard),
+    Endpoint("/tokenize", other_routes.tokenize, methods=["POST"], body=other_routes.TokenizeRequest, answer=Tokenized),
+    Endpoint(
+        "/detokenize",
+        other_routes.detokenize,
+        methods=["POST"],
+        body=other_routes.DetokenizeRequest,
+        answer=Detokenized,
+    ),
+    Endpoint("/tokenizer_info", other_routes.tokenizer_info, methods=["GET"], answer=TokenizerInfo, statuses=[404]),
+    Endpoint("/version", other_routes.version, methods=["GET"], answer=Version),
+    Endpoint("/health", health, methods=["GET"], statuses=[503], answer=Health),
+    Endpoint("/health/decode", decode_health, methods=["GET"], statuses=[503], answer=Health),
+    Endpoint("/ready", ready, methods=["GET"], statuses=[503], answer=Health),
     Endpoint("/metrics", metrics, methods=["GET"], answer="text/plain"),
-    Endpoint("/openapi.json", openapi, methods=["GET"]),
+    Endpoint("/openapi.json", openapi, methods=["GET"], answer=dict),
     Endpoint("/docs", docs, methods=["GET"], answer="text/html"),
 )
-"""What is served. An `Endpoint` says what it takes, and stands in `/openapi.json` and `/docs` by itself."""
+"""What is served. An `Endpoint` says what it takes and gives, and stands in `/openapi.json` and `/docs` by itself."""
 
 
 def make_app(state: ServerState) -> Gate:

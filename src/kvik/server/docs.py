@@ -85,16 +85,25 @@ def _operation(path: str, method: str, operation: Json) -> str:
         f"<p>In the path: <code>{escape(each['name'])}</code></p>" for each in operation.get("parameters", ())
     )
     answers = "".join(
-        f"<tr><td>{status}</td><td><code>{escape(', '.join(told['content']))}</code></td>"
-        f"<td>{_text(told['description'])}</td></tr>"
+        f"<tr><td>{status}</td><td>{_content(told['content'])}</td><td>{_text(told['description'])}</td></tr>"
         for status, told in operation["responses"].items()
     )
     return (
         f'<details><summary><span class="method {method}">{method.upper()}</span>'
         f'<span class="path">{escape(path)}</span><span class="soft">{_text(operation["summary"])}</span></summary>'
-        f'<div>{parameters}{body}<div class="scroll"><table><tr><th>Status<th>Content<th>When</tr>{answers}</table>'
+        f'<div>{parameters}{body}<div class="scroll"><table><tr><th>Status<th>Holds<th>When</tr>{answers}</table>'
         "</div></div></details>"
     )
+
+
+def _content(content: Json) -> str:
+    """What an answer holds, by content type; of a stream, what the data of its events are."""
+    told = []
+    for media_type, media in content.items():
+        data = media["schema"].get("properties", {}).get("data", {}).get("contentSchema")
+        kind = _kind(media["schema"]) if data is None else f"events of {_kind(data)}"
+        told.append(f'{kind} <span class="soft">{escape(media_type)}</span>')
+    return "<br>".join(told)
 
 
 def _text(text: str) -> str:
@@ -124,7 +133,8 @@ def _kind(schema: Json) -> str:
         name = escape(schema["$ref"].rsplit("/", 1)[1])
         return f'<a href="#{name}">{name}</a>'
     if "anyOf" in schema:
-        kinds = [kind for kind in schema["anyOf"] if kind != {"type": "null"}]
+        is_left_out = "default" in schema  # which null says as well
+        kinds = [kind for kind in schema["anyOf"] if kind != {"type": "null"} or not is_left_out]
         return " or ".join(dict.fromkeys(_kind(kind) for kind in kinds))
     if "enum" in schema:
         return " | ".join(f"<code>{escape(json.dumps(value))}</code>" for value in schema["enum"] if value is not None)

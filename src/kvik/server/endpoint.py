@@ -17,7 +17,10 @@ def plain_path(path: str) -> str:
 
 
 class Endpoint(Route):
-    """A path, who answers it, and the struct that its body is read into; its summary is the handler's docstring."""
+    """A path, who answers it, and the structs that describe it; its summary is the handler's docstring.
+
+    `answer` is what a 200 holds, or the content type of one that is not JSON.
+    """
 
     def __init__(
         self,
@@ -25,14 +28,14 @@ class Endpoint(Route):
         handler: Callable[[Request], Awaitable[Any]],
         *,
         methods: Collection[str],
-        body: type | None = None,
-        streams: bool = False,  # where the body asks for it
-        answer: str = "application/json",
+        answer: type | str,
+        body: type | None = None,  # that it is read into
+        event: type | None = None,  # of a stream, where the body asks for one
         statuses: Collection[int] = (),  # beside 200 and those that any route may have
     ) -> None:
         super().__init__(path, handler, methods=methods)
         self.body = body
-        self.streams = streams
+        self.event = event
         self.answer = answer
         self.statuses = tuple(statuses)
 

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/health/decode", "/ready", "/docs"})
 """Served without a key, and compared exactly: a load balancer has none, nor has a browser that is shown a link."""
 
+PATHS_WITHOUT_MODELS = frozenset({"/health", "/health/decode", "/ready", "/version"})
+"""Served also while the models are being loaded."""
+
 LOCALHOST = "localhost"
 """Among the origins: any page of this machine, whatever its port."""
 
@@ -103,6 +106,8 @@ class Gate:
             return True
         if method not in ("GET", "HEAD"):
             self.state.check_open()
+        if exchange.path not in PATHS_WITHOUT_MODELS:
+            self.state.check_loaded()
         return False
 
     def _check_host(self, headers: Headers) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,10 +11,11 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from kvik import __version__
+from kvik.server.answers import AnthropicError, Error, Health
 from kvik.server.bodies import json_response
 from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import is_anthropic_path
-from kvik.server.gate import OPEN_PATHS
+from kvik.server.gate import OPEN_PATHS, PATHS_WITHOUT_MODELS
 from kvik.server.state import ServerState
 
 Json = dict[str, Any]
@@ -24,44 +25,14 @@ STATUSES = {
     401: "The API key is missing or wrong",
     403: "The Host or Origin header is not one of this server's",
     404: "There is no such model or path",
+    409: "The session is in use, or nothing of it is in the cache",
     413: "The body is too large",
     415: "The body is not JSON by its content type",
     429: "The queue is full; `Retry-After` says when to ask again",
     500: "The server or the model's template failed",
-    503: "The server is about to stop, or the engine is dead or hangs",
+    503: "The models are being loaded, the server is about to stop, or the engine is dead or hangs",
 }
-OF_ALL = (401, 403)
-OF_BODIES = (400, 404, 413, 415, 429, 500, 503)
-
-ERROR: Json = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "string"},
-            },
-        }
-    },
-}
-
-ANTHROPIC_ERROR: Json = {
-    "type": "object",
-    "required": ["type", "error"],
-    "properties": {
-        "type": {"type": "string", "enum": ["error"]},
-        "error": {
-            "type": "object",
-            "required": ["type", "message"],
-            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
-        },
-    },
-}
+OF_BODIES = (400, 404, 413, 415, 429, 500)
 
 
 async def openapi(request: Request) -> Response:
@@ -73,11 +44,13 @@ async def openapi(request: Request) -> Response:
 def describe(routes: Iterable[BaseRoute], model_names: Sequence[str], *, has_keys: bool = False) -> Json:
     """The whole document; `model_names` are what fields named `model` may be, where there are some."""
     endpoints = [route for route in routes if isinstance(route, Endpoint)]
-    bodies = list(dict.fromkeys(endpoint.body for endpoint in endpoints if endpoint.body is not None))
-    found, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
-    for schema in components.values():
-        _name_models(schema, model_names)
-    schemas = dict(zip(bodies, found, strict=True))
+    bodies = [endpoint.body for endpoint in endpoints if endpoint.body is not None]
+    answers = [each for endpoint in endpoints for each in (endpoint.answer, endpoint.event) if isinstance(each, type)]
+    kinds = list(dict.fromkeys([*bodies, *answers, Error, AnthropicError]))
+    found, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    schemas = dict(zip(kinds, found, strict=True))
+    for body in bodies:
+        _name_models(components[body.__name__], model_names)
     paths: dict[str, Json] = {}
     for endpoint in endpoints:
         for method in sorted((endpoint.methods or set()) - {"HEAD"}):
@@ -89,20 +62,21 @@ def describe(routes: Iterable[BaseRoute], model_names: Sequence[str], *, has_key
         "info": {"title": "kvik", "version": __version__, "description": "An LLM inference engine behind HTTP."},
         "paths": paths,
         "components": {
-            "schemas": components | {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR},
+            "schemas": components,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
 
 
 def _operation(
-    endpoint: Endpoint, method: str, schemas: dict[type, Json], model_names: Sequence[str], *, has_keys: bool
+    endpoint: Endpoint, method: str, schemas: Mapping[type, Json], model_names: Sequence[str], *, has_keys: bool
 ) -> Json:
     path = plain_path(endpoint.path)
-    answer = _media(endpoint.answer)
-    if endpoint.streams:
-        answer |= _media("text/event-stream")
-    statuses = [*endpoint.statuses, *(() if path in OPEN_PATHS else OF_ALL)]
+    error = {"application/json": {"schema": schemas[AnthropicError if is_anthropic_path(path) else Error]}}
+    answer = _answer(endpoint, schemas, error["application/json"]["schema"])
+    statuses = [*endpoint.statuses, 403, *(() if path in OPEN_PATHS else (401,))]
+    if path not in PATHS_WITHOUT_MODELS:
+        statuses.append(503)
     operation: Json = {
         "operationId": f"{method.lower()}_{endpoint.name}",
         "summary": endpoint.summary,
@@ -122,7 +96,7 @@ def _operation(
     errors = {
         str(status): {
             "description": STATUSES[status],
-            "content": answer if status in endpoint.statuses else _errors(is_anthropic=is_anthropic_path(path)),
+            "content": answer if endpoint.answer is Health and status == 503 else error,
         }
         for status in sorted(set(statuses))
     }
@@ -131,24 +105,27 @@ def _operation(
     return operation
 
 
-def _media(kind: str) -> Json:
-    return {kind: {"schema": SCHEMAS.get(kind, {"type": "string"})}}
+def _answer(endpoint: Endpoint, schemas: Mapping[type, Json], error: Json) -> Json:
+    """What a 200 holds, by content type."""
+    if isinstance(endpoint.answer, str):
+        return {endpoint.answer: {"schema": {"type": "string"}}}
+    content = {"application/json": {"schema": schemas[endpoint.answer]}}
+    if endpoint.event is not None:
+        data = {"anyOf": [schemas[endpoint.event], error]}
+        content["text/event-stream"] = {"schema": _each_event(data)}
+    return content
 
 
-SCHEMAS: dict[str, Json] = {
-    "application/json": {"type": "object"},
-    # Of each event.
-    "text/event-stream": {
+def _each_event(data: Json) -> Json:
+    """An event of a stream, whose data is JSON of this schema, or the word that ends OpenAI's streams."""
+    return {
         "type": "object",
         "required": ["data"],
-        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
-    },
-}
-
-
-def _errors(*, is_anthropic: bool) -> Json:
-    name = "AnthropicError" if is_anthropic else "Error"
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+        "properties": {
+            "event": {"type": "string"},
+            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data},
+        },
+    }
 
 
 def _parameter(name: str, model_names: Sequence[str]) -> Json:

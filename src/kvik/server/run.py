@@ -1,4 +1,4 @@
-"""The server's life: it binds, says so, serves, drains and ends."""
+"""The server's life: it answers, loads its models, says so, serves, drains and ends."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from kvik.errors import InvalidInput
 from kvik.server.app import make_app
 from kvik.server.errors import ApiError
+from kvik.server.listening import BACKLOG
+from kvik.server.served import Models
 from kvik.server.state import ServerState
 from kvik.server.watch.health import watch
 
@@ -24,35 +27,14 @@ log = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0005
 """How long the engine's thread waits for Python's lock behind the event loop, at most; Python's own 5 ms are a step."""
 
-BACKLOG = 2048
+SHOW_CURSOR = "\x1b[?25h"
+"""To a terminal: a bar of loading may have hidden it."""
 
 LAST_STEP_S = 1.5
 """How long the server's end waits for the end of a step."""
 
 LAST_WORDS_S = 1.0
 """How long an answer that was ended has until its client has read the error."""
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket of this address, which does not listen yet. Raises `InvalidInput`."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, proto)
-    except OSError as error:
-        raise _no_address(host, port, error) from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise _no_address(host, port, error) from error
-    return bound
-
-
-def _no_address(host: str, port: int, error: OSError) -> InvalidInput:
-    return InvalidInput(
-        f"cannot listen on {host}, port {port}: {error.strerror}", hint="choose another with --port or --host"
-    )
 
 
 class Server(uvicorn.Server):
@@ -144,25 +126,40 @@ def new_server(state: ServerState) -> Server:
     return Server(config, state)
 
 
-async def run(server: Server, state: ServerState, listening: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Serve until the server is told to exit, or a signal drains it; the engines are left to `stop`."""
+async def run(
+    server: Server,
+    state: ServerState,
+    listening: socket.socket,
+    on_ready: Callable[[], None],
+    loading: Future[Models] | None = None,
+) -> None:
+    """Serve until the server is told to exit, or a signal drains it; the engines are left to `stop`.
+
+    Until the models that are `loading` come, it answers that they do. Raises what loading them raises.
+    """
     server.loop = asyncio.get_running_loop()
     serving = asyncio.ensure_future(server.serve(sockets=[listening]))
+    told = asyncio.ensure_future(server.was_told.wait())
     watching = asyncio.ensure_future(watch(state))
     dropping = asyncio.ensure_future(server.drop_unread())
-    told = asyncio.ensure_future(server.was_told.wait())
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.005)
-    if server.started:
-        on_ready()
-    await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)
-    if told.done():
-        await drain(state)
+    try:
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.005)
+        if loading is not None:
+            found = asyncio.wrap_future(loading)
+            await asyncio.wait((found, serving, told), return_when=asyncio.FIRST_COMPLETED)
+            if found.done():
+                state.models = found.result()
+        if server.started and not state.is_loading:
+            on_ready()
+        await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)
+        if told.done():
+            await drain(state)
+    finally:
         server.should_exit = True
-    await serving
-    watching.cancel()
-    dropping.cancel()
-    told.cancel()
+        await serving
+        for other in (told, watching, dropping):
+            other.cancel()
 
 
 def stop(state: ServerState) -> bool:
@@ -172,18 +169,39 @@ def stop(state: ServerState) -> bool:
     return all(have_ended)
 
 
-def serve(state: ServerState, listening: socket.socket, *, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGTERM or SIGINT."""
+def in_thread(load: Callable[[], Models]) -> Future[Models]:
+    """What it gives, when it does; nobody waits for its thread, which nothing can end."""
+    future: Future[Models] = Future()
+
+    def main() -> None:
+        try:
+            models = load()
+        except BaseException as error:  # noqa: BLE001  # whatever it is, it is raised where the future is read
+            future.set_exception(error)
+        else:
+            future.set_result(models)
+
+    threading.Thread(target=main, name="kvik-load", daemon=True).start()
+    return future
+
+
+def serve(
+    state: ServerState,
+    listening: socket.socket,
+    *,
+    load: Callable[[], Models] | None = None,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; the state's models may come from `load`, while requests are answered already."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    loading = None if load is None else in_thread(load)
     try:
-        listening.listen(BACKLOG)  # another may have done so since it was bound
-    except OSError as error:
-        raise _no_address(state.config.host, state.config.port, error) from error
-    try:
-        asyncio.run(run(new_server(state), state, listening, on_ready))
+        asyncio.run(run(new_server(state), state, listening, on_ready, loading))
     finally:
         have_ended = stop(state)
-    if not have_ended:  # a thread in the middle of a step must not meet an interpreter that ends
-        log.warning("ending in the middle of a step")
+    if not have_ended or state.is_loading:  # a thread in the middle of its work must not meet an interpreter that ends
+        log.warning("ending in the middle of %s", "loading" if state.is_loading else "a step")
+        if state.is_loading and sys.stderr.isatty():
+            sys.stderr.write(SHOW_CURSOR)
         logging.shutdown()
         os._exit(0)

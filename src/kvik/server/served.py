@@ -83,7 +83,7 @@ class ServedModel:
 class Models:
     """All models of a server, in the order of the command line; the first serves requests that name none."""
 
-    def __init__(self, served: Iterable[ServedModel]) -> None:
+    def __init__(self, served: Iterable[ServedModel] = ()) -> None:
         self._served = list(served)
         self._by_name = {model.id: model for model in self._served}
         if len(self._by_name) < len(self._served):

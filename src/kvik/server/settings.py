@@ -12,6 +12,25 @@ from kvik.errors import InvalidInput
 DEFAULT_PORT = 8000
 MIN_KEY_BYTES = 8
 
+DAY_S = 86_400.0
+
+# The least and the most that each may be.
+_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "port": (0, 65_535),
+    "max_body_bytes": (1, 1 << 40),
+    "max_prompts": (1, 1 << 20),
+    "work_limit": (1, 1 << 40),
+    "ping_s": (0.001, DAY_S),
+    "unread_s": (0.1, DAY_S),
+    "drain_s": (0, DAY_S),
+    "hang_s": (0.1, DAY_S),
+    "pin_share": (0, 1),
+    "max_sessions": (0, 1 << 20),
+    "session_ttl_s": (1, DAY_S),
+    "max_remembered": (0, 1 << 20),
+    "max_remembered_tokens": (0, 1 << 40),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
@@ -41,8 +60,10 @@ class ServerConfig:
     drop_billing_line: bool = False  # the one that Claude Code puts before its system prompt, another each time
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise InvalidInput(f"port is {self.port}", hint="give a number from 0 to 65535")
+        for name, (least, most) in _BOUNDS.items():
+            given = getattr(self, name)
+            if not least <= given <= most:  # nor is NaN
+                raise InvalidInput(f"{name} is {given}", hint=f"give a number from {least:g} to {most:,.0f}")
         for key in self.api_keys:
             if not key.isascii() or not key.isprintable() or " " in key or len(key) < MIN_KEY_BYTES:
                 raise InvalidInput(
@@ -56,8 +77,6 @@ class ServerConfig:
             )
         if self.no_auth and self.api_keys:
             raise InvalidInput("--no-auth and --api-key contradict each other", hint="leave out one")
-        if not 0 <= self.pin_share <= 1:
-            raise InvalidInput(f"pin_share is {self.pin_share}", hint="give a number from 0 to 1")
 
     @property
     def is_local(self) -> bool:

@@ -37,7 +37,7 @@ class ServerState:
     """Made once for each server."""
 
     config: ServerConfig
-    models: Models
+    models: Models = field(default_factory=Models)  # none until they are loaded
     is_draining: bool = False
     http: HttpCounts = field(default_factory=HttpCounts)
     started_s: float = field(default_factory=time.monotonic)
@@ -54,6 +54,16 @@ class ServerState:
     def of(cls, request: Request) -> ServerState:
         """That of the server which a request came to."""
         return cast(ServerState, request.app.state.server)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the models are not there yet: a server has at least one."""
+        return len(self.models) == 0
+
+    def check_loaded(self) -> None:
+        """Raise `ApiError` 503 where the models are not there yet."""
+        if self.is_loading:
+            raise ApiError(503, "the models are being loaded (hint: /ready tells when)", code="model_loading")
 
     def check_open(self) -> None:
         """Raise `ApiError` 503 where no new work is taken."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Literal
+from typing import Literal, get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,7 +18,7 @@ from kvik.server.state import ServerState
 
 log = logging.getLogger(__name__)
 
-Condition = Literal["ok", "draining", "dead", "hung"]
+Condition = Literal["ok", "full", "loading", "draining", "hung", "dead"]
 
 WATCH_S = 1.0
 """How often engines are looked after."""
@@ -46,22 +46,28 @@ def condition_of(served: ServedModel, hang_s: float) -> Condition:
 def condition(state: ServerState) -> tuple[Condition, dict[str, Condition]]:
     """How the server is, and each of its models."""
     found = {served.id: condition_of(served, state.config.hang_s) for served in state.models}
-    worst = max(found.values(), key=("ok", "draining", "hung", "dead").index)
-    return (worst if worst != "ok" or not state.is_draining else "draining"), found
+    own: Condition = "draining" if state.is_draining else "loading" if state.is_loading else "ok"
+    return max((own, *found.values()), key=get_args(Condition).index), found
 
 
 async def health(request: Request) -> Response:
-    """Whether requests are served: 200, or 503 while the server drains or where an engine is dead or hangs."""
+    """Whether it lives: 200, or 503 while the models are loaded or the server drains, or an engine is dead or hangs."""
     return _answer(*condition(ServerState.of(request)))
 
 
 async def ready(request: Request) -> Response:
-    """The same as `/health`: the server listens when its models are loaded."""
-    return await health(request)
+    """Whether a new request to any model would be taken: 503 also where a model's queue is full."""
+    state = ServerState.of(request)
+    status, found = condition(state)
+    for served in state.models:
+        if found[served.id] == "ok" and served.llm.engine.scheduler.is_full:
+            found[served.id] = "full"
+            status = "full" if status == "ok" else status
+    return _answer(status, found)
 
 
 async def decode_health(request: Request) -> Response:
-    """The same, and 503 also where completions have begun and none gets a token; a long prompt is no stall."""
+    """As `/health`, and 503 also where completions have begun and none gets a token; a long prompt is no stall."""
     state = ServerState.of(request)
     status, found = condition(state)
     for served in state.models:
