@@ -104,6 +104,15 @@ def test_between_two_events_of_a_chat(many: Server) -> None:
     assert_left(many, left)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_before_the_answer_begins_is_told_as_a_status_of_its_own(tiny_llm: LLM, stream: bool) -> None:
+    with Server({"tiny": with_engine(tiny_llm, token_budget=16)}) as server:
+        with asked(server, LONG | {"stream": stream}):
+            server.wait_for_stream()
+        wait_until(lambda: server.state.http.responses.total() == 1)
+        assert server.state.http.responses == {("POST", TEXT, 499): 1}
+
+
 def test_an_embedding(many: Server) -> None:
     with asked(many, {"input": [LONG["prompt"], LONG["prompt"][1:]], "pooling": "mean"}, "/v1/embeddings") as _:
         left = many.wait_for_stream()
