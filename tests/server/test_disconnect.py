@@ -104,6 +104,30 @@ def test_between_two_events_of_a_chat(many: Server) -> None:
     assert_left(many, left)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_before_the_answer_begins_is_told_as_a_status_of_its_own(tiny_llm: LLM, stream: bool) -> None:
+    with Server({"tiny": with_engine(tiny_llm, token_budget=16)}) as server:
+        with asked(server, LONG | {"stream": stream}):
+            server.wait_for_stream()
+        wait_until(lambda: server.state.http.responses.total() == 1)
+        assert server.state.http.responses == {("POST", TEXT, 499): 1}
+
+
+def test_in_prefill_and_the_log_says_how_long_it_was_there(many: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """It never had a token whose time could be taken."""
+    with caplog.at_level("INFO", "kvik.engine"):
+        with asked(many, LONG | {"cache_prompt": False, "stream": True}):
+            left = many.wait_for_stream()
+            wait_until(lambda: left.sequences[0].num_computed_tokens > 0)
+            before_s = time.perf_counter()
+        wait_until(lambda: bool(caplog.records))
+    (record,) = caplog.records
+    submitted_s = left.sequences[0].costs.submitted_s
+    assert submitted_s is not None
+    assert record.__dict__["finish_reason"] == "abort"
+    assert record.__dict__["seconds"] >= round(before_s - submitted_s, 4) > 0
+
+
 def test_an_embedding(many: Server) -> None:
     with asked(many, {"input": [LONG["prompt"], LONG["prompt"][1:]], "pooling": "mean"}, "/v1/embeddings") as _:
         left = many.wait_for_stream()

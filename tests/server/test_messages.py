@@ -265,6 +265,16 @@ def test_ignored_is_said(client: anthropic.Anthropic) -> None:
         assert answer.headers.get("x-kvik-ignored") == expected
 
 
+def test_tokens_of_a_whole_request_are_counted(client: anthropic.Anthropic) -> None:
+    """Open WebUI has each request counted as it stands; what changes no token of the prompt is named."""
+    options = {"max_tokens": 5, "metadata": {}, "stream": True, "temperature": 0.5, "top_k": 3, "stop_sequences": ["x"]}
+    answer = client.messages.with_raw_response.count_tokens(model="smollm2", messages=[USER], extra_body=options)
+    assert answer.parse().input_tokens == count(client)
+    assert answer.headers["x-kvik-ignored"].split(",") == sorted(options)
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
+        count(client, max_tokens=-1)
+
+
 def test_cache_control_marks_text_wherever_it_stands() -> None:
     """On the whole request the last text; on calls and results that of their message."""
     use = {"type": "tool_use", "id": "a", "name": "b", "input": {}}

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from kvik.server.errors import ApiError
+from kvik.server.errors import ApiError, client_left
 from kvik.server.fields import decode
 
 LARGE_BYTES = 1 << 16
@@ -33,7 +33,7 @@ async def read_body(request: Request, kind: type[T]) -> T:
     try:
         body = await request.body()
     except ClientDisconnect:
-        raise ApiError(499, "the client left", code="client_left") from None
+        raise client_left() from None
     return decode(kind, body) if len(body) < LARGE_BYTES else await asyncio.to_thread(decode, kind, body)
 
 

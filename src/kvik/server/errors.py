@@ -136,6 +136,11 @@ class ApiError(Exception):
         return msgspec.json.encode(self.anthropic() if is_anthropic else self.openai())
 
 
+def client_left() -> ApiError:
+    """Nobody reads it: it is what the log and the metrics say of a request whose answer never began."""
+    return ApiError(499, "the client left", code="client_left")
+
+
 def bad_request(message: str, param: str | None = None, *, code: str = "invalid_value") -> ApiError:
     """A 400 about one field."""
     return ApiError(400, message, code=code, param=param)

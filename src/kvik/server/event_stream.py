@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvik.engine.output import Piece, Progress, TokenLogprobs
 from kvik.engine.token_stream import TokenStream
-from kvik.server.errors import ApiError, api_error
+from kvik.server.errors import ApiError, api_error, client_left
 from kvik.server.generation import Running
 from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolEvent
 
@@ -128,6 +128,7 @@ class EventStream:
         self._writer = writer
         self._ping_s = ping_s
         self._headers = headers
+        self._has_head = False  # whether its status is sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until all is written, it goes wrong or the client leaves."""
@@ -138,6 +139,8 @@ class EventStream:
             await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 await writing
+            elif not self._has_head:
+                raise client_left()
         finally:
             leaving.cancel()
             writing.cancel()
@@ -149,7 +152,7 @@ class EventStream:
 
     async def _write(self, send: Send) -> None:
         stream, writer = self._running.stream, self._writer
-        has_head = has_begun = False
+        has_begun = False
 
         async def send_head() -> None:
             headers = {
@@ -160,6 +163,7 @@ class EventStream:
                 **self._headers,
             }
             raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+            self._has_head = True
             await send({"type": "http.response.start", "status": 200, "headers": raw})
 
         alarm = _Alarm(stream, self._ping_s)
@@ -180,9 +184,8 @@ class EventStream:
                         data += writer.end()
                 else:  # what the first event tells of the cache is not known yet
                     data = writer.ping
-                if not has_head:
+                if not self._has_head:
                     await send_head()
-                    has_head = True
                 alarm.was_heard = True
                 if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -190,7 +193,7 @@ class EventStream:
                     break
         except Exception as error:
             told = api_error(error, self._running.generation.fields)
-            if not has_head:
+            if not self._has_head:
                 raise told from error
             log.warning("%s: a stream ended with %s", self._running.generation.request_id, type(error).__name__)
             await send({"type": "http.response.body", "body": writer.error(told), "more_body": True})

@@ -15,7 +15,7 @@ from kvik import __version__
 from kvik.config import Pooling
 from kvik.engine.output import Embedding
 from kvik.server.bodies import json_response, read_body
-from kvik.server.errors import ApiError, api_error, bad_request
+from kvik.server.errors import api_error, bad_request, client_left
 from kvik.server.fields import Body, Text
 from kvik.server.generation import check_texts, unless_client_leaves
 from kvik.server.openai.chat import prepare_chat, session_of
@@ -188,7 +188,7 @@ async def embeddings(request: Request) -> Response:
     except Exception as error:
         raise api_error(error, frozenset(EmbeddingRequest.__struct_fields__)) from error
     if found is None:
-        raise ApiError(499, "the client left", code="client_left")
+        raise client_left()
     num_tokens = sum(embedding.num_tokens for embedding in found)
     data = [
         {"object": "embedding", "index": index, "embedding": _vector(embedding, body.encoding_format)}

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvik.server.bodies import json_response
-from kvik.server.errors import ApiError, api_error
+from kvik.server.errors import api_error, client_left
 from kvik.server.event_stream import EventStream, EventWriter
 from kvik.server.generation import Running, unless_client_leaves
 from kvik.server.state import ServerState
@@ -30,7 +30,7 @@ async def reply(
     try:
         with running.stream:
             if await unless_client_leaves(request, asyncio.ensure_future(_whole(running))) is None:
-                raise ApiError(499, "the client left", code="client_left")
+                raise client_left()
     except Exception as error:
         raise api_error(error, running.generation.fields) from error
     finally:

@@ -27,6 +27,7 @@ OWN_NAMES = {
 BILLING_LINE = "x-anthropic-billing-header:"
 
 ChatRole = Literal["user", "assistant", "system"]
+MaxTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class CacheControl(Body, tag="ephemeral", tag_field="type", frozen=True, kw_only=True):
@@ -279,16 +280,11 @@ class Conversation(Body, frozen=True, kw_only=True):
         return [(role, list(turn)) for role, turn in groupby(enumerate(self.messages), lambda each: each[1].chat_role)]
 
 
-class CountRequest(Conversation, frozen=True, kw_only=True):
-    """A conversation whose tokens are counted."""
-
-
-class MessagesRequest(Conversation, frozen=True, kw_only=True):
-    """A request for the next message."""
+class AnyRequest(Conversation, frozen=True, kw_only=True):
+    """A conversation, and how it is to go on."""
 
     accepted = Conversation.accepted | {"metadata", "service_tier"}
 
-    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)]  # 0: compute the prompt into the cache, and write nothing
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
@@ -298,6 +294,24 @@ class MessagesRequest(Conversation, frozen=True, kw_only=True):
     metadata: JsonObject | None = None
     service_tier: str | None = None
     cache_salt: Text | None = None
+
+
+class CountRequest(AnyRequest, frozen=True, kw_only=True):
+    """A request whose prompt is counted: how it is to go on changes nothing."""
+
+    accepted = (
+        Conversation.accepted
+        | frozenset(AnyRequest.__struct_fields__).difference(Conversation.__struct_fields__)
+        | {"max_tokens"}
+    )
+
+    max_tokens: MaxTokens | None = None
+
+
+class MessagesRequest(AnyRequest, frozen=True, kw_only=True):
+    """A request for the next message."""
+
+    max_tokens: MaxTokens  # 0: compute the prompt into the cache, and write nothing
 
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises `ApiError`."""

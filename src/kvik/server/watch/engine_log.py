@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from kvik.engine.events import StepEvent
 
@@ -16,7 +17,8 @@ def log_ends(model_id: str, event: StepEvent) -> None:
     for sequence in event.ended:
         costs, request = sequence.costs, sequence.request
         reason = sequence.finish_reason if sequence.error is None else type(sequence.error).__name__
-        begun_s, last_s = costs.submitted_s, costs.last_token_s
+        begun_s = costs.submitted_s
+        last_s = time.perf_counter() if costs.last_token_s is None else costs.last_token_s  # it may have no token
         log.info(
             "%s: %d tokens after %d, %d of them cached: %s",
             model_id,
@@ -31,6 +33,6 @@ def log_ends(model_id: str, event: StepEvent) -> None:
                 "prompt_tokens": sequence.num_prompt_tokens,
                 "cached_tokens": costs.num_cached_tokens,
                 "completion_tokens": sequence.num_completion_tokens,
-                "seconds": 0.0 if begun_s is None or last_s is None else round(last_s - begun_s, 4),
+                "seconds": 0.0 if begun_s is None else round(last_s - begun_s, 4),
             },
         )
