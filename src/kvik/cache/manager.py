@@ -181,7 +181,9 @@ class CacheManager:
             assert len(block_ids) == index + 1, "blocks behind one that is shared"
             return self._reserve_with_copy(table, num_tokens)
         count = self.num_missing(table, num_tokens)
-        if count and not self._windows_have(count):
+        if count == 0:
+            return []
+        if not self._windows_have(count):
             return None
         taken = self._take(count, block_ids[-1] if block_ids else None)
         if taken is None:

@@ -121,6 +121,7 @@ class EventStream:
 
     What goes wrong before the first event is an ordinary HTTP error, which the gate makes of the exception. The scope's
     state has the `stream` while it is written: once that is done, the server ends the connection of who does not read.
+    Its `write` sends parts of a body past the layers that only care for an answer's beginning and its end.
     """
 
     def __init__(self, running: Running, writer: EventWriter, *, ping_s: float, headers: dict[str, str]) -> None:
@@ -133,7 +134,7 @@ class EventStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until all is written, it goes wrong or the client leaves."""
         scope["state"]["stream"] = self._running.stream
-        writing = asyncio.ensure_future(self._write(send))
+        writing = asyncio.ensure_future(self._write(send, scope["state"]["write"]))
         leaving = asyncio.ensure_future(_left(receive))
         try:
             await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -150,7 +151,7 @@ class EventStream:
             for told in self._running.generation.on_end:
                 told(self._running)
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, write: Send) -> None:
         stream, writer = self._running.stream, self._writer
         has_begun = False
 
@@ -170,6 +171,11 @@ class EventStream:
         try:
             while True:
                 pieces = await stream.read()
+                if has_begun and not (stream.progress or stream.is_done) and pieces:  # as nearly always
+                    alarm.was_heard = True
+                    if data := writer.pieces(pieces):
+                        await write({"type": "http.response.body", "body": data, "more_body": True})
+                    continue
                 is_over = not pieces and stream.is_done
                 if pieces or stream.progress or is_over:
                     data = b"" if has_begun else writer.begin()
@@ -188,7 +194,7 @@ class EventStream:
                     await send_head()
                 alarm.was_heard = True
                 if data:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await write({"type": "http.response.body", "body": data, "more_body": True})
                 if is_over:
                     break
         except Exception as error:

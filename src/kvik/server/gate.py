@@ -172,7 +172,7 @@ class _Exchange:
         given = self.headers.get("x-request-id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         state: dict[str, Any] = scope.setdefault("state", {})
-        state |= {"request_id": self.request_id, "tenant": None, "received_s": self._started_s}
+        state |= {"request_id": self.request_id, "tenant": None, "received_s": self._started_s, "write": send}
 
     async def receive(self) -> Message:
         """Pass a message on, and see whether the client leaves early."""

@@ -16,6 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvik.server.app import make_app
+from kvik.server.connection import Protocol
 from kvik.server.errors import ApiError
 from kvik.server.listening import BACKLOG
 from kvik.server.served import Models
@@ -112,7 +113,7 @@ def new_server(state: ServerState) -> Server:
     config = uvicorn.Config(
         make_app(state),
         loop="asyncio",
-        http="h11",
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -120,7 +121,6 @@ def new_server(state: ServerState) -> Server:
         server_header=False,
         backlog=BACKLOG,
         timeout_graceful_shutdown=1,
-        h11_max_incomplete_event_size=64 << 10,
         timeout_keep_alive=75,
     )
     return Server(config, state)
