@@ -16,6 +16,7 @@ from kvik.server.docs import docs
 from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import ApiError, is_anthropic_path, own_error
 from kvik.server.gate import Gate
+from kvik.server.live import live_routes
 from kvik.server.openai.chat import chat
 from kvik.server.openai.chat_input import ChatRequest
 from kvik.server.openai.completions import CompletionRequest, completions
@@ -45,6 +46,9 @@ ROUTES: tuple[Route, ...] = (
     Endpoint("/v1/cache", cache_routes.show, methods=["GET"]),
     Endpoint("/v1/cache", cache_routes.clear, methods=["DELETE"]),
     Endpoint("/v1/cache/tree", cache_routes.tree, methods=["GET"]),
+    Endpoint("/v1/cache/blocks/{id}", live_routes.one_block, methods=["GET"]),
+    Endpoint("/v1/events", live_routes.events, methods=["GET"], answer="text/event-stream"),
+    Endpoint("/v1/requests/{id:path}", live_routes.abort, methods=["DELETE"]),
     Endpoint("/v1/embeddings", other_routes.embeddings, methods=["POST"], body=other_routes.EmbeddingRequest),
     Endpoint("/v1/models", other_routes.list_models, methods=["GET"]),
     Endpoint("/v1/models/{name:path}", other_routes.one_model, methods=["GET"]),
@@ -56,6 +60,8 @@ ROUTES: tuple[Route, ...] = (
     Endpoint("/health/decode", decode_health, methods=["GET"], statuses=[503]),
     Endpoint("/ready", ready, methods=["GET"], statuses=[503]),
     Endpoint("/metrics", metrics, methods=["GET"], answer="text/plain"),
+    Endpoint("/", live_routes.page, methods=["GET"], answer="text/html"),
+    Endpoint("/page/{name}", live_routes.page_file, methods=["GET"], answer="text/javascript"),
     Endpoint("/openapi.json", openapi, methods=["GET"]),
     Endpoint("/docs", docs, methods=["GET"], answer="text/html"),
 )
