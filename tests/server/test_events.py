@@ -38,6 +38,7 @@ class Watching:
         self.requests: dict[int, dict[str, Any]] = {}
         self.counters: dict[str, float] = {}
         self.evicted: list[int] = []
+        self.hits: dict[int, int] = {}
 
     def read(self) -> bool:
         """The next message, of the first model; False at the end."""
@@ -53,7 +54,7 @@ class Watching:
         if name == b"event: state\n":
             self.num_states += 1
             self.states = [bytearray(base64.b64decode(text)) for text in model["states"]]
-            self.requests = {}
+            self.requests, self.hits = {}, {}
         else:
             assert name == b"event: change\n"
             self.num_changes += 1
@@ -65,6 +66,7 @@ class Watching:
                 self.requests.pop(key, None)
         for row in model["requests"]:
             self.requests[row["key"]] = self.requests.get(row["key"], {}) | row
+        self.hits |= dict(zip(*model["hits"], strict=True))
         self.counters = model["counters"]
         return True
 
@@ -195,6 +197,19 @@ def test_ended_requests_are_forgotten(server: KeptServer) -> None:
             write(server, [7, 8, 9], 1, n=128)
         watch.read_until(lambda: watch.counters["generated_tokens"] == MAX_ENDED + 128 and watch.num_done == MAX_ENDED)
         assert len(watch.requests) == MAX_ENDED
+
+
+def test_hits_of_blocks_are_counted(server: KeptServer) -> None:
+    with watching(server) as watch:
+        for _ in range(3):
+            write(server, list(range(3, 80)))
+        watch.read_until(lambda: watch.num_done == 3)
+        assert list(watch.hits.values()) == [2, 2], "two blocks, read back twice"
+        with watching(server) as later:
+            assert later.hits == watch.hits
+        server.caller().ask("DELETE", "/v1/cache")
+        write(server, [5])
+        watch.read_until(lambda: not any(watch.hits.values()))
 
 
 def test_blocks_that_change_without_a_step_are_told(server: KeptServer) -> None:

@@ -17,7 +17,7 @@ from kvik.engine.llm import LLM
 from kvik.engine.sequence import Sequence
 from server_process import Server, wait_until, with_engine
 
-VIEWS = ("chat", "blocks", "requests", "numbers")
+VIEWS = ("chat", "blocks", "prefixes", "requests", "numbers")
 QUESTION = "Why is the sky blue, and why is it red in the evening? Answer so that a child understands it. "
 
 program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -91,10 +91,11 @@ def open_page(browser: Browser) -> Iterator[Open]:
 
     yield open_one
     for one in opened:
+        one.page.close()
+    for one in opened:
         assert one.complaints == []
         own = (f"http://127.0.0.1:{one.server.port}/", "data:,", "blob:")
         assert [url for url in one.requests if not url.startswith(own)] == []
-        one.page.close()
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_an_answer_is_stopped_and_gives_its_blocks_back(open_page: Open, server:
     wait_until(lambda: stream.branches[0].finish_reason == "abort")
     expect(opened.page.get_by_text("Stopped.")).to_be_visible()
     assert stream.branches[0].num_completion_tokens < 3000
-    expect(opened.page.locator(".receipt")).to_contain_text(f"written{stream.branches[0].num_completion_tokens}")
+    expect(opened.page.locator(".receipt")).to_contain_text(f"written{stream.branches[0].num_completion_tokens:,}")
     server.assert_idle()
 
 
@@ -236,6 +237,38 @@ def test_a_block_shows_its_tokens_and_the_past(open_page: Open, server: Server) 
     expect(opened.page.locator("#blocks output")).to_have_text("now")
 
 
+def test_the_tree_shows_runs_and_where_a_prompt_leaves_it(open_page: Open, server: Server) -> None:
+    def ask(text: str) -> None:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+        server.client.ok("/v1/chat/completions", body)
+
+    server.engine.clear_cache()
+    opened = open_page(server)
+    opened.go("prefixes")
+    wait_until(lambda: server.state.live.num_watchers == 1)
+    ask(QUESTION * 2 + "one " * 30)
+    ask(QUESTION * 2 + "two " * 30)
+    ask(QUESTION * 2 + "two " * 30)
+    runs = opened.page.locator("#prefixes .tree button")
+    expect(runs).to_have_count(3)
+    trunk, *branches = (served := server.client.get("/v1/cache/tree").body)["data"]
+    assert not served["has_more"]
+    runs.first.click()
+    detail = opened.page.locator("#prefixes .detail")
+    expect(detail).to_contain_text(f"Tokens 0 to {trunk['num_tokens'] - 1} in {trunk['num_blocks']} block")
+    expect(detail).to_contain_text("read back by 2 requests")
+    expect(detail).to_contain_text("held by nobody")
+    widths = opened.page.locator("#prefixes .tree i").evaluate_all("runs => runs.map((run) => run.offsetWidth)")
+    assert widths[1] / widths[0] == pytest.approx(branches[0]["num_tokens"] / trunk["num_tokens"], rel=0.02)
+    text = QUESTION * 2 + "three"
+    opened.page.locator("#prefixes textarea").fill(text)
+    opened.page.keyboard.press("Enter")
+    told = server.client.ok("/v1/cache/match", {"messages": [{"role": "user", "content": text}]})
+    outcome = opened.page.locator("#prefixes form [role=status]")
+    expect(outcome).to_contain_text(f"{told['num_cached_tokens']} tokens of {told['num_tokens']} would match")
+    expect(outcome.locator(".token.new").first).to_have_text(told["found"][0])
+
+
 def test_a_request_is_aborted_and_all_are_saved(open_page: Open, server: Server) -> None:
     opened = open_page(server)
     opened.go("requests")
@@ -265,7 +298,7 @@ def test_every_view_draws_and_nothing_sticks_out(open_page: Open, server: Server
         section = opened.go(view)
         server.client.ok("/v1/completions", {"prompt": QUESTION, "max_tokens": 4})
         opened.page.wait_for_timeout(150)
-        assert section.locator("svg:visible, canvas:visible, textarea:visible").count() > 0
+        assert section.locator("svg:visible, canvas:visible, .tree:visible, textarea:visible").count() > 0
         assert opened.page.evaluate("document.documentElement.scrollWidth") == width, view
         assert not re.search(r"undefined|\bNaN\b|Infinity|\[object|false", section.inner_text()), view
         current = opened.page.locator("#views [aria-current=page]")
@@ -304,13 +337,14 @@ def test_a_key_is_asked_for_and_shows_what_is_its_own(open_page: Open, tool_llm:
             server.caller(key_text).chat([{"role": "user", "content": f"I am {name}. " * 5}])
         rows = opened.page.locator("#requests tbody tr")
         expect(rows).to_have_count(1)
+        opened.page.close()
 
 
 def test_a_page_for_others_shows_neither_chat_nor_text(open_page: Open, tool_llm: LLM) -> None:
     with KeptServer(with_engine(tool_llm), read_only=True, redact=True) as server:
         opened = open_page(server)
         opened.page.locator("#views a").first.wait_for()
-        assert opened.page.locator("#views a").all_inner_texts() == ["Blocks", "Requests", "Numbers"]
+        assert opened.page.locator("#views a").all_inner_texts() == ["Blocks", "Prefix tree", "Requests", "Numbers"]
         opened.go("requests")
         wait_until(lambda: server.state.live.num_watchers == 1)
         server.caller().chat([{"role": "user", "content": QUESTION}])
@@ -320,3 +354,4 @@ def test_a_page_for_others_shows_neither_chat_nor_text(open_page: Open, tool_llm
         opened.go("blocks")
         opened.page.locator("#blocks canvas").first.focus()
         expect(opened.page.locator("#blocks .detail")).to_contain_text("not yours to see")
+        opened.page.close()

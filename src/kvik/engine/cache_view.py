@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from kvik.cache import BlockTable, CacheStats, PoolSize
+from kvik.cache import BlockTable, CacheStats, MissReason, PoolSize
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput
@@ -42,6 +43,16 @@ class BlockView:
     salt: str | None
     holders: list[Sequence]  # that use it now
     num_evicted_before: int | None  # reusable blocks that would be evicted before it, where it is one
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixView:
+    """How much of a prompt is in the cache."""
+
+    num_cached_tokens: int
+    block_ids: list[int]  # that hold them
+    miss_reason: MissReason
+    expected_ids: list[int]  # tokens that are cached where the prompt goes on otherwise, as far as one block has them
 
 
 class CacheView:
@@ -160,6 +171,25 @@ class CacheView:
                 holders=[sequence for sequence, _ in holders],
                 num_evicted_before=pool.num_evicted_before(block_id) if is_sealed and not num_holders else None,
             )
+
+    def match(self, token_ids: SequenceOf[int], salt: str | None = None) -> PrefixView:
+        """How far a prompt would be found in the cache now, and why no further; it changes nothing."""
+        cache = self._engine.cache
+        with self._engine.lock:
+            found = cache.match(token_ids, salt)
+            block_ids, expected = list(found.block_ids), b""
+            if found.tail is not None:
+                block_id, num_common = found.tail
+                block_ids.append(block_id)
+                known = cache.tree.tokens_of(block_id)
+                assert known is not None, "a match with what is not in the tree"
+                expected = known[2][4 * num_common :]
+        return PrefixView(
+            num_cached_tokens=found.num_cached_tokens,
+            block_ids=block_ids,
+            miss_reason=found.miss_reason,
+            expected_ids=np.frombuffer(expected, np.int32).tolist(),
+        )
 
     def clear(self) -> None:
         """Forget every block that nobody holds, and give the memory back."""

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from kvik.server import other_routes
 from kvik.server.anthropic.messages import count_message_tokens, messages
 from kvik.server.anthropic.messages_input import CountRequest, MessagesRequest
-from kvik.server.cache import cache_routes, session_routes
+from kvik.server.cache import cache_routes, match_route, session_routes
 from kvik.server.docs import docs
 from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import ApiError, is_anthropic_path, own_error
@@ -46,6 +46,7 @@ ROUTES: tuple[Route, ...] = (
     Endpoint("/v1/cache", cache_routes.show, methods=["GET"]),
     Endpoint("/v1/cache", cache_routes.clear, methods=["DELETE"]),
     Endpoint("/v1/cache/tree", cache_routes.tree, methods=["GET"]),
+    Endpoint("/v1/cache/match", match_route.match, methods=["POST"], body=match_route.MatchRequest),
     Endpoint("/v1/cache/blocks/{id}", live_routes.one_block, methods=["GET"]),
     Endpoint("/v1/events", live_routes.events, methods=["GET"], answer="text/event-stream"),
     Endpoint("/v1/requests/{id:path}", live_routes.abort, methods=["DELETE"]),

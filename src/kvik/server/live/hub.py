@@ -179,6 +179,7 @@ class Live:
                     **watch.description(),
                     "states": [base64.b64encode(states).decode() for states in watch.states],
                     "requests": [row for row in rows if row is not None],
+                    "hits": [[*watch.hits], [*watch.hits.values()]],
                     "counters": counters,
                     "history": {"names": ["at_s", *counters], "rows": list(samples)},
                 }
@@ -192,6 +193,7 @@ class Live:
             "counters": watch.counters(),
             "blocks": [[list(states), list(states.values())] for states in change.blocks],
             "requests": [row for row in rows if row is not None],
+            "hits": [list(change.hits), list(change.hits.values())],
             "gone": change.gone,
             "evicted": change.evicted,
             "copied": change.copied,

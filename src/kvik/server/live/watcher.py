@@ -53,6 +53,7 @@ class Change:
     """What has changed in an engine since the change before."""
 
     blocks: list[dict[int, int]]  # of each group, the new state of each block: its holds, twice, and 1 if it is named
+    hits: dict[int, int] = field(default_factory=dict)  # requests that blocks were read back for, where others came
     rows: list[tuple[Told, Row]] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)  # keys of requests that are not told of any more
     evicted: list[int] = field(default_factory=list)
@@ -79,6 +80,7 @@ class ModelWatch:
         self.served = served
         self.states: list[bytearray] = []  # of all blocks, a byte each, by group; as far as it was taken
         self.told: dict[int, Told] = {}  # requests by their keys, the oldest first
+        self.hits: dict[int, int] = {}  # requests that each block was read back for, since somebody looks
         self.on_news: Callable[[], None] = _nobody  # called by the engine's thread after each step
         self._key_of: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()
         self._lock = Lock()
@@ -105,7 +107,7 @@ class ModelWatch:
         with self.engine.lock:
             for pool in self._pools:
                 pool.changed = None
-        self._pools, self.states, self.told, self._touched = [], [], {}, {}
+        self._pools, self.states, self.told, self._touched, self.hits = [], [], {}, {}, {}
         self._key_of.clear()
 
     def __call__(self, event: StepEvent) -> None:
@@ -118,8 +120,19 @@ class ModelWatch:
             fresh = self._fresh
             fresh.evicted += event.blocks.evicted[: MAX_FLASHES - len(fresh.evicted)]
             fresh.copied += event.blocks.copied[: MAX_FLASHES - len(fresh.copied)]
+            self._note_hits(event)
             self._note_blocks()
         self.on_news()
+
+    def _note_hits(self, event: StepEvent) -> None:
+        fresh, hits, size = self._fresh.hits, self.hits, self.engine.kv_spec.block_size
+        for block_id in event.blocks.evicted:
+            if hits.pop(block_id, 0):
+                fresh[block_id] = 0
+        for sequence in event.begun:
+            num_found = 0 if sequence.branch else sequence.costs.num_cached_tokens // size
+            for block_id in sequence.table.block_ids[:num_found]:
+                fresh[block_id] = hits[block_id] = hits.get(block_id, 0) + 1
 
     def look_if_idle(self) -> None:
         """Note what has changed without a step, such as pins that ended; nothing where that would have to wait."""

@@ -47,6 +47,8 @@ export function build(section, app) {
     text.focus();
   });
 
+  drawAll();
+
   // Have the model answer a turn of the user's.
   async function write(question) {
     problem.textContent = "";

@@ -43,18 +43,19 @@ export async function follow() {
 function take({ models, sees_text: seesText }) {
   live.seesText = seesText;
   live.models = new Map(
-    models.map(({ states, requests, groups, ...model }) => [
+    models.map(({ states, requests, groups, hits, ...model }) => [
       model.id,
       {
         ...model,
         groups: groups.map((group, at) => ({ ...group, states: Uint8Array.from(atob(states[at]), (letter) => letter.charCodeAt(0)) })),
+        hits: new Map(hits[0].map((block, at) => [block, hits[1][at]])), // requests that each block was read back for
         requests: new Map(requests.map((row) => [row.key, row])),
       },
     ]),
   );
 }
 
-function change({ id, counters, blocks, requests, gone, evicted, copied }) {
+function change({ id, counters, blocks, requests, hits, gone, evicted, copied }) {
   const model = live.models.get(id);
   blocks.forEach(([ids, states], group) => ids.forEach((block, at) => (model.groups[group].states[block] = states[at])));
   for (const row of requests) {
@@ -62,6 +63,7 @@ function change({ id, counters, blocks, requests, gone, evicted, copied }) {
     if (known) Object.assign(known, row);
     else model.requests.set(row.key, row);
   }
+  hits[0].forEach((block, at) => model.hits.set(block, hits[1][at]));
   for (const key of gone) model.requests.delete(key);
   model.counters = counters;
   const { names, rows } = model.history;

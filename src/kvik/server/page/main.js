@@ -6,11 +6,13 @@ import { asksForKey, hasKey, isReadOnly, json, setKey } from "./server.js";
 import { build as blocks } from "./blocks.js";
 import { build as chat } from "./chat.js";
 import { build as numbers } from "./numbers.js";
+import { build as prefixes } from "./prefixes.js";
 import { build as requests } from "./requests.js";
 
 const VIEWS = [
   ...(isReadOnly ? [] : [{ id: "chat", name: "Chat", build: chat }]),
   { id: "blocks", name: "Blocks", build: blocks },
+  { id: "prefixes", name: "Prefix tree", build: prefixes },
   { id: "requests", name: "Requests", build: requests },
   { id: "numbers", name: "Numbers", build: numbers },
 ];
@@ -26,7 +28,6 @@ element("key").addEventListener("submit", (event) => {
   open();
 });
 element("model").addEventListener("change", () => app.onModel.forEach((told) => told()));
-addEventListener("hashchange", show);
 addEventListener("resize", () => draw({ isWhole: true, changes: [] }));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw({ isWhole: true, changes: [] }));
 onLive(draw);
@@ -57,6 +58,7 @@ function build() {
   element("views").replaceChildren(...VIEWS.map(({ id, name }) => html("a", { href: `#${id}` }, name)));
   element("main").replaceChildren(...VIEWS.map(({ id, name }) => html("section", { id, "aria-label": name, hidden: true })));
   for (const view of VIEWS) view.drawn = view.build(element(view.id), app);
+  addEventListener("hashchange", show);
   show();
 }
 

@@ -3,6 +3,7 @@
 import { box, html, picture, token, widthOf } from "./draw.js";
 import { bytes, count, counted, time } from "./figures.js";
 import { requestOf } from "./live.js";
+import { REASONS } from "./reasons.js";
 
 const CELL = { height: 16, gap: 2, most: 36 };
 
@@ -74,18 +75,6 @@ function strip({ prompt, cached, written }, blockSize, width) {
   const label = `${counted(numBlocks, "block")}: ${counted(cached, "token")} from the cache, ${count(prompt - cached)} computed, ${count(written)} written`;
   return picture(Math.min(width, numBlocks * cell), CELL.height, label, rects);
 }
-
-const REASONS = {
-  all: "All of the prompt was in the cache but its last token, which is always computed: its logits choose the next one.",
-  short: "What was left is shorter than a block, and only full blocks are shared.",
-  differs: "From there on the tokens differ from what is cached.",
-  unseen: "Nothing that is cached goes on from there.",
-  evicted: "The next block was in the cache, and was evicted for others.",
-  other_salt: "The same beginning is cached for another key or salt, which is not shared.",
-  other_format: "The same beginning is cached in another number format.",
-  window: "A layer's window reaches back to blocks that were given up.",
-  off: "The prefix cache is off.",
-};
 
 function reason({ prompt, cached }, turn, blockSize) {
   const found = turn.diagnostics;
