@@ -276,18 +276,17 @@ def test_tenants_see_their_own(tiny_llm: LLM) -> None:
 
 def test_nobody_aborts_what_is_not_his_own(tiny_llm: LLM) -> None:
     llm, runner = gated(tiny_llm)
-    with KeptServer(llm, api_keys=KEYS, shared_cache=True) as server:
+    with KeptServer(llm, api_keys=KEYS, shared_cache=True) as server, watching(server, "key-of-anna") as own:
         runner.num_left = 5
         sent = threading.Thread(target=lambda: write(server, [5, 6, 7], 9, "key-of-anna"))
         sent.start()
-        with watching(server, "key-of-anna") as own:
-            own.read_until(lambda: bool(own.requests))
-            (row,) = own.requests.values()
-            server.caller("key-of-bert").ask("DELETE", f"/v1/requests/{row['request_id']}", status=404)
-            runner.gate.set()
-            sent.join(PATIENCE_S)
-            own.read_until(lambda: own.num_done == 1)
-            assert [row["finish_reason"] for row in own.requests.values()] == ["length"]
+        own.read_until(lambda: bool(own.requests))
+        (row,) = own.requests.values()
+        server.caller("key-of-bert").ask("DELETE", f"/v1/requests/{row['request_id']}", status=404)
+        runner.gate.set()
+        sent.join(PATIENCE_S)
+        own.read_until(lambda: own.num_done == 1)
+        assert [row["finish_reason"] for row in own.requests.values()] == ["length"]
 
 
 def test_redacted_and_read_only(tiny_llm: LLM) -> None:

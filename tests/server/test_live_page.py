@@ -17,7 +17,7 @@ from kvik.engine.llm import LLM
 from kvik.engine.sequence import Sequence
 from server_process import Server, wait_until, with_engine
 
-VIEWS = ("chat", "blocks", "prefixes", "requests", "numbers")
+VIEWS = ("chat", "race", "blocks", "prefixes", "requests", "numbers")
 QUESTION = "Why is the sky blue, and why is it red in the evening? Answer so that a child understands it. "
 
 program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -267,6 +267,19 @@ def test_the_tree_shows_runs_and_where_a_prompt_leaves_it(open_page: Open, serve
     outcome = opened.page.locator("#prefixes form [role=status]")
     expect(outcome).to_contain_text(f"{told['num_cached_tokens']} tokens of {told['num_tokens']} would match")
     expect(outcome.locator(".token.new").first).to_have_text(told["found"][0])
+
+
+def test_a_race_ends_with_the_same_bits(open_page: Open, server: Server) -> None:
+    opened = open_page(server)
+    section = opened.go("race")
+    section.locator("[name=race_tokens]").fill("30")
+    section.get_by_role("button", name="Race").click()
+    expect(section.locator(".verdict")).to_contain_text("Same tokens, same bits: 30 tokens")
+    left, right = section.locator(".lane .words").all_inner_texts()
+    assert left == right != ""
+    computed = section.locator("[data-name=num_computed_tokens]").all_inner_texts()
+    num_prompt = int(computed[1]) - 29
+    assert int(computed[0].replace(",", "")) == 30 * num_prompt + 30 * 29 // 2
 
 
 def test_a_request_is_aborted_and_all_are_saved(open_page: Open, server: Server) -> None:

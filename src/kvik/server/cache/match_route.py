@@ -36,8 +36,6 @@ async def match(request: Request) -> Response:
     state = ServerState.of(request)
     body = await read_body(request, MatchRequest)
     served = state.models.get(body.model)
-    if (body.prompt is None) == (body.messages is None):
-        raise bad_request("send one of prompt and messages", "prompt")
     salt = state.salt(request, body.cache_salt)
     tells_salts, shows_text = state.is_operator_alone, not state.config.redact
     try:
@@ -47,21 +45,26 @@ async def match(request: Request) -> Response:
     return json_response(told)
 
 
-def _token_ids(served: ServedModel, body: MatchRequest) -> list[int]:
-    if body.messages is None:
-        assert body.prompt is not None
-        return served.llm.model.tokenizer.encode(body.prompt)
-    messages = [message.plain(f"messages[{at}]") for at, message in enumerate(body.messages)]
-    check_texts(served, texts_of(messages), "messages")
-    return served.llm.render_chat(messages, plain_content=True)
+def token_ids_of(served: ServedModel, prompt: str | None, messages: list[ChatMessage] | None) -> list[int]:
+    """Those of a text or a conversation, of which one must be given."""
+    if (prompt is None) == (messages is None):
+        raise bad_request("send one of prompt and messages", "prompt")
+    if messages is None:
+        assert prompt is not None
+        token_ids = served.llm.model.tokenizer.encode(prompt)
+    else:
+        plain = [message.plain(f"messages[{at}]") for at, message in enumerate(messages)]
+        check_texts(served, texts_of(plain), "messages")
+        token_ids = served.llm.render_chat(plain, plain_content=True)
+    if not token_ids:
+        raise bad_request("the prompt has no tokens", "prompt")
+    return token_ids
 
 
 def _told(
     served: ServedModel, body: MatchRequest, salt: str | None, *, tells_salts: bool, shows_text: bool
 ) -> dict[str, Any]:
-    token_ids = _token_ids(served, body)
-    if not token_ids:
-        raise bad_request("the prompt has no tokens", "prompt")
+    token_ids = token_ids_of(served, body.prompt, body.messages)
     found = served.llm.cache.match(token_ids, salt)
     reason, end = found.miss_reason, found.num_cached_tokens
     if reason is MissReason.OTHER_SALT and not tells_salts:

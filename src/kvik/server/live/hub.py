@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from kvik.server.live.answers import message
 from kvik.server.live.watcher import Change, ModelWatch, Row, Told, now_s
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ MAX_SAMPLES = 450
 """Those of 15 minutes."""
 
 MAX_WATCHERS = 64
-
-_encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +51,10 @@ class Watcher:
         self._news = asyncio.Event()
         self._news.set()
 
-    def send(self, message: bytes) -> None:
+    def send(self, data: bytes) -> None:
         """Have a message wait for him."""
         self._is_late = self._is_late or self._message is not None
-        self._message = None if self._is_late else message
+        self._message = None if self._is_late else data
         self._news.set()
 
     def end(self) -> None:
@@ -71,11 +68,11 @@ class Watcher:
         self._news.clear()
         if self._is_over:
             return None
-        message, self._message = self._message, None
-        if self._is_late or message is None:
+        data, self._message = self._message, None
+        if self._is_late or data is None:
             self._is_late = False
             return live.state(self.viewer)
-        return message
+        return data
 
 
 class Live:
@@ -91,6 +88,7 @@ class Live:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sampling: asyncio.Task[None] | None = None
         self._is_due = False  # a message is
+        self.racing = asyncio.Lock()  # one race at a time
         self._next_s = 0.0  # by the loop's clock, the earliest time of the next message
 
     @property
@@ -155,7 +153,7 @@ class Live:
             viewer = watcher.viewer
             if viewer not in messages:
                 told = [self._change(watch, change, viewer) for watch, change in changes]
-                messages[viewer] = _message("change", {"now_s": now_s(), "models": told})
+                messages[viewer] = message("change", {"now_s": now_s(), "models": told})
             watcher.send(messages[viewer])
 
     async def _sample(self) -> None:
@@ -184,7 +182,7 @@ class Live:
                     "history": {"names": ["at_s", *counters], "rows": list(samples)},
                 }
             )
-        return _message("state", {"now_s": now_s(), "sees_text": viewer.sees_text, "models": models})
+        return message("state", {"now_s": now_s(), "sees_text": viewer.sees_text, "models": models})
 
     def _change(self, watch: ModelWatch, change: Change, viewer: Viewer) -> dict[str, Any]:
         rows = [self._seen(known, row, viewer) for known, row in change.rows]
@@ -207,8 +205,3 @@ class Live:
             return None
         hidden = () if is_own and viewer.sees_text else ("prompt", "written")
         return {name: value for name, value in row.items() if name not in hidden} | {"is_own": is_own}
-
-
-def _message(name: str, data: Any) -> bytes:
-    """One server-sent event."""
-    return b"event: " + name.encode() + b"\ndata: " + _encode(data) + b"\n\n"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from kvik import __version__
 from kvik.engine.cache_view import BlockView
 from kvik.engine.sequence import Sequence
 from kvik.server.bodies import json_response
 from kvik.server.errors import ApiError
+from kvik.server.live.answers import EventAnswer
 from kvik.server.live.hub import MAX_WATCHERS, Live, Viewer
 from kvik.server.live.page_files import PAGE, PAGE_FILES
 from kvik.server.served import ServedModel
@@ -59,42 +60,21 @@ async def events(request: Request) -> Events | Response:
     return Events(state.live, viewer)
 
 
-class Events:
-    """The ASGI answer: messages until the one who watches leaves, or the server drains."""
+class Events(EventAnswer):
+    """Messages until the one who watches leaves, or the server drains."""
 
     def __init__(self, live: Live, viewer: Viewer) -> None:
         self._live = live
         self._viewer = viewer
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream."""
-        writing = asyncio.ensure_future(self._write(send))
-        leaving = asyncio.ensure_future(_left(receive))
-        try:
-            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                await writing
-        finally:
-            writing.cancel()
-            leaving.cancel()
-            await asyncio.wait((writing, leaving))
-
-    async def _write(self, send: Send) -> None:
+    async def messages(self) -> AsyncIterator[bytes]:
+        """The state, then changes."""
         watcher = await self._live.join(self._viewer)
         try:
-            headers = {b"content-type": b"text/event-stream; charset=utf-8", b"cache-control": b"no-store"}
-            raw = [*headers.items(), (b"x-accel-buffering", b"no")]
-            await send({"type": "http.response.start", "status": 200, "headers": raw})
-            while (message := await watcher.read(self._live)) is not None:
-                await send({"type": "http.response.body", "body": message, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            while (data := await watcher.read(self._live)) is not None:
+                yield data
         finally:
             await asyncio.shield(self._live.leave(watcher))
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def one_block(request: Request) -> Response:

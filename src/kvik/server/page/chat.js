@@ -59,6 +59,7 @@ export function build(section, app) {
     drawAll();
     turn.item.scrollIntoView({ block: "end" });
     try {
+      await app.ready;
       const { path, body } = requestOf(turn, before);
       const answer = await ask(path, { method: "POST", body, signal: abort.signal });
       turn.requestId = answer.headers.get("x-request-id");

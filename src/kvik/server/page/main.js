@@ -7,17 +7,23 @@ import { build as blocks } from "./blocks.js";
 import { build as chat } from "./chat.js";
 import { build as numbers } from "./numbers.js";
 import { build as prefixes } from "./prefixes.js";
+import { build as race } from "./race.js";
 import { build as requests } from "./requests.js";
 
 const VIEWS = [
-  ...(isReadOnly ? [] : [{ id: "chat", name: "Chat", build: chat }]),
+  ...(isReadOnly ? [] : [{ id: "chat", name: "Chat", build: chat }, { id: "race", name: "Race", build: race }]),
   { id: "blocks", name: "Blocks", build: blocks },
   { id: "prefixes", name: "Prefix tree", build: prefixes },
   { id: "requests", name: "Requests", build: requests },
   { id: "numbers", name: "Numbers", build: numbers },
 ];
 const element = (id) => document.getElementById(id);
-const app = { model: () => live.models.get(element("model").value), onModel: [] };
+let isReady;
+const app = {
+  model: () => live.models.get(element("model").value),
+  ready: new Promise((resolve) => (isReady = resolve)), // there is a model
+  onModel: [], // called when another is chosen
+};
 let shown; // the view, once it is built
 let isDue = false; // a drawing
 
@@ -99,5 +105,6 @@ function nameModels() {
   select.replaceChildren(...ids.map((id) => html("option", {}, id)));
   if (ids.includes(chosen)) select.value = chosen;
   element("models").hidden = false;
+  isReady();
   app.onModel.forEach((told) => told());
 }

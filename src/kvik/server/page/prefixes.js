@@ -41,6 +41,7 @@ export function build(section, app) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     if (!prompt.value) return;
+    await app.ready;
     const model = app.model();
     const asked = asMessage.checked && model.is_chat ? { messages: [{ role: "user", content: prompt.value }] } : { prompt: prompt.value };
     try {
