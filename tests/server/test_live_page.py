@@ -15,9 +15,10 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_play
 from kept_server import KEYS, KeptServer
 from kvik.engine.llm import LLM
 from kvik.engine.sequence import Sequence
+from kvik.planner.plan import plan
 from server_process import Server, wait_until, with_engine
 
-VIEWS = ("chat", "race", "blocks", "prefixes", "requests", "numbers")
+VIEWS = ("chat", "race", "blocks", "prefixes", "requests", "numbers", "planner")
 QUESTION = "Why is the sky blue, and why is it red in the evening? Answer so that a child understands it. "
 
 program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -282,6 +283,27 @@ def test_a_race_ends_with_the_same_bits(open_page: Open, server: Server) -> None
     assert int(computed[0].replace(",", "")) == 30 * num_prompt + 30 * 29 // 2
 
 
+def test_the_planner_plans_any_model(open_page: Open, server: Server) -> None:
+    opened = open_page(server)
+    section = opened.go("planner")
+    users = section.locator("[name=plan_users]")
+    users.wait_for()
+    model = section.locator("[name=plan_model]")
+    expect(model).to_have_value("tools")
+    expect(section.locator("li").first).to_be_visible()
+    model.select_option("qwen2.5-0.5b")
+    context = section.locator(".field output").first
+    expect(context).to_have_text("8,192 tokens")
+    users.focus()
+    users.press("Home")
+    wanted = plan("qwen2.5-0.5b", context=8192)
+    doubled = plan("qwen2.5-0.5b", context=16384).kv.num_bytes - wanted.kv.num_bytes
+    figures = section.locator(".tile b")
+    expect(figures.first).to_have_text(f"{wanted.kv.num_bytes / 1e6:.0f} MB")
+    expect(figures.last).to_have_text(f"+{doubled / 1e6:.0f} MB")
+    expect(section.locator(".fits")).to_contain_text("does not fit")
+
+
 def test_a_request_is_aborted_and_all_are_saved(open_page: Open, server: Server) -> None:
     opened = open_page(server)
     opened.go("requests")
@@ -311,7 +333,9 @@ def test_every_view_draws_and_nothing_sticks_out(open_page: Open, server: Server
         section = opened.go(view)
         server.client.ok("/v1/completions", {"prompt": QUESTION, "max_tokens": 4})
         opened.page.wait_for_timeout(150)
-        assert section.locator("svg:visible, canvas:visible, .tree:visible, textarea:visible").count() > 0
+        assert (
+            section.locator("svg:visible, input:visible, canvas:visible, .tree:visible, textarea:visible").count() > 0
+        )
         assert opened.page.evaluate("document.documentElement.scrollWidth") == width, view
         assert not re.search(r"undefined|\bNaN\b|Infinity|\[object|false", section.inner_text()), view
         current = opened.page.locator("#views [aria-current=page]")
@@ -357,7 +381,13 @@ def test_a_page_for_others_shows_neither_chat_nor_text(open_page: Open, tool_llm
     with KeptServer(with_engine(tool_llm), read_only=True, redact=True) as server:
         opened = open_page(server)
         opened.page.locator("#views a").first.wait_for()
-        assert opened.page.locator("#views a").all_inner_texts() == ["Blocks", "Prefix tree", "Requests", "Numbers"]
+        assert opened.page.locator("#views a").all_inner_texts() == [
+            "Blocks",
+            "Prefix tree",
+            "Requests",
+            "Numbers",
+            "Planner",
+        ]
         opened.go("requests")
         wait_until(lambda: server.state.live.num_watchers == 1)
         server.caller().chat([{"role": "user", "content": QUESTION}])

@@ -6,6 +6,7 @@ import { asksForKey, hasKey, isReadOnly, json, setKey } from "./server.js";
 import { build as blocks } from "./blocks.js";
 import { build as chat } from "./chat.js";
 import { build as numbers } from "./numbers.js";
+import { build as planner } from "./planner.js";
 import { build as prefixes } from "./prefixes.js";
 import { build as race } from "./race.js";
 import { build as requests } from "./requests.js";
@@ -16,6 +17,7 @@ const VIEWS = [
   { id: "prefixes", name: "Prefix tree", build: prefixes },
   { id: "requests", name: "Requests", build: requests },
   { id: "numbers", name: "Numbers", build: numbers },
+  { id: "planner", name: "Planner", build: planner },
 ];
 const element = (id) => document.getElementById(id);
 let isReady;
