@@ -18,7 +18,7 @@ from kvik.engine.sequence import Sequence
 from kvik.planner.plan import plan
 from server_process import Server, wait_until, with_engine
 
-VIEWS = ("chat", "race", "blocks", "prefixes", "requests", "numbers", "planner")
+VIEWS = ("chat", "race", "blocks", "prefixes", "requests", "numbers", "planner", "explain")
 QUESTION = "Why is the sky blue, and why is it red in the evening? Answer so that a child understands it. "
 
 program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -281,6 +281,27 @@ def test_a_race_ends_with_the_same_bits(open_page: Open, server: Server) -> None
     computed = section.locator("[data-name=num_computed_tokens]").all_inner_texts()
     num_prompt = int(computed[1]) - 29
     assert int(computed[0].replace(",", "")) == 30 * num_prompt + 30 * 29 // 2
+
+
+def test_a_page_is_made_of_a_prompt(open_page: Open, server: Server) -> None:
+    opened = open_page(server)
+    section = opened.go("explain")
+    section.locator("[name=explain_tokens]").fill("6")
+    section.get_by_role("button", name="Make").click()
+    with opened.page.expect_popup() as popup:
+        section.get_by_role("link", name="Open").click()
+    made = popup.value
+    complaints: list[str] = []
+    made.on("console", lambda message: complaints.append(message.text))
+    made.reload()
+    expect(made.locator("#position")).to_contain_text("of 6")
+    expect(made.locator("#tiles")).to_contain_text("same bits")
+    assert made.evaluate("origin") == "null", "it has an origin of its own"
+    assert complaints == []
+    made.close()
+    with opened.page.expect_download() as saved:
+        section.get_by_role("button", name="Save").click()
+    assert "Why the KV cache works" in saved.value.path().read_text()
 
 
 def test_the_planner_plans_any_model(open_page: Open, server: Server) -> None:

@@ -1,4 +1,4 @@
-"""`/v1/race`: both lanes write the same, what they took is what `kvik race` counts, and a race ends with its reader."""
+"""`/v1/race` and `/v1/explain`: lanes that write the same and end with their reader, pages of their owners alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from kept_server import KeptServer
+from kept_server import KEYS, KeptServer
 from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
 from kvik.measure.lanes import make_lanes, run_race
+from kvik.server.live.explained import MAX_KEPT
 from server_process import wait_until, with_engine
 
 PATH = "/v1/race"
@@ -68,4 +69,21 @@ def test_what_is_too_much_is_refused(server: KeptServer) -> None:
 
 def test_a_page_for_others_races_nobody(tiny_llm: LLM) -> None:
     with KeptServer(with_engine(tiny_llm), read_only=True) as server:
-        assert server.caller().post(PATH, {"prompt": "a"}, status=403)["error"]["code"] == "read_only"
+        for path in (PATH, "/v1/explain"):
+            assert server.caller().post(path, {"prompt": "a"}, status=403)["error"]["code"] == "read_only"
+
+
+def test_explained_pages_are_their_owners(tiny_llm: LLM) -> None:
+    with KeptServer(with_engine(tiny_llm), api_keys=KEYS) as server:
+        anna, bert = server.caller("key-of-anna"), server.caller("key-of-bert")
+        told = anna.post("/v1/explain", {"prompt": "hello", "max_tokens": 3})
+        with anna.open("GET", told["url"]) as response:
+            assert response.status == 200
+            assert "sandbox allow-scripts;" in (response.headers["content-security-policy"] or "")
+            assert len(response.read()) == told["bytes"]
+        bert.get(told["url"], status=404)
+        for _ in range(MAX_KEPT):
+            bert.post("/v1/explain", {"prompt": "a", "max_tokens": 1})
+        anna.get(told["url"], status=404)
+        refused = anna.post("/v1/explain", {"prompt": "hello " * 200, "max_tokens": 100}, status=400)
+        assert "the page draws 256" in refused["error"]["message"]

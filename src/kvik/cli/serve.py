@@ -52,7 +52,9 @@ def serve(
     read_only: Annotated[
         bool,
         typer.Option(
-            "--read-only", help="The page only shows: no chat, no race, no request ended.", rich_help_panel=ACCESS
+            "--read-only",
+            help="The page only shows: nothing is computed for it, nobody's request ended.",
+            rich_help_panel=ACCESS,
         ),
     ] = False,
     redact: Annotated[

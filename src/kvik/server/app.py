@@ -16,7 +16,7 @@ from kvik.server.docs import docs
 from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import ApiError, is_anthropic_path, own_error
 from kvik.server.gate import Gate
-from kvik.server.live import live_routes, plan_route, race_route
+from kvik.server.live import explain_route, live_routes, plan_route, race_route
 from kvik.server.openai.chat import chat
 from kvik.server.openai.chat_input import ChatRequest
 from kvik.server.openai.completions import CompletionRequest, completions
@@ -49,6 +49,8 @@ ROUTES: tuple[Route, ...] = (
     Endpoint("/v1/cache/match", match_route.match, methods=["POST"], body=match_route.MatchRequest),
     Endpoint("/v1/cache/blocks/{id}", live_routes.one_block, methods=["GET"]),
     Endpoint("/v1/race", race_route.race, methods=["POST"], body=race_route.RaceRequest, answer="text/event-stream"),
+    Endpoint("/v1/explain", explain_route.explain, methods=["POST"], body=explain_route.ExplainRequest),
+    Endpoint("/v1/explain/{id}", explain_route.explained, methods=["GET"], answer="text/html"),
     Endpoint("/v1/plan", plan_route.plan, methods=["GET"]),
     Endpoint("/v1/plan/models", plan_route.plan_models, methods=["GET"]),
     Endpoint("/v1/events", live_routes.events, methods=["GET"], answer="text/event-stream"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvik.server.live.answers import message
+from kvik.server.live.explained import ExplainedPages
 from kvik.server.live.watcher import Change, ModelWatch, Row, Told, now_s
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class Live:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sampling: asyncio.Task[None] | None = None
         self._is_due = False  # a message is
-        self.racing = asyncio.Lock()  # one race at a time
+        self.racing = asyncio.Lock()  # one race at a time, and what is like it
+        self.explained = ExplainedPages()
         self._next_s = 0.0  # by the loop's clock, the earliest time of the next message
 
     @property

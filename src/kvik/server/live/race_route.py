@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from kvik.cache import KVCacheSpec
 from kvik.config import SamplingParams
 from kvik.measure.lanes import RaceLane, compare, make_lanes, run_race
 from kvik.models.work import StepWork
@@ -78,10 +79,14 @@ def _lanes(served: ServedModel, body: RaceRequest) -> Lanes:
             code="work_limit_exceeded",
             param="max_tokens",
         )
-    spec = served.llm.engine.kv_spec
-    kv_bytes = max(MIN_KV_BYTES, 4 * spec.held_bytes(num_prompt + num_written + spec.block_size))
+    kv_bytes = race_kv_bytes(served.llm.engine.kv_spec, num_prompt + num_written)
     params = SamplingParams(max_tokens=num_written, ignore_eos=True)
     return make_lanes(served.llm, prompt_ids, params, kv_memory=kv_bytes)
+
+
+def race_kv_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
+    """Enough for one sequence of so many tokens, and a few more blocks."""
+    return max(MIN_KV_BYTES, 4 * spec.held_bytes(num_tokens + spec.block_size))
 
 
 class RaceAnswer(EventAnswer):

@@ -5,6 +5,7 @@ import { follow, live, onLive } from "./live.js";
 import { asksForKey, hasKey, isReadOnly, json, setKey } from "./server.js";
 import { build as blocks } from "./blocks.js";
 import { build as chat } from "./chat.js";
+import { build as explain } from "./explain.js";
 import { build as numbers } from "./numbers.js";
 import { build as planner } from "./planner.js";
 import { build as prefixes } from "./prefixes.js";
@@ -18,6 +19,7 @@ const VIEWS = [
   { id: "requests", name: "Requests", build: requests },
   { id: "numbers", name: "Numbers", build: numbers },
   { id: "planner", name: "Planner", build: planner },
+  ...(isReadOnly ? [] : [{ id: "explain", name: "Explain", build: explain }]),
 ];
 const element = (id) => document.getElementById(id);
 let isReady;
