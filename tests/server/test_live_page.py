@@ -238,6 +238,24 @@ def test_a_block_shows_its_tokens_and_the_past(open_page: Open, server: Server) 
     expect(opened.page.locator("#blocks output")).to_have_text("now")
 
 
+def test_the_past_is_what_it_was(open_page: Open, server: Server) -> None:
+    opened = open_page(server)
+    found = opened.page.evaluate(
+        """async () => {
+            const { Replay } = await import("/page/replay.js");
+            const replay = new Replay(new Uint8Array(3));
+            replay.look((block) => block, 1);
+            replay.set(0, 5, 3);
+            replay.set(2, 9, 3.5);
+            replay.set(0, 6, 4);
+            replay.set(2, 9, 4.5);
+            const moments = [0, 3.2, 3.7, undefined].map((moment_s) => [...replay.at(moment_s)]);
+            return [moments, replay.seconds(11), replay.changedAt(2), replay.changedAt(1) ?? null];
+        }"""
+    )
+    assert found == [[[0, 1, 2], [5, 1, 2], [5, 1, 9], [6, 1, 9]], 10, 3.5, None]
+
+
 def test_the_tree_shows_runs_and_where_a_prompt_leaves_it(open_page: Open, server: Server) -> None:
     def ask(text: str) -> None:
         body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}

@@ -172,14 +172,14 @@ class Live:
         """Everything, as far as it was told to the others."""
         models = []
         for watch, samples in zip(self._watches, self._samples, strict=True):
-            counters = watch.counters()
+            counters, hits = watch.counters(), watch.hits.copy()
             rows = [self._seen(known, known.whole(), viewer) for known in watch.told.values()]
             models.append(
                 {
                     **watch.description(),
                     "states": [base64.b64encode(states).decode() for states in watch.states],
                     "requests": [row for row in rows if row is not None],
-                    "hits": [[*watch.hits], [*watch.hits.values()]],
+                    "hits": [list(hits), list(hits.values())],
                     "counters": counters,
                     "history": {"names": ["at_s", *counters], "rows": list(samples)},
                 }

@@ -151,6 +151,7 @@ class ModelWatch:
     def _note_blocks(self) -> None:
         if self._pools and self._pools[0] is not self.engine.cache.pool:  # it was reset, and has new ones
             self._look_at_all()
+            self._fresh.hits, self.hits = dict.fromkeys(self.hits, 0), {}
         for pool, states in zip(self._pools, self._fresh.blocks, strict=True):
             if pool.changed:
                 states.update((block_id, state_of(pool, block_id)) for block_id in pool.changed)

@@ -15,13 +15,6 @@ const ROW = 8; // blocks that lie together
 // What a cell looks like: a number each, so that the past is kept in bytes.
 const [FREE, REUSABLE, KEPT, SHARED, FIRST_COLOUR] = [0, 1, 2, 3, 4];
 const COLOURS = ["#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8d6fd1", "#b8a500", "#56b4e9", "#a0522d"];
-const LEGEND = [
-  ["--line", "free"],
-  ["--kept-tint", "reusable"],
-  ["--kept", "shared"],
-  ["--muted", "kept by a session or a pin"],
-];
-
 export function build(section, app) {
   const legend = html("ul", { class: "counts" });
   const figures = html("div");
@@ -40,7 +33,8 @@ export function build(section, app) {
   let model; // that the grids are of
   let grids = [];
   let chosen; // {grid, block}
-  let asking;
+  let waiting; // before a block is asked for
+  let isAsking = false;
 
   app.onModel.push(() => (model = undefined));
   slider.addEventListener("input", () => redraw());
@@ -115,7 +109,7 @@ export function build(section, app) {
         made.tables.set(row.key, row.blocks?.[at] ?? []);
         for (const block of row.blocks?.[at] ?? []) owners.set(block, row.key);
       }
-      for (let block = 0; block < looks.length; block++) replay.set(block, look(block), live.now());
+      replay.look(look, live.now());
       const width = widthOf(element);
       const side = Math.floor(Math.sqrt((width * MOST_HEIGHT) / group.num_blocks));
       made.side = Math.max(SIDE.least, Math.min(SIDE.most, side));
@@ -173,17 +167,25 @@ export function build(section, app) {
     chosen = { grid, block };
     before?.drawAll();
     grid.drawAll();
-    clearTimeout(asking);
-    asking = setTimeout(() => tell(grid, block), ASK_MS);
+    clearTimeout(waiting);
+    waiting = setTimeout(askFor, ASK_MS);
   }
 
-  async function tell(grid, block) {
-    let found;
+  // One question at a time: an answer may have to wait for a step.
+  async function askFor() {
+    if (isAsking || !chosen) return;
+    const { grid, block } = chosen;
+    isAsking = true;
     try {
-      found = await json(`/v1/cache/blocks/${block}?group=${grid.at}&model=${encodeURIComponent(model.id)}`);
+      tell(grid, block, await json(`/v1/cache/blocks/${block}?group=${grid.at}&model=${encodeURIComponent(model.id)}`));
     } catch (error) {
-      return detail.replaceChildren(error.message);
+      detail.replaceChildren(error.message);
     }
+    isAsking = false;
+    if (chosen && (chosen.grid !== grid || chosen.block !== block)) askFor();
+  }
+
+  function tell(grid, block, found) {
     if (chosen?.grid !== grid || chosen.block !== block) return;
     const holders = [...model.requests.values()].filter((row) => row.blocks?.[grid.at]?.includes(block));
     const changed = grid.replay.changedAt(block);
@@ -224,16 +226,18 @@ export function build(section, app) {
   function drawLegend() {
     const { held_blocks: held, reusable_blocks: reusable, free_blocks: free } = model.counters;
     const numShared = model.groups[0].states.reduce((sum, state) => sum + (state >= 4), 0);
+    const numKept = grids[0].looks.reduce((sum, look) => sum + (look === KEPT), 0);
     const row = (colour, text) => html("li", {}, html("i", { style: `background:var(${colour})` }), text);
-    legend.replaceChildren(
+    legend.replaceChildren(...[
       html("li", {}, html("i", { style: `background:conic-gradient(${COLOURS.slice(0, 4).join(",")})` }), `${count(held)} held`),
       row("--kept", `${count(numShared)} of them shared`),
+      numKept > 0 && row("--muted", `${count(numKept)} by a session, a pin, or others`),
       row("--kept-tint", `${count(reusable)} reusable`),
       row("--line", `${count(free)} free`),
-    );
+    ].filter(Boolean));
   }
 
-  return { draw, note, hide: () => clearTimeout(asking) };
+  return { draw, note, hide: () => clearTimeout(waiting) };
 }
 
 const nameOf = ({ kind, layers, window }) =>

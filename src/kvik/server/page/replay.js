@@ -11,12 +11,21 @@ export class Replay {
     this.newest = new Map(); // when each block last changed
   }
 
-  set(block, look, at_s) {
+  // All cells at once, as `look` tells them; the first time there is nothing before it.
+  look(look, at_s) {
+    const isFirst = this.began_s === undefined;
     this.began_s ??= at_s;
+    for (let block = 0; block < this.looks.length; block++) {
+      if (isFirst) this.looks[block] = look(block);
+      else this.set(block, look(block), at_s);
+    }
+  }
+
+  set(block, look, at_s) {
     const before = this.looks[block];
     if (before === look) return;
     this.looks[block] = look;
-    if (at_s === this.began_s) return; // the first look at it
+    if (this.began_s === undefined) return;
     this.changes.push([at_s, block, before, look]);
     this.newest.set(block, at_s);
     if (this.changes.length > MOST) this.changes.splice(0, MOST >> 2);
