@@ -386,6 +386,18 @@ def test_every_view_draws_and_nothing_sticks_out(open_page: Open, server: Server
     assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
+def test_a_file_is_not_sent_twice(server: Server) -> None:
+    first = server.client.get("/page/base.css")
+    assert first.headers["content-type"].startswith("text/css")
+    assert first.headers["content-security-policy"].startswith(
+        "default-src 'none'; script-src 'self'; style-src 'self'"
+    )
+    again = server.client.get("/page/base.css", **{"If-None-Match": first.headers["etag"]})
+    assert (again.status, again.data) == (304, b"")
+    assert server.client.get("/page/base.css", **{"If-None-Match": '"another"'}).data == first.data
+    assert server.client.get("/page/none.js").status == 404
+
+
 def test_the_page_may_not_reach_others(open_page: Open, server: Server) -> None:
     opened = open_page(server)
     answer = opened.page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'sent', (error) => error.name)")

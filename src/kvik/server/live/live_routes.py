@@ -41,7 +41,10 @@ async def page_file(request: Request) -> Response:
     found = PAGE_FILES.get(request.path_params["name"])
     if found is None:
         raise ApiError(404, "the page has no such file (hint: it is at /)", code="not_found")
-    return Response(found[1], media_type=found[0], headers=HEADERS)
+    headers = {**HEADERS, "etag": found.tag}
+    if request.headers.get("if-none-match") == found.tag:
+        return Response(status_code=304, headers=headers)
+    return Response(found.text, media_type=found.kind, headers=headers)
 
 
 async def events(request: Request) -> Events | Response:

@@ -85,9 +85,9 @@ function reason({ prompt, cached }, turn, blockSize) {
   if (difference) {
     parts.push(
       html("p", {}, `Compared with the answer before it, the prompts agree in ${counted(difference.position, "token")}, and then differ:`),
-      html("p", { class: "difference" }, html("span", { class: "before" }, `…${difference.before}`), html("br"),
-        html("span", {}, "before: "), token({ text: difference.expected }, "kept"), html("br"),
-        html("span", {}, "now: "), token({ text: difference.found }, "new")),
+      html("p", { class: "difference" }, html("span", { class: "before" }, `… ${oneLine(difference.before)}`), html("br"),
+        html("span", {}, "before: "), token({ text: oneLine(difference.expected) }, "kept"), html("br"),
+        html("span", {}, "now: "), token({ text: oneLine(difference.found) }, "new")),
     );
   } else if (found?.type === "cache_hit") {
     parts.push(html("p", {}, "It begins with all of the prompt before it: nothing that could be reused was computed again."));
@@ -97,3 +97,6 @@ function reason({ prompt, cached }, turn, blockSize) {
   if (found?.changed_fields) parts.push(html("p", { class: "note" }, `Changed since then: ${found.changed_fields.join(", ")}.`));
   return parts;
 }
+
+// With the ends of lines as they are written in code.
+const oneLine = (text) => text.replaceAll("\n", "\\n");
