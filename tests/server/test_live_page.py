@@ -211,6 +211,9 @@ def test_figures_are_those_of_the_server(open_page: Open, server: Server) -> Non
     }.items():
         expect(shown(name)).to_have_attribute("data-value", f"{value:g}" if value < 1e6 else str(int(value)))
     opened.page.locator("#numbers svg").first.wait_for()
+    misses = opened.page.locator("#numbers tbody tr td:last-child").all_inner_texts()
+    wanted = [line.rpartition(" ")[2] for line in lines if line.startswith("kvik_prefix_cache_misses_total")]
+    assert sum(map(int, misses)) == sum(map(float, wanted)) > 0
     opened.go("blocks")
     counts = opened.page.locator("#blocks .counts")
     expect(counts).to_contain_text(f"{told['blocks']['reusable']} reusable")

@@ -2,7 +2,7 @@
 
 import { chart } from "./chart.js";
 import { html } from "./draw.js";
-import { bytes, count, counted, percent } from "./figures.js";
+import { bytes, count, percent } from "./figures.js";
 import { live } from "./live.js";
 
 const MINUTES = 15;
@@ -38,7 +38,7 @@ export function build(section, app) {
     ];
     tiles.replaceChildren(...told.map(([name, figure, what]) => html("div", { class: "tile", "data-name": name, "data-value": now[name] }, html("b", {}, figure), html("span", {}, what))));
     drawCharts(model.history);
-    drawMisses(now);
+    drawMisses(now, model.history);
   }
 
   function drawCharts({ names, rows }) {
@@ -68,13 +68,16 @@ export function build(section, app) {
       { name: "waiting", colour: "--again", values: column("waiting"), dashes: "5 3" }] });
   }
 
-  function drawMisses(now) {
+  // In the time that is drawn, and since the server began.
+  function drawMisses(now, { names, rows }) {
+    const first = rows.find((row) => row[0] > live.now() - 60 * MINUTES);
+    const before = (name) => (first ? first[names.indexOf(name)] : now[name]);
     const found = Object.entries(now).filter(([name, value]) => name.startsWith("miss_") && value).sort((a, b) => b[1] - a[1]);
-    const total = found.reduce((sum, [, value]) => sum + value, 0);
-    const rows = found.map(([name, value]) => html("tr", {}, html("td", {}, WHY[name.slice(5)] ?? name), html("td", {}, count(value)), html("td", {}, percent(value / total))));
+    const cells = found.map(([name, value]) => html("tr", {}, html("td", {}, WHY[name.slice(5)] ?? name), html("td", {}, count(value - before(name))), html("td", {}, count(value))));
+    const heads = ["of prompts", "while watched", "in all"].map((name) => html("th", { scope: "col" }, name));
     misses.replaceChildren(html("h2", {}, "Why matches ended"), found.length
-      ? html("table", {}, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "reason"), html("th", { scope: "col" }, "prompts"), html("th", { scope: "col" }, "share"))), html("tbody", {}, rows))
-      : html("p", { class: "note" }, `${counted(0, "prompt")} so far.`));
+      ? html("table", {}, html("thead", {}, html("tr", {}, heads)), html("tbody", {}, cells))
+      : html("p", { class: "note" }, "No prompt has come yet."));
   }
 
   return { draw };
