@@ -113,8 +113,8 @@ FAULTS = (
     Fault(
         "the twin of an evicted block is still found",
         "src/kvik/cache/manager.py",
-        "        for group in self.windows:\n            group.forget(block_id)\n        self.tree.evict(block_id)",
-        "        self.tree.evict(block_id)",
+        "        for group in self.windows:\n            group.forget(block_id)\n        self.pool.forget(block_id)",
+        "        self.pool.forget(block_id)",
     ),
     Fault(
         "a count in a GGUF file is believed",

@@ -69,6 +69,8 @@ FLAGS: dict[str, tuple[str, tuple[str, ...], object]] = {
     "max_remembered": ("--max-remembered", ("11",), 11),
     "log_format": ("--log-format", ("json",), "json"),
     "access_log": ("--no-access-log", (), False),
+    "read_only": ("--read-only", (), True),
+    "redact": ("--redact", (), True),
     "drop_billing_line": ("--drop-billing-line", (), True),
 }
 

@@ -431,7 +431,7 @@ def test_a_space_is_seen_in_pictures(open_page: Open, data: dict[str, Any]) -> N
 def test_figures_are_written_without_exponents(open_page: Open, data: dict[str, Any]) -> None:
     opened = open_page(data)
     for expression, shown in FIGURES.items():
-        found = opened.page.evaluate(f"import('kvik/trace.js').then((module) => module.{expression})")
+        found = opened.page.evaluate(f"import('kvik/figures.js').then((module) => module.{expression})")
         assert found == shown.replace("x", TIMES).replace("-", MINUS), expression
 
 

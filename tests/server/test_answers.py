@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 from jsonschema import ValidationError
 
 from answer_schemas import DOCUMENT, check_answer
+from kvik.engine.batch import ScheduledBatch
 from kvik.engine.llm import LLM
+from kvik.engine.runner import StepOutput
 from kvik.server.app import ROUTES
 from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import ApiError
@@ -157,6 +160,28 @@ def operate(ask: Asker) -> None:
             ask.server.state.is_draining = False
 
 
+def look_at_the_page(ask: Asker) -> None:
+    for path in ("/", "/page/main.js", "/v1/plan/models", "/v1/plan", "/v1/plan?model=llama-2-7b&users=8&kv=int8"):
+        ask("GET", path)
+    ask("POST", "/v1/completions", {"prompt": LONG, **FEW})
+    found = ask("POST", "/v1/cache/match", {"prompt": f"{LONG} and more"})
+    ask("GET", f"/v1/cache/blocks/{found['block_ids'][0]}")
+    ask("GET", f"/v1/cache/blocks/{ask.server.engine.cache.pool.num_blocks - 1}")
+    page = ask("POST", "/v1/explain", {"prompt": "Hello there", "max_tokens": 2})
+    ask("GET", page["url"])
+    ask("POST", "/v1/race", {"prompt": "Hello there", "max_tokens": 3})
+    client = ask.server.client
+    with client.connected("GET", "/v1/events", None) as response:
+        told = b"".join(iter(response.readline, b"\n")) + b"\n"
+        kind = response.headers["content-type"]
+        ask.seen.add(check_answer("GET", "/v1/events", response.status, kind, told))
+    body = json.dumps({"prompt": LONG, "stream": True, "max_tokens": 3000, "ignore_eos": True}).encode()
+    with client.connected("POST", "/v1/completions", body) as response:
+        response.readline()
+        ask("DELETE", f"/v1/requests/{response.headers['x-request-id']}")
+        response.read()
+
+
 def test_each_route_answers_as_described(tool_server: Server) -> None:
     ask = Asker(tool_server)
     for path in GENERATING:
@@ -165,6 +190,7 @@ def test_each_route_answers_as_described(tool_server: Server) -> None:
     count_and_embed(ask)
     keep_sessions(ask)
     operate(ask)
+    look_at_the_page(ask)
     for route in ROUTES:
         assert isinstance(route, Endpoint)
         kinds = ["application/json" if isinstance(route.answer, type) else route.answer]
@@ -202,7 +228,15 @@ def test_a_key_is_asked_for_in_both_shapes(tool_llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("path", GENERATING)
-def test_a_stream_that_fails(tool_server: Server, path: str) -> None:
+def test_a_stream_that_fails(tool_server: Server, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = tool_server.served.llm.engine.runner
+    run = runner.run
+
+    def slowly(batch: ScheduledBatch) -> StepOutput:
+        time.sleep(0.02)  # so that it goes wrong before it has ended
+        return run(batch)
+
+    monkeypatch.setattr(runner, "run", slowly)
     begin, _, _ = GENERATING[path]
     length = {"max_output_tokens": 3000} if path == "/v1/responses" else {"max_tokens": 3000}
     if path in ("/v1/chat/completions", "/v1/completions"):

@@ -120,3 +120,23 @@ def test_a_client_that_leaves_leaves_nothing_held(server: KeptServer) -> None:
         assert server.num_held > 0
     wait_until(lambda: server.num_held == 0)
     assert anna.get("/v1/cache")["models"][0]["blocks"]["pinned"] == 0
+
+
+def test_a_prompt_is_looked_for_and_nothing_is_computed(server: KeptServer) -> None:
+    anna, bert = server.caller("key-of-anna"), server.caller("key-of-bert")
+    anna.chat(user(SECRET * 2))
+    steps = server.served.meter.num_steps
+    asked = {"messages": user(SECRET + "Is it safe?")}
+    told = anna.post("/v1/cache/match", asked)
+    whole, rest = divmod(told["num_cached_tokens"], 32)
+    assert rest, "it ends within a block"
+    assert (told["miss_reason"], told["num_blocks"], len(told["block_ids"])) == ("short", whole + 1, whole + 1)
+    assert told["before"][-1] != told["found"][0]
+    assert told["expected"][0] != told["found"][0]
+    assert server.served.meter.num_steps == steps
+    answer = anna.chat(**asked)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == told["num_cached_tokens"]
+    others = bert.post("/v1/cache/match", asked)
+    assert (others["num_cached_tokens"], others["miss_reason"], others["expected"]) == (0, "unseen", [])
+    anna.post("/v1/cache/match", {"prompt": "a", "messages": []}, status=400)
+    anna.post("/v1/cache/match", {}, status=400)

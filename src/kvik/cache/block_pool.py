@@ -36,6 +36,7 @@ class BlockPool:
         self._broken: dict[int, None] = {}  # some blocks free, others not
         self._clock = 0
         self.num_committed = 0  # blocks whose memory may have been written since it was last given back
+        self.changed: set[int] | None = None  # whose holds or state have changed, noted where somebody watches
 
     @property
     def num_reusable(self) -> int:
@@ -76,6 +77,7 @@ class BlockPool:
             after = self.next_free(after)
             self._take(after)
             taken.append(after)
+        self._note(taken)
         return taken
 
     def hold(self, block_ids: Sequence[int]) -> None:
@@ -85,6 +87,7 @@ class BlockPool:
                 assert block_id in self._reusable, f"block {block_id} is free: its content is gone"
                 del self._reusable[block_id]
             self._ref_counts[block_id] += 1
+        self._note(block_ids)
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Drop one hold on each, the last one first. Releasing an unheld block is a bug, and asserts.
@@ -100,11 +103,13 @@ class BlockPool:
                 self._reusable[block_id] = None
             else:
                 self._put_back(block_id)
+        self._note(block_ids)
 
     def name(self, block_id: int) -> None:
         """Keep the block's content when its last hold goes. Naming an unheld block is a bug, and asserts."""
         assert self._ref_counts[block_id] > 0, f"block {block_id} is not held"
         self._named[block_id] = True
+        self._note((block_id,))
 
     def forget(self, block_id: int) -> None:
         """Undo `name`; a reusable block becomes free."""
@@ -113,10 +118,15 @@ class BlockPool:
         if block_id in self._reusable:
             del self._reusable[block_id]
             self._put_back(block_id)
+        self._note((block_id,))
 
     def oldest_reusable(self) -> int | None:
         """The reusable block that was released longest ago, if any."""
         return next(iter(self._reusable), None)
+
+    def num_evicted_before(self, block_id: int) -> int:
+        """Reusable blocks that were released before this reusable one; it takes time for each of them."""
+        return next(at for at, other in enumerate(self._reusable) if other == block_id)
 
     def tick(self) -> None:
         """Let time pass, for `take_idle`."""
@@ -179,6 +189,10 @@ class BlockPool:
             return next(reversed(self._untouched)) * BLOCKS_PER_SUPERBLOCK
         superblock = next(reversed(self._broken))
         return self._is_free.index(True, superblock * BLOCKS_PER_SUPERBLOCK)
+
+    def _note(self, block_ids: Sequence[int]) -> None:
+        if self.changed is not None:
+            self.changed.update(block_ids)
 
     def _take(self, block_id: int) -> None:
         superblock = block_id // BLOCKS_PER_SUPERBLOCK

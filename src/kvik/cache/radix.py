@@ -235,6 +235,15 @@ class RadixTree:
         assert node.parent is not None
         return node.namespace, node.parent.block_ids[-1] if node.parent.block_ids else None
 
+    def tokens_of(self, block_id: int) -> tuple[Namespace, int, bytes] | None:
+        """A block's namespace, its first token's position and its tokens; None for one that is not in the tree."""
+        node = self._node_of.get(block_id)
+        if node is None:
+            return None
+        depth = self._depth_of[block_id]
+        first = (depth - node.depth) * self._key_bytes
+        return node.namespace, depth * (self._key_bytes // 4), bytes(node.tokens[first : first + self._key_bytes])
+
     def edges(self, max_depth: int | None = None, max_edges: int | None = None) -> Iterator[tuple[Namespace, Edge]]:
         """All edges, each after the one above it; none deeper than `max_depth`, and the first `max_edges`."""
         num_left = len(self._node_of) if max_edges is None else max_edges

@@ -40,6 +40,10 @@ class WindowGroup:
         """The known twin of a sealed block."""
         return self._twin_of.get(block_id)
 
+    def block_of(self, twin: int) -> int | None:
+        """The sealed block that a known twin belongs to."""
+        return self._block_of.get(twin)
+
     def usable(self, block_ids: Sequence[int], num_tokens: int) -> int:
         """How many of these blocks a sequence of `num_tokens` tokens can go on from: all, or those before a gap.
 

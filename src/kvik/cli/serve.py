@@ -58,6 +58,18 @@ def serve(
     shared_cache: Annotated[
         bool, typer.Option("--shared-cache", help="Let all keys share what was computed.", rich_help_panel=ACCESS)
     ] = False,
+    read_only: Annotated[
+        bool,
+        typer.Option(
+            "--read-only",
+            help="The page only shows: nothing is computed for it, nobody's request ended.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = False,
+    redact: Annotated[
+        bool,
+        typer.Option("--redact", help="Show the text of tokens to nobody who watches.", rich_help_panel=ACCESS),
+    ] = False,
     cors_origin: Annotated[
         list[str] | None, value(ACCESS, "ORIGIN", "Pages that may call it; localhost: those of this machine.")
     ] = None,
@@ -135,6 +147,8 @@ def serve(
         max_remembered=max_remembered,
         log_format=log_format,
         access_log=not no_access_log,
+        read_only=read_only,
+        redact=redact,
         drop_billing_line=drop_billing_line,
     )
     listening = bind(config.host, config.port)  # before all that takes time: a port that is taken is known at once
@@ -241,6 +255,7 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host if config.host not in ('0.0.0.0', '::') else '127.0.0.1'}:{port}"
     note(f"kvik serves at {url}/v1" + ("" if config.is_local else f" and listens on {host}"))
+    note(f"  Talk to it and watch its cache: {url}/")
     for model in served:
         cache, weights = model.llm.cache, model.llm.model.decoder.weights
         note(f"  {model.id}" + (f" (or {', '.join(model.aliases)})" if model.aliases else ""))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from kvik.cache import CacheStats, PoolSize
+from kvik.cache import BlockTable, CacheStats, MissReason, PoolSize
 from kvik.engine.engine import Engine
+from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput
 
 TEXT_WIDTH = 60
@@ -25,6 +28,31 @@ class TreeRow:
     block_ids: list[int]
     text: str
     salt: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockView:
+    """One block of one group of layers."""
+
+    block_id: int
+    state: Literal["free", "held", "reusable"]
+    num_holders: int
+    is_sealed: bool  # full, and found by requests that begin alike
+    first_token: int | None  # where its tokens stand in their sequence, as far as that is known
+    token_ids: list[int]  # those that are computed
+    salt: str | None
+    holders: list[Sequence]  # that use it now
+    num_evicted_before: int | None  # reusable blocks that would be evicted before it, where it is one
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixView:
+    """How much of a prompt is in the cache."""
+
+    num_cached_tokens: int
+    block_ids: list[int]  # that hold them
+    miss_reason: MissReason
+    expected_ids: list[int]  # tokens that are cached where the prompt goes on otherwise, as far as one block has them
 
 
 class CacheView:
@@ -99,6 +127,70 @@ class CacheView:
             for namespace, edge, num_holders in edges
         ]
 
+    def block(self, block_id: int, group: int = 0) -> BlockView | None:
+        """One block, of the layers that see all tokens or of those of a window; None where there is none such."""
+        cache = self._engine.cache
+        with self._engine.lock:
+            pools = [cache.pool, *(each.pool for each in cache.windows)]
+            if group >= len(pools) or block_id >= pools[group].num_blocks:
+                return None
+            pool, size = pools[group], cache.spec.block_size
+            holders = [
+                (each, at)
+                for each in self._engine.scheduler.running
+                if (at := _place(each.table, block_id, group)) is not None
+            ]
+            salt: str | None = None
+            first: int | None = None
+            token_ids: list[int] = []
+            known = cache.windows[group - 1].block_of(block_id) if group else block_id
+            found = None if known is None else cache.tree.tokens_of(known)
+            if found is not None:
+                namespace, first, tokens = found
+                salt, token_ids = namespace.salt, np.frombuffer(tokens, np.int32).tolist()
+            elif holders:
+                sequence, at = holders[0]
+                salt, first = sequence.request.salt, at * size
+                token_ids = sequence.token_ids[first : min(first + size, sequence.num_computed_tokens)]
+            else:
+                for hold in cache.holds:
+                    if (place := _place(hold.table, block_id, group)) is not None:
+                        salt, first = hold.table.namespace.salt, place * size
+                        token_ids = np.frombuffer(hold.tokens, np.int32)[first : first + size].tolist()
+                        break
+            num_holders = pool.ref_count(block_id)
+            is_sealed = pool.is_named(block_id)
+            return BlockView(
+                block_id=block_id,
+                state="held" if num_holders else "reusable" if is_sealed else "free",
+                num_holders=num_holders,
+                is_sealed=is_sealed,
+                first_token=first,
+                token_ids=token_ids,
+                salt=salt,
+                holders=[sequence for sequence, _ in holders],
+                num_evicted_before=pool.num_evicted_before(block_id) if is_sealed and not num_holders else None,
+            )
+
+    def match(self, token_ids: SequenceOf[int], salt: str | None = None) -> PrefixView:
+        """How far a prompt would be found in the cache now, and why no further; it changes nothing."""
+        cache = self._engine.cache
+        with self._engine.lock:
+            found = cache.match(token_ids, salt)
+            block_ids, expected = list(found.block_ids), b""
+            if found.tail is not None:
+                block_id, num_common = found.tail
+                block_ids.append(block_id)
+                known = cache.tree.tokens_of(block_id)
+                assert known is not None, "a match with what is not in the tree"
+                expected = known[2][4 * num_common :]
+        return PrefixView(
+            num_cached_tokens=found.num_cached_tokens,
+            block_ids=block_ids,
+            miss_reason=found.miss_reason,
+            expected_ids=np.frombuffer(expected, np.int32).tolist(),
+        )
+
     def clear(self) -> None:
         """Forget every block that nobody holds, and give the memory back."""
         self._engine.clear_cache()
@@ -123,3 +215,10 @@ class CacheView:
         if len(rows) > MAX_SHOWN_ROWS:
             lines.append(f"and more than {MAX_SHOWN_ROWS:,} runs: tree() has all of them")
         return "\n".join(lines)
+
+
+def _place(table: BlockTable, block_id: int, group: int) -> int | None:
+    """Which of its sequence's blocks a table's block is."""
+    ids = table.windows[group - 1].block_ids if group else table.block_ids
+    first = table.windows[group - 1].first if group else 0
+    return first + ids.index(block_id) if block_id in ids else None

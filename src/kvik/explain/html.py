@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
-STYLE, MAIN = "style.css", "main.js"
+STYLES, MAIN = ("base.css", "style.css"), "main.js"
 
 
 def render_page(data: Mapping[str, Any]) -> str:
@@ -18,7 +18,8 @@ def render_page(data: Mapping[str, Any]) -> str:
     A browser loads modules by address; here each one's address is its own text (RFC 2397), so that no server and no
     build step is needed.
     """
-    parts = {part.name: part.read_text(encoding="utf-8") for part in files("kvik.explain").joinpath("page").iterdir()}
+    folders = (files("kvik").joinpath("drawing"), files("kvik.explain").joinpath("page"))
+    parts = {part.name: part.read_text(encoding="utf-8") for folder in folders for part in folder.iterdir()}
     modules = {
         f"kvik/{name}": "data:text/javascript;charset=utf-8," + quote(text, safe=" ;,/?:@&=+$!*()'[]{}")
         for name, text in sorted(parts.items())
@@ -26,7 +27,7 @@ def render_page(data: Mapping[str, Any]) -> str:
     }
     marks = {
         "__TITLE__": _escape(f"{data['model']['name']}: why the KV cache works"),
-        "__STYLE__": parts[STYLE],
+        "__STYLE__": "".join(parts[name] for name in STYLES),
         "__MODULES__": _script_json({"imports": modules}),
         "__DATA__": _script_json(data),
         "__MAIN__": parts[MAIN],

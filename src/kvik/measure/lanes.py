@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -115,13 +115,16 @@ class Verdict:
         return self.token_difference is None and self.logits_difference is None
 
 
-def make_lanes(llm: LLM, prompt_ids: list[int], params: SamplingParams) -> tuple[RaceLane, RaceLane]:
-    """Two lanes at the start, without and with the cache, each with an engine of its own; they draw with one seed."""
+def make_lanes(llm: LLM, prompt_ids: list[int], params: SamplingParams, **changes: Any) -> tuple[RaceLane, RaceLane]:
+    """Two lanes at the start, without and with the cache, each with an engine of its own; they draw with one seed.
+
+    `changes` are those of `LLM.new_engine`.
+    """
     if params.seed is None:
         params = replace(params, seed=int.from_bytes(os.urandom(8)))
     lanes = []
     for name, use_cache in (("without the cache", False), ("with the cache", True)):
-        engine = llm.new_engine()
+        engine = llm.new_engine(**changes)
         request = engine.new_request(prompt_ids, params, use_cache=use_cache, hold=True)
         sequence = engine.new_sequence(request)
         _warm_up(engine, prompt_ids[:1])

@@ -23,7 +23,7 @@ from kvik.server.answers import (
 from kvik.server.anthropic.answers import MessageAnswer, MessageEvent, MessageTokenCount
 from kvik.server.anthropic.messages import count_message_tokens, messages
 from kvik.server.anthropic.messages_input import CountRequest, MessagesRequest
-from kvik.server.cache import cache_routes, session_routes
+from kvik.server.cache import cache_routes, match_route, session_routes
 from kvik.server.cache.answers import (
     CacheCleared,
     CacheState,
@@ -37,6 +37,15 @@ from kvik.server.docs import docs
 from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import ApiError, is_anthropic_path, own_error
 from kvik.server.gate import Gate
+from kvik.server.live import explain_route, live_routes, plan_route, race_route
+from kvik.server.live.described import (
+    BlockAnswer,
+    ExplainedPage,
+    MatchAnswer,
+    PlanAnswer,
+    PlannableModels,
+    RequestAborted,
+)
 from kvik.server.openai.answers import (
     ChatAnswer,
     ChatChunk,
@@ -132,6 +141,17 @@ ROUTES: tuple[Route, ...] = (
     Endpoint("/v1/cache", cache_routes.show, methods=["GET"], answer=CacheState),
     Endpoint("/v1/cache", cache_routes.clear, methods=["DELETE"], answer=CacheCleared),
     Endpoint("/v1/cache/tree", cache_routes.tree, methods=["GET"], answer=CacheTree, statuses=[400, 404]),
+    Endpoint("/v1/cache/match", match_route.match, methods=["POST"], body=match_route.MatchRequest, answer=MatchAnswer),
+    Endpoint("/v1/cache/blocks/{id}", live_routes.one_block, methods=["GET"], answer=BlockAnswer),
+    Endpoint("/v1/race", race_route.race, methods=["POST"], body=race_route.RaceRequest, answer="text/event-stream"),
+    Endpoint(
+        "/v1/explain", explain_route.explain, methods=["POST"], body=explain_route.ExplainRequest, answer=ExplainedPage
+    ),
+    Endpoint("/v1/explain/{id}", explain_route.explained, methods=["GET"], answer="text/html"),
+    Endpoint("/v1/plan", plan_route.plan, methods=["GET"], answer=PlanAnswer),
+    Endpoint("/v1/plan/models", plan_route.plan_models, methods=["GET"], answer=PlannableModels),
+    Endpoint("/v1/events", live_routes.events, methods=["GET"], answer="text/event-stream"),
+    Endpoint("/v1/requests/{id:path}", live_routes.abort, methods=["DELETE"], answer=RequestAborted),
     Endpoint(
         "/v1/embeddings",
         other_routes.embeddings,
@@ -155,6 +175,8 @@ ROUTES: tuple[Route, ...] = (
     Endpoint("/health/decode", decode_health, methods=["GET"], statuses=[503], answer=Health),
     Endpoint("/ready", ready, methods=["GET"], statuses=[503], answer=Health),
     Endpoint("/metrics", metrics, methods=["GET"], answer="text/plain"),
+    Endpoint("/", live_routes.page, methods=["GET"], answer="text/html"),
+    Endpoint("/page/{name}", live_routes.page_file, methods=["GET"], answer="text/javascript"),
     Endpoint("/openapi.json", openapi, methods=["GET"], answer=dict),
     Endpoint("/docs", docs, methods=["GET"], answer="text/html"),
 )

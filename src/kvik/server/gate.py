@@ -15,13 +15,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvik.server.errors import ApiError, is_anthropic_path, own_error
+from kvik.server.live.page_files import PAGE_FILES
 from kvik.server.settings import is_loopback, parsed_address
 from kvik.server.state import ServerState
 
 access = logging.getLogger("kvik.access")
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/health/decode", "/ready", "/docs"})
+OPEN_PATHS = frozenset({"/", "/health", "/health/decode", "/ready", "/docs", *(f"/page/{name}" for name in PAGE_FILES)})
 """Served without a key, and compared exactly: a load balancer has none, nor has a browser that is shown a link."""
 
 PATHS_WITHOUT_MODELS = frozenset({"/health", "/health/decode", "/ready", "/version"})

@@ -37,6 +37,7 @@ class Generation:
     options: HeldOptions
     request_id: str
     fields: frozenset[str]  # of the request's body, for errors that name one
+    tenant: str | None = None  # whose request it is
     new_parser: Callable[..., ToolCallParser] | None = None  # where the answer may hold tool calls
     wants_progress: bool = False
     prewarm: bool = False  # compute the prompts into the cache, and write nothing
@@ -116,7 +117,7 @@ class Running:
         )
 
     def timings(self) -> dict[str, Any]:
-        """llama.cpp's `timings`, of all completions together."""
+        """llama.cpp's `timings`, of all completions together, and the bytes of the blocks that they held."""
         usage, times = self.usage(), self._times_s()
         prompt_n = usage.num_prompt_tokens - usage.num_cached_tokens
         predicted_n, queue_s, prefill_s, decode_s = usage.num_completion_tokens, *times
@@ -134,6 +135,7 @@ class Running:
             "queue_ms": round(queue_s * 1000, 3),
             "draft_n": sum(branch.costs.num_drafted_tokens for branch in self.branches),
             "draft_n_accepted": sum(branch.costs.num_accepted_tokens for branch in self.branches),
+            "kv_bytes": sum(branch.costs.kv_bytes for branch in self.branches),
         }
 
     def server_timing(self) -> str:
@@ -304,6 +306,8 @@ async def start(generation: Generation, *, wants_pieces: bool) -> Running:
 
     try:
         sequences = await asyncio.to_thread(make)
+        for branch in (branch for sequence in sequences for branch in sequence.all_branches()):
+            generation.served.tenants[branch] = generation.tenant
         stream = generation.served.async_llm.open(
             sequences, wants_pieces=wants_pieces, wants_progress=generation.wants_progress
         )

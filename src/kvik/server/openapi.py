@@ -108,7 +108,8 @@ def _operation(
 def _answer(endpoint: Endpoint, schemas: Mapping[type, Json], error: Json) -> Json:
     """What a 200 holds, by content type."""
     if isinstance(endpoint.answer, str):
-        return {endpoint.answer: {"schema": {"type": "string"}}}
+        is_stream = endpoint.answer == "text/event-stream"
+        return {endpoint.answer: {"schema": _each_event({}) if is_stream else {"type": "string"}}}
     content = {"application/json": {"schema": schemas[endpoint.answer]}}
     if endpoint.event is not None:
         data = {"anyOf": [schemas[endpoint.event], error]}

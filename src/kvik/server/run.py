@@ -91,6 +91,7 @@ def _num_unread(connection: H11Protocol) -> int:
 async def drain(state: ServerState) -> None:
     """Wait for what runs as long as it may take, then end the rest with an error."""
     drain_s = state.config.drain_s
+    state.live.close()
     if state.http.num_open:
         log.info("draining: %d requests run, for up to %g s; a second signal ends them", state.http.num_open, drain_s)
     await _until_answered(state, drain_s)

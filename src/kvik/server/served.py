@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from kvik.engine.async_llm import AsyncLLM
 from kvik.engine.llm import LLM
+from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput, ToolsNotSupported
 from kvik.server.errors import ApiError
 from kvik.server.watch.engine_log import log_ends
@@ -28,6 +30,7 @@ class ServedModel:
         self.meter = EngineMeter(llm.engine)
         llm.engine.add_observer(partial(log_ends, model_id))
         self.async_llm = AsyncLLM(llm)
+        self.tenants: WeakKeyDictionary[Sequence, str | None] = WeakKeyDictionary()  # whose request each one writes
         self.created = int(time.time())
 
     @property

@@ -57,6 +57,8 @@ class ServerConfig:
     max_remembered_tokens: int = 1 << 20  # of their prompts
     log_format: Literal["text", "json"] = "text"
     access_log: bool = True
+    read_only: bool = False  # the page only shows: no chat on it, and nobody's request can be aborted
+    redact: bool = False  # those who watch see no text of tokens
     drop_billing_line: bool = False  # the one that Claude Code puts before its system prompt, another each time
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from kvik.server.cache.kept import Kept
 from kvik.server.errors import ApiError
+from kvik.server.live.hub import Live
 from kvik.server.served import Models
 from kvik.server.settings import ServerConfig
 
@@ -44,11 +45,13 @@ class ServerState:
     secret: str = field(default_factory=lambda: secrets.token_hex(16))
     clock: Callable[[], float] = time.monotonic  # by which what is kept for a time has had it
     kept: Kept = field(init=False)
+    live: Live = field(init=False)
     _salts_lock: Lock = field(default_factory=Lock)
     _tenant_of: OrderedDict[str, str | None] = field(default_factory=OrderedDict)  # of salts
 
     def __post_init__(self) -> None:
         self.kept = Kept(self.config, self.clock)
+        self.live = Live(lambda: self.models, self.owns)
 
     @classmethod
     def of(cls, request: Request) -> ServerState:
@@ -90,10 +93,14 @@ class ServerState:
         return len(self.config.api_keys) == 1 or (not self.config.api_keys and self.config.is_local)
 
     def may_read(self, request: Request, salt: str | None) -> bool:
-        """Whether the text of what is cached under a salt is the caller's own."""
+        """Whether the caller may see the text of what is cached under a salt: it is his own, and not hidden."""
+        return not self.config.redact and self.owns(tenant_of(request), salt)
+
+    def owns(self, tenant: str | None, salt: str | None) -> bool:
+        """Whether what is cached under a salt is the tenant's own."""
         if self.is_operator_alone:
             return True
-        return salt is not None and self._tenant_of.get(salt, "") == tenant_of(request) is not None
+        return salt is not None and self._tenant_of.get(salt, "") == tenant is not None
 
 
 def tenant_of(request: Request) -> str | None:

@@ -2,7 +2,7 @@
 
 import { attend } from "kvik/attention.js";
 import { box, heat, html, picture, scaleOf, shorten, svg, text, widthOf } from "kvik/draw.js";
-import { count, counted, percent, quoted, real, visible } from "kvik/trace.js";
+import { count, counted, percent, quoted, real, visible } from "kvik/figures.js";
 
 const [LINE, LEAST_LINE, LONG] = [20, 11, 700]; // heights of a row: usual, least; and of all rows together
 const [STRIP, TOP] = [16, 58]; // heights of the cells of a query, of what stands above the rows

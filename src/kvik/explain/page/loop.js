@@ -1,7 +1,7 @@
 // Section 1: hidden states of all tokens, and the next token out of the last one.
 
 import { box, heat, html, picture, scaleOf, shorten, svg, text, token, widthOf } from "kvik/draw.js";
-import { count, counted, percent, quoted, real, visible } from "kvik/trace.js";
+import { count, counted, percent, quoted, real, visible } from "kvik/figures.js";
 
 const STRIP_HEIGHT = 14;
 

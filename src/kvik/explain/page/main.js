@@ -1,12 +1,13 @@
 // The page's one state is the step; every section draws it.
 
 import { html, widthOf } from "kvik/draw.js";
+import { bytes, count, counted, quoted, short, time, times } from "kvik/figures.js";
 import { build as head } from "kvik/head.js";
 import { build as loop } from "kvik/loop.js";
 import { build as memory } from "kvik/memory.js";
 import { build as phases } from "kvik/phases.js";
 import { build as prefixes } from "kvik/prefixes.js";
-import { bytes, count, counted, quoted, readTrace, short, time, times, totals } from "kvik/trace.js";
+import { readTrace, totals } from "kvik/trace.js";
 import { build as work } from "kvik/work.js";
 
 const trace = readTrace();

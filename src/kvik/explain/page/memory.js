@@ -1,7 +1,7 @@
 // Section 5: blocks that fill up, and who shares KV heads.
 
 import { box, html, picture, shorten, stripes, svg, text, widthOf } from "kvik/draw.js";
-import { bytes, count, counted, percent, visible } from "kvik/trace.js";
+import { bytes, count, counted, percent, visible } from "kvik/figures.js";
 
 export function build(figure, trace) {
   const { memory, model, tokens } = trace;

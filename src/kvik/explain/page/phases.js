@@ -1,7 +1,8 @@
 // Section 4: the first token against the rest, on one time line; and first tokens after longer prompts.
 
 import { box, html, picture, stripes, svg, text, widthOf } from "kvik/draw.js";
-import { bytes, count, counted, short, time, times, totals } from "kvik/trace.js";
+import { bytes, count, counted, short, time, times } from "kvik/figures.js";
+import { totals } from "kvik/trace.js";
 
 export function build(figure, trace) {
   const { steps, first_tokens: firsts, num_prompt_tokens: numPrompt } = trace;

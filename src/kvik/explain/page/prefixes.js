@@ -1,7 +1,7 @@
 // Section 6: other prompts that begin alike, block by block.
 
 import { html, token } from "kvik/draw.js";
-import { count, counted, quoted, time, times } from "kvik/trace.js";
+import { count, counted, quoted, time, times } from "kvik/figures.js";
 
 export function build(figure, trace) {
   for (const found of trace.follow_ups) figure.append(followUp(found, trace));

@@ -1,7 +1,8 @@
 // Section 3: the triangle of work without the cache beside the line with it, and what both cost so far.
 
 import { box, html, picture, stripes, svg, text, widthOf } from "kvik/draw.js";
-import { bytes, count, counted, short, time, times, totals } from "kvik/trace.js";
+import { bytes, count, counted, short, time, times } from "kvik/figures.js";
+import { totals } from "kvik/trace.js";
 
 export function build(figure, trace) {
   const { steps, same, model } = trace;

@@ -180,6 +180,7 @@ class CacheTreeRow(Answer, frozen=True, kw_only=True):
     first_token: int
     num_tokens: int
     num_blocks: int
+    last_block: int
     num_holders: int
     is_own: bool
     text: str | UnsetType = UNSET

@@ -107,6 +107,7 @@ def _row(row: TreeRow, *, is_own: bool) -> dict[str, Any]:
         "first_token": row.first_token,
         "num_tokens": row.num_tokens,
         "num_blocks": len(row.block_ids),
+        "last_block": row.block_ids[-1],
         "num_holders": row.num_holders,
         "is_own": is_own,
     }

@@ -49,6 +49,7 @@ class Timings(Answer, frozen=True, kw_only=True):
     queue_ms: float
     draft_n: int
     draft_n_accepted: int
+    kv_bytes: int
 
 
 class PromptProgress(Answer, frozen=True, kw_only=True):

@@ -140,6 +140,7 @@ def prepare_chat(
         params=params,
         options=options,
         request_id=request.scope["state"]["request_id"],
+        tenant=tenant_of(request),
         fields=CHAT_FIELDS,
         new_parser=partial(parser_maker, served, tools) if tools is not None and tools.choice != "none" else None,
         wants_progress=bool(body.return_progress),

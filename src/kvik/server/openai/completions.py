@@ -107,6 +107,7 @@ def prepare(state: ServerState, request: Request, body: CompletionRequest, serve
         params=params,
         options=options_of(state, request, body, constraint_of(served, body, None)),
         request_id=request.scope["state"]["request_id"],
+        tenant=tenant_of(request),
         fields=COMPLETION_FIELDS,
         wants_progress=bool(body.return_progress),
     )

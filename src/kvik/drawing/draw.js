@@ -8,9 +8,11 @@ export const html = (name, attributes = {}, ...children) => fill(document.create
 
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
-    if (value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+    if (value === undefined || value === false) continue;
+    if (name === "style") element.style.cssText = value; // a strict policy lets no attribute do it
+    else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== undefined && child !== null));
+  element.append(...children.flat().filter((child) => child !== undefined && child !== null && child !== false));
   return element;
 }
 

@@ -1,0 +1,219 @@
+"""Who looks at the live page, and the messages that they get: at most ten a second, none while nothing happens."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvik.server.live.answers import message
+from kvik.server.live.explained import ExplainedPages
+from kvik.server.live.watcher import Change, ModelWatch, Row, Told, now_s
+
+if TYPE_CHECKING:
+    from kvik.server.served import ServedModel
+
+INTERVAL_S = 0.1
+"""Between two messages, at least."""
+
+MAX_SHARE = 0.007
+"""Of a core's time, that making messages takes; where they are large, fewer are made. The observers take the rest."""
+
+SAMPLE_S = 2.0
+"""Between two samples of the counters, which also tell that the server lives."""
+
+MAX_SAMPLES = 450
+"""Those of 15 minutes."""
+
+MAX_WATCHERS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """What somebody may see: the requests that are his own or, without their text, all of them."""
+
+    tenant: str | None
+    sees_all: bool
+    sees_text: bool  # of what is his own
+
+
+class Watcher:
+    """Somebody who looks: at most one message waits for him, and if he is late, the whole state takes its place."""
+
+    def __init__(self, viewer: Viewer) -> None:
+        self.viewer = viewer
+        self._message: bytes | None = None
+        self._is_late = True
+        self._is_over = False
+        self._news = asyncio.Event()
+        self._news.set()
+
+    def send(self, data: bytes) -> None:
+        """Have a message wait for him."""
+        self._is_late = self._is_late or self._message is not None
+        self._message = None if self._is_late else data
+        self._news.set()
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self._is_over = True
+        self._news.set()
+
+    async def read(self, live: Live) -> bytes | None:
+        """The next message; None when it is over."""
+        await self._news.wait()
+        self._news.clear()
+        if self._is_over:
+            return None
+        data, self._message = self._message, None
+        if self._is_late or data is None:
+            self._is_late = False
+            return live.state(self.viewer)
+        return data
+
+
+class Live:
+    """All who look at one server. While nobody does, no observer is at work, and nothing is kept but old samples."""
+
+    def __init__(
+        self, models: Callable[[], Iterable[ServedModel]], owns: Callable[[str | None, str | None], bool]
+    ) -> None:
+        self._models = models  # which are there when somebody looks
+        self._owns = owns  # whether what is cached under a salt is a tenant's
+        self._watches: list[ModelWatch] = []
+        self._samples: list[deque[list[float]]] = []
+        self._watchers: dict[Watcher, None] = {}
+        self._changing = asyncio.Lock()  # while observers are added or removed
+        self._is_watching = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sampling: asyncio.Task[None] | None = None
+        self._is_due = False  # a message is
+        self.racing = asyncio.Lock()  # one race at a time, and what is like it
+        self.explained = ExplainedPages()
+        self._next_s = 0.0  # by the loop's clock, the earliest time of the next message
+
+    @property
+    def num_watchers(self) -> int:
+        """Who look."""
+        return len(self._watchers)
+
+    async def join(self, viewer: Viewer) -> Watcher:
+        """Somebody more who looks; the first one has the observers added."""
+        watcher = Watcher(viewer)
+        self._watchers[watcher] = None
+        await self._settle()
+        return watcher
+
+    async def leave(self, watcher: Watcher) -> None:
+        """One who looks no more; the last one has the observers removed."""
+        self._watchers.pop(watcher, None)
+        await self._settle()
+
+    def close(self) -> None:
+        """End all streams."""
+        for watcher in self._watchers:
+            watcher.end()
+
+    async def _settle(self) -> None:
+        """Watch where somebody looks, and only there; what is begun is done, also for one who leaves meanwhile."""
+        await asyncio.shield(asyncio.ensure_future(self._settle_now()))
+
+    async def _settle_now(self) -> None:
+        async with self._changing:
+            if self._is_watching == bool(self._watchers):
+                return
+            if not self._watches:
+                self._watches = [ModelWatch(served) for served in self._models()]
+                self._samples = [deque(maxlen=MAX_SAMPLES) for _ in self._watches]
+            self._is_watching = not self._is_watching
+            self._loop = asyncio.get_running_loop()
+            for watch in self._watches:
+                watch.on_news = self._on_news
+                await asyncio.to_thread(watch.begin if self._is_watching else watch.end)
+            if self._is_watching:
+                self._sampling = asyncio.ensure_future(self._sample())
+            elif self._sampling is not None:
+                self._sampling.cancel()
+
+    def _on_news(self) -> None:
+        """From an engine's thread."""
+        if not self._is_due and self._loop is not None and not self._loop.is_closed():
+            self._is_due = True
+            self._loop.call_soon_threadsafe(self._publish_soon)
+
+    def _publish_soon(self) -> None:
+        assert self._loop is not None
+        self._loop.call_at(max(self._loop.time(), self._next_s), self._publish)
+
+    def _publish(self) -> None:
+        self._is_due = False
+        if not self._is_watching or self._changing.locked():
+            return
+        assert self._loop is not None
+        now_s, before_s = self._loop.time(), time.thread_time()
+        self._take()
+        self._next_s = now_s + max(INTERVAL_S, (time.thread_time() - before_s) / MAX_SHARE)
+
+    def _take(self) -> None:
+        changes = [(watch, watch.take()) for watch in self._watches]
+        messages: dict[Viewer, bytes] = {}
+        for watcher in self._watchers:
+            viewer = watcher.viewer
+            if viewer not in messages:
+                told = [self._change(watch, change, viewer) for watch, change in changes]
+                messages[viewer] = message("change", {"now_s": now_s(), "models": told})
+            watcher.send(messages[viewer])
+
+    async def _sample(self) -> None:
+        while True:
+            for watch, samples in zip(self._watches, self._samples, strict=True):
+                watch.look_if_idle()
+                samples.append([round(now_s(), 3), *watch.counters().values()])
+            if not self._is_due:
+                self._is_due = True
+                self._publish_soon()
+            await asyncio.sleep(SAMPLE_S)
+
+    def state(self, viewer: Viewer) -> bytes:
+        """Everything, as far as it was told to the others."""
+        models = []
+        for watch, samples in zip(self._watches, self._samples, strict=True):
+            counters, hits = watch.counters(), watch.hits.copy()
+            rows = [self._seen(known, known.whole(), viewer) for known in watch.told.values()]
+            models.append(
+                {
+                    **watch.description(),
+                    "states": [base64.b64encode(states).decode() for states in watch.states],
+                    "requests": [row for row in rows if row is not None],
+                    "hits": [list(hits), list(hits.values())],
+                    "counters": counters,
+                    "history": {"names": ["at_s", *counters], "rows": list(samples)},
+                }
+            )
+        return message("state", {"now_s": now_s(), "sees_text": viewer.sees_text, "models": models})
+
+    def _change(self, watch: ModelWatch, change: Change, viewer: Viewer) -> dict[str, Any]:
+        rows = [self._seen(known, row, viewer) for known, row in change.rows]
+        return {
+            "id": watch.served.id,
+            "counters": watch.counters(),
+            "blocks": [[list(states), list(states.values())] for states in change.blocks],
+            "requests": [row for row in rows if row is not None],
+            "hits": [list(change.hits), list(change.hits.values())],
+            "gone": change.gone,
+            "evicted": change.evicted,
+            "copied": change.copied,
+        }
+
+    def _seen(self, known: Told, row: Row, viewer: Viewer) -> Row | None:
+        """A request's row as somebody may see it; None where he may not."""
+        is_own = known.tenant is not None and known.tenant == viewer.tenant
+        is_own = is_own or self._owns(viewer.tenant, known.salt)
+        if not is_own and not viewer.sees_all:
+            return None
+        hidden = () if is_own and viewer.sees_text else ("prompt", "written")
+        return {name: value for name, value in row.items() if name not in hidden} | {"is_own": is_own}

@@ -1,0 +1,96 @@
+// Numbers: what the engine did in the last 15 minutes, and since it began.
+
+import { chart } from "./chart.js";
+import { html } from "./draw.js";
+import { bytes, count, percent } from "./figures.js";
+import { live } from "./live.js";
+
+const MINUTES = 15;
+const STEPS_S = [60, 180, 300, 60 * MINUTES];
+
+export function build(section, app) {
+  const tiles = html("div", { class: "tiles" });
+  const charts = {
+    speed: chart("Tokens a second"),
+    hits: chart("Prompt tokens found in the cache"),
+    memory: chart("Blocks"),
+    load: chart("Requests"),
+  };
+  const misses = html("div", { class: "figure" });
+  section.append(
+    html("h1", { class: "view" }, "Numbers"),
+    html("p", {}, "Sampled every two seconds while somebody looks; the same counters as in /metrics."),
+    tiles,
+    html("div", { class: "charts" }, Object.values(charts).map(({ element }) => element), misses),
+  );
+
+  function draw() {
+    const model = app.model();
+    const now = model.counters;
+    const hitRate = now.queried_tokens ? now.found_tokens / now.queried_tokens : 0;
+    const told = [
+      ["generated_tokens", count(now.generated_tokens), "tokens written"],
+      ["computed_tokens", count(now.computed_tokens), "prompt tokens computed"],
+      ["cached_tokens", count(now.cached_tokens), "prompt tokens read back"],
+      ["hit_rate", percent(hitRate), "of prompt tokens found in the cache"],
+      ["committed_bytes", bytes(now.committed_bytes), `of memory in use, ${bytes(model.num_bytes)} reserved`],
+      ["evicted_blocks", count(now.evicted_blocks), `blocks evicted, ${count(now.copied_blocks)} copied`],
+    ];
+    tiles.replaceChildren(...told.map(([name, figure, what]) => html("div", { class: "tile", "data-name": name, "data-value": now[name] }, html("b", {}, figure), html("span", {}, what))));
+    drawCharts(model.history);
+    drawMisses(now, model.history);
+  }
+
+  function drawCharts({ names, rows }) {
+    const end_s = live.now();
+    const age_s = rows.length ? end_s - rows[0][0] : 0;
+    const span_s = STEPS_S.find((each) => each >= age_s) ?? STEPS_S.at(-1);
+    const kept = rows.filter((row) => row[0] > end_s - span_s);
+    const column = (name) => kept.map((row) => row[names.indexOf(name)]);
+    const at_s = column("at_s");
+    const rate = (name) => column(name).map((value, at, all) => (at ? (value - all[at - 1]) / (at_s[at] - at_s[at - 1]) : 0));
+    const [found, asked] = [column("found_tokens"), column("queried_tokens")];
+    const shares = found.map((value, at) => {
+      const before = Math.max(0, at - 15); // of half a minute
+      return asked[at] > asked[before] ? (value - found[before]) / (asked[at] - asked[before]) : 0;
+    });
+    const whole = (number) => count(Math.round(number));
+    const common = { at_s, end_s, span_s };
+    charts.speed.draw({ ...common, write: whole, series: [
+      { name: "written", colour: "--kept", values: rate("generated_tokens") },
+      { name: "prompt, computed", colour: "--new", values: rate("computed_tokens"), dashes: "5 3" }] });
+    charts.hits.draw({ ...common, most: 1, write: percent, series: [{ name: "found, of the last half minute", colour: "--kept", values: shares }] });
+    charts.memory.draw({ ...common, write: whole, series: [
+      { name: "held", colour: "--new", values: column("held_blocks") },
+      { name: "reusable", colour: "--kept", values: column("reusable_blocks"), dashes: "5 3" }] });
+    charts.load.draw({ ...common, write: whole, series: [
+      { name: "running", colour: "--kept", values: column("running") },
+      { name: "waiting", colour: "--again", values: column("waiting"), dashes: "5 3" }] });
+  }
+
+  // In the time that is drawn, and since the server began.
+  function drawMisses(now, { names, rows }) {
+    const first = rows.find((row) => row[0] > live.now() - 60 * MINUTES);
+    const before = (name) => (first ? first[names.indexOf(name)] : now[name]);
+    const found = Object.entries(now).filter(([name, value]) => name.startsWith("miss_") && value).sort((a, b) => b[1] - a[1]);
+    const cells = found.map(([name, value]) => html("tr", {}, html("td", {}, WHY[name.slice(5)] ?? name), html("td", {}, count(value - before(name))), html("td", {}, count(value))));
+    const heads = ["of prompts", "while watched", "in all"].map((name) => html("th", { scope: "col" }, name));
+    misses.replaceChildren(html("h2", {}, "Why matches ended"), found.length
+      ? html("table", {}, html("thead", {}, html("tr", {}, heads)), html("tbody", {}, cells))
+      : html("p", { class: "note" }, "No prompt has come yet."));
+  }
+
+  return { draw };
+}
+
+const WHY = {
+  all: "all but the last token was there",
+  short: "less than a block was left",
+  differs: "the tokens differ from what is cached",
+  unseen: "nothing cached goes on from there",
+  evicted: "the next block was evicted",
+  other_salt: "cached under another key or salt",
+  other_format: "cached in another number format",
+  window: "a window reaches back to blocks that were given up",
+  off: "the prefix cache is off",
+};

@@ -1,0 +1,13 @@
+// Why a match with the cache goes no further, in words.
+
+export const REASONS = {
+  all: "All of the prompt is in the cache but its last token, which is always computed: its logits choose the next one.",
+  short: "What is left is shorter than a block, and only full blocks are shared.",
+  differs: "From there on the tokens differ from what is cached.",
+  unseen: "Nothing that is cached goes on from there.",
+  evicted: "The next block was in the cache, and was evicted for others.",
+  other_salt: "The same beginning is cached for another key or salt, which is not shared.",
+  other_format: "The same beginning is cached in another number format.",
+  window: "A layer's window reaches back to blocks that were given up.",
+  off: "The prefix cache is off.",
+};

@@ -1,0 +1,103 @@
+// Requests: queue, prefill and decode of each as bars on one clock.
+
+import { box, html, svg } from "./draw.js";
+import { count, counted, time } from "./figures.js";
+import { live } from "./live.js";
+import { traceOf } from "./perfetto.js";
+import { ask, isReadOnly } from "./server.js";
+
+const MOST_ROWS = 60;
+const LEAST_S = 5;
+const MOST_S = 120;
+const WIDTH = 1000; // of a bar's picture, which is stretched
+
+export function build(section, app) {
+  const save = html("button", { type: "button" }, "Download as a Perfetto trace");
+  const clock = html("p", { class: "legend" });
+  const body = html("tbody");
+  const heads = [["what", "request"], ["bar", "queue, prefill, decode"], ["figure-cell optional", "prompt"], ["figure-cell optional", "cached"], ["figure-cell optional", "written"], ["figure-cell", "first token"], ["figure-cell", "a token"], ["end", ""]];
+  const table = html("table", { class: "requests" }, html("thead", {}, html("tr", {}, heads.map(([kind, name]) => html("th", { scope: "col", class: kind }, name)))), body);
+  const nothing = html("p", { class: "empty-note" }, "No request came since this page was opened.");
+  section.append(
+    html("h1", { class: "view" }, "Requests"),
+    html("p", {}, "All requests on one clock, the newest first: how long each waited, read its prompt, and wrote."),
+    clock,
+    html("div", { class: "figure wide" }, nothing, table),
+    html("p", { class: "controls screen", style: "margin-top:1rem" }, save),
+  );
+  const lines = new Map(); // by key: the table's row and what is in it
+  let timer;
+
+  save.addEventListener("click", () => {
+    const text = JSON.stringify(traceOf(app.model()));
+    const link = html("a", { href: URL.createObjectURL(new Blob([text], { type: "application/json" })), download: "kvik-requests.json" });
+    link.click();
+    URL.revokeObjectURL(link.href);
+  });
+  app.onModel.push(() => {
+    lines.clear();
+    body.replaceChildren();
+  });
+
+  function line(row) {
+    const cells = { name: html("span"), text: html("small"), bar: html("td", { class: "bar" }) };
+    for (const name of ["prompt", "cached", "written"]) cells[name] = html("td", { class: "optional" });
+    for (const name of ["first", "each", "end"]) cells[name] = html("td", { class: name });
+    const stop = html("button", { type: "button", "aria-label": `Abort ${row.request_id}` }, "Abort");
+    stop.addEventListener("click", async () => {
+      stop.disabled = true;
+      await ask(`/v1/requests/${encodeURIComponent(row.request_id)}`, { method: "DELETE" }).catch((error) => (stop.title = error.message));
+    });
+    const element = html("tr", { "data-key": row.key }, html("td", { class: "what" }, cells.name, cells.text), cells.bar, cells.prompt, cells.cached, cells.written, cells.first, cells.each, cells.end);
+    return { element, cells, stop };
+  }
+
+  function draw() {
+    const model = app.model();
+    const rows = [...model.requests.values()].filter((row) => row.submitted_s !== null).sort((a, b) => b.key - a.key).slice(0, MOST_ROWS);
+    nothing.hidden = rows.length > 0;
+    table.hidden = !rows.length;
+    save.disabled = !rows.length;
+    const isBusy = rows.some((row) => row.phase !== "done");
+    const end_s = isBusy ? live.now() : Math.max(...rows.map((row) => row.last_token_s ?? row.submitted_s));
+    const first_s = Math.max(end_s - MOST_S, Math.min(end_s - LEAST_S, ...rows.map((row) => row.submitted_s)));
+    const key = (colour, text) => html("span", {}, html("i", { style: `background:var(${colour})` }), text);
+    clock.replaceChildren(key("--line", "queue"), key("--new", "prefill"), key("--kept", "decode"), rows.length ? html("span", {}, `${time(end_s - first_s)} from left to right`) : "");
+    const wanted = rows.map((row) => {
+      const known = lines.get(row.key) ?? line(row);
+      lines.set(row.key, known);
+      fill(known, row, (at_s) => (WIDTH * (at_s - first_s)) / (end_s - first_s), end_s);
+      return known.element;
+    });
+    if (wanted.length !== body.children.length || wanted.some((element, at) => body.children[at] !== element)) body.replaceChildren(...wanted);
+    for (const each of lines.keys()) if (!model.requests.has(each)) lines.delete(each);
+    clearTimeout(timer);
+    if (isBusy && !section.hidden) timer = setTimeout(draw, 250); // the clock goes on between messages
+  }
+
+  function fill({ cells, stop }, row, x, end_s) {
+    const branch = row.choice ? ` (choice ${row.choice + 1})` : "";
+    cells.name.textContent = `${row.request_id}${branch}`;
+    cells.text.textContent = row.written || row.prompt || "";
+    const last_s = row.phase === "done" ? row.last_token_s ?? row.begun_s ?? row.submitted_s : end_s;
+    const parts = [
+      ["line", row.submitted_s, row.begun_s ?? last_s],
+      ["new", row.begun_s, row.first_token_s ?? last_s],
+      ["kept", row.first_token_s, last_s],
+    ];
+    const rects = parts.filter(([, from]) => from !== null).map(([colour, from, to]) => box(x(from), 0, Math.max(1.5, x(to) - x(from)), 18, colour));
+    const waited = row.begun_s === null ? "waits" : `waited ${time(row.begun_s - row.submitted_s)}`;
+    cells.bar.replaceChildren(svg("svg", { viewBox: `0 0 ${WIDTH} 18`, preserveAspectRatio: "none", role: "img", "aria-label": `${row.phase}, ${waited}` }, rects));
+    cells.prompt.textContent = count(row.num_prompt_tokens);
+    cells.cached.textContent = count(row.num_cached_tokens);
+    cells.written.textContent = count(row.num_written_tokens);
+    cells.first.textContent = row.first_token_s === null ? "–" : time(row.first_token_s - row.submitted_s);
+    cells.each.textContent = row.num_written_tokens > 1 ? time((row.last_token_s - row.first_token_s) / (row.num_written_tokens - 1)) : "–";
+    const canStop = row.phase !== "done" && row.is_own && !isReadOnly;
+    if (canStop) {
+      if (cells.end.firstChild !== stop) cells.end.replaceChildren(stop);
+    } else cells.end.textContent = row.error ?? row.finish_reason ?? row.phase;
+  }
+
+  return { draw, hide: () => clearTimeout(timer) };
+}
