@@ -181,6 +181,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
     "salt huge": (CHAT, {"cache_salt": "x" * 1025}, "invalid_value", "cache_salt"),
     "salt with controls": (TEXT, {"cache_salt": "a\nb"}, "invalid_value", "cache_salt"),
     # Fields that nobody knows, or that kvik has nothing for.
+    "misspelt field": (CHAT, {"repeat_penalty": 1.1}, "unknown_field", "repeat_penalty"),
     "unknown field": (CHAT, {"colour": "red"}, "unknown_field", "colour"),
     "block hashes": (CHAT, {"block_hashes": ["a"]}, "unknown_field", "block_hashes"),
     "request_id": (CHAT, {"request_id": "a"}, "unknown_field", "request_id"),

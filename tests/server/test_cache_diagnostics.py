@@ -12,7 +12,7 @@ from kept_server import KEYS, Caller, KeptServer
 from kvik.engine.llm import LLM
 from kvik.server.cache.diagnostics import Diagnosis, Reason
 from kvik.server.cache.remembered import Asked, ResponseMemory
-from server_process import with_engine
+from server_process import wait_until, with_engine
 from tool_model import write_tool_model
 
 SYSTEM = {"role": "system", "content": "You are a terse clerk. " * 9}
@@ -55,6 +55,21 @@ def test_a_history_that_goes_on_is_a_hit(anna: Caller) -> None:
     told = diagnosis(anna, longer, first["id"])
     assert told == {"type": "cache_hit", "engine_reason": told["engine_reason"]}
     assert "prompt_cache_diagnostics" not in anna.chat(HISTORY)
+
+
+def test_an_answer_that_was_stopped_can_be_compared_with(anna: Caller) -> None:
+    told = b""
+    body = {"messages": HISTORY, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with anna.open("POST", "/v1/chat/completions", body) as response:
+        while b'"id":"' not in told:
+            told += response.readline()
+    response_id = told.partition(b'"id":"')[2].partition(b'"')[0].decode()
+
+    def is_known() -> bool:
+        kind: str = diagnosis(anna, HISTORY, response_id, max_tokens=1)["type"]
+        return kind == "cache_hit"
+
+    wait_until(is_known)
 
 
 def test_the_first_token_that_differs_is_shown(anna: Caller, llm: LLM) -> None:

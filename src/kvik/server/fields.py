@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -182,7 +183,7 @@ def decode(kind: type[T], body: bytes) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _validation_error(str(error)) from None
+        raise _validation_error(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
@@ -198,8 +199,8 @@ def convert(kind: type[T], value: Any, where: str) -> T:
         raise _validation_error(f"{said} - at `$.{where}{path.rstrip('`')}`") from None
 
 
-def _validation_error(message: str) -> ApiError:
-    """msgspec's message, and the field that it names."""
+def _validation_error(message: str, kind: type | None = None) -> ApiError:
+    """msgspec's message, and the field that it names; of a struct's own, also the one that is most like it."""
     said, _, path = message.partition(" - at `$")
     param = path.rstrip("`").lstrip(".").replace("[...]", "")
     code = "invalid_type" if ", got " in said else "invalid_value"
@@ -207,5 +208,8 @@ def _validation_error(message: str) -> ApiError:
     if named is not None:
         param = f"{param}.{named[1]}" if param else named[1]
         code = "unknown_field" if "unknown" in said else "missing_field"
-    where = f"{param}: " if param else "the body: "
-    return ApiError(400, where + said[:1].lower() + said[1:], code=code, param=param or None)
+    where, hint = f"{param}: " if param else "the body: ", ""
+    if code == "unknown_field" and named is not None and named[1] == param and kind is not None:
+        alike = get_close_matches(param, getattr(kind, "__struct_fields__", ()), n=1, cutoff=0.7)
+        hint = f" (hint: is it `{alike[0]}`?)" if alike else ""
+    return ApiError(400, where + said[:1].lower() + said[1:] + hint, code=code, param=param or None)

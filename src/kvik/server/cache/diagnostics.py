@@ -113,15 +113,20 @@ def with_diagnostics(
     )
     before = None if compared_id is None else responses.find(tenant, compared_id)
 
+    def note(running: Running) -> None:
+        if running.response_id:  # else nobody has seen it
+            responses.note(tenant, running.response_id, now)
+
     def extras(running: Running) -> dict[str, Any]:
-        responses.note(tenant, running.response_id, now)
+        note(running)
         if compared_id is None:
             return {}
         if before is None:
             return tell(Diagnosis(kind="not_found"))
         return tell(diagnose(running, before, now, tells_salts=state.is_operator_alone))
 
-    return replace(generation, extras=[*generation.extras, extras])
+    # An answer whose client stopped it has no extras, but the client knows its id.
+    return replace(generation, extras=[*generation.extras, extras], on_end=[*generation.on_end, note])
 
 
 def diagnose(running: Running, before: Asked, now: Asked, *, tells_salts: bool) -> Diagnosis:
