@@ -136,6 +136,8 @@ docs: $(VENV)/.tests-installed
 	$(VENV)/bin/kvik explain "The cat sat on the mat because" --html docs/explain.html
 	$(call say,A picture of it$(,) by Chromium)
 	$(VENV)/bin/python docs/make_picture.py docs/explain.html docs/explain.png
+	$(call say,A picture of the live page)
+	$(VENV)/bin/python docs/make_live_picture.py docs/live.png
 
 soak: $(VENV)/.installed
 	$(call say,Fetch the default model once)
