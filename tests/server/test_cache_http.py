@@ -74,6 +74,21 @@ def test_what_all_share_is_nobodys_own(llm: LLM) -> None:
         assert not any(row["is_own"] or "text" in row for row in rows)
 
 
+def test_what_others_wrote_is_not_told_by_where_a_guess_leaves_it(llm: LLM) -> None:
+    """Tenants that share a cache may see how far a prompt is known, not how somebody's goes on."""
+    with KeptServer(with_engine(llm), api_keys=KEYS, shared_cache=True) as server:
+        server.caller("key-of-anna").chat(user(SECRET))
+        guess = {"messages": user(SECRET[:24] + " door")}
+        told = server.caller("key-of-bert").post("/v1/cache/match", guess)
+        assert told["num_cached_tokens"] > 0
+        assert "expected" not in told
+        assert told["found"]
+    with KeptServer(with_engine(llm)) as server:
+        caller = server.caller()
+        caller.chat(user(SECRET))
+        assert caller.post("/v1/cache/match", guess)["expected"], "the only one there is may see it"
+
+
 def test_a_tree_is_shown_as_far_as_is_asked_for(llm: LLM) -> None:
     with KeptServer(with_engine(llm)) as server:
         caller = server.caller()

@@ -37,11 +37,13 @@ async def match(request: Request) -> Response:
     body = await read_body(request, MatchRequest)
     served = state.models.get(body.model)
     salt = state.salt(request, body.cache_salt)
-    tells_salts, shows_text = state.is_operator_alone, not state.config.redact
+    tells_salts, shows_text, may_read = state.is_operator_alone, not state.config.redact, state.may_read(request, salt)
     try:
         told = await asyncio.to_thread(_told, served, body, salt, tells_salts=tells_salts, shows_text=shows_text)
     except Exception as error:
         raise api_error(error, frozenset(MatchRequest.__struct_fields__)) from error
+    if not may_read:  # it would tell how the text of others goes on
+        told.pop("expected", None)
     return json_response(told)
 
 

@@ -127,7 +127,7 @@ export function build(section, app) {
 
 // Where a prompt leaves the tree.
 function matched(told) {
-  const { num_cached_tokens: cached, num_tokens: total, miss_reason: reason, before, found, expected } = told;
+  const { num_cached_tokens: cached, num_tokens: total, miss_reason: reason, before, found, expected = [] } = told;
   const parts = [html("p", {}, html("b", {}, `${counted(cached, "token")} of ${count(total)} would match`), `, ${count(total - cached)} would be computed. ${REASONS[reason]}`)];
   if (!found) return parts;
   const line = (name, texts, kind) => html("p", {}, html("span", { class: "note" }, name), texts.map((text) => token({ text }, kind)));
