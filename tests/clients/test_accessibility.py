@@ -55,4 +55,4 @@ def test_no_view_has_a_serious_violation(url: str, browser: Browser, scheme: Any
         page.wait_for_timeout(500)  # a view is drawn with the next message
         found[view] = violations(page)
     page.close()
-    assert found == dict.fromkeys(VIEWS, [])
+    assert found == {view: [] for view in VIEWS}
