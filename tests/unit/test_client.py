@@ -80,9 +80,15 @@ def test_events_are_the_same_however_the_bytes_are_cut(
     parser, found, at = EventParser(), [], 0
     while at < len(stream):
         size = data.draw(st.integers(1, 20))
-        found += parser.feed(stream[at : at + size])
+        found += parser.feed_named(stream[at : at + size])
         at += size
-    assert found == [b"\n".join(lines) for lines in events]
+    assert found == [(b"x", b"\n".join(lines)) for lines in events]
+
+
+def test_an_event_has_the_name_that_was_said_of_it() -> None:
+    parser = EventParser()
+    assert parser.feed_named(b"event:lost\n\nevent: a\ndata: 1\n\ndata: 2\n\n") == [(b"a", b"1"), (b"", b"2")]
+    assert parser.feed(b"event: b\ndata: 3\n\n") == [b"3"]
 
 
 @pytest.mark.parametrize("line", [b"x" * (MAX_EVENT_BYTES + 1), b"data: 1234567890\n" * (MAX_EVENT_BYTES // 16 + 1)])
@@ -90,6 +96,7 @@ def test_an_event_without_an_end_is_given_up(line: bytes) -> None:
     parser = EventParser()
     with pytest.raises(EventTooLarge):
         parser.feed(line)
+    assert EventParser(2 * len(line)).feed(line) == []
 
 
 def test_an_answer_is_read_whole() -> None:

@@ -25,6 +25,7 @@ from kvik.cli.race import race
 from kvik.cli.run import run
 from kvik.cli.serve import serve
 from kvik.cli.terminal import INTERRUPTED, OutputError, Stdout, note, show_error, show_problem, write
+from kvik.cli.top import top
 from kvik.errors import KvikError
 
 
@@ -113,6 +114,7 @@ app.command()(run)
 app.command()(race)
 app.command()(bench)
 app.command()(serve)
+app.command()(top)
 app.command()(plan)
 app.command()(explain)
 app.command("pool-heads")(pool_heads)

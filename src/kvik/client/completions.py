@@ -153,10 +153,15 @@ class Server:
                 raise InvalidInput("the API key has characters that no key has", hint="see KVIK_API_KEY and --api-key")
             self._headers["authorization"] = f"Bearer {api_key}"
 
+    async def get(self, connection: Connection, path: str) -> Response:
+        """An answer that is none of errors, not yet read. Raises `RemoteError`."""
+        response = await connection.request("GET", path, self._headers)
+        await _check_status(connection, response)
+        return response
+
     async def first_model(self, connection: Connection) -> str:
         """The first of the server's models. Raises `RemoteError`."""
-        response = await connection.request("GET", "/v1/models", self._headers)
-        await _check_status(connection, response)
+        response = await self.get(connection, "/v1/models")
         try:
             models = msgspec.json.decode(await response.read(MAX_MODELS_BYTES), type=ModelList).data
         except (msgspec.DecodeError, RecursionError) as error:

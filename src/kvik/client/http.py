@@ -225,19 +225,25 @@ class Response:
 
 
 class EventTooLarge(Exception):
-    """A server-sent event has more than `MAX_EVENT_BYTES`."""
+    """A server-sent event has more bytes than its reader takes."""
 
 
 class EventParser:
-    """Server-sent events: the data of each, from bytes as they come. Other fields and comments are skipped."""
+    """Server-sent events: name and data of each, from bytes as they come. Other fields and comments are skipped."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._name = b""  # of an event that has no end yet
         self._rest = b""  # of a line that has no end yet
         self._data: list[bytes] = []  # lines of an event that has no end yet
         self._num_bytes = 0  # of those
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The events that end in `data`. Raises `EventTooLarge`."""
+        """The data of the events that end in `data`. Raises `EventTooLarge`."""
+        return [data for _, data in self.feed_named(data)]
+
+    def feed_named(self, data: bytes) -> list[tuple[bytes, bytes]]:
+        """The same events with their names, empty where they have none. Raises `EventTooLarge`."""
         lines = (self._rest + data if self._rest else data).split(b"\n")
         self._rest = lines.pop()
         events = []
@@ -246,12 +252,14 @@ class EventParser:
                 line = line[:-1]
             if not line:
                 if self._data:
-                    events.append(b"\n".join(self._data))
-                    self._data, self._num_bytes = [], 0
+                    events.append((self._name, b"\n".join(self._data)))
+                self._name, self._data, self._num_bytes = b"", [], 0
             elif line.startswith(b"data:"):
                 self._data.append(line[6:] if line.startswith(b"data: ") else line[5:])
                 self._num_bytes += len(line)
-        if len(self._rest) + self._num_bytes > MAX_EVENT_BYTES:
+            elif line.startswith(b"event:"):
+                self._name = line[6:].removeprefix(b" ")
+        if len(self._rest) + self._num_bytes > self._max_bytes:
             raise EventTooLarge
         return events
 
