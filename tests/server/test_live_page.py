@@ -56,6 +56,10 @@ class Opened:
     def limit(self, num_tokens: int) -> None:
         self.page.locator("[name=max_tokens]").fill(str(num_tokens))
 
+    def unfold(self, name: str) -> None:
+        """Of the settings."""
+        self.page.locator(".settings summary", has_text=name).click()
+
     def receipt(self) -> dict[str, str]:
         """Of the last answer."""
         parts = self.page.locator(".receipt").last.locator("div").all_inner_texts()
@@ -149,6 +153,7 @@ def test_an_answer_is_stopped_and_gives_its_blocks_back(open_page: Open, server:
     opened = open_page(server)
     opened.limit(100_000)
     opened.page.locator("[name=temperature]").fill("1")
+    opened.unfold("JSON schema")
     opened.page.locator("[name=schema]").fill('{"type": "string", "minLength": 3000}')
     opened.page.locator("#say").fill("Tell me everything.")
     opened.page.keyboard.press("Enter")
@@ -164,6 +169,7 @@ def test_an_answer_is_stopped_and_gives_its_blocks_back(open_page: Open, server:
 
 def test_what_is_refused_is_said_and_the_words_are_kept(open_page: Open, server: Server) -> None:
     opened = open_page(server)
+    opened.unfold("JSON schema")
     opened.page.locator("[name=schema]").fill("{not json")
     opened.page.locator("#say").fill("Hello")
     opened.page.get_by_role("button", name="Send").click()
@@ -177,6 +183,7 @@ def test_tool_calls_are_shown(open_page: Open, server: Server) -> None:
     opened.limit(400)
     tool = '[{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at":'
     tool += ' {"enum": ["sky", "sea"]}}, "required": ["at"], "additionalProperties": false}}}]'
+    opened.unfold("Tools")
     opened.page.locator("[name=tools]").fill(tool)
     opened.page.route("**/v1/chat/completions", must_call)
     opened.say("Look!")
