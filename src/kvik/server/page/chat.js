@@ -4,9 +4,10 @@ import { html } from "./draw.js";
 import { count } from "./figures.js";
 import { Conversation } from "./conversation.js";
 import { drawReceipt, receipt, stoppedReceipt } from "./receipt.js";
-import { ask, eventsOf } from "./server.js";
+import { ask, eventsOf, json } from "./server.js";
 import { settings } from "./settings.js";
 
+const NEAR = 48; // pixels: so far from its end a reader still follows an answer
 const ROLES = { user: "You", assistant: "Model" };
 
 export function build(section, app) {
@@ -22,7 +23,10 @@ export function build(section, app) {
   const empty = html("div", { class: "empty" },
     html("h1", {}, "Talk to the model, watch its cache"),
     html("p", { class: "lead" }, "Each answer shows what was read back and what was computed. Edit an earlier turn: the conversation branches, and the shared beginning is not computed again."));
-  section.append(html("div", { class: "chat" }, html("div", { class: "talk" }, empty, turns, form), chosen.element));
+  const title = html("h1", { class: "unseen" }, "Chat");
+  section.append(html("div", { class: "chat" }, html("div", { class: "talk" }, empty, title, turns, form), chosen.element));
+  // What is scrolled to must not end below the composer.
+  new ResizeObserver(() => document.documentElement.style.setProperty("--composer", `${form.offsetHeight}px`)).observe(form);
 
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -43,24 +47,26 @@ export function build(section, app) {
   fresh.addEventListener("click", () => {
     running?.abort.abort();
     conversation = new Conversation();
+    problem.textContent = "";
     drawAll();
     text.focus();
   });
 
   drawAll();
 
-  // Have the model answer a turn of the user's.
-  async function write(question) {
+  // Have the model answer a turn of the user's, who wrote it in place of `edited` where that is given.
+  async function write(question, edited) {
     problem.textContent = "";
     const turn = conversation.add(question, "assistant");
     const before = conversation.answerBefore(turn);
     const abort = new AbortController();
     running = { turn, abort };
     drawAll();
-    turn.item.scrollIntoView({ block: "end" });
+    reveal(turn.foot);
     try {
       await app.ready;
-      const { path, body } = requestOf(turn, before);
+      const { path, body, prompt } = requestOf(turn, before);
+      if (!body.tools) turn.match = await matchOf({ model: body.model, ...prompt }, abort.signal);
       const answer = await ask(path, { method: "POST", body, signal: abort.signal });
       turn.requestId = answer.headers.get("x-request-id");
       for await (const { data } of eventsOf(answer)) {
@@ -72,17 +78,25 @@ export function build(section, app) {
       else turn.error = error.message;
     }
     running = undefined;
-    if (turn.error && !turn.content) { // nothing came of it: the words go back to be changed
-      problem.textContent = turn.error;
-      turn.parent.children.pop();
-      if (!question.children.length && question === conversation.last) {
-        question.parent.children.pop();
-        question.parent.chosen = Math.max(0, question.parent.children.length - 1);
-        text.value ||= question.content;
-      }
-    }
+    if (turn.error && !turn.content && !turn.calls) takeBack(turn, edited);
     drawAll();
-    text.focus({ preventScroll: true });
+    drawAnswer(turn);
+    if (document.activeElement === document.body || form.contains(document.activeElement)) text.focus({ preventScroll: true });
+  }
+
+  // Nothing came of an answer: the words go back to where they were written, and what was shown before is shown.
+  function takeBack(turn, edited) {
+    const question = turn.parent;
+    const isShown = conversation.path.includes(turn);
+    conversation.drop(turn);
+    if (!question.children.length) conversation.drop(question);
+    if (!isShown) return;
+    if (edited) {
+      drawAll();
+      return edit(edited, question.content, turn.error);
+    }
+    problem.textContent = turn.error;
+    if (!question.children.length) text.value ||= question.content;
   }
 
   function requestOf(turn, before) {
@@ -95,7 +109,14 @@ export function build(section, app) {
       model: model.id, ...asked.prompt, ...chosen.fields(), stream: true, return_progress: true,
       stream_options: { include_usage: true }, ...(before && { comparison_response_id: before.responseId }),
     };
-    return { path: asked.path, body };
+    return { path: asked.path, body, prompt: asked.prompt };
+  }
+
+  // How far the cache goes now; afterwards the prompt itself is in it. An answer needs this for its explanation alone.
+  function matchOf(body, signal) {
+    return json("/v1/cache/match", { method: "POST", body, signal }).catch((error) => {
+      if (error.name === "AbortError") throw error;
+    });
   }
 
   function take(turn, data) {
@@ -111,51 +132,84 @@ export function build(section, app) {
       for (const call of choice.delta?.tool_calls ?? []) addCall(turn, call);
       turn.finishReason = choice.finish_reason ?? turn.finishReason;
     }
-    drawAnswer(turn);
+    if (turn.isDue) return;
+    turn.isDue = true;
+    requestAnimationFrame(() => {
+      turn.isDue = false;
+      drawAnswer(turn);
+    });
   }
 
   function drawAll() {
     empty.hidden = conversation.path.length > 0;
-    turns.replaceChildren(...conversation.path.map(item));
+    title.hidden = !empty.hidden;
+    const items = conversation.path.map((turn) => turn.item ?? item(turn));
+    let numKept = 0;
+    while (items[numKept] && turns.children[numKept] === items[numKept]) numKept++;
+    while (turns.children.length > numKept) turns.lastChild.remove(); // those that stay keep the focus, and what is open
+    turns.append(...items.slice(numKept));
+    for (const turn of conversation.path) {
+      const { count: several, at } = conversation.siblings(turn);
+      if (several < 2) turn.branches.remove();
+      else if (!turn.branches.isConnected) turn.change.before(turn.branches);
+      turn.which.textContent = ` ${at + 1} of ${several} `;
+      for (const button of turn.item.querySelectorAll(".actions button")) button.disabled = Boolean(running);
+    }
     send.textContent = running ? "Stop" : "Send";
     fresh.hidden = !conversation.path.length;
   }
 
   function item(turn) {
-    const { count: several, at } = conversation.siblings(turn);
     const button = (name, label, act) => {
-      const made = html("button", { type: "button", "aria-label": label, disabled: Boolean(running) }, name);
+      const made = html("button", { type: "button", "aria-label": label }, name);
       made.addEventListener("click", act);
       return made;
     };
     const go = (by) => () => {
-      conversation.step(turn, by);
+      const other = conversation.step(turn, by);
       drawAll();
+      (by < 0 ? other.previous : other.next).focus();
     };
-    const actions = html("span", { class: "actions" },
-      several > 1 && html("span", { class: "branches" }, button("‹", "Previous branch", go(-1)), ` ${at + 1} of ${several} `, button("›", "Next branch", go(1))),
-      turn.role === "user"
-        ? button("Edit", "Edit this turn: the conversation branches here", () => edit(turn))
-        : button("Again", "Answer again", () => write(turn.parent)));
+    turn.previous = button("‹", "Previous branch", go(-1));
+    turn.next = button("›", "Next branch", go(1));
+    turn.which = html("span");
+    turn.branches = html("span", { class: "branches" }, turn.previous, turn.which, turn.next);
+    turn.change = turn.role === "user"
+      ? button("Edit", "Edit this turn: the conversation branches here", () => edit(turn))
+      : button("Again", "Answer again", () => write(turn.parent));
     turn.body = html("div", { class: "words" });
     turn.foot = html("div", { class: "foot" });
+    const actions = html("span", { class: "actions" }, turn.change);
     turn.item = html("li", { class: `turn ${turn.role}` }, html("p", { class: "who" }, ROLES[turn.role], actions), turn.body, turn.foot);
     if (turn.role === "user") turn.body.textContent = turn.content;
-    else queueMicrotask(() => drawAnswer(turn)); // once it has a width
+    else {
+      turn.words = new Text();
+      turn.made = html("div"); // its calls
+      turn.body.append(turn.words, turn.made);
+      turn.foot.addEventListener("toggle", ({ target }) => target.open && reveal(target), true); // it does not bubble
+      drawAnswer(turn);
+    }
     return turn.item;
   }
 
   function drawAnswer(turn) {
     const isRunning = running?.turn === turn;
-    turn.body.textContent = turn.content;
+    const isFollowed = turn.item.getBoundingClientRect().bottom < form.getBoundingClientRect().top + NEAR;
+    turn.words.appendData(turn.content.slice(turn.words.length));
     turn.body.classList.toggle("writing", isRunning);
-    for (const call of turn.calls ?? []) turn.body.append(html("pre", { class: "call" }, `${call.function.name}(${call.function.arguments})`));
-    if (isRunning && !turn.receipt) return turn.foot.replaceChildren(html("p", { class: "note" }, progressOf(turn)));
-    if (turn.receipt) drawReceipt(turn.foot, turn.receipt, turn, app.model()?.block_size ?? 32);
+    turn.made.replaceChildren(...(turn.calls ?? []).map((call) => html("pre", { class: "call" }, `${call.function.name}(${call.function.arguments})`)));
+    if (isRunning) turn.foot.replaceChildren(html("p", { class: "note" }, progressOf(turn)));
+    else if (turn.receipt && turn.item.isConnected) drawReceipt(turn.foot, turn.receipt, turn, app.model()?.block_size ?? 32);
     else turn.foot.replaceChildren();
     if (turn.isStopped) turn.foot.prepend(html("p", { class: "note" }, "Stopped."));
-    if (turn.finishReason === "length") turn.foot.prepend(html("p", { class: "note" }, "It ends here because of the limit on tokens."));
+    if (turn.finishReason === "length" && !isRunning) turn.foot.prepend(html("p", { class: "note" }, "It ends here because of the limit on tokens."));
     if (turn.error) turn.foot.prepend(html("p", { class: "problem" }, turn.error));
+    if (isFollowed) reveal(turn.foot, "instant");
+  }
+
+  // Scroll no further than needed to see it above the composer.
+  function reveal(element, behavior = "auto") {
+    element.scrollIntoView({ block: "nearest", behavior });
   }
 
   function progressOf({ progress, content }) {
@@ -164,23 +218,31 @@ export function build(section, app) {
   }
 
   // In place of a turn's words, a box to change them; sending it makes a branch.
-  function edit(turn) {
-    const words = html("textarea", { rows: Math.min(12, turn.content.split("\n").length + 1), "aria-label": "The turn, to be changed" });
-    words.value = turn.content;
+  function edit(turn, content = turn.content, error = "") {
+    const words = html("textarea", { rows: Math.min(12, content.split("\n").length + 1), "aria-label": "The turn, to be changed" });
+    words.value = content;
     const cancel = html("button", { type: "button" }, "Cancel");
-    const changed = html("form", { class: "composer" }, words, html("div", { class: "buttons" }, html("button", { class: "main" }, "Branch from here"), cancel));
+    const changed = html("form", { class: "composer" }, words, html("div", { class: "buttons" }, html("button", { class: "main" }, "Branch from here"), cancel),
+      html("p", { class: "problem", role: "alert" }, error));
+    const close = () => (turn.body.textContent = turn.content);
+    const leave = () => {
+      close();
+      turn.change.focus();
+    };
     turn.body.replaceChildren(changed);
     words.focus();
-    cancel.addEventListener("click", drawAll);
+    cancel.addEventListener("click", leave);
     words.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") drawAll();
+      if (event.key === "Escape") leave();
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       changed.requestSubmit();
     });
     changed.addEventListener("submit", (event) => {
       event.preventDefault();
-      if (words.value.trim()) write(conversation.add(turn.parent, "user", words.value));
+      if (running || !words.value.trim()) return;
+      close();
+      write(conversation.add(turn.parent, "user", words.value), turn);
     });
   }
 

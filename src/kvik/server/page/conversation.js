@@ -23,9 +23,15 @@ export class Conversation {
 
   // A new turn behind another; from now on the path goes through it.
   add(parent, role, content = "") {
-    const turn = { id: ++numbers, parent, role, content, children: [], chosen: 0 };
+    const turn = { id: ++numbers, parent, role, content, children: [], chosen: 0, chosenBefore: parent.chosen };
     parent.chosen = parent.children.push(turn) - 1;
     return turn;
+  }
+
+  // Take the newest turn behind another away again; what was shown before it was added is shown.
+  drop(turn) {
+    turn.parent.children.splice(turn.parent.children.indexOf(turn), 1);
+    turn.parent.chosen = turn.chosenBefore;
   }
 
   // Whether it has others beside it, and which one it is.
@@ -33,10 +39,11 @@ export class Conversation {
     return { count: turn.parent.children.length, at: turn.parent.chosen };
   }
 
-  // Show the next or previous of the turns that stand beside one.
+  // Show the next or previous of the turns that stand beside one: which it is.
   step(turn, by) {
     const { count, at } = this.siblings(turn);
     turn.parent.chosen = (at + by + count) % count;
+    return turn.parent.children[turn.parent.chosen];
   }
 
   // The turns above one, as messages.

@@ -2,7 +2,7 @@
 
 import { html, token } from "./draw.js";
 import { count, counted } from "./figures.js";
-import { REASONS } from "./reasons.js";
+import { reasonOf } from "./reasons.js";
 import { json } from "./server.js";
 
 const AGAIN_MS = 2000;
@@ -128,7 +128,7 @@ export function build(section, app) {
 // Where a prompt leaves the tree.
 function matched(told) {
   const { num_cached_tokens: cached, num_tokens: total, miss_reason: reason, before, found, expected = [] } = told;
-  const parts = [html("p", {}, html("b", {}, `${counted(cached, "token")} of ${count(total)} would match`), `, ${count(total - cached)} would be computed. ${REASONS[reason]}`)];
+  const parts = [html("p", {}, html("b", {}, `${counted(cached, "token")} of ${count(total)} would match`), `, ${count(total - cached)} would be computed. ${reasonOf(reason, expected)}`)];
   if (!found) return parts;
   const line = (name, texts, kind) => html("p", {}, html("span", { class: "note" }, name), texts.map((text) => token({ text }, kind)));
   if (before.length) parts.push(line("… ", before, "kept"));

@@ -1,13 +1,16 @@
 // Why a match with the cache goes no further, in words.
 
-export const REASONS = {
+const REASONS = {
   all: "All of the prompt is in the cache but its last token, which is always computed: its logits choose the next one.",
-  short: "What is left is shorter than a block, and only full blocks are shared.",
+  short: "What follows is new, and shorter than a block.",
   differs: "From there on the tokens differ from what is cached.",
   unseen: "Nothing that is cached goes on from there.",
-  evicted: "The next block was in the cache, and was evicted for others.",
+  evicted: "The block that goes on from there was in the cache, and was evicted for others.",
   other_salt: "The same beginning is cached for another key or salt, which is not shared.",
   other_format: "The same beginning is cached in another number format.",
-  window: "A layer's window reaches back to blocks that were given up.",
+  window: "More is cached, but a layer's window reaches back to blocks that were given up.",
   off: "The prefix cache is off.",
 };
+
+// `expected`: what the cache has where the prompt goes on otherwise, if that is known.
+export const reasonOf = (reason, expected = []) => REASONS[reason === "short" && expected.length ? "differs" : reason] ?? "";

@@ -3,7 +3,7 @@
 import { box, html, picture, token, widthOf } from "./draw.js";
 import { bytes, count, counted, time } from "./figures.js";
 import { requestOf } from "./live.js";
-import { REASONS } from "./reasons.js";
+import { reasonOf } from "./reasons.js";
 
 const CELL = { height: 16, gap: 2, most: 36 };
 
@@ -50,8 +50,8 @@ export function stoppedReceipt(requestId) {
 }
 
 export function drawReceipt(place, told, turn, blockSize) {
-  const list = html("dl", { class: "receipt" }, told.parts.map(([name, figure, colour]) => html("div", {}, colour && html("i", { style: `background:var(--${colour})` }), html("dt", {}, name), html("dd", {}, figure))));
-  const why = html("details", { class: "why" }, html("summary", {}, "Why not more?"), reason(told, turn, blockSize));
+  const list = html("dl", { class: "receipt" }, told.parts.map(([name, figure, colour]) => html("div", {}, html("dt", {}, colour && html("i", { style: `background:var(--${colour})` }), name), html("dd", {}, figure))));
+  const why = html("details", { class: "why" }, html("summary", {}, "Why not more?"), reason(told, turn));
   place.replaceChildren(strip(told, blockSize, widthOf(place)), list, why);
 }
 
@@ -76,26 +76,33 @@ function strip({ prompt, cached, written }, blockSize, width) {
   return picture(Math.min(width, numBlocks * cell), CELL.height, label, rects);
 }
 
-function reason({ prompt, cached }, turn, blockSize) {
-  const found = turn.diagnostics;
-  const row = requestOf(turn.requestId);
-  const engine = found?.engine_reason ?? row?.miss_reason;
-  const parts = [html("p", {}, `${counted(cached, "token")} of ${count(prompt)} came from the cache, which keeps blocks of ${blockSize}. ${REASONS[engine] ?? ""}`)];
-  const difference = found?.first_difference;
-  if (difference) {
-    parts.push(
-      html("p", {}, `Compared with the answer before it, the prompts agree in ${counted(difference.position, "token")}, and then differ:`),
-      html("p", { class: "difference" }, html("span", { class: "before" }, `… ${oneLine(difference.before)}`), html("br"),
-        html("span", {}, "before: "), token({ text: oneLine(difference.expected) }, "kept"), html("br"),
-        html("span", {}, "now: "), token({ text: oneLine(difference.found) }, "new")),
-    );
-  } else if (found?.type === "cache_hit") {
-    parts.push(html("p", {}, "It begins with all of the prompt before it: nothing that could be reused was computed again."));
-  } else if (!found) {
-    parts.push(html("p", {}, "It is the first answer here, so there is none to compare it with."));
+// `turn.match` is what the cache had of the prompt right before it was sent, where that was asked.
+function reason({ prompt, cached }, turn) {
+  const told = turn.diagnostics;
+  const match = turn.match?.num_tokens === prompt && turn.match.num_cached_tokens === cached ? turn.match : undefined;
+  const engine = told?.engine_reason ?? requestOf(turn.requestId)?.miss_reason ?? match?.miss_reason;
+  const parts = [html("p", {}, `${counted(cached, "token")} of ${count(prompt)} came from the cache. ${reasonOf(engine, match?.expected)}`)];
+  if (match?.found?.length && engine !== "all") {
+    parts.push(difference(match.before.join(""), [["cached: ", match.expected, "kept"], ["now: ", match.found, "new"]]));
   }
-  if (found?.changed_fields) parts.push(html("p", { class: "note" }, `Changed since then: ${found.changed_fields.join(", ")}.`));
+  const earlier = told?.first_difference;
+  if (earlier && match && earlier.position === cached) {
+    parts.push(html("p", {}, `There it also leaves the prompt of the answer before it: they agree in ${counted(cached, "token")}.`));
+  } else if (earlier) {
+    parts.push(html("p", {}, `The prompt of the answer before it and this one agree in ${counted(earlier.position, "token")}, and then differ:`),
+      difference(earlier.before, [["before: ", [earlier.expected], "kept"], ["now: ", [earlier.found], "new"]]));
+  } else if (told?.type === "cache_hit") {
+    parts.push(html("p", {}, "It begins with all of the prompt before it: nothing that could be reused was computed again."));
+  }
+  if (told?.changed_fields) parts.push(html("p", { class: "note" }, `Changed since then: ${told.changed_fields.join(", ")}.`));
   return parts;
+}
+
+// The end of what two prompts share, and a line for how each goes on.
+function difference(before, lines) {
+  const shown = lines.filter(([, texts]) => texts.length);
+  return html("div", { class: "difference" }, before && html("p", { class: "before" }, `… ${oneLine(before)}`),
+    shown.map(([name, texts, kind]) => html("p", {}, name, texts.map((text) => token({ text: oneLine(text) }, kind)))));
 }
 
 // With the ends of lines as they are written in code.
