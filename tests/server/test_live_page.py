@@ -246,8 +246,8 @@ def test_the_past_is_what_it_was(open_page: Open, server: Server) -> None:
     found = opened.page.evaluate(
         """async () => {
             const { Replay } = await import("/page/replay.js");
-            const replay = new Replay(new Uint8Array(3));
-            replay.look((block) => block, 1);
+            const replay = new Replay(Uint8Array.from([0, 1, 2]));
+            replay.begin(1);
             replay.set(0, 5, 3);
             replay.set(2, 9, 3.5);
             replay.set(0, 6, 4);

@@ -1,0 +1,262 @@
+"""The page at `/` before a server that the tests play: what it draws of any state, and what it does when refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+from kvik.server.live.page_files import PAGE, PAGE_FILES
+
+ADDRESS = "http://127.0.0.1:9"
+
+program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(program is None, reason="no Chromium here: install Debian's package chromium")
+
+# The events are fed by `send`; before that each of `refusals` is answered once.
+PLAYED = """
+window.refusals = REFUSALS;
+window.joined = 0;
+const others = fetch;
+window.fetch = async (path, options) => {
+  if (path !== "/v1/events") return others(path, options);
+  const refused = refusals.shift();
+  if (refused) return new Response('{"error": {"message": "not now"}}', refused);
+  joined += 1;
+  const stream = new ReadableStream({ start: (controller) => (window.feed = controller) });
+  return new Response(stream);
+};
+window.send = (name, data) => {
+  const told = JSON.stringify({ now_s: performance.now() / 1000 + 1000, ...data });
+  feed.enqueue(new TextEncoder().encode(`event: ${name}\\ndata: ${told}\\n\\n`));
+};
+"""
+
+COUNTERS = dict.fromkeys(
+    (
+        *("held_blocks", "reusable_blocks", "free_blocks", "generated_tokens", "computed_tokens", "cached_tokens"),
+        *("queried_tokens", "found_tokens", "committed_bytes", "evicted_blocks", "copied_blocks", "running", "waiting"),
+    ),
+    0,
+)
+
+
+def state(num_blocks: int = 64, requests: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
+    """A model with that many blocks, which are free but for those that requests hold."""
+    states = bytearray(num_blocks)
+    for row in requests or ():
+        for block in row["blocks"][0]:
+            states[block] += 2
+    model = {
+        "id": "played",
+        "is_chat": True,
+        "context": 4096,
+        "block_size": 32,
+        "token_bytes": 1024,
+        "kv_dtype": "int8",
+        "num_bytes": num_blocks << 15,
+        "weight_bytes": 1 << 20,
+        "groups": [{"kind": "full", "layers": 2, "block_bytes": 1 << 15, "num_blocks": num_blocks}],
+        "states": [base64.b64encode(states).decode()],
+        "requests": requests or [],
+        "hits": [[], []],
+        "counters": COUNTERS | {"free_blocks": num_blocks},
+        "history": {"names": ["at_s", *COUNTERS], "rows": []},
+    }
+    return {"sees_text": True, "models": [model | changes]}
+
+
+def request(key: int, phase: str = "decode", blocks: list[int] | None = None, **changes: Any) -> dict[str, Any]:
+    """A row of one that is as far as its phase says, submitted a second after the one before."""
+    times = {"queued": 1, "prefill": 2, "decode": 4, "done": 4}[phase]
+    names = ("submitted_s", "begun_s", "first_token_s", "last_token_s")
+    return {
+        "key": key,
+        "request_id": f"req-{key:024x}",
+        "choice": 0,
+        "prompt": f"Question {key}: why?",
+        "written": "",
+        "phase": phase,
+        "num_prompt_tokens": 64,
+        "num_cached_tokens": 32,
+        "num_computed_tokens": 32,
+        "num_written_tokens": 2 if times == 4 else 0,
+        "miss_reason": None,
+        "finish_reason": "stop" if phase == "done" else None,
+        "is_own": True,
+        "blocks": [blocks or []],
+        **{name: 900 + key + at / 10 if at < times else None for at, name in enumerate(names)},
+        **changes,
+    }
+
+
+def change(**changes: Any) -> dict[str, Any]:
+    """A message in which nothing has changed but what is named."""
+    nothing: dict[str, Any] = {"id": "played", "counters": COUNTERS, "blocks": [[[], []]], "requests": []}
+    return {"models": [nothing | {"hits": [[], []], "gone": [], "evicted": [], "copied": []} | changes]}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+Answers = dict[str, tuple[int, Any]]
+Play = Callable[..., Page]
+
+
+@pytest.fixture
+def play(browser: Browser) -> Iterator[Play]:
+    """Open the page at a view; answers are (status, body) by the paths' beginnings. No script may have failed."""
+    opened: list[tuple[Page, list[str]]] = []
+
+    def play_one(
+        view: str,
+        answers: Answers | None = None,
+        *,
+        refusals: list[dict[str, Any]] | None = None,
+        facts: str = "",
+        width: int = 1280,
+        **options: Any,
+    ) -> Page:
+        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+        errors: list[str] = []
+        opened.append((page, errors))
+        page.on("pageerror", lambda error: errors.append(error.message))
+        page.set_default_timeout(10_000)
+        page.add_init_script(PLAYED.replace("REFUSALS", json.dumps(refusals or [])))
+        told: Answers = {"/v1/models": (200, {"data": []}), **(answers or {})}
+
+        def answer(route: Route) -> None:
+            path = route.request.url.removeprefix(ADDRESS)
+            if path == "/":
+                text = PAGE.replace("__FACTS__", facts).replace("__VERSION__", "0")
+                route.fulfill(body=text, content_type="text/html")
+            elif path.startswith("/page/"):
+                found = PAGE_FILES[path.removeprefix("/page/")]
+                route.fulfill(body=found.text, content_type=found.kind)
+            else:
+                status, body = next(value for start, value in told.items() if path.startswith(start))
+                route.fulfill(status=status, json=body)
+
+        page.route("**/*", answer)
+        page.goto(f"{ADDRESS}/#{view}")
+        return page
+
+    yield play_one
+    for page, errors in opened:
+        page.close()
+        assert errors == []
+
+
+def feed(page: Page, name: str, data: dict[str, Any]) -> None:
+    """Have the page get a message, once it listens."""
+    page.wait_for_function("window.joined > 0")
+    page.evaluate("([name, data]) => send(name, data)", [name, data])
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def test_a_server_that_has_no_time_yet_is_asked_again(play: Play) -> None:
+    later = {"headers": {"Retry-After": "1"}}
+    refusals = [{"status": 503, **later}, {"status": 429, **later}]
+    page = play("blocks", {"/v1/models": (503, {"error": {"message": "loading"}})}, refusals=refusals)
+    expect(page.locator("#status")).to_have_text("not now")
+    expect(page.locator("#key")).to_be_hidden()
+    feed(page, "state", state())
+    expect(page.locator("#status")).to_have_text("")
+    expect(page.locator("#blocks .counts")).to_contain_text("64 free")
+    page.evaluate("feed.close()")
+    page.wait_for_function("window.joined === 2")
+
+
+def test_only_a_wrong_key_is_asked_for_again(play: Play) -> None:
+    page = play("blocks", refusals=[{"status": 401}], facts="key")
+    page.get_by_label("Key", exact=True).fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-error")).to_have_text("not now")
+    page.get_by_label("Key", exact=True).fill("right")
+    page.keyboard.press("Enter")
+    feed(page, "state", state())
+    expect(page.locator("#blocks .counts")).to_contain_text("64 free")
+    assert page.evaluate("sessionStorage.getItem('kvik-key')") == "right"
+    assert page.locator("#views a").count() == 8
+
+
+def test_an_error_of_a_view_is_said_and_the_page_goes_on(play: Play) -> None:
+    page = play("blocks")
+    page.evaluate("import('/page/live.js').then(({ onLive }) => onLive(() => { throw new Error('of a view'); }))")
+    page.evaluate("addEventListener('error', (event) => { event.preventDefault(); window.said = event.message; })")
+    feed(page, "state", state())
+    expect(page.locator("#blocks .counts")).to_contain_text("64 free")
+    assert "of a view" in page.evaluate("window.said")
+    assert page.evaluate("window.joined") == 1
+
+
+def test_the_view_stays_with_the_skip_link_and_another_begins_at_its_top(play: Play) -> None:
+    page = play("requests", width=400)
+    feed(page, "state", state(requests=[request(key, "done") for key in range(1, 61)]))
+    page.evaluate("scrollTo({ top: 500, behavior: 'instant' })")
+    page.locator("#views a", has_text="Numbers").evaluate("link => link.click()")
+    page.wait_for_function("document.title.startsWith('Numbers') && scrollY === 0")
+    page.locator("#skip").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    expect(page.locator("#numbers")).to_be_visible()
+
+
+def test_50_000_blocks_are_drawn_30_times_a_second(play: Play) -> None:
+    num_blocks = 50_000
+    rows = [request(key, "decode", list(range(100 * key, 100 * key + 100))) for key in range(1, 301)]
+    page = play("blocks", {"/v1/cache/blocks": (404, {"error": {"message": "none"}})})
+    feed(page, "state", state(num_blocks, rows))
+    expect(page.locator("#blocks .counts")).to_contain_text("50,000 free")
+    found = page.evaluate(
+        """async ([changed, rows, num_blocks]) => {
+            const canvas = document.querySelector("#blocks canvas");
+            const slider = document.querySelector("#blocks input[type=range]");
+            const key = (name) => canvas.dispatchEvent(new KeyboardEvent("keydown", { key: name }));
+            const works = { arrows: [], evictions: [], slider: [] };
+            const later = () => new Promise((done) => {
+                const { port1, port2 } = new MessageChannel();
+                port1.onmessage = done;
+                port2.postMessage(0);
+            });
+            // From the act to the end of the next frame's scripts and drawing.
+            const measure = async (name, act) => {
+                await new Promise(requestAnimationFrame);
+                await later();
+                const before = performance.now();
+                let began;
+                requestAnimationFrame(() => (began = performance.now()));
+                act();
+                const acted = performance.now() - before;
+                await new Promise(requestAnimationFrame);
+                await later();
+                works[name].push(acted + performance.now() - began);
+            };
+            canvas.focus();
+            for (let at = 0; at < 20; at++) await measure("arrows", () => key(at % 5 ? "ArrowRight" : "ArrowDown"));
+            for (let at = 0; at < 20; at++) await measure("evictions", () => {
+                const blocks = Array.from({ length: 500 }, (_, each) => (each * 97 + at * 131) % num_blocks);
+                const states = blocks.map(() => at % 3);
+                Object.assign(changed.models[0], { blocks: [[blocks, states]], evicted: blocks, requests: rows });
+                send("change", changed);
+            });
+            for (let at = 0; at < 10; at++) await measure("slider", () => {
+                slider.value = -1 * (at % 2);
+                slider.dispatchEvent(new Event("input"));
+            });
+            const median = (all) => all.sort((a, b) => a - b)[all.length >> 1];
+            return Object.fromEntries(Object.entries(works).map(([name, all]) => [name, median(all)]));
+        }""",
+        [change(), rows, num_blocks],
+    )
+    assert max(found.values()) < 33, found
