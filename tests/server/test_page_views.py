@@ -260,3 +260,113 @@ def test_50_000_blocks_are_drawn_30_times_a_second(play: Play) -> None:
         [change(), rows, num_blocks],
     )
     assert max(found.values()) < 33, found
+
+
+def test_requests_that_run_come_first_and_what_is_not_shown_is_said(play: Play) -> None:
+    page = play("requests")
+    rows = [
+        request(1),
+        *(request(key, "queued") for key in range(2, 40)),
+        *(request(key, "done") for key in range(40, 301)),
+    ]
+    feed(page, "state", state(requests=rows))
+    expect(page.locator("#requests [role=status]")).to_have_text("60 of 300")
+    shown = page.locator("#requests tbody tr")
+    assert shown.evaluate_all("rows => rows.map((row) => Number(row.dataset.key))") == [
+        *(1, *range(39, 1, -1)),
+        *range(300, 279, -1),
+    ]
+    expect(shown.first.locator(".what > span")).to_have_text("Question 1: why?")
+    expect(shown.first.locator("small")).to_have_text("…000001")
+    assert shown.first.locator(".what").get_attribute("title") == f"req-{1:024x}"
+    assert page.locator("#requests .axis span").count() >= 3
+
+
+PLAN = {
+    "max_context": 4096,
+    "kv_dtypes": ["f16", "int8"],
+    "kv_dtype": "f16",
+    "context": 1024,
+    "users": 4,
+    "attention": "GQA",
+    "bytes": {"token": 1, "sequence": 1, "kv": 1, "weights": 1, "others": 1, "needed": 3, "memory": 4},
+    "fits": True,
+    "most_users": 4,
+    "largest_context": 4096,
+    "doubled": None,
+    "advice": [],
+}
+
+
+def test_the_planner_asks_once_and_for_the_servers_own_type(play: Play) -> None:
+    asked: list[str] = []
+    models = (200, {"data": [{"id": "played", "is_served": True}]})
+    answers: Answers = {"/v1/plan/models": (503, {"error": {"message": "loading"}}), "/v1/plan": (200, PLAN)}
+    page = play("planner", answers)
+    page.on("request", lambda sent: asked.append(sent.url.partition("/v1/plan")[2]) if "/v1/plan" in sent.url else None)
+    feed(page, "state", state())
+    verdict = page.locator("#planner .fits")
+    expect(verdict).to_have_text("loading")
+    for _ in range(5):
+        feed(page, "change", change())
+        page.wait_for_timeout(100)
+    assert asked == ["/models"]
+    page.route("**/v1/plan/models", lambda route: route.fulfill(status=models[0], json=models[1]))
+    page.route("**/v1/plan?*", lambda route: route.fulfill(status=400, json={"error": {"message": "no plan"}}))
+    page.locator("[name=plan_users]").press("ArrowRight")
+    expect(verdict).to_have_text("no plan")
+    for _ in range(5):
+        feed(page, "change", change())
+        page.wait_for_timeout(100)
+    assert [url.partition("?")[0] for url in asked] == ["/models", "/models", ""]
+    page.unroute("**/v1/plan?*")
+    page.locator("[name=plan_users]").press("ArrowRight")
+    expect(verdict).to_contain_text("It fits")
+    assert "kv=int8" in asked[-1]
+
+
+def test_numbers_have_gaps_where_nobody_watched_and_no_prompt_came(play: Play) -> None:
+    page = play("numbers")
+    times = [*range(0, 20, 2), *range(40, 60, 2)]  # seconds; nothing is asked from the 50th on
+    now_s = page.evaluate("performance.now() / 1000 + 1000")
+    rows = []
+    for at_s in times:
+        counters = COUNTERS | {"queried_tokens": min(at_s, 12), "found_tokens": min(at_s, 12) / 2, "held_blocks": 3}
+        rows.append([now_s - 60 + at_s, *counters.values()])
+    feed(page, "state", state(history={"names": ["at_s", *COUNTERS], "rows": rows}))
+    paths = page.locator("#numbers .charts .figure").evaluate_all(
+        """figures => figures.slice(0, 4).map((figure) =>
+            [...figure.querySelectorAll("path[style*='fill: none']")].map((path) => path.getAttribute("d")))"""
+    )
+    speed, hits, memory, _ = paths
+    assert [line.count("M") for line in (*speed, *memory)] == [2, 2, 2, 2]
+    assert hits[0].count("M") == 1, "no prompt came after the gap"
+    expect(page.locator("#numbers .figure", has_text="Memory of blocks").locator("text").nth(1)).to_contain_text("kB")
+
+
+def test_what_a_choice_shows_is_as_new_as_its_state(play: Play) -> None:
+    block = {"state": "held", "num_holders": 1, "is_sealed": True, "first_token": 0, "num_tokens": 1}
+    answers: Answers = {"/v1/cache/blocks": (200, {**block, "num_evicted_before": None, "tokens": ["today"]})}
+    page = play("blocks", answers)
+    feed(page, "state", state(requests=[request(1, blocks=[0])]))
+    page.locator("#blocks canvas").focus()
+    detail = page.locator("#blocks .detail")
+    expect(detail).to_contain_text("today")
+    answers["/v1/cache/blocks"] = (200, {**block, "num_evicted_before": None, "tokens": ["tomorrow"]})
+    page.route("**/v1/cache/blocks/*", lambda route: route.fulfill(json=answers["/v1/cache/blocks"][1]))
+    feed(page, "change", change(blocks=[[[0], [1]]], gone=[1]))
+    expect(detail).to_contain_text("tomorrow")
+    page.locator("#blocks input[type=range]").press("ArrowLeft")
+    expect(detail).to_contain_text("1 s ago")
+    expect(detail).not_to_contain_text("tomorrow")
+
+
+def test_cells_are_light_on_paper(play: Play) -> None:
+    page = play("blocks", color_scheme="dark")
+    feed(page, "state", state(requests=[request(1, blocks=[0]), request(2, blocks=[0])]))
+    pixel = "[...document.querySelector('#blocks canvas').getContext('2d').getImageData(3, 3, 1, 1).data]"
+    assert page.evaluate(pixel) == [0x56, 0xB4, 0xE9, 255]
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(pixel) == [0x00, 0x72, 0xB2, 255]
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(pixel) == [0x56, 0xB4, 0xE9, 255]

@@ -19,10 +19,11 @@ export class Cells {
   layOut(width) {
     const scale = devicePixelRatio;
     const side = Math.floor(Math.sqrt((width * MOST_HEIGHT) / this.number));
-    this.step = Math.floor(scale * Math.max(SIDE.least, Math.min(SIDE.most, side))); // in pixels
+    const wanted = Math.max(SIDE.least, Math.min(SIDE.most, side));
+    this.columns = Math.max(ROW, Math.floor(width / wanted / ROW) * ROW);
+    this.step = Math.floor(scale * Math.min(SIDE.most, width / this.columns)); // in pixels
     this.side = this.step / scale;
     this.size = this.step - Math.max(1, Math.floor(this.step / 10));
-    this.columns = Math.max(ROW, Math.floor(width / this.side / ROW) * ROW);
     const [w, h] = [this.columns * this.step, Math.ceil(this.number / this.columns) * this.step];
     [this.canvas.width, this.canvas.height] = [w, h];
     this.canvas.style.width = `${w / scale}px`;
