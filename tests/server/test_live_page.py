@@ -314,6 +314,7 @@ def test_a_page_is_made_of_a_prompt(open_page: Open, server: Server) -> None:
     made = popup.value
     complaints: list[str] = []
     made.on("console", lambda message: complaints.append(message.text))
+    made.locator("#position").wait_for()
     made.reload()
     expect(made.locator("#position")).to_contain_text("of 6")
     expect(made.locator("#tiles")).to_contain_text("same bits")

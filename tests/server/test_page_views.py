@@ -370,3 +370,51 @@ def test_cells_are_light_on_paper(play: Play) -> None:
     assert page.evaluate(pixel) == [0x00, 0x72, 0xB2, 255]
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(pixel) == [0x56, 0xB4, 0xE9, 255]
+
+
+def test_a_chosen_run_is_as_new_as_the_tree(play: Play) -> None:
+    run = {"first_token": 0, "num_tokens": 32, "num_blocks": 1, "num_holders": 1, "last_block": 3, "text": "Why?"}
+    tree = {"data": [run], "has_more": False}
+    page = play("prefixes", {"/v1/cache/tree": (200, tree), "/v1/cache/blocks": (200, {"num_evicted_before": None})})
+    feed(page, "state", state())
+    page.locator("#prefixes .tree button").click()
+    detail = page.locator("#prefixes .detail")
+    expect(detail).to_contain_text("held by 1")
+    tree["data"] = [{**run, "num_holders": 0}]
+    feed(page, "change", change(blocks=[[[3], [1]]]))
+    expect(detail).to_contain_text("held by nobody")
+    tree["data"] = []
+    feed(page, "change", change(blocks=[[[3], [0]]]))
+    expect(detail).to_contain_text("That run is no more")
+
+
+def test_the_past_ends_after_five_minutes(play: Play) -> None:
+    page = play("blocks")
+    kept = page.evaluate(
+        """async () => {
+            const { Replay } = await import("/page/replay.js");
+            const replay = new Replay(new Uint8Array(9000));
+            replay.begin(0);
+            for (let block = 0; block < 9000; block++) replay.set(block, 1, block / 100);
+            replay.set(0, 2, 395);
+            return [replay.changes[0][0], replay.changes.at(-1)[0], replay.seconds(400)];
+        }"""
+    )
+    assert kept == [40.96, 395, 300]
+
+
+def test_a_request_that_is_gone_leaves_its_blocks(play: Play) -> None:
+    page = play("blocks", color_scheme="light")
+    feed(page, "state", state(requests=[request(1, blocks=[0])]))
+    pixel = "[...document.querySelector('#blocks canvas').getContext('2d').getImageData(3, 3, 1, 1).data]"
+    assert page.evaluate(pixel) == [0xCC, 0x79, 0xA7, 255], "a request's colour"
+    feed(page, "change", change(gone=[1]))
+    assert page.evaluate(pixel) == [0x56, 0x60, 0x6E, 255], "that of what somebody else holds"
+
+
+def test_another_model_is_drawn_at_once(play: Play) -> None:
+    page = play("blocks")
+    first, other = state(), state(128, id="other")
+    feed(page, "state", {**first, "models": [*first["models"], *other["models"]]})
+    page.locator("#model").select_option("other")
+    expect(page.locator("#blocks .counts")).to_contain_text("128 free")

@@ -37,7 +37,10 @@ element("key").addEventListener("submit", (event) => {
   element("key-text").value = "";
   open();
 });
-element("model").addEventListener("change", () => app.onModel.forEach((told) => told()));
+element("model").addEventListener("change", () => {
+  app.onModel.forEach((told) => told());
+  draw({ isWhole: true, changes: [] });
+});
 addEventListener("resize", () => draw({ isWhole: true, changes: [] }));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw({ isWhole: true, changes: [] }));
 element("skip").addEventListener("click", (event) => {
