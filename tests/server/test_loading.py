@@ -96,7 +96,8 @@ def test_every_route_says_that_the_models_load_and_then_works(tiny_llm: LLM) -> 
             answer = server.ask("GET", path)
             assert (answer.status, answer.body) == (503, {"status": "loading", "models": {}})
             assert int(answer.headers["retry-after"]) > 0
-        assert server.ask("GET", "/version").status == 200
+        for path in ("/version", "/", "/page/main.js"):
+            assert server.ask("GET", path).status == 200
         num_asked = 0
         for route in ROUTES:
             path = plain_path(route.path).replace("{id}", "sess_1").replace("{name}", "tiny")

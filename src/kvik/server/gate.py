@@ -22,11 +22,13 @@ from kvik.server.state import ServerState
 access = logging.getLogger("kvik.access")
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/", "/health", "/health/decode", "/ready", "/docs", *(f"/page/{name}" for name in PAGE_FILES)})
+PAGE_PATHS = frozenset({"/", *(f"/page/{name}" for name in PAGE_FILES)})
+
+OPEN_PATHS = PAGE_PATHS | {"/health", "/health/decode", "/ready", "/docs"}
 """Served without a key, and compared exactly: a load balancer has none, nor has a browser that is shown a link."""
 
-PATHS_WITHOUT_MODELS = frozenset({"/health", "/health/decode", "/ready", "/version"})
-"""Served also while the models are being loaded."""
+PATHS_WITHOUT_MODELS = PAGE_PATHS | {"/health", "/health/decode", "/ready", "/version"}
+"""Served also while the models are being loaded: the page waits for them."""
 
 LOCALHOST = "localhost"
 """Among the origins: any page of this machine, whatever its port."""

@@ -1,22 +1,24 @@
 // Blocks: a cell for each, by group of layers; what is in one; and how they were some minutes ago.
 
+import { Cells, mixed, pixelsOf } from "./cells.js";
 import { html, token, widthOf } from "./draw.js";
 import { bytes, count, counted } from "./figures.js";
 import { Replay } from "./replay.js";
 import { live, stateOf } from "./live.js";
 import { json } from "./server.js";
 
-const SIDE = { least: 3, most: 22, gap: 1 };
-const MOST_HEIGHT = 460;
 const FLASH_MS = 900;
 const ASK_MS = 90;
-const ROW = 8; // blocks that lie together
+const AGAIN_MS = 400; // of a block that changes all the time
+const LEAST_RING = 8;
 
 // What a cell looks like: a number each, so that the past is kept in bytes.
 const [FREE, REUSABLE, KEPT, SHARED, FIRST_COLOUR] = [0, 1, 2, 3, 4];
 const COLOURS = ["#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8d6fd1", "#b8a500", "#56b4e9", "#a0522d"];
+const IN_WORDS = ["free", "reusable", "held by a session, a pin, or others", "shared"];
+
 export function build(section, app) {
-  const legend = html("ul", { class: "counts" });
+  const legend = makeLegend();
   const figures = html("div");
   const detail = html("div", { class: "detail", role: "status" });
   const slider = html("input", { type: "range", min: -1, max: 0, value: 0, step: 1, "aria-label": "Seconds ago" });
@@ -25,168 +27,239 @@ export function build(section, app) {
   section.append(
     html("h1", { class: "view" }, "Blocks"),
     html("p", {}, "A cell for each block of the KV cache. Requests have colours; point at a cell, or use the arrow keys, to see the tokens in it."),
-    legend,
-    figures,
-    html("div", { class: "replay screen" }, html("span", {}, "Replay"), slider, moment, now),
-    detail,
+    legend.element,
+    html("div", { class: "beside" }, html("div", {}, figures, html("div", { class: "replay screen" }, html("span", {}, "Replay"), slider, moment, now)), detail),
   );
   let model; // that the grids are of
   let grids = [];
+  let palette;
+  let seen_s = 0; // the newest time by the server's clock
   let chosen; // {grid, block}
   let waiting; // before a block is asked for
   let isAsking = false;
+  let frame; // of what flashes
+  let isPrinted = false;
+  let isTurned = false; // to another moment, since it was drawn
 
-  app.onModel.push(() => (model = undefined));
-  slider.addEventListener("input", () => redraw());
+  app.onModel.push(() => note({ isWhole: true, changes: [] }));
+  slider.addEventListener("input", () => {
+    turn();
+    frame ??= requestAnimationFrame(drawFrame);
+  });
   now.addEventListener("click", () => {
     slider.value = 0;
-    redraw();
+    turn();
+    frame ??= requestAnimationFrame(drawFrame);
   });
+  for (const [name, isSo] of [["beforeprint", true], ["afterprint", false]]) {
+    addEventListener(name, () => {
+      isPrinted = isSo;
+      palette = undefined;
+      if (!section.hidden) for (const grid of grids) grid.drawAll();
+    });
+  }
+
+  const isPast = () => Number(slider.value) !== 0;
+  const momentOf = () => (isPast() ? live.now() + Number(slider.value) : undefined);
+  const coloursNow = () => (palette ??= coloursOf(section, isPrinted));
 
   function note({ isWhole, changes }) {
     const wanted = app.model();
     if (!wanted) return;
-    if (model !== wanted || isWhole) begin(wanted);
-    const change = changes.find((each) => each.model === model);
-    if (!change) return;
-    for (const grid of grids) grid.take(change);
-  }
-
-  function begin(wanted) {
-    if (model !== wanted) {
-      model = wanted;
-      chosen = undefined;
-      grids = model.groups.map((group, at) => grid(model, group, at));
-      figures.replaceChildren(...grids.map((each) => each.element));
-      showNothing();
+    if (model !== wanted) begin(wanted);
+    if (isWhole) {
+      palette = undefined; // the scheme may be another
+      for (const grid of grids) grid.isStale = true;
     }
-    for (const each of grids) each.isStale = true;
+    const change = changes.find((each) => each.model === model);
+    if (change) for (const grid of grids) grid.take(change);
+    seen_s = live.now();
   }
 
-  function grid(model, group, at) {
-    const canvas = html("canvas", { tabindex: 0, role: "application", "aria-label": `Blocks of ${nameOf(group)}; the arrow keys choose one` });
-    const element = html("div", { class: "figure" }, html("h3", {}, nameOf(group), html("span", { class: "note" }, ` · ${counted(group.num_blocks, "block")} of ${bytes(group.block_bytes)}`)), canvas);
-    const looks = new Uint8Array(group.num_blocks);
+  // A state of the same blocks goes on where the one before ended.
+  function begin(wanted) {
+    const sizes = (of) => of?.groups.map((group) => group.num_blocks).join();
+    const goesOn = model?.id === wanted.id && sizes(model) === sizes(wanted) && live.now() >= seen_s;
+    model = wanted;
+    if (!goesOn) {
+      chosen = undefined;
+      slider.value = 0;
+      turn();
+      grids = model.groups.map(makeGrid);
+      figures.replaceChildren(...grids.map((each) => each.element));
+    }
+    for (const grid of grids) grid.takeAll();
+    askSoon();
+  }
+
+  function makeGrid(group, at) {
+    const number = group.num_blocks;
+    const cells = new Cells(number, `Blocks of ${nameOf(group)}; the arrow keys choose one`);
+    const { canvas } = cells;
+    const ring = html("i", { class: "ring", hidden: true });
+    const element = html("div", { class: "figure" }, html("h3", {}, nameOf(group), html("span", { class: "note" }, ` · ${counted(number, "block")} of ${bytes(group.block_bytes)}`)), html("div", { class: "cells" }, canvas, ring));
+    const looks = new Uint8Array(number);
+    const counts = new Int32Array(FIRST_COLOUR + COLOURS.length).fill(0); // of blocks, by their looks
     const replay = new Replay(looks);
-    const owners = new Map(); // requests by block, where one alone has it
+    const owners = new Float64Array(number); // the key of a request that holds it
+    const tables = new Map(); // blocks by the keys of requests
     const flashes = new Map(); // block: {since, colour}
-    const dirty = new Set();
-    const made = { element, canvas, group, at, looks, replay, isStale: true, side: 0, columns: 0 };
+    const dirty = new Set(); // blocks that are drawn otherwise than they look
+    const made = { element, at, number, counts, replay, isStale: true };
+    counts[FREE] = number;
 
     const look = (block) => {
-      const { count: holders, name } = stateOf(group.states[block]);
+      const { count: holders, name } = stateOf(model.groups[at].states[block]);
       if (name !== "held") return name === "free" ? FREE : REUSABLE;
       if (holders > 1) return SHARED;
-      return owners.has(block) ? FIRST_COLOUR + (owners.get(block) % COLOURS.length) : KEPT;
+      return owners[block] ? FIRST_COLOUR + (owners[block] % COLOURS.length) : KEPT;
     };
 
-    made.take = ({ blocks, rows, evicted, copied }) => {
+    const update = (block, at_s) => {
+      const [before, after] = [looks[block], look(block)];
+      if (before === after) return;
+      counts[before] -= 1;
+      counts[after] += 1;
+      replay.set(block, after, at_s);
+      dirty.add(block);
+    };
+
+    const hold = (key, blocks) => {
+      const before = tables.get(key) ?? [];
+      for (const block of before) if (owners[block] === key) owners[block] = 0;
+      for (const block of blocks) owners[block] = key;
+      if (blocks.length) tables.set(key, blocks);
+      else tables.delete(key);
+      return before;
+    };
+
+    made.take = ({ blocks, rows, gone, evicted, copied }) => {
+      const touched = [blocks[at], ...gone.map((key) => hold(key, []))];
       for (const row of rows) {
-        if (!row.blocks) continue;
-        for (const block of made.tables.get(row.key) ?? []) {
-          if (owners.get(block) === row.key) owners.delete(block);
-          dirty.add(block);
-        }
-        made.tables.set(row.key, row.blocks[at] ?? []);
-        for (const block of row.blocks[at] ?? []) {
-          owners.set(block, row.key);
-          dirty.add(block);
-        }
+        if (row.blocks) touched.push(row.blocks[at], hold(row.key, row.blocks[at]));
       }
-      for (const block of blocks[at]) dirty.add(block);
-      if (at === 0) for (const block of evicted) flashes.set(block, { since: performance.now(), colour: "--again" });
-      for (const [, target, of] of copied) if (of === at) flashes.set(target, { since: performance.now(), colour: "--first" });
-      for (const block of dirty) replay.set(block, look(block), live.now());
+      const now_s = live.now();
+      for (const each of touched) for (const block of each) update(block, now_s);
+      if (chosen?.grid === made && isNewAbout(touched, rows)) askSoon(AGAIN_MS);
+      if (section.hidden) return;
+      const flash = (block, colour) => flashes.set(block, { since: performance.now(), colour });
+      if (at === 0) for (const block of evicted) flash(block, "evicted");
+      for (const [, target, of] of copied) if (of === at) flash(target, "copied");
     };
-    made.tables = new Map();
 
-    // Everything anew: the grid's size, and each cell.
+    // Whether the chosen block is another, or has more tokens.
+    const isNewAbout = (touched, rows) =>
+      touched.some((each) => each.includes(chosen.block)) || rows.some((row) => row.key === owners[chosen.block] && tables.get(row.key).at(-1) === chosen.block);
+
+    made.takeAll = () => {
+      owners.fill(0);
+      tables.clear();
+      for (const row of model.requests.values()) hold(row.key, row.blocks?.[at] ?? []);
+      const now_s = live.now();
+      for (let block = 0; block < number; block++) update(block, now_s);
+      replay.begin(now_s);
+    };
+
     made.layOut = () => {
       made.isStale = false;
-      owners.clear();
-      made.tables.clear();
-      for (const row of model.requests.values()) {
-        made.tables.set(row.key, row.blocks?.[at] ?? []);
-        for (const block of row.blocks?.[at] ?? []) owners.set(block, row.key);
-      }
-      replay.look(look, live.now());
-      const width = widthOf(element);
-      const side = Math.floor(Math.sqrt((width * MOST_HEIGHT) / group.num_blocks));
-      made.side = Math.max(SIDE.least, Math.min(SIDE.most, side));
-      made.columns = Math.max(ROW, Math.floor(width / made.side / ROW) * ROW);
-      const scale = devicePixelRatio;
-      const [w, h] = [made.columns * made.side, Math.ceil(group.num_blocks / made.columns) * made.side];
-      canvas.width = w * scale;
-      canvas.height = h * scale;
-      canvas.style.width = `${w}px`;
-      canvas.style.height = `${h}px`;
+      cells.layOut(widthOf(element));
       made.drawAll();
     };
 
+    const paint = (block, shown) => cells.paint(block, coloursNow().looks[shown], shown === FREE);
+
     made.drawAll = () => {
-      const pen = penOf(made);
-      const shown = made.replay.at(momentOf());
-      pen.context.clearRect(0, 0, canvas.width, canvas.height);
-      for (let block = 0; block < shown.length; block++) pen.cell(block, shown[block]);
+      if (!cells.image) return;
+      const shown = replay.at(momentOf());
+      for (let block = 0; block < number; block++) paint(block, shown[block]);
       dirty.clear();
-      if (chosen?.grid === made) pen.ring(chosen.block);
+      cells.show();
+      made.placeRing();
     };
 
     // What has changed, and what flashes; whether some still do.
     made.drawChanged = () => {
-      const pen = penOf(made);
-      for (const block of dirty) pen.cell(block, looks[block]);
+      for (const block of dirty) paint(block, looks[block]);
       dirty.clear();
+      const colours = coloursNow();
       for (const [block, { since, colour }] of flashes) {
         const part = 1 - (performance.now() - since) / FLASH_MS;
-        pen.cell(block, looks[block]);
-        if (part <= 0) flashes.delete(block);
-        else pen.flash(block, colour, part);
+        if (part > 0) cells.paint(block, mixed(colours[colour], colours.looks[looks[block]], part));
+        else {
+          paint(block, looks[block]);
+          flashes.delete(block);
+        }
       }
-      if (chosen?.grid === made) pen.ring(chosen.block);
+      cells.show();
       return flashes.size > 0;
     };
 
-    const blockAt = ({ offsetX, offsetY }) => Math.floor(offsetY / made.side) * made.columns + Math.floor(offsetX / made.side);
-    canvas.addEventListener("pointermove", (event) => choose(made, blockAt(event)));
-    canvas.addEventListener("pointerdown", (event) => choose(made, blockAt(event)));
+    made.placeRing = () => {
+      ring.hidden = chosen?.grid !== made;
+      if (ring.hidden) return;
+      const side = Math.max(LEAST_RING, cells.side + 2);
+      const [x, y] = cells.place(chosen.block).map((edge) => edge + (cells.side - side) / 2);
+      ring.style.cssText = `width:${side}px;height:${side}px;transform:translate(${x}px,${y}px)`;
+    };
+
+    const point = (event) => choose(made, cells.at(event.offsetX, event.offsetY));
+    canvas.addEventListener("pointermove", point);
+    canvas.addEventListener("pointerdown", point);
     canvas.addEventListener("focus", () => choose(made, chosen?.grid === made ? chosen.block : 0));
     canvas.addEventListener("keydown", (event) => {
-      const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -made.columns, ArrowDown: made.columns }[event.key];
-      const target = { Home: 0, End: group.num_blocks - 1 }[event.key] ?? (by && (chosen?.block ?? 0) + by);
+      const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -cells.columns, ArrowDown: cells.columns }[event.key];
+      const target = { Home: 0, End: number - 1 }[event.key] ?? (by && (chosen?.block ?? 0) + by);
       if (target === undefined) return;
       event.preventDefault();
-      choose(made, Math.max(0, Math.min(group.num_blocks - 1, target)));
+      choose(made, Math.max(0, Math.min(number - 1, target)));
     });
     return made;
   }
 
   function choose(grid, block) {
-    if (block < 0 || block >= grid.group.num_blocks || (chosen?.grid === grid && chosen.block === block)) return;
+    if (!(block >= 0 && block < grid.number) || (chosen?.grid === grid && chosen.block === block)) return;
     const before = chosen?.grid;
     chosen = { grid, block };
-    before?.drawAll();
-    grid.drawAll();
+    before?.placeRing();
+    grid.placeRing();
     clearTimeout(waiting);
-    waiting = setTimeout(askFor, ASK_MS);
+    waiting = undefined;
+    askSoon();
   }
 
-  // One question at a time: an answer may have to wait for a step.
+  function askSoon(wait_ms = ASK_MS) {
+    waiting ??= setTimeout(() => {
+      waiting = undefined;
+      if (!section.hidden) askFor();
+    }, wait_ms);
+  }
+
+  // One question at a time: an answer may have to wait for a step. What the tokens were in the past is not kept.
   async function askFor() {
-    if (isAsking || !chosen) return;
+    if (isAsking) return;
+    if (!chosen) return detail.replaceChildren(html("p", { class: "note" }, "Choose a block to see its tokens."));
+    if (isPast()) return tellPast(chosen);
     const { grid, block } = chosen;
     isAsking = true;
     try {
-      tell(grid, block, await json(`/v1/cache/blocks/${block}?group=${grid.at}&model=${encodeURIComponent(model.id)}`));
+      const found = await json(`/v1/cache/blocks/${block}?group=${grid.at}&model=${encodeURIComponent(model.id)}`);
+      if (chosen?.grid === grid && chosen.block === block && !isPast()) tell(grid, block, found);
     } catch (error) {
       detail.replaceChildren(error.message);
     }
     isAsking = false;
-    if (chosen && (chosen.grid !== grid || chosen.block !== block)) askFor();
+    if (chosen?.grid !== grid || chosen.block !== block || isPast()) askFor();
+  }
+
+  function tellPast({ grid, block }) {
+    const look = grid.replay.at(momentOf())[block];
+    detail.replaceChildren(
+      html("p", {}, `Block ${count(block)}, ${-slider.value} s ago: ${IN_WORDS[look] ?? "held by a request"}`),
+      html("p", { class: "note" }, "Only the newest tokens of a block are kept."),
+    );
   }
 
   function tell(grid, block, found) {
-    if (chosen?.grid !== grid || chosen.block !== block) return;
     const holders = [...model.requests.values()].filter((row) => row.blocks?.[grid.at]?.includes(block));
     const changed = grid.replay.changedAt(block);
     const facts = [
@@ -201,76 +274,71 @@ export function build(section, app) {
     detail.replaceChildren(html("p", {}, facts.filter(Boolean).join(" · ")), html("div", {}, words.length ? words : hidden));
   }
 
-  const showNothing = () => detail.replaceChildren(html("p", { class: "note" }, "Choose a block to see its tokens."));
-  const momentOf = () => (Number(slider.value) === 0 ? undefined : live.now() + Number(slider.value));
+  // To another moment.
+  function turn() {
+    moment.textContent = isPast() ? `${-slider.value} s ago` : "now";
+    now.disabled = !isPast();
+    isTurned = true;
+    askSoon();
+  }
 
-  function redraw() {
-    const isNow = Number(slider.value) === 0;
-    moment.textContent = isNow ? "now" : `${-slider.value} s ago`;
-    now.disabled = isNow;
-    for (const grid of grids) grid.drawAll();
+  function drawFrame() {
+    frame = undefined;
+    draw();
   }
 
   function draw() {
-    if (!model) return;
-    drawLegend();
-    slider.min = -Math.max(1, Math.round(Math.max(...grids.map((grid) => grid.replay.seconds(live.now())))));
+    if (!model || section.hidden) return;
+    legend.draw(model, grids[0].counts);
+    const least = String(-Math.max(1, Math.round(Math.max(...grids.map((grid) => grid.replay.seconds(live.now()))))));
+    if (slider.min !== least) slider.min = least;
     let flashes = false;
     for (const grid of grids) {
       if (grid.isStale) grid.layOut();
-      else if (Number(slider.value) === 0) flashes = grid.drawChanged() || flashes;
+      else if (isPast() || isTurned) grid.drawAll();
+      else flashes = grid.drawChanged() || flashes;
     }
-    if (flashes && !section.hidden) requestAnimationFrame(draw);
+    isTurned = false;
+    if (flashes) frame ??= requestAnimationFrame(drawFrame);
   }
 
-  function drawLegend() {
-    const { held_blocks: held, reusable_blocks: reusable, free_blocks: free } = model.counters;
-    const numShared = model.groups[0].states.reduce((sum, state) => sum + (state >= 4), 0);
-    const numKept = grids[0].looks.reduce((sum, look) => sum + (look === KEPT), 0);
-    const row = (colour, text) => html("li", {}, html("i", { style: `background:var(${colour})` }), text);
-    legend.replaceChildren(...[
-      html("li", {}, html("i", { style: `background:conic-gradient(${COLOURS.slice(0, 4).join(",")})` }), `${count(held)} held`),
-      row("--kept", `${count(numShared)} of them shared`),
-      numKept > 0 && row("--muted", `${count(numKept)} by a session, a pin, or others`),
-      row("--kept-tint", `${count(reusable)} reusable`),
-      row("--line", `${count(free)} free`),
-    ].filter(Boolean));
-  }
-
-  return { draw, note, hide: () => clearTimeout(waiting) };
+  return { draw, note, show: () => askSoon(), hide: () => (waiting = clearTimeout(waiting)) };
 }
 
 const nameOf = ({ kind, layers, window }) =>
   kind === "window" ? `${counted(layers, "layer")} that see${layers === 1 ? "s" : ""} the newest ${counted(window, "token")}` : `${counted(layers, "layer")} that see${layers === 1 ? "s" : ""} all tokens`;
 
-function penOf({ canvas, side, columns }) {
-  const context = canvas.getContext("2d");
-  const style = getComputedStyle(canvas);
-  const of = (name) => style.getPropertyValue(name).trim();
-  const fills = [of("--line"), of("--kept-tint"), of("--muted"), of("--kept"), ...COLOURS];
-  const size = side > 4 ? side - SIDE.gap : side - 0.5;
-  context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
-  const place = (block) => [(block % columns) * side, Math.floor(block / columns) * side];
-  const cell = (block, look) => {
-    const [x, y] = place(block);
-    context.clearRect(x, y, side, side);
-    context.globalAlpha = look === FREE ? 0.55 : 1;
-    context.fillStyle = fills[look];
-    context.fillRect(x, y, size, size);
-    context.globalAlpha = 1;
+function makeLegend() {
+  const row = (style) => {
+    const words = document.createTextNode("");
+    return { element: html("li", {}, html("i", { style }), words), words };
   };
-  const flash = (block, colour, part) => {
-    const [x, y] = place(block);
-    context.globalAlpha = part;
-    context.fillStyle = of(colour);
-    context.fillRect(x, y, size, size);
-    context.globalAlpha = 1;
+  const held = row(`background:conic-gradient(${COLOURS.slice(0, 4).join(",")})`);
+  const [shared, kept, reusable] = ["--kept", "--muted", "--reusable"].map((colour) => row(`background:var(${colour})`));
+  const free = row("box-shadow:inset 0 0 0 1px var(--muted);opacity:0.6");
+  const write = ({ words }, text) => words.data !== text && (words.data = text);
+
+  function draw({ counters }, counts) {
+    write(held, `${count(counters.held_blocks)} held`);
+    write(shared, `${count(counts[SHARED])} of them shared`);
+    write(kept, `${count(counts[KEPT])} by a session, a pin, or others`);
+    kept.element.hidden = !counts[KEPT];
+    write(reusable, `${count(counters.reusable_blocks)} reusable`);
+    write(free, `${count(counters.free_blocks)} free`);
+  }
+
+  return { element: html("ul", { class: "counts" }, [held, shared, kept, reusable, free].map(({ element }) => element)), draw };
+}
+
+// The scheme's colours as pixels; on paper those that hold in any scheme unless another rule says otherwise.
+function coloursOf(element, isPrinted) {
+  const rules = [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules]).filter((rule) => rule.selectorText === ":root");
+  const style = isPrinted ? undefined : getComputedStyle(element);
+  const of = (name) => (style ?? rules.find((rule) => rule.style.getPropertyValue(name)).style).getPropertyValue(name).trim();
+  const pixel = pixelsOf();
+  return {
+    looks: [pixel(of("--muted"), 0.3), ...["--reusable", "--muted", "--kept"].map((name) => pixel(of(name))), ...COLOURS.map((colour) => pixel(colour))],
+    evicted: pixel(of("--again")),
+    copied: pixel(of("--first")),
   };
-  const ring = (block) => {
-    const [x, y] = place(block);
-    context.strokeStyle = of("--ink");
-    context.lineWidth = 2;
-    context.strokeRect(x + 1, y + 1, Math.max(2, size - 2), Math.max(2, size - 2));
-  };
-  return { context, cell, flash, ring };
 }

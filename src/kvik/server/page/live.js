@@ -5,10 +5,13 @@ import { ask, eventsOf } from "./server.js";
 const MAX_SAMPLES = 450;
 const SAMPLE_S = 2;
 const AGAIN_MS = 1500;
+const GONE = "The server is gone; trying again";
+const FINAL = [401, 403]; // what no later try would change
 
 export const live = {
   models: new Map(), // by id: what the server says of it, and `groups` with `states`, `requests` by key
   isConnected: false,
+  trouble: "", // why it is not connected
   seesText: true,
   now: () => performance.now() / 1000 + offset_s, // the server's clock
 };
@@ -18,26 +21,51 @@ const listeners = new Set();
 // Called with {isWhole, changes} after each message, and when the connection is lost or found.
 export const onLive = (listener) => listeners.add(listener);
 
-const tell = (news) => listeners.forEach((listener) => listener(news));
+// A listener's error is its own: the console has it, and the others are told all the same.
+function tell(news) {
+  for (const listener of listeners) {
+    try {
+      listener(news);
+    } catch (error) {
+      reportError(error);
+    }
+  }
+}
 
-// For ever: read, and begin again where the connection is lost. Raises what the server refuses.
+// For ever: read, and begin again where the connection is lost, or the server has no time yet. Raises the `Refusal` of
+// a key, or of a page that may not ask.
 export async function follow() {
   for (;;) {
+    let wait_ms = AGAIN_MS;
+    live.trouble = GONE;
     try {
       const answer = await ask("/v1/events");
-      for await (const { name, data } of eventsOf(answer)) {
-        offset_s = data.now_s - performance.now() / 1000;
-        live.isConnected = true;
-        if (name === "state") take(data);
-        tell({ isWhole: name === "state", changes: name === "state" ? [] : data.models.map(change) });
-      }
+      for await (const event of eventsOf(answer)) hear(event);
     } catch (error) {
-      if (error.status) throw error;
+      if (FINAL.includes(error.status)) throw error;
+      if (error.status) live.trouble = error.message;
+      wait_ms = Math.max(wait_ms, 1000 * (error.retryAfter_s ?? 0));
+    } finally {
+      live.isConnected = false;
     }
-    live.isConnected = false;
     tell({ isWhole: false, changes: [] });
-    await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
+    await new Promise((resolve) => setTimeout(resolve, wait_ms));
   }
+}
+
+// After an error of this page's own, the whole state is asked for again.
+function hear({ name, data }) {
+  let changes = [];
+  try {
+    offset_s = data.now_s - performance.now() / 1000;
+    if (name === "state") take(data);
+    else changes = data.models.map(change);
+  } catch (error) {
+    reportError(error);
+    throw error;
+  }
+  live.isConnected = true;
+  tell({ isWhole: name === "state", changes });
 }
 
 function take({ models, sees_text: seesText }) {
@@ -72,7 +100,7 @@ function change({ id, counters, blocks, requests, hits, gone, evicted, copied })
     rows.push(names.map((name) => (name === "at_s" ? at_s : counters[name])));
     if (rows.length > MAX_SAMPLES) rows.shift();
   }
-  return { model, blocks: blocks.map(([ids]) => ids), rows: requests, evicted, copied };
+  return { model, blocks: blocks.map(([ids]) => ids), rows: requests, gone, evicted, copied };
 }
 
 // A block's state in words; `count` are those who hold it.

@@ -37,9 +37,16 @@ element("key").addEventListener("submit", (event) => {
   element("key-text").value = "";
   open();
 });
-element("model").addEventListener("change", () => app.onModel.forEach((told) => told()));
+element("model").addEventListener("change", () => {
+  app.onModel.forEach((told) => told());
+  draw({ isWhole: true, changes: [] });
+});
 addEventListener("resize", () => draw({ isWhole: true, changes: [] }));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw({ isWhole: true, changes: [] }));
+element("skip").addEventListener("click", (event) => {
+  event.preventDefault(); // its address would name a view
+  element("main").focus();
+});
 onLive(draw);
 open();
 
@@ -48,16 +55,22 @@ async function open() {
   try {
     await json("/v1/models");
   } catch (error) {
-    setKey("");
-    return askForKey(error.message);
+    if (error.status === 401) return askForKey(error.message);
   }
   element("key").hidden = true;
   element("main").hidden = false;
-  build();
-  follow().catch((error) => (element("status").textContent = error.message));
+  if (!shown) build();
+  try {
+    await follow(); // which tries again where the server is not ready, or gone
+  } catch (error) {
+    if (error.status === 401) return askForKey(error.message);
+    live.trouble = error.message;
+    draw({ isWhole: false, changes: [] });
+  }
 }
 
 function askForKey(error) {
+  setKey("");
   element("main").hidden = true;
   element("key").hidden = false;
   element("key-error").textContent = error;
@@ -81,6 +94,7 @@ function show() {
     else link.removeAttribute("aria-current");
   }
   shown?.drawn.hide?.();
+  if (shown && shown !== wanted) scrollTo({ top: 0, behavior: "instant" });
   shown = wanted;
   document.title = `${wanted.name} · kvik`;
   shown.drawn.show?.();
@@ -95,7 +109,7 @@ function draw(news) {
   isDue = true;
   requestAnimationFrame(() => {
     isDue = false;
-    element("status").textContent = live.isConnected ? "" : live.models.size ? "The server is gone; trying again" : "";
+    element("status").textContent = live.isConnected ? "" : live.trouble;
     document.body.classList.toggle("lost", !live.isConnected);
     if (app.model()) shown?.drawn.draw();
   });

@@ -6,6 +6,7 @@ import { bytes, count, percent } from "./figures.js";
 import { live } from "./live.js";
 
 const MINUTES = 15;
+const GAP_S = 6; // between two samples, from which on nobody watched
 const STEPS_S = [60, 180, 300, 60 * MINUTES];
 
 export function build(section, app) {
@@ -13,10 +14,10 @@ export function build(section, app) {
   const charts = {
     speed: chart("Tokens a second"),
     hits: chart("Prompt tokens found in the cache"),
-    memory: chart("Blocks"),
+    memory: chart("Memory of blocks"),
     load: chart("Requests"),
   };
-  const misses = html("div", { class: "figure" });
+  const misses = html("div", { class: "figure all" });
   section.append(
     html("h1", { class: "view" }, "Numbers"),
     html("p", {}, "Sampled every two seconds while somebody looks; the same counters as in /metrics."),
@@ -37,35 +38,39 @@ export function build(section, app) {
       ["evicted_blocks", count(now.evicted_blocks), `blocks evicted, ${count(now.copied_blocks)} copied`],
     ];
     tiles.replaceChildren(...told.map(([name, figure, what]) => html("div", { class: "tile", "data-name": name, "data-value": now[name] }, html("b", {}, figure), html("span", {}, what))));
-    drawCharts(model.history);
+    drawCharts(model.history, model.groups[0].block_bytes);
     drawMisses(now, model.history);
   }
 
-  function drawCharts({ names, rows }) {
+  // Where nobody watched, or no prompt came, there is nothing to draw.
+  function drawCharts({ names, rows }, blockBytes) {
     const end_s = live.now();
     const age_s = rows.length ? end_s - rows[0][0] : 0;
     const span_s = STEPS_S.find((each) => each >= age_s) ?? STEPS_S.at(-1);
     const kept = rows.filter((row) => row[0] > end_s - span_s);
     const column = (name) => kept.map((row) => row[names.indexOf(name)]);
     const at_s = column("at_s");
-    const rate = (name) => column(name).map((value, at, all) => (at ? (value - all[at - 1]) / (at_s[at] - at_s[at - 1]) : 0));
+    const began = []; // for each sample, the first of those without a gap before it
+    at_s.forEach((each, at) => began.push(at && each - at_s[at - 1] < GAP_S ? began[at - 1] : at));
+    const rate = (name) => column(name).map((value, at, all) => (began[at] < at ? (value - all[at - 1]) / (at_s[at] - at_s[at - 1]) : null));
     const [found, asked] = [column("found_tokens"), column("queried_tokens")];
     const shares = found.map((value, at) => {
-      const before = Math.max(0, at - 15); // of half a minute
-      return asked[at] > asked[before] ? (value - found[before]) / (asked[at] - asked[before]) : 0;
+      const before = Math.max(began[at], at - 15); // of half a minute
+      return asked[at] > asked[before] ? (value - found[before]) / (asked[at] - asked[before]) : null;
     });
     const whole = (number) => count(Math.round(number));
-    const common = { at_s, end_s, span_s };
+    const held = (name) => column(name).map((value) => value * blockBytes);
+    const common = { at_s, end_s, span_s, gap_s: GAP_S, least: 1 };
     charts.speed.draw({ ...common, write: whole, series: [
-      { name: "written", colour: "--kept", values: rate("generated_tokens") },
+      { name: "written", colour: "--written", values: rate("generated_tokens") },
       { name: "prompt, computed", colour: "--new", values: rate("computed_tokens"), dashes: "5 3" }] });
-    charts.hits.draw({ ...common, most: 1, write: percent, series: [{ name: "found, of the last half minute", colour: "--kept", values: shares }] });
-    charts.memory.draw({ ...common, write: whole, series: [
-      { name: "held", colour: "--new", values: column("held_blocks") },
-      { name: "reusable", colour: "--kept", values: column("reusable_blocks"), dashes: "5 3" }] });
+    charts.hits.draw({ ...common, most: 1, least: 0.5, write: percent, series: [{ name: "found, of the last half minute", colour: "--kept", values: shares }] });
+    charts.memory.draw({ ...common, write: bytes, series: [
+      { name: "held", colour: "--kept", values: held("held_blocks") },
+      { name: "reusable", colour: "--reusable", values: held("reusable_blocks"), dashes: "5 3" }] });
     charts.load.draw({ ...common, write: whole, series: [
-      { name: "running", colour: "--kept", values: column("running") },
-      { name: "waiting", colour: "--again", values: column("waiting"), dashes: "5 3" }] });
+      { name: "running", colour: "--written", values: column("running") },
+      { name: "waiting", colour: "--muted", values: column("waiting"), dashes: "5 3" }] });
   }
 
   // In the time that is drawn, and since the server began.

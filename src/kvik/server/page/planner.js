@@ -31,10 +31,11 @@ export function build(section, app) {
       html("div", {}, html("div", { class: "figure", style: "margin:0" }, verdict, bar, legend), tiles, pool, html("div", { class: "figure" }, html("h3", {}, "What follows"), advice))),
   );
   let found; // the newest plan
-  let kv = "f16";
+  let picked; // the type of keys and values, where one was
   let timer;
   let numbers = 0; // of questions, so that a late answer is not shown
-  let isListed = false;
+  let listed; // once the models are
+  let isDue = true; // a plan, without anybody's asking for it; what was refused is not asked for again
 
   for (const input of [context, users]) input.addEventListener("input", soon);
   model.addEventListener("change", () => {
@@ -42,29 +43,37 @@ export function build(section, app) {
     soon();
   });
   kinds.addEventListener("change", () => {
-    kv = kinds.querySelector("input:checked").value;
+    picked = kinds.querySelector("input:checked").value;
     soon();
   });
   app.onModel.push(() => {
-    if (isListed) model.value = app.model().id;
+    if (model.options.length) model.value = app.model().id;
     found = undefined;
-    if (!section.hidden) soon();
+    isDue = true;
   });
 
   function soon() {
+    isDue = false;
     clearTimeout(timer);
     timer = setTimeout(askFor, ASK_MS);
   }
 
   const tokensOf = (most) => Math.min(most, Math.round(LEAST_CONTEXT * 2 ** (Number(context.value) / STEPS)));
 
+  // That which was picked, or the server's own, where the model can have it.
+  function typeOf({ kv_dtypes: known, kv_dtype: usual }) {
+    const wanted = picked ?? app.model().kv_dtype;
+    return known.includes(wanted) ? wanted : usual;
+  }
+
   async function askFor() {
     timer = undefined;
-    if (!isListed) await list();
     const number = ++numbers;
-    const asked = new URLSearchParams({ served: app.model().id, model: model.value, users: 2 ** Number(users.value), kv });
-    if (found) asked.set("context", tokensOf(found.max_context));
     try {
+      await (listed ??= list());
+      const asked = new URLSearchParams({ served: app.model().id, model: model.value, users: 2 ** Number(users.value) });
+      if (found) asked.set("context", tokensOf(found.max_context));
+      if (found) asked.set("kv", typeOf(found));
       const answer = await json(`/v1/plan?${asked}`);
       if (number !== numbers) return;
       if (!found) { // of a model that is new here: not at the longest context, which few need
@@ -75,12 +84,12 @@ export function build(section, app) {
       found = answer;
       drawPlan();
     } catch (error) {
+      if (!model.options.length) listed = undefined;
       if (number === numbers) verdict.textContent = error.message;
     }
   }
 
   async function list() {
-    isListed = true;
     const { data } = await json("/v1/plan/models");
     const group = (name, served) => html("optgroup", { label: name }, data.filter((each) => each.is_served === served).map(({ id }) => html("option", {}, id)));
     model.replaceChildren(group("Served here", true), group("Catalogue", false));
@@ -97,8 +106,9 @@ export function build(section, app) {
     told.context.textContent = counted(found.context, "token");
     told.users.textContent = count(found.users);
     if ([...kinds.querySelectorAll("input")].map((input) => input.value).join() !== found.kv_dtypes.join()) {
-      kinds.replaceChildren(...found.kv_dtypes.map((name) => html("label", {}, html("input", { type: "radio", name: "kv", value: name, checked: name === found.kv_dtype }), ` ${name}`)));
+      kinds.replaceChildren(...found.kv_dtypes.map((name) => html("label", {}, html("input", { type: "radio", name: "kv", value: name }), ` ${name}`)));
     }
+    for (const input of kinds.querySelectorAll("input")) input.checked = input.value === found.kv_dtype;
     verdict.textContent = fits ? `It fits: ${bytes(of.memory - of.needed)} are left.` : `It does not fit: ${bytes(of.needed - of.memory)} are missing.`;
     verdict.classList.toggle("no", !fits);
     const parts = [["weights", of.weights ?? 0, "--muted"], ["keys and values", of.kv, "--new"], ["the rest", of.others, "--first"]];
@@ -128,10 +138,13 @@ export function build(section, app) {
 
   function draw() {
     if (found) drawPool();
-    else if (timer === undefined) soon();
+    else if (isDue) soon();
   }
 
-  return { draw, show: () => (found ? drawPlan() : soon()), hide: () => (timer = clearTimeout(timer)) };
+  // A server that is back may be able to.
+  const note = ({ isWhole }) => (isDue ||= isWhole && !found);
+
+  return { draw, note, show: () => (found ? drawPlan() : (isDue = true)), hide: () => (timer = clearTimeout(timer)) };
 }
 
 function stacked(parts, of, width) {

@@ -8,6 +8,7 @@ import { json } from "./server.js";
 const AGAIN_MS = 2000;
 const MOST_ROWS = 300;
 const LETTERS = 140;
+const LEAST_WIDTH = 15; // percent, of a bar that has its text within
 
 export function build(section, app) {
   const list = html("ol", { class: "tree", "aria-label": "Runs of the tree" });
@@ -74,10 +75,19 @@ export function build(section, app) {
     isStale = false;
     asked_ms = performance.now();
     const model = app.model();
-    const told = await json(`/v1/cache/tree?max_level=64&max_rows=${MOST_ROWS}&model=${encodeURIComponent(model.id)}`).catch(() => undefined);
+    const told = await json(`/v1/cache/tree?max_level=64&max_rows=${MOST_ROWS}&model=${encodeURIComponent(model.id)}`).catch((error) => {
+      scale.textContent = error.message;
+      isStale = true;
+    });
     if (!told || model !== app.model()) return;
     rows = told.data;
     drawRows(told.has_more);
+    const row = rows.find((each) => each.last_block === chosen);
+    if (row) choose(row);
+    else if (chosen !== undefined) {
+      chosen = undefined;
+      detail.replaceChildren(html("p", { class: "note" }, "That run is no more: it goes on, branches, or was evicted. Choose another."));
+    }
   }
 
   function drawRows(hasMore) {
@@ -89,7 +99,7 @@ export function build(section, app) {
       const label = `${counted(row.num_tokens, "token")} from ${count(row.first_token)}, ${row.num_holders ? `held by ${row.num_holders}` : "reusable"}: ${words}`;
       const button = html("button", { type: "button", "aria-label": label, "data-block": row.last_block, "aria-pressed": String(row.last_block === chosen) },
         html("i", { class: row.num_holders ? "held" : "", style: `left:${from}%;width:${width}%` }),
-        html("span", { class: row.text === undefined ? "muted" : "", style: `padding-left:min(${from}%, 70%)` }, words));
+        html("span", { class: row.text === undefined ? "muted" : "", style: placeOf(from, width) }, words));
       button.addEventListener("click", () => choose(row));
       return html("li", {}, button);
     }));
@@ -123,6 +133,13 @@ export function build(section, app) {
   }
 
   return { draw, note, hide: () => clearTimeout(timer) };
+}
+
+// A run's text is within its bar; where that is too narrow, it stands beside it.
+function placeOf(from, width) {
+  if (width >= LEAST_WIDTH) return `left:${from}%;width:${width}%`;
+  if (from + width < 60) return `left:${from + width}%;right:0`;
+  return `left:0;right:${100 - from}%;text-align:right`;
 }
 
 // Where a prompt leaves the tree.

@@ -83,7 +83,7 @@ function reason({ prompt, cached }, turn) {
   const engine = told?.engine_reason ?? requestOf(turn.requestId)?.miss_reason ?? match?.miss_reason;
   const parts = [html("p", {}, `${counted(cached, "token")} of ${count(prompt)} came from the cache. ${reasonOf(engine, match?.expected)}`)];
   if (match?.found?.length && engine !== "all") {
-    parts.push(difference(match.before.join(""), [["cached: ", match.expected, "kept"], ["now: ", match.found, "new"]]));
+    parts.push(difference(match.before.join(""), [["cached: ", match.expected ?? [], "kept"], ["now: ", match.found, "new"]]));
   }
   const earlier = told?.first_difference;
   if (earlier && match && earlier.position === cached) {

@@ -2,6 +2,7 @@
 
 const MOST = 1 << 18; // changes
 const SECONDS = 300;
+const DROPPED = 1 << 12; // at once
 
 export class Replay {
   constructor(looks) {
@@ -11,14 +12,9 @@ export class Replay {
     this.newest = new Map(); // when each block last changed
   }
 
-  // All cells at once, as `look` tells them; the first time there is nothing before it.
-  look(look, at_s) {
-    const isFirst = this.began_s === undefined;
+  // From now on changes are kept; before the first time there is nothing.
+  begin(at_s) {
     this.began_s ??= at_s;
-    for (let block = 0; block < this.looks.length; block++) {
-      if (isFirst) this.looks[block] = look(block);
-      else this.set(block, look(block), at_s);
-    }
   }
 
   set(block, look, at_s) {
@@ -28,13 +24,19 @@ export class Replay {
     if (this.began_s === undefined) return;
     this.changes.push([at_s, block, before, look]);
     this.newest.set(block, at_s);
-    if (this.changes.length > MOST) this.changes.splice(0, MOST >> 2);
+    if (this.changes.length > MOST) this.drop(MOST >> 2);
+    else if (this.changes.length > DROPPED && this.changes[DROPPED][0] < at_s - SECONDS) this.drop(DROPPED);
+  }
+
+  // Forget the oldest.
+  drop(number) {
+    this.began_s = this.changes[number - 1][0];
+    this.changes.splice(0, number);
   }
 
   // How long ago it begins.
   seconds(now_s) {
-    const first_s = this.changes.length > MOST / 2 ? this.changes[0][0] : this.began_s ?? now_s;
-    return Math.min(SECONDS, now_s - first_s);
+    return Math.min(SECONDS, now_s - (this.began_s ?? now_s));
   }
 
   changedAt(block) {

@@ -10,20 +10,25 @@ const MOST_ROWS = 60;
 const LEAST_S = 5;
 const MOST_S = 120;
 const WIDTH = 1000; // of a bar's picture, which is stretched
+const ID_DIGITS = 6;
+const TICKS_S = [1, 2, 5, 10, 20, 30];
+const MOST_TICKS = 6;
+const ORDER = { prefill: 0, decode: 0, queued: 1, done: 2 };
 
 export function build(section, app) {
   const save = html("button", { type: "button" }, "Download as a Perfetto trace");
   const clock = html("p", { class: "legend" });
   const body = html("tbody");
-  const heads = [["what", "request"], ["bar", "queue, prefill, decode"], ["figure-cell optional", "prompt"], ["figure-cell optional", "cached"], ["figure-cell optional", "written"], ["figure-cell", "first token"], ["figure-cell", "a token"], ["end", ""]];
+  const axis = html("div", { class: "axis" });
+  const heads = [["what", "request"], ["bar", axis], ["figure-cell optional", "prompt"], ["figure-cell optional", "cached"], ["figure-cell optional", "written"], ["figure-cell", "first token"], ["figure-cell", "a token"], ["end", ""]];
   const table = html("table", { class: "requests" }, html("thead", {}, html("tr", {}, heads.map(([kind, name]) => html("th", { scope: "col", class: kind }, name)))), body);
+  const shown = html("p", { class: "note", role: "status" });
   const nothing = html("p", { class: "empty-note" }, "No request came since this page was opened.");
   section.append(
     html("h1", { class: "view" }, "Requests"),
-    html("p", {}, "All requests on one clock, the newest first: how long each waited, read its prompt, and wrote."),
-    clock,
+    html("p", {}, "All requests on one clock: how long each waited, read its prompt, and wrote. Those that run come first, then those that wait, then the newest that ended."),
+    html("div", { class: "controls" }, clock, shown, html("span", { class: "screen" }, save)),
     html("div", { class: "figure wide" }, nothing, table),
-    html("p", { class: "controls screen", style: "margin-top:1rem" }, save),
   );
   const lines = new Map(); // by key: the table's row and what is in it
   let timer;
@@ -54,7 +59,9 @@ export function build(section, app) {
 
   function draw() {
     const model = app.model();
-    const rows = [...model.requests.values()].filter((row) => row.submitted_s !== null).sort((a, b) => b.key - a.key).slice(0, MOST_ROWS);
+    const all = [...model.requests.values()].filter((row) => row.submitted_s !== null);
+    const rows = all.sort((a, b) => ORDER[a.phase] - ORDER[b.phase] || b.key - a.key).slice(0, MOST_ROWS);
+    shown.textContent = all.length > rows.length ? `${count(rows.length)} of ${count(all.length)}` : all.length ? counted(all.length, "request") : "";
     nothing.hidden = rows.length > 0;
     table.hidden = !rows.length;
     save.disabled = !rows.length;
@@ -62,11 +69,14 @@ export function build(section, app) {
     const end_s = isBusy ? live.now() : Math.max(...rows.map((row) => row.last_token_s ?? row.submitted_s));
     const first_s = Math.max(end_s - MOST_S, Math.min(end_s - LEAST_S, ...rows.map((row) => row.submitted_s)));
     const key = (colour, text) => html("span", {}, html("i", { style: `background:var(${colour})` }), text);
-    clock.replaceChildren(key("--line", "queue"), key("--new", "prefill"), key("--kept", "decode"), rows.length ? html("span", {}, `${time(end_s - first_s)} from left to right`) : "");
+    clock.replaceChildren(key("--line", "queue"), key("--new", "prefill"), key("--written", "decode"));
+    const ticks = ticksOf(end_s - first_s);
+    axis.replaceChildren(...ticks.map(([part, name]) => html("span", { style: `left:${100 * part}%` }, name)));
+    const grid = ticks.map(([part]) => `M${(WIDTH * part).toFixed(1)} 0V18`).join("");
     const wanted = rows.map((row) => {
       const known = lines.get(row.key) ?? line(row);
       lines.set(row.key, known);
-      fill(known, row, (at_s) => (WIDTH * (at_s - first_s)) / (end_s - first_s), end_s);
+      fill(known, row, (at_s) => (WIDTH * (at_s - first_s)) / (end_s - first_s), end_s, grid);
       return known.element;
     });
     if (wanted.length !== body.children.length || wanted.some((element, at) => body.children[at] !== element)) body.replaceChildren(...wanted);
@@ -75,19 +85,21 @@ export function build(section, app) {
     if (isBusy && !section.hidden) timer = setTimeout(draw, 250); // the clock goes on between messages
   }
 
-  function fill({ cells, stop }, row, x, end_s) {
+  function fill({ element, cells, stop }, row, x, end_s, grid) {
     const branch = row.choice ? ` (choice ${row.choice + 1})` : "";
-    cells.name.textContent = `${row.request_id}${branch}`;
-    cells.text.textContent = row.written || row.prompt || "";
+    const id = `…${row.request_id.slice(-ID_DIGITS)}${branch}`;
+    cells.name.textContent = row.prompt?.trim() || id;
+    cells.text.textContent = row.prompt?.trim() ? id : "";
+    element.firstChild.title = `${row.request_id}${branch}`;
     const last_s = row.phase === "done" ? row.last_token_s ?? row.begun_s ?? row.submitted_s : end_s;
     const parts = [
       ["line", row.submitted_s, row.begun_s ?? last_s],
       ["new", row.begun_s, row.first_token_s ?? last_s],
-      ["kept", row.first_token_s, last_s],
+      ["written", row.first_token_s, last_s],
     ];
     const rects = parts.filter(([, from]) => from !== null).map(([colour, from, to]) => box(x(from), 0, Math.max(1.5, x(to) - x(from)), 18, colour));
     const waited = row.begun_s === null ? "waits" : `waited ${time(row.begun_s - row.submitted_s)}`;
-    cells.bar.replaceChildren(svg("svg", { viewBox: `0 0 ${WIDTH} 18`, preserveAspectRatio: "none", role: "img", "aria-label": `${row.phase}, ${waited}` }, rects));
+    cells.bar.replaceChildren(svg("svg", { viewBox: `0 0 ${WIDTH} 18`, preserveAspectRatio: "none", role: "img", "aria-label": `${row.phase}, ${waited}` }, svg("path", { d: grid, class: "grid" }), rects));
     cells.prompt.textContent = count(row.num_prompt_tokens);
     cells.cached.textContent = count(row.num_cached_tokens);
     cells.written.textContent = count(row.num_written_tokens);
@@ -100,4 +112,11 @@ export function build(section, app) {
   }
 
   return { draw, hide: () => clearTimeout(timer) };
+}
+
+// Where the clock's ticks are, as parts of its span, and what they say.
+function ticksOf(span_s) {
+  const step_s = TICKS_S.find((each) => span_s / each <= MOST_TICKS) ?? TICKS_S.at(-1);
+  const number = Math.floor(span_s / step_s);
+  return Array.from({ length: number + 1 }, (_, at) => [1 - (at * step_s) / span_s, at ? `−${at * step_s} s` : "0 s"]);
 }

@@ -9,9 +9,10 @@ export const hasKey = () => sessionStorage.getItem(NAME) !== null;
 export const setKey = (key) => (key ? sessionStorage.setItem(NAME, key) : sessionStorage.removeItem(NAME));
 
 export class Refusal extends Error {
-  constructor(status, message) {
+  constructor(status, message, retryAfter_s) {
     super(message);
     this.status = status;
+    this.retryAfter_s = retryAfter_s; // where the server names a time
   }
 }
 
@@ -22,7 +23,8 @@ export async function ask(path, { method = "GET", body, signal } = {}) {
   const answer = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
   if (answer.ok) return answer;
   const told = await answer.json().catch(() => ({}));
-  throw new Refusal(answer.status, told.error?.message ?? `the server answered with ${answer.status}`);
+  const after_s = Number(answer.headers.get("Retry-After")) || undefined;
+  throw new Refusal(answer.status, told.error?.message ?? `the server answered with ${answer.status}`, after_s);
 }
 
 export const json = async (path, options) => (await ask(path, options)).json();
