@@ -56,6 +56,14 @@ def test_the_tree_shows_what_prompts_share_once(llm: LLM) -> None:
     assert lines[4].startswith("  ")
 
 
+def test_an_end_is_reusable_and_not_sealed(llm: LLM) -> None:
+    completion = llm.generate(BEGINNING, PARAMS)[0]
+    num_computed = completion.stats.num_prompt_tokens + completion.stats.num_completion_tokens - 1
+    views = [llm.cache.block(block_id) for row in llm.cache.tree() for block_id in row.block_ids]
+    told = {(view.state, view.is_sealed, len(view.token_ids)) for view in views if view is not None}
+    assert told == {("reusable", True, 32), ("reusable", False, num_computed % 32)}
+
+
 def test_salts_and_holders_are_shown(llm: LLM) -> None:
     stream = llm.stream(BEGINNING * 2, PARAMS, salt="ada")
     for _ in range(3):

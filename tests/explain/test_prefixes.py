@@ -20,8 +20,8 @@ KNOWN = list(range(3, 80))  # two whole blocks, and 13 tokens of a third
         ([*KNOWN[:40], *[100] * 40], 40, 32, 8, MissReason.DIFFERS),
         ([*KNOWN, *[100] * 40], 77, 64, 13, MissReason.UNSEEN),
         ([*KNOWN[:64], *[100] * 40], 64, 64, 0, MissReason.DIFFERS),
-        ([*KNOWN[:6], 100, 101], 6, 0, 6, MissReason.SHORT),
-        ([100, 101, 102], 0, 0, 0, MissReason.SHORT),
+        ([*KNOWN[:6], 100, 101], 6, 0, 6, MissReason.DIFFERS),
+        ([100, 101, 102], 0, 0, 0, MissReason.DIFFERS),
         (KNOWN[:64], 64, 32, 31, MissReason.ALL),
     ],
 )

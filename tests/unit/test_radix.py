@@ -69,9 +69,9 @@ def test_an_empty_tree_knows_nothing() -> None:
         (run(0, 11), [0, 1], (2, 3), MissReason.ALL),
         ([*run(0, 8), 50], [0, 1], (3, 1), MissReason.ALL),
         # Or is not, and is too short to be a block of its own.
-        ([9], [], None, MissReason.SHORT),
-        ([0, 9], [], (0, 1), MissReason.SHORT),
-        ([*run(0, 6), 99], [0], (1, 2), MissReason.SHORT),
+        ([9], [], None, MissReason.DIFFERS),
+        ([0, 9], [], (0, 1), MissReason.DIFFERS),
+        ([*run(0, 6), 99], [0], (1, 2), MissReason.DIFFERS),
         (run(0, 13), [0, 1, 2], None, MissReason.SHORT),
         # Something else goes on from there.
         ([9, 1, 2, 3], [], None, MissReason.DIFFERS),
@@ -148,14 +148,18 @@ def test_an_open_block_is_a_tail_and_the_end_of_its_branch(tree: RadixTree) -> N
     assert tree.append_open(HERE, 2, packed([12, 13]), 4)
     assert tree.append_open(HERE, None, packed([70]), 5)
     assert tree.append_open(HERE, 0, packed([4, 80, 81]), 6), "which splits a run"
+    assert tree.append_open(HERE, 1, packed([9, 9]), 7), "beside others, which differ"
     tree.check()
-    assert len(tree) == 7
+    assert len(tree) == 8
     for tokens, tail, reason in [
         (run(0, 13), (4, 1), MissReason.ALL),
         (run(0, 14), (4, 2), MissReason.ALL),
         (run(0, 15), (4, 2), MissReason.SHORT),
         (run(0, 18), (4, 2), MissReason.UNSEEN),
         ([*run(0, 13), *run(90, 6)], (4, 1), MissReason.DIFFERS),
+        ([*run(0, 13), 90], (4, 1), MissReason.DIFFERS),
+        ([*run(0, 8), 9, 9, *run(90, 6)], (7, 2), MissReason.UNSEEN),
+        ([*run(0, 8), 9, 9, 90], (7, 2), MissReason.SHORT),
         (run(70, 9), (5, 1), MissReason.UNSEEN),
         ([*run(0, 5), 80, 7, 7, 7], (6, 2), MissReason.DIFFERS),
         (run(0, 7), (1, 3), MissReason.ALL),
@@ -164,8 +168,8 @@ def test_an_open_block_is_a_tail_and_the_end_of_its_branch(tree: RadixTree) -> N
         assert (found.tail, found.miss_reason) == (tail, reason), tokens
     assert tree.place_of(4) == (HERE, 2)
     with pytest.raises(AssertionError, match="which is open"):
-        tree.append(HERE, 4, packed(run(0, 4)), 7)
-    for block_id in (4, 5, 6):
+        tree.append(HERE, 4, packed(run(0, 4)), 8)
+    for block_id in (4, 5, 6, 7):
         tree.evict(block_id)
         tree.check()
     assert match(tree, run(0, 16)).miss_reason is MissReason.UNSEEN, "no hash names an open block that was evicted"

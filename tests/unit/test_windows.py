@@ -86,7 +86,7 @@ def test_a_hit_brings_the_blocks_of_the_window() -> None:
     cache = manager(None, 6)
     first = computed(cache, run(0, 40))
     match = cache.match([*run(0, 36), 99, 99])
-    assert (match.num_tokens, match.miss_reason) == (36, MissReason.SHORT)
+    assert (match.num_tokens, match.miss_reason) == (36, MissReason.DIFFERS)
     second = cache.new_table()
     assert cache.adopt(second, [*run(0, 36), 99, 99], match) == 36
     assert second.windows[0].first == 7  # token 36 sees 31 ... 36

@@ -24,7 +24,7 @@ class MissReason(StrEnum):
     """Why a match went no further."""
 
     ALL = "all tokens are cached"
-    SHORT = "what is left is shorter than a block"
+    SHORT = "what is left is new, and shorter than a block"
     DIFFERS = "the tokens differ from what is cached"
     UNSEEN = "nothing cached goes on from here"
     EVICTED = "the block was evicted"
@@ -147,13 +147,12 @@ class RadixTree:
         tail = _tail_of(rest, candidates)
         if len(rest) == 4 * (tail[1] if tail else 0):
             stop = MissReason.ALL
-        elif next_hash is None:
-            stop = MissReason.SHORT
         else:
-            num_agreed = tail[1] if tail else 0
-            differs = any(4 * num_agreed < len(key) for key, _ in candidates)
-            reason = MissReason.DIFFERS if differs else MissReason.UNSEEN
-            stop = self._whereabouts(rest, next_hash, namespace, is_beginning=at == 0) or reason
+            num_agreed = tail[1] if tail else 0  # all tokens of an open block: then nothing goes on from it
+            goes_on = bool(candidates) and all(4 * num_agreed < len(key) for key, _ in candidates)
+            stop = MissReason.DIFFERS if goes_on else MissReason.SHORT if next_hash is None else MissReason.UNSEEN
+            if next_hash is not None:
+                stop = self._whereabouts(rest, next_hash, namespace, is_beginning=at == 0) or stop
         return Match(namespace, block_ids, stop, at // 4, tail, next_hash)
 
     def append(self, namespace: Namespace, previous: int | None, key: bytes, block_id: int) -> int:

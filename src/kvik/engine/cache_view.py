@@ -37,7 +37,7 @@ class BlockView:
     block_id: int
     state: Literal["free", "held", "reusable"]
     num_holders: int
-    is_sealed: bool  # full, and found by requests that begin alike
+    is_sealed: bool  # full and in the prefix tree; one that is not full may be there too, as an end
     first_token: int | None  # where its tokens stand in their sequence, as far as that is known
     token_ids: list[int]  # those that are computed
     salt: str | None
@@ -159,17 +159,17 @@ class CacheView:
                         token_ids = np.frombuffer(hold.tokens, np.int32)[first : first + size].tolist()
                         break
             num_holders = pool.ref_count(block_id)
-            is_sealed = pool.is_named(block_id)
+            is_named = pool.is_named(block_id)
             return BlockView(
                 block_id=block_id,
-                state="held" if num_holders else "reusable" if is_sealed else "free",
+                state="held" if num_holders else "reusable" if is_named else "free",
                 num_holders=num_holders,
-                is_sealed=is_sealed,
+                is_sealed=is_named and len(token_ids) == size,
                 first_token=first,
                 token_ids=token_ids,
                 salt=salt,
                 holders=[sequence for sequence, _ in holders],
-                num_evicted_before=pool.num_evicted_before(block_id) if is_sealed and not num_holders else None,
+                num_evicted_before=pool.num_evicted_before(block_id) if is_named and not num_holders else None,
             )
 
     def match(self, token_ids: SequenceOf[int], salt: str | None = None) -> PrefixView:

@@ -38,7 +38,7 @@ from kvik.server.endpoint import Endpoint, plain_path
 from kvik.server.errors import ApiError, is_anthropic_path, own_error
 from kvik.server.gate import Gate
 from kvik.server.live import explain_route, live_routes, plan_route, race_route
-from kvik.server.live.described import (
+from kvik.server.live.answers import (
     BlockAnswer,
     ExplainedPage,
     MatchAnswer,

@@ -8,18 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from starlette.types import Receive, Scope, Send
 
 from kvik.engine.output import Piece, Progress, TokenLogprobs
 from kvik.engine.token_stream import TokenStream
 from kvik.server.errors import ApiError, api_error, client_left
 from kvik.server.generation import Running
+from kvik.server.sse import left
 from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolEvent
 
 log = logging.getLogger(__name__)
-
-encode = msgspec.json.Encoder().encode
 
 PING = b": ping\n\n"
 
@@ -135,7 +133,7 @@ class EventStream:
         """Stream until all is written, it goes wrong or the client leaves."""
         scope["state"]["stream"] = self._running.stream
         writing = asyncio.ensure_future(self._write(send, scope["state"]["write"]))
-        leaving = asyncio.ensure_future(_left(receive))
+        leaving = asyncio.ensure_future(left(receive))
         try:
             await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
@@ -226,17 +224,6 @@ class _Alarm:
             self._stream.wake()
         self.was_heard = False
         self._timer = self._stream.loop.call_later(self._seconds, self._ring)
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def event(data: Any, name: str | None = None) -> bytes:
-    """One event."""
-    head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + encode(data) + b"\n\n"
 
 
 def ends_text(running: Running, token_id: int, finish_reason: str | None) -> bool:

@@ -21,6 +21,7 @@ from kvik.engine.token_stream import TokenStream
 from kvik.errors import EngineDead
 from kvik.server.errors import ApiError, api_error
 from kvik.server.served import ServedModel
+from kvik.server.sse import left
 from kvik.server.state import ServerState
 from kvik.text.tool_calls import ToolCallParser
 
@@ -318,17 +319,12 @@ async def start(generation: Generation, *, wants_pieces: bool) -> Running:
 
 async def unless_client_leaves(request: HttpRequest, work: asyncio.Task[T]) -> T | None:
     """What the work gives; None, with the work cancelled, where the client leaves first."""
-
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    left = asyncio.ensure_future(leave())
+    leaving = asyncio.ensure_future(left(request.receive))
     try:
-        await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
         return await work if work.done() else None
     finally:
-        left.cancel()
+        leaving.cancel()
         if not work.done():
             work.cancel()
             await asyncio.wait((work,))

@@ -15,7 +15,7 @@ from kvik.server.anthropic.messages_input import OWN_NAMES, Conversation, CountR
 from kvik.server.bodies import json_response, read_body
 from kvik.server.cache.diagnostics import Diagnosis
 from kvik.server.errors import ApiError
-from kvik.server.event_stream import EventStream, event
+from kvik.server.event_stream import EventStream
 from kvik.server.generation import Generation, Running, default_max_tokens, new_id, start
 from kvik.server.openai.chat import prepare_chat
 from kvik.server.openai.item_writer import Item, ItemWriter, named_event
@@ -23,6 +23,7 @@ from kvik.server.openai.translation import own_names
 from kvik.server.preparing import ignored_header
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
+from kvik.server.sse import event
 from kvik.server.state import ServerState
 
 

@@ -1,60 +1,110 @@
-"""Server-sent events that end when nobody reads them any more."""
+"""What the answers of the live page's routes hold."""
 
 from __future__ import annotations
 
-import asyncio
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
-from typing import Any
+from typing import Literal
 
-import msgspec
-from starlette.types import Receive, Scope, Send
+from msgspec import UNSET, UnsetType
 
-_encode = msgspec.json.Encoder().encode
-
-HEADERS = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),
-)
+from kvik.server.answers import Answer
 
 
-def message(name: str, data: Any) -> bytes:
-    """One event."""
-    return b"event: " + name.encode() + b"\ndata: " + _encode(data) + b"\n\n"
+class BlockAnswer(Answer, frozen=True, kw_only=True):
+    """A block of the cache; its tokens are told to whom they belong."""
+
+    object: Literal["cache.block"]
+    model: str
+    id: int
+    state: str
+    num_holders: int
+    is_sealed: bool
+    first_token: int | None
+    num_tokens: int
+    num_evicted_before: int | None
+    is_own: bool
+    tokens: list[str] | UnsetType = UNSET
 
 
-class EventAnswer(ABC):
-    """The ASGI answer: what `messages` gives, until that is all or the one who reads leaves."""
+class MatchAnswer(Answer, frozen=True, kw_only=True):
+    """How far a prompt is found in the cache, and the tokens around the place where it ends."""
 
-    @abstractmethod
-    def messages(self) -> AsyncIterator[bytes]:
-        """Whole events; closed in any case."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream."""
-        writing = asyncio.ensure_future(self._write(send))
-        leaving = asyncio.ensure_future(_left(receive))
-        try:
-            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                await writing
-        finally:
-            writing.cancel()
-            leaving.cancel()
-            await asyncio.wait((writing, leaving))
-
-    async def _write(self, send: Send) -> None:
-        messages = self.messages()
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
-            async for each in messages:
-                await send({"type": "http.response.body", "body": each, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            await messages.aclose()  # type: ignore[attr-defined]  # it is a generator
+    object: Literal["cache.match"]
+    model: str
+    num_tokens: int
+    num_cached_tokens: int
+    num_blocks: int
+    block_ids: list[int]
+    miss_reason: str
+    before: list[str] | UnsetType = UNSET
+    found: list[str] | UnsetType = UNSET
+    expected: list[str] | UnsetType = UNSET
 
 
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class RequestAborted(Answer, frozen=True, kw_only=True):
+    """How many sequences of a request were ended."""
+
+    id: str
+    object: Literal["request"]
+    aborted: int
+
+
+class ExplainedPage(Answer, frozen=True, kw_only=True):
+    """Where the page is."""
+
+    id: str
+    object: Literal["explained"]
+    url: str
+    bytes: int
+
+
+class PlannableModel(Answer, frozen=True, kw_only=True):
+    """A model that can be planned with."""
+
+    id: str
+    is_served: bool
+
+
+class PlannableModels(Answer, frozen=True, kw_only=True):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[PlannableModel]
+
+
+class PlanBytes(Answer, frozen=True, kw_only=True):
+    """Bytes of a plan's parts, and of the memory that there is."""
+
+    token: int
+    sequence: int
+    kv: int
+    weights: int | None
+    others: int
+    needed: int
+    memory: int
+
+
+class DoubledContext(Answer, frozen=True, kw_only=True):
+    """Twice the context, and what it needs beside."""
+
+    context: int
+    more_bytes: int
+
+
+class PlanAnswer(Answer, frozen=True, kw_only=True):
+    """What a model needs, and what fits."""
+
+    object: Literal["plan"]
+    model: str
+    served: str
+    attention: str
+    max_context: int
+    kv_dtypes: list[str]
+    context: int
+    users: int
+    kv_dtype: str
+    bytes: PlanBytes
+    fits: bool
+    most_users: int | None
+    largest_context: int | None
+    doubled: DoubledContext | None
+    advice: list[str]

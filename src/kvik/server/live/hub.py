@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvik.server.live.answers import message
 from kvik.server.live.explained import ExplainedPages
 from kvik.server.live.watcher import Change, ModelWatch, Row, Told, now_s
+from kvik.server.sse import event
 
 if TYPE_CHECKING:
     from kvik.server.served import ServedModel
@@ -165,7 +165,7 @@ class Live:
             viewer = watcher.viewer
             if viewer not in messages:
                 told = [self._change(watch, change, viewer) for watch, change in changes]
-                messages[viewer] = message("change", {"now_s": now_s(), "models": told})
+                messages[viewer] = event({"now_s": now_s(), "models": told}, "change")
             watcher.send(messages[viewer])
 
     async def _sample(self) -> None:
@@ -194,7 +194,7 @@ class Live:
                     "history": {"names": ["at_s", *counters], "rows": list(samples)},
                 }
             )
-        return message("state", {"now_s": now_s(), "sees_text": viewer.sees_text, "models": models})
+        return event({"now_s": now_s(), "sees_text": viewer.sees_text, "models": models}, "state")
 
     def _change(self, watch: ModelWatch, change: Change, viewer: Viewer) -> dict[str, Any]:
         rows = [self._seen(known, row, viewer) for known, row in change.rows]

@@ -14,7 +14,7 @@ from kvik.engine.cache_view import BlockView
 from kvik.engine.sequence import Sequence
 from kvik.server.bodies import json_response
 from kvik.server.errors import ApiError
-from kvik.server.live.answers import EventAnswer
+from kvik.server.live.event_answer import EventAnswer
 from kvik.server.live.hub import MAX_WATCHERS, Live, Viewer
 from kvik.server.live.page_files import PAGE, PAGE_FILES
 from kvik.server.served import ServedModel

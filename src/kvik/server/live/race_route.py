@@ -22,9 +22,10 @@ from kvik.server.bodies import read_body
 from kvik.server.cache.match_route import MAX_PROMPT, token_ids_of
 from kvik.server.errors import ApiError, api_error
 from kvik.server.fields import Body
-from kvik.server.live.answers import EventAnswer, message
+from kvik.server.live.event_answer import EventAnswer
 from kvik.server.openai.chat_input import ChatMessage
 from kvik.server.served import ServedModel
+from kvik.server.sse import event
 from kvik.server.state import ServerState
 
 MAX_COMPUTED = 1 << 16
@@ -121,12 +122,12 @@ class RaceAnswer(EventAnswer):
         running.add_done_callback(lambda _: news.set())
         try:
             while not running.done():
-                yield message("lanes", self._told())
+                yield event(self._told(), "lanes")
                 await news.wait()
                 news.clear()
             await running
             verdict = compare(*self._lanes)
-            yield message("verdict", {**self._told(), **asdict(verdict), "is_same": verdict.is_same})
+            yield event({**self._told(), **asdict(verdict), "is_same": verdict.is_same}, "verdict")
         finally:
             is_over.set()
             await asyncio.wait((running,))

@@ -22,7 +22,7 @@ from kvik.server.cache.diagnostics import Diagnosis, with_diagnostics
 from kvik.server.cache.sessions import Session
 from kvik.server.cache.turns import Turn, as_history
 from kvik.server.errors import api_error, bad_request
-from kvik.server.event_stream import CallWriter, EventStream, encode, ends_text, logprobs_entry
+from kvik.server.event_stream import CallWriter, EventStream, ends_text, logprobs_entry
 from kvik.server.fields import CacheOptions
 from kvik.server.generation import (
     Generation,
@@ -45,6 +45,7 @@ from kvik.server.preparing import (
 )
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
+from kvik.server.sse import encode
 from kvik.server.state import ServerState, tenant_of
 from kvik.text.chat_prompt import find_part_ends
 from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolCallParser

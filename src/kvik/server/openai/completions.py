@@ -17,7 +17,7 @@ from kvik.server.bodies import read_body
 from kvik.server.cache.breakpoints import with_breakpoints
 from kvik.server.cache.diagnostics import with_diagnostics
 from kvik.server.errors import api_error, bad_request
-from kvik.server.event_stream import EventStream, encode, floor
+from kvik.server.event_stream import EventStream, floor
 from kvik.server.fields import MAX_TOP_LOGPROBS, CacheOptions, Count, SamplingFields
 from kvik.server.generation import Generation, Running, check_texts, check_work, new_id, start
 from kvik.server.openai.chat import stop_reason
@@ -25,6 +25,7 @@ from kvik.server.openai.openai_writer import OpenAIWriter
 from kvik.server.preparing import constraint_of, ignored_header, options_of
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
+from kvik.server.sse import encode
 from kvik.server.state import ServerState, tenant_of
 from kvik.text.detokenizer import Detokenizer
 

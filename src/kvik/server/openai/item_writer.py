@@ -8,8 +8,9 @@ from typing import Any
 
 from kvik.engine.output import Piece, TokenLogprobs
 from kvik.engine.stream import PieceFeed
-from kvik.server.event_stream import CallWriter, event, logprobs_entry
+from kvik.server.event_stream import CallWriter, logprobs_entry
 from kvik.server.generation import Running
+from kvik.server.sse import event
 from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd
 
 

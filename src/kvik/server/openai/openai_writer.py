@@ -8,9 +8,10 @@ from typing import Any
 
 from kvik.engine.output import Piece, Progress
 from kvik.server.errors import ApiError
-from kvik.server.event_stream import EventWriter, encode, event
+from kvik.server.event_stream import EventWriter
 from kvik.server.fields import StreamOptions
 from kvik.server.generation import Running, new_id
+from kvik.server.sse import encode, event
 
 DONE = b"data: [DONE]\n\n"
 

@@ -145,7 +145,7 @@ function placeOf(from, width) {
 // Where a prompt leaves the tree.
 function matched(told) {
   const { num_cached_tokens: cached, num_tokens: total, miss_reason: reason, before, found, expected = [] } = told;
-  const parts = [html("p", {}, html("b", {}, `${counted(cached, "token")} of ${count(total)} would match`), `, ${count(total - cached)} would be computed. ${reasonOf(reason, expected)}`)];
+  const parts = [html("p", {}, html("b", {}, `${counted(cached, "token")} of ${count(total)} would match`), `, ${count(total - cached)} would be computed. ${reasonOf(reason)}`)];
   if (!found) return parts;
   const line = (name, texts, kind) => html("p", {}, html("span", { class: "note" }, name), texts.map((text) => token({ text }, kind)));
   if (before.length) parts.push(line("… ", before, "kept"));

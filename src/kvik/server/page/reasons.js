@@ -12,5 +12,4 @@ const REASONS = {
   off: "The prefix cache is off.",
 };
 
-// `expected`: what the cache has where the prompt goes on otherwise, if that is known.
-export const reasonOf = (reason, expected = []) => REASONS[reason === "short" && expected.length ? "differs" : reason] ?? "";
+export const reasonOf = (reason) => REASONS[reason] ?? "";

@@ -81,7 +81,7 @@ function reason({ prompt, cached }, turn) {
   const told = turn.diagnostics;
   const match = turn.match?.num_tokens === prompt && turn.match.num_cached_tokens === cached ? turn.match : undefined;
   const engine = told?.engine_reason ?? requestOf(turn.requestId)?.miss_reason ?? match?.miss_reason;
-  const parts = [html("p", {}, `${counted(cached, "token")} of ${count(prompt)} came from the cache. ${reasonOf(engine, match?.expected)}`)];
+  const parts = [html("p", {}, `${counted(cached, "token")} of ${count(prompt)} came from the cache. ${reasonOf(engine)}`)];
   if (match?.found?.length && engine !== "all") {
     parts.push(difference(match.before.join(""), [["cached: ", match.expected ?? [], "kept"], ["now: ", match.found, "new"]]));
   }
