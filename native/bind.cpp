@@ -345,6 +345,29 @@ void checked_discard_superblocks(KVArrays &arrays, const std::vector<int64_t> &s
   for (const int64_t superblock : superblocks) arrays.discard(superblock);
 }
 
+void check_blocks(const KVArrays &arrays, const std::vector<int64_t> &blocks, const char *what) {
+  for (const int64_t block : blocks) require(block >= 0 && block < arrays.num_blocks(), what);
+}
+
+nb::bytes checked_read_blocks(const KVArrays &arrays, const std::vector<int64_t> &blocks) {
+  check_blocks(arrays, blocks, "read_blocks: a block id is outside the cache");
+  const auto size = static_cast<Py_ssize_t>(blocks.size()) * arrays.block_bytes();
+  nb::bytes data = nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, size));
+  if (!data.is_valid()) nb::raise_python_error();
+  auto *out = reinterpret_cast<uint8_t *>(PyBytes_AsString(data.ptr()));
+  const nb::gil_scoped_release unlocked;
+  for (const int64_t block : blocks) arrays.read_block(block, out), out += arrays.block_bytes();
+  return data;
+}
+
+void checked_write_blocks(KVArrays &arrays, const std::vector<int64_t> &blocks, const Array<const uint8_t, 1> &data) {
+  check_blocks(arrays, blocks, "write_blocks: a block id is outside the cache");
+  require(size(data, 0) == static_cast<int64_t>(blocks.size()) * arrays.block_bytes(),
+          "write_blocks: the data are not as long as the blocks");
+  const uint8_t *in = data.data();
+  for (const int64_t block : blocks) arrays.write_block(block, in), in += arrays.block_bytes();
+}
+
 std::string compiler() {
 #if defined(__clang__)
   return std::string("clang ") + __clang_version__;
@@ -398,6 +421,7 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "dtype"_a,
            "kv_group"_a = 0)
       .def_prop_ro("num_bytes", &KVArrays::num_bytes)
+      .def_prop_ro("block_bytes", &KVArrays::block_bytes, "Bytes of one block in all layers.")
       .def("layer", &layer_of, "index"_a, nb::keep_alive<0, 1>());
 
   // noconvert: a quiet copy of an input would cost, and of an output lose, what the caller meant.
@@ -429,6 +453,10 @@ NB_MODULE(_native, m) {
         "Copies keys and values of all layers from block to block: (source, target) pairs, in order.");
   m.def("discard_superblocks", &checked_discard_superblocks, Unlocked(), "arrays"_a, "superblocks"_a,
         "Gives the memory of superblocks (8 blocks, all layers) back to the system; what they held is lost.");
+  m.def("read_blocks", &checked_read_blocks, "arrays"_a, "blocks"_a,
+        "The bytes of whole blocks, one after the other: in each layer after layer, head after head, keys and values.");
+  m.def("write_blocks", &checked_write_blocks, Unlocked(), "arrays"_a, "blocks"_a, "data"_a.noconvert(),
+        "Puts bytes that `read_blocks` gave into blocks.");
   m.def("read_bandwidth", &checked_read_bandwidth, Unlocked(), "pool"_a, "num_bytes"_a,
         "Bytes a second that the threads read from an array of num_bytes, in whole MiB.");
   m.def("integer_throughput", &integer_throughput, Unlocked(), "pool"_a,

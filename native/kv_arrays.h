@@ -47,16 +47,25 @@ public:
 
   // All keys and values of one layer: whole tiles, so no format matters.
   void copy_block(int64_t index, int64_t source, int64_t target) {
-    const LayerKV kv = layer(index);
-    const auto first_tile = [&kv](int64_t block) {
-      return static_cast<uint8_t *>(kv.data) + block / kSuperblock * kv.superblock_bytes +
-             block % kSuperblock * kv.tile_bytes;
-    };
-    const uint8_t *from = first_tile(source);
-    uint8_t *to = first_tile(target);
-    const int64_t stride = kSuperblock * kv.tile_bytes; // from K to V, and from a head's V to the next head's K
-    for (int64_t i = 0; i < 2 * kv.num_kv_heads; ++i, from += stride, to += stride)
-      std::memcpy(to, from, static_cast<std::size_t>(kv.tile_bytes));
+    const uint8_t *from = first_tile(index, source);
+    uint8_t *to = first_tile(index, target);
+    for (int64_t i = 0; i < 2 * shape_.num_kv_heads; ++i, from += tile_stride(), to += tile_stride())
+      std::memcpy(to, from, static_cast<std::size_t>(shape_.tile_bytes));
+  }
+
+  // Bytes of one block in all layers: layer after layer, in each head after head, its keys before its values.
+  int64_t block_bytes() const { return num_layers_ * 2 * shape_.num_kv_heads * shape_.tile_bytes; }
+  void read_block(int64_t block, uint8_t *out) const {
+    each_tile(block, [&, size = static_cast<std::size_t>(shape_.tile_bytes)](const uint8_t *tile) {
+      std::memcpy(out, tile, size);
+      out += size;
+    });
+  }
+  void write_block(int64_t block, const uint8_t *in) {
+    each_tile(block, [&, size = static_cast<std::size_t>(shape_.tile_bytes)](uint8_t *tile) {
+      std::memcpy(tile, in, size);
+      in += size;
+    });
   }
 
   // Gives a superblock's memory back to the system. Only whole pages go: what lies beside it keeps its content.
@@ -69,6 +78,20 @@ public:
   }
 
 private:
+  uint8_t *first_tile(int64_t index, int64_t block) const {
+    return static_cast<uint8_t *>(layer(index).data) + block / kSuperblock * shape_.superblock_bytes +
+           block % kSuperblock * shape_.tile_bytes;
+  }
+  // From K to V, and from a head's V to the next head's K.
+  int64_t tile_stride() const { return kSuperblock * shape_.tile_bytes; }
+
+  template <class Visit> void each_tile(int64_t block, Visit visit) const {
+    for (int64_t index = 0; index < num_layers_; ++index) {
+      uint8_t *tile = first_tile(index, block);
+      for (int64_t i = 0; i < 2 * shape_.num_kv_heads; ++i, tile += tile_stride()) visit(tile);
+    }
+  }
+
   static int64_t tile_bytes(KVType type, int64_t head_dim) {
     if (type == KVType::int8) return kBlockSize * (head_dim + static_cast<int64_t>(sizeof(float)));
     return kBlockSize * head_dim * (type == KVType::f16 ? 2 : 4);

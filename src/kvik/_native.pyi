@@ -95,6 +95,10 @@ class KVArrays:
     ) -> None: ...
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers."""
+
     def layer(self, index: int) -> LayerKV: ...
 
 def pack(
@@ -203,6 +207,18 @@ def discard_superblocks(arrays: KVArrays, superblocks: Sequence[int]) -> None:
     """
     Gives the memory of superblocks (8 blocks, all layers) back to the system; what they held is lost.
     """
+
+def read_blocks(arrays: KVArrays, blocks: Sequence[int]) -> bytes:
+    """
+    The bytes of whole blocks, one after the other: in each layer after layer, head after head, keys and values.
+    """
+
+def write_blocks(
+    arrays: KVArrays,
+    blocks: Sequence[int],
+    data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)],
+) -> None:
+    """Puts bytes that `read_blocks` gave into blocks."""
 
 def read_bandwidth(pool: ThreadPool, num_bytes: int) -> float:
     """

@@ -434,6 +434,15 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         _native.discard_superblocks,
         {"arrays": arrays, "superblocks": list_of(one_of(0, 0, 0, *INTEGERS))},
     ),
+    "read_blocks": (_native.read_blocks, {"arrays": arrays, "blocks": list_of(one_of(0, 0, 0, *INTEGERS))}),
+    "write_blocks": (
+        _native.write_blocks,
+        {
+            "arrays": arrays,
+            "blocks": list_of(one_of(0, 0, 0, *INTEGERS)),
+            "data": array_of(np.uint8, (0,), (1,), (4096,)),
+        },
+    ),
     "WeightArena": (_native.WeightArena, {}),
     "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "int16_activations": one_of(True, False, None, 2)}),
     "Program.embed": (

@@ -183,6 +183,15 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
         {"pool": lambda: POOL, "arrays": arrays, "copies": lambda: [(0, BLOCKS - 1), (3, 2)]},
     ),
     "discard_superblocks": (_native.discard_superblocks, {"arrays": arrays, "superblocks": lambda: [1, 0, 0]}),
+    "read_blocks": (_native.read_blocks, {"arrays": arrays, "blocks": lambda: [0, BLOCKS - 1, 0]}),
+    "write_blocks": (
+        _native.write_blocks,
+        {
+            "arrays": arrays,
+            "blocks": lambda: [0, BLOCKS - 1],
+            "data": lambda: np.zeros(2 * arrays().block_bytes, np.uint8),
+        },
+    ),
     "layer": (_native.KVArrays(2, BLOCKS, KV_HEADS, HEAD_DIM, "f16").layer, {"index": lambda: 1}),
     "ThreadPool": (_native.ThreadPool, {"num_threads": lambda: 2}),
 }
@@ -296,6 +305,11 @@ BAD: dict[str, dict[str, list[Any]]] = {
             [(0.0, 1.0)],
             [("0", "1")],
         ],
+    },
+    "read_blocks": {"blocks": [[BLOCKS + 1], [-1], [0, BLOCKS + 1], [2**62], [2**70], [(0,)], [None], [0.0], ["0"]]},
+    "write_blocks": {
+        "blocks": [[BLOCKS + 1, 0], [-1, 0], [0], [0, 1, 2], [0, 2**62], [0, 2**70], [(0,)], [None], [0.0], ["0"]],
+        "data": [np.zeros(count, np.uint8) for count in (0, 1, 2 * arrays().block_bytes - 1)],
     },
     "discard_superblocks": {"superblocks": [[2], [-1], [0, 2], [2**62], [2**70], [(0,)], [None], [0.0], ["0"]]},
     "layer": {"index": [-1, 2, 2**31, 2**62, 2**70]},

@@ -137,3 +137,29 @@ def test_discarded_memory_is_the_systems() -> None:
     assert before - resident_bytes() >= 0.95 * 2 * superblock_bytes
     ops.discard_blocks(kv_cache, [0, 2])  # once more is no error
     assert before - resident_bytes() <= 1.05 * 2 * superblock_bytes
+
+
+@pytest.mark.tiny
+@every_kv_type
+def test_bytes_that_were_read_are_the_block_wherever_they_are_written(ops: Ops, dtype: KVDType) -> None:
+    kv_cache = filled(ops, dtype, 19)
+    before = [content(ops, kv_cache, block) for block in range(19)]
+    data = ops.read_blocks(kv_cache, [17, 3])
+    ops.write_blocks(kv_cache, [4, 8], memoryview(b"x" + data)[1:])  # at an odd address
+    holds = [*range(4), 17, *range(5, 8), 3, *range(9, 19)]
+    for block, held in enumerate(holds):
+        np.testing.assert_array_equal(content(ops, kv_cache, block), before[held])
+    assert ops.read_blocks(kv_cache, [4, 8]) == data
+    assert ops.read_blocks(kv_cache, []) == b""
+
+
+@pytest.mark.tiny
+def test_bytes_for_other_blocks_are_refused(ops: Ops) -> None:
+    kv_cache = filled(ops, "f16", 9)
+    data = ops.read_blocks(kv_cache, [0])
+    for block_ids, given in (([0], data[:-1]), ([0], b""), ([0, 1], data), ([9], data), ([-1], data), ([], data)):
+        with pytest.raises(ValueError, match="block"):
+            ops.write_blocks(kv_cache, block_ids, given)
+    with pytest.raises(ValueError, match="outside the cache"):
+        ops.read_blocks(kv_cache, [9])
+    assert ops.read_blocks(kv_cache, [0]) == data

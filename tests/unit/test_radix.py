@@ -92,7 +92,7 @@ def test_what_is_found_and_why_no_more(
     assert (found.block_ids, found.tail, found.miss_reason) == (block_ids, tail, stop)
     assert found.num_tokens == SIZE * len(block_ids)
     assert found.num_cached_tokens == found.num_tokens + (tail[1] if tail else 0)
-    assert (found.next_hash is None) == (len(tokens) - found.num_tokens < SIZE)
+    assert (found.next_digest is None) == (len(tokens) - found.num_tokens < SIZE)
     tree.check()
 
 
@@ -263,15 +263,15 @@ def test_nothing_is_matched_across_namespaces(tree: RadixTree) -> None:
 def test_names_of_what_comes_next() -> None:
     """The same for the same tokens in the same namespace, whatever part of them is cached; else different."""
     tree = RadixTree(SIZE)
-    before = match(tree, run(0, 8)).next_hash
+    before = match(tree, run(0, 8)).next_digest
     insert(tree, run(0, 4), [0])
-    after = match(tree, run(0, 8)).next_hash
+    after = match(tree, run(0, 8)).next_digest
     assert None not in (before, after)
     assert before != after
     tree.evict(0)
-    assert match(tree, run(0, 8)).next_hash == before == match(tree, run(0, 4)).next_hash
-    assert match(tree, run(1, 4)).next_hash != before
-    assert match(tree, run(0, 8), Namespace("f16", "a")).next_hash != before
+    assert match(tree, run(0, 8)).next_digest == before == match(tree, run(0, 4)).next_digest
+    assert match(tree, run(1, 4)).next_digest != before
+    assert match(tree, run(0, 8), Namespace("f16", "a")).next_digest != before
 
 
 def test_edges(tree: RadixTree) -> None:
@@ -297,7 +297,7 @@ HARM: list[Callable[[RadixTree], object]] = [
     lambda tree: tree._node_of[2].block_ids.__setitem__(0, 0),
     lambda tree: tree._node_of[0].keys.reverse(),
     lambda tree: tree._beginnings.clear(),
-    lambda tree: tree._node_of[3].hashes.pop(),
+    lambda tree: tree._node_of[3].digests.pop(),
 ]
 
 

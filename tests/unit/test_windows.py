@@ -118,7 +118,7 @@ def test_a_hit_needs_every_block_of_the_window() -> None:
     found = cache.match(run(0, 41))
     assert found.miss_reason is MissReason.WINDOW
     assert found.num_tokens == 0, "all older ones went before"
-    assert (found.tail, found.next_hash) == (None, None)
+    assert (found.tail, found.next_digest) == (None, None)
     table = computed(cache, run(0, 41))
     assert cache.match(run(0, 41)).num_tokens == 40, "what was computed again is found again"
     cache.release(table)

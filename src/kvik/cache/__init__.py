@@ -1,6 +1,7 @@
 """Who owns which block, how large a block is, and which blocks hold what others need. No arrays here."""
 
 from kvik.cache.block_pool import BlockPool
+from kvik.cache.digest import Digest, Identity
 from kvik.cache.manager import CacheManager
 from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
 from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize, WindowSpec
@@ -16,8 +17,10 @@ __all__ = [
     "BlockTable",
     "CacheManager",
     "CacheStats",
+    "Digest",
     "HeldMatch",
     "Hold",
+    "Identity",
     "KVCacheSpec",
     "Match",
     "MissReason",

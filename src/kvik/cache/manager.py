@@ -8,6 +8,8 @@ from itertools import chain
 from weakref import WeakSet
 
 from kvik.cache.block_pool import BlockPool
+from kvik.cache.digest import Digest, Identity
+from kvik.cache.digest import chain as chain_of
 from kvik.cache.radix import Match, MissReason, Namespace, RadixTree, common_bytes
 from kvik.cache.spec import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
 from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold, packed
@@ -35,8 +37,10 @@ class CacheManager:
         window_blocks: Sequence[int] = (),
         prefix_cache: bool = True,
         step_tokens: int = 1,
+        identity: Identity = Identity(),  # noqa: B008  # it is frozen
     ) -> None:
         self.spec = spec
+        self.identity = identity
         self._block_bytes = spec.block_bytes  # which the spec adds up from its layers each time
         self.step_tokens = step_tokens  # most that a step computes of one sequence
         self.prefix_cache = prefix_cache
@@ -51,9 +55,9 @@ class CacheManager:
         groups = zip(self.spec.windows, window_blocks, strict=True)
         self.pool = BlockPool(num_blocks)
         self.windows = [WindowGroup(window, count) for window, count in groups]
-        self.tree = RadixTree(self.spec.block_size)
+        self.tree = RadixTree(self.spec.block_size, self.identity)
         self.holds: dict[Hold, None] = {}  # the oldest first
-        self._claimed: dict[int, BlockTable] = {}
+        self._claimed: dict[Digest, BlockTable] = {}
         # Sources, each at the end of its path: held until the copies are made.
         self._being_copied: list[BlockTable] = []
         self._pin_counts: Counter[int] = Counter()  # of each pinned block
@@ -131,7 +135,7 @@ class CacheManager:
 
     def is_being_computed(self, match: Match) -> bool:
         """Whether a sequence is about to seal the very block at which the match stopped."""
-        return match.next_hash in self._claimed
+        return match.next_digest in self._claimed
 
     def adopt(self, table: BlockTable, token_ids: Sequence[int], match: Match) -> int:
         """Give an empty table the blocks of a match of just now; returns how many of the tokens need no computing.
@@ -212,6 +216,7 @@ class CacheManager:
                 self.pool.name(mine)
                 if self.events is not None:
                     self.events.sealed.append(mine)
+                    self.events.sealed_digests.append(self.tree.digest_of(mine))
             else:
                 self.pool.hold([sealed])
                 self.pool.release([mine])
@@ -503,6 +508,8 @@ class CacheManager:
         return taken
 
     def _evict(self, block_id: int) -> None:
+        if self.events is not None:
+            self.events.evicted_digests.append(self.tree.digest_of(block_id))
         self.tree.evict(block_id)
         self._forget(block_id)
         self.stats.num_evicted_blocks += 1
@@ -515,18 +522,15 @@ class CacheManager:
         self.pool.forget(block_id)
 
     def _claim(self, table: BlockTable, token_ids: Sequence[int], match: Match) -> None:
-        size, name = self.spec.block_size, match.next_hash
-        if name is None:
+        size, first = self.spec.block_size, match.next_digest
+        if first is None:
             return
-        claims = [name]
-        for start in range(match.num_tokens + size, len(token_ids) - size + 1, size):
-            name = hash((name, packed(token_ids[start : start + size])))
-            claims.append(name)
+        claims = [first, *chain_of(first, packed(token_ids[match.num_tokens + size :]), 4 * size)]
         for claim in claims:
             self._claimed.setdefault(claim, table)
         table.claims = claims[::-1]
 
-    def _unclaim(self, table: BlockTable, claim: int) -> None:
+    def _unclaim(self, table: BlockTable, claim: Digest) -> None:
         if self._claimed.get(claim) is table:
             del self._claimed[claim]
 

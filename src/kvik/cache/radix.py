@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kvik.cache.digest import Digest, Identity
+from kvik.cache.digest import next_digest as digest_behind
+
 MAX_EVICTED = 1 << 16
 """Evicted blocks that are remembered, so that a miss can be explained."""
 
@@ -43,7 +46,7 @@ class Match:
     miss_reason: MissReason
     num_tokens: int  # in those blocks
     tail: tuple[int, int] | None  # the block that agrees longest with what follows, and for how many tokens: at least 1
-    next_hash: int | None  # names the tokens up to the end of the next block; None where they fill no block
+    next_digest: Digest | None  # names the next block; None where the tokens fill none
 
     @property
     def num_cached_tokens(self) -> int:
@@ -54,7 +57,7 @@ class Match:
 class _Node:
     """An edge: a run of whole blocks, and what follows its end; or one open block, which nothing follows."""
 
-    __slots__ = ("block_ids", "children", "depth", "hashes", "keys", "namespace", "parent", "tokens")
+    __slots__ = ("block_ids", "children", "depth", "digests", "keys", "namespace", "parent", "tokens")
 
     def __init__(self, namespace: Namespace, parent: _Node | None, depth: int) -> None:
         self.namespace = namespace
@@ -62,14 +65,14 @@ class _Node:
         self.depth = depth  # blocks before this node's
         self.tokens = bytearray()  # grows and shrinks at its end, a block at a time
         self.block_ids: list[int] = []
-        self.hashes: list[int] = []  # of all tokens up to the end of each block
+        self.digests: list[Digest] = []  # the name of each block
         self.children: dict[bytes, _Node] = {}  # by the tokens of their first block
         self.keys: list[bytes] = []  # the same, sorted: neighbours agree longest
 
     @property
     def is_open(self) -> bool:
-        """Whether its one block is not full, so that no hash names it."""
-        return len(self.hashes) < len(self.block_ids)
+        """Whether its one block is not full, so that it has no name."""
+        return len(self.digests) < len(self.block_ids)
 
     def add_child(self, child: _Node, key: bytes) -> None:
         self.children[key] = child
@@ -102,13 +105,14 @@ class RadixTree:
     begins with.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, identity: Identity = Identity()) -> None:  # noqa: B008  # it is frozen
+        self.identity = identity
         self._key_bytes = 4 * block_size
         self._roots: dict[Namespace, _Node] = {}
         self._node_of: dict[int, _Node] = {}
         self._depth_of: dict[int, int] = {}
         self._beginnings: dict[bytes, set[Namespace]] = {}  # first blocks, and where they are found
-        self._evicted: OrderedDict[int, None] = OrderedDict()
+        self._evicted: OrderedDict[Digest, None] = OrderedDict()
 
     def __len__(self) -> int:
         """Blocks in the tree."""
@@ -119,7 +123,7 @@ class RadixTree:
         key_bytes = self._key_bytes
         node = self._roots.get(namespace)
         block_ids: list[int] = []
-        at, last_hash = 0, hash(namespace)
+        at, last_digest = 0, self._root_digest(namespace)
         following: bytes | None = None  # where the match ended inside an edge: the edge's next block
         following_id = -1
         while node is not None and len(tokens) - at >= key_bytes:
@@ -131,14 +135,14 @@ class RadixTree:
                 count = common_bytes(tokens, at, child.tokens) // key_bytes
             block_ids += child.block_ids[:count]
             at += count * key_bytes
-            last_hash = child.hashes[count - 1]
+            last_digest = child.digests[count - 1]
             node = child
             if count < len(child.block_ids):
                 following = bytes(child.tokens[count * key_bytes : (count + 1) * key_bytes])
                 following_id = child.block_ids[count]
                 break
         rest = tokens[at : at + key_bytes]
-        next_hash = hash((last_hash, rest)) if len(rest) == key_bytes else None
+        following_digest = digest_behind(last_digest, rest) if len(rest) == key_bytes else None
         candidates: list[tuple[bytes, int]] = []
         if following is not None:
             candidates = [(following, following_id)]
@@ -150,10 +154,12 @@ class RadixTree:
         else:
             num_agreed = tail[1] if tail else 0  # all tokens of an open block: then nothing goes on from it
             goes_on = bool(candidates) and all(4 * num_agreed < len(key) for key, _ in candidates)
-            stop = MissReason.DIFFERS if goes_on else MissReason.SHORT if next_hash is None else MissReason.UNSEEN
-            if next_hash is not None:
-                stop = self._whereabouts(rest, next_hash, namespace, is_beginning=at == 0) or stop
-        return Match(namespace, block_ids, stop, at // 4, tail, next_hash)
+            stop = (
+                MissReason.DIFFERS if goes_on else MissReason.SHORT if following_digest is None else MissReason.UNSEEN
+            )
+            if following_digest is not None:
+                stop = self._whereabouts(rest, following_digest, namespace, is_beginning=at == 0) or stop
+        return Match(namespace, block_ids, stop, at // 4, tail, following_digest)
 
     def append(self, namespace: Namespace, previous: int | None, key: bytes, block_id: int) -> int:
         """The block that holds `key`'s tokens behind block `previous`: `block_id`, now in the tree, or one that was."""
@@ -167,12 +173,12 @@ class RadixTree:
             known = node.children.get(key)
             if known is not None:
                 return known.block_ids[0]
-        previous_hash = node.hashes[-1] if node.hashes else hash(namespace)
+        previous_digest = node.digests[-1] if node.digests else self._root_digest(namespace)
         if node.parent is None or node.children:
             node = self._branch(node, key)
         self._extend(node, key, block_id)
-        node.hashes.append(hash((previous_hash, key)))
-        self._evicted.pop(node.hashes[-1], None)
+        node.digests.append(digest_behind(previous_digest, key))
+        self._evicted.pop(node.digests[-1], None)
         return block_id
 
     def append_open(self, namespace: Namespace, previous: int | None, key: bytes, block_id: int) -> bool:
@@ -208,7 +214,7 @@ class RadixTree:
         assert node.block_ids[-1] == block_id, f"block {block_id} is not the last of its edge"
         assert not node.children, f"block {block_id} has others behind it"
         if not node.is_open:
-            self._evicted[node.hashes.pop()] = None
+            self._evicted[node.digests.pop()] = None
             if len(self._evicted) > MAX_EVICTED:
                 self._evicted.popitem(last=False)
         node.block_ids.pop()
@@ -217,6 +223,11 @@ class RadixTree:
         del node.tokens[-self._key_bytes :]
         if not node.block_ids:
             self._unlink(node, key)
+
+    def digest_of(self, block_id: int) -> Digest | None:
+        """The name of a block; None for one that is open or not in the tree."""
+        node = self._node_of.get(block_id)
+        return None if node is None or node.is_open else node.digests[self._depth_of[block_id] - node.depth]
 
     def last_behind(self, block_id: int) -> int:
         """The last block of a branch that leads through this one: itself where nothing is behind it."""
@@ -272,7 +283,7 @@ class RadixTree:
                     self._check_open(node)
                 else:
                     assert len(node.tokens) == len(node.block_ids) * self._key_bytes, "an edge unlike its run"
-                    assert len(node.hashes) == len(node.block_ids), "an edge with other hashes than blocks"
+                    assert len(node.digests) == len(node.block_ids), "an edge with other digests than blocks"
                 assert (node is root) == (not node.block_ids), "a node without blocks"
                 for index, block_id in enumerate(node.block_ids):
                     assert block_id not in seen, f"block {block_id} stands twice in the tree"
@@ -293,7 +304,7 @@ class RadixTree:
 
     def _check_open(self, node: _Node) -> None:
         assert len(node.block_ids) == 1, "an edge of several blocks that is open"
-        assert not node.hashes, "an open block with a hash"
+        assert not node.digests, "an open block with a digest"
         assert 0 < len(node.tokens) < self._key_bytes, "an open block that is full"
         assert not node.children, "blocks behind one that is open"
         assert node.parent is not None
@@ -301,7 +312,7 @@ class RadixTree:
         others = [other for other in node.parent.keys if other != key and other.startswith(key)]
         assert not others, "an open block whose tokens another begins with"
 
-    def _whereabouts(self, key: bytes, name: int, namespace: Namespace, *, is_beginning: bool) -> MissReason | None:
+    def _whereabouts(self, key: bytes, name: Digest, namespace: Namespace, *, is_beginning: bool) -> MissReason | None:
         """What is known of a block that is not where it was looked for."""
         if name in self._evicted:
             return MissReason.EVICTED
@@ -310,6 +321,9 @@ class RadixTree:
             return None
         same_format = any(other.format == namespace.format for other in elsewhere)
         return MissReason.OTHER_SALT if same_format else MissReason.OTHER_FORMAT
+
+    def _root_digest(self, namespace: Namespace) -> Digest:
+        return self.identity.root(namespace.format, namespace.salt)
 
     def _root(self, namespace: Namespace) -> _Node:
         root = self._roots.get(namespace)
@@ -348,8 +362,8 @@ class RadixTree:
         parent = node.parent
         assert parent is not None
         upper = _Node(node.namespace, parent, node.depth)
-        upper.tokens, upper.block_ids, upper.hashes = node.tokens[:at], node.block_ids[:index], node.hashes[:index]
-        del node.tokens[:at], node.block_ids[:index], node.hashes[:index]
+        upper.tokens, upper.block_ids, upper.digests = node.tokens[:at], node.block_ids[:index], node.digests[:index]
+        del node.tokens[:at], node.block_ids[:index], node.digests[:index]
         parent.children[bytes(upper.tokens[: self._key_bytes])] = upper
         node.parent, node.depth = upper, node.depth + index
         for block_id in upper.block_ids:

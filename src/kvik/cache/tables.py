@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvik.cache.digest import Digest
 from kvik.cache.radix import Match, Namespace
 from kvik.cache.windows import WindowTable
 
@@ -26,7 +27,7 @@ class BlockTable:
     namespace: Namespace
     block_ids: list[int] = field(default_factory=list)
     num_sealed: int = 0  # blocks at the beginning that are full and in the prefix tree
-    claims: list[int] = field(default_factory=list)  # hashes of the blocks it is about to seal, the next one last
+    claims: list[Digest] = field(default_factory=list)  # names of the blocks it is about to seal, the next one last
     windows: list[WindowTable] = field(default_factory=list)  # for each group of layers with a window
 
 
@@ -64,6 +65,8 @@ class BlockEvents:
     sealed: list[int] = field(default_factory=list)
     evicted: list[int] = field(default_factory=list)
     copied: list[BlockCopy] = field(default_factory=list)
+    sealed_digests: list[Digest | None] = field(default_factory=list)  # of each of `sealed`
+    evicted_digests: list[Digest | None] = field(default_factory=list)  # of each of `evicted`; None: it was open
 
 
 @dataclass(slots=True)

@@ -90,6 +90,14 @@ class TracingOps(Ops):
     def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], kv_group: int = 0) -> NoReturn:
         raise AssertionError("memory is given back between steps, not in one")
 
+    def read_blocks(self, kv_cache: Sequence[LayerKV], block_ids: Sequence[int], kv_group: int = 0) -> NoReturn:
+        raise AssertionError("blocks are read between steps, not in one")
+
+    def write_blocks(
+        self, kv_cache: Sequence[LayerKV], block_ids: Sequence[int], data: memoryview | bytes, kv_group: int = 0
+    ) -> NoReturn:
+        raise AssertionError("blocks are written back between steps, not in one")
+
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Array:
         return self._pass_on("embed", table, token_ids, scale, weights=(table,))
 

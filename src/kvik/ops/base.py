@@ -247,6 +247,20 @@ class Ops(ABC):
         """
 
     @abstractmethod
+    def read_blocks(self, kv_cache: Sequence[LayerKV], block_ids: Sequence[int], kv_group: int = 0) -> bytes:
+        """The bytes of whole blocks in every layer of a KV group, block after block, in the backend's own layout.
+
+        They mean something to `write_blocks` of the same backend, spec and numerics alone. A block outside the cache
+        raises ValueError.
+        """
+
+    @abstractmethod
+    def write_blocks(
+        self, kv_cache: Sequence[LayerKV], block_ids: Sequence[int], data: memoryview | bytes, kv_group: int = 0
+    ) -> None:
+        """Put bytes that `read_blocks` gave into blocks; of another length, or a block outside: ValueError."""
+
+    @abstractmethod
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Array:
         """Rows of the table times the scale: (T, hidden_size). Positions are looked up in the same way."""
 

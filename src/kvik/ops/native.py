@@ -101,6 +101,14 @@ class NativeOps(Ops):
     ) -> None:
         _native.discard_superblocks(_arrays_of(kv_cache, kv_group), superblocks)
 
+    def read_blocks(self, kv_cache: Sequence[_native.LayerKV], block_ids: Sequence[int], kv_group: int = 0) -> bytes:
+        return _native.read_blocks(_arrays_of(kv_cache, kv_group), block_ids)
+
+    def write_blocks(
+        self, kv_cache: Sequence[_native.LayerKV], block_ids: Sequence[int], data: memoryview | bytes, kv_group: int = 0
+    ) -> None:
+        _native.write_blocks(_arrays_of(kv_cache, kv_group), block_ids, np.frombuffer(data, np.uint8))
+
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
         out = np.empty((len(token_ids), table.columns), np.float32)
         _native.embed_rows(_packed(table), token_ids, scale, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import erf
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -137,6 +138,20 @@ class ReferenceOps(Ops):
                 blocks = slice(superblock * BLOCKS_PER_SUPERBLOCK, (superblock + 1) * BLOCKS_PER_SUPERBLOCK)
                 kv.keys[blocks] = kv.values[blocks] = np.nan  # whoever reads them is found out
 
+    def read_blocks(self, kv_cache: Sequence[ReferenceKV], block_ids: Sequence[int], kv_group: int = 0) -> bytes:
+        tiles = _tiles(kv_cache, block_ids, kv_group)
+        return b"".join(tile.tobytes() for tile in tiles)
+
+    def write_blocks(
+        self, kv_cache: Sequence[ReferenceKV], block_ids: Sequence[int], data: memoryview | bytes, kv_group: int = 0
+    ) -> None:
+        tiles, at = _tiles(kv_cache, block_ids, kv_group), 0
+        if len(data) != sum(tile.nbytes for tile in tiles):
+            raise ValueError("the data are not as long as the blocks")
+        for tile in tiles:
+            tile[...] = np.frombuffer(data, tile.dtype, tile.size, at).reshape(tile.shape)
+            at += tile.nbytes
+
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
         return _values(table)[token_ids] * np.float32(scale)
 
@@ -233,6 +248,13 @@ class ReferenceOps(Ops):
 def _values(weight: Weight) -> FloatArray:
     assert isinstance(weight, ReferenceWeight)
     return weight.values
+
+
+def _tiles(kv_cache: Sequence[ReferenceKV], block_ids: Sequence[int], kv_group: int) -> list[npt.NDArray[Any]]:
+    """Keys and values of whole blocks, layer after layer."""
+    layers = [kv for kv in kv_cache if kv.kv_group == kv_group]
+    _require_ids("block", block_ids, len(layers[0].keys) if layers else 0)
+    return [stored[block_id] for block_id in block_ids for kv in layers for stored in (kv.keys, kv.values)]
 
 
 def _require_ids(kind: str, ids: Sequence[int], count: int) -> None:
