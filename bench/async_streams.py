@@ -61,6 +61,13 @@ class StandInRunner:
     def discard_blocks(self, superblocks: SequenceOf[int], group: int) -> None:
         """There is no memory."""
 
+    def read_blocks(self, block_ids: SequenceOf[int], group: int) -> bytes:
+        """Of no memory."""
+        return b""
+
+    def write_blocks(self, block_ids: SequenceOf[int], data: bytes | memoryview, group: int) -> None:
+        """There is no memory."""
+
     def step_bytes(self, *, with_logits: bool) -> int:
         """Of no weights."""
         return 0

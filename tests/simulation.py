@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize
+from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, Identity, KVCacheSpec, PoolSize
 from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.batch import ScheduledBatch
-from kvik.engine.engine import Engine
+from kvik.engine.engine import Engine, OpenStore
 from kvik.engine.output import TokenLogprobs
 from kvik.engine.pooling import PooledHidden
 from kvik.engine.runner import StepOutput
@@ -36,6 +36,7 @@ VOCAB = 11
 CONTEXT = 400
 Windows = tuple[int | None, ...]
 ALL: Windows = (None,)
+IDENTITY = Identity(b"simulated")
 UNWRITTEN = -1
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, i + 1, 2**64) for i in range(CONTEXT)], np.uint64)
 _COLUMNS = np.array([pow(0xD1342543DE82EF95, i + 1, 2**64) for i in range(VOCAB)], np.uint64)
@@ -93,6 +94,20 @@ class SimulatedRunner:
         for superblock in superblocks:
             for array in self.slots[group].arrays():
                 array[superblock * size : (superblock + 1) * size] = UNWRITTEN
+
+    def read_blocks(self, block_ids: SequenceOf[int], group: int) -> bytes:
+        parts = [
+            array[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE].tobytes()
+            for block_id in block_ids
+            for array in self.slots[group].arrays()
+        ]
+        return b"".join(parts)
+
+    def write_blocks(self, block_ids: SequenceOf[int], data: bytes | memoryview, group: int) -> None:
+        values = np.frombuffer(data, np.int64).reshape(len(block_ids), 3, BLOCK_SIZE)
+        for block_id, parts in zip(block_ids, values, strict=True):
+            for array, part in zip(self.slots[group].arrays(), parts, strict=True):
+                array[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE] = part
 
     def step_bytes(self, *, with_logits: bool) -> int:
         return 1
@@ -180,7 +195,16 @@ class SimulatedEngine(Engine):
 
     runner: SimulatedRunner
 
-    def __init__(self, *, num_blocks: int, windows: Windows = ALL, least_sequences: int = 8, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        windows: Windows = ALL,
+        least_sequences: int = 8,
+        identity: Identity = IDENTITY,
+        open_store: OpenStore | None = None,
+        **options: Any,
+    ) -> None:
         self.windows = windows
         spec = KVCacheSpec(len(windows), num_kv_heads=1, head_dim=1, dtype="f32", layer_windows=windows)
         with pytest.MonkeyPatch.context() as patch:
@@ -193,7 +217,11 @@ class SimulatedEngine(Engine):
             )
             config = EngineConfig(kv_dtype="f32", kv_memory=max(1, spec.pool_bytes(size)), **options)
             super().__init__(
-                fake_model(spec), config, make_runner=lambda model, kv_spec, size: SimulatedRunner(kv_spec, size)
+                fake_model(spec),
+                config,
+                make_runner=lambda model, kv_spec, size: SimulatedRunner(kv_spec, size),
+                identity=identity,
+                open_store=open_store,
             )
 
 

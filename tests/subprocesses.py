@@ -8,12 +8,17 @@ import sys
 from pathlib import Path
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run it to its end; the exit status is the caller's to judge."""
+def environment(**changes: str) -> dict[str, str]:
+    """What it needs to find them."""
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    return os.environ | {"PYTHONPATH": path} | changes
+
+
+def python(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end; the exit status is the caller's to judge."""
     return subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | {"PYTHONPATH": path} | environment,
+        env=environment(**changes),
         capture_output=True,
         text=True,
         timeout=300,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ Backend = Literal["native", "reference"]
 Speculation = Literal["ngram"]
 Pooling = Literal["last", "mean"]
 WeightFormat = Literal["q8", "q4"]
+StorePolicy = Literal["end", "reuse"]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
@@ -151,6 +153,10 @@ class EngineConfig:
     prefix_cache: bool = True  # keep what was computed, for requests that begin alike
     max_running: int = 64  # sequences that run at once
     max_waiting: int = 1024  # requests that wait; more are refused
+    store: str | None = None  # a folder for blocks that outlive the process; None: they do not
+    store_quota: int | str = "2GB"  # for the files there, as `kv_memory` takes it
+    store_policy: StorePolicy = "end"  # store what a request has computed when it ends, or what is used a second time
+    store_key: str | None = None  # a file with the secret that stored blocks are sealed with; None: a checksum alone
     backend: Backend = "native"
 
     def __post_init__(self) -> None:
@@ -170,6 +176,13 @@ class EngineConfig:
         _keep_bool(self, "prefix_cache")
         _keep_int(self, "max_running", 1, 4096)
         _keep_int(self, "max_waiting", 1, 1 << 20)
+        for name in ("store", "store_key"):
+            if getattr(self, name) is not None:
+                _keep_path(self, name)
+        _keep(self, "store_quota", parse_bytes("store_quota", self.store_quota))
+        _keep_choice(self, "store_policy", get_args(StorePolicy))
+        if self.store is not None and not self.prefix_cache:
+            raise InvalidInput("store needs the prefix cache, which is off", hint="leave out one of the two")
 
 
 def parse_bytes(name: str, value: int | str) -> int:
@@ -265,6 +278,13 @@ def _keep_bool(config: SamplingParams | EngineConfig, name: str) -> None:
     if type(plain) is not bool:
         raise InvalidInput(f"{name} is {_shown(value)}", hint="give True or False")
     _keep(config, name, plain)
+
+
+def _keep_path(config: EngineConfig, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, (str, os.PathLike)) or not (path := os.fspath(value)) or "\0" in str(path):
+        raise InvalidInput(f"{name} is {_shown(value)}", hint="give the path of a folder or file")
+    _keep(config, name, str(path))
 
 
 def _keep_choice(

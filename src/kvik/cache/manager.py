@@ -265,6 +265,21 @@ class CacheManager:
         held = sum(len(window.block_ids) * group.spec.block_bytes for group, window in windows) if self.windows else 0
         return len(table.block_ids) * self._block_bytes + held
 
+    def places_of(self, block_id: int) -> list[tuple[int, int]] | None:
+        """Where a sealed block is in each group of layers: (group, block); None where one has given its twin up."""
+        places = [(0, block_id)] if self.spec.block_bytes else []
+        for index, group in enumerate(self.windows, start=1):
+            twin = group.twin_of(block_id)
+            if twin is None:
+                return None
+            places.append((index, twin))
+        return places
+
+    def last_places(self, table: BlockTable) -> list[tuple[int, int]]:
+        """The same of a table's last block."""
+        places = [(0, table.block_ids[-1])] if self.spec.block_bytes else []
+        return places + [(index, window.block_ids[-1]) for index, window in enumerate(table.windows, start=1)]
+
     def fork(self, table: BlockTable, num_computed_tokens: int) -> BlockTable:
         """Another table over the same blocks; whichever writes into the last one first gets a copy of it.
 
@@ -343,6 +358,11 @@ class CacheManager:
     @property
     def _pins(self) -> list[Hold]:
         return [hold for hold in self.holds if hold.is_pinned]
+
+    @property
+    def scope(self) -> Digest:
+        """Names all blocks that this cache's could be exchanged with, of whatever salt."""
+        return self.identity.scope(self.spec.dtype)
 
     @property
     def num_pinned(self) -> int:

@@ -34,6 +34,7 @@ class MissReason(StrEnum):
     OTHER_SALT = "cached under another salt"
     OTHER_FORMAT = "cached in another format"
     WINDOW = "a layer's window reaches back to blocks that were given up"
+    DAMAGED = "the stored block is damaged"
     OFF = "the prefix cache is off"
 
 
@@ -123,7 +124,7 @@ class RadixTree:
         key_bytes = self._key_bytes
         node = self._roots.get(namespace)
         block_ids: list[int] = []
-        at, last_digest = 0, self._root_digest(namespace)
+        at, last_digest = 0, self.root_of(namespace)
         following: bytes | None = None  # where the match ended inside an edge: the edge's next block
         following_id = -1
         while node is not None and len(tokens) - at >= key_bytes:
@@ -142,7 +143,7 @@ class RadixTree:
                 following_id = child.block_ids[count]
                 break
         rest = tokens[at : at + key_bytes]
-        following_digest = digest_behind(last_digest, rest) if len(rest) == key_bytes else None
+        next_name = digest_behind(last_digest, rest) if len(rest) == key_bytes else None
         candidates: list[tuple[bytes, int]] = []
         if following is not None:
             candidates = [(following, following_id)]
@@ -154,12 +155,10 @@ class RadixTree:
         else:
             num_agreed = tail[1] if tail else 0  # all tokens of an open block: then nothing goes on from it
             goes_on = bool(candidates) and all(4 * num_agreed < len(key) for key, _ in candidates)
-            stop = (
-                MissReason.DIFFERS if goes_on else MissReason.SHORT if following_digest is None else MissReason.UNSEEN
-            )
-            if following_digest is not None:
-                stop = self._whereabouts(rest, following_digest, namespace, is_beginning=at == 0) or stop
-        return Match(namespace, block_ids, stop, at // 4, tail, following_digest)
+            stop = MissReason.DIFFERS if goes_on else MissReason.SHORT if next_name is None else MissReason.UNSEEN
+            if next_name is not None:
+                stop = self._whereabouts(rest, next_name, namespace, is_beginning=at == 0) or stop
+        return Match(namespace, block_ids, stop, at // 4, tail, next_name)
 
     def append(self, namespace: Namespace, previous: int | None, key: bytes, block_id: int) -> int:
         """The block that holds `key`'s tokens behind block `previous`: `block_id`, now in the tree, or one that was."""
@@ -173,7 +172,7 @@ class RadixTree:
             known = node.children.get(key)
             if known is not None:
                 return known.block_ids[0]
-        previous_digest = node.digests[-1] if node.digests else self._root_digest(namespace)
+        previous_digest = node.digests[-1] if node.digests else self.root_of(namespace)
         if node.parent is None or node.children:
             node = self._branch(node, key)
         self._extend(node, key, block_id)
@@ -223,6 +222,10 @@ class RadixTree:
         del node.tokens[-self._key_bytes :]
         if not node.block_ids:
             self._unlink(node, key)
+
+    def root_of(self, namespace: Namespace) -> Digest:
+        """What the first blocks of a namespace stand behind."""
+        return self.identity.root(namespace.format, namespace.salt)
 
     def digest_of(self, block_id: int) -> Digest | None:
         """The name of a block; None for one that is open or not in the tree."""
@@ -321,9 +324,6 @@ class RadixTree:
             return None
         same_format = any(other.format == namespace.format for other in elsewhere)
         return MissReason.OTHER_SALT if same_format else MissReason.OTHER_FORMAT
-
-    def _root_digest(self, namespace: Namespace) -> Digest:
-        return self.identity.root(namespace.format, namespace.salt)
 
     def _root(self, namespace: Namespace) -> _Node:
         root = self._roots.get(namespace)

@@ -16,7 +16,7 @@ from weakref import ref
 import numpy as np
 import numpy.typing as npt
 
-from kvik.cache import BlockEvents, CacheManager, Hold, KVCacheSpec, PoolSize
+from kvik.cache import BlockEvents, CacheManager, Digest, Hold, Identity, KVCacheSpec, PoolSize
 from kvik.cache.sizing import choose_pool_size
 from kvik.config import EngineConfig, Pooling, SamplingParams
 from kvik.engine.admission import Admission
@@ -30,8 +30,10 @@ from kvik.engine.runner import ModelRunner, Runner, StepOutput
 from kvik.engine.sampler import SampleRow, sample_rows
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
+from kvik.engine.store_tier import StoreTier, payload_bytes
 from kvik.errors import CacheTooSmall, EngineDead, InvalidInput, KvikError, ModelError, StepFailed
 from kvik.models.loader import LoadedModel
+from kvik.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,15 @@ KEPT_SUPERBLOCKS = 2
 MAX_FAILED_STEPS = 3
 """Steps that may fail one after the other before the engine ends."""
 
+IDLE_SAVE_S = 0.005
+"""That copying blocks may hold the lock where nothing runs."""
+
+LOAD_WAIT_S = 0.02
+"""That a step waits for stored blocks where nothing else is to do."""
+
 MakeRunner: TypeAlias = Callable[[LoadedModel, KVCacheSpec, PoolSize], Runner]
+OpenStore: TypeAlias = Callable[[Digest, int], Store]
+"""The store of blocks of so many bytes that this digest of model, format and numerics names."""
 
 
 class Engine:
@@ -64,6 +74,8 @@ class Engine:
         *,
         make_runner: MakeRunner = ModelRunner,
         observers: SequenceOf[Observer] = (),
+        identity: Identity = Identity(),  # noqa: B008  # it is frozen
+        open_store: OpenStore | None = None,
     ) -> None:
         self.model = model
         self.config = config = config or EngineConfig()
@@ -82,10 +94,14 @@ class Engine:
             window_blocks=size.window_blocks,
             prefix_cache=config.prefix_cache,
             step_tokens=config.token_budget,
+            identity=identity,
         )
         self.runner = make_runner(model, self.kv_spec, size)
         self.scheduler = Scheduler(self.cache, config, partial(Lease, ref(self)))
         self.admission = Admission(model, self.cache, self.scheduler.max_running)
+        self.tier = None if open_store is None else self._new_tier(open_store)
+        self.scheduler.tier = self.tier
+        self._only_loads = False  # the last step had nothing to do but to wait for stored blocks
         self.lock = OwnedLock()
         self.prefill_token_s: float | None = None  # a prompt token's share of a step's time, of the newest long chunk
         self.death: Exception | None = None  # why no step will run any more
@@ -145,7 +161,9 @@ class Engine:
                 self.scheduler.add(sequence)
 
     def step(self) -> StepResult | None:
-        """Advance by one step; `None` when nothing is to do. Raises `EngineDead`."""
+        """Advance by one step; `None` when nothing is to do, or not yet. Raises `EngineDead`."""
+        if self._only_loads and self.tier is not None:
+            self.tier.wait(LOAD_WAIT_S)
         with self._exclusive():
             self._check_alive()
             clock = StepClock()
@@ -154,6 +172,9 @@ class Engine:
                 clock.lap()
                 result = None if batch is None else self._advance(batch, clock)
                 self._trim()
+                if self.tier is not None:
+                    self._only_loads = batch is None and self.tier.is_loading
+                    self.tier.after_step(clock.so_far_s(), has_work=self.scheduler.has_work)
             self._tell(clock, batch, result)
             return result
 
@@ -183,6 +204,53 @@ class Engine:
         with self._exclusive(), self._changing():
             self.cache.clear()
             self._give_back(self.cache.take_idle(max_kept=0))
+
+    # Stored blocks.
+
+    def store_lease(self, lease: Lease) -> list[Digest]:
+        """Have the full blocks of a lease written to the store; their names, of which `flush_store` makes sure."""
+        assert self.tier is not None
+        with self._exclusive():
+            return self.tier.keep(lease.hold.table)
+
+    def flush_store(self, seconds: float) -> bool:
+        """Wait until all that is to be stored is; False where that takes longer. Nothing to do is soon done."""
+        if self.tier is None:
+            return True
+        end_s = time.monotonic() + seconds
+        while self.tier.has_pending and time.monotonic() < end_s:
+            with self._exclusive():
+                self.tier.save(math.inf)
+            self.tier.flush(end_s - time.monotonic())
+        return self.tier.flush(max(0.0, end_s - time.monotonic()))
+
+    def close_store(self, seconds: float = 10.0) -> None:
+        """Write what is to be stored, as far as that goes in so many seconds, and use the store no more."""
+        if self.tier is None:
+            return
+        self.flush_store(seconds)
+        with self._exclusive():
+            self.tier.close()
+            self.tier = self.scheduler.tier = None
+
+    def _new_tier(self, open_store: OpenStore) -> StoreTier:
+        store = open_store(self.cache.scope, sum(payload_bytes(self.cache, self.runner).values()))
+        engine = ref(self)
+
+        def save_when_idle() -> bool:
+            this = engine()
+            return this is not None and this._save_when_idle()
+
+        return StoreTier(store, self.cache, self.runner, self.config.store_policy, save_when_idle)
+
+    def _save_when_idle(self) -> bool:
+        """In the writer's thread: copy what the last step left to be stored; whether there is more."""
+        with self._exclusive():
+            # A step does so itself, within its bounds.
+            if self.tier is None or self.scheduler.has_work:
+                return False
+            self.tier.save(IDLE_SAVE_S)
+            return self.tier.has_pending
 
     # Leases.
 
@@ -277,6 +345,8 @@ class Engine:
         output = self.runner.run(batch)
         if any(item.num_tokens >= LONG_CHUNK for item in batch.items):
             self.prefill_token_s = (time.perf_counter() - started_s) / len(batch.arrays.token_ids)
+            if self.tier is not None:
+                self.tier.note_prefill(self.prefill_token_s)
         return output
 
     def _pool(self, batch: ScheduledBatch, hidden: npt.NDArray[np.float32]) -> None:

@@ -61,6 +61,10 @@ class StepClock:
         """Another part has ended."""
         self.times_s.append(time.perf_counter())
 
+    def so_far_s(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self.times_s[0]
+
     def parts_s(self) -> tuple[float, float, float, float]:
         """Seconds of each part; 0 for those that a failed step never came to."""
         started_s, scheduled_s, *ends_s = self.times_s

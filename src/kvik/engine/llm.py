@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
 import reprlib
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias, Unpack
+from weakref import ReferenceType, ref
 
 from kvik.cache.sizing import choose_pool_size
 from kvik.config import EngineConfig, Pooling, SamplingParams
@@ -218,12 +221,24 @@ class LLM:
         model = self.model
         if config.threads != self.config.threads:
             model = replace(model, decoder=model.decoder.with_ops(_make_ops(config)))
-        return Engine(model, config)
+        if config.store is None:
+            return Engine(model, config)
+        from kvik.engine.open_store import identity_for, open_file_store
+
+        identity = identity_for(model, config)
+        engine = Engine(model, config, identity=identity, open_store=partial(open_file_store, model, config, identity))
+        atexit.register(_close_store, ref(engine))
+        return engine
+
+    def close(self) -> None:
+        """Write what is still to be stored, and use the store no more; without one it does nothing."""
+        self.engine.close_store()
 
     def with_decoder(self, decoder: Decoder) -> LLM:
         """The same tokenizer and settings around another decoder, with an engine of its own."""
         other = copy.copy(self)
         other.model = replace(self.model, decoder=decoder)
+        other.config = replace(self.config, store=None)  # its blocks are those of the model's own decoder
         other.engine = other.new_engine()
         return other
 
@@ -251,6 +266,13 @@ class LLM:
                 f" the machine has {available / 2**30:,.1f} GiB available",
                 hint=f"set the context to {available // 2 // spec.position_bytes} or less (`--context`)",
             )
+
+
+def _close_store(engine: ReferenceType[Engine]) -> None:
+    """At the end of the process, whose other threads end without being asked."""
+    this = engine()
+    if this is not None:
+        this.close_store()
 
 
 def _make_ops(config: EngineConfig) -> Ops:

@@ -31,6 +31,9 @@ class Stats:
     miss_reason: MissReason | None = (
         None  # why no more of the prompt was found in the cache; None where it was not asked
     )
+    num_stored_tokens: int = 0  # of the cached ones, read from the store
+    load_s: float = 0.0  # that the request waited for them
+    saved_s: float | None = None  # that computing them would have taken; None: none were read, or it is not known
 
     @property
     def time_per_output_token_s(self) -> float:

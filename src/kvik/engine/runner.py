@@ -28,7 +28,7 @@ class StepOutput(NamedTuple):
 
 
 class Runner(Protocol):
-    """What an engine needs of a model; `copy_blocks` and `discard_blocks` name blocks of one group of layers."""
+    """What an engine needs of a model; what names blocks names those of one group of layers."""
 
     def run(self, batch: ScheduledBatch) -> StepOutput:
         """Compute the batch's tokens, keep their keys and values, and give the rows that are wanted."""
@@ -44,6 +44,12 @@ class Runner(Protocol):
 
     def discard_blocks(self, superblocks: SequenceOf[int], group: int) -> None:
         """Give the memory of whole superblocks back; what was in them is gone."""
+
+    def read_blocks(self, block_ids: SequenceOf[int], group: int) -> bytes:
+        """The bytes of blocks, one block after the other."""
+
+    def write_blocks(self, block_ids: SequenceOf[int], data: bytes | memoryview, group: int) -> None:
+        """Put bytes that `read_blocks` gave into blocks; raises ValueError where they are not as many."""
 
     def step_bytes(self, *, with_logits: bool) -> int:
         """Bytes of the weights that a step reads."""
@@ -83,6 +89,14 @@ class ModelRunner:
     def discard_blocks(self, superblocks: SequenceOf[int], group: int) -> None:
         """Give memory back; see `Runner`."""
         self.decoder.ops.discard_blocks(self.kv_arrays, superblocks, group)
+
+    def read_blocks(self, block_ids: SequenceOf[int], group: int) -> bytes:
+        """The bytes of blocks; see `Runner`."""
+        return self.decoder.ops.read_blocks(self.kv_arrays, block_ids, group)
+
+    def write_blocks(self, block_ids: SequenceOf[int], data: bytes | memoryview, group: int) -> None:
+        """Put bytes into blocks; see `Runner`."""
+        self.decoder.ops.write_blocks(self.kv_arrays, block_ids, data, group)
 
     def step_bytes(self, *, with_logits: bool) -> int:
         """Bytes of weights; see `Runner`."""

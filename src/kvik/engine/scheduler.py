@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from itertools import chain
 
-from kvik.cache import CacheManager, Hold, Match, packed
+from kvik.cache import CacheManager, Hold, Match, MissReason, packed
 from kvik.config import EngineConfig
 from kvik.engine.batch import Scheduled, ScheduledBatch, build_batch
 from kvik.engine.lease import Lease
 from kvik.engine.request import Request
 from kvik.engine.sequence import Sequence
+from kvik.engine.store_tier import PUBLISH_S, StoreTier
 from kvik.errors import CacheTooSmall, QueueFull
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Scheduler:
     """Chooses what each step computes: every running sequence something, as far as tokens and blocks go.
 
     waiting   queued, no blocks; in order of arrival, a level of priority being worth `PRIORITY_STEPS` steps
+    loading   waiting, and its next blocks are being read from the store; others overtake it meanwhile
     running   some of its tokens computed, blocks for those
 
     When blocks are short, leases that are not pinned lose theirs first, then the running sequences that come last in
@@ -59,6 +62,7 @@ class Scheduler:
         self._begun: dict[Sequence, None] = {}  # since `take_news`
         self._ended: dict[Sequence, None] = {}
         self.num_preemptions = 0
+        self.tier: StoreTier | None = None  # where blocks are stored
         self._make_lease = make_lease
         self.num_steps = 0
         self._num_added = 0
@@ -103,6 +107,8 @@ class Scheduler:
 
         Short gaps first, for somebody waits for each token; then the prompts, in order, share what is left.
         """
+        if self.tier is not None:
+            self.tier.publish(PUBLISH_S if self.running else math.inf)
         while self.has_work:  # a round may do no more than refuse somebody, or make room for the others
             self.num_steps += 1
             step = _Step(self.token_budget)
@@ -118,6 +124,8 @@ class Scheduler:
             self._admit(step)
             if step.items:
                 return build_batch(list(step.items.values()))
+            if self.tier is not None and self.tier.is_loading:
+                return None
         return None
 
     def commit(self, batch: ScheduledBatch, *, weight_bytes: int) -> None:
@@ -143,7 +151,10 @@ class Scheduler:
             if num_rejected:
                 self.cache.release(sequence.table, sequence.num_computed_tokens)
             if sequence.request.use_cache and sequence.request.share:
+                num_sealed = sequence.table.num_sealed
                 self.cache.seal(sequence.table, sequence.token_ids, sequence.num_computed_tokens)
+                if self.tier is not None:
+                    self.tier.note_sealed(sequence.table, num_sealed)
             self.cache.slide(sequence.table, sequence.num_computed_tokens)
             if sequence.branches and item.closes_gap:
                 self._begin_branches(sequence)
@@ -183,11 +194,14 @@ class Scheduler:
                 self._ended[each] = None
             sequence.branches = []
         self.waiting, self.running, self.unfinished = [], [], {}
+        if self.tier is not None:
+            self.tier.reset()
 
     def check(self, others: Iterable[Sequence] = ()) -> None:
         """Prove that the cache's accounts agree with the tables of all sequences here, and of `others`."""
         holders = list(dict.fromkeys(chain(self.running, others)))
-        self.cache.check(sequence.table for sequence in holders)
+        loading = () if self.tier is None else self.tier.tables
+        self.cache.check([*(sequence.table for sequence in holders), *loading])
         assert not any(sequence.table.block_ids for sequence in self.waiting), "a waiting sequence holds blocks"
         for sequence in self.running:
             assert self.cache.can_go_back(sequence.table, sequence.num_computed_tokens), "a window has lost blocks"
@@ -248,6 +262,8 @@ class Scheduler:
         """Take blocks from whoever is least entitled to them; False where that is the sequence itself."""
         if self.cache.take_back(spared=_hold_of(sequence.request)):
             return True
+        if self.tier is not None and self.tier.give_up():
+            return True
         last = max(self.running, key=_place)
         if last is sequence and len(self.running) == 1:
             step.gone.add(sequence)
@@ -287,9 +303,13 @@ class Scheduler:
                     break
                 match = self.match(sequence.request, sequence.token_ids)
             if not has_room:
+                if self.tier is not None and self.tier.give_up():
+                    break  # what it held is free now; the next step looks again
                 if self.running:
                     break  # nobody overtakes it
                 self.abort(sequence, self._too_small(sequence))
+                continue
+            if self.tier is not None and self.tier.must_wait(sequence, match):
                 continue
             self._begin(sequence, match)
             self._schedule_one(sequence, step)
@@ -315,8 +335,10 @@ class Scheduler:
             each.costs.begun_s = now_s
         if sequence.request.may_reuse:
             sequence.costs.num_cached_tokens = sequence.num_computed_tokens
-            sequence.costs.miss_reason = match.miss_reason
+            sequence.costs.miss_reason = MissReason.DAMAGED if sequence.costs.stored_fault else match.miss_reason
             self.cache.stats.note(sequence.num_prompt_tokens - 1, sequence.num_computed_tokens)
+            if self.tier is not None:
+                self.tier.note_match(match)
         log.debug(
             "%s: begins, %d of %d prompt tokens cached (%s)",
             sequence.request.request_id,
@@ -351,6 +373,8 @@ class Scheduler:
             sequence.costs.kv_bytes = max(sequence.costs.kv_bytes, self.cache.held_bytes(sequence.table))
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        if self.tier is not None:
+            self.tier.leave(sequence)
         if sequence.request.use_cache and sequence.request.share:
             self.cache.keep_end(sequence.table, sequence.token_ids, sequence.num_computed_tokens)
         if sequence.request.hold and sequence.table.block_ids:

@@ -9,13 +9,14 @@ from typing import Literal
 
 import numpy as np
 
-from kvik.cache import BlockTable, MissReason
+from kvik.cache import BlockTable, Digest, MissReason
 from kvik.config import SamplingParams
 from kvik.engine.drafts import NgramDrafts
 from kvik.engine.lease import Lease
 from kvik.engine.output import Embedding, Stats, TextStream, TokenLogprobs
 from kvik.engine.pooling import PooledHidden
 from kvik.engine.request import Request
+from kvik.store import Fault
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -34,6 +35,10 @@ class Costs:
     weight_bytes: int = 0  # that its steps went over
     submitted_s: float | None = None  # when it was queued, or given to the thread that does
     begun_s: float | None = None  # when it first had blocks
+    num_stored_tokens: int = 0  # of the cached ones, read from the store
+    load_s: float = 0.0  # that it waited for them
+    saved_s: float | None = None  # that computing them would have taken; None: not known
+    stored_fault: Fault | None = None  # why a stored block was not used
     first_token_s: float | None = None
     last_token_s: float | None = None
 
@@ -58,6 +63,7 @@ class Sequence:
         "is_queued",
         "lease",
         "logprobs",
+        "looked_for",
         "matcher",
         "num_computed_tokens",
         "place",
@@ -81,6 +87,7 @@ class Sequence:
         self.matcher = None if request.constraint is None else request.constraint.new_matcher()
         self.branches: list[Sequence] = []  # others of the same request, which begin with its first token
         self.is_queued = False  # whether the engine ever took it
+        self.looked_for: Digest | None = None  # the stored block that it asked for last
         self.place = (0, 0)  # in the queue, the least first
         self.drafts = NgramDrafts() if params.speculate == "ngram" and request.use_cache else None
         self.draft_ids: list[int] = []  # guesses behind the last token, computed in the same step
@@ -183,4 +190,7 @@ class Sequence:
             num_accepted_tokens=costs.num_accepted_tokens,
             num_preemptions=costs.num_preemptions,
             miss_reason=costs.miss_reason,
+            num_stored_tokens=costs.num_stored_tokens,
+            load_s=costs.load_s,
+            saved_s=costs.saved_s,
         )

@@ -1,0 +1,70 @@
+"""The store that a configuration asks for, and the identity of the blocks in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvik.cache import BLOCK_SIZE, Digest, Identity
+from kvik.config import EngineConfig
+from kvik.errors import InvalidInput
+from kvik.models.loader import LoadedModel
+from kvik.models.numerics import numerics_of, weight_files
+from kvik.store import FileStore, Store
+from kvik.store.disk import make_private
+from kvik.store.files import VERSION_FOLDER
+from kvik.store.fingerprints import fingerprint_of
+
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 16, 4096
+
+
+def read_secret(path: Path) -> bytes:
+    """The secret in a file, without the white space around it. Raises `InvalidInput`."""
+    try:
+        with path.open("rb") as file:
+            secret = file.read(MAX_SECRET_BYTES + 1).strip()
+    except OSError as error:
+        raise InvalidInput(f"store_key: {path}: {error.strerror}", hint="name a file that can be read") from None
+    if not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
+        raise InvalidInput(
+            f"store_key: {path} has {len(secret):,} bytes",
+            hint=f"make one: head -c 32 /dev/urandom | base64 > {path}",
+        )
+    return secret
+
+
+def identity_for(model: LoadedModel, config: EngineConfig) -> Identity:
+    """What names the blocks of a model that is run so. Raises `InvalidInput`, `ModelError`."""
+    assert config.store is not None
+    secret = b"" if config.store_key is None else read_secret(Path(config.store_key))
+    version_folder = Path(config.store).expanduser() / VERSION_FOLDER
+    make_private(version_folder)
+    fingerprint = fingerprint_of(weight_files(model.path), version_folder)
+    return Identity(fingerprint, numerics_of(model, config), secret)
+
+
+def open_file_store(
+    model: LoadedModel, config: EngineConfig, identity: Identity, scope: Digest, payload_bytes: int
+) -> Store:
+    """The store in the configured folder. Raises `InvalidInput`."""
+    assert config.store is not None
+    assert isinstance(config.store_quota, int)
+    return FileStore(
+        Path(config.store).expanduser(),
+        scope,
+        num_tokens=BLOCK_SIZE,
+        payload_bytes=payload_bytes,
+        key=identity.key(b"tag"),
+        quota_bytes=config.store_quota,
+        about={
+            "model": str(model.path),
+            "fingerprint": identity.fingerprint.hex(),
+            "numerics": identity.numerics,
+            "kv_dtype": config.kv_dtype,
+            "activations": config.activations,
+            "weights": config.weights,
+            "backend": config.backend,
+            "context": config.context,
+            "block_size": BLOCK_SIZE,
+            "payload_bytes": payload_bytes,
+        },
+    )
