@@ -329,7 +329,7 @@ def test_what_was_evicted_before_it_was_copied_is_not_stored() -> None:
     store = DictStore()
     engine = an_engine(store)
     assert engine.tier is not None
-    engine.tier.after_step = lambda step_s, *, has_work: None  # type: ignore[method-assign]  # it never comes to it
+    engine.tier.after_step = lambda step_s, save_when_idle: None  # type: ignore[method-assign]  # it never comes to it
     run(engine, new(engine))
     assert engine.tier.has_pending
     engine.clear_cache()
@@ -364,7 +364,7 @@ def test_blocks_are_copied_within_the_share_of_a_step() -> None:
         engine.step()
     before = len(spent)
     for _ in range(100):
-        tier.after_step(0.01, has_work=True)
+        tier.after_step(0.01, None)
     assert (len(spent) - before) * 0.002 <= 0.03 * 100 * 0.01 + 2 * 0.002 + 0.02
     assert engine.flush_store(10)
     assert len(store.blocks) == NUM_BLOCKS + 300 // 32

@@ -113,7 +113,7 @@ def harmed(data: bytes, chance: random.Random) -> bytes:
         case 5:  # hostile lengths
             number = chance.choice((0, 1, 2**16, 2**31, 2**32 - 1, 2**63, 2**64 - 1))
             place, size = chance.choice(((12, 4), (64, 8), (72, 8)))
-            return data[:place] + (number % 2 ** (8 * size)).to_bytes(size, "little") + data[place + size :]
+            return data[:place] + (number % (1 << 8 * size)).to_bytes(size, "little") + data[place + size :]
         case _:
             return bytes(len(data)) if chance.random() < 0.5 else chance.randbytes(len(data))
 

@@ -364,6 +364,10 @@ class CacheManager:
         """Names all blocks that this cache's could be exchanged with, of whatever salt."""
         return self.identity.scope(self.spec.dtype)
 
+    def root(self, salt: str | None = None) -> Digest:
+        """What the first blocks of a salt stand behind."""
+        return self.tree.root_of(Namespace(self.spec.dtype, salt))
+
     @property
     def num_pinned(self) -> int:
         """Blocks that some pin holds."""

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvik import __version__
-from kvik.cli import models
+from kvik.cli import cache, models
 from kvik.cli.bench import bench
 from kvik.cli.explain import explain
 from kvik.cli.plan import plan
@@ -118,6 +118,7 @@ app.command()(top)
 app.command()(plan)
 app.command()(explain)
 app.command("pool-heads")(pool_heads)
+app.add_typer(cache.app, name="cache")
 app.add_typer(models.app, name="models")
 
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from kvik.cli.terminal import note
-from kvik.config import ActivationDType, KVDType, SamplingParams, Speculation, WeightFormat
+from kvik.config import ActivationDType, KVDType, SamplingParams, Speculation, StorePolicy, WeightFormat
 from kvik.errors import InvalidInput
 from kvik.hub import store
 from kvik.hub.progress import terminal_progress
+from kvik.machine import user_folder
 
 if TYPE_CHECKING:
     from kvik.engine.llm import LLM
@@ -28,6 +29,7 @@ LETTERS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 # Panels of --help.
 PROMPT, SAMPLING, ENGINE, SERVER = "Prompt and output", "Sampling", "Model and engine", "Of a server"
+STORE = "Cache that outlives the process"
 
 MAX_KV_HEADS = 1 << 16
 
@@ -143,6 +145,38 @@ class EngineOptions(ModelOptions):
         "f16"
     )
     threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    """Where blocks outlive the process, as in `EngineConfig`."""
+
+    store: Annotated[
+        str | None,
+        value(STORE, "DIR", "Keep computed blocks in this folder, for the next time; auto: kvik's cache folder."),
+    ] = None
+    store_quota: Annotated[str, value(STORE, "SIZE", "For the files there.", show_default=True)] = "2GB"
+    store_policy: Annotated[
+        StorePolicy,
+        value(STORE, "end|reuse", "Store what a request computed, or what is used a second time.", show_default=True),
+    ] = "end"
+    store_key: Annotated[
+        str | None, value(STORE, "FILE", "A secret that seals stored blocks, so that nobody can exchange them.")
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of an `EngineConfig`. Raises `InvalidInput` for what has no meaning without a store."""
+        if self.store is None:
+            if self.store_key is not None:
+                raise InvalidInput("--store-key without --store", hint="add --store auto, or leave it out")
+            return {}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"store": str(store_folder()) if self.store == "auto" else self.store}
+
+
+def store_folder() -> Path:
+    """Where blocks are stored unless the caller says otherwise."""
+    return user_folder() / "store"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

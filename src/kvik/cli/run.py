@@ -16,6 +16,7 @@ from kvik.cli.options import (
     PromptOptions,
     SamplingOptions,
     ServerOptions,
+    StoreOptions,
     flag,
     given_options,
     spell_out,
@@ -58,6 +59,7 @@ def run(
     ] = None,
     engine: EngineOptions,
     no_cache: Annotated[bool, flag(ENGINE, "--no-cache", "Compute every token again for each new one.")] = False,
+    store_options: StoreOptions,
     server: ServerOptions,
 ) -> None:
     """Answer a prompt; without one, chat.
@@ -92,7 +94,7 @@ def run(
         from kvik.cli.chat import chat
 
         chat(
-            engine.load(),
+            engine.load(**store_options.settings()),
             params,
             name=engine.model,
             system=prompt_options.system,
@@ -100,7 +102,7 @@ def run(
             use_cache=not no_cache,
         )
         return
-    llm = engine.load()
+    llm = engine.load(**store_options.settings())
     prompt_ids = prompt_options.token_ids(llm, text, **asdict(template))
     completion = answer(llm, prompt_ids, params, use_cache=not no_cache, show=not as_json)
     if as_json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvik.cli.options import ENGINE, check_utf8, value
+from kvik.cli.options import ENGINE, StoreOptions, check_utf8, spell_out, value
 from kvik.cli.terminal import note
 from kvik.config import ActivationDType, KVDType, WeightFormat
 from kvik.errors import InvalidInput
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SERVER, ACCESS, LIMITS = "Server", "Who may call it", "Limits"
 
 
+@spell_out
 def serve(
     models: Annotated[
         list[str] | None,
@@ -117,6 +118,7 @@ def serve(
     weights: Annotated[
         WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")
     ] = None,
+    store_options: StoreOptions,
 ) -> None:
     """Serve models over HTTP: OpenAI's API, Anthropic's, and kvik's own.
 
@@ -165,6 +167,7 @@ def serve(
         "max_running": max_running,
         "max_waiting": max_waiting,
         **({} if token_budget is None else {"token_budget": token_budget}),
+        **store_options.settings(),
     }
     try:
         import msgspec  # noqa: F401
@@ -263,6 +266,8 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
             f"    context {model.llm.model.context:,}; weights {_mib(weights.num_bytes)}, cache"
             f" {_mib(cache.num_bytes)} for {cache.num_blocks * model.llm.engine.kv_spec.block_size:,} tokens"
         )
+        if model.llm.config.store is not None:
+            note(f"    stores what it computes in {model.llm.config.store}: keys and values, which reveal prompts")
     num_keys = len(config.api_keys)
     who = "with a key" if num_keys == 1 else f"with one of {num_keys} keys" if num_keys else "by anybody who reaches it"
     note(f"  Called {who}. All routes: {url}/docs")

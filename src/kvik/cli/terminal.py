@@ -144,6 +144,7 @@ def stats_line(stats: Stats, finish_reason: str, *, use_cache: bool) -> str:
     parts = [
         f"prompt {stats.num_prompt_tokens:,}",
         cached_part(stats.num_cached_tokens, stats.num_prompt_tokens),
+        *([stored_part(stats)] if stats.num_stored_tokens else []),
         f"TTFT {seconds(stats.time_to_first_token_s) if stats.num_completion_tokens else '-'}",
         f"{rate(stats.tokens_per_s)} tok/s",
         f"KV {mebibytes(stats.kv_bytes)}",
@@ -165,6 +166,12 @@ def cached_part(num_cached_tokens: int, num_prompt_tokens: int) -> str:
     if num_cached_tokens < num_prompt_tokens:
         percent = min(percent, 99)
     return f"cached {num_cached_tokens:,} ({percent} %)"
+
+
+def stored_part(stats: Stats) -> str:
+    """What was read from the store, how long that took, and what computing it would have taken, where it is known."""
+    instead = "" if stats.saved_s is None else f" instead of {seconds(stats.saved_s)}"
+    return f"stored {stats.num_stored_tokens:,} tokens in {seconds(stats.load_s)}{instead}"
 
 
 class Interrupt:

@@ -26,7 +26,7 @@ from kvik.engine.request import (
     split_options,
 )
 from kvik.engine.sequence import Sequence
-from kvik.engine.session import AsyncSession
+from kvik.engine.session import AsyncSession, load_saved
 from kvik.engine.stream import collect, collect_embeddings
 from kvik.engine.token_stream import Delivery, TokenStream, call_soon
 from kvik.errors import EngineDead
@@ -147,6 +147,13 @@ class AsyncLLM:
     def session(self, *, system: Content | None = None, **options: Unpack[ChatOptions]) -> AsyncSession:
         """A conversation that keeps its cache; `options` are those of `chat`, and hold for every turn."""
         return AsyncSession(self, system=system, **options)
+
+    async def load_session(self, name: str, **options: Unpack[ChatOptions]) -> AsyncSession:
+        """A saved conversation to go on with; see `Session.load`."""
+        saved, options = await asyncio.to_thread(load_saved, self.llm, name, options)
+        session = AsyncSession(self, **options)
+        session._restore(saved)
+        return session
 
     def stream_sequence(self, sequence: Sequence) -> AsyncIterator[Piece]:
         """Queues a sequence of this engine and gives its tokens, and those of its branches, as they come."""

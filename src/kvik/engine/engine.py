@@ -174,7 +174,7 @@ class Engine:
                 self._trim()
                 if self.tier is not None:
                     self._only_loads = batch is None and self.tier.is_loading
-                    self.tier.after_step(clock.so_far_s(), has_work=self.scheduler.has_work)
+                    self.tier.after_step(clock.so_far_s(), None if self.scheduler.has_work else self._save_when_idle)
             self._tell(clock, batch, result)
             return result
 
@@ -235,13 +235,7 @@ class Engine:
 
     def _new_tier(self, open_store: OpenStore) -> StoreTier:
         store = open_store(self.cache.scope, sum(payload_bytes(self.cache, self.runner).values()))
-        engine = ref(self)
-
-        def save_when_idle() -> bool:
-            this = engine()
-            return this is not None and this._save_when_idle()
-
-        return StoreTier(store, self.cache, self.runner, self.config.store_policy, save_when_idle)
+        return StoreTier(store, self.cache, self.runner, self.config.store_policy)
 
     def _save_when_idle(self) -> bool:
         """In the writer's thread: copy what the last step left to be stored; whether there is more."""

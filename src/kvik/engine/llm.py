@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
 import os
 import reprlib
@@ -11,7 +10,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias, Unpack
-from weakref import ReferenceType, ref
 
 from kvik.cache.sizing import choose_pool_size
 from kvik.config import EngineConfig, Pooling, SamplingParams
@@ -226,9 +224,7 @@ class LLM:
         from kvik.engine.open_store import identity_for, open_file_store
 
         identity = identity_for(model, config)
-        engine = Engine(model, config, identity=identity, open_store=partial(open_file_store, model, config, identity))
-        atexit.register(_close_store, ref(engine))
-        return engine
+        return Engine(model, config, identity=identity, open_store=partial(open_file_store, model, config, identity))
 
     def close(self) -> None:
         """Write what is still to be stored, and use the store no more; without one it does nothing."""
@@ -266,13 +262,6 @@ class LLM:
                 f" the machine has {available / 2**30:,.1f} GiB available",
                 hint=f"set the context to {available // 2 // spec.position_bytes} or less (`--context`)",
             )
-
-
-def _close_store(engine: ReferenceType[Engine]) -> None:
-    """At the end of the process, whose other threads end without being asked."""
-    this = engine()
-    if this is not None:
-        this.close_store()
 
 
 def _make_ops(config: EngineConfig) -> Ops:

@@ -7,17 +7,22 @@ import copy
 import reprlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, Unpack
+from typing import Any, Protocol, Self, Unpack, cast
 
 from kvik.config import SamplingParams
 from kvik.engine.lease import Lease
 from kvik.engine.llm import GREEDY, LLM
 from kvik.engine.output import Completion, Piece, Stats
-from kvik.engine.request import ChatOptions, Request, split_options
+from kvik.engine.request import ChatOptions, Request, TemplateOptions, check_options, split_options
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput
+from kvik.store import FileStore
+from kvik.store.sessions import SavedSession, check_name, load_session, save_session
 from kvik.text.chat_messages import Content, check_message, check_template_vars, check_tools
+
+FLUSH_S = 60.0
+"""That saving waits for blocks to be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,10 @@ class Conversation:
         fork.messages = copy.deepcopy(self.messages)
         fork._completion = self._completion
 
+    def _restore(self, saved: SavedSession) -> None:
+        for message in saved.messages:
+            self.messages.append(check_message(f"messages[{len(self.messages)}]", dict(message)))
+
     def _forked_lease(self) -> Lease | None:
         return self._lease.fork() if self._lease is not None and self._lease.num_tokens else None
 
@@ -132,6 +141,24 @@ class Conversation:
         before, self._pin = self._pin, self._lease.pin()
         if before is not None:
             before.close()
+
+    def _save(self, name: str) -> SavedSession:
+        self._check_not_writing("save")
+        engine, store = self.llm.engine, _files_of(self.llm)
+        check_name(name)
+        digests = [] if self._lease is None else engine.store_lease(self._lease)
+        engine.flush_store(FLUSH_S)
+        saved = SavedSession(
+            name=name,
+            model=self.llm.model.path.name,
+            messages=self.messages,
+            template=self._for_template,
+            num_tokens=len(digests) * engine.kv_spec.block_size,
+            digests=[digest.hex() for digest in digests],
+            num_stored_blocks=sum(map(store.exists, digests)),
+        )
+        save_session(store, engine.cache.root(self.salt), saved)
+        return saved
 
     def _close(self) -> None:
         self._is_closed = True
@@ -149,6 +176,21 @@ class Conversation:
             raise InvalidInput(
                 f"cannot {what} a session while it writes", hint="wait until its answer is whole, or close the stream"
             )
+
+
+def load_saved(llm: LLM, name: str, options: ChatOptions) -> tuple[SavedSession, ChatOptions]:
+    """A saved conversation, and the options that it goes on with: what is given, else what it had."""
+    owner = llm.engine.cache.root(options.get("salt"))
+    saved = load_session(_files_of(llm), owner, name)
+    check_options(saved.template, TemplateOptions)
+    return saved, cast(ChatOptions, {**saved.template, **options})
+
+
+def _files_of(llm: LLM) -> FileStore:
+    tier = llm.engine.tier
+    if tier is None or not isinstance(tier.store, FileStore):
+        raise InvalidInput("sessions are saved in the store, and there is none", hint="LLM(..., store=FOLDER)")
+    return tier.store
 
 
 def _whole(last: list[Piece]) -> Completion:
@@ -214,6 +256,24 @@ class Session(Conversation):
         pin, self._pin = self._pin, None
         if pin is not None:
             pin.close()
+
+    def save(self, name: str) -> SavedSession:
+        """Keep the conversation in the store, in place of one of this name: messages, and the blocks computed of them.
+
+        What it gives says how many blocks could be stored; what could not is computed again. Raises `InvalidInput`.
+        """
+        return self._save(name)
+
+    @classmethod
+    def load(cls, llm: LLM, name: str, **options: Unpack[ChatOptions]) -> Self:
+        """A saved conversation of this model, to go on with; its blocks are read when its next turn begins.
+
+        `options` replace those that it was saved with; its salt must be given. Raises `InvalidInput`.
+        """
+        saved, options = load_saved(llm, name, options)
+        session = cls(llm, **options)
+        session._restore(saved)
+        return session
 
     def close(self) -> None:
         """Stop what is being written and give back the session's blocks."""
@@ -297,6 +357,10 @@ class AsyncSession(Conversation):
         pin, self._pin = self._pin, None
         if pin is not None:
             await asyncio.to_thread(pin.close)
+
+    async def save(self, name: str) -> SavedSession:
+        """Keep the conversation in the store; see `Session.save`."""
+        return await asyncio.to_thread(self._save, name)
 
     async def close(self) -> None:
         """Stop what is being written and give back the session's blocks."""

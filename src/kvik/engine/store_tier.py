@@ -86,7 +86,6 @@ class StoreTier:
         cache: CacheManager,
         runner: BlockBytes,
         policy: StorePolicy,
-        save_when_idle: Callable[[], bool],
     ) -> None:
         self.store = store
         self.stats = TierStats()
@@ -99,7 +98,7 @@ class StoreTier:
         self._pending: dict[Digest, int] = {}  # blocks to be copied and written, the first first
         self._known: dict[Digest, None] = {}  # stored, as far as is known; the oldest first
         self._reader = BlockReader(store)
-        self._writer = BlockWriter(store, save_when_idle)
+        self._writer = BlockWriter(store)
         self._saved_s = 0.0  # time for copies that steps have left
         self._retry_s = 0.0
         self._load_byte_s: float | None = None  # moving averages
@@ -254,15 +253,18 @@ class StoreTier:
             self._writer.used(digests)
         return digests
 
-    def after_step(self, step_s: float, *, has_work: bool) -> None:
-        """Copy as much as does not slow steps down; the rest once nothing runs."""
+    def after_step(self, step_s: float, save_when_idle: Callable[[], bool] | None) -> None:
+        """Copy as much as does not slow steps down; where no step follows, have the writer's thread ask for the rest.
+
+        It holds `save_when_idle`, and with it the engine, until that is done.
+        """
         if not self._pending:
             return
         self._saved_s = min(MAX_SAVED_S, self._saved_s + STEP_SHARE * step_s)
-        if has_work:
+        if save_when_idle is None:
             self.save(self._saved_s)
         else:
-            self._writer.wake()
+            self._writer.when_idle(save_when_idle)
 
     def save(self, max_s: float) -> None:
         """Copy blocks to be written for so long at most."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import queue
@@ -21,26 +22,25 @@ MAX_QUEUED_BYTES = 64 << 20
 
 NUM_READERS = 2
 
+EXIT_S = 10.0
+"""That the end of the process waits for blocks to be written."""
+
 NICENESS = 10
 """Of the writer, so that it takes what the engine leaves."""
 
 
 class BlockWriter:
-    """Writes blocks in a thread of its own, in order.
+    """Writes blocks in a thread of its own, in order. The end of the process waits for it, some seconds at most."""
 
-    After `wake`, `idle` is called there whenever there is nothing to write, until it says that it has nothing either.
-    """
-
-    def __init__(self, store: Store, idle: Callable[[], bool], max_queued_bytes: int = MAX_QUEUED_BYTES) -> None:
+    def __init__(self, store: Store, max_queued_bytes: int = MAX_QUEUED_BYTES) -> None:
         self._store = store
-        self._idle = idle
         self._max_queued_bytes = max_queued_bytes
         self._jobs: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._num_queued_bytes = 0
         self._is_working = False
         self._is_closing = False
-        self._is_asked_to_idle = False
+        self._idle: Callable[[], bool] | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -65,25 +65,27 @@ class BlockWriter:
         """Queue a note that these were wanted."""
         self._queue(lambda: self._store.used(digests), 0)
 
-    def wake(self) -> None:
-        """Have `idle` called soon."""
+    def when_idle(self, idle: Callable[[], bool]) -> None:
+        """Have `idle` called in the writer's thread when nothing is to be written, again and again while it is true."""
         with self._changed:
-            self._is_asked_to_idle = True
+            self._idle = idle
             self._start()
 
     def flush(self, seconds: float) -> bool:
         """Wait until all is written; False where that takes longer."""
         end_s = time.monotonic() + seconds
         with self._changed:
-            while self._jobs or self._is_working:
+            while self._jobs or self._is_working or self._idle is not None:
                 if not self._changed.wait(end_s - time.monotonic()):
                     return False
         return True
 
     def close(self) -> None:
         """End the thread after what it writes now."""
+        atexit.unregister(self._flush_at_exit)
         with self._changed:
-            self._is_closing = True
+            self._is_closing, self._idle = True, None
+            self._jobs.clear()
             self._changed.notify_all()
 
     def _queue(self, job: Callable[[], None], num_bytes: int) -> None:
@@ -96,20 +98,26 @@ class BlockWriter:
         if self._thread is None:
             self._thread = threading.Thread(target=self._main, name="kvik-store-writer", daemon=True)
             self._thread.start()
+            atexit.register(self._flush_at_exit)
         self._changed.notify_all()
 
+    def _flush_at_exit(self) -> None:
+        if not self.flush(EXIT_S):
+            log.warning("some blocks were not stored: the process ends")
+
     def _do_idle(self) -> None:
-        with self._changed:
-            self._is_asked_to_idle = False
-        if self._idle():
-            self.wake()
+        idle = self._idle
+        if idle is not None and not idle():
+            with self._changed:
+                if self._idle is idle:
+                    self._idle = None
 
     def _main(self) -> None:
         if sys.platform == "linux":
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while True:
             with self._changed:
-                while not (self._jobs or self._is_asked_to_idle or self._is_closing):
+                while not (self._jobs or self._idle is not None or self._is_closing):
                     self._changed.wait()
                 if self._is_closing:
                     return
@@ -119,7 +127,9 @@ class BlockWriter:
                 job()
             except Exception:
                 log.exception("a block could not be stored")
+                self._idle = None
             finally:
+                del job  # it may hold a block, or be the last that holds an engine
                 with self._changed:
                     self._is_working = False
                     self._changed.notify_all()

@@ -76,7 +76,8 @@ class FileStore:
             data = disk.read_whole(path, self.entry_bytes, self.entry_bytes)
             block = decode(data, self.scope, digest, self.key)
         except BadEntry as error:
-            self._quarantine(path, digest, error.fault)
+            if not put_aside(path, self.folder / QUARANTINE, error.fault):
+                self.stats.num_errors += 1
             return self._missed(error.fault)
         except FileNotFoundError:
             return self._missed(Fault.MISSING)
@@ -155,19 +156,6 @@ class FileStore:
         self.stats.faults[fault] += 1
         return fault
 
-    def _quarantine(self, path: str, digest: Digest, fault: Fault) -> None:
-        """Out of the way, so that a good one can come: what is wrong with it can be looked at."""
-        log.warning("%s: %s, so it is not used", path, fault)
-        quarantine = self.folder / QUARANTINE
-        try:
-            os.makedirs(quarantine, 0o700, exist_ok=True)
-            if sum(1 for _ in disk.files_in(str(quarantine))) < MAX_QUARANTINED:
-                os.replace(path, quarantine / f"{digest.hex()}.{fault.name.lower()}")
-            else:
-                disk.remove(path)
-        except OSError:
-            self.stats.num_errors += 1
-
     def _pause(self, error: OSError) -> None:
         """Write nothing for a while; who reads the log hears of it once."""
         self.stats.num_errors += 1
@@ -175,3 +163,17 @@ class FileStore:
             log.warning("%s: no blocks are stored for now: %s", self.version_folder, error.strerror)
         self.is_paused = True
         self._resumes_s = time.monotonic() + PAUSE_S
+
+
+def put_aside(path: str, quarantine: Path, fault: Fault) -> bool:
+    """Get a bad file out of the way of a good one, to where it can be looked at; False where that fails."""
+    log.warning("%s: %s, so it is not used", path, fault)
+    try:
+        os.makedirs(quarantine, 0o700, exist_ok=True)
+        if sum(1 for _ in disk.files_in(str(quarantine))) < MAX_QUARANTINED:
+            os.replace(path, quarantine / f"{os.path.basename(path)}.{fault.name.lower()}")
+        else:
+            disk.remove(path)
+    except OSError:
+        return False
+    return True
