@@ -131,8 +131,20 @@ FAULTS = (
     Fault(
         "a copied block comes from its neighbour's slots",
         "native/kv_arrays.h",
-        "             block % kSuperblock * kv.tile_bytes;",
-        "             block / 2 % kSuperblock * kv.tile_bytes;",
+        "           block % kSuperblock * shape_.tile_bytes;",
+        "           block / 2 % kSuperblock * shape_.tile_bytes;",
+    ),
+    Fault(
+        "a stored block whose bytes have changed is used",
+        "src/kvik/store/entry.py",
+        "    if not hmac.compare_digest(tag_of(key, fields, view[HEADER_BYTES:]), tag):",
+        "    if tag_of(key, fields, view[HEADER_BYTES:])[:0] != tag[:0]:",
+    ),
+    Fault(
+        "a block that was evicted meanwhile is stored under its old name",
+        "src/kvik/engine/store_tier.py",
+        "cache.places_of(block_id) if cache.tree.digest_of(block_id) == digest else None",
+        "cache.places_of(block_id) if cache.tree.digest_of(block_id) is not None else None",
     ),
     Fault(
         "a token sees the one after it",

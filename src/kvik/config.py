@@ -282,9 +282,10 @@ def _keep_bool(config: SamplingParams | EngineConfig, name: str) -> None:
 
 def _keep_path(config: EngineConfig, name: str) -> None:
     value = getattr(config, name)
-    if not isinstance(value, (str, os.PathLike)) or not (path := os.fspath(value)) or "\0" in str(path):
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path or "\0" in path:
         raise InvalidInput(f"{name} is {_shown(value)}", hint="give the path of a folder or file")
-    _keep(config, name, str(path))
+    _keep(config, name, path)
 
 
 def _keep_choice(

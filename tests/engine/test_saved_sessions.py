@@ -13,7 +13,7 @@ from kvik.engine.async_llm import AsyncLLM
 from kvik.engine.llm import LLM
 from kvik.engine.session import Session
 from kvik.errors import InvalidInput
-from kvik.store import FileStore
+from kvik.store.files import FileStore
 
 PARAMS = SamplingParams(max_tokens=60, ignore_eos=True)
 

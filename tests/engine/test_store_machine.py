@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvik.cache import Digest
 from kvik.config import SamplingParams
 from kvik.engine.sequence import Sequence
-from kvik.store import FileStore, Store
+from kvik.store import Store
+from kvik.store.files import FileStore
 from simulation import ALL, VOCAB, SimulatedEngine, Windows, expected_sequence
 from store.test_files import harmed
 from tiers import examples

@@ -10,7 +10,8 @@ from typing import Any
 from kvik.cache import Digest, Identity
 from kvik.cache.digest import next_digest
 from kvik.cache.tables import packed
-from kvik.store import Fault, FileStore, StoredBlock, StoreStats
+from kvik.store import Fault, StoredBlock, StoreStats
+from kvik.store.files import FileStore
 
 IDENTITY = Identity(b"weights", "native 1")
 SCOPE = IDENTITY.scope("f16")

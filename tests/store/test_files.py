@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvik.errors import InvalidInput
-from kvik.store import Fault, FileStore, StoredBlock
+from kvik.store import Fault, StoredBlock
 from kvik.store.entry import HEADER_BYTES, encode
-from kvik.store.files import MAX_QUARANTINED
+from kvik.store.files import MAX_QUARANTINED, FileStore
 from kvik.store.sweep import STALE_S, sweep
 from store.faults import ERRORS, inject
 from store.stored import IDENTITY, PAYLOAD, SCOPE, a_path, open_store, same

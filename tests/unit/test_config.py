@@ -194,6 +194,10 @@ GOOD_ENGINE: dict[str, list[Any]] = {
     "prefix_cache": [True, False],
     "max_running": [1, 64, 4096],
     "max_waiting": [1, 1024, 1 << 20],
+    "store": [None, "folder", "/a/folder of mine"],
+    "store_quota": [1, 2_000_000_000, MAX_SIZE_BYTES],
+    "store_policy": ["end", "reuse"],
+    "store_key": [None, "file"],
     "backend": ["native", "reference"],
 }
 BAD_ENGINE: dict[str, list[Any]] = {
@@ -222,6 +226,10 @@ BAD_ENGINE: dict[str, list[Any]] = {
     "prefix_cache": [None, 0, 1, "yes"],
     "max_running": [-1, 0, 4097, *NOT_INTEGERS],
     "max_waiting": [-1, 0, (1 << 20) + 1, *NOT_INTEGERS],
+    "store": ["", 1, True, b"folder", ["folder"], "a\0b"],
+    "store_quota": [*BAD_SIZES, 0, -1, None, "auto", MAX_SIZE_BYTES + 1],
+    "store_policy": ["", "never", None, 1, ["end"]],
+    "store_key": ["", 1, True, b"file", ["file"], "a\0b"],
     "backend": ["", "torch", "Native", None, 1, {"native"}],
 }
 

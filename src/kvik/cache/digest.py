@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from _blake2 import blake2b  # hashlib's own; hashlib itself brings OpenSSL, 7 MB, which nothing here needs
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import TypeAlias
 
 Digest: TypeAlias = bytes

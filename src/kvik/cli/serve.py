@@ -182,11 +182,20 @@ def serve(
     from kvik.server.state import ServerState
 
     state = ServerState(config)
+
+    def load_all() -> Models:
+        loaded = load(names, **engine)
+        if store_options.store is not None:
+            from kvik.engine.open_store import salts_secret
+
+            state.secret = salts_secret(loaded[0].llm.config)
+        return Models(loaded)
+
     port = listening.getsockname()[1]
     run_server(
         state,
         listening,
-        load=lambda: Models(load(names, **engine)),
+        load=load_all,
         on_ready=lambda: welcome(config, port, list(state.models)),
     )
 

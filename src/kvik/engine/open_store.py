@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from kvik.cache import BLOCK_SIZE, Digest, Identity
@@ -9,12 +11,14 @@ from kvik.config import EngineConfig
 from kvik.errors import InvalidInput
 from kvik.models.loader import LoadedModel
 from kvik.models.numerics import numerics_of, weight_files
-from kvik.store import FileStore, Store
-from kvik.store.disk import make_private
-from kvik.store.files import VERSION_FOLDER
+from kvik.store import Store
+from kvik.store.disk import make_private, read_whole, write_whole
+from kvik.store.entry import BadEntry
+from kvik.store.files import VERSION_FOLDER, FileStore
 from kvik.store.fingerprints import fingerprint_of
 
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 16, 4096
+SALTS_BYTES = 32
 
 
 def read_secret(path: Path) -> bytes:
@@ -40,6 +44,24 @@ def identity_for(model: LoadedModel, config: EngineConfig) -> Identity:
     make_private(version_folder)
     fingerprint = fingerprint_of(weight_files(model.path), version_folder)
     return Identity(fingerprint, numerics_of(model, config), secret)
+
+
+def salts_secret(config: EngineConfig) -> str:
+    """What a server makes salts with, so that it finds after a restart what it stored for each key.
+
+    It follows from the store's secret; where there is none it is drawn once, and kept with the blocks.
+    """
+    assert config.store is not None
+    if config.store_key is not None:
+        return Identity(secret=read_secret(Path(config.store_key))).key(b"salts").hex()
+    path = str(Path(config.store).expanduser() / VERSION_FOLDER / "salts.secret")
+    try:
+        with suppress(FileNotFoundError):
+            return read_whole(path, SALTS_BYTES, SALTS_BYTES).hex()
+        write_whole(path, [secrets.token_bytes(SALTS_BYTES)])
+        return read_whole(path, SALTS_BYTES, SALTS_BYTES).hex()
+    except (OSError, BadEntry) as error:
+        raise InvalidInput(f"{path}: {error}", hint="remove it: what was stored for salts is then lost") from None
 
 
 def open_file_store(

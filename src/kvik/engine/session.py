@@ -7,7 +7,7 @@ import copy
 import reprlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack, cast
 
 from kvik.config import SamplingParams
 from kvik.engine.lease import Lease
@@ -17,9 +17,11 @@ from kvik.engine.request import ChatOptions, Request, TemplateOptions, check_opt
 from kvik.engine.sequence import Sequence
 from kvik.engine.stream import stream_sequence
 from kvik.errors import InvalidInput
-from kvik.store import FileStore
-from kvik.store.sessions import SavedSession, check_name, load_session, save_session
 from kvik.text.chat_messages import Content, check_message, check_template_vars, check_tools
+
+if TYPE_CHECKING:
+    from kvik.store.files import FileStore
+    from kvik.store.sessions import SavedSession
 
 FLUSH_S = 60.0
 """That saving waits for blocks to be written."""
@@ -143,6 +145,8 @@ class Conversation:
             before.close()
 
     def _save(self, name: str) -> SavedSession:
+        from kvik.store.sessions import SavedSession, check_name, save_session
+
         self._check_not_writing("save")
         engine, store = self.llm.engine, _files_of(self.llm)
         check_name(name)
@@ -180,6 +184,8 @@ class Conversation:
 
 def load_saved(llm: LLM, name: str, options: ChatOptions) -> tuple[SavedSession, ChatOptions]:
     """A saved conversation, and the options that it goes on with: what is given, else what it had."""
+    from kvik.store.sessions import load_session
+
     owner = llm.engine.cache.root(options.get("salt"))
     saved = load_session(_files_of(llm), owner, name)
     check_options(saved.template, TemplateOptions)
@@ -187,6 +193,8 @@ def load_saved(llm: LLM, name: str, options: ChatOptions) -> tuple[SavedSession,
 
 
 def _files_of(llm: LLM) -> FileStore:
+    from kvik.store.files import FileStore
+
     tier = llm.engine.tier
     if tier is None or not isinstance(tier.store, FileStore):
         raise InvalidInput("sessions are saved in the store, and there is none", hint="LLM(..., store=FOLDER)")

@@ -23,11 +23,14 @@ from kvik.server.answers import (
 from kvik.server.anthropic.answers import MessageAnswer, MessageEvent, MessageTokenCount
 from kvik.server.anthropic.messages import count_message_tokens, messages
 from kvik.server.anthropic.messages_input import CountRequest, MessagesRequest
-from kvik.server.cache import cache_routes, match_route, session_routes
+from kvik.server.cache import cache_routes, match_route, saved_routes, session_routes
 from kvik.server.cache.answers import (
     CacheCleared,
     CacheState,
     CacheTree,
+    SavedSessionAnswer,
+    SavedSessionDeleted,
+    SavedSessionList,
     SessionAnswer,
     SessionDeleted,
     SessionList,
@@ -138,6 +141,22 @@ ROUTES: tuple[Route, ...] = (
         statuses=[409],
     ),
     Endpoint("/v1/sessions/{id}/unpin", session_routes.unpin, methods=["POST"], answer=SessionAnswer),
+    Endpoint(
+        "/v1/sessions/{id}/save",
+        saved_routes.save,
+        methods=["POST"],
+        body=saved_routes.SaveSession,
+        answer=SavedSessionAnswer,
+        statuses=[409],
+    ),
+    Endpoint("/v1/saved_sessions", saved_routes.list_all, methods=["GET"], answer=SavedSessionList, statuses=[409]),
+    Endpoint(
+        "/v1/saved_sessions/{name}",
+        saved_routes.delete,
+        methods=["DELETE"],
+        answer=SavedSessionDeleted,
+        statuses=[400, 404, 409],
+    ),
     Endpoint("/v1/cache", cache_routes.show, methods=["GET"], answer=CacheState),
     Endpoint("/v1/cache", cache_routes.clear, methods=["DELETE"], answer=CacheCleared),
     Endpoint("/v1/cache/tree", cache_routes.tree, methods=["GET"], answer=CacheTree, statuses=[400, 404]),

@@ -108,6 +108,39 @@ class SessionDeleted(Answer, frozen=True, kw_only=True):
     deleted: Literal[True]
 
 
+class SavedSessionAnswer(Answer, frozen=True, kw_only=True):
+    """A session that was saved, and how many of the blocks computed of it are stored."""
+
+    name: str
+    object: Literal["saved_session"]
+    model: str
+    created: int
+    num_messages: int
+    num_tokens: int
+    num_blocks: int
+    num_stored_blocks: int
+
+
+class SavedSessionName(Answer, frozen=True, kw_only=True):
+    """What a saved session is called."""
+
+    name: str
+    object: Literal["saved_session"]
+
+
+class SavedSessionList(Answer, frozen=True, kw_only=True):
+    """The caller's saved sessions of a model."""
+
+    object: Literal["list"]
+    data: list[SavedSessionName]
+
+
+class SavedSessionDeleted(SavedSessionName, frozen=True, kw_only=True):
+    """A saved session is forgotten."""
+
+    deleted: Literal[True]
+
+
 class CacheBlocks(Answer, frozen=True, kw_only=True):
     """How many blocks are in which state."""
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from kvik.errors import CacheTooSmall
 from kvik.server.bodies import json_response, read_body
+from kvik.server.cache import saved_routes
 from kvik.server.cache.pins import PinTooLarge, parse_ttl
 from kvik.server.cache.sessions import Session
 from kvik.server.errors import ApiError, api_error, bad_request
@@ -34,6 +35,7 @@ class NewSession(Body, frozen=True, kw_only=True):
     ttl: str | None = None
     cache_salt: Text | None = None
     fork: Text | None = None
+    load: Text | None = None
 
 
 class Rewind(Body, frozen=True, kw_only=True):
@@ -54,7 +56,7 @@ async def create(request: Request) -> Response:
     body = await _read_options(request, NewSession)
     ttl_s = state.config.session_ttl_s if body.ttl is None else parse_ttl(body.ttl, "ttl")
     if body.fork is not None:
-        others = {"model", "system", "messages", "tools", "cache_salt"}
+        others = {"model", "system", "messages", "tools", "cache_salt", "load"}
         if given := sorted(name for name in others if getattr(body, name) is not None):
             raise bad_request(f"a fork begins as the session is: leave out {', '.join(given)}", given[0])
         return json_response(told(state, await _fork(request, body.fork, body.ttl)))
@@ -65,14 +67,19 @@ async def create(request: Request) -> Response:
     messages += [message.plain(f"messages[{at}]") for at, message in enumerate(body.messages or ())]
     if body.cache_salt is not None and not body.cache_salt.isprintable():
         raise bad_request("cache_salt has characters that are not printable", "cache_salt")
-    Tools.of(body.tools, None, None)
+    salt, tools = state.salt(request, body.cache_salt), body.tools
+    if body.load is not None:
+        if given := sorted(name for name in ("system", "messages", "tools") if getattr(body, name) is not None):
+            raise bad_request(f"a saved session has its own {', '.join(given)}", given[0])
+        messages, tools = await saved_routes.load(request, served, salt, body.load)
+    Tools.of(tools, None, None)
     session = Session(
         id=new_id("sess_"),
         served=served,
         tenant=tenant_of(request),
-        salt=state.salt(request, body.cache_salt),
+        salt=salt,
         ttl_s=ttl_s,
-        tools=body.tools,
+        tools=tools,
         messages=messages,
     )
     session.check_size(messages)

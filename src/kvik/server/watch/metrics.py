@@ -63,6 +63,28 @@ COUNTERS: tuple[tuple[str, str, Value], ...] = (
         "Blocks that were copied before a shared one was written to",
         lambda served: _engine(served).cache.stats.num_copied_blocks,
     ),
+    (
+        "store_hit_tokens",
+        "Tokens of prompts that were read from the store",
+        lambda served: _of_tier(served, "num_stored_tokens"),
+    ),
+    ("store_loads", "Times that stored blocks were read for a prompt", lambda served: _of_tier(served, "num_loads")),
+    (
+        "store_loads_declined",
+        "Times that computing was faster than reading",
+        lambda served: _of_tier(served, "num_declined"),
+    ),
+    (
+        "store_blocks_dropped",
+        "Blocks that were evicted before they could be stored",
+        lambda served: _of_tier(served, "num_dropped_blocks"),
+    ),
+    ("store_blocks_read", "Blocks that were read from the store", lambda served: _of_store(served, "num_hits")),
+    ("store_blocks_written", "Blocks that were stored", lambda served: _of_store(served, "num_written")),
+    ("store_blocks_evicted", "Stored blocks removed for the quota", lambda served: _of_store(served, "num_evicted")),
+    ("store_read_bytes", "Bytes that were read from the store", lambda served: _of_store(served, "read_bytes")),
+    ("store_written_bytes", "Bytes that were stored", lambda served: _of_store(served, "written_bytes")),
+    ("store_errors", "Errors of the store's disk", lambda served: _of_store(served, "num_errors")),
     ("spec_decode_num_draft_tokens", "Tokens that were guessed ahead", lambda served: served.meter.num_drafted_tokens),
     ("spec_decode_num_accepted_tokens", "Guesses that were right", lambda served: served.meter.num_accepted_tokens),
     ("engine_steps", "Steps of the engine", lambda served: served.meter.num_steps),
@@ -90,6 +112,13 @@ BY_LABEL: tuple[tuple[str, str, str, str, Callable[[ServedModel], Mapping[str, f
         "reason",
         lambda served: served.meter.misses,
     ),
+    (
+        "counter",
+        "store_misses",
+        "Stored blocks that were asked for and not given, by why",
+        "reason",
+        lambda served: _store_faults(served),
+    ),
     ("counter", "engine_step_seconds", "Time of the parts of all steps", "part", lambda served: served.meter.step_s),
     ("gauge", "cache_blocks", "Blocks of the cache by who has them", "state", lambda served: _blocks(served)),
 )
@@ -114,6 +143,21 @@ def _engine(served: ServedModel) -> Any:
 
 def _scheduler(served: ServedModel) -> Any:
     return served.llm.engine.scheduler
+
+
+def _of_tier(served: ServedModel, name: str) -> int:
+    tier = served.llm.engine.tier
+    return 0 if tier is None else int(getattr(tier.stats, name))
+
+
+def _of_store(served: ServedModel, name: str) -> int:
+    tier = served.llm.engine.tier
+    return 0 if tier is None else int(getattr(tier.store.stats, name))
+
+
+def _store_faults(served: ServedModel) -> dict[str, int]:
+    tier = served.llm.engine.tier
+    return {} if tier is None else {fault.name.lower(): count for fault, count in tier.store.stats.faults.items()}
 
 
 def _usage(served: ServedModel) -> float:
