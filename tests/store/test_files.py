@@ -359,8 +359,10 @@ def test_the_quota_keeps_what_was_wanted_last(tmp_path: Path) -> None:
     other.put(foreign)
     os.utime(other.path_of(foreign.digest), (1, 1))
     each = store.entry_bytes
-    assert sweep(store.version_folder, 11 * each).num_removed == 0
-    swept = sweep(store.version_folder, 6 * each)
+    untouched, swept = (sweep(store.version_folder, count * each) for count in (11, 6))
+    assert untouched is not None
+    assert swept is not None
+    assert untouched.num_removed == 0
     assert (swept.num_files, swept.num_bytes, swept.num_removed) == (11, 11 * each, 6)
     assert swept.removed_bytes == 6 * each
     assert other.get(foreign.digest) is Fault.MISSING, "the folder has one quota, whosever the blocks"
@@ -375,6 +377,8 @@ def test_the_writer_keeps_within_the_quota(tmp_path: Path) -> None:
         store.tidy()
         assert sum(1 for entry in tmp_path.rglob("*") if entry.is_file()) <= 42
     assert store.stats.num_evicted >= 150
+    files = [path for path in tmp_path.rglob("blocks/*/*") if path.is_file()]
+    assert (store.stats.num_kept, store.stats.kept_bytes) == (len(files), sum(path.stat().st_size for path in files))
 
 
 @pytest.mark.tiny
@@ -387,7 +391,9 @@ def test_what_a_killed_process_left_is_swept_when_it_is_old(tmp_path: Path) -> N
         each.write_bytes(b"half")
     past = time.time() - STALE_S - 10
     os.utime(old, (past, past))
-    assert sweep(store.version_folder, 1 << 30).num_removed == 1
+    swept = sweep(store.version_folder, None)
+    assert swept is not None
+    assert swept.num_removed == 1
     assert (old.exists(), new.exists()) == (False, True)
 
 
@@ -398,7 +404,7 @@ def test_one_sweeps_at_a_time(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     with only_one(str(store.version_folder / "sweep.lock")) as mine:
         assert mine
-        assert sweep(store.version_folder, 0).num_files == 0
+        assert sweep(store.version_folder, 0) is None
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:

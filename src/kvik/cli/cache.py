@@ -141,6 +141,8 @@ def collect(
     if not (root / VERSION_FOLDER).is_dir():
         raise _nothing(root)
     swept = sweep(root / VERSION_FOLDER, num_bytes)
+    if swept is None:
+        raise InvalidInput(f"another process sweeps {root} now", hint="try again when it is done")
     if as_json:
         _write_json(asdict(swept))
         return
@@ -227,7 +229,9 @@ def _scopes(root: Path) -> list[ScopeView]:
 
 
 def _nothing(root: Path) -> InvalidInput:
-    return InvalidInput(f"nothing is stored in {root}", hint="`kvik run --store` and `kvik serve --store` store blocks")
+    return InvalidInput(
+        f"nothing is stored in {root}", hint="`kvik run --store auto` and `kvik serve --store auto` store blocks"
+    )
 
 
 def _told(view: ScopeView) -> dict[str, Any]:

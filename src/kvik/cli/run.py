@@ -110,6 +110,7 @@ def run(
         write_report({**request, "use_cache": not no_cache, **completion_report(completion)})
     elif show_stats or is_terminal(sys.stderr):
         note(stats_line(completion.stats, completion.finish_reason, use_cache=not no_cache))
+    llm.close()
     if completion.finish_reason == "abort":
         raise typer.Exit(INTERRUPTED)
 

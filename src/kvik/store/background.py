@@ -63,7 +63,12 @@ class BlockWriter:
 
     def used(self, digests: Sequence[Digest]) -> None:
         """Queue a note that these were wanted."""
-        self._queue(lambda: self._store.used(digests), 0)
+
+        def note() -> None:
+            self._store.used(digests)
+            self._store.tidy()
+
+        self._queue(note, 0)
 
     def when_idle(self, idle: Callable[[], bool]) -> None:
         """Have `idle` called in the writer's thread when nothing is to be written, again and again while it is true."""

@@ -47,6 +47,8 @@ class StoreStats:
     num_errors: int = 0  # of the file system or the network
     read_bytes: int = 0
     written_bytes: int = 0
+    num_kept: int | None = None  # blocks of all models in the same place; None: not yet counted
+    kept_bytes: int | None = None
     faults: Counter[Fault] = field(default_factory=Counter)  # of what was asked for and not given
 
 

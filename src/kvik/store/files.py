@@ -108,6 +108,9 @@ class FileStore:
                 self.stats.num_written += 1
                 self.stats.written_bytes += num_bytes
                 self._num_unswept_bytes += num_bytes
+                if self.stats.num_kept is not None and self.stats.kept_bytes is not None:
+                    self.stats.num_kept += 1
+                    self.stats.kept_bytes += num_bytes
         except OSError as error:
             self._pause(error)
             return False
@@ -140,12 +143,18 @@ class FileStore:
                 os.utime(self.path_of(digest), ns=(now_ns, now_ns - index), follow_symlinks=False)
 
     def tidy(self) -> None:
-        """Evict what is beyond the quota, where enough was written since the last time."""
-        if self.quota_bytes is None or self._num_unswept_bytes < self.quota_bytes // SWEEPS_PER_QUOTA:
+        """Count what is there, and evict what is beyond the quota, where enough was written since the last time."""
+        stats, quota_bytes = self.stats, self.quota_bytes
+        is_due = quota_bytes is not None and self._num_unswept_bytes >= quota_bytes // SWEEPS_PER_QUOTA
+        if stats.num_kept is not None and not is_due:
             return
         self._num_unswept_bytes = 0
         with suppress(OSError):
-            self.stats.num_evicted += sweep(self.version_folder, self.quota_bytes).num_removed
+            swept = sweep(self.version_folder, quota_bytes)
+            if swept is not None:
+                stats.num_evicted += swept.num_removed
+                stats.num_kept = swept.num_files - swept.num_removed
+                stats.kept_bytes = swept.num_bytes - swept.removed_bytes
 
     def path_of(self, digest: Digest) -> str:
         """Where a block's file is."""

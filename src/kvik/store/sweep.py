@@ -27,15 +27,15 @@ class Swept:
     removed_bytes: int = 0
 
 
-def sweep(version_folder: Path, quota_bytes: int) -> Swept:
+def sweep(version_folder: Path, quota_bytes: int | None) -> Swept | None:
     """Remove blocks beyond the quota, of any model, and files that nobody will finish. Raises `OSError`.
 
-    Nothing is done while another process sweeps.
+    None: another process sweeps, and nothing was done.
     """
     swept = Swept()
     with disk.only_one(str(version_folder / "sweep.lock")) as is_mine:
         if not is_mine:
-            return swept
+            return None
         stale_ns = time.time_ns() - int(STALE_S * 1e9)
         found: list[tuple[int, int, str]] = []  # when it was last wanted, its size, its path
         for scope in disk.folders_in(str(version_folder)):
@@ -50,7 +50,7 @@ def sweep(version_folder: Path, quota_bytes: int) -> Swept:
                         found.append((status.st_mtime_ns, status.st_size, entry.path))
         swept.num_files = len(found)
         swept.num_bytes = sum(size for _, size, _ in found)
-        if swept.num_bytes > quota_bytes:
+        if quota_bytes is not None and swept.num_bytes > quota_bytes:
             kept_bytes = swept.num_bytes
             for _, size, path in sorted(found):
                 if kept_bytes <= quota_bytes * KEPT_SHARE:

@@ -168,6 +168,21 @@ class CacheLookups(Answer, frozen=True, kw_only=True):
     hit_rate: float
 
 
+class StoreState(Answer, frozen=True, kw_only=True):
+    """Blocks that outlive the server; `blocks` and `bytes` are of all models in the folder, null before a count."""
+
+    blocks: int | None
+    bytes: int | None
+    hit_tokens: int
+    num_loads: int
+    num_declined_loads: int
+    read_bytes: int
+    written_bytes: int
+    num_evicted_blocks: int
+    num_errors: int
+    misses: dict[str, int]
+
+
 class OwnPin(Answer, frozen=True, kw_only=True):
     """What the caller keeps."""
 
@@ -188,6 +203,7 @@ class ModelCache(Answer, frozen=True, kw_only=True):
     num_queries: int
     num_evicted_blocks: int
     num_copied_blocks: int
+    store: StoreState | None
     pins: list[OwnPin]
     sessions: list[str]
 

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvik.engine.cache_view import TreeRow
+from kvik.engine.store_tier import StoreTier
 from kvik.server.bodies import json_response
 from kvik.server.cache.sessions import Session
 from kvik.server.errors import ApiError, bad_request
@@ -66,6 +67,25 @@ async def clear(request: Request) -> Response:
     return json_response({"object": "cache", "cleared_blocks": cleared})
 
 
+def _store_told(tier: StoreTier | None) -> dict[str, Any] | None:
+    """What is stored, and what was read and written; None where nothing is."""
+    if tier is None:
+        return None
+    stats = tier.store.stats
+    return {
+        "blocks": stats.num_kept,
+        "bytes": stats.kept_bytes,
+        "hit_tokens": tier.stats.num_stored_tokens,
+        "num_loads": tier.stats.num_loads,
+        "num_declined_loads": tier.stats.num_declined,
+        "read_bytes": stats.read_bytes,
+        "written_bytes": stats.written_bytes,
+        "num_evicted_blocks": stats.num_evicted,
+        "num_errors": stats.num_errors,
+        "misses": {fault.name.lower(): count for fault, count in stats.faults.items()},
+    }
+
+
 def _told(state: ServerState, tenant: str | None, served: ServedModel, sessions: Sequence[Session]) -> dict[str, Any]:
     view, engine = served.llm.cache, served.llm.engine
     stats, now, now_s = view.stats, time.time(), state.clock()
@@ -93,6 +113,7 @@ def _told(state: ServerState, tenant: str | None, served: ServedModel, sessions:
         },
         "num_queries": stats.num_queries,
         "num_evicted_blocks": stats.num_evicted_blocks,
+        "store": _store_told(engine.tier),
         "num_copied_blocks": stats.num_copied_blocks,
         "pins": [
             {"kind": pin.kind, "tokens": pin.num_tokens, "expires_at": int(now + pin.expires_s - now_s)} for pin in own

@@ -15,9 +15,11 @@ from kvik.cache.block_pool import BlockPool
 from kvik.engine.engine import Engine
 from kvik.engine.events import StepEvent
 from kvik.engine.sequence import Sequence
+from kvik.engine.store_tier import StoreTier
 
 if TYPE_CHECKING:
     from kvik.server.served import ServedModel
+from kvik.store import StoreStats
 
 MAX_ENDED = 256
 """Requests that are told of after their end."""
@@ -259,6 +261,7 @@ class ModelWatch:
             "free_blocks": pool.num_free,
             "pinned_blocks": engine.cache.num_pinned,
             "committed_bytes": engine.cache.committed_bytes,
+            **_store_counters(engine.tier),
             **{f"miss_{reason.name.lower()}": meter.misses[reason.name.lower()] for reason in MissReason},
             **{f"{part}_s": round(seconds, 6) for part, seconds in meter.step_s.items()},
         }
@@ -284,6 +287,18 @@ class ModelWatch:
                 {**told, "num_blocks": len(states)} for told, states in zip([full, *windows], self.states, strict=True)
             ],
         }
+
+
+def _store_counters(tier: StoreTier | None) -> dict[str, int]:
+    """Of stored blocks: all 0 where nothing is stored, those on disk also before they were counted."""
+    stats = StoreStats() if tier is None else tier.store.stats
+    return {
+        "stored_tokens": 0 if tier is None else tier.stats.num_stored_tokens,
+        "store_read_bytes": stats.read_bytes,
+        "store_written_bytes": stats.written_bytes,
+        "disk_blocks": stats.num_kept or 0,
+        "disk_bytes": stats.kept_bytes or 0,
+    }
 
 
 def now_s() -> float:

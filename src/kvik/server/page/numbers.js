@@ -37,6 +37,10 @@ export function build(section, app) {
       ["committed_bytes", bytes(now.committed_bytes), `of memory in use, ${bytes(model.num_bytes)} reserved`],
       ["evicted_blocks", count(now.evicted_blocks), `blocks evicted, ${count(now.copied_blocks)} copied`],
     ];
+    if (now.disk_blocks || now.stored_tokens || now.store_written_bytes) {
+      told.push(["stored_tokens", count(now.stored_tokens), `prompt tokens read from disk, ${bytes(now.store_read_bytes)}`]);
+      told.push(["disk_blocks", count(now.disk_blocks), `blocks on disk, ${bytes(now.disk_bytes)}; ${bytes(now.store_written_bytes)} written`]);
+    }
     tiles.replaceChildren(...told.map(([name, figure, what]) => html("div", { class: "tile", "data-name": name, "data-value": now[name] }, html("b", {}, figure), html("span", {}, what))));
     drawCharts(model.history, model.groups[0].block_bytes);
     drawMisses(now, model.history);

@@ -9,6 +9,7 @@ const REASONS = {
   other_salt: "The same beginning is cached for another key or salt, which is not shared.",
   other_format: "The same beginning is cached in another number format.",
   window: "More is cached, but a layer's window reaches back to blocks that were given up.",
+  damaged: "The block that goes on from there was stored, and its file is damaged: it was put aside.",
   off: "The prefix cache is off.",
 };
 

@@ -24,6 +24,8 @@ GAUGES: tuple[tuple[str, str, Value], ...] = (
     ("num_requests_running", "Completions that have blocks", lambda served: len(_engine(served).scheduler.running)),
     ("num_requests_waiting", "Requests in the queue", lambda served: len(_engine(served).scheduler.waiting)),
     ("kv_cache_usage_perc", "Share of the cache's blocks that somebody holds, 1 is all", lambda served: _usage(served)),
+    ("store_blocks", "Stored blocks, of all models in the folder", lambda served: _of_store(served, "num_kept")),
+    ("store_bytes", "Bytes of the files of those", lambda served: _of_store(served, "kept_bytes")),
     ("engine_up", "1 while the engine serves requests", lambda served: int(served.is_healthy)),
     ("engine_step_age_seconds", "How long the present step takes already", lambda served: served.async_llm.silent_s),
 )
@@ -152,7 +154,7 @@ def _of_tier(served: ServedModel, name: str) -> int:
 
 def _of_store(served: ServedModel, name: str) -> int:
     tier = served.llm.engine.tier
-    return 0 if tier is None else int(getattr(tier.store.stats, name))
+    return 0 if tier is None else int(getattr(tier.store.stats, name) or 0)
 
 
 def _store_faults(served: ServedModel) -> dict[str, int]:
