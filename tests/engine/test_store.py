@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +26,8 @@ from kvik.engine.output import Completion
 from kvik.errors import InvalidInput
 from kvik.models.numerics import NUMERICS_VERSION
 from models import random_prompt, run, tiny_model
+from store.faults import ERRORS, inject
+from store.test_files import failure
 from subprocesses import environment
 
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=3)
@@ -134,6 +138,39 @@ def test_about_says_what_is_there(tmp_path: Path, tiny_path: Path) -> None:
     assert told["model"] == str(tiny_path)
     assert told["payload_bytes"] == 2 * 2 * 2 * 16 * 2 * 32
     assert about.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_with_a_disk_that_fails_service_goes_on(
+    tmp_path: Path,
+    tiny_path: Path,
+    error: int,
+    always: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whichever call of the system fails while requests are served: the same tokens, and no more than a warning."""
+    prompts = [[number, *range(130)] for number in range(2)]
+    llm = LLM(tiny_path, threads=1)
+    expected = [llm.generate(prompt, PARAMS)[0] for prompt in prompts]
+    number, num_calls = 0, 1
+    while number < num_calls:
+        caplog.clear()
+        llm = LLM(tiny_path, threads=1, store=tmp_path / str(number % 5))
+        with monkeypatch.context() as patch:
+            faulty = inject(patch, partial(failure, number, always, error))
+            for prompt, wanted in zip(prompts, expected, strict=True):
+                (completion,) = llm.generate(prompt, PARAMS)
+                assert same_answer(completion, wanted)
+                assert llm.engine.flush_store(10)
+                llm.engine.clear_cache()
+            num_calls = max(num_calls, min(faulty.num_calls, 40))
+        llm.close()
+        warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(warnings) <= 2, "one for what cannot be written, one for what cannot be read"
+        number += 3
+    assert num_calls > 20
 
 
 KILLED = """

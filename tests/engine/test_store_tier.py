@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -384,3 +385,18 @@ def test_a_full_store_costs_no_copies_for_a_while() -> None:
     assert engine.tier.stats.num_dropped_blocks >= dropped + 8
     assert store.blocks == {}
     engine.close_store()
+
+
+def test_an_engine_that_is_forgotten_writes_what_it_has_and_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+    store = DictStore()
+    for num_blocks in (0, NUM_BLOCKS):
+        engine = an_engine(store)
+        assert len(store.blocks) == num_blocks
+        run(engine, new(engine))
+        del engine
+        gc.collect()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(30)
+            assert not thread.is_alive()
+    assert len(store.blocks) == NUM_BLOCKS

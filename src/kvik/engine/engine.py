@@ -162,8 +162,9 @@ class Engine:
 
     def step(self) -> StepResult | None:
         """Advance by one step; `None` when nothing is to do, or not yet. Raises `EngineDead`."""
-        if self._only_loads and self.tier is not None:
-            self.tier.wait(LOAD_WAIT_S)
+        tier = self.tier
+        if tier is not None and self._only_loads:
+            tier.wait(LOAD_WAIT_S)
         with self._exclusive():
             self._check_alive()
             clock = StepClock()
@@ -215,23 +216,23 @@ class Engine:
 
     def flush_store(self, seconds: float) -> bool:
         """Wait until all that is to be stored is; False where that takes longer. Nothing to do is soon done."""
-        if self.tier is None:
+        tier, end_s = self.tier, time.monotonic() + seconds
+        if tier is None:
             return True
-        end_s = time.monotonic() + seconds
-        while self.tier.has_pending and time.monotonic() < end_s:
+        while tier.has_pending and time.monotonic() < end_s:
             with self._exclusive():
-                self.tier.save(math.inf)
-            self.tier.flush(end_s - time.monotonic())
-        return self.tier.flush(max(0.0, end_s - time.monotonic()))
+                tier.save(math.inf)
+            tier.flush(end_s - time.monotonic())
+        return tier.flush(max(0.0, end_s - time.monotonic()))
 
     def close_store(self, seconds: float = 10.0) -> None:
-        """Write what is to be stored, as far as that goes in so many seconds, and use the store no more."""
-        if self.tier is None:
-            return
-        self.flush_store(seconds)
-        with self._exclusive():
-            self.tier.close()
-            self.tier = self.scheduler.tier = None
+        """Write what is to be stored, waiting so many seconds for that, and use the store no more."""
+        tier = self.tier
+        if tier is not None:
+            self.flush_store(seconds)
+            with self._exclusive(), self._changing():
+                tier.close()
+                self.tier = self.scheduler.tier = None
 
     def _new_tier(self, open_store: OpenStore) -> StoreTier:
         store = open_store(self.cache.scope, sum(payload_bytes(self.cache, self.runner).values()))

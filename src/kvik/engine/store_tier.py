@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from typing import Protocol
+from weakref import finalize
 
 from kvik.cache import BlockTable, CacheManager, Digest, HeldMatch, Match, packed
 from kvik.cache.digest import chain
@@ -99,6 +100,7 @@ class StoreTier:
         self._known: dict[Digest, None] = {}  # stored, as far as is known; the oldest first
         self._reader = BlockReader(store)
         self._writer = BlockWriter(store)
+        finalize(self, _end_threads, self._reader, self._writer).atexit = False
         self._saved_s = 0.0  # time for copies that steps have left
         self._retry_s = 0.0
         self._load_byte_s: float | None = None  # moving averages
@@ -294,8 +296,7 @@ class StoreTier:
         """End the threads."""
         for sequence, loading in list(self._loads.items()):
             self._end(sequence, loading)
-        self._reader.close()
-        self._writer.close()
+        _end_threads(self._reader, self._writer)
 
     def _keep_all(self, block_ids: Iterable[int]) -> list[Digest]:
         while len(self._known) > MAX_KNOWN:
@@ -332,6 +333,11 @@ class StoreTier:
                 self._retry_s = time.monotonic() + RETRY_S
 
         self._writer.put(StoredBlock(digest, parent, first_position, tokens, payload), done)
+
+
+def _end_threads(reader: BlockReader, writer: BlockWriter) -> None:
+    reader.close()
+    writer.close()
 
 
 def payload_bytes(cache: CacheManager, runner: BlockBytes) -> dict[int, int]:

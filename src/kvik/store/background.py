@@ -86,11 +86,9 @@ class BlockWriter:
         return True
 
     def close(self) -> None:
-        """End the thread after what it writes now."""
-        atexit.unregister(self._flush_at_exit)
+        """End the thread after what is queued; nothing may follow."""
         with self._changed:
             self._is_closing, self._idle = True, None
-            self._jobs.clear()
             self._changed.notify_all()
 
     def _queue(self, job: Callable[[], None], num_bytes: int) -> None:
@@ -124,7 +122,8 @@ class BlockWriter:
             with self._changed:
                 while not (self._jobs or self._idle is not None or self._is_closing):
                     self._changed.wait()
-                if self._is_closing:
+                if self._is_closing and not self._jobs:
+                    atexit.unregister(self._flush_at_exit)
                     return
                 job = self._jobs.popleft() if self._jobs else self._do_idle
                 self._is_working = True
