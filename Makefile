@@ -128,6 +128,8 @@ bench-engine: $(VENV)/.installed
 	$(VENV)/bin/python bench/engine.py --json build/engine.json
 	$(call say,The prefix cache without a model)
 	$(VENV)/bin/python bench/radix.py
+	$(call say,A prompt seen before$(,) after a restart)
+	$(VENV)/bin/python bench/restart.py
 
 docs: $(VENV)/.tests-installed
 	$(call say,Fetch the default model once)

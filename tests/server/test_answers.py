@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,6 +144,12 @@ def keep_sessions(ask: Asker) -> None:
     ask("POST", f"{path}/rewind", {"num_messages": 1})
     ask("POST", f"{path}/unpin")
     ask("GET", "/v1/cache/tree")
+    ask("POST", f"{path}/save", {"name": "kept"})
+    ask("GET", "/v1/saved_sessions")
+    loaded = ask("POST", "/v1/sessions", {"load": "kept"})
+    ask("DELETE", f"/v1/sessions/{loaded['id']}")
+    ask("DELETE", "/v1/saved_sessions/kept")
+    ask("DELETE", "/v1/saved_sessions/kept", status=404)
     for each in (name, fork["id"]):
         ask("DELETE", f"/v1/sessions/{each}")
     ask("DELETE", "/v1/cache")
@@ -182,8 +189,12 @@ def look_at_the_page(ask: Asker) -> None:
         response.read()
 
 
-def test_each_route_answers_as_described(tool_server: Server) -> None:
-    ask = Asker(tool_server)
+def test_each_route_answers_as_described(tool_llm: LLM, tmp_path: Path) -> None:
+    with Server({"tools": with_engine(tool_llm, store=tmp_path)}) as server:
+        check_routes(Asker(server))
+
+
+def check_routes(ask: Asker) -> None:
     for path in GENERATING:
         generate(ask, path)
         compare(ask, path)
