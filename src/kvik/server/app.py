@@ -149,10 +149,10 @@ ROUTES: tuple[Route, ...] = (
         answer=SavedSessionAnswer,
         statuses=[409],
     ),
-    Endpoint("/v1/saved_sessions", saved_routes.list_all, methods=["GET"], answer=SavedSessionList, statuses=[409]),
+    Endpoint("/v1/saved_sessions", saved_routes.list_saved, methods=["GET"], answer=SavedSessionList, statuses=[409]),
     Endpoint(
         "/v1/saved_sessions/{name}",
-        saved_routes.delete,
+        saved_routes.forget,
         methods=["DELETE"],
         answer=SavedSessionDeleted,
         statuses=[400, 404, 409],

@@ -66,7 +66,7 @@ async def save(request: Request) -> Response:
     return json_response(told(saved))
 
 
-async def list_all(request: Request) -> Response:
+async def list_saved(request: Request) -> Response:
     """The caller's saved sessions of a model."""
     state = ServerState.of(request)
     if tenant_of(request) is None and not state.is_operator_alone:
@@ -78,7 +78,7 @@ async def list_all(request: Request) -> Response:
     return json_response({"object": "list", "data": [{"name": name, "object": "saved_session"} for name in names]})
 
 
-async def delete(request: Request) -> Response:
+async def forget(request: Request) -> Response:
     """Forget one; its blocks go when nobody wants them."""
     served, owner = _asked(request)
     name = request.path_params["name"]
