@@ -212,7 +212,7 @@ class StoreTier:
         costs = sequence.costs
         costs.num_stored_tokens += num_tokens
         costs.load_s += time.perf_counter() - loading.started_s
-        if self._compute_token_s is not None:
+        if num_tokens and self._compute_token_s is not None:
             costs.saved_s = (costs.saved_s or 0.0) + num_tokens * self._compute_token_s
         if load.fault not in (None, Fault.MISSING):
             costs.stored_fault = load.fault
