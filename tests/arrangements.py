@@ -6,7 +6,6 @@ import dataclasses
 
 import numpy as np
 
-from kvik.cache import BLOCK_SIZE
 from kvik.config import ActivationDType, EngineConfig, KVDType, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.loader import LoadedModel
@@ -56,13 +55,13 @@ def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: K
     for start in range(0, len(prompt), chunk):
         token_ids = np.asarray(prompt[start : start + chunk], np.int32)
         positions = start + np.arange(len(token_ids), dtype=np.int32)
-        batch = Batch(
+        batch = Batch.in_blocks(
             token_ids=token_ids,
             positions=positions,
-            slot_mapping=tables[0, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
             sequence_index=np.zeros(len(token_ids), np.int32),
             block_tables=tables,
             logit_rows=np.arange(len(token_ids), dtype=np.int32),
+            num_groups=len(spec.groups),
         )
-        rows.append(model.decoder.ops.to_numpy(forward(batch.with_windows(len(spec.windows)))))
+        rows.append(model.decoder.ops.to_numpy(forward(batch)))
     return np.concatenate(rows)

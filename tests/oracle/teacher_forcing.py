@@ -30,15 +30,14 @@ def teacher_forced(
     while start < len(ids):
         count = chunks[min(len(parts), len(chunks) - 1)]
         positions = np.arange(start, min(start + count, len(ids)), dtype=np.int32)
-        blocks, offsets = np.divmod(positions, np.int32(spec.block_size))
-        batch = Batch(
+        batch = Batch.in_blocks(
             token_ids=ids[positions],
             positions=positions,
-            slot_mapping=table[blocks] * np.int32(spec.block_size) + offsets,
             sequence_index=np.zeros(len(positions), np.int32),
             block_tables=table[None],
             logit_rows=np.arange(len(positions), dtype=np.int32),
+            num_groups=len(spec.groups),
         )
-        parts.append(decoder.ops.to_numpy(forward(batch.with_windows(len(spec.windows)))))
+        parts.append(decoder.ops.to_numpy(forward(batch)))
         start += count
     return np.concatenate(parts)

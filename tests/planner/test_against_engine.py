@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import Counter
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +19,6 @@ from kvik.engine.runner import ModelRunner
 from kvik.ops.native import NativeKVCache
 from kvik.planner import plan as plan_module
 from kvik.planner.memory import kv_memory
-from kvik.planner.shape import LayerGroup
 from kvik.planner.sources import find_shape
 from sequences import new_sequence
 
@@ -59,7 +57,7 @@ def test_the_cache_has_the_planned_bytes_and_serves_the_planned_load(tmp_path: P
     assert isinstance(llm.engine.runner, ModelRunner)
     arrays = llm.engine.runner.kv_arrays
     assert isinstance(arrays, NativeKVCache)
-    assert sum(one.num_bytes for one in arrays.arrays.values()) == planned.kv.num_bytes == llm.cache.num_bytes
+    assert sum(one.num_bytes for one in arrays.arrays) == planned.kv.num_bytes == llm.cache.num_bytes
     assert llm.cache.num_blocks == layers.num_blocks
     assert llm.engine.kv_spec.token_bytes == planned.kv.token_bytes
     assert llm.engine.kv_spec.num_blocks_for(context) * llm.engine.kv_spec.block_bytes == planned.kv.sequence_bytes
@@ -121,12 +119,12 @@ def test_layers_with_a_window_take_what_the_engine_gives_them(tmp_path: Path, co
     path = tiny_llama(tmp_path / "tiny.gguf", extra_metadata=window, context_length=401)
     planned = plan(str(path), context=context, users=users)
     (layers,) = planned.kv.layers
-    assert (layers.kind, layers.window) == ("sliding", 40)
+    assert (layers.kind, layers.window) == ("window", 40)
     llm = LLM(str(path), threads=1, context=context + 1, kv_memory=planned.kv.num_bytes)
     assert isinstance(llm.engine.runner, ModelRunner)
     arrays = llm.engine.runner.kv_arrays
     assert isinstance(arrays, NativeKVCache)
-    assert sum(one.num_bytes for one in arrays.arrays.values()) == planned.kv.num_bytes == llm.cache.num_bytes
+    assert sum(one.num_bytes for one in arrays.arrays) == planned.kv.num_bytes == llm.cache.num_bytes
     prompts = [[3 + (index * 7 + user) % 200 for index in range(context)] for user in range(users)]
     done = llm.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
     assert {one.stats.kv_bytes for one in done} <= set(range(planned.kv.sequence_bytes, planned.kv.num_bytes + 1))
@@ -143,12 +141,8 @@ def test_windows_and_others_in_one_budget() -> None:
     rng = random.Random(5)
     for _ in range(200):
         windows = tuple(rng.choice((None, 24, 100, 4096)) for _ in range(rng.randint(1, 8)))
-        spec = KVCacheSpec(len(windows), 2, 16, "f16", layer_windows=windows)
-        counts = Counter(windows)
-        groups = tuple(
-            LayerGroup("sliding" if window else "full", count, 2, 16, window) for window, count in counts.items()
-        )
-        shape = dataclasses.replace(find_shape("smollm2-135m"), groups=groups, num_layers=len(windows))
+        spec = KVCacheSpec.uniform(len(windows), 2, 16, "f16", layer_windows=windows)
+        shape = dataclasses.replace(find_shape("smollm2-135m"), groups=spec.groups, num_layers=len(windows))
         context, users = rng.randint(1, 5000), rng.randint(1, 20)
         planned = kv_memory(shape, "f16", context, users=users)
         blocks = whole_superblocks(users * spec.num_blocks_for(context))

@@ -117,7 +117,7 @@ class Scheduler:
                 self._begin_prompts(step)
             self._admit(step)
             if step.items:
-                return build_batch(list(step.items.values()))
+                return build_batch(list(step.items.values()), len(self.cache.spec.groups))
         return None
 
     def commit(self, batch: ScheduledBatch, *, weight_bytes: int) -> None:
