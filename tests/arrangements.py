@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from kvik.config import ActivationDType, EngineConfig, KVDType, SamplingParams
+from kvik.config import ActivationDType, EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.loader import LoadedModel
 from kvik.ops.base import Batch
@@ -27,7 +27,7 @@ class Arrangement:
         model: LoadedModel,
         prompt: list[int],
         params: SamplingParams,
-        kv_dtype: KVDType,
+        kv_dtype: str,
         activations: ActivationDType,
     ) -> Run:
         """Completes the prompt so, on an engine of its own."""
@@ -45,7 +45,7 @@ def assert_same(result: Run, wanted: Run, message: object) -> None:
     np.testing.assert_array_equal(result.logits.view(np.uint32), wanted.logits.view(np.uint32), str(message))
 
 
-def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: KVDType, seed: int) -> FloatArray:
+def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: str, seed: int) -> FloatArray:
     """The logits of every prompt position, `chunk` tokens a forward pass, in blocks shuffled by the seed."""
     spec = model.decoder.spec.kv_spec(kv_dtype)
     count = spec.num_blocks_for(len(prompt))

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvik.config import KVDType
 from kvik.models.decoder import Decoder
 from kvik.ops.base import Batch
 
 
 def teacher_forced(
-    decoder: Decoder, token_ids: Sequence[int], *, kv_dtype: KVDType = "f16", chunks: Sequence[int] = (512,)
+    decoder: Decoder, token_ids: Sequence[int], *, kv_dtype: str = "f16", chunks: Sequence[int] = (512,)
 ) -> npt.NDArray[np.float32]:
     """Logits after each token, (T, vocab_size), over a KV cache of its own.
 

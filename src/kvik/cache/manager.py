@@ -8,10 +8,20 @@ from itertools import chain
 from weakref import WeakSet
 
 from kvik.cache.block_pool import BlockPool
-from kvik.cache.radix import Match, MissReason, Namespace, RadixTree, common_bytes
-from kvik.cache.spec import BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize
-from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold, TwinTable, packed
-from kvik.cache.twins import Twins
+from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
+from kvik.cache.spec import KVCacheSpec, PoolSize
+from kvik.cache.tables import (
+    BlockCopy,
+    BlockEvents,
+    BlockTable,
+    CacheStats,
+    HeldMatch,
+    Hold,
+    TwinTable,
+    held_match,
+    packed,
+)
+from kvik.cache.twins import Twins, check_accounts
 
 IDLE_TICKS = 256
 """Steps after which memory that nobody uses goes back to the system."""
@@ -93,22 +103,10 @@ class CacheManager:
 
     def _held_match(self, hold: Hold, tokens: bytes, namespace: Namespace) -> HeldMatch | None:
         """What a hold has of the tokens, if they can be gone on from."""
-        num_common = common_bytes(tokens, 0, hold.tokens) // 4
-        is_known = hold in self.holds and hold.table.namespace == namespace
-        if not num_common or not is_known or not self.can_go_back(hold.table, num_common):
+        if hold not in self.holds or hold.table.namespace != namespace:
             return None
-        num_whole, num_more = divmod(num_common, self.spec.block_size)
-        tail = (hold.table.block_ids[num_whole], num_more) if num_more else None
-        if 4 * num_common == len(tokens):
-            reason = MissReason.ALL
-        elif num_common < hold.num_tokens:
-            reason = MissReason.DIFFERS
-        elif len(tokens) // 4 - num_whole * self.spec.block_size < self.spec.block_size:
-            reason = MissReason.SHORT
-        else:
-            reason = MissReason.UNSEEN
-        num_tokens = num_whole * self.spec.block_size
-        return HeldMatch(namespace, hold.table.block_ids[:num_whole], reason, num_tokens, tail, None, hold)
+        found = held_match(hold, tokens, self.spec.block_size)
+        return found if found is not None and self.can_go_back(hold.table, found.num_cached_tokens) else None
 
     def _within_twins(self, match: Match) -> Match:
         """As much of the match as every group can go on from: those that slide need the twins that are seen from it."""
@@ -340,48 +338,27 @@ class CacheManager:
 
     def take_idle(self, max_kept: int | None = None) -> list[list[int]]:
         """Superblocks of each group to be given back: idle for `IDLE_TICKS` calls, or more than `max_kept`."""
-        taken = []
-        for pool in self.twins.pools:
-            pool.tick()
-            taken.append(pool.take_idle(IDLE_TICKS, max_kept))
-        return self._by_group(taken)
+        return self.twins.take_idle(IDLE_TICKS, max_kept)
 
     def all_superblocks(self) -> list[list[int]]:
         """Every superblock of each group."""
-        pools = self.twins.pools
-        return self._by_group([list(range(-(-pool.num_blocks // BLOCKS_PER_SUPERBLOCK))) for pool in pools])
-
-    def _by_group(self, of_pools: list[list[int]]) -> list[list[int]]:
-        return [of_pools[self.twins.pool_index(group)] for group in range(len(self.spec.groups))]
+        return self.twins.all_superblocks()
 
     @property
     def committed_bytes(self) -> int:
         """Bytes of memory that the cache may be using."""
-        sliding = sum(group.pool.num_committed * group.block_bytes for group in self.twins.groups)
-        return self.pool.num_committed * self.spec.block_bytes + sliding
+        return self.twins.committed_bytes
 
     def check(self, tables: Iterable[BlockTable]) -> None:
         """Prove that pool, tree, holds and these tables, which are all that live, agree."""
         for hold in self.holds:
             assert len(hold.table.block_ids) == self.spec.num_blocks_for(hold.num_tokens), "a hold of other blocks"
             assert not hold.table.claims, "others wait for what nobody computes"
-        tables = [*tables, *(hold.table for hold in self.holds)]
-        everyone = [*tables, *self._being_copied]
-        self.pool.check(table.block_ids for table in everyone)
-        self.tree.check()
-        self.twins.check(everyone)
-        named = [block_id for block_id in range(self.pool.num_blocks) if self.pool.is_named(block_id)]
-        assert len(named) == len(self.tree), "the pool keeps other blocks than the tree names"
-        for table in tables:
-            assert all(self.pool.is_named(block_id) for block_id in table.block_ids[: table.num_sealed])
-            for before, block_id in zip([None, *table.block_ids], table.block_ids, strict=False):
-                if self.pool.is_named(block_id):
-                    assert self.tree.place_of(block_id) == (table.namespace, before), (
-                        f"block {block_id} without its path"
-                    )
+        live = [*tables, *(hold.table for hold in self.holds)]
+        check_accounts(self.pool, self.tree, self.twins, live, self._being_copied)
         pinned = Counter(chain.from_iterable(pin.table.block_ids for pin in self._pins))
         assert self._pin_counts == pinned, "pins miscounted"
-        claimed = {claim: table for table in tables for claim in table.claims if self._claimed.get(claim) is table}
+        claimed = {claim: table for table in live for claim in table.claims if self._claimed.get(claim) is table}
         assert claimed.keys() == self._claimed.keys(), "a claim of a table that is gone"
 
     def _is_writable(self, block_id: int) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvik.cache.radix import Match, Namespace
+from kvik.cache.radix import Match, MissReason, Namespace, common_bytes
 
 
 class BlockCopy(NamedTuple):
@@ -65,6 +65,23 @@ class HeldMatch(Match):
     """A match with what a hold has."""
 
     hold: Hold
+
+
+def held_match(hold: Hold, tokens: bytes, block_size: int) -> HeldMatch | None:
+    """What a hold has of the tokens; None: nothing."""
+    num_common = common_bytes(tokens, 0, hold.tokens) // 4
+    if not num_common:
+        return None
+    num_whole, num_more = divmod(num_common, block_size)
+    num_tokens = num_whole * block_size
+    tail = (hold.table.block_ids[num_whole], num_more) if num_more else None
+    if 4 * num_common == len(tokens):
+        reason = MissReason.ALL
+    elif num_common < hold.num_tokens:
+        reason = MissReason.DIFFERS
+    else:
+        reason = MissReason.SHORT if len(tokens) // 4 - num_tokens < block_size else MissReason.UNSEEN
+    return HeldMatch(hold.table.namespace, hold.table.block_ids[:num_whole], reason, num_tokens, tail, None, hold)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from kvik.cache.block_pool import BlockPool
-from kvik.cache.spec import KVCacheSpec, PoolSize
+from kvik.cache.radix import RadixTree
+from kvik.cache.spec import BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize
 from kvik.cache.tables import BlockCopy, BlockTable, TwinTable
 
 
@@ -252,6 +253,27 @@ class Twins:
         """What a table holds of each pool."""
         return [TwinTable(0, table.block_ids), *(table.twins[group.index] for group in self.groups)]
 
+    def take_idle(self, age: int, max_kept: int | None) -> list[list[int]]:
+        """Superblocks of each group that are idle for `age` calls, or more than `max_kept`: they can be given back."""
+        taken = []
+        for pool in self.pools:
+            pool.tick()
+            taken.append(pool.take_idle(age, max_kept))
+        return self._by_group(taken)
+
+    def all_superblocks(self) -> list[list[int]]:
+        """Every superblock of each group."""
+        return self._by_group([list(range(-(-pool.num_blocks // BLOCKS_PER_SUPERBLOCK))) for pool in self.pools])
+
+    def _by_group(self, of_pools: list[list[int]]) -> list[list[int]]:
+        return [of_pools[self.pool_index(group)] for group in range(len(self._spec.groups))]
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes of memory that all groups may be using."""
+        sliding = sum(group.pool.num_committed * group.block_bytes for group in self.groups)
+        return self._pool.num_committed * self._spec.block_bytes + sliding
+
     def check(self, tables: Sequence[BlockTable]) -> None:
         """Prove that the groups and these tables, which are all that live, agree."""
         for group in self.groups:
@@ -259,3 +281,20 @@ class Twins:
             assert all(self._pool.is_named(block_id) for block_id in group.known_blocks), "a twin without its block"
             for table in tables:
                 group.check_table(table)
+
+
+def check_accounts(
+    pool: BlockPool, tree: RadixTree, twins: Twins, tables: Sequence[BlockTable], copied: Sequence[BlockTable]
+) -> None:
+    """Prove that blocks, twins and tree agree with all tables that live, and with those that are being copied."""
+    everyone = [*tables, *copied]
+    pool.check(table.block_ids for table in everyone)
+    tree.check()
+    twins.check(everyone)
+    named = sum(pool.is_named(block_id) for block_id in range(pool.num_blocks))
+    assert named == len(tree), "the pool keeps other blocks than the tree names"
+    for table in tables:
+        assert all(pool.is_named(block_id) for block_id in table.block_ids[: table.num_sealed])
+        for before, block_id in zip([None, *table.block_ids], table.block_ids, strict=False):
+            if pool.is_named(block_id):
+                assert tree.place_of(block_id) == (table.namespace, before), f"block {block_id} without its path"
