@@ -192,7 +192,7 @@ def test_a_session_that_goes_leaves_little(tiny_path: Path) -> None:
 # How large the cache becomes.
 
 specs = st.builds(
-    KVCacheSpec,
+    KVCacheSpec.uniform,
     num_layers=st.integers(1, 96),
     num_kv_heads=st.integers(1, 32),
     head_dim=st.integers(1, 64).map(lambda count: 8 * count),
