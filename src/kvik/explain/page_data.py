@@ -164,7 +164,7 @@ def _memory(run: TracedRun) -> dict[str, Any]:
     return {
         "block_size": spec.block_size,
         "token_bytes": spec.token_bytes,
-        "vector_bytes": spec.groups[0].key.num_bytes,
+        "vector_bytes": [one.num_bytes for one in (spec.groups[0].key, spec.groups[0].value) if one is not None],
         "slots": [slot for step in run.with_cache.tracer.steps for slot in step.slots],
         "held_bytes": [spec.held_bytes(num_tokens) for num_tokens in range(len(run.token_ids))],
         "windows": [

@@ -15,6 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
+from kvik.ops.table import (
+    Cost,
+    KVRead,
+    Value,
+    attention_multiply_adds,
+    elementwise,
+    like_first,
+    op,
+    products,
+    rows_of,
+)
 
 Array: TypeAlias = Any
 LayerKV: TypeAlias = Any
@@ -247,6 +258,22 @@ class EagerStep:
         return logits, hidden
 
 
+def _norm_cost(x: Value, norm: Norm) -> Cost:
+    return Cost(weight_bytes=norm.num_bytes, row_bytes=8 * x.width, row_operations=4 * x.width)
+
+
+def _attend_cost(q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule) -> Cost:
+    num_heads, head_dim = q.shape
+    multiply_adds = attention_multiply_adds(num_heads, head_dim, head_dim)
+    return Cost(kv=KVRead(kv.kv_group, rule.window, kv.token_bytes, multiply_adds))
+
+
+def _query_shape(
+    x: Value, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, kv: LayerKV, batch: Batch
+) -> tuple[tuple[int, ...], ...]:
+    return ((weights.query.rows // weights.head_dim, weights.head_dim),)
+
+
 class Ops(ABC):
     """About a dozen transformer-shaped operations; what they mean, `ReferenceOps` says in NumPy.
 
@@ -289,14 +316,20 @@ class Ops(ABC):
     def run(self, name: str, *arguments: Any) -> Any:
         """One op, by name, with the arguments of its method: an array, or some (`project`), or None (`write_kv`)."""
 
+    @op(
+        lambda table, ids, scale: ((table.columns,),),
+        lambda table, ids, scale: Cost(row_bytes=table.num_bytes / table.rows),
+    )
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Array:
         """Rows of the table times the scale: (T, hidden_size). Positions are looked up in the same way."""
         return self.run("embed", table, token_ids, scale)
 
+    @op(like_first, _norm_cost)
     def norm(self, x: Array, norm: Norm) -> Array:
         """Each row of x (T, width) normed, or each stretch of a row that is as long as the norm's weight."""
         return self.run("norm", x, norm)
 
+    @op(lambda x, linears: rows_of(*linears), lambda x, linears: products(*linears))
     def project(self, x: Array, linears: Sequence[Linear]) -> tuple[Array, ...]:
         """x (T, columns) times each matrix: (T, rows) each. Quantised weights quantise x once for all."""
         results: tuple[Array, ...] = self.run("project", x, tuple(linears))
@@ -310,10 +343,12 @@ class Ops(ABC):
     def merge_heads(self, x: Array) -> Array:
         """(T, heads, head_dim) seen as (T, heads * head_dim)."""
 
+    @op(like_first, elementwise(2, 3))
     def rope(self, x: Array, positions: IntArray, table: RopeTable) -> Array:
         """Rotate pairs of dimensions of x (T, heads, head_dim) by their position's angles."""
         return self.run("rope", x, positions, table)
 
+    @op(lambda kv, k, v, slots: (), lambda kv, k, v, slots: Cost(row_bytes=8 * (k.width + v.width)))
     def write_kv(self, kv: LayerKV, k: Array, v: Array, slot_mapping: IntArray) -> None:
         """Store k, v (T, num_kv_heads, head_dim) at their slots, in place.
 
@@ -322,6 +357,7 @@ class Ops(ABC):
         """
         self.run("write_kv", kv, k, v, slot_mapping)
 
+    @op(like_first, _attend_cost)
     def attend(self, q: Array, kv: LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> Array:
         """Attention of q (T, num_heads, head_dim) over what each token sees of its own sequence.
 
@@ -329,6 +365,7 @@ class Ops(ABC):
         """
         return self.run("attend", q, kv, batch, rule)
 
+    @op(like_first, lambda x, activation, up: elementwise(2 if up is None else 3, 20)(x))
     def activate(self, x: Array, activation: Nonlinearity, up: Array | None = None) -> Array:
         """activation(x), times `up` where there is one (Shazeer, 2020), element by element.
 
@@ -337,34 +374,41 @@ class Ops(ABC):
         """
         return self.run("activate", x, activation, up)
 
+    @op(like_first, elementwise(2, 20))
     def soft_cap(self, x: Array, cap: float) -> Array:
         """cap * tanh(x / cap), element by element."""
         return self.run("soft_cap", x, cap)
 
+    @op(like_first, elementwise(3, 1))
     def add(self, x: Array, y: Array) -> Array:
         """x + y, the residual."""
         return self.run("add", x, y)
 
+    @op(like_first, elementwise(2, 0))
     def take_rows(self, x: Array, rows: IntArray) -> Array:
         """x[rows]: (R, hidden_size)."""
         return self.run("take_rows", x, rows)
 
     # Made of the ones above.
 
+    @op(lambda x, linear, residual: rows_of(linear), lambda x, linear, residual: products(linear))
     def linear(self, x: Array, linear: Linear, residual: Array | None = None) -> Array:
         """x (T, columns) times one matrix, plus the residual where there is one: (T, rows)."""
         product = self.project(x, (linear,))[0]
         return product if residual is None else self.add(residual, product)
 
+    @op(lambda x, norm, linear: rows_of(linear), lambda x, norm, linear: products(linear))
     def norm_linear(self, x: Array, norm: Norm | None, linear: Linear) -> Array:
         """The normed x times one matrix: (T, rows)."""
         return self.linear(x if norm is None else self.norm(x, norm), linear)
 
+    @op(lambda x, norm, gate, up, activation: rows_of(gate), lambda x, norm, gate, up, activation: products(gate, up))
     def norm_gated(self, x: Array, norm: Norm | None, gate: Linear, up: Linear, activation: Nonlinearity) -> Array:
         """activation(gate(normed x)) * up(normed x): (T, intermediate_size)."""
         gated, raised = self.project(x if norm is None else self.norm(x, norm), (gate, up))
         return self.activate(gated, activation, raised)
 
+    @op(_query_shape, lambda x, norm, weights, rope, kv, batch: products(*weights.linears))
     def norm_qkv(
         self, x: Array, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, kv: LayerKV, batch: Batch
     ) -> Array:

@@ -1,6 +1,6 @@
-"""The ops of a forward pass: what each gives, and what it costs at least. Each is stated here and nowhere else.
+"""The table of ops: what each gives, and what it costs at least, as said beside its method in `Ops`.
 
-What runs ops, notes them, watches them or counts their work looks here; what they mean says `Ops`.
+What notes ops, runs them natively, measures them or counts their work looks here.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK
 from kvik.config import MAX_TOKENS
-from kvik.ops.base import AttentionRule, Batch, IntArray, LayerKV, Linear, Norm, QKVWeights, Weight
+
+if TYPE_CHECKING:
+    from kvik.ops.base import Batch, IntArray, Linear
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -79,67 +81,43 @@ def attention_multiply_adds(num_heads: int, key_dim: int, value_dim: int) -> int
     return num_heads * (key_dim + value_dim)
 
 
-def _like_first(x: Value, *others: Any) -> tuple[Shape, ...]:
+def like_first(x: Value, *others: Any) -> tuple[Shape, ...]:
+    """One result, of the first argument's shape."""
     return (x.shape,)
 
 
-def _elementwise(arrays: int, operations: int) -> Callable[..., Cost]:
+def rows_of(*linears: Linear) -> tuple[Shape, ...]:
+    """A result for each projection."""
+    return tuple((linear.rows,) for linear in linears)
+
+
+def elementwise(arrays: int, operations: int) -> Callable[..., Cost]:
     """Float32 arrays that are read or written, and operations for each of their items."""
     return lambda x, *others: Cost(row_bytes=4 * arrays * x.width, row_operations=operations * x.width)
 
 
-def _products(linears: Iterable[Linear]) -> Cost:
-    linears = tuple(linears)
+def products(*linears: Linear) -> Cost:
+    """Matrix products of the same rows."""
     return Cost(
         weight_bytes=sum(linear.num_bytes for linear in linears),
         multiply_adds=sum(linear.rows * linear.matrix.columns for linear in linears),
     )
 
 
-def _embed(table: Weight, ids: IntArray, scale: float) -> Cost:
-    return Cost(row_bytes=table.num_bytes / table.rows)
+OPS: dict[str, Op] = {}
+"""By the name of its method in `Ops`."""
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _norm(x: Value, norm: Norm) -> Cost:
-    return Cost(weight_bytes=norm.num_bytes, row_bytes=8 * x.width, row_operations=4 * x.width)
+def op(shapes: Callable[..., tuple[Shape, ...]], cost: Callable[..., Cost]) -> Callable[[_Method], _Method]:
+    """Put a method of `Ops` into the table; both functions take the arguments of its call."""
 
+    def register(method: _Method) -> _Method:
+        OPS[method.__name__] = Op(shapes, cost)
+        return method
 
-def _attend(q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule) -> Cost:
-    num_heads, head_dim = q.shape
-    multiply_adds = attention_multiply_adds(num_heads, head_dim, head_dim)
-    return Cost(kv=KVRead(kv.kv_group, rule.window, kv.token_bytes, multiply_adds))
-
-
-def _rows_of(*linears: Linear) -> tuple[Shape, ...]:
-    return tuple((linear.rows,) for linear in linears)
-
-
-def _head_shape(weights: QKVWeights) -> tuple[Shape, ...]:
-    return ((weights.query.rows // weights.head_dim, weights.head_dim),)
-
-
-OPS: dict[str, Op] = {
-    "embed": Op(lambda table, ids, scale: ((table.columns,),), _embed),
-    "norm": Op(_like_first, _norm),
-    "project": Op(lambda x, linears: _rows_of(*linears), lambda x, linears: _products(linears)),
-    "rope": Op(_like_first, _elementwise(2, 3)),
-    "write_kv": Op(lambda kv, k, v, slots: (), lambda kv, k, v, slots: Cost(row_bytes=8 * (k.width + v.width))),
-    "attend": Op(_like_first, _attend),
-    "activate": Op(_like_first, lambda x, name, up: _elementwise(2 if up is None else 3, 20)(x)),
-    "soft_cap": Op(_like_first, _elementwise(2, 20)),
-    "add": Op(_like_first, _elementwise(3, 1)),
-    "take_rows": Op(_like_first, _elementwise(2, 0)),
-    # What several of them are fused to.
-    "linear": Op(lambda x, linear, residual: _rows_of(linear), lambda x, linear, residual: _products((linear,))),
-    "norm_linear": Op(lambda x, norm, linear: _rows_of(linear), lambda x, norm, linear: _products((linear,))),
-    "norm_gated": Op(
-        lambda x, norm, gate, up, name: _rows_of(gate), lambda x, norm, gate, up, name: _products((gate, up))
-    ),
-    "norm_qkv": Op(
-        lambda x, norm, weights, rope, kv, batch: _head_shape(weights),
-        lambda x, norm, weights, rope, kv, batch: _products(weights.linears),
-    ),
-}
+    return register
 
 
 def _first_seen(batch: Batch, window: int | None) -> IntArray:

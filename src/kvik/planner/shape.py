@@ -93,6 +93,10 @@ class ModelShape:
             dtype for dtype in KV_DTYPES if all(replace(vector, dtype=dtype).is_storable for vector in vectors)
         )
 
+    def num_readers(self, group: GroupSpec) -> int:
+        """Layers that attend to what a group keeps: its own, and those that share with them."""
+        return group.num_layers + sum(owner in group.layers for _, owner in self.shared_layers)
+
     def kv_spec(self, dtype: str) -> KVCacheSpec:
         """Its cache, the types of keys and values as `parse_kv_dtype` takes them."""
         return KVCacheSpec(self.groups, shared=self.shared_layers).with_dtype(dtype)

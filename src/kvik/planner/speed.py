@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvik.cache import GroupSpec
+from kvik.ops.table import attention_multiply_adds
 from kvik.planner.fit import Load
 from kvik.planner.memory import weight_memory
 from kvik.planner.shape import ModelShape
@@ -118,8 +119,9 @@ def attention_operations(shape: ModelShape, context: int) -> int:
 def _key_operations(shape: ModelShape, group: GroupSpec) -> int:
     """Of one query's attention to one token in a group's layers."""
     # In MLA queries are brought into the latent's space (DeepSeek-V2, absorbed matrices).
-    dims = group.key.num_items + (0 if group.value is None else group.value.num_items)
-    return 2 * group.num_layers * shape.num_heads * dims
+    value_dim = 0 if group.value is None else group.value.num_items
+    num_layers = shape.num_readers(group)
+    return 2 * num_layers * attention_multiply_adds(shape.num_heads, group.key.num_items, value_dim)
 
 
 def _prompt_operations(shape: ModelShape, group: GroupSpec, prompt: int) -> int:
@@ -135,5 +137,6 @@ def _kv_read_bytes(load: Load) -> int:
     for group in load.shape.kv_spec(load.kv_dtype).groups:
         tokens = group.num_tokens(load.context)
         shared = min(load.prefix, tokens) if tokens == load.context else 0
-        total += group.token_bytes * (shared + load.users * (tokens - shared))
+        read_bytes = group.token_bytes * load.shape.num_readers(group) // max(1, group.num_layers)
+        total += read_bytes * (shared + load.users * (tokens - shared))
     return total
