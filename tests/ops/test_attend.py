@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from kvik.cache import KVCacheSpec
 from kvik.config import KVDType, parse_kv_dtype
-from kvik.ops.base import Batch, Ops
+from kvik.ops.base import AttentionRule, Batch, KVIndex, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
 from looped import looped
@@ -309,3 +311,38 @@ def test_what_is_no_number_does_not_vanish(ops: Ops, where: str, bad: float, dty
         assert np.isfinite(outs[: 199 - 150]).all()
         assert np.isfinite(outs[:, 0]).all()
         assert not np.isfinite(outs[-1, 1]).all()
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_token_sees_up_to_its_bound_wherever_it_stands(window: int | None) -> None:
+    """The tokens of an image see each other; where blocks were dropped, places are fewer than positions."""
+    history = random_history(Heads(4, 2, 24), [300, 520], np.random.default_rng(16))
+    chunks = [(0, 90, 130), (1, 250, 300), (1, 500, 503)]
+    q, text = np.concatenate([history.q[row][start:stop] for row, start, stop in chunks]), history.batch(chunks)
+    bounds = np.concatenate([np.full(stop - start, stop, np.int32) for _, start, stop in chunks])
+    batch = dataclasses.replace(text, positions=text.positions + np.int32(1000), kv_bounds=bounds)
+    outs = []
+    for ops in (NativeOps(threads=2), ReferenceOps()):
+        kv = history.allocate(ops, "f32")
+        history.write(ops, kv, history.everything)
+        outs.append(ops.to_numpy(ops.attend(q, kv, batch, AttentionRule(window=window))))
+        one_by_one = [
+            ops.to_numpy(ops.attend(q[at : at + 1], kv, only(batch, at), AttentionRule(window=window)))
+            for at in range(len(q))
+        ]
+        np.testing.assert_array_equal(np.concatenate(one_by_one).view(np.uint32), outs[-1].view(np.uint32))
+    np.testing.assert_allclose(outs[0], outs[1], rtol=0, atol=2e-6)
+
+
+def only(batch: Batch, at: int) -> Batch:
+    """One token of a batch."""
+    one = slice(at, at + 1)
+    return dataclasses.replace(
+        batch,
+        token_ids=batch.token_ids[one],
+        positions=batch.positions[one],
+        kv_index=batch.kv_index[one],
+        kv_bounds=batch.kv_bounds[one],
+        sequence_index=batch.sequence_index[one],
+        groups=tuple(KVIndex(group.slot_mapping[one], group.block_tables) for group in batch.groups),
+    )
