@@ -33,6 +33,11 @@ def whole_superblocks(num_blocks: int) -> int:
     return -(-num_blocks // BLOCKS_PER_SUPERBLOCK) * BLOCKS_PER_SUPERBLOCK
 
 
+def attention_multiply_adds(num_heads: int, key_dim: int, value_dim: int) -> int:
+    """What it costs that a token attends to another one: query heads with its key, and their weights with its value."""
+    return num_heads * (key_dim + value_dim)
+
+
 @dataclass(frozen=True, slots=True)
 class VectorFormat:
     """How a vector is stored, such as the key of a token in one KV head."""

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
+from kvik.cache.spec import attention_multiply_adds
 from kvik.ops.table import (
     Cost,
     KVRead,
     Value,
-    attention_multiply_adds,
     elementwise,
     like_first,
     op,

@@ -76,11 +76,6 @@ class Op:
     cost: Callable[..., Cost]
 
 
-def attention_multiply_adds(num_heads: int, key_dim: int, value_dim: int) -> int:
-    """Of one token with one key and its value."""
-    return num_heads * (key_dim + value_dim)
-
-
 def like_first(x: Value, *others: Any) -> tuple[Shape, ...]:
     """One result, of the first argument's shape."""
     return (x.shape,)

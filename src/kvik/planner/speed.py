@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvik.cache import GroupSpec
-from kvik.ops.table import attention_multiply_adds
+from kvik.cache.spec import attention_multiply_adds
 from kvik.planner.fit import Load
 from kvik.planner.memory import weight_memory
 from kvik.planner.shape import ModelShape
