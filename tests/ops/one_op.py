@@ -74,10 +74,6 @@ def soft_cap(pool: Any, x: Any, cap: Any, out: Any) -> None:
     run(pool, lambda program, at: program.soft_cap(at, cap), [x], out)
 
 
-def add(pool: Any, x: Any, y: Any, out: Any) -> None:
-    run(pool, lambda program, *ids: program.add(*ids), [x, y], out)
-
-
 def rope(pool: Any, x: Any, positions: Any, table: Any, adjacent_pairs: Any, head_dim: Any, out: Any) -> None:
     rotations = _native.Rope(table, adjacent_pairs)
     run(
