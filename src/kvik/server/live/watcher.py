@@ -57,7 +57,7 @@ class Change:
     rows: list[tuple[Told, Row]] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)  # keys of requests that are not told of any more
     evicted: list[int] = field(default_factory=list)
-    copied: list[tuple[int, int, int]] = field(default_factory=list)  # source, target, group
+    copied: list[tuple[int, int, int]] = field(default_factory=list)  # source, target, which of the pools
 
 
 def _nobody() -> None:
@@ -119,7 +119,8 @@ class ModelWatch:
             self._touched.update(dict.fromkeys(event.ended))
             fresh = self._fresh
             fresh.evicted += event.blocks.evicted[: MAX_FLASHES - len(fresh.evicted)]
-            fresh.copied += event.blocks.copied[: MAX_FLASHES - len(fresh.copied)]
+            twins, copies = self.engine.cache.twins, event.blocks.copied[: MAX_FLASHES - len(fresh.copied)]
+            fresh.copied += [(copy.source, copy.target, twins.pool_index(copy.group)) for copy in copies]
             self._note_hits(event)
             self._note_blocks()
         self.on_news()
