@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from kvik.config import EngineConfig
+from kvik.engine.engine import Engine
 from kvik.models.decoder import Decoder
 from kvik.models.random_weights import RandomWeights
 from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
@@ -13,6 +18,7 @@ from kvik.ops.base import Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.program import CapturedStep
 from kvik.ops.reference import ReferenceOps
+from models import assert_idle, run, tiny_model
 from oracle.teacher_forcing import teacher_forced
 
 NARROW, WIDE = (RopeSpec(theta=10_000.0, num_dims=dims, adjacent_pairs=False) for dims in (16, 32))
@@ -32,6 +38,7 @@ SHAPES = DecoderSpec(
         LayerSpec(NARROW, window=40),
         LayerSpec(WIDE, num_kv_heads=1, head_dim=32),
         LayerSpec(NARROW, window=40),
+        LayerSpec(NARROW),
         LayerSpec(NARROW, window=40, kv_from=2),
         LayerSpec(WIDE, num_kv_heads=1, head_dim=32, kv_from=1),
     ),
@@ -64,4 +71,20 @@ def test_fusion_leaves_what_has_no_fused_form() -> None:
     own, shared = ["norm_qkv"], ["norm_linear", "norm", "rope"]
     rest = ["attend", "linear", "norm_gated", "linear"]
     names = [call.name for call in step.ops]
-    assert names == ["embed", *(own + rest) * 3, *(shared + rest) * 2, "take_rows", "norm_linear"]
+    assert names == ["embed", *(own + rest) * 4, *(shared + rest) * 2, "take_rows", "norm_linear"]
+
+
+def test_an_engine_shares_and_copies_blocks_in_every_group(tmp_path: Path) -> None:
+    """Two groups that see all tokens and one that slides: hits, a copy before writing, and memory given back."""
+    decoder = decoder_on(NativeOps(threads=2))
+    model = dataclasses.replace(tiny_model(tmp_path), decoder=decoder, context=300)
+    engine = Engine(model, EngineConfig(token_budget=64))
+    assert [group.kind for group in engine.kv_spec.groups] == ["full", "full", "window"]
+    prompt = TOKENS[:77]
+    wanted = run(engine, prompt)
+    again = run(engine, prompt)
+    assert again.sequence.costs.num_cached_tokens == 76
+    assert again.token_ids == wanted.token_ids
+    np.testing.assert_array_equal(again.logits[-8:].view(np.uint32), wanted.logits[-8:].view(np.uint32))
+    assert engine.cache.stats.num_copied_blocks > 0
+    assert_idle(engine)
