@@ -110,6 +110,8 @@ class CacheManager:
 
     def _within_twins(self, match: Match) -> Match:
         """As much of the match as every group can go on from: those that slide need the twins that are seen from it."""
+        if not self.twins.groups:
+            return match
         block_ids = _ids_of(match)
         if self.twins.usable(block_ids, match.num_cached_tokens) == len(block_ids):
             return match
