@@ -16,12 +16,12 @@ namespace kvik {
 class KVArrays {
 public:
   // Throws std::bad_alloc where the address space cannot be had.
-  KVArrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KVType type,
+  KVArrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KVType key, KVType value,
            int64_t kv_group)
-      : num_layers_(num_layers), shape_{nullptr, type, num_blocks, num_kv_heads, head_dim, tile_bytes(type, head_dim)} {
-    layer_bytes_ = kSuperblock * num_kv_heads * 2 * shape_.tile_bytes;
+      : num_layers_(num_layers),
+        shape_{nullptr, tiles(key, head_dim), tiles(value, head_dim), num_blocks, num_kv_heads, head_dim, 0, kv_group} {
+    layer_bytes_ = num_kv_heads * shape_.head_bytes();
     shape_.superblock_bytes = num_layers * layer_bytes_;
-    shape_.kv_group = kv_group;
     num_bytes_ = num_superblocks() * shape_.superblock_bytes;
     memory_ = mmap(nullptr, static_cast<std::size_t>(num_bytes_), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -47,25 +47,27 @@ public:
 
   // All keys and values of one layer: whole tiles, so no format matters.
   void copy_block(int64_t index, int64_t source, int64_t target) {
-    const uint8_t *from = first_tile(index, source);
-    uint8_t *to = first_tile(index, target);
-    for (int64_t i = 0; i < 2 * shape_.num_kv_heads; ++i, from += tile_stride(), to += tile_stride())
-      std::memcpy(to, from, static_cast<std::size_t>(shape_.tile_bytes));
+    each_tile(index, [&](int64_t offset, int64_t bytes) {
+      std::memcpy(tile(index, target, offset, bytes), tile(index, source, offset, bytes),
+                  static_cast<std::size_t>(bytes));
+    });
   }
 
   // Bytes of one block in all layers: layer after layer, in each head after head, its keys before its values.
-  int64_t block_bytes() const { return num_layers_ * 2 * shape_.num_kv_heads * shape_.tile_bytes; }
+  int64_t block_bytes() const { return num_layers_ * shape_.num_kv_heads * (shape_.key.bytes + shape_.value.bytes); }
   void read_block(int64_t block, uint8_t *out) const {
-    each_tile(block, [&, size = static_cast<std::size_t>(shape_.tile_bytes)](const uint8_t *tile) {
-      std::memcpy(out, tile, size);
-      out += size;
-    });
+    for (int64_t index = 0; index < num_layers_; ++index)
+      each_tile(index, [&](int64_t offset, int64_t bytes) {
+        std::memcpy(out, tile(index, block, offset, bytes), static_cast<std::size_t>(bytes));
+        out += bytes;
+      });
   }
   void write_block(int64_t block, const uint8_t *in) {
-    each_tile(block, [&, size = static_cast<std::size_t>(shape_.tile_bytes)](uint8_t *tile) {
-      std::memcpy(tile, in, size);
-      in += size;
-    });
+    for (int64_t index = 0; index < num_layers_; ++index)
+      each_tile(index, [&](int64_t offset, int64_t bytes) {
+        std::memcpy(tile(index, block, offset, bytes), in, static_cast<std::size_t>(bytes));
+        in += bytes;
+      });
   }
 
   // Gives a superblock's memory back to the system. Only whole pages go: what lies beside it keeps its content.
@@ -78,23 +80,22 @@ public:
   }
 
 private:
-  uint8_t *first_tile(int64_t index, int64_t block) const {
-    return static_cast<uint8_t *>(layer(index).data) + block / kSuperblock * shape_.superblock_bytes +
-           block % kSuperblock * shape_.tile_bytes;
-  }
-  // From K to V, and from a head's V to the next head's K.
-  int64_t tile_stride() const { return kSuperblock * shape_.tile_bytes; }
-
-  template <class Visit> void each_tile(int64_t block, Visit visit) const {
-    for (int64_t index = 0; index < num_layers_; ++index) {
-      uint8_t *tile = first_tile(index, block);
-      for (int64_t i = 0; i < 2 * shape_.num_kv_heads; ++i, tile += tile_stride()) visit(tile);
+  // Where a layer's first tiles of each head lie in a superblock, the keys' and the values', and the bytes of a tile.
+  template <class Visit> void each_tile(int64_t index, Visit visit) const {
+    const LayerKV kv = layer(index);
+    for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
+      visit(head * kv.head_bytes(), kv.key.bytes);
+      visit(head * kv.head_bytes() + kSuperblock * kv.key.bytes, kv.value.bytes);
     }
   }
+  uint8_t *tile(int64_t index, int64_t block, int64_t offset, int64_t bytes) const {
+    return static_cast<uint8_t *>(layer(index).data) + block / kSuperblock * shape_.superblock_bytes + offset +
+           block % kSuperblock * bytes;
+  }
 
-  static int64_t tile_bytes(KVType type, int64_t head_dim) {
-    if (type == KVType::int8) return kBlockSize * (head_dim + static_cast<int64_t>(sizeof(float)));
-    return kBlockSize * head_dim * (type == KVType::f16 ? 2 : 4);
+  static TileFormat tiles(KVType type, int64_t head_dim) {
+    if (type == KVType::int8) return {type, kBlockSize * (head_dim + static_cast<int64_t>(sizeof(float)))};
+    return {type, kBlockSize * head_dim * (type == KVType::f16 ? 2 : 4)};
   }
 
   int64_t num_layers_, layer_bytes_ = 0, num_bytes_ = 0;

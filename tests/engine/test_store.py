@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from gguf_files import tiny_llama
-from kvik.config import EngineConfig, KVDType, SamplingParams
+from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
 from kvik.engine.open_store import read_secret
@@ -26,6 +26,7 @@ from kvik.engine.output import Completion
 from kvik.errors import InvalidInput
 from kvik.models.numerics import NUMERICS_VERSION
 from models import random_prompt, run, tiny_model
+from ops.arrangement import KV_DTYPES
 from store.faults import ERRORS, inject
 from store.test_files import failure
 from subprocesses import environment
@@ -54,8 +55,8 @@ def same_answer(left: Completion, right: Completion) -> bool:
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("kv_dtype", get_args(KVDType))
-def test_a_restart_gives_the_same_bits(tmp_path: Path, tiny_path: Path, kv_dtype: KVDType, backend: str) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_restart_gives_the_same_bits(tmp_path: Path, tiny_path: Path, kv_dtype: str, backend: str) -> None:
     store = tmp_path / "store"
     prompt = [index * 7 % 300 for index in range(150)]
     options: dict[str, Any] = {"kv_dtype": kv_dtype, "backend": backend}
@@ -74,13 +75,15 @@ def test_no_bit_of_another_model_or_arithmetic_is_used(tmp_path: Path, tiny_path
     for path, options in (
         (other, {}),
         (tiny_path, {"kv_dtype": "f32"}),
+        (tiny_path, {"kv_dtype": "k=f32,v=f16"}),
+        (tiny_path, {"kv_dtype": "k=f16,v=f32"}),
         (tiny_path, {"activations": "int16"}),
         (tiny_path, {"backend": "reference"}),
     ):
         found = ask(path, prompt, store=store, **options)
         assert found.stats.num_stored_tokens == 0
         assert same_answer(found, ask(path, prompt, **options))
-    assert len(list((store / "v1").glob("*/blocks"))) == 5
+    assert len(list((store / "v1").glob("*/blocks"))) == 7
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(tiny_path.read_bytes())
     assert ask(copy, prompt, store=store).stats.num_stored_tokens == 96, "it is the weights that count, not their name"
@@ -236,12 +239,19 @@ def kv_bits(engine: Engine, prompt: list[int]) -> str:
     return hashlib.sha256(engine.runner.read_blocks(found.block_ids, 0)).hexdigest()[:16]
 
 
-BITS = {"f32": "52a7dfe3fc6baf11", "f16": "0778fdfe39be45d9", "int8": "74b63d2186ddf35c"}
+BITS = {
+    "f32": "52a7dfe3fc6baf11",
+    "f16": "0778fdfe39be45d9",
+    "int8": "74b63d2186ddf35c",
+    "k=int8,v=f16": "369f8e14e9fbf0a0",
+    "k=f16,v=int8": "de26696eae559149",
+    "k=f32,v=f16": "1beb8be5550f53c2",
+}
 
 
 def test_a_change_of_bits_or_layout_raises_the_numerics_version(tmp_path: Path) -> None:
     """Where this fails and the change is meant, raise `NUMERICS_VERSION` with it: stored blocks are of other bits."""
     model = tiny_model(tmp_path, seed=5)
     prompt = random_prompt(model, 200, 1)
-    bits = {dtype: kv_bits(Engine(model, EngineConfig(kv_dtype=dtype)), prompt) for dtype in get_args(KVDType)}
+    bits = {dtype: kv_bits(Engine(model, EngineConfig(kv_dtype=dtype)), prompt) for dtype in KV_DTYPES}
     assert (NUMERICS_VERSION, bits) == (1, BITS)

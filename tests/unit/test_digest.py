@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvik.cache import BlockEvents, CacheManager, Identity, KVCacheSpec
+from kvik.cache import BlockEvents, CacheManager, Identity, KVCacheSpec, PoolSize
 from kvik.cache.digest import DIGEST_BYTES, chain, next_digest
 from kvik.cache.tables import packed
 
@@ -73,10 +73,10 @@ def test_a_chain_names_whole_blocks_by_all_that_comes_before() -> None:
 
 
 def test_the_tree_claims_and_events_use_the_names() -> None:
-    spec = KVCacheSpec(1, 1, 1, "f16")
-    cache = CacheManager(spec, 8, identity=IDENTITY)
+    spec = KVCacheSpec.uniform(1, 1, 1, "f16")
+    cache = CacheManager(spec, PoolSize(8, (8,)), identity=IDENTITY)
     cache.events = BlockEvents()
-    names = chain(IDENTITY.root("f16", "ada"), TOKENS, 128)
+    names = chain(IDENTITY.root(spec.format, "ada"), TOKENS, 128)
     table = cache.new_table("ada")
     cache.adopt(table, range(96), cache.match(range(96), "ada"))
     assert table.claims == names[::-1]

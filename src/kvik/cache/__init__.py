@@ -4,9 +4,9 @@ from kvik.cache.block_pool import BlockPool
 from kvik.cache.digest import Digest, Identity
 from kvik.cache.manager import CacheManager
 from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
-from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize, WindowSpec
-from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold, packed
-from kvik.cache.windows import WindowGroup, WindowTable
+from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, GroupSpec, KVCacheSpec, PoolSize, VectorFormat
+from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold, TwinTable, packed
+from kvik.cache.twins import TwinGroup, Twins
 
 __all__ = [
     "BLOCKS_PER_SUPERBLOCK",
@@ -18,6 +18,7 @@ __all__ = [
     "CacheManager",
     "CacheStats",
     "Digest",
+    "GroupSpec",
     "HeldMatch",
     "Hold",
     "Identity",
@@ -27,8 +28,9 @@ __all__ = [
     "Namespace",
     "PoolSize",
     "RadixTree",
-    "WindowGroup",
-    "WindowSpec",
-    "WindowTable",
+    "TwinGroup",
+    "TwinTable",
+    "Twins",
+    "VectorFormat",
     "packed",
 ]

@@ -90,8 +90,7 @@ class Engine:
         )
         self.cache = CacheManager(
             self.kv_spec,
-            size.num_blocks,
-            window_blocks=size.window_blocks,
+            size,
             prefix_cache=config.prefix_cache,
             step_tokens=config.token_budget,
             identity=identity,
@@ -261,7 +260,7 @@ class Engine:
         layers have windows, of the full blocks among them. It is refused where a request that waits or runs could no
         longer be served.
         """
-        needs_full = num_tokens is None or bool(self.cache.windows)
+        needs_full = num_tokens is None or bool(self.cache.twins.groups)
         if needs_full and (
             not lease.hold.table.num_sealed or (num_tokens is not None and num_tokens < self.kv_spec.block_size)
         ):
@@ -519,7 +518,7 @@ class Engine:
 
     def _give_back(self, superblocks_by_group: list[list[int]]) -> None:
         for group, superblocks in enumerate(superblocks_by_group):
-            if superblocks and (group or self.kv_spec.block_bytes):
+            if superblocks:
                 self.runner.discard_blocks(superblocks, group)
 
     # What is refused.

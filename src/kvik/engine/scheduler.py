@@ -123,7 +123,7 @@ class Scheduler:
                 self._begin_prompts(step)
             self._admit(step)
             if step.items:
-                return build_batch(list(step.items.values()))
+                return build_batch(list(step.items.values()), len(self.cache.spec.groups))
             if self.tier is not None and self.tier.is_loading:
                 return None
         return None

@@ -245,7 +245,7 @@ class StoreTier:
 
     def note_sealed(self, table: BlockTable, num_before: int) -> None:
         """A table has sealed more blocks. Where layers have windows, what they need of those will soon be gone."""
-        if self._policy == "end" and self._cache.windows:
+        if self._policy == "end" and self._cache.twins.groups:
             self._keep_all(table.block_ids[num_before : table.num_sealed])
 
     def keep(self, table: BlockTable) -> list[Digest]:
@@ -342,9 +342,7 @@ def _end_threads(reader: BlockReader, writer: BlockWriter) -> None:
 
 def payload_bytes(cache: CacheManager, runner: BlockBytes) -> dict[int, int]:
     """Bytes of a stored block in each group of layers."""
-    groups = [0] if cache.spec.block_bytes else []
-    groups += range(1, 1 + len(cache.windows))
-    return {group: len(runner.read_blocks([0], group)) for group in groups}
+    return {group: len(runner.read_blocks([0], group)) for group in range(len(cache.spec.groups))}
 
 
 def _averaged(before: float | None, now: float) -> float:
