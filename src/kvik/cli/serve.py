@@ -14,6 +14,7 @@ from kvik.cli.options import ENGINE, check_utf8, value
 from kvik.cli.terminal import note
 from kvik.config import ActivationDType, KVDType, WeightFormat
 from kvik.errors import InvalidInput
+from kvik.units import amount
 
 if TYPE_CHECKING:
     from kvik.server.served import ServedModel
@@ -260,8 +261,8 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
         cache, weights = model.llm.cache, model.llm.model.decoder.weights
         note(f"  {model.id}" + (f" (or {', '.join(model.aliases)})" if model.aliases else ""))
         note(
-            f"    context {model.llm.model.context:,}; weights {_mib(weights.num_bytes)}, cache"
-            f" {_mib(cache.num_bytes)} for {cache.num_blocks * model.llm.engine.kv_spec.block_size:,} tokens"
+            f"    context {model.llm.model.context:,}; weights {amount(weights.num_bytes)}, cache"
+            f" {amount(cache.num_bytes)} for {cache.num_blocks * model.llm.engine.kv_spec.block_size:,} tokens"
         )
     num_keys = len(config.api_keys)
     who = "with a key" if num_keys == 1 else f"with one of {num_keys} keys" if num_keys else "by anybody who reaches it"
@@ -275,7 +276,3 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
     else:
         path, data = "completions", '{"prompt": "Once upon a time", "max_tokens": 32}'
     note(f"Try: curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{data}'")
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.0f} MiB"

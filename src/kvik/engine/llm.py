@@ -39,6 +39,7 @@ from kvik.text.chat_prompt import encode_chat
 from kvik.text.constraint import Constraint
 from kvik.text.grammar import Grammar
 from kvik.text.grammar_compiler import GrammarCompiler
+from kvik.units import amount
 
 Prompt: TypeAlias = str | SequenceOf[int]
 
@@ -247,8 +248,8 @@ class LLM:
         turn_bytes, available = context * spec.position_bytes, available_memory_bytes()
         if turn_bytes > available:
             raise NotEnoughMemory(
-                f"the angles of {context:,} positions take {turn_bytes / 2**30:,.1f} GiB,"
-                f" the machine has {available / 2**30:,.1f} GiB available",
+                f"the angles of {context:,} positions take {amount(turn_bytes)},"
+                f" the machine has {amount(available)} available",
                 hint=f"set the context to {available // 2 // spec.position_bytes} or less (`--context`)",
             )
 
