@@ -364,8 +364,8 @@ class Engine:
 
     def _tell(self, clock: StepClock, batch: ScheduledBatch | None, result: StepResult | None) -> None:
         """Call all observers; then an error of theirs is the caller's, and tears nothing."""
-        begun, ended = self.scheduler.take_news()
-        if not self.observers or (batch is None and not begun and not ended):
+        begun, ended, preempted = self.scheduler.take_news()
+        if not self.observers or (batch is None and not begun and not ended and not preempted):
             return
         clock.lap()
         schedule_s, run_s, sample_s, commit_s = clock.parts_s()
@@ -380,6 +380,7 @@ class Engine:
             result=result,
             begun=begun,
             ended=ended,
+            preempted=preempted,
             blocks=blocks,
         )
         errors: list[Exception] = []

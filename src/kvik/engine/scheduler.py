@@ -58,6 +58,7 @@ class Scheduler:
         self.unfinished: dict[Sequence, None] = {}  # all that were added and have not ended
         self._begun: dict[Sequence, None] = {}  # since `take_news`
         self._ended: dict[Sequence, None] = {}
+        self._preempted: dict[Sequence, None] = {}
         self.num_preemptions = 0
         self._make_lease = make_lease
         self.num_steps = 0
@@ -91,11 +92,11 @@ class Scheduler:
             self.unfinished[each] = None
         self._queue(sequence)
 
-    def take_news(self) -> tuple[list[Sequence], list[Sequence]]:
-        """The sequences that have begun and those that have ended since the last time."""
-        news = list(self._begun), list(self._ended)
-        self._begun.clear()
-        self._ended.clear()
+    def take_news(self) -> tuple[list[Sequence], list[Sequence], list[Sequence]]:
+        """The sequences that have begun, those that have ended and those that were preempted since the last time."""
+        news = list(self._begun), list(self._ended), list(self._preempted)
+        for each in (self._begun, self._ended, self._preempted):
+            each.clear()
         return news
 
     def schedule(self) -> ScheduledBatch | None:
@@ -263,6 +264,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._drop_blocks(sequence)
         sequence.costs.num_preemptions += 1
+        self._preempted[sequence] = None
         self.num_preemptions += 1
         self._queue(sequence)
 

@@ -15,6 +15,7 @@ from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput, ToolsNotSupported
 from kvik.server.errors import ApiError
 from kvik.server.watch.engine_log import log_ends
+from kvik.server.watch.hits import BlockHits
 from kvik.server.watch.meter import EngineMeter
 from kvik.text.tool_detection import detect_tool_format
 from kvik.text.tool_format import ToolFormat
@@ -28,6 +29,7 @@ class ServedModel:
         self.aliases = tuple(alias for alias in dict.fromkeys(aliases) if alias != model_id)
         self.llm = llm
         self.meter = EngineMeter(llm.engine)
+        self.hits = BlockHits(llm.engine)
         llm.engine.add_observer(partial(log_ends, model_id))
         self.async_llm = AsyncLLM(llm)
         self.tenants: WeakKeyDictionary[Sequence, str | None] = WeakKeyDictionary()  # whose request each one writes
