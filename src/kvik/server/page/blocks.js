@@ -338,6 +338,7 @@ export function build(section, app) {
     for (const grid of grids) grid.advance(to_s);
     past_s = to_s;
     played.last_ms = now_ms;
+    askSoon(AGAIN_MS);
   }
 
   function drawFrame() {
@@ -386,7 +387,7 @@ function makeLegend() {
     return { element: html("li", {}, html("i", { style }), words), words };
   };
   const held = row(`background:conic-gradient(${COLOURS.slice(0, 4).join(",")})`);
-  const [evicted, copied] = [["--again", "flashes: evicted"], ["--first", "flashes: copied"]].map(([colour, text]) => html("li", { class: "note" }, html("i", { style: `background:var(${colour})` }), text));
+  const [evicted, copied] = [["--again", "flashes: evicted"], ["--first", "flashes: copied"]].map(([colour, text]) => html("li", { class: "note screen" }, html("i", { style: `background:var(${colour})` }), text));
   const [shared, kept, reusable] = ["--kept", "--muted", "--reusable"].map((colour) => row(`background:var(${colour})`));
   const free = row("box-shadow:inset 0 0 0 1px var(--muted);opacity:0.6");
   const write = ({ words }, text) => words.data !== text && (words.data = text);
