@@ -87,6 +87,8 @@ def test_explained_pages_are_their_owners(tiny_llm: LLM) -> None:
         nobody = server.caller()
         nobody.get(told["url"], status=401)
         nobody.get(linked["url"] + "x", status=404)
+        with nobody.open("HEAD", linked["url"]) as response:
+            assert (response.status, response.read()) == (200, b"")
         with nobody.open("GET", linked["url"]) as response:
             assert "sandbox allow-scripts;" in (response.headers["content-security-policy"] or "")
             assert len(response.read()) == told["bytes"]

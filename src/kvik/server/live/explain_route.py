@@ -83,6 +83,8 @@ async def link(request: Request) -> Response:
 
 async def opened(request: Request) -> Response:
     """The page of such an address, to whoever has it and comes first."""
+    if request.method == "HEAD":  # whoever looks whether a link is good must not use it up
+        return _shown("")
     page = ServerState.of(request).live.explained.open(request.path_params["secret"])
     if page is None:
         raise ApiError(404, "this link was opened, or is too old (hint: ask for another)", code="not_found")
