@@ -20,7 +20,7 @@ from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
 from kvik.server.live import watcher as watching_module
 from kvik.server.live.history import MAX_SAMPLES, History
-from kvik.server.live.hub import INTERVAL_S, Viewer, Watcher
+from kvik.server.live.hub import INTERVAL_S, MAX_SHARE, Viewer, Watcher, smoothed
 from kvik.server.live.watcher import MAX_ENDED, ModelWatch, state_of
 from kvik.server.served import ServedModel
 from live_server import gated
@@ -378,3 +378,11 @@ def test_a_whole_prompt_is_its_owners(tiny_llm: LLM, monkeypatch: pytest.MonkeyP
         (row,) = watch.requests.values()
         refused = server.caller().get(f"/v1/requests/{row['request_id']}", status=403)
         assert refused["error"]["code"] == "redacted"
+
+
+def test_one_message_that_takes_long_does_not_hold_up_the_next() -> None:
+    mean_s = smoothed(0.0002, 5.0)
+    assert mean_s / MAX_SHARE <= INTERVAL_S
+    for _ in range(60):
+        mean_s = smoothed(mean_s, 0.05)
+    assert mean_s == pytest.approx(0.05, rel=0.01), "many that take long make fewer of them"

@@ -23,10 +23,15 @@ INTERVAL_S = 0.1
 MAX_SHARE = 0.007
 """Of a core's time, that making messages takes; where they are large, fewer are made. The observers take the rest."""
 
-SMOOTHING = 8
-"""Messages over which their cost is averaged: one that met a garbage collection must not hold up the next for long."""
+SMOOTHING, MAX_STEP = 8, 4
+"""Messages over which their cost is averaged, and how many times the average one of them counts at most."""
 
 MAX_WATCHERS = 64
+
+
+def smoothed(mean_s: float, cost_s: float) -> float:
+    """The mean cost with another message; one that met a garbage collection must not hold up the next for long."""
+    return mean_s + (min(cost_s, MAX_STEP * max(mean_s, INTERVAL_S * MAX_SHARE)) - mean_s) / SMOOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,7 @@ class Live:
         assert self._loop is not None
         now_s, before_s = self._loop.time(), time.thread_time()
         self._take()
-        self._cost_s += (time.thread_time() - before_s - self._cost_s) / SMOOTHING
+        self._cost_s = smoothed(self._cost_s, time.thread_time() - before_s)
         self._next_s = now_s + max(INTERVAL_S, self._cost_s / MAX_SHARE)
 
     def _take(self) -> None:
