@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from kvik.text.chat_messages import check_tools
 from kvik.text.detokenizer import Detokenizer
 from kvik.text.tool_format import CALL_ID_LENGTH, ID_CHARACTER, MARKS, ToolFormat
+from kvik.text.tool_pairs import PairsReader, overlap
 
 LONG_ID_LENGTH = 24
 
@@ -53,27 +54,29 @@ class ToolCallParser:
 
     `new_id` makes as many random letters and digits as it is asked for. Text that may yet be the beginning of a call
     is held back; what is no call after all is text, to the last character. A call has begun with its name and the `{`
-    of its arguments.
+    of its arguments, or what else stands between the two.
     """
 
     def __init__(self, format: ToolFormat, tools: Sequence[Mapping[str, Any]], new_id: Callable[[int], str]) -> None:
-        names = [tool["function"]["name"] for tool in check_tools(tools) or []]
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in check_tools(tools) or []}
+        self._schemas = {name: schema or {} for name, schema in schemas.items()}
         self._format = format
         self._new_id = new_id
         head = format.begin.lstrip()
-        self._first = {head + name + format.between + "{": name for name in names}
+        opening = format.between + ("{" if format.pairs is None else "")
+        self._first = {head + name + opening: name for name in schemas}
         self._ended = format.after + format.end
         self._next: dict[str, str] = {}
         if format.separator is not None:
             before = format.after + format.separator
-            self._next = {before + name + format.between + "{": name for name in names}
+            self._next = {before + name + opening: name for name in schemas}
         self._released = _Released(format)
         self._pending = ""  # marked text that no event has told of
         self._state = self._in_text
         self._text_begins = True
         self._lead = ""  # what stands before the head of a call, if it is one
         self._num_calls = 0
-        self._json = _JsonEnd()
+        self._arguments: _JsonArguments | PairsReader = _JsonArguments()
         self._finished = False
 
     def feed(self, token_id: int, text: str) -> list[ToolEvent]:
@@ -105,9 +108,7 @@ class ToolCallParser:
         at = self._pending.find(self._format.trigger)
         if at < 0:
             lead, trigger = self._format.lead, self._format.trigger
-            held = (
-                0 if self._finished else max(_overlap(self._pending, lead + trigger), _overlap(self._pending, trigger))
-            )
+            held = 0 if self._finished else max(overlap(self._pending, lead + trigger), overlap(self._pending, trigger))
             return self._take_text(len(self._pending) - held) or None
         before = self._pending[:at]
         self._lead = self._format.lead if before.endswith(self._format.lead) else ""
@@ -141,22 +142,27 @@ class ToolCallParser:
         return self._take_text(0 if self._format.is_bare else len(self._lead) + 1)
 
     def _begin_call(self, head: str, name: str) -> list[ToolEvent]:
-        self._pending = self._pending[len(head) - 1 :]
+        pairs = self._format.pairs
         self._state = self._in_arguments
-        self._json = _JsonEnd()
         random = self._new_id(CALL_ID_LENGTH if self._format.has_ids else LONG_ID_LENGTH)
         self._num_calls += 1
-        return [CallBegin(self._num_calls - 1, random if self._format.has_ids else f"call_{random}", name)]
+        begun = CallBegin(self._num_calls - 1, random if self._format.has_ids else f"call_{random}", name)
+        if pairs is None:
+            self._pending = self._pending[len(head) - 1 :]
+            self._arguments = _JsonArguments()
+            return [begun]
+        self._pending = self._pending[len(head) :]
+        self._arguments = PairsReader(pairs, self._format.after, self._schemas[name])
+        return [begun, ArgumentsDelta(begun.index, "{")]
 
     def _in_arguments(self) -> list[ToolEvent] | None:
-        if not self._pending:
-            return None
         index = self._num_calls - 1
-        end = self._json.find(self._pending)
-        text = MARKS.sub("", self._pending[:end])
-        self._pending = "" if end is None else self._pending[end:]
+        num_read, text, is_over = self._arguments.read(self._pending)
+        if not (num_read or text or is_over):
+            return None
+        self._pending = self._pending[num_read:]
         events: list[ToolEvent] = [ArgumentsDelta(index, text)] if text else []
-        if end is not None:
+        if is_over:
             self._state = self._after_arguments
             events.append(CallEnd(index))
         return events
@@ -217,15 +223,15 @@ class _Released:
         yield text
 
 
-class _JsonEnd:
-    """Finds where an object of JSON ends, in pieces of its text."""
+class _JsonArguments:
+    """Arguments that are an object of JSON, up to its end."""
 
     def __init__(self) -> None:
         self._depth = 0
         self._in_string = self._escaped = False
 
-    def find(self, text: str) -> int | None:
-        """How much of the text belongs to the object, if it ends there."""
+    def read(self, text: str) -> tuple[int, str, bool]:
+        """How much of the text belongs to the object, without marks, and whether it ends there."""
         for at, character in enumerate(text):
             if self._escaped:
                 self._escaped = False
@@ -238,8 +244,8 @@ class _JsonEnd:
             elif character in "}]":
                 self._depth -= 1
                 if self._depth == 0:
-                    return at + 1
-        return None
+                    return at + 1, MARKS.sub("", text[: at + 1]), True
+        return len(text), MARKS.sub("", text), False
 
 
 def _fits(pattern: str, text: str) -> bool:
@@ -250,9 +256,3 @@ def _fits(pattern: str, text: str) -> bool:
         want == have or (want == ID_CHARACTER and have.isascii() and have.isalnum())
         for want, have in zip(pattern, text, strict=False)
     )
-
-
-def _overlap(text: str, literal: str) -> int:
-    """Length of the longest end of `text` that begins `literal` and is not all of it."""
-    longest = min(len(text), len(literal) - 1)
-    return next((size for size in range(longest, 0, -1) if literal.startswith(text[-size:])), 0)

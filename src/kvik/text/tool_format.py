@@ -1,7 +1,8 @@
 """How one model writes tool calls, and the grammar that makes it write them so.
 
-A format is for models that write a call's arguments as JSON. Its literals are *marked text*: text in which a half of a
-surrogate pair, which no decoded text can hold, stands for a control token, and another for a character of a call's id.
+A call's arguments are JSON, or pairs of name and value. A format's literals are *marked text*: text in which a half of
+a surrogate pair, which no decoded text can hold, stands for a control token, and another for a character of a call's
+id.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any, Literal, TypeAlias
 from kvik.errors import InvalidInput
 from kvik.text.chat_messages import check_tools
 from kvik.text.grammar import MAX_GRAMMAR_BYTES
+from kvik.text.pairs_grammar import PairsGrammar
 from kvik.text.tokenizer import Tokenizer
+from kvik.text.tool_pairs import Pairs
 
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 1 << 16  # of one tool
@@ -54,8 +57,9 @@ class ToolFormat:
     Calls are `begin`, name, `between`, arguments, `after`; then for each further one `separator`, name, `between`,
     arguments, `after`; then `end`, and with it the turn. Without a `separator` there is one call.
 
-    `trigger` is what no other text holds: with it, a call has begun. A *bare* format has nothing but JSON, so its
-    trigger is all of `begin`, and counts only where text begins: first of all, or after a control token.
+    `trigger` is what no other text holds: with it, a call has begun. A *bare* format has nothing before its names but
+    JSON or a bracket, so its trigger is all of `begin`, with the name where the arguments are `pairs`, and counts only
+    where text begins: first of all, or after a control token.
     """
 
     begin: str
@@ -69,6 +73,7 @@ class ToolFormat:
     marked_ids: tuple[int, ...]  # the control tokens, in the order of their marks
     json_separators: tuple[str, str] | None  # between items and after keys, where the template writes the JSON
     tokenizer: Tokenizer = field(repr=False, compare=False)
+    pairs: Pairs | None = None  # the manner of the arguments; None: JSON
 
     @property
     def has_ids(self) -> bool:
@@ -107,7 +112,7 @@ class ToolFormat:
         if choice == "none" or not schemas:
             return None
         several = parallel and not isinstance(choice, Named) and self.separator is not None
-        text = "\n".join([*self._start(choice == "auto"), *self._calls(schemas, several), ""])
+        text = "\n".join([*self._start(schemas, choice == "auto"), *self._calls(schemas, several), ""])
         if (num_bytes := len(text.encode())) > MAX_GRAMMAR_BYTES:
             raise InvalidInput(
                 f"tools make a grammar of {num_bytes:,} bytes, more than {MAX_GRAMMAR_BYTES:,}",
@@ -115,7 +120,7 @@ class ToolFormat:
             )
         return text
 
-    def _start(self, is_auto: bool) -> Iterator[str]:
+    def _start(self, schemas: Mapping[str, Any], is_auto: bool) -> Iterator[str]:
         yield "%llguidance {}"
         if not is_auto:
             yield f"start: {self._lark(self.begin)} calls"
@@ -126,7 +131,13 @@ class ToolFormat:
         if others:
             yield f"other: <[{others}]>"
         yield "ANY: /(?s:.)/"
-        if self.is_bare:
+        if self.is_bare and self.pairs is not None:
+            firsts = [self._lark(head + name + self.between) for name in schemas]
+            yield f"start: {text_before} (TEXT | calls_after_names)?"
+            yield f"TEXT: ANY+ & ~(({' | '.join(firsts)}) ANY*)"
+            begun = (f"{first} call_{at}_rest" for at, first in enumerate(firsts))
+            yield f"calls_after_names: ({' | '.join(begun)}) more_calls"
+        elif self.is_bare:
             yield f"start: {text_before} (TEXT | {self._lark(head)} calls)?"
             yield f"TEXT: ANY+ & ~({self._lark(self.trigger)} ANY*)"
         elif self._trigger_ids():
@@ -142,14 +153,20 @@ class ToolFormat:
 
     def _calls(self, schemas: Mapping[str, Mapping[str, Any]], several: bool) -> Iterator[str]:
         more = f"({self._lark(self.separator)} call)*" if several and self.separator else ""
-        yield f"calls: call {more} {self._lark(self.end)}"
+        yield "calls: call more_calls"
+        yield f"more_calls: {more} {self._lark(self.end)}" if more or self.end else 'more_calls: ""'
         yield "call: " + " | ".join(f"call_{index}" for index in range(len(schemas)))
         options: dict[str, object] = {"whitespace_flexible": self.json_separators is None}
         if self.json_separators is not None:
             options |= dict(zip(("item_separator", "key_separator"), self.json_separators, strict=True))
         for index, (name, schema) in enumerate(schemas.items()):
             arguments = "%json " + json.dumps({**schema, "x-guidance": options})
-            yield f"call_{index}: {self._lark(name + self.between)} {arguments} {self._lark(self.after)}"
+            if self.pairs is not None:
+                rules = PairsGrammar(self.pairs, self._lark, name, schema, f"a{index}")
+                arguments = rules.arguments()
+                yield from rules.rules
+            yield f"call_{index}: {self._lark(name + self.between)} call_{index}_rest"
+            yield f"call_{index}_rest: {arguments} {self._lark(self.after)}"
         if self.has_ids:
             yield f"CALL_ID: /[A-Za-z0-9]{{{CALL_ID_LENGTH}}}/"
 
