@@ -22,10 +22,11 @@ from llguidance._tokenizer import TokenizerWrapper
 
 from kvik.engine.output import TextStream
 from kvik.errors import InvalidInput, ToolsNotSupported
+from kvik.text.answer_events import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolEvent
 from kvik.text.chat_template import ChatTemplate
 from kvik.text.grammar import MAX_GRAMMAR_BYTES
 from kvik.text.tokenizer import Tokenizer
-from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolCallParser, ToolEvent
+from kvik.text.tool_calls import ToolCallParser
 from kvik.text.tool_detection import detect_tool_format
 from kvik.text.tool_format import MAX_SCHEMA_BYTES, MAX_SCHEMA_OBJECTS, MAX_TOOLS, Named, ToolFormat
 from tiers import examples

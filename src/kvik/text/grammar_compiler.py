@@ -6,6 +6,7 @@ copies of one share it, so that a text of one request would show in what becomes
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -265,9 +266,17 @@ def _source(grammar: Grammar) -> str:
     """The grammar in the library's own format, which is what the others become."""
     from llguidance import LLMatcher
 
-    if grammar.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(grammar.text)
-    return (LLMatcher.grammar_from_regex if grammar.kind == "regex" else LLMatcher.grammar_from_lark)(grammar.text)
+    kind, text = grammar.kind, grammar.text
+    if grammar.before is not None:
+        inner: dict[str, object] = {"lark_grammar": text}
+        if kind == "json_schema":
+            inner = {"json_schema": json.loads(text)}
+        elif kind == "regex":
+            (inner,) = json.loads(LLMatcher.grammar_from_regex(text))["grammars"]
+        return json.dumps({"grammars": [{"lark_grammar": grammar.before}, inner | {"name": "answer"}]})
+    if kind == "json_schema":
+        return LLMatcher.grammar_from_json_schema(text)
+    return (LLMatcher.grammar_from_regex if kind == "regex" else LLMatcher.grammar_from_lark)(text)
 
 
 def cut(bits: bytes, vocab_size: int) -> bytes:

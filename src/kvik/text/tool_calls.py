@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from kvik.text.answer_events import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolEvent
 from kvik.text.chat_messages import check_tools
-from kvik.text.detokenizer import Detokenizer
-from kvik.text.tool_format import CALL_ID_LENGTH, ID_CHARACTER, MARKS, ToolFormat
-from kvik.text.tool_pairs import PairsReader, overlap
+from kvik.text.json_arguments import JsonArguments
+from kvik.text.marked_text import ID_CHARACTER, MARKS, MarkedStream, overlap
+from kvik.text.tool_format import CALL_ID_LENGTH, ToolFormat
+from kvik.text.tool_pairs import PairsReader
 
 LONG_ID_LENGTH = 24
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """More of the text that is no call."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallBegin:
-    """A call of a tool, whose arguments follow. Calls count from 0."""
-
-    index: int
-    call_id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class ArgumentsDelta:
-    """More of the JSON text of a call's arguments."""
-
-    index: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallEnd:
-    """The arguments of a call are whole. An answer that is cut off in a call has none for it."""
-
-    index: int
-
-
-ToolEvent: TypeAlias = TextDelta | CallBegin | ArgumentsDelta | CallEnd
 
 
 class ToolCallParser:
@@ -70,18 +36,22 @@ class ToolCallParser:
         if format.separator is not None:
             before = format.after + format.separator
             self._next = {before + name + opening: name for name in schemas}
-        self._released = _Released(format)
+        self._stream = MarkedStream(format.tokenizer, format.marked_ids)
         self._pending = ""  # marked text that no event has told of
         self._state = self._in_text
         self._text_begins = True
         self._lead = ""  # what stands before the head of a call, if it is one
         self._num_calls = 0
-        self._arguments: _JsonArguments | PairsReader = _JsonArguments()
+        self._arguments: JsonArguments | PairsReader = JsonArguments()
         self._finished = False
 
     def feed(self, token_id: int, text: str) -> list[ToolEvent]:
         """What is known with one more token; `text` is what became certain with it, as a `Piece` has it."""
-        self._pending += self._released.add(token_id, text)
+        return self.feed_marked(self._stream.add(token_id, text))
+
+    def feed_marked(self, text: str) -> list[ToolEvent]:
+        """The same for marked text, of whoever has it already."""
+        self._pending += text
         return self._events()
 
     def finish(self) -> list[ToolEvent]:
@@ -149,7 +119,7 @@ class ToolCallParser:
         begun = CallBegin(self._num_calls - 1, random if self._format.has_ids else f"call_{random}", name)
         if pairs is None:
             self._pending = self._pending[len(head) - 1 :]
-            self._arguments = _JsonArguments()
+            self._arguments = JsonArguments()
             return [begun]
         self._pending = self._pending[len(head) :]
         self._arguments = PairsReader(pairs, self._format.after, self._schemas[name])
@@ -191,61 +161,6 @@ class ToolCallParser:
         text = MARKS.sub("", self._pending[:length])
         self._pending = self._pending[length:]
         return [TextDelta(text)] if text else []
-
-
-class _Released:
-    """The marked text of tokens whose text becomes certain later than they come, as under stop strings."""
-
-    def __init__(self, format: ToolFormat) -> None:
-        self._format = format
-        # Only for how many characters stand before a control token.
-        self._detokenizer = Detokenizer(format.tokenizer, continues_text=True)
-        self._num_written = 0
-        self._num_certain = 0
-        self._marks: deque[tuple[int, str]] = deque()
-
-    def add(self, token_id: int, text: str) -> str:
-        tokenizer = self._format.tokenizer
-        if token_id in tokenizer.eos_token_ids:
-            pass  # it ends the answer, and is no part of it
-        elif token_id in tokenizer.special_token_ids:
-            self._marks.append((self._num_written, self._format.mark_of(token_id)))
-        else:
-            self._num_written += len(self._detokenizer.add(token_id))
-        return "".join(self._woven(text))
-
-    def _woven(self, text: str) -> Iterator[str]:
-        at, self._num_certain = self._num_certain, self._num_certain + len(text)
-        while self._marks and self._marks[0][0] <= self._num_certain:
-            place, mark = self._marks.popleft()
-            yield text[: place - at] + mark
-            text, at = text[place - at :], place
-        yield text
-
-
-class _JsonArguments:
-    """Arguments that are an object of JSON, up to its end."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = self._escaped = False
-
-    def read(self, text: str) -> tuple[int, str, bool]:
-        """How much of the text belongs to the object, without marks, and whether it ends there."""
-        for at, character in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif character == '"':
-                self._in_string = not self._in_string
-            elif self._in_string:
-                self._escaped = character == "\\"
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    return at + 1, MARKS.sub("", text[: at + 1]), True
-        return len(text), MARKS.sub("", text), False
 
 
 def _fits(pattern: str, text: str) -> bool:

@@ -15,17 +15,9 @@ from typing import Any
 
 from kvik.errors import TemplateError, ToolsNotSupported
 from kvik.text.chat_template import ChatTemplate
-from kvik.text.detokenizer import Detokenizer
+from kvik.text.marked_text import ID_CHARACTER, MARKS, MAX_MARKS, Marker, TooManyMarksError
 from kvik.text.tokenizer import Tokenizer
-from kvik.text.tool_format import (
-    CALL_ID_LENGTH,
-    FIRST_MARK,
-    ID_CHARACTER,
-    MARKS,
-    MAX_MARKS,
-    NAME_CHARACTER,
-    ToolFormat,
-)
+from kvik.text.tool_format import CALL_ID_LENGTH, NAME_CHARACTER, ToolFormat
 from kvik.text.tool_pairs import Pairs, manners
 
 MAX_ANSWER_LENGTH = 4000  # characters of what a template makes of two short calls
@@ -77,24 +69,29 @@ class _UnlikeError(Exception):
     """The text is not as calls are written: a line that says why."""
 
 
-def detect_tool_format(template: ChatTemplate, tokenizer: Tokenizer) -> ToolFormat:
+def detect_tool_format(template: ChatTemplate, tokenizer: Tokenizer, marked_ids: Sequence[int] = ()) -> ToolFormat:
     """How the model writes tool calls: for its caller to keep, since it takes some renderings.
 
+    The control tokens of `marked_ids` keep the marks that they have by their order.
     Raises ToolsNotSupported where the template takes no tools, or writes calls in a way that is not known.
     """
     try:
-        return _Detection(template, tokenizer).format()
+        return _Detection(template, tokenizer, marked_ids).format()
     except TemplateError as error:
         raise ToolsNotSupported(f"the model's chat template fails with tools: {error.message}", hint=_HINT) from error
+    except TooManyMarksError as error:
+        raise ToolsNotSupported(
+            f"the model's chat template has more than {MAX_MARKS} control tokens in an answer", hint=_HINT
+        ) from error
     except _UnlikeError as error:
         raise ToolsNotSupported(f"the model's chat template {error}", hint=_HINT) from error
 
 
 class _Detection:
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, marked_ids: Sequence[int]) -> None:
         self._template = template
         self._tokenizer = tokenizer
-        self._marked_ids: list[int] = []
+        self._marker = Marker(tokenizer, marked_ids)
 
     def format(self) -> ToolFormat:
         question = [{"role": "user", "content": QUESTION}]
@@ -158,7 +155,7 @@ class _Detection:
         return max((found.end() for found in (*marks, *tags)), default=0)
 
     def _name(self, mark: str) -> str:
-        return "" if mark == ID_CHARACTER else self._tokenizer.token_text(self._marked_ids[ord(mark) - ord(FIRST_MARK)])
+        return "" if mark == ID_CHARACTER else self._tokenizer.token_text(self._marker.id_of(mark))
 
     def _lead(self, begin: str) -> str:
         """The space between a text and the first call."""
@@ -204,14 +201,14 @@ class _Detection:
             lead=lead,
             trigger=trigger,
             is_bare=is_bare,
-            marked_ids=tuple(self._marked_ids),
+            marked_ids=tuple(self._marker.marked_ids),
             json_separators=json_separators,
             tokenizer=self._tokenizer,
             pairs=pairs,
         )
 
     def _ends_a_turn(self, mark: str) -> bool:
-        return self._marked_ids[ord(mark) - ord(FIRST_MARK)] in self._tokenizer.eos_token_ids
+        return self._marker.id_of(mark) in self._tokenizer.eos_token_ids
 
     def _answer(self, message: Mapping[str, Any]) -> str:
         """The marked text from the question's end on, where the assistant answers with the message."""
@@ -223,17 +220,7 @@ class _Detection:
         text = text.rpartition(QUESTION)[2]
         if len(text) > MAX_ANSWER_LENGTH:
             raise _UnlikeError(f"makes {len(text):,} characters of one short answer")
-        detokenizer = Detokenizer(self._tokenizer, continues_text=True)
-        control = self._tokenizer.special_token_ids | self._tokenizer.eos_token_ids
-        ids = self._tokenizer.encode(text, add_special=False)
-        return "".join(self._mark(i) if i in control else detokenizer.add(i) for i in ids)
-
-    def _mark(self, token_id: int) -> str:
-        if token_id not in self._marked_ids:
-            if len(self._marked_ids) == MAX_MARKS:
-                raise _UnlikeError(f"has more than {MAX_MARKS} control tokens in an answer")
-            self._marked_ids.append(token_id)
-        return chr(ord(FIRST_MARK) + self._marked_ids.index(token_id))
+        return self._marker.read(text)
 
     def _differing(self, answer: str, plain: str) -> str:
         """The answer without what it has in common with plain text, up to the end of its turn."""

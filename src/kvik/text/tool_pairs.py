@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kvik.text.marked_text import MARKS, overlap
+
 JSON_WORDS, PYTHON_WORDS = ("true", "false", "null"), ("True", "False", "None")
 ONLY_TEXT = frozenset({"string"})
 NUMBERS = frozenset({"integer", "number"})
-_MARKS = re.compile("[\ud800-\udfff]")
 _WORD_CHARACTER = re.compile(r"[\w.+-]")
 _AS_JSON = dict(zip(PYTHON_WORDS, JSON_WORDS, strict=True))
 
@@ -164,7 +165,7 @@ class PairsReader:
         at = self._text.find(self._pairs.middle)
         if at < 0:
             return False
-        key = _MARKS.sub("", self._take(at))
+        key = MARKS.sub("", self._take(at))
         self._take(len(self._pairs.middle))
         self._out.append((", " if self._num_pairs else "") + json.dumps(key, ensure_ascii=False) + ": ")
         self._num_pairs += 1
@@ -184,7 +185,7 @@ class PairsReader:
     def _raw_text(self) -> bool:
         at = self._text.find(self._pairs.after)
         taken = self._take(len(self._text) - overlap(self._text, self._pairs.after) if at < 0 else at)
-        self._out.append(json.dumps(_MARKS.sub("", taken), ensure_ascii=False)[1:-1])
+        self._out.append(json.dumps(MARKS.sub("", taken), ensure_ascii=False)[1:-1])
         if at < 0:
             return False
         self._out.append('"')
@@ -196,7 +197,7 @@ class PairsReader:
         at = self._text.find(self._pairs.after)
         if at < 0:
             return False
-        self._out.append(_as_json(_MARKS.sub("", self._take(at)), self._types))
+        self._out.append(_as_json(MARKS.sub("", self._take(at)), self._types))
         self._take(len(self._pairs.after))
         self._state = self._between
         return True
@@ -204,7 +205,7 @@ class PairsReader:
     def _scanned(self) -> bool:
         found = self._scanner.scan(self._text)
         self._take(found.num_read)
-        self._out.append(_MARKS.sub("", found.text))
+        self._out.append(MARKS.sub("", found.text))
         if not found.is_over:
             return False
         if not self._text.startswith(self._pairs.after):
@@ -288,7 +289,7 @@ class _Scanner:
         if not self._has_escapes:
             end = text.find(self._quote, at)
             stop = len(text) - overlap(text[at:], self._quote) if end < 0 else end
-            out.append(json.dumps(_MARKS.sub("", text[at:stop]), ensure_ascii=False)[1:-1])
+            out.append(json.dumps(MARKS.sub("", text[at:stop]), ensure_ascii=False)[1:-1])
             if end < 0:
                 return stop
             out.append('"')
@@ -306,12 +307,6 @@ class _Scanner:
             else:
                 self._is_escaped = character == "\\"
         return at
-
-
-def overlap(text: str, literal: str) -> int:
-    """Length of the longest end of `text` that begins `literal` and is not all of it."""
-    longest = min(len(text), len(literal) - 1)
-    return next((size for size in range(longest, 0, -1) if literal.startswith(text[-size:])), 0)
 
 
 def manners(pairs: Pairs) -> Iterator[Pairs]:
