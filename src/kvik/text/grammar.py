@@ -42,6 +42,11 @@ class Grammar:
     text: str
     before: str | None = None  # Lark whose rule `@answer` is this grammar; `after` sets it
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its text."""
+        return len(self.text.encode()) + len((self.before or "").encode())
+
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
         """JSON that is valid by a schema, its properties in the schema's order."""

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_CACHED_GRAMMARS = 256
+MAX_CACHED_BYTES = 8 << 20
+"""Of the texts of all grammars that are remembered, which is all that is kept of them."""
+
+TOKENIZER_TOKEN_BYTES = 1 << 10
+MATCHER_BYTES = 8 << 20
+"""What llguidance takes for each token of the vocabulary, once, and for a completion at most: both measured."""
 
 # What keeps each compilation below half a second, and each step of a matcher below some milliseconds.
 INITIAL_LEXER_FUEL = 100_000
@@ -42,8 +48,18 @@ class GrammarCompiler:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size  # of the model, which may exceed the tokenizer's
         self._known: OrderedDict[Grammar, Constraint] = OrderedDict()
+        self._num_bytes = 0  # of their texts
         self._lock = Lock()
         self._building = Lock()  # the tokenizer, once
+
+    def max_num_bytes(self, num_running: int) -> int:
+        """Most memory of grammars, where so many completions follow one at once."""
+        return MAX_CACHED_BYTES + self.vocab_size * TOKENIZER_TOKEN_BYTES + num_running * MATCHER_BYTES
+
+    @property
+    def num_cached_bytes(self) -> int:
+        """Bytes of the texts that are remembered."""
+        return self._num_bytes
 
     @property
     def num_cached(self) -> int:
@@ -63,9 +79,12 @@ class GrammarCompiler:
         self._check(grammar)
         constraint = _GrammarConstraint(self, grammar)
         with self._lock:
+            if grammar not in self._known:
+                self._num_bytes += grammar.num_bytes
             self._known[grammar] = constraint
-            while len(self._known) > MAX_CACHED_GRAMMARS:
-                self._known.popitem(last=False)
+            while len(self._known) > MAX_CACHED_GRAMMARS or self._num_bytes > MAX_CACHED_BYTES:
+                oldest, _ = self._known.popitem(last=False)
+                self._num_bytes -= oldest.num_bytes
         return constraint
 
     def new_library_matcher(self, grammar: Grammar) -> LLMatcher:
