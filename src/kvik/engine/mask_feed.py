@@ -12,7 +12,7 @@ from kvik.errors import GrammarFailed
 from kvik.text.constraint import Constraint, Matcher
 
 SLOW_MASK_S = 0.002
-"""A mask that takes longer is not waited for any more: its completion misses the steps until the next one is there."""
+"""Of processor time. Behind a mask that takes longer the next is not waited for: its completion misses steps."""
 
 FREE_MASKS_S = 1.0
 MAX_MEAN_MASK_S = 0.005
@@ -46,12 +46,17 @@ class MaskFeed:
         self._asked: Future[None] | None = None
         self._spent_s = 0.0
         self._num_masks = 0
-        self.is_slow = False  # whether its masks are computed ahead, and not waited for
+        self.is_slow = False  # whether its next mask is computed ahead, and not waited for
 
     @property
     def is_finished(self) -> bool:
         """See Matcher."""
         return self._matcher is not None and self._matcher.is_finished
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether its next mask was asked for ahead."""
+        return self._asked is not None
 
     @property
     def is_pending(self) -> bool:
@@ -67,7 +72,7 @@ class MaskFeed:
         """Find the masks, or what is wrong, for `masks` to give."""
         if self._found is not None or self._error is not None:
             return
-        begun_s, spent_s = time.perf_counter(), time.thread_time()
+        begun_s = time.thread_time()
         try:
             if self._matcher is None:
                 self._matcher = self._constraint.new_matcher()
@@ -75,8 +80,9 @@ class MaskFeed:
         except Exception as error:  # noqa: BLE001  # whatever it was, `masks` raises it
             self._error = error
         self._num_masks += 1
-        self._spent_s += time.thread_time() - spent_s
-        self.is_slow = self.is_slow or time.perf_counter() - begun_s > SLOW_MASK_S
+        spent_s = time.thread_time() - begun_s
+        self._spent_s += spent_s
+        self.is_slow = spent_s > SLOW_MASK_S
         mean_s = self._spent_s / self._num_masks
         if self._spent_s > FREE_MASKS_S and mean_s > MAX_MEAN_MASK_S and self._error is None:
             self._error = GrammarFailed(
@@ -105,13 +111,13 @@ class MaskFeed:
         self._matcher.accept(token_id)
 
     def count_valid(self, token_ids: Sequence[int]) -> int:
-        """See Matcher; a slow one takes no drafts."""
-        return 0 if self.is_slow or self._matcher is None else self._matcher.count_valid(token_ids)
+        """See Matcher; none while a mask is under way."""
+        return 0 if self.is_ahead or self._matcher is None else self._matcher.count_valid(token_ids)
 
 
 def compute_beside(feeds: Iterable[tuple[MaskFeed, Sequence[int]]]) -> Future[None] | None:
     """Have masks computed while the model runs; None where there are none to compute."""
-    due = [(feed, draft_ids) for feed, draft_ids in feeds if not feed.is_slow]
+    due = [(feed, draft_ids) for feed, draft_ids in feeds if not feed.is_ahead]
     return _pool("step", os.getpid()).submit(_compute_all, due) if due else None
 
 
