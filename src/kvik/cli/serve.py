@@ -264,6 +264,7 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
             f"    context {model.llm.model.context:,}; weights {amount(weights.num_bytes)}, cache"
             f" {amount(cache.num_bytes)} for {cache.num_blocks * model.llm.engine.kv_spec.block_size:,} tokens"
         )
+        note(f"    grammars at most {amount(model.llm.max_grammar_bytes)} more, where requests have any")
     num_keys = len(config.api_keys)
     who = "with a key" if num_keys == 1 else f"with one of {num_keys} keys" if num_keys else "by anybody who reaches it"
     note(f"  Called {who}. All routes: {url}/docs")

@@ -188,6 +188,11 @@ class LLM:
             )
         return encode_chat(template, self.model.tokenizer, messages, **options)
 
+    @property
+    def max_grammar_bytes(self) -> int:
+        """Most memory that grammars take beside cache and weights, once any is used."""
+        return self._grammars.max_num_bytes(self.config.max_running)
+
     def compile_grammar(self, grammar: Grammar) -> Constraint:
         """What makes a completion follow a grammar, as the option `constraint` of any request; from any thread.
 

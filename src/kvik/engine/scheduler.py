@@ -102,21 +102,27 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """Choose how many tokens each sequence computes in this step; `None` when nothing is to do.
 
-        Short gaps first, for somebody waits for each token; then the prompts, in order, share what is left.
+        Short gaps first, for somebody waits for each token; then the prompts, in order, share what is left. Others do
+        not wait for a mask that is late.
         """
         while self.has_work:  # a round may do no more than refuse somebody, or make room for the others
             self.num_steps += 1
             step = _Step(self.token_budget)
             in_order = sorted(self.running, key=lambda each: (each.num_missing_tokens > 1, each.place))
             num_short = sum(sequence.num_missing_tokens == 1 for sequence in in_order)
+            late = [each for each in in_order if each.matcher is not None and each.matcher.is_pending]
             for at, sequence in enumerate(in_order):
                 if at == num_short:
                     self._begin_prompts(step)
-                if step.budget > 0 and sequence not in step.gone:
+                if step.budget > 0 and sequence not in step.gone and sequence not in late:
                     self._schedule_one(sequence, step)
             if num_short == len(in_order):
                 self._begin_prompts(step)
             self._admit(step)
+            if not step.items:  # there is nobody else, so that they are waited for
+                for sequence in late:
+                    if sequence not in step.gone:
+                        self._schedule_one(sequence, step)
             if step.items:
                 return build_batch(list(step.items.values()))
         return None

@@ -13,6 +13,7 @@ from kvik.cache import BlockTable, MissReason
 from kvik.config import SamplingParams
 from kvik.engine.drafts import NgramDrafts
 from kvik.engine.lease import Lease
+from kvik.engine.mask_feed import MaskFeed
 from kvik.engine.output import Embedding, Stats, TextStream, TokenLogprobs
 from kvik.engine.pooling import PooledHidden
 from kvik.engine.request import Request
@@ -78,7 +79,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.table = table
         self.text = text
-        self.matcher = None if request.constraint is None else request.constraint.new_matcher()
+        self.matcher = None if request.constraint is None else MaskFeed(request.constraint)
         self.branches: list[Sequence] = []  # others of the same request, which begin with its first token
         self.is_queued = False  # whether the engine ever took it
         self.place = (0, 0)  # in the queue, the least first

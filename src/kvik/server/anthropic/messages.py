@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventStream
 from kvik.server.generation import Generation, Running, default_max_tokens, new_id, start
 from kvik.server.openai.chat import prepare_chat
-from kvik.server.openai.item_writer import Item, ItemWriter, named_event
+from kvik.server.openai.item_writer import Item, ItemKind, ItemWriter, named_event
 from kvik.server.openai.translation import own_names
 from kvik.server.preparing import ignored_header
 from kvik.server.reply import reply
@@ -75,6 +76,9 @@ def _ignored(state: ServerState, body: Conversation) -> list[str]:
     return body.ignored() + (["billing_line"] if _drops_billing_line(state, body) else [])
 
 
+_TEXT_KEYS: Mapping[ItemKind, str] = {"call": "input", "text": "text", "thought": "thinking"}
+
+
 class MessageWriter(ItemWriter):
     """A message and the events of its making."""
 
@@ -89,7 +93,8 @@ class MessageWriter(ItemWriter):
         """The message, when it is not streamed."""
         self.replay()
         content: list[dict[str, Any]] = [
-            _block(item) | ({"input": _input(item.text)} if item.name else {"text": item.text}) for item in self.items
+            _block(item) | {_TEXT_KEYS[item.kind]: _input(item.text) if item.kind == "call" else item.text}
+            for item in self.items
         ]
         return {**self._message(), "content": content, **self._end_reason(), **self.running.extras()}
 
@@ -99,7 +104,7 @@ class MessageWriter(ItemWriter):
         told = {name: value for name, value in self.running.extras().items() if name == "diagnostics"}
         return named_event("message_start", message=self._message() | told) + self.ping
 
-    def item_id(self, *, is_call: bool) -> str:
+    def item_id(self, kind: ItemKind) -> str:
         """Blocks have none."""
         return ""
 
@@ -109,8 +114,10 @@ class MessageWriter(ItemWriter):
 
     def item_delta(self, item: Item, text: str, logprobs: list[dict[str, Any]]) -> bytes:
         """More text or input."""
-        if item.name:
+        if item.kind == "call":
             delta = {"type": "input_json_delta", "partial_json": text}
+        elif item.kind == "thought":
+            delta = {"type": "thinking_delta", "thinking": text}
         else:
             delta = {"type": "text_delta", "text": text}
         return named_event("content_block_delta", index=item.at, delta=delta)
@@ -158,7 +165,9 @@ class MessageWriter(ItemWriter):
 
 
 def _block(item: Item) -> dict[str, Any]:
-    if item.name:
+    if item.kind == "thought":
+        return {"type": "thinking", "thinking": "", "signature": ""}
+    if item.kind == "call":
         return {"type": "tool_use", "id": item.call_id, "name": item.name, "input": {}}
     return {"type": "text", "text": ""}
 
