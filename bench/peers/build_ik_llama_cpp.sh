@@ -41,8 +41,18 @@ echo "$SHA256  $archive" | sha256sum --check --quiet
 source=$folder/ik_llama_cpp_python-$VERSION/vendor/ik_llama.cpp
 [[ -f $source/CMakeLists.txt ]] || tar -xzf "$archive" -C "$folder"
 
-# Without FA_ALL_QUANTS its attention knows f16, q8_0, q6_0 and q8_KV, all that is compared; the rest takes an hour more.
-say "Build ${TARGETS[*]} (half an hour on two processors)"
+# The package lacks the script with which the build writes down what it is of.
+mkdir -p "$source/common/cmake"
+cat >"$source/common/cmake/build-info-gen-cpp.cmake" <<'EOF'
+set(BUILD_NUMBER 0)
+set(BUILD_COMMIT "unknown")
+set(BUILD_COMPILER "unknown")
+set(BUILD_TARGET "unknown")
+configure_file(common/build-info.cpp.in common/build-info.cpp @ONLY)
+EOF
+
+# Without FA_ALL_QUANTS its attention knows f16, q8_0, q6_0 and q8_KV, all that is compared, and compiles sooner.
+say "Build ${TARGETS[*]} (half an hour or more on two processors)"
 cmake -S "$source" -B "$folder/ik_llama.cpp" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
   -DGGML_IQK_FA_ALL_QUANTS=OFF -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
   -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=ON >"$folder/ik_configure.log" 2>&1 ||
