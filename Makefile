@@ -59,6 +59,8 @@ test: $(VENV)/.tests-installed
 test-all: $(VENV)/.tests-installed
 	$(call say,What make test leaves out)
 	$(VENV)/bin/kvik models pull smollm2
+	$(call say,Gemma 3 270M$(,) if you accept its terms; its tests are skipped otherwise)
+	$(VENV)/bin/kvik models pull gemma3-270m $(if $(CI),--yes) || test -z "$(CI)"
 	$(MAKE) -j2 --output-sync=target test-oracle test-clients sanitize-address sanitize-thread test-rest
 
 # Hypothesis marks its own tests: they run again with all of their examples.
@@ -69,6 +71,7 @@ test-rest: $(VENV)/.tests-installed
 nightly: $(VENV)/.tests-installed
 	$(call say,Everything with random seeds; KVIK_SEED repeats a run)
 	$(VENV)/bin/kvik models pull smollm2
+	$(VENV)/bin/kvik models pull gemma3-270m $(if $(CI),--yes) || test -z "$(CI)"
 	KVIK_TIER=nightly KVIK_RANDOM_SEEDS=1 $(PYTEST)
 	$(MAKE) sanitize-whole
 	$(MAKE) goldens
