@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
 from collections import Counter
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvik.errors import InvalidInput, ModelError
+from kvik.text import tokenizer_gguf
 from kvik.text.tokenizer_gguf import GGUFTokenizer, TokenType
 from tiers import examples
 
@@ -257,6 +259,24 @@ def test_a_user_defined_space_mark_matches_a_space() -> None:
     tokenizer = SENTENCEPIECE_TOKENIZER
     assert tokenizer.encode("  [x]", add_special=False) == [tokenizer.vocab_size - 1]
     assert tokenizer.token_bytes(tokenizer.vocab_size - 1) == b"  [x]"
+
+
+@pytest.mark.parametrize("base", [tokenizer_gguf._HASH_BASE, 1])
+@pytest.mark.parametrize("seed", range(20))
+def test_pairs_are_those_of_the_definition(seed: int, base: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With base 1 all texts of the same letters share a hash."""
+    monkeypatch.setattr(tokenizer_gguf, "_HASH_BASE", base)
+    rng = random.Random(seed)
+    texts = sorted({"".join(rng.choices("ab\u2581😀", k=rng.randint(0, 6))) for _ in range(60)})
+    vocabulary = dict(zip(texts, rng.sample(range(100), len(texts)), strict=True))
+    scores = [rng.choice([0.0, -1.0, -2.0, rng.random()]) for _ in range(100)]
+    wanted = sorted(
+        (-scores[token_id], -len(text), -cut, text[:cut], text[cut:])
+        for text, token_id in vocabulary.items()
+        for cut in range(1, len(text))
+        if text[:cut] in vocabulary and text[cut:] in vocabulary
+    )
+    assert tokenizer_gguf._pairs_by_score(vocabulary, scores) == [(left, right) for *_, left, right in wanted]
 
 
 def test_each_stretch_of_sentencepiece_text_begins_with_a_space() -> None:
