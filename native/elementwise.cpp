@@ -27,7 +27,7 @@ float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
 void embed_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out) {
   for (int64_t i = 0; i < count; ++i, out += weight.columns) {
     if (weight.quantized()) {
-      kernels->dequantize_row(weight.block_format, weight.data.get(), weight.columns, row_ids[i], out);
+      dequantize_row(weight, row_ids[i], out);
     } else {
       for (int64_t k = 0; k < weight.columns; ++k) out[k] = read_float(weight, row_ids[i], k);
     }
