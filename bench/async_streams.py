@@ -79,7 +79,7 @@ class Letters:
 
 def make_engine(num_streams: int) -> Engine:
     """An engine that runs all streams at once."""
-    spec = KVCacheSpec(1, num_kv_heads=1, head_dim=1, dtype="f32")
+    spec = KVCacheSpec.uniform(1, num_kv_heads=1, head_dim=1, dtype="f32")
     decoder = SimpleNamespace(
         spec=SimpleNamespace(kv_spec=lambda dtype: spec, vocab_size=VOCAB, context_length=CONTEXT)
     )

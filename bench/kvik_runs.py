@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik import LLM, SamplingParams
-from kvik.cache import BLOCK_SIZE
 from kvik.config import ActivationDType
 from kvik.engine.engine import Engine
 from kvik.engine.lease import Lease
@@ -109,13 +108,12 @@ class KvikRuns:
         latest = []
         for table in tables:
             prompt = np.asarray(random_tokens(engine, num_prompt_tokens), np.int32)
-            batch = one_step(prompt, np.arange(num_prompt_tokens, dtype=np.int32), table[None])
-            batch = batch.with_windows(len(kv_spec.windows))
+            batch = one_step(prompt, np.arange(num_prompt_tokens, dtype=np.int32), table[None], len(kv_spec.groups))
             latest.append(int(decoder.ops.to_numpy(forward(batch))[-1].argmax()))
         started_s = time.perf_counter()
         for step in range(num_tokens):
             positions = np.full(num_sequences, num_prompt_tokens + step, np.int32)
-            batch = one_step(np.asarray(latest, np.int32), positions, tables).with_windows(len(kv_spec.windows))
+            batch = one_step(np.asarray(latest, np.int32), positions, tables, len(kv_spec.groups))
             latest = decoder.ops.to_numpy(forward(batch)).argmax(axis=1).tolist()
         return num_sequences * num_tokens / (time.perf_counter() - started_s)
 
@@ -200,15 +198,15 @@ def _raise(sequence: Sequence) -> None:
         raise sequence.error
 
 
-def one_step(token_ids: IntArray, positions: IntArray, tables: IntArray) -> Batch:
+def one_step(token_ids: IntArray, positions: IntArray, tables: IntArray, num_groups: int = 1) -> Batch:
     """One sequence's tokens, or one token of each sequence."""
     alone = len(tables) == 1
     rows = np.zeros(len(token_ids), np.int32) if alone else np.arange(len(tables), dtype=np.int32)
-    return Batch(
+    return Batch.in_blocks(
         token_ids=token_ids,
         positions=positions,
-        slot_mapping=(tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE).astype(np.int32),
         sequence_index=rows,
         block_tables=tables,
         logit_rows=np.asarray([len(token_ids) - 1], np.int32) if alone else rows,
+        num_groups=num_groups,
     )

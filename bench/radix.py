@@ -58,8 +58,8 @@ class Traffic:
 
 def filled(num_blocks: int, traffic: Traffic) -> CacheManager:
     """A cache of so many blocks, nearly all of them in the tree, and nobody holds them."""
-    spec = KVCacheSpec(num_layers=30, num_kv_heads=3, head_dim=64, dtype="f16")
-    cache = CacheManager(spec, num_blocks)
+    spec = KVCacheSpec.uniform(num_layers=30, num_kv_heads=3, head_dim=64, dtype="f16")
+    cache = CacheManager(spec, spec.pool_size_for(num_blocks, 1, 1))
     while cache.stats.num_evicted_blocks == 0:
         serve(cache, traffic.prompt())
     return cache

@@ -33,9 +33,7 @@ private:
   const Unit &unit_at(int64_t index) const { return plan_.units[static_cast<std::size_t>(index)]; }
 
   // Of a token: the first that it sees something of.
-  int64_t first_segment(int64_t token) const {
-    return std::max<int64_t>(0, args_.positions[token] + 1 - args_.window) / kSegment;
-  }
+  int64_t first_segment(int64_t token) const { return args_.first_seen(token) / kSegment; }
 
   // Scores, then widened tiles or the integer kernels' factors.
   int64_t scratch_floats(int64_t rows) const {

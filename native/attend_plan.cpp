@@ -15,11 +15,9 @@ constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kLoadRows = 4, kUnitKeys = 16;
 int64_t unit_cost(int64_t keys, int64_t rows) { return (keys + kUnitKeys) * (rows + kLoadRows); }
 
-int64_t segment_of(const AttendArgs &args, int64_t token) { return args.positions[token] / kSegment; }
-
-int64_t first_segment_of(const AttendArgs &args, int64_t token) {
-  return std::max<int64_t>(0, args.positions[token] + 1 - args.window) / kSegment;
-}
+// Of a token: the last that it sees something of, and the first.
+int64_t segment_of(const AttendArgs &args, int64_t token) { return (args.kv_bounds[token] - 1) / kSegment; }
+int64_t first_segment_of(const AttendArgs &args, int64_t token) { return args.first_seen(token) / kSegment; }
 
 const int32_t *blocks_of(const AttendArgs &args, int64_t token, int64_t segment) {
   return args.block_tables + args.sequence_index[token] * args.table_width + segment * kSuperblock;
@@ -35,7 +33,7 @@ bool shares_segment(const AttendArgs &args, int64_t token, int64_t other, int64_
 
 void AttendPlan::make(const AttendArgs &args, int64_t num_threads) {
   num_heads_ = args.num_heads, num_kv_heads_ = args.kv.num_kv_heads, head_dim_ = args.kv.head_dim;
-  window_ = args.window;
+  kv_group_ = args.kv.kv_group, window_ = args.window;
   tiles.clear();
   units.clear();
   parts.clear();
@@ -61,7 +59,8 @@ void AttendPlan::make_runs(const AttendArgs &args) {
   for (int64_t first = 0, last; first < args.num_tokens; first = last) {
     for (last = first + 1; last < args.num_tokens && last - first < max_tokens; ++last)
       if (args.sequence_index[last] != args.sequence_index[first] ||
-          args.positions[last] != args.positions[last - 1] + 1 || args.positions[last] % kSegment == 0)
+          args.kv_index[last] != args.kv_index[last - 1] + 1 || args.kv_bounds[last] != args.kv_bounds[last - 1] + 1 ||
+          (args.kv_bounds[last] - 1) % kSegment == 0)
         break;
     max_run_tokens = std::max(max_run_tokens, last - first);
     const int64_t begin = first_segment_of(args, first);
@@ -157,8 +156,8 @@ void AttendPlan::add_cluster(const AttendArgs &args, std::size_t begin, std::siz
 }
 
 int64_t AttendPlan::cost(const AttendArgs &args, const SegmentTask &task) const {
-  const int64_t last = args.positions[task.first_token + task.num_tokens - 1];
-  const int64_t keys = task.whole ? kSegment : std::min<int64_t>(kSegment, last + 1 - task.segment * kSegment);
+  const int64_t bound = args.kv_bounds[task.first_token + task.num_tokens - 1];
+  const int64_t keys = task.whole ? kSegment : std::min<int64_t>(kSegment, bound - task.segment * kSegment);
   return unit_cost(keys, task.num_tokens * (num_heads_ / num_kv_heads_));
 }
 

@@ -11,10 +11,10 @@
 
 namespace kvik {
 
-// Whether the token sees every position of the segment.
+// Whether the token sees every place of the segment.
 inline bool sees_all(const AttendArgs &args, int64_t token, int64_t segment) {
-  const int64_t position = args.positions[token], begin = segment * kSegment;
-  return position + 1 >= begin + kSegment && position + 1 - args.window <= begin;
+  const int64_t begin = segment * kSegment;
+  return args.kv_bounds[token] >= begin + kSegment && args.first_seen(token) <= begin;
 }
 
 // Whether both tokens see all of a segment, and see it in the same blocks.
@@ -22,7 +22,7 @@ bool shares_segment(const AttendArgs &args, int64_t token, int64_t other, int64_
 
 class AttendPlan {
 public:
-  // A run is up to 96 rows: neighbouring tokens of one sequence at neighbouring positions. A tile is a run at one KV
+  // A run is up to 96 rows: neighbouring tokens of one sequence at neighbouring places. A tile is a run at one KV
   // head, with the segments that some of its tokens see.
   struct Tile {
     int64_t first_token, num_tokens, kv_head;
@@ -43,7 +43,7 @@ public:
   // Whether it is the plan for these args, of the same step.
   bool fits(const AttendArgs &args) const {
     return num_heads_ == args.num_heads && num_kv_heads_ == args.kv.num_kv_heads && head_dim_ == args.kv.head_dim &&
-           window_ == args.window;
+           kv_group_ == args.kv.kv_group && window_ == args.window;
   }
 
   std::vector<Tile> tiles;
@@ -72,7 +72,7 @@ private:
   void make_chunks(const AttendArgs &args, int64_t num_threads);
   void place_slots();
 
-  int64_t num_heads_, num_kv_heads_, head_dim_, window_;
+  int64_t num_heads_, num_kv_heads_, head_dim_, kv_group_, window_;
   std::vector<Run> runs_;
   std::vector<int64_t> costs_; // of each unit
   int64_t unfinished_size_ = 0;

@@ -107,20 +107,19 @@ inline void value_quads(const uint8_t *const *tiles, const Ahead &ahead, int64_t
     }
 }
 
-// Integer sums are exact, so rows may go over tokens that they don't see: those have the factor zero.
-[[gnu::noinline]] void attend_bytes(const LayerKV &kv, const Work &work, float *scratch, const Partial &out,
-                                    const Ahead &ahead) {
+// The factors of all rows (rows, kQueryQuads), or (rows, kQuads) which take less; then each row's unit.
+inline RowUnit *units_behind(Factors *factors, int64_t num_rows) {
+  return reinterpret_cast<RowUnit *>(factors + num_rows * kQueryQuads);
+}
+
+[[gnu::noinline]] void score_bytes(const Work &work, float *scores, float *scratch, const Ahead &ahead) {
   const int64_t head_dim = work.head_dim, num_rows = work.num_rows;
-  const Span all = work.all;
-  float *scores = scratch;
-  Factors *factors = reinterpret_cast<Factors *>(scores + num_rows * kSegment); // (rows, kQueryQuads), then kQuads
-  RowUnit *units = reinterpret_cast<RowUnit *>(factors + num_rows * kQueryQuads);
+  Factors *factors = reinterpret_cast<Factors *>(scratch);
+  RowUnit *units = units_behind(factors, num_rows);
   for (int64_t row = 0; row < num_rows; ++row)
     units[row] = quantize_query(work.query(row), head_dim, work.scale, factors + row * kQueryQuads);
-  const int first_block = work.first_block(), num_blocks = work.end_block() - first_block;
-  const int64_t values_from = (num_blocks + kSoftmaxTiles) * 64 * ahead.lines;
+  const int first_block = work.first_block();
   const Ahead nothing{.lines = ahead.lines};
-  float value_scales[kSegment];
   for (int block = first_block; block < work.end_block(); ++block) {
     const uint8_t *tile = work.keys[block];
     for_slices(num_rows, [&](int64_t row, auto count) {
@@ -128,9 +127,21 @@ inline void value_quads(const uint8_t *const *tiles, const Ahead &ahead, int64_t
                                           (row == 0 ? ahead : nothing).tile_at(block - first_block, tile), head_dim,
                                           scores + row * kSegment + block * kBlockSize);
     });
-    std::memcpy(value_scales + block * kBlockSize, scales_of(kv, work.values[block]), kBlockSize * sizeof(float));
   }
-  softmax_rows(work, scores, ahead, num_blocks, out);
+}
+
+// Integer sums are exact, so rows may go over tokens that they don't see: those have the factor zero.
+[[gnu::noinline]] void add_bytes(const LayerKV &kv, const Work &work, float *scores, float *scratch, const Partial &out,
+                                 const Ahead &ahead) {
+  const int64_t head_dim = work.head_dim, num_rows = work.num_rows;
+  const Span all = work.all;
+  Factors *factors = reinterpret_cast<Factors *>(scratch);
+  RowUnit *units = units_behind(factors, num_rows);
+  const int64_t values_from = (work.end_block() - work.first_block() + kSoftmaxTiles) * 64 * ahead.lines;
+  const Ahead nothing{.lines = ahead.lines};
+  float value_scales[kSegment];
+  for (int block = work.first_block(); block < work.end_block(); ++block)
+    std::memcpy(value_scales + block * kBlockSize, scales_of(kv, work.values[block]), kBlockSize * sizeof(float));
   for (int64_t row = 0; row < num_rows; ++row)
     units[row] = quantize_weights(scores + row * kSegment, work.seen(row), all, value_scales, factors + row * kQuads);
   for_slices(num_rows, [&](int64_t row, auto count) {

@@ -86,12 +86,9 @@ template <class Stored, int rows> inline void add_all_values(const uint8_t *cons
 
 // Tiles that were widened wait for nothing: some lines of what comes next are fetched for each slice of rows and for
 // each row. Others are read from memory by the first slice of rows, which fetches what is ahead (lines_a_call: 0).
-template <class Stored>
-void attend_floats(const Work &work, float *scores, const Partial &out, Ahead &ahead, int64_t lines_a_call) {
+template <class Stored> void score_floats(const Work &work, float *scores, Ahead &ahead, int64_t lines_a_call) {
   const int64_t head_dim = work.head_dim;
   const Span all = work.all;
-  const int num_blocks = work.end_block() - work.first_block();
-  const int64_t values_from = (num_blocks + kSoftmaxTiles) * 64 * ahead.lines;
   const Ahead nothing{.lines = ahead.lines};
   for (int column = all.first / kBlockSize * kBlockSize; column < all.last;) {
     // Two blocks at once give the sums that are needed to keep wide multipliers busy.
@@ -114,13 +111,13 @@ void attend_floats(const Work &work, float *scores, const Partial &out, Ahead &a
     });
     column += blocks * kBlockSize;
   }
-  if (lines_a_call == 0)
-    softmax_rows(work, scores, ahead, num_blocks, out);
-  else
-    for (int64_t row = 0; row < work.num_rows; ++row) {
-      ahead.fetch(lines_a_call);
-      softmax_row(scores + row * kSegment, work.seen(row), work.soft_cap, nullptr, 0, out.max + row, out.sum + row);
-    }
+}
+
+template <class Stored>
+void add_floats(const Work &work, float *scores, const Partial &out, const Ahead &ahead, int64_t lines_a_call) {
+  const int64_t head_dim = work.head_dim;
+  const int64_t values_from = (work.end_block() - work.first_block() + kSoftmaxTiles) * 64 * ahead.lines;
+  const Ahead nothing{.lines = ahead.lines};
   for (int64_t i = 0; i < work.num_rows * head_dim; i += kLanes) store(out.value + i, zero8());
   for_slices(work.num_rows, [&](int64_t row, auto count) {
     constexpr int rows = decltype(count)::value;
@@ -142,16 +139,15 @@ void attend_floats(const Work &work, float *scores, const Partial &out, Ahead &a
   });
 }
 
-// Tiles of halves as tiles of floats, for many rows to read.
-inline void widen(const LayerKV &kv, Work &work, float *floats) {
+// Tiles of halves as tiles of floats, for many rows to read; gives the end of those.
+inline float *widen(const LayerKV &kv, const Work &work, const uint8_t **tiles, float *floats) {
   const int64_t count = kBlockSize * kv.head_dim;
-  for (auto *tiles : {work.keys, work.values}) {
-    for (int block = work.first_block(); block < work.end_block(); ++block, floats += count) {
-      const Half *halves = reinterpret_cast<const Half *>(tiles[block]);
-      for (int64_t i = 0; i < count; i += kWideLanes) store(floats + i, wide_load(halves + i));
-      tiles[block] = reinterpret_cast<const uint8_t *>(floats);
-    }
+  for (int block = work.first_block(); block < work.end_block(); ++block, floats += count) {
+    const Half *halves = reinterpret_cast<const Half *>(tiles[block]);
+    for (int64_t i = 0; i < count; i += kWideLanes) store(floats + i, wide_load(halves + i));
+    tiles[block] = reinterpret_cast<const uint8_t *>(floats);
   }
+  return floats;
 }
 
 } // namespace

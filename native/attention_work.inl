@@ -1,5 +1,5 @@
 // Attention over blocks. Lanes are tokens for K and dimensions for V; a score adds its dimensions in order, a value its
-// tokens in order. A segment of 256 absolute positions becomes (max, sum, value), and segments merge in order: how the
+// tokens in order. A segment of 256 absolute places becomes (max, sum, value), and segments merge in order: how the
 // work was cut can't show in the bits. Rows, the queries of some tokens and heads, share every load of K and V; what
 // a row adds up never depends on the rows beside it.
 
@@ -39,7 +39,7 @@ struct Work {
   const float *q; // of the first token and the KV head's first query head
   int64_t token_stride;
   Span all;                                               // columns that some row sees
-  int64_t first_count, window;                            // that the first token may see; each later one sees one more
+  int64_t first, count;                                   // columns [first, count) that the first token may see
   const uint8_t *keys[kSuperblock], *values[kSuperblock]; // tiles
   float scale, soft_cap;
 
@@ -49,9 +49,12 @@ struct Work {
   const float *query(int64_t row) const {
     return q + row / queries_per_kv * token_stride + row % queries_per_kv * head_dim;
   }
-  Span seen(int64_t row) const {
-    const int64_t count = first_count + row / queries_per_kv, first = count - window;
+  static Span columns(int64_t first, int64_t count) {
     return {static_cast<int>(first > 0 ? first : 0), static_cast<int>(smaller(kSegment, count))};
+  }
+  Span seen(int64_t row) const {
+    const int64_t later = row / queries_per_kv; // each token sees one more, and from one later on
+    return columns(first + later, count + later);
   }
 };
 
@@ -64,8 +67,8 @@ inline Work work_of(const AttendArgs &args, const SegmentTask &task) {
   work.head_dim = kv.head_dim;
   work.token_stride = args.num_heads * kv.head_dim;
   work.q = args.q + task.first_token * work.token_stride + task.kv_head * work.queries_per_kv * kv.head_dim;
-  work.first_count = task.whole ? kSegment : args.positions[task.first_token] + 1 - start;
-  work.window = task.whole ? kvik::kNoWindow : args.window;
+  work.count = task.whole ? kSegment : args.kv_bounds[task.first_token] - start;
+  work.first = task.whole ? -kvik::kNoWindow : args.kv_index[task.first_token] + 1 - args.window - start;
   work.scale = args.scale;
   work.soft_cap = args.soft_cap;
   work.all = {work.seen(0).first, work.seen(work.num_rows - 1).last};
@@ -89,7 +92,7 @@ template <int bytes> inline void prefetch_bytes(const uint8_t *p) {
 struct Ahead {
   const uint8_t *tiles[3 * kSuperblock];
   int num_tiles = 0;
-  int64_t lines = 0; // cache lines of a tile
+  int64_t lines = 0; // cache lines of a tile, of the smaller where keys and values differ
 
   // What `fetch` comes to next.
   int tile = 0;
@@ -130,12 +133,12 @@ inline void add_tiles(Ahead &ahead, const AttendArgs &args, const SegmentTask &t
 inline Ahead ahead_of(const AttendArgs &args, const SegmentTask &task, const SegmentTask *next, Span own,
                       bool next_only) {
   Ahead ahead;
-  ahead.lines = args.kv.tile_bytes / 64;
+  ahead.lines = smaller(args.kv.key.bytes, args.kv.value.bytes) / 64;
   if (!next_only) add_tiles(ahead, args, task, own, kTilesAhead, 2 * kSuperblock);
   if (next) {
     // The first token's; the others see about the same.
-    const int64_t count = args.positions[next->first_token] + 1 - next->segment * kSegment, first = count - args.window;
-    const Span seen{static_cast<int>(first > 0 ? first : 0), static_cast<int>(smaller(kSegment, count))};
+    const int64_t token = next->first_token, start = next->segment * kSegment;
+    const Span seen = Work::columns(args.kv_index[token] + 1 - args.window - start, args.kv_bounds[token] - start);
     add_tiles(ahead, args, *next, seen, 0, next_only ? 2 * kSuperblock : kTilesAhead + kSoftmaxTiles);
   }
   return ahead;
@@ -179,8 +182,16 @@ inline void softmax_row(float *scores, Span seen, float cap, const uint8_t *fetc
   *sum_out = add_lanes(sum);
 }
 
-// All rows of a task; what is ahead, from that many tiles on, is fetched in even steps.
-inline void softmax_rows(const Work &work, float *scores, const Ahead &ahead, int first_tile, const Partial &out) {
+// All rows of a task. What is ahead, from the keys' tiles on, is fetched in even steps; or some lines for each row.
+inline void softmax_rows(const Work &work, float *scores, Ahead &ahead, int64_t lines_a_call, const Partial &out) {
+  if (lines_a_call > 0) {
+    for (int64_t row = 0; row < work.num_rows; ++row) {
+      ahead.fetch(lines_a_call);
+      softmax_row(scores + row * kSegment, work.seen(row), work.soft_cap, nullptr, 0, out.max + row, out.sum + row);
+    }
+    return;
+  }
+  const int first_tile = work.end_block() - work.first_block();
   const int64_t vectors = (work.all.last - work.all.first + kWideLanes - 1) / kWideLanes;
   const int64_t row_bytes = kSoftmaxTiles * ahead.lines * 64 / work.num_rows,
                 step = (row_bytes + vectors - 1) / vectors;

@@ -35,21 +35,19 @@ Nonlinearity nonlinearity_of(std::string_view name) {
 }
 
 // Of block tables only what some token sees is looked at: behind a window a block may have gone to someone else.
-void check_block_tables(const int32_t *tables, int64_t num_sequences, int64_t table_width,
-                        const int32_t *sequence_index, const int32_t *positions, int64_t num_tokens, int64_t num_blocks,
-                        int64_t window) {
+void check_block_tables(const BlockTables &tables, const TokenPlaces &tokens, int64_t num_blocks, int64_t window) {
   int64_t checked_sequence = -1, checked_first = 0, checked_last = -1; // blocks known to be right
-  for (int64_t i = 0; i < num_tokens; ++i) {
-    const int32_t sequence = sequence_index[i], position = positions[i];
-    require(sequence >= 0 && sequence < num_sequences, "attend: a sequence index has no block table");
-    require(position >= 0 && position < table_width * kBlockSize && position < INT32_MAX,
-            "attend: a position is past its block table");
-    const int64_t first = std::max<int64_t>(0, position + 1 - window) / kBlockSize, last = position / kBlockSize;
+  for (int64_t i = 0; i < tokens.num_tokens; ++i) {
+    const int32_t sequence = tokens.sequence_index[i], index = tokens.kv_index[i], bound = tokens.kv_bounds[i];
+    require(sequence >= 0 && sequence < tables.num_sequences, "attend: a sequence index has no block table");
+    require(index >= 0 && index < bound, "attend: a token's place is not below its bound");
+    require(bound <= tables.width * kBlockSize, "attend: a bound is past its block table");
+    const int64_t first = std::max<int64_t>(0, index + 1 - window) / kBlockSize, last = (bound - 1) / kBlockSize;
     // Neighbouring tokens see nearly the same blocks.
     if (sequence != checked_sequence || first < checked_first || first > checked_last + 1)
       checked_sequence = sequence, checked_first = first, checked_last = first - 1;
     for (; checked_last < last; ++checked_last) {
-      const int32_t block = tables[sequence * table_width + checked_last + 1];
+      const int32_t block = tables.blocks[sequence * tables.width + checked_last + 1];
       require(block >= 0 && block < num_blocks, "attend: a block id is outside the cache");
     }
   }
@@ -158,140 +156,10 @@ LinearWeights make_linear(const PackedWeight &matrix, std::optional<Floats<1>> b
   return {matrix, bias, scale};
 }
 
-// Each projection of x; x is quantised once for all of them.
-void checked_project(ThreadPool &pool, Floats<2> x, const std::vector<const LinearWeights *> &linears,
-                     const std::vector<FloatsOut<2>> &outs, bool int16_activations) {
-  const int64_t num_tokens = size(x, 0), columns = size(x, 1);
-  require(linears.size() == outs.size(), "project: one output a projection");
-  require_aligned(x, "project", "x");
-  for (const auto &out : outs) require_aligned(out, "project", "outs");
-  std::vector<Projection> projections;
-  for (std::size_t i = 0; i < linears.size(); ++i) {
-    require(linears[i] != nullptr, "project: a projection is None");
-    const PackedWeight &matrix = linears[i]->matrix;
-    require(matrix.columns == columns, "project: x has another number of columns than the matrix");
-    require(size(outs[i], 0) == num_tokens && size(outs[i], 1) == matrix.rows, "project: wrong output shape");
-    projections.push_back({*linears[i], outs[i].data()});
-  }
-  Workspace workspace;
-  project(pool, workspace, {x.data(), num_tokens, columns}, projections, int16_activations);
-}
-
-// Rows of the weight as floats, times the scale: out (T, columns).
-void checked_embed_rows(const PackedWeight &weight, Integers row_ids, float scale, FloatsOut<2> out) {
-  require_aligned(row_ids, "embed_rows", "row_ids");
-  require_aligned(out, "embed_rows", "out");
-  require(size(out, 0) == size(row_ids, 0) && size(out, 1) == weight.columns, "embed_rows: wrong output shape");
-  const std::vector<int32_t> ids = copied(row_ids);
-  for (const int32_t id : ids) require(id >= 0 && id < weight.rows, "embed_rows: a row id is outside the weight");
-  embed_rows(weight, ids.data(), size(row_ids, 0), scale, out.data());
-}
-
-void require_same_shape(const auto &x, const auto &y, const char *what) {
-  require(size(x, 0) == size(y, 0) && size(x, 1) == size(y, 1), what);
-}
-
-void checked_norm(ThreadPool &pool, Floats<2> x, const NormWeights &norm, FloatsOut<2> out) {
-  require_aligned(x, "norm", "x");
-  require_aligned(out, "norm", "out");
-  check_norm(norm, size(x, 1));
-  require_same_shape(x, out, "norm: wrong output shape");
-  norm_rows(pool, norm, x.data(), size(x, 0), out.data());
-}
-
-void checked_add(ThreadPool &pool, Floats<2> x, Floats<2> y, FloatsOut<2> out) {
-  require_aligned(x, "add", "x");
-  require_aligned(y, "add", "y");
-  require_aligned(out, "add", "out");
-  require_same_shape(x, y, "add: x and y differ in shape");
-  require_same_shape(x, out, "add: wrong output shape");
-  add(pool, x.data(), y.data(), size(x, 0), size(x, 1), out.data());
-}
-
-void checked_activate(ThreadPool &pool, std::string_view activation, Floats<2> x, std::optional<Floats<2>> up,
-                      FloatsOut<2> out) {
-  require_aligned(x, "activate", "x");
-  require_aligned(out, "activate", "out");
-  require_same_shape(x, out, "activate: wrong output shape");
-  if (up) {
-    require_aligned(*up, "activate", "up");
-    require_same_shape(x, *up, "activate: x and up differ in shape");
-  }
-  activate(pool, nonlinearity_of(activation), x.data(), up ? up->data() : nullptr, size(x, 0), size(x, 1), out.data());
-}
-
-void checked_soft_cap(ThreadPool &pool, Floats<2> x, float cap, FloatsOut<2> out) {
-  require_aligned(x, "soft_cap", "x");
-  require_aligned(out, "soft_cap", "out");
-  require(cap > 0, "soft_cap: the cap must be above 0");
-  require_same_shape(x, out, "soft_cap: wrong output shape");
-  soft_cap(pool, x.data(), cap, size(x, 0), size(x, 1), out.data());
-}
-
-// Rotates pairs of dimensions by position * frequency; table (positions, pairs, 2) holds cosine and sine.
-void checked_rope(ThreadPool &pool, Floats<3> x, Integers positions, Floats<3> table, bool adjacent_pairs,
-                  FloatsOut<3> out) {
-  require_aligned(x, "rope", "x");
-  require_aligned(positions, "rope", "positions");
-  require_aligned(out, "rope", "out");
-  check_rope(table, size(x, 2));
-  require(size(positions, 0) == size(x, 0), "rope: one position a token");
-  for (std::size_t axis = 0; axis < 3; ++axis) require(size(out, axis) == size(x, axis), "rope: wrong output shape");
-  const std::vector<int32_t> rows = copied(positions);
-  for (const int32_t row : rows) require(row >= 0 && row < size(table, 0), "rope: a position is outside the table");
-  std::copy_n(x.data(), x.size(), out.data());
-  rope(pool, out.data(), rows.data(), size(x, 0), size(x, 1), size(x, 2),
-       {table.data(), size(table, 1), adjacent_pairs});
-}
-
-void checked_write_kv(ThreadPool &pool, const LayerKV &kv, Floats<3> k, Floats<3> v, Integers slots) {
-  require_aligned(k, "write_kv", "k");
-  require_aligned(v, "write_kv", "v");
-  require_aligned(slots, "write_kv", "slots");
-  const int64_t num_tokens = size(slots, 0);
-  for (const auto &array : {k, v}) {
-    require(size(array, 0) == num_tokens, "write_kv: one slot a token");
-    require(size(array, 1) == kv.num_kv_heads && size(array, 2) == kv.head_dim, "write_kv: k or v has a wrong shape");
-  }
-  const std::vector<int32_t> places = copied(slots);
-  for (const int32_t slot : places)
-    require(slot >= 0 && slot < kv.num_blocks * kBlockSize, "write_kv: a slot is outside the cache");
-  write_kv(pool, kv, k.data(), v.data(), places.data(), num_tokens);
-}
-
-void checked_attend(ThreadPool &pool, Floats<3> q, const LayerKV &kv, Array<const int32_t, 2> block_tables,
-                    Integers sequence_index, Integers positions, float scale, float soft_cap, FloatsOut<3> out,
-                    std::optional<int64_t> window) {
-  require_aligned(q, "attend", "q");
-  require_aligned(block_tables, "attend", "block_tables");
-  require_aligned(sequence_index, "attend", "sequence_index");
-  require_aligned(positions, "attend", "positions");
-  require_aligned(out, "attend", "out");
-  const int64_t num_tokens = size(q, 0), num_heads = size(q, 1), head_dim = kv.head_dim;
-  require(size(q, 2) == head_dim, "attend: q has another head_dim than the cache");
-  require(num_heads > 0 && num_heads % kv.num_kv_heads == 0, "attend: query heads must be a multiple of KV heads");
-  require(size(sequence_index, 0) == num_tokens && size(positions, 0) == num_tokens, "attend: one index a token");
-  for (std::size_t axis = 0; axis < 3; ++axis) require(size(out, axis) == size(q, axis), "attend: wrong output shape");
-  require(!window || *window > 0, "attend: the window must be 1 or more");
-  require(soft_cap >= 0, "attend: the soft cap must be 0, for none, or more");
-  const std::vector<int32_t> tables = copied(block_tables), index = copied(sequence_index), own = copied(positions);
-  AttendArgs args{};
-  args.q = q.data();
-  args.kv = kv;
-  args.block_tables = tables.data();
-  args.table_width = size(block_tables, 1);
-  args.sequence_index = index.data();
-  args.positions = own.data();
-  args.num_tokens = num_tokens;
-  args.num_heads = num_heads;
-  args.scale = scale;
-  args.soft_cap = soft_cap;
-  args.window = std::min(window.value_or(kNoWindow), kNoWindow);
-  args.out = out.data();
-  check_block_tables(args.block_tables, size(block_tables, 0), args.table_width, args.sequence_index, args.positions,
-                     num_tokens, kv.num_blocks, args.window);
-  Workspace workspace;
-  attend(pool, workspace, args);
+RopeWeights make_rope(Floats<3> cos_sin, bool adjacent_pairs) {
+  require_aligned(cos_sin, "Rope", "cos_sin");
+  require(size(cos_sin, 2) == 2, "Rope: a cosine and a sine for each pair");
+  return {cos_sin, adjacent_pairs};
 }
 
 constexpr int64_t kMaxKVGroups = 64; // of layers with block tables of their own
@@ -304,11 +172,11 @@ KVType kv_type_of(std::string_view name) {
 }
 
 std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
-                                         std::string_view dtype, int64_t kv_group) {
-  const KVType type = kv_type_of(dtype);
+                                         std::string_view key_dtype, std::string_view value_dtype, int64_t kv_group) {
+  const KVType key = kv_type_of(key_dtype), value = kv_type_of(value_dtype);
   require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 1024,
           "KVArrays: head_dim must be a multiple of 8 up to 1024");
-  require(type != KVType::int8 || head_dim <= kMaxInt8HeadDim,
+  require((key != KVType::int8 && value != KVType::int8) || head_dim <= kMaxInt8HeadDim,
           "KVArrays: int8 takes a head_dim up to 512, where integer scores still fit 32 bits");
   for (const int64_t count : {num_layers, num_blocks, num_kv_heads})
     require(count > 0 && count < (int64_t{1} << 26), "KVArrays: layers, blocks and heads must be in 1 ... 2**26-1");
@@ -317,7 +185,7 @@ std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks,
   if (bytes > 1e15) throw std::bad_alloc();
   require(num_blocks * kBlockSize <= std::numeric_limits<int32_t>::max(), "KVArrays: slots must fit 32 bits");
   require(kv_group >= 0 && kv_group < kMaxKVGroups, "KVArrays: kv_group must be in 0 ... 63");
-  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim, type, kv_group);
+  return std::make_unique<KVArrays>(num_layers, num_blocks, num_kv_heads, head_dim, key, value, kv_group);
 }
 
 LayerKV layer_of(const KVArrays &arrays, int64_t index) {
@@ -392,39 +260,20 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&make_norm), "weight"_a.noconvert(), "eps"_a, "bias"_a.noconvert().none(), "layer"_a);
   nb::class_<LinearWeights>(m, "Linear", "(x @ matrix.T + bias) * scale.")
       .def(nb::new_(&make_linear), "matrix"_a, "bias"_a.noconvert().none(), "scale"_a);
+  nb::class_<RopeWeights>(m, "Rope", "Cosine and sine by position: (positions, pairs, 2).")
+      .def(nb::new_(&make_rope), "cos_sin"_a.noconvert(), "adjacent_pairs"_a);
   nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.")
-      .def_ro("kv_group", &LayerKV::kv_group, "Which block tables of a step are its own.");
+      .def_ro("kv_group", &LayerKV::kv_group, "Which block tables of a step are its own.")
+      .def_prop_ro("token_bytes", &LayerKV::token_bytes, "Bytes that one token's key and value take.");
   nb::class_<KVArrays>(m, "KVArrays", "Keys and values of all layers, in blocks of 32 tokens.")
-      .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "dtype"_a,
-           "kv_group"_a = 0)
+      .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "key"_a,
+           "value"_a, "kv_group"_a = 0)
       .def_prop_ro("num_bytes", &KVArrays::num_bytes)
       .def("layer", &layer_of, "index"_a, nb::keep_alive<0, 1>());
 
   // noconvert: a quiet copy of an input would cost, and of an output lose, what the caller meant.
   m.def("pack", &pack_tensor, Unlocked(), "type"_a, "source"_a.noconvert(), "rows"_a, "columns"_a, "arena"_a, "pool"_a,
         "Packs a GGUF tensor's bytes without loss.");
-  m.def("project", &checked_project, Unlocked(), "pool"_a, "x"_a.noconvert(), "linears"_a.noconvert(),
-        "outs"_a.noconvert(), "int16_activations"_a,
-        "outs[i] = linears[i] of x; activations in int16 where `int16_activations`, else int8.");
-  m.def("embed_rows", &checked_embed_rows, Unlocked(), "weight"_a.noconvert(), "row_ids"_a.noconvert(), "scale"_a,
-        "out"_a.noconvert(), "out = weight[row_ids] * scale as float32.");
-  m.def("norm", &checked_norm, Unlocked(), "pool"_a, "x"_a.noconvert(), "norm"_a, "out"_a.noconvert(),
-        "out = x normed, row by row.");
-  m.def("activate", &checked_activate, Unlocked(), "pool"_a, "activation"_a, "x"_a.noconvert(),
-        "up"_a.noconvert().none(), "out"_a.noconvert(), "out = activation(x), times `up` where there is one.");
-  m.def("soft_cap", &checked_soft_cap, Unlocked(), "pool"_a, "x"_a.noconvert(), "cap"_a, "out"_a.noconvert(),
-        "out = cap * tanh(x / cap).");
-  m.def("add", &checked_add, Unlocked(), "pool"_a, "x"_a.noconvert(), "y"_a.noconvert(), "out"_a.noconvert(),
-        "out = x + y.");
-  m.def("rope", &checked_rope, Unlocked(), "pool"_a, "x"_a.noconvert(), "positions"_a.noconvert(),
-        "table"_a.noconvert(), "adjacent_pairs"_a, "out"_a.noconvert(),
-        "Rotary position embedding of x (T, heads, head_dim).");
-  m.def("write_kv", &checked_write_kv, Unlocked(), "pool"_a, "kv"_a, "k"_a.noconvert(), "v"_a.noconvert(),
-        "slots"_a.noconvert(), "Stores k, v (T, num_kv_heads, head_dim) at slots (T,).");
-  m.def("attend", &checked_attend, Unlocked(), "pool"_a, "q"_a.noconvert(), "kv"_a, "block_tables"_a.noconvert(),
-        "sequence_index"_a.noconvert(), "positions"_a.noconvert(), "scale"_a, "soft_cap"_a, "out"_a.noconvert(),
-        "window"_a.none() = nb::none(),
-        "Causal attention of q (T, num_heads, head_dim) over each token's own sequence, or its last `window` tokens.");
   m.def("copy_blocks", &checked_copy_blocks, Unlocked(), "pool"_a, "arrays"_a, "copies"_a,
         "Copies keys and values of all layers from block to block: (source, target) pairs, in order.");
   m.def("discard_superblocks", &checked_discard_superblocks, Unlocked(), "arrays"_a, "superblocks"_a,

@@ -38,14 +38,19 @@ inline std::vector<int32_t> copied(const auto &array) { return {array.data(), ar
 
 inline int64_t size(const auto &array, std::size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
 
-// A cosine and a sine for each pair of dimensions, by position: (positions, pairs, 2).
-inline void check_rope(const Floats<3> &table, int64_t head_dim) {
-  require_aligned(table, "rope", "table");
-  require(size(table, 2) == 2 && 2 * size(table, 1) <= head_dim, "rope: the table does not fit head_dim");
+// A table of rotations, a norm and a projection as Python makes them. What is made from them refers to their arrays and
+// must not outlive them.
+struct RopeWeights {
+  Floats<3> cos_sin; // of each pair of dimensions, by position: (positions, pairs, 2)
+  bool adjacent_pairs;
+
+  operator RopeArgs() const { return {cos_sin.data(), size(cos_sin, 1), adjacent_pairs}; }
+};
+
+inline void check_rope(const RopeWeights &rope, int64_t head_dim) {
+  require(2 * size(rope.cos_sin, 1) <= head_dim, "rope: the table does not fit head_dim");
 }
 
-// A norm and a projection as Python makes them. What is made from them refers to their arrays and must not outlive
-// them.
 struct NormWeights {
   Floats<1> weight;
   std::optional<Floats<1>> bias;
@@ -75,10 +80,16 @@ inline void check_head_norm(const NormWeights *norm, int64_t width, int64_t head
           "norm_qkv: a norm is as wide as neither a head nor all heads");
 }
 
-// Each token's sequence has a table, and the table names a block for each position that the token sees.
-void check_block_tables(const int32_t *tables, int64_t num_sequences, int64_t table_width,
-                        const int32_t *sequence_index, const int32_t *positions, int64_t num_tokens, int64_t num_blocks,
-                        int64_t window);
+struct BlockTables {
+  const int32_t *blocks; // (num_sequences, width)
+  int64_t num_sequences, width;
+};
+struct TokenPlaces {
+  const int32_t *sequence_index, *kv_index, *kv_bounds; // (T,)
+  int64_t num_tokens;
+};
+// Each token's sequence has a table, and the table names a block for each place that the token sees.
+void check_block_tables(const BlockTables &tables, const TokenPlaces &tokens, int64_t num_blocks, int64_t window);
 
 void bind_program(nb::module_ &m);
 void bind_sample(nb::module_ &m);

@@ -1,9 +1,14 @@
-// Ops that work row by row.
+// Ops that work row by row: each with its loop over rows, and how it is appended to a program.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string_view.h>
+
 #include <algorithm>
 #include <cstring>
+#include <optional>
+#include <string_view>
 
+#include "bind_ops.h"
 #include "half.h"
-#include "ops.h"
 
 namespace kvik {
 namespace {
@@ -22,59 +27,133 @@ float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
   }
 }
 
+void embed_row(const PackedWeight &weight, int64_t row, float scale, float *out) {
+  if (weight.quantized()) {
+    dequantize_row(weight, row, out);
+  } else {
+    for (int64_t k = 0; k < weight.columns; ++k) out[k] = read_float(weight, row, k);
+  }
+  if (scale != 1)
+    for (int64_t k = 0; k < weight.columns; ++k) out[k] *= scale;
+}
+
+// Rows of the weight, by token id or by position, times the scale.
+int embed(Program &program, const PackedWeight &table, std::string_view ids, float scale) {
+  require(!program.finished(), "Program: it is finished");
+  const bool of_positions = ids == "positions";
+  require(of_positions || ids == "token_ids", "embed: the ids are token_ids or positions");
+  int64_t &limit = of_positions ? program.limits.positions : program.limits.token_ids;
+  limit = std::min(limit, table.rows);
+  return append(program, "embed", {}, table.columns, false, [=, &table](const Frame &frame, int out) {
+    const int32_t *rows = of_positions ? frame.step.positions : frame.step.token_ids;
+    float *to = frame[out];
+    for (int64_t i = 0; i < frame.step.num_tokens; ++i) embed_row(table, rows[i], scale, to + i * table.columns);
+  });
+}
+
+int norm(Program &program, int x, const NormWeights &weights) {
+  const Program::Value in = checked_value(program, x);
+  const int64_t width = size(weights.weight, 0);
+  require(in.width % width == 0, "norm: the width of x is no multiple of the weight's");
+  return append(program, "norm", {x}, in.width, in.of_logits, [=, norm = Norm(weights)](const Frame &frame, int out) {
+    const float *from = frame[x];
+    float *to = frame[out];
+    frame.pool().for_ranges(frame.rows(x) * (in.width / width), kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) kernels->norm(norm, from + i * width, to + i * width);
+    });
+  });
+}
+
+int rope(Program &program, int x, std::string_view positions, const RopeWeights &table, int64_t head_dim) {
+  const Program::Value in = checked_value(program, x);
+  check_tokens(in, "rope: x must have a row a token");
+  check_field(positions, "positions", "rope: it rotates by the batch's positions");
+  require(head_dim > 0 && in.width % head_dim == 0, "rope: the width is no multiple of head_dim");
+  check_rope(table, head_dim);
+  program.limits.positions = std::min(program.limits.positions, size(table.cos_sin, 0));
+  return append(program, "rope", {x}, in.width, false, [=, rope = RopeArgs(table)](const Frame &frame, int out) {
+    const float *from = frame[x];
+    float *to = frame[out];
+    frame.pool().for_ranges(frame.step.num_tokens, kGrain, [&](int64_t first, int64_t last) {
+      std::copy(from + first * in.width, from + last * in.width, to + first * in.width);
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t at = 0; at < in.width; at += head_dim)
+          kernels->rope(to + i * in.width + at, rope.cos_sin + frame.step.positions[i] * rope.pairs * 2, rope.pairs,
+                        rope.adjacent_pairs);
+    });
+  });
+}
+
+// Calls function(first item, items) for shares of a value's items: whole rows.
+template <class Function> void for_items(const Frame &frame, int value, int64_t width, const Function &function) {
+  frame.pool().for_ranges(frame.rows(value), kGrain,
+                          [&](int64_t first, int64_t last) { function(first * width, (last - first) * width); });
+}
+
+int activate(Program &program, int x, std::string_view name, std::optional<int> up) {
+  const Program::Value in = checked_value(program, x);
+  std::vector<int> inputs{x};
+  if (up) {
+    const Program::Value other = checked_value(program, *up);
+    require(in.width == other.width && in.of_logits == other.of_logits, "activate: x and up differ in shape");
+    inputs.push_back(*up);
+  }
+  const Nonlinearity activation = nonlinearity_of(name);
+  return append(program, "activate", inputs, in.width, in.of_logits, [=](const Frame &frame, int out) {
+    const float *from = frame[x], *factors = up ? frame[*up] : nullptr;
+    float *to = frame[out];
+    for_items(frame, x, in.width, [&](int64_t at, int64_t count) {
+      kernels->activate(activation, from + at, factors ? factors + at : nullptr, count, to + at);
+    });
+  });
+}
+
+int soft_cap(Program &program, int x, float cap) {
+  const Program::Value in = checked_value(program, x);
+  require(cap > 0, "soft_cap: the cap must be above 0");
+  return append(program, "soft_cap", {x}, in.width, in.of_logits, [=](const Frame &frame, int out) {
+    const float *from = frame[x];
+    float *to = frame[out];
+    for_items(frame, x, in.width,
+              [&](int64_t at, int64_t count) { kernels->soft_cap(from + at, cap, count, to + at); });
+  });
+}
+
+int add(Program &program, int x, int y) {
+  const Program::Value in = checked_value(program, x), other = checked_value(program, y);
+  require(in.width == other.width && in.of_logits == other.of_logits, "add: x and y differ in shape");
+  return append(program, "add", {x, y}, in.width, in.of_logits, [=](const Frame &frame, int out) {
+    const float *one = frame[x], *two = frame[y];
+    float *to = frame[out];
+    for_items(frame, x, in.width, [&](int64_t at, int64_t count) {
+      for (int64_t i = at; i < at + count; ++i) to[i] = one[i] + two[i];
+    });
+  });
+}
+
+int take_rows(Program &program, int x, std::string_view rows) {
+  const Program::Value in = checked_value(program, x);
+  check_tokens(in, "take_rows: x must have a row a token");
+  check_field(rows, "logit_rows", "take_rows: it takes the batch's logit_rows");
+  return append(program, "take_rows", {x}, in.width, true, [=](const Frame &frame, int out) {
+    const float *from = frame[x];
+    float *to = frame[out];
+    for (int64_t i = 0; i < frame.step.num_logits; ++i)
+      std::copy_n(from + frame.step.logit_rows[i] * in.width, in.width, to + i * in.width);
+  });
+}
+
 } // namespace
 
-void embed_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out) {
-  for (int64_t i = 0; i < count; ++i, out += weight.columns) {
-    if (weight.quantized()) {
-      dequantize_row(weight, row_ids[i], out);
-    } else {
-      for (int64_t k = 0; k < weight.columns; ++k) out[k] = read_float(weight, row_ids[i], k);
-    }
-    if (scale != 1)
-      for (int64_t k = 0; k < weight.columns; ++k) out[k] *= scale;
-  }
-}
-
-void take_rows(const float *x, const int32_t *row_ids, int64_t count, int64_t columns, float *out) {
-  for (int64_t i = 0; i < count; ++i) std::copy_n(x + row_ids[i] * columns, columns, out + i * columns);
-}
-
-void norm_rows(ThreadPool &pool, const Norm &norm, const float *x, int64_t rows, float *out) {
-  pool.for_ranges(rows, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) kernels->norm(norm, x + i * norm.width, out + i * norm.width);
-  });
-}
-
-void activate(ThreadPool &pool, Nonlinearity activation, const float *x, const float *up, int64_t rows, int64_t columns,
-              float *out) {
-  pool.for_ranges(rows, kGrain, [&](int64_t first, int64_t last) {
-    const int64_t at = first * columns;
-    kernels->activate(activation, x + at, up ? up + at : nullptr, (last - first) * columns, out + at);
-  });
-}
-
-void soft_cap(ThreadPool &pool, const float *x, float cap, int64_t rows, int64_t columns, float *out) {
-  pool.for_ranges(rows, kGrain, [&](int64_t first, int64_t last) {
-    const int64_t at = first * columns;
-    kernels->soft_cap(x + at, cap, (last - first) * columns, out + at);
-  });
-}
-
-void add(ThreadPool &pool, const float *x, const float *y, int64_t rows, int64_t columns, float *out) {
-  pool.for_ranges(rows, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first * columns; i < last * columns; ++i) out[i] = x[i] + y[i];
-  });
-}
-
-void rope(ThreadPool &pool, float *x, const int32_t *positions, int64_t num_tokens, int64_t heads, int64_t head_dim,
-          const RopeArgs &args) {
-  pool.for_ranges(num_tokens, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      for (int64_t head = 0; head < heads; ++head)
-        kernels->rope(x + (i * heads + head) * head_dim, args.cos_sin + positions[i] * args.pairs * 2, args.pairs,
-                      args.adjacent_pairs);
-  });
+void bind_elementwise(nb::class_<Program> &program) {
+  // keep_alive: a program refers to the weights and tables that its ops use.
+  program.def("embed", &embed, nb::keep_alive<1, 2>(), "table"_a, "ids"_a, "scale"_a)
+      .def("norm", &norm, nb::keep_alive<1, 3>(), "x"_a, "norm"_a)
+      .def("rope", &rope, nb::keep_alive<1, 4>(), "x"_a, "positions"_a, "rope"_a, "head_dim"_a)
+      .def("activate", &activate, "x"_a, "activation"_a, "up"_a.none())
+      .def("soft_cap", &soft_cap, "x"_a, "cap"_a)
+      .def("add", &add, "x"_a, "y"_a)
+      .def("take_rows", &take_rows, "x"_a, "rows"_a);
 }
 
 } // namespace kvik

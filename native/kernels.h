@@ -57,19 +57,26 @@ constexpr int kSegment = kBlockSize * kSuperblock; // tokens whose attention is 
 constexpr int kMaxInt8HeadDim = 512;               // 32639 * 127 * 512 is the largest integer score: it fits 32 bits
 constexpr int64_t kNoWindow = int64_t{1} << 40;
 
-// One layer's keys and values: (num_kv_heads, 2, 8, tile) in each superblock. A block's K tile is [head_dim][32
-// tokens], its V tile [32 tokens][head_dim]. With int8 they are [head_dim / 4][32 tokens][4] and [32 / 4
+// How the keys, or the values, of a block are kept in one head: a tile.
+struct TileFormat {
+  KVType type;
+  int64_t bytes;
+};
+
+// One layer's keys and values: for each KV head 8 K tiles and then 8 V tiles in each superblock. A block's K tile is
+// [head_dim][32 tokens], its V tile [32 tokens][head_dim]. With int8 they are [head_dim / 4][32 tokens][4] and [32 / 4
 // tokens][head_dim][4], each byte 128 above its value, and a float scale for each of the 32 tokens follows.
 struct LayerKV {
   void *data;
-  KVType type;
+  TileFormat key, value;
   int64_t num_blocks, num_kv_heads, head_dim;
-  int64_t tile_bytes;
   int64_t superblock_bytes; // from one superblock to the next: all layers'
   int64_t kv_group;         // of layers that keep the same tokens; each has block tables of its own
 
+  // From one head's tiles of a superblock to the next head's.
+  int64_t head_bytes() const { return kSuperblock * (key.bytes + value.bytes); }
   // Bytes that one token's key and value take.
-  int64_t token_bytes() const { return 2 * num_kv_heads * tile_bytes / kBlockSize; }
+  int64_t token_bytes() const { return num_kv_heads * (key.bytes + value.bytes) / kBlockSize; }
 };
 
 struct AttendArgs {
@@ -78,15 +85,22 @@ struct AttendArgs {
   const int32_t *block_tables; // (sequences, table_width)
   int64_t table_width;
   const int32_t *sequence_index; // (T,)
-  const int32_t *positions;      // (T,)
+  const int32_t *kv_index;       // (T,) a token's own place in its block table
+  const int32_t *kv_bounds;      // (T,) the first place that it does not see any more
   int64_t num_tokens, num_heads;
   float scale;    // of the scores
   float soft_cap; // scores become cap * tanh(score / cap); 0: they stay
-  int64_t window; // positions that a token sees, its own the last
+  int64_t window; // places that a token sees, its own the last
   float *out;     // (T, num_heads, head_dim)
+
+  // Of a token: the first place that it sees.
+  int64_t first_seen(int64_t token) const {
+    const int64_t first = kv_index[token] + 1 - window;
+    return first > 0 ? first : 0;
+  }
 };
 
-// Neighbouring tokens that all see something of a segment: of one sequence and at neighbouring positions, or of any,
+// Neighbouring tokens that all see something of a segment: of one sequence and at neighbouring places, or of any,
 // where `whole` says that each sees all of it and in the same blocks. A row is the query of a token and a head, so with
 // the heads that share a KV head there are num_tokens * queries_per_kv rows.
 struct SegmentTask {

@@ -16,12 +16,12 @@ namespace kvik {
 class KVArrays {
 public:
   // Throws std::bad_alloc where the address space cannot be had.
-  KVArrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KVType type,
+  KVArrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KVType key, KVType value,
            int64_t kv_group)
-      : num_layers_(num_layers), shape_{nullptr, type, num_blocks, num_kv_heads, head_dim, tile_bytes(type, head_dim)} {
-    layer_bytes_ = kSuperblock * num_kv_heads * 2 * shape_.tile_bytes;
+      : num_layers_(num_layers),
+        shape_{nullptr, tiles(key, head_dim), tiles(value, head_dim), num_blocks, num_kv_heads, head_dim, 0, kv_group} {
+    layer_bytes_ = num_kv_heads * shape_.head_bytes();
     shape_.superblock_bytes = num_layers * layer_bytes_;
-    shape_.kv_group = kv_group;
     num_bytes_ = num_superblocks() * shape_.superblock_bytes;
     memory_ = mmap(nullptr, static_cast<std::size_t>(num_bytes_), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -48,15 +48,19 @@ public:
   // All keys and values of one layer: whole tiles, so no format matters.
   void copy_block(int64_t index, int64_t source, int64_t target) {
     const LayerKV kv = layer(index);
-    const auto first_tile = [&kv](int64_t block) {
-      return static_cast<uint8_t *>(kv.data) + block / kSuperblock * kv.superblock_bytes +
-             block % kSuperblock * kv.tile_bytes;
+    const auto head_of = [&kv](int64_t block) {
+      return static_cast<uint8_t *>(kv.data) + block / kSuperblock * kv.superblock_bytes;
     };
-    const uint8_t *from = first_tile(source);
-    uint8_t *to = first_tile(target);
-    const int64_t stride = kSuperblock * kv.tile_bytes; // from K to V, and from a head's V to the next head's K
-    for (int64_t i = 0; i < 2 * kv.num_kv_heads; ++i, from += stride, to += stride)
-      std::memcpy(to, from, static_cast<std::size_t>(kv.tile_bytes));
+    const uint8_t *from = head_of(source);
+    uint8_t *to = head_of(target);
+    const auto copy = [=](int64_t offset, int64_t tile_bytes) {
+      std::memcpy(to + offset + target % kSuperblock * tile_bytes, from + offset + source % kSuperblock * tile_bytes,
+                  static_cast<std::size_t>(tile_bytes));
+    };
+    for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
+      copy(head * kv.head_bytes(), kv.key.bytes);
+      copy(head * kv.head_bytes() + kSuperblock * kv.key.bytes, kv.value.bytes);
+    }
   }
 
   // Gives a superblock's memory back to the system. Only whole pages go: what lies beside it keeps its content.
@@ -69,9 +73,9 @@ public:
   }
 
 private:
-  static int64_t tile_bytes(KVType type, int64_t head_dim) {
-    if (type == KVType::int8) return kBlockSize * (head_dim + static_cast<int64_t>(sizeof(float)));
-    return kBlockSize * head_dim * (type == KVType::f16 ? 2 : 4);
+  static TileFormat tiles(KVType type, int64_t head_dim) {
+    if (type == KVType::int8) return {type, kBlockSize * (head_dim + static_cast<int64_t>(sizeof(float)))};
+    return {type, kBlockSize * head_dim * (type == KVType::f16 ? 2 : 4)};
   }
 
   int64_t num_layers_, layer_bytes_ = 0, num_bytes_ = 0;

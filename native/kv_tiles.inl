@@ -14,8 +14,8 @@ enum Side { kKey = 0, kValue = 1 };
 
 inline uint8_t *tile_of(const LayerKV &kv, int64_t block, int64_t head, Side side) {
   const int64_t superblock = block / kSuperblock, within = block % kSuperblock;
-  const int64_t tile = (head * 2 + side) * kSuperblock + within;
-  return static_cast<uint8_t *>(kv.data) + superblock * kv.superblock_bytes + tile * kv.tile_bytes;
+  const int64_t tile = side == kKey ? within * kv.key.bytes : kSuperblock * kv.key.bytes + within * kv.value.bytes;
+  return static_cast<uint8_t *>(kv.data) + superblock * kv.superblock_bytes + head * kv.head_bytes() + tile;
 }
 
 // One head's key or value, converted eight at a time; `put(d, x)` stores dimension d.
@@ -27,14 +27,14 @@ template <class Stored, class Put> inline void convert(const float *x, int64_t h
   }
 }
 
-template <class Stored> void write_token(const LayerKV &kv, const float *k, const float *v, int64_t slot) {
-  const int64_t block = slot / kBlockSize, token = slot % kBlockSize, head_dim = kv.head_dim;
-  for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
-    Stored *keys = reinterpret_cast<Stored *>(tile_of(kv, block, head, kKey)) + token;
-    Stored *values = reinterpret_cast<Stored *>(tile_of(kv, block, head, kValue)) + token * head_dim;
-    convert<Stored>(k + head * head_dim, head_dim, [&](int64_t d, Stored x) { keys[d * kBlockSize] = x; });
-    for (int64_t d = 0; d < head_dim; d += kLanes) store(values + d, load(v + head * head_dim + d));
-  }
+// A token's key, or its value, in one head's tile.
+template <class Stored> inline void write_key(uint8_t *tile, int64_t token, const float *k, int64_t head_dim) {
+  Stored *keys = reinterpret_cast<Stored *>(tile) + token;
+  convert<Stored>(k, head_dim, [&](int64_t d, Stored x) { keys[d * kBlockSize] = x; });
+}
+template <class Stored> inline void write_value(uint8_t *tile, int64_t token, const float *v, int64_t head_dim) {
+  Stored *values = reinterpret_cast<Stored *>(tile) + token * head_dim;
+  for (int64_t d = 0; d < head_dim; d += kLanes) store(values + d, load(v + d));
 }
 
 // What an array is multiplied with to become whole numbers of at most `levels`, and the value of 1 afterwards. NaN and
@@ -75,23 +75,43 @@ inline const float *scales_of(const LayerKV &kv, const uint8_t *tile) {
   return reinterpret_cast<const float *>(tile + kBlockSize * kv.head_dim);
 }
 
-void write_quantized_token(const LayerKV &kv, const float *k, const float *v, int64_t slot) {
-  const int64_t block = slot / kBlockSize, token = slot % kBlockSize, head_dim = kv.head_dim;
-  for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
-    uint8_t *keys = tile_of(kv, block, head, kKey), *values = tile_of(kv, block, head, kValue);
-    scales_of(kv, keys)[token] = quantize_head(k + head * head_dim, head_dim, [&](int64_t d, uint8_t byte) {
-      keys[(d / 4 * kBlockSize + token) * 4 + d % 4] = byte;
-    });
-    scales_of(kv, values)[token] = quantize_head(v + head * head_dim, head_dim, [&](int64_t d, uint8_t byte) {
-      values[(token / 4 * head_dim + d) * 4 + token % 4] = byte;
-    });
-  }
+inline void write_key_bytes(const LayerKV &kv, uint8_t *keys, int64_t token, const float *k) {
+  scales_of(kv, keys)[token] = quantize_head(
+      k, kv.head_dim, [&](int64_t d, uint8_t byte) { keys[(d / 4 * kBlockSize + token) * 4 + d % 4] = byte; });
+}
+inline void write_value_bytes(const LayerKV &kv, uint8_t *values, int64_t token, const float *v) {
+  scales_of(kv, values)[token] = quantize_head(
+      v, kv.head_dim, [&](int64_t d, uint8_t byte) { values[(token / 4 * kv.head_dim + d) * 4 + token % 4] = byte; });
 }
 
 void write_kv(const LayerKV &kv, const float *k, const float *v, int64_t slot) {
-  if (kv.type == kvik::KVType::int8) return write_quantized_token(kv, k, v, slot);
-  if (kv.type == kvik::KVType::f16) return write_token<Half>(kv, k, v, slot);
-  write_token<float>(kv, k, v, slot);
+  using kvik::KVType;
+  const int64_t block = slot / kBlockSize, token = slot % kBlockSize, head_dim = kv.head_dim;
+  for (int64_t head = 0; head < kv.num_kv_heads; ++head, k += head_dim, v += head_dim) {
+    uint8_t *keys = tile_of(kv, block, head, kKey), *values = tile_of(kv, block, head, kValue);
+    switch (kv.key.type) {
+    case KVType::f32:
+      write_key<float>(keys, token, k, head_dim);
+      break;
+    case KVType::f16:
+      write_key<Half>(keys, token, k, head_dim);
+      break;
+    case KVType::int8:
+      write_key_bytes(kv, keys, token, k);
+      break;
+    }
+    switch (kv.value.type) {
+    case KVType::f32:
+      write_value<float>(values, token, v, head_dim);
+      break;
+    case KVType::f16:
+      write_value<Half>(values, token, v, head_dim);
+      break;
+    case KVType::int8:
+      write_value_bytes(kv, values, token, v);
+      break;
+    }
+  }
 }
 
 } // namespace

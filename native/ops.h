@@ -66,20 +66,6 @@ struct QueryKeyValue {
 void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const QueryKeyValue &args, float *q,
                  bool int16_activations);
 
-// Rows of the weight, times the scale.
-void embed_rows(const PackedWeight &weight, const int32_t *row_ids, int64_t count, float scale, float *out);
-void take_rows(const float *x, const int32_t *row_ids, int64_t count, int64_t columns, float *out);
-// Norms (rows, norm.width).
-void norm_rows(ThreadPool &pool, const Norm &norm, const float *x, int64_t rows, float *out);
-void activate(ThreadPool &pool, Nonlinearity activation, const float *x, const float *up, int64_t rows, int64_t columns,
-              float *out);
-void soft_cap(ThreadPool &pool, const float *x, float cap, int64_t rows, int64_t columns, float *out);
-void add(ThreadPool &pool, const float *x, const float *y, int64_t rows, int64_t columns, float *out);
-
-// Rotates x (T, heads, head_dim) in place.
-void rope(ThreadPool &pool, float *x, const int32_t *positions, int64_t num_tokens, int64_t heads, int64_t head_dim,
-          const RopeArgs &args);
-
 // Stores k, v (T, num_kv_heads, head_dim) at slots (T,).
 void write_kv(ThreadPool &pool, const LayerKV &kv, const float *k, const float *v, const int32_t *slots,
               int64_t num_tokens);

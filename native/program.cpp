@@ -23,16 +23,26 @@ int Program::new_value(int64_t width, bool of_logits) {
   return num_values() - 1;
 }
 
+int Program::new_input(int64_t width) {
+  inputs_.push_back(new_value(width, false));
+  return inputs_.back();
+}
+
 void Program::add_op(Op op) {
   for (const int input : op.inputs) values_[static_cast<std::size_t>(input)].last_use = static_cast<int>(ops_.size());
   ops_.push_back(std::move(op));
 }
 
 void Program::finish(int output, const std::vector<int> &kept) {
-  values_[static_cast<std::size_t>(output)].last_use = static_cast<int>(ops_.size());
+  if (output >= 0) values_[static_cast<std::size_t>(output)].last_use = static_cast<int>(ops_.size());
   for (const int id : kept) values_[static_cast<std::size_t>(id)].last_use = static_cast<int>(ops_.size());
-  output_ = output;
+  output_ = output, finished_ = true;
   std::vector<int> holder; // of each buffer: the value that lives there
+  for (const int id : inputs_) {
+    values_[static_cast<std::size_t>(id)].buffer = holder.size();
+    holder.push_back(id);
+    buffer_widths_.push_back(value(id).width);
+  }
   for (std::size_t index = 0; index < ops_.size(); ++index) {
     for (const int id : ops_[index].outputs) {
       Value &value = values_[static_cast<std::size_t>(id)];
@@ -68,13 +78,18 @@ void Program::announce(const Soon &soon) {
   for (int64_t at = 0; norm && at < 4 * soon.norm.width; at += 64) __builtin_prefetch(norm + at);
 }
 
-void Program::run(const Step &step, float *out, int first, int last, double *seconds) {
+void Program::run(const Step &step, float *out, int first, int last, const std::vector<const float *> &inputs,
+                  double *seconds) {
   const std::lock_guard lock(one_run_at_a_time_);
   const int64_t rows = std::max(step.num_tokens, step.num_logits);
   last_rows_ = 0; // should a buffer not be had
   for (std::size_t i = 0; i < buffers_.size(); ++i)
-    if (i != value(output_).buffer) buffers_[i].get<float>(rows * buffer_widths_[i]);
+    if (output_ < 0 || i != value(output_).buffer) buffers_[i].get<float>(rows * buffer_widths_[i]);
   last_rows_ = rows;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const Value &input = value(inputs_[i]);
+    std::copy_n(inputs[i], step.num_tokens * input.width, buffers_[input.buffer].get<float>(0));
+  }
   workspace_.attention.begin_step();
   const Frame frame(*this, step, out);
   auto before = std::chrono::steady_clock::now();

@@ -12,7 +12,7 @@
 
 namespace kvik {
 
-// Where one KV group keeps the keys and values of a step.
+// Where one group of layers keeps the keys and values of a step.
 struct KVIndex {
   const int32_t *slots;        // (T,)
   const int32_t *block_tables; // (sequences, table_width)
@@ -22,14 +22,12 @@ struct KVIndex {
 // The tokens of one step, sequence after sequence.
 struct Step {
   int64_t num_tokens, num_sequences, num_logits;
-  const int32_t *token_ids, *positions, *sequence_index; // (T,)
-  const int32_t *logit_rows;                             // (R,) tokens whose logits are wanted
-  const KVIndex *places;                                 // of each KV group
-};
-
-// What an op moves and computes in a step, at least: each weight and each key and value once.
-struct Cost {
-  double bytes, operations; // a multiply-add is two operations
+  const int32_t *token_ids;
+  const int32_t *positions;            // (T,) what they are rotated by
+  const int32_t *kv_index, *kv_bounds; // (T,) where a token stands in its block table, and up to where it sees
+  const int32_t *sequence_index;       // (T,)
+  const int32_t *logit_rows;           // (R,) tokens whose logits are wanted
+  const KVIndex *groups;               // of each group of layers
 };
 
 class Program;
@@ -65,7 +63,6 @@ public:
     std::string name;
     std::vector<int> inputs, outputs;
     std::function<void(const Frame &)> run;
-    std::function<Cost(const Step &)> cost;
     std::vector<const PackedWeight *> weights{}; // whose rows are shared out together
     Norm norm{};                                 // that comes before them, where it has a weight
   };
@@ -77,19 +74,23 @@ public:
   };
   struct Limits {
     int64_t token_ids = INT32_MAX, positions = INT32_MAX;
-    std::vector<KVGroupLimits> kv_groups{1};
+    std::vector<KVGroupLimits> kv_groups;
   };
 
   Program(ThreadPool &pool, bool int16_activations) : pool_(pool), int16_activations_(int16_activations) {}
 
   int new_value(int64_t width, bool of_logits);
+  // A value that each run is given: a row for each token.
+  int new_input(int64_t width);
   void add_op(Op op);
-  // No op can follow. Values that never live at the same time share a buffer; those that are kept live to the end.
+  // No op can follow. Values that never live at the same time share a buffer; those that are kept live to the end. The
+  // output, if there is one (-1), lies where the caller of `run` says.
   void finish(int output, const std::vector<int> &kept);
 
-  // Runs ops [first, last); out (R, width of the output) is written by the op that computes the output. Where
-  // `seconds` is given, it gets each op's time. Threads take turns.
-  void run(const Step &step, float *out, int first, int last, double *seconds = nullptr);
+  // Runs ops [first, last); out (R, width of the output) is written by the op that computes the output. `inputs` are
+  // the rows of each input, in order. Where `seconds` is given, it gets each op's time. Threads take turns.
+  void run(const Step &step, float *out, int first, int last, const std::vector<const float *> &inputs = {},
+           double *seconds = nullptr);
 
   // The first rows of a value of the last run; what they are once a later op has reused their memory is anybody's
   // guess. False where the last run had fewer.
@@ -105,7 +106,8 @@ public:
   const Value &value(int index) const { return values_[static_cast<std::size_t>(index)]; }
   int num_values() const { return static_cast<int>(values_.size()); }
   bool int16_activations() const { return int16_activations_; }
-  bool finished() const { return output_ >= 0; }
+  bool finished() const { return finished_; }
+  const std::vector<int> &inputs() const { return inputs_; }
   int output() const { return output_; }
 
   Limits limits;
@@ -123,6 +125,8 @@ private:
   ThreadPool &pool_;
   bool int16_activations_;
   int output_ = -1;
+  bool finished_ = false;
+  std::vector<int> inputs_;
   int64_t last_rows_ = 0; // room in each buffer
   std::vector<Value> values_;
   std::vector<Op> ops_;

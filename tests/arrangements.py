@@ -6,8 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from kvik.cache import BLOCK_SIZE
-from kvik.config import ActivationDType, EngineConfig, KVDType, SamplingParams
+from kvik.config import ActivationDType, EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.models.loader import LoadedModel
 from kvik.ops.base import Batch
@@ -28,7 +27,7 @@ class Arrangement:
         model: LoadedModel,
         prompt: list[int],
         params: SamplingParams,
-        kv_dtype: KVDType,
+        kv_dtype: str,
         activations: ActivationDType,
     ) -> Run:
         """Completes the prompt so, on an engine of its own."""
@@ -46,7 +45,7 @@ def assert_same(result: Run, wanted: Run, message: object) -> None:
     np.testing.assert_array_equal(result.logits.view(np.uint32), wanted.logits.view(np.uint32), str(message))
 
 
-def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: KVDType, seed: int) -> FloatArray:
+def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: str, seed: int) -> FloatArray:
     """The logits of every prompt position, `chunk` tokens a forward pass, in blocks shuffled by the seed."""
     spec = model.decoder.spec.kv_spec(kv_dtype)
     count = spec.num_blocks_for(len(prompt))
@@ -56,13 +55,13 @@ def prompt_logits(model: LoadedModel, prompt: list[int], chunk: int, kv_dtype: K
     for start in range(0, len(prompt), chunk):
         token_ids = np.asarray(prompt[start : start + chunk], np.int32)
         positions = start + np.arange(len(token_ids), dtype=np.int32)
-        batch = Batch(
+        batch = Batch.in_blocks(
             token_ids=token_ids,
             positions=positions,
-            slot_mapping=tables[0, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
             sequence_index=np.zeros(len(token_ids), np.int32),
             block_tables=tables,
             logit_rows=np.arange(len(token_ids), dtype=np.int32),
+            num_groups=len(spec.groups),
         )
-        rows.append(model.decoder.ops.to_numpy(forward(batch.with_windows(len(spec.windows)))))
+        rows.append(model.decoder.ops.to_numpy(forward(batch)))
     return np.concatenate(rows)

@@ -107,13 +107,13 @@ FAULTS = (
     Fault(
         "a window's block is given back one token too early",
         "src/kvik/cache/spec.py",
-        "return max(0, num_tokens + 1 - self.window) // self.block_size",
-        "return max(0, num_tokens + 2 - self.window) // self.block_size",
+        "else max(0, num_tokens + 1 - self.window)",
+        "else max(0, num_tokens + 2 - self.window)",
     ),
     Fault(
         "the twin of an evicted block is still found",
         "src/kvik/cache/manager.py",
-        "        for group in self.windows:\n            group.forget(block_id)\n        self.pool.forget(block_id)",
+        "        self.twins.forget(block_id)\n        self.pool.forget(block_id)",
         "        self.pool.forget(block_id)",
     ),
     Fault(
@@ -131,14 +131,14 @@ FAULTS = (
     Fault(
         "a copied block comes from its neighbour's slots",
         "native/kv_arrays.h",
-        "             block % kSuperblock * kv.tile_bytes;",
-        "             block / 2 % kSuperblock * kv.tile_bytes;",
+        "from + offset + source % kSuperblock * tile_bytes,",
+        "from + offset + source / 2 % kSuperblock * tile_bytes,",
     ),
     Fault(
         "a token sees the one after it",
         "native/attention_work.inl",
-        "task.whole ? kSegment : args.positions[task.first_token] + 1 - start;",
-        "task.whole ? kSegment : args.positions[task.first_token] + 2 - start;",
+        "task.whole ? kSegment : args.kv_bounds[task.first_token] - start;",
+        "task.whole ? kSegment : args.kv_bounds[task.first_token] + 1 - start;",
     ),
     Fault(
         "threads that share a tile's segments are not ordered",

@@ -75,10 +75,9 @@ class SimulatedRunner:
         self.fails = False  # the next step stops half way
         self.before: Callable[[], None] = lambda: None  # each step
         self._sampler = NumpySampler()
-        # Of each group of layers: those that see all tokens, then the windows.
+        # Of each group of layers.
         self.slots = [
-            Slots(*(np.full(count * BLOCK_SIZE, UNWRITTEN, np.int64) for _ in range(3)))
-            for count in (size.num_blocks, *size.window_blocks)
+            Slots(*(np.full(count * BLOCK_SIZE, UNWRITTEN, np.int64) for _ in range(3))) for count in size.group_blocks
         ]
 
     def copy_blocks(self, copies: SequenceOf[tuple[int, int]], group: int) -> None:
@@ -110,8 +109,8 @@ class SimulatedRunner:
         arrays = batch.arrays
         batch_salts = np.array([salt_number(item.sequence.request.salt) for item in batch.items])
         fails, self.fails = self.fails, False
-        for group in sorted(set(self.spec.groups)):
-            slots, written = arrays.places(group).slot_mapping, self.slots[group]
+        for index, written in zip(arrays.groups, self.slots, strict=True):
+            slots = index.slot_mapping
             assert len(set(slots.tolist())) == len(slots), "two tokens in one slot"
             if fails:
                 written.positions[slots[::2]] = UNWRITTEN
@@ -128,10 +127,9 @@ class SimulatedRunner:
     def _rows(self, arrays: Batch, tokens: IntArray, batch_salts: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """What the tables show of some of the step's tokens: their logits, and their hidden states as well."""
         rows = np.zeros((len(tokens), VOCAB), np.float32)
-        windows = self.spec.layer_windows
-        assert windows is not None
-        for window, group in zip(windows, self.spec.groups, strict=True):
-            tables, stored = arrays.places(group).block_tables, self.slots[group]
+        for group in self.spec.layer_groups:
+            window = self.spec.groups[group].window
+            tables, stored = arrays.groups[group].block_tables, self.slots[group]
             for index, token in enumerate(tokens):
                 sequence, position = arrays.sequence_index[token], arrays.positions[token]
                 seen = np.arange(0 if window is None else max(0, position + 1 - window), position + 1)
@@ -182,7 +180,7 @@ class SimulatedEngine(Engine):
 
     def __init__(self, *, num_blocks: int, windows: Windows = ALL, least_sequences: int = 8, **options: Any) -> None:
         self.windows = windows
-        spec = KVCacheSpec(len(windows), num_kv_heads=1, head_dim=1, dtype="f32", layer_windows=windows)
+        spec = KVCacheSpec.uniform(len(windows), num_kv_heads=1, head_dim=1, dtype="f32", layer_windows=windows)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("kvik.cache.spec.MIN_SEQUENCES", least_sequences)
             size = spec.pool_size(

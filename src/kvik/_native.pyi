@@ -80,6 +80,17 @@ class Linear:
         scale: float,
     ) -> None: ...
 
+class Rope:
+    """Cosine and sine by position: (positions, pairs, 2)."""
+
+    def __init__(
+        self,
+        cos_sin: Annotated[
+            NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)
+        ],
+        adjacent_pairs: bool,
+    ) -> None: ...
+
 class LayerKV:
     """One layer's keys and values; keep its KVArrays alive."""
 
@@ -87,11 +98,22 @@ class LayerKV:
     def kv_group(self) -> int:
         """Which block tables of a step are its own."""
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token's key and value take."""
+
 class KVArrays:
     """Keys and values of all layers, in blocks of 32 tokens."""
 
     def __init__(
-        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: str, kv_group: int = 0
+        self,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        key: str,
+        value: str,
+        kv_group: int = 0,
     ) -> None: ...
     @property
     def num_bytes(self) -> int: ...
@@ -106,93 +128,6 @@ def pack(
     pool: ThreadPool,
 ) -> PackedWeight:
     """Packs a GGUF tensor's bytes without loss."""
-
-def project(
-    pool: ThreadPool,
-    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-    linears: Sequence[Linear],
-    outs: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")]],
-    int16_activations: bool,
-) -> None:
-    """
-    outs[i] = linears[i] of x; activations in int16 where `int16_activations`, else int8.
-    """
-
-def embed_rows(
-    weight: PackedWeight,
-    row_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-    scale: float,
-    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
-) -> None:
-    """out = weight[row_ids] * scale as float32."""
-
-def norm(
-    pool: ThreadPool,
-    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-    norm: Norm,
-    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
-) -> None:
-    """out = x normed, row by row."""
-
-def activate(
-    pool: ThreadPool,
-    activation: str,
-    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-    up: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)] | None,
-    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
-) -> None:
-    """out = activation(x), times `up` where there is one."""
-
-def soft_cap(
-    pool: ThreadPool,
-    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-    cap: float,
-    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
-) -> None:
-    """out = cap * tanh(x / cap)."""
-
-def add(
-    pool: ThreadPool,
-    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-    y: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
-) -> None:
-    """out = x + y."""
-
-def rope(
-    pool: ThreadPool,
-    x: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
-    positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-    table: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
-    adjacent_pairs: bool,
-    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu")],
-) -> None:
-    """Rotary position embedding of x (T, heads, head_dim)."""
-
-def write_kv(
-    pool: ThreadPool,
-    kv: LayerKV,
-    k: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
-    v: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
-    slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-) -> None:
-    """Stores k, v (T, num_kv_heads, head_dim) at slots (T,)."""
-
-def attend(
-    pool: ThreadPool,
-    q: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
-    kv: LayerKV,
-    block_tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-    sequence_index: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-    positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-    scale: float,
-    soft_cap: float,
-    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu")],
-    window: int | None = None,
-) -> None:
-    """
-    Causal attention of q (T, num_heads, head_dim) over each token's own sequence, or its last `window` tokens.
-    """
 
 def copy_blocks(pool: ThreadPool, arrays: KVArrays, copies: Sequence[tuple[int, int]]) -> None:
     """
@@ -221,8 +156,13 @@ class Program:
     """
 
     def __init__(self, pool: ThreadPool, int16_activations: bool) -> None: ...
-    def embed(self, table: PackedWeight, of_positions: bool, scale: float) -> int: ...
+    def embed(self, table: PackedWeight, ids: str, scale: float) -> int: ...
     def norm(self, x: int, norm: Norm) -> int: ...
+    def rope(self, x: int, positions: str, rope: Rope, head_dim: int) -> int: ...
+    def activate(self, x: int, activation: str, up: int | None) -> int: ...
+    def soft_cap(self, x: int, cap: float) -> int: ...
+    def add(self, x: int, y: int) -> int: ...
+    def take_rows(self, x: int, rows: str) -> int: ...
     def project(self, x: int, linears: list[Linear]) -> list[int]: ...
     def linear(self, x: int, linear: Linear, residual: int | None) -> int: ...
     def norm_linear(self, x: int, norm: Norm | None, linear: Linear) -> int: ...
@@ -236,29 +176,15 @@ class Program:
         value: Linear,
         query_norm: Norm | None,
         key_norm: Norm | None,
-        table: Annotated[
-            NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)
-        ]
-        | None,
-        adjacent_pairs: bool,
+        rope: Rope | None,
         kv: LayerKV,
     ) -> int: ...
-    def rope(
-        self,
-        x: int,
-        table: Annotated[
-            NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)
-        ],
-        adjacent_pairs: bool,
-        head_dim: int,
-    ) -> int: ...
-    def write_kv(self, kv: LayerKV, k: int, v: int) -> None: ...
-    def attend(self, q: int, kv: LayerKV, scale: float, soft_cap: float, window: int | None) -> int: ...
-    def activate(self, x: int, activation: str, up: int | None) -> int: ...
-    def soft_cap(self, x: int, cap: float) -> int: ...
-    def add(self, x: int, y: int) -> int: ...
-    def take_rows(self, x: int) -> int: ...
-    def finish(self, output: int, kept: Sequence[int] = []) -> None:
+    def write_kv(self, kv: LayerKV, k: int, v: int, slots: str) -> None: ...
+    def attend(self, q: int, kv: LayerKV, scale: float | None, soft_cap: float, window: int | None) -> int: ...
+    def input(self, width: int) -> int:
+        """A value that each run is given, with a row for each token."""
+
+    def finish(self, output: int | None, kept: Sequence[int] = []) -> None:
         """
         No op can follow; the memory of values that are kept is not reused within a step.
         """
@@ -267,54 +193,33 @@ class Program:
         self,
         token_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        kv_index: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        kv_bounds: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         sequence_index: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        block_tables: Annotated[
-            NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)
-        ],
         logit_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        windows: Sequence[
+        groups: Sequence[
             tuple[
                 Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
                 Annotated[NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
             ]
         ],
-        out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")] | None,
         first: int,
         last: int,
         timed: bool,
+        inputs: Sequence[
+            Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)]
+        ] = [],
     ) -> list[float]:
         """
         Runs ops [first, last) on one step; gives each op's seconds where timed.
         """
-
-    def costs(
-        self,
-        token_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        sequence_index: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        block_tables: Annotated[
-            NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)
-        ],
-        logit_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-        windows: Sequence[
-            tuple[
-                Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
-                Annotated[NDArray[numpy.int32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
-            ]
-        ],
-    ) -> list[tuple[str, float, float]]:
-        """Name, bytes and operations of each op in such a step."""
 
     @property
     def attend_plans(self) -> list[tuple[int, int, int]]:
         """
         How the last run cut its attention, by shape of layer: units, those that are shared, chunks.
         """
-
-    def is_of_logits(self, value: int) -> bool:
-        """Whether a value has a row for each logit row, not each token."""
 
     def copy_value(
         self, value: int, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")]

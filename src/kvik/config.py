@@ -34,6 +34,7 @@ _UNITS = {"": 1} | {
     for power, letter in enumerate("kmgt", start=1)
     for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
 }
+_KV_DTYPES = re.compile(r"k=(\w{1,8}),v=(\w{1,8})|(\w{1,8})", re.ASCII)
 _SIZE = re.compile(r"(\d{1,16})(?:\.(\d{1,16}))? ?([kmgt]i?b|[kmgt]?)", re.ASCII | re.IGNORECASE)
 
 
@@ -142,7 +143,7 @@ class EngineConfig:
 
     activations: ActivationDType = "int8"  # what quantised weights are multiplied with; int16 is as good as float32
     weights: WeightFormat | None = None  # quantise a checkpoint's weights to this when they are loaded; None: keep them
-    kv_dtype: KVDType = "f16"
+    kv_dtype: str = "f16"  # of keys and values: f32, f16 or int8, or of each its own, as in "k=int8,v=f16"
     context: int | None = None  # most tokens of a sequence, prompt and completion; None: the model's own limit
     threads: int | None = None  # None: the processors this process may use
     token_budget: int = TOKEN_BUDGET  # most tokens one step computes; never changes a result
@@ -155,7 +156,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _keep_choice(self, "activations", get_args(ActivationDType))
-        _keep_choice(self, "kv_dtype", get_args(KVDType))
+        _keep(self, "kv_dtype", kv_dtype_name(*parse_kv_dtype(self.kv_dtype)))
         _keep_choice(self, "backend", get_args(Backend))
         if self.weights is not None:
             _keep_choice(self, "weights", get_args(WeightFormat), otherwise=" or None")
@@ -170,6 +171,28 @@ class EngineConfig:
         _keep_bool(self, "prefix_cache")
         _keep_int(self, "max_running", 1, 4096)
         _keep_int(self, "max_waiting", 1, 1 << 20)
+
+
+def parse_kv_dtype(value: str, name: str = "kv_dtype") -> tuple[KVDType, KVDType]:
+    """The types of keys and of values from "f16", which is both, or from text such as "k=int8,v=f16".
+
+    Raises `InvalidInput`, which calls the value `name`.
+    """
+    known: dict[str, KVDType] = {dtype: dtype for dtype in get_args(KVDType)}
+    match = _KV_DTYPES.fullmatch(value) if isinstance(value, str) else None
+    key, values, both = match.groups() if match else (None, None, None)
+    found = [known.get(one or both or "") for one in (key, values)]
+    if found[0] is None or found[1] is None:
+        choices = ", ".join(known)
+        raise InvalidInput(
+            f"{name} is {_shown(value)}", hint=f"give one of {choices}, or two of them like k=int8,v=f16"
+        )
+    return found[0], found[1]
+
+
+def kv_dtype_name(key: KVDType, value: KVDType) -> str:
+    """Types of keys and values as `parse_kv_dtype` takes them."""
+    return key if key == value else f"k={key},v={value}"
 
 
 def parse_bytes(name: str, value: int | str) -> int:

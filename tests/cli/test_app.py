@@ -60,13 +60,22 @@ def test_python_m_kvik_is_the_same_command() -> None:
     assert result.stderr == "InvalidInput: top_k is -1\nhint: give a whole number from 0 to 2,147,483,647\n"
 
 
+def test_types_of_keys_and_values_are_checked(kvik: Kvik) -> None:
+    for text in ("q1", "k=f16", "k=f16,v=q1", "v=f16,k=f16"):
+        result = kvik("run", "hi", "--kv-dtype", text)
+        assert result.exit_code == 2
+        problem, hint = result.stderr.splitlines()
+        assert problem == f"InvalidInput: kv_dtype is {text!r}"
+        assert hint == "hint: give one of f32, f16, int8, or two of them like k=int8,v=f16"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["rn"], "No such command 'rn'"),
         (["run", "--foo"], "No such option: --foo"),
         (["run", "hi", "--top-k", "many"], "'--top-k'"),
-        (["run", "hi", "--kv-dtype", "q1"], "'q1'"),
+        (["run", "hi", "--activations", "q1"], "'q1'"),
         (["run", "one", "two"], "two"),
         (["run", "--seed"], "--seed"),
     ],

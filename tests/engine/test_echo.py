@@ -27,13 +27,13 @@ def teacher_forced(model: LoadedModel, token_ids: list[int]) -> FloatArray:
     """Logits after each of the tokens, in one forward pass without an engine."""
     spec = model.decoder.spec.kv_spec("f16")
     count, positions = spec.num_blocks_for(len(token_ids)), np.arange(len(token_ids), dtype=np.int32)
-    batch = Batch(
+    batch = Batch.in_blocks(
         token_ids=np.array(token_ids, np.int32),
         positions=positions,
-        slot_mapping=positions,
         sequence_index=np.zeros_like(positions),
         block_tables=np.arange(count, dtype=np.int32)[None],
         logit_rows=positions,
+        num_groups=len(spec.groups),
     )
     assert spec.block_size == BLOCK_SIZE
     return model.decoder.ops.to_numpy(model.decoder.capture(model.decoder.ops.allocate_kv(spec, count))(batch))

@@ -49,13 +49,13 @@ def hidden_of(model: LoadedModel, prompt: list[int], kv_dtype: KVDType = "f16") 
     decoder, positions = model.decoder, np.arange(len(prompt), dtype=np.int32)
     spec = decoder.spec.kv_spec(kv_dtype)
     count = spec.num_blocks_for(len(prompt))
-    batch = Batch(
+    batch = Batch.in_blocks(
         token_ids=np.array(prompt, np.int32),
         positions=positions,
-        slot_mapping=positions,
         sequence_index=np.zeros_like(positions),
         block_tables=np.arange(count, dtype=np.int32)[None],
         logit_rows=positions[:0],
+        num_groups=len(spec.groups),
     )
     ops = TracingOps(decoder.ops, weight_names(decoder))
     decoder.forward(batch, decoder.ops.allocate_kv(spec, count), ops)

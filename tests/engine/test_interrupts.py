@@ -71,7 +71,7 @@ def assert_whole(engine: Engine, where: object) -> None:
     """No block is held, and each is where the accounts say."""
     engine.clear_cache()
     engine.scheduler.check()
-    for pool in (engine.cache.pool, *(group.pool for group in engine.cache.windows)):
+    for pool in (engine.cache.pool, *(group.pool for group in engine.cache.twins.groups)):
         assert pool.num_free == pool.num_blocks, where
     assert engine.cache.committed_bytes == 0, where
     assert not engine.scheduler.has_work, where

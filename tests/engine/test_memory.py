@@ -87,7 +87,7 @@ def large_kv_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @resident
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_resident_memory_is_what_the_cache_says(large_kv_path: Path, dtype: KVDType) -> None:
-    superblock_bytes = BLOCKS_PER_SUPERBLOCK * KVCacheSpec(8, 8, 64, dtype).block_bytes
+    superblock_bytes = BLOCKS_PER_SUPERBLOCK * KVCacheSpec.uniform(8, 8, 64, dtype).block_bytes
     sizes = [str(4 * superblock_bytes), str(100 * superblock_bytes)]
     done = python("-c", SCRIPT, str(large_kv_path), dtype, *sizes)
     assert done.returncode == 0, done.stderr
@@ -192,7 +192,7 @@ def test_a_session_that_goes_leaves_little(tiny_path: Path) -> None:
 # How large the cache becomes.
 
 specs = st.builds(
-    KVCacheSpec,
+    KVCacheSpec.uniform,
     num_layers=st.integers(1, 96),
     num_kv_heads=st.integers(1, 32),
     head_dim=st.integers(1, 64).map(lambda count: 8 * count),
@@ -228,8 +228,10 @@ def test_the_figure_is_that_of_the_arrays(tiny: LoadedModel, dtype: KVDType, spa
     kv_memory = 5 * BLOCKS_PER_SUPERBLOCK * spec.block_bytes + spare_bytes
     engine = Engine(tiny, EngineConfig(kv_dtype=dtype, kv_memory=kv_memory))
     num_bytes = engine.cache.pool.num_blocks * spec.block_bytes
+    (group,) = spec.groups
+    head_dim = group.key.num_items
     arrays = _native.KVArrays(
-        spec.num_layers, engine.cache.pool.num_blocks, spec.num_kv_heads, spec.head_dim, spec.dtype
+        spec.num_layers, engine.cache.pool.num_blocks, group.num_kv_heads, head_dim, spec.dtype, spec.dtype
     )
     assert num_bytes == arrays.num_bytes
     assert kv_memory - BLOCKS_PER_SUPERBLOCK * spec.block_bytes < num_bytes <= kv_memory

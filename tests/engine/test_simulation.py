@@ -106,7 +106,7 @@ class Workload:
                     self.fail,
                     self.press,
                 ),
-                (20, 24, 4, 4, 4, 2, 2, 2, 1, 8 if self.engine.cache.windows else 0),
+                (20, 24, 4, 4, 4, 2, 2, 2, 1, 8 if self.engine.cache.twins.groups else 0),
             )[0]
             action()
             self.engine.scheduler.check()
@@ -233,7 +233,7 @@ class Workload:
 
     def press(self) -> None:
         """Others need blocks of a window, so that known ones are evicted whose tokens are not."""
-        for group in self.engine.cache.windows:
+        for group in self.engine.cache.twins.groups:
             most = group.pool.num_available
             taken = group.take(self.rng.choice((most, self.rng.randint(0, most))), None)
             assert taken is not None
@@ -269,7 +269,7 @@ class Workload:
             lease.close()
         engine.clear_cache()
         engine.scheduler.check()
-        for pool in (engine.cache.pool, *(group.pool for group in engine.cache.windows)):
+        for pool in (engine.cache.pool, *(group.pool for group in engine.cache.twins.groups)):
             assert pool.num_free == pool.num_blocks, "blocks were lost"
         assert engine.cache.committed_bytes == 0, "memory was kept"
 
@@ -294,7 +294,7 @@ class Workload:
         happened.num_refused += self.num_refused
         happened.num_reclaimed += self.num_reclaimed
         happened.num_failed += self.num_failed
-        happened.num_evicted_twins += sum(group.num_evicted for group in self.engine.cache.windows)
+        happened.num_evicted_twins += sum(group.num_evicted for group in self.engine.cache.twins.groups)
         constrained = [sequence for sequence, _, _ in self.requests if sequence.request.constraint is not None]
         happened.num_constrained_tokens += sum(sequence.costs.num_accepted_tokens for sequence in constrained)
         happened.num_grammars_failed += sum(isinstance(sequence.error, CannotGoOn) for sequence in constrained)

@@ -22,7 +22,7 @@ def test_counts_equal_those_of_the_recorded_ops(tmp_path: Path, seed: int, dtype
     rng = np.random.default_rng(seed)
     kv_heads = int(rng.integers(1, 4))
     model = tiny_model(tmp_path, num_layers=3, num_kv_heads=kv_heads, num_heads=kv_heads * 2, hidden_size=64)
-    engine = Engine(model, EngineConfig(kv_dtype=dtype, token_budget=90))  # type: ignore[arg-type]
+    engine = Engine(model, EngineConfig(kv_dtype=dtype, token_budget=90))
     for index in range(3):
         engine.add(new_sequence(engine, random_prompt(model, int(rng.integers(1, 120)), 10 * seed + index), GREEDY))
     runner, seen = engine.runner, list[ScheduledBatch]()

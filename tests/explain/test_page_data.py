@@ -96,7 +96,7 @@ def test_memory_is_that_of_the_cache(data: dict[str, Any], run: TracedRun) -> No
     [(9, 3, [9, 3, 1]), (12, 12, [12, 3, 1]), (32, 1, [32, 8, 1]), (71, 1, [71, 1]), (1, 1, [1]), (4, 4, [4, 2, 1])],
 )
 def test_variants_are_mha_gqa_and_mqa(num_heads: int, num_kv_heads: int, counts: list[int]) -> None:
-    spec = KVCacheSpec(num_layers=3, num_kv_heads=num_kv_heads, head_dim=16, dtype="f16")
+    spec = KVCacheSpec.uniform(num_layers=3, num_kv_heads=num_kv_heads, head_dim=16, dtype="f16")
     found = kv_variants(spec, num_heads)
     assert [count for count, _ in found] == counts
     assert all(variant.token_bytes * num_heads == found[0][1].token_bytes * count for count, variant in found)

@@ -74,15 +74,15 @@ def test_a_recorded_pass_gives_the_bits_of_an_eager_one(model: LoadedModel) -> N
     spec = decoder.spec.kv_spec("f32")
     num_blocks = spec.pool_blocks_for(num_tokens)
     positions = np.arange(num_tokens, dtype=np.int32)
-    batch = Batch(
+    batch = Batch.in_blocks(
         token_ids=np.asarray(random_prompt(model, num_tokens, seed=12), np.int32),
         positions=positions,
-        slot_mapping=positions,
         sequence_index=np.zeros(num_tokens, np.int32),
         block_tables=np.arange(num_blocks, dtype=np.int32)[None],
         logit_rows=positions,
         hidden_rows=positions[::-7],
-    ).with_windows(len(spec.windows))
+        num_groups=len(spec.groups),
+    )
     ops = TracingOps(decoder.ops, weight_names(decoder))
     eager = decoder.ops.to_numpy(decoder.forward(batch, decoder.ops.allocate_kv(spec, num_blocks), ops))
     captured, hidden = decoder.capture(decoder.ops.allocate_kv(spec, num_blocks)).with_hidden(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from kvik.cache import BLOCK_SIZE, KVCacheSpec
 from kvik.config import KVDType
 from kvik.ops.base import AttentionRule, Batch, IntArray, LayerKV, Linear, Ops, Weight
 
+KV_DTYPES = (*get_args(KVDType), "k=int8,v=f16", "k=f16,v=int8", "k=f32,v=f16")
 FloatArray = npt.NDArray[np.float32]
 WideArray = npt.NDArray[np.float64]
 Chunk = tuple[int, int, int]
@@ -72,23 +74,21 @@ class History:
         sequence_index = np.repeat(
             np.asarray([sequence for sequence, _, _ in chunks], np.int32), [stop - start for _, start, stop in chunks]
         )
-        slots = self.block_tables[sequence_index, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        return Batch(
+        return Batch.in_blocks(
             token_ids=np.zeros(len(positions), np.int32),
             positions=positions,
-            slot_mapping=slots,
             sequence_index=sequence_index,
             block_tables=self.block_tables,
             logit_rows=np.zeros(0, np.int32),
         )
 
-    def allocate(self, ops: Ops, dtype: KVDType) -> LayerKV:
-        spec = KVCacheSpec(1, self.heads.num_kv_heads, self.heads.head_dim, dtype)
+    def allocate(self, ops: Ops, dtype: str) -> LayerKV:
+        spec = KVCacheSpec.uniform(1, self.heads.num_kv_heads, self.heads.head_dim, dtype)
         return ops.allocate_kv(spec, self.num_blocks)[0]
 
     def write(self, ops: Ops, kv: LayerKV, chunks: Sequence[Chunk]) -> None:
         k, v = (gather(stored, chunks) for stored in (self.k, self.v))
-        ops.write_kv(kv, k, v, self.batch(chunks).slot_mapping)
+        ops.write_kv(kv, k, v, self.batch(chunks).groups[0].slot_mapping)
 
     def attend(self, ops: Ops, kv: LayerKV, chunks: Sequence[Chunk], window: int | None = None) -> FloatArray:
         return ops.to_numpy(ops.attend(gather(self.q, chunks), kv, self.batch(chunks), AttentionRule(window=window)))

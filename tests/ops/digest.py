@@ -16,7 +16,7 @@ from kvik.engine.sampler import make_sampler
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import Linear, Nonlinearity, Norm
 from kvik.ops.native import NativeOps
-from ops.arrangement import FloatArray, Heads, random_history, random_weights
+from ops.arrangement import KV_DTYPES, FloatArray, Heads, random_history, random_weights
 from ops.sampling import KINDS, random_logits, random_rows
 from ops.sharing import filled, random_sharers
 from tiers import TESTED_TYPES
@@ -56,8 +56,7 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
             history.write(ops, kv, history.everything)
             yield history.attend(ops, kv, [(0, 258, 261), (1, 0, 40)])
             yield history.attend(ops, kv, [(0, 260, 261)])
-    every_type: tuple[KVDType, ...] = get_args(KVDType)
-    for dtype in every_type:  # a prompt's tile, sizes with a rest of eight, windows
+    for dtype in KV_DTYPES:  # a prompt's tile, sizes with a rest of eight, windows
         for group, head_dim, window in ((1, 8, 33), (3, 72, None), (7, 24, 257), (6, 64, None), (4, 136, 200)):
             history = random_history(Heads(2 * group, 2, head_dim), [530, 40], rng, sharpness=2.0)
             history.v[1] *= 10.0 ** rng.integers(-8, 4, history.v[1].shape)
@@ -65,7 +64,7 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
             history.write(ops, kv, history.everything)
             yield history.attend(ops, kv, [(0, 490, 530), (1, 0, 40)], window)
             yield history.attend(ops, kv, [(0, 529, 530)], window)
-    for dtype in every_type:  # segments that several sequences share
+    for dtype in KV_DTYPES:  # segments that several sequences share
         for group, head_dim in ((1, 8), (3, 64), (8, 40)):
             sharers = random_sharers(Heads(2 * group, 2, head_dim), 9, 4, rng)
             yield sharers.together(ops, filled(ops, sharers.heads, dtype, sharers.num_blocks, rng))

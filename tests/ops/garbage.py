@@ -121,7 +121,8 @@ def list_of(maker: Maker) -> Maker:
 
 
 def arrays(chance: random.Random) -> Any:
-    return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, chance.choice(("f16", "f32", "int8")))
+    key, value = (chance.choice(("f16", "f32", "int8")) for _ in range(2))
+    return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, key, value)
 
 
 def layer(chance: random.Random) -> Any:
@@ -150,7 +151,7 @@ def linear_of(matrix: Any) -> Any:
 
 
 WIDTH = HEADS * HEAD_DIM
-TABLE, TURNS = q8_0(40, WIDTH), np.zeros((96, 8, 2), np.float32)
+TABLE, ROPE = q8_0(40, WIDTH), _native.Rope(np.zeros((96, 8, 2), np.float32), True)
 NORM = _native.Norm(np.ones(WIDTH, np.float32), 1e-5, None, False)
 
 
@@ -158,11 +159,11 @@ NORM = _native.Norm(np.ones(WIDTH, np.float32), 1e-5, None, False)
 GOOD_STEP: dict[str, Callable[[], Any]] = {
     "token_ids": lambda: np.array([0, 39, 7], np.int32),
     "positions": lambda: np.array([0, 1, 2], np.int32),
-    "slots": lambda: np.array([0, 1, 2], np.int32),
+    "kv_index": lambda: np.array([0, 1, 2], np.int32),
+    "kv_bounds": lambda: np.array([1, 2, 3], np.int32),
     "sequence_index": lambda: np.zeros(3, np.int32),
-    "block_tables": lambda: np.array([[0, 1]], np.int32),
     "logit_rows": lambda: np.array([1, 2], np.int32),
-    "windows": lambda: [],
+    "groups": lambda: [(np.array([0, 1, 2], np.int32), np.array([[0, 1]], np.int32))],
     "out": lambda: np.empty((2, 20), np.float32),
     "first": lambda: 0,
     "last": lambda: 5,
@@ -172,7 +173,7 @@ GOOD_STEP: dict[str, Callable[[], Any]] = {
 def new_program() -> _native.Program:
     """One that has a value, 0: rows of width 64."""
     program = _native.Program(POOL, False)
-    program.embed(TABLE, False, 1.0)
+    program.embed(TABLE, "token_ids", 1.0)
     return program
 
 
@@ -180,10 +181,10 @@ def whole_program() -> _native.Program:
     """A step from tokens to logits."""
     program = new_program()
     query, key = (linear_of(q8_0(rows, WIDTH)) for rows in (WIDTH, KV_HEADS * HEAD_DIM))
-    kv = _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, "f16").layer(0)
-    q = program.norm_qkv(0, NORM, query, key, key, None, None, TURNS, True, kv)
+    kv = _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, "f16", "f16").layer(0)
+    q = program.norm_qkv(0, NORM, query, key, key, None, None, ROPE, kv)
     attended = program.attend(q, kv, 0.25, 0.0, None)
-    program.finish(program.norm_linear(program.take_rows(attended), NORM, linear_of(q8_0(20, WIDTH))))
+    program.finish(program.norm_linear(program.take_rows(attended, "logit_rows"), NORM, linear_of(q8_0(20, WIDTH))))
     return program
 
 
@@ -192,6 +193,13 @@ def run_program() -> _native.Program:
     program = whole_program()
     run: Callable[..., Any] = program.run
     run(**{name: make() for name, make in GOOD_STEP.items()}, timed=False)
+    return program
+
+
+def sum_program() -> _native.Program:
+    """One op, whose inputs are given."""
+    program = _native.Program(POOL, False)
+    program.finish(program.add(program.input(WIDTH), program.input(WIDTH)))
     return program
 
 
@@ -209,12 +217,18 @@ def wide_program() -> _native.Program:
 def rows_program() -> _native.Program:
     """With value 1, a row for each logit row."""
     program = new_program()
-    program.take_rows(0)
+    program.take_rows(0, "logit_rows")
     return program
 
 
 value = one_of(0, 0, 0, 1, -1, 5, *INTEGERS)
-cos_sin = array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2))
+
+
+def rope_of(chance: random.Random) -> Any:
+    pairs = chance.choice((HEAD_DIM // 2, HEAD_DIM // 2, 3, 40))
+    return _native.Rope(np.zeros((chance.choice((8, 96)), pairs, 2), np.float32), chance.random() < 0.5)
+
+
 activation = one_of("silu", "gelu", "gelu_tanh", "relu", "", "swish", "\0")
 
 
@@ -233,11 +247,11 @@ product = {"x": value, "norm": lambda chance: None if chance.random() < 0.2 else
 step: Arguments = {
     "token_ids": per_token,
     "positions": per_token,
-    "slots": per_token,
+    "kv_index": per_token,
+    "kv_bounds": per_token,
     "sequence_index": per_token,
-    "block_tables": array_of(np.int32, (2, 3), (1, 3), (4, 1)),
     "logit_rows": array_of(np.int32, (2,), (2,), (0,)),
-    "windows": list_of(lambda chance: (per_token(chance), array_of(np.int32, (1, 2), (2, 3))(chance))),
+    "groups": list_of(lambda chance: (per_token(chance), array_of(np.int32, (1, 2), (2, 3), (4, 1))(chance))),
 }
 
 
@@ -342,12 +356,13 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "num_blocks": one_of(1, 8, 9, 100, *INTEGERS),
             "num_kv_heads": one_of(1, 2, 3, *INTEGERS),
             "head_dim": one_of(8, 16, 24, 64, 1024, *INTEGERS),
-            "dtype": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "é" * 100),
+            "key": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "é" * 100),
+            "value": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "é" * 100),
             "kv_group": one_of(0, 1, 63, *INTEGERS),
         },
     ),
     "KVArrays.layer": (
-        lambda index: _native.KVArrays(2, BLOCKS, KV_HEADS, HEAD_DIM, "f16").layer(index),
+        lambda index: _native.KVArrays(2, BLOCKS, KV_HEADS, HEAD_DIM, "f16", "f16").layer(index),
         {"index": whole},
     ),
     "pack": (
@@ -375,20 +390,6 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         {"source": array_of(np.uint8, (8 * 68,), (16 * 68,), (20 * 68,), (4 * 68,), (0,)), "pool": pool},
     ),
     "WeightPacker.finish": (lambda: _native.WeightPacker("Q8_0", 20, 64, ARENA).finish(), {}),
-    "project": (
-        _native.project,
-        {
-            "pool": pool,
-            "x": matrices(32, 64, 256),
-            "linears": list_of(any_linear),
-            "outs": list_of(matrices(1, 8, 9, 20)),
-            "int16_activations": one_of(True, False),
-        },
-    ),
-    "embed_rows": (
-        _native.embed_rows,
-        {"weight": weight, "row_ids": per_token, "scale": one_of(*FLOATS), "out": matrices(32, 64, 256)},
-    ),
     "Norm": (
         _native.Norm,
         {
@@ -398,55 +399,16 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "layer": one_of(True, False),
         },
     ),
+    "Rope": (
+        _native.Rope,
+        {
+            "cos_sin": array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2), (8, 8, 3)),
+            "adjacent_pairs": one_of(True, False),
+        },
+    ),
     "Linear": (
         _native.Linear,
         {"matrix": weight, "bias": array_of(np.float32, (8,), (9,), (1,)), "scale": one_of(*FLOATS)},
-    ),
-    "norm": (_native.norm, {"pool": pool, "x": matrices(33, 64), "norm": norm_of(33, 64), "out": matrices(33, 64)}),
-    "activate": (
-        _native.activate,
-        {
-            "pool": pool,
-            "activation": activation,
-            "x": matrices(33),
-            "up": lambda chance: None if chance.random() < 0.3 else matrices(33)(chance),
-            "out": matrices(33),
-        },
-    ),
-    "soft_cap": (
-        _native.soft_cap,
-        {"pool": pool, "x": matrices(33), "cap": one_of(30.0, *FLOATS), "out": matrices(33)},
-    ),
-    "add": (_native.add, {"pool": pool, "x": matrices(33), "y": matrices(33), "out": matrices(33)}),
-    "rope": (
-        _native.rope,
-        {
-            "pool": pool,
-            "x": heads_of(HEADS),
-            "positions": per_token,
-            "table": array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2)),
-            "adjacent_pairs": one_of(True, False),
-            "out": heads_of(HEADS),
-        },
-    ),
-    "write_kv": (
-        _native.write_kv,
-        {"pool": pool, "kv": layer, "k": heads_of(KV_HEADS), "v": heads_of(KV_HEADS), "slots": per_token},
-    ),
-    "attend": (
-        _native.attend,
-        {
-            "pool": pool,
-            "q": heads_of(HEADS),
-            "kv": layer,
-            "block_tables": array_of(np.int32, (2, 3), (1, 3), (4, 1)),
-            "sequence_index": per_token,
-            "positions": per_token,
-            "scale": one_of(*FLOATS),
-            "soft_cap": one_of(0.0, 30.0, *FLOATS),
-            "out": heads_of(HEADS),
-            "window": one_of(None, 1, 2, 33, *INTEGERS),
-        },
     ),
     "copy_blocks": (
         _native.copy_blocks,
@@ -466,7 +428,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "int16_activations": one_of(True, False, None, 2)}),
     "Program.embed": (
         on_program("embed"),
-        {"table": weight, "of_positions": one_of(True, False), "scale": one_of(*FLOATS)},
+        {"table": weight, "ids": one_of("token_ids", "positions", "", "\0"), "scale": one_of(*FLOATS)},
     ),
     "Program.norm": (on_program("norm"), {"x": value, "norm": norm_of(WIDTH, HEAD_DIM)}),
     "Program.project": (on_program("project"), {"x": value, "linears": list_of(fitting((8, WIDTH), (9, WIDTH)))}),
@@ -493,25 +455,34 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "value": fitting((KV_HEADS * HEAD_DIM, WIDTH)),
             "query_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM, WIDTH)(chance),
             "key_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM)(chance),
-            "table": lambda chance: None if chance.random() < 0.3 else cos_sin(chance),
-            "adjacent_pairs": one_of(True, False),
+            "rope": lambda chance: None if chance.random() < 0.3 else rope_of(chance),
             "kv": layer,
         },
     ),
     "Program.rope": (
         on_program("rope"),
-        {"x": value, "table": cos_sin, "adjacent_pairs": one_of(True, False), "head_dim": one_of(HEAD_DIM, *INTEGERS)},
+        {
+            "x": value,
+            "positions": one_of("positions", "positions", "token_ids", ""),
+            "rope": rope_of,
+            "head_dim": one_of(HEAD_DIM, *INTEGERS),
+        },
     ),
     "Program.write_kv": (
         lambda **arguments: wide_program().write_kv(**arguments),
-        {"kv": layer, "k": one_of(1, 1, *INTEGERS), "v": one_of(1, 1, *INTEGERS)},
+        {
+            "kv": layer,
+            "k": one_of(1, 1, *INTEGERS),
+            "v": one_of(1, 1, *INTEGERS),
+            "slots": one_of("slot_mapping", "slot_mapping", ""),
+        },
     ),
     "Program.attend": (
         on_program("attend"),
         {
             "q": value,
             "kv": layer,
-            "scale": one_of(*FLOATS),
+            "scale": one_of(None, *FLOATS),
             "soft_cap": one_of(0.0, *FLOATS),
             "window": one_of(None, 1, *INTEGERS),
         },
@@ -522,23 +493,25 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     ),
     "Program.soft_cap": (on_program("soft_cap"), {"x": value, "cap": one_of(30.0, *FLOATS)}),
     "Program.add": (on_program("add"), {"x": value, "y": value}),
-    "Program.take_rows": (on_program("take_rows"), {"x": value}),
+    "Program.take_rows": (on_program("take_rows"), {"x": value, "rows": one_of("logit_rows", "logit_rows", "")}),
+    "Program.input": (lambda width: _native.Program(POOL, False).input(width), {"width": one_of(1, 64, *INTEGERS)}),
     "Program.finish": (
         lambda **arguments: rows_program().finish(**arguments),
         {"output": one_of(0, 1, 1, *INTEGERS), "kept": list_of(one_of(0, 1, *INTEGERS))},
     ),
     "Program.run": (
-        on_program("run", whole_program),
+        lambda **given: (
+            sum_program() if isinstance(given.get("inputs"), list) and given["inputs"] else whole_program()
+        ).run(**given),
         step
         | {
-            "out": matrices(20),
+            "out": matrices(20, WIDTH),
             "first": one_of(0, 0, *INTEGERS),
             "last": one_of(5, 5, *INTEGERS),
             "timed": one_of(True, False),
+            "inputs": lambda chance: [] if chance.random() < 0.5 else list_of(matrices(WIDTH))(chance),
         },
     ),
-    "Program.costs": (on_program("costs", whole_program), step),
-    "Program.is_of_logits": (on_program("is_of_logits"), {"value": value}),
     "Program.copy_value": (on_program("copy_value", run_program), {"value": value, "out": matrices(WIDTH)}),
     "Sampler": (_native.Sampler, {"pool": one_of(POOL, None, 1)}),
     "Sampler.argmax": (

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
-from kvik.config import KVDType
 from kvik.ops.base import AttentionRule, Batch, IntArray, LayerKV, Ops
 from ops.arrangement import Chunk, FloatArray, Heads
 
 SEGMENT = BLOCK_SIZE * BLOCKS_PER_SUPERBLOCK
 
 
-def filled(ops: Ops, heads: Heads, dtype: KVDType, num_blocks: int, rng: np.random.Generator) -> LayerKV:
+def filled(ops: Ops, heads: Heads, dtype: str, num_blocks: int, rng: np.random.Generator) -> LayerKV:
     """One layer's cache with something of its own in each slot, so that a block's id says what it holds."""
-    kv = ops.allocate_kv(KVCacheSpec(1, heads.num_kv_heads, heads.head_dim, dtype), num_blocks)[0]
+    kv = ops.allocate_kv(KVCacheSpec.uniform(1, heads.num_kv_heads, heads.head_dim, dtype), num_blocks)[0]
     slots = np.arange(num_blocks * BLOCK_SIZE, dtype=np.int32)
     k, v = (rng.normal(0, 1, (len(slots), heads.num_kv_heads, heads.head_dim)).astype(np.float32) for _ in range(2))
     ops.write_kv(kv, k, v, slots)
@@ -30,7 +29,7 @@ def batch_of(tables: IntArray, chunks: Sequence[Chunk]) -> Batch:
     counts = [stop - start for _, start, stop in chunks]
     rows = np.repeat(np.asarray([sequence for sequence, _, _ in chunks], np.int32), counts)
     every = np.arange(len(positions), dtype=np.int32)
-    return Batch(every, positions, np.zeros_like(every), rows, tables, every)
+    return Batch.in_blocks(every, positions, rows, tables, every)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import dataclasses
 
 import numpy as np
 import pytest
 
 from kvik.cache import KVCacheSpec
-from kvik.config import KVDType
-from kvik.ops.base import Batch, Ops
+from kvik.config import KVDType, parse_kv_dtype
+from kvik.ops.base import AttentionRule, Batch, KVIndex, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
 from looped import looped
-from ops.arrangement import FloatArray, Heads, History, WideArray, random_history
+from ops.arrangement import KV_DTYPES, FloatArray, Heads, History, WideArray, random_history
 
 UNIT = 2.0**-24  # half a unit in the last place of 1.0: what rounding one float32 result may lose
 
@@ -26,7 +26,7 @@ WINDOWS = (1, 31, 32, 33, 255, 256, 257, None)
 
 pytestmark = pytest.mark.sanitize
 
-every_kv_type = looped("dtype", get_args(KVDType))
+every_kv_type = looped("dtype", KV_DTYPES)
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -50,7 +50,7 @@ def scale_of(x: FloatArray) -> WideArray:
 
 
 def expected(
-    history: History, dtype: KVDType, sequence: int, position: int, window: int | None = None
+    history: History, dtype: str, sequence: int, position: int, window: int | None = None
 ) -> tuple[WideArray, WideArray]:
     """One token's attention (num_heads, head_dim) in float64, and how far float32 arithmetic may be from it.
 
@@ -62,7 +62,9 @@ def expected(
     group = history.heads.num_heads // history.heads.num_kv_heads
     seen = np.arange(0 if window is None else max(0, position - window + 1), position + 1)
     k, v = (arrays[sequence][seen] for arrays in (history.k, history.v))
-    keys, values = (as_stored(x, dtype).repeat(group, axis=1) for x in (k, v))  # (tokens seen, num_heads, head_dim)
+    key_dtype, value_dtype = parse_kv_dtype(dtype)
+    stored = as_stored(k, key_dtype), as_stored(v, value_dtype)
+    keys, values = (x.repeat(group, axis=1) for x in stored)  # (tokens seen, num_heads, head_dim)
     q = history.q[sequence][position].astype(np.float64)
     scale = 1 / np.sqrt(history.heads.head_dim)
     scores = np.einsum("hd,thd->ht", q, keys) * scale
@@ -73,12 +75,12 @@ def expected(
 
     half_step = 0.5 / 32639 * 1.001
     score_error = (history.heads.head_dim + 4) * UNIT * np.einsum("hd,thd->ht", abs(q), abs(keys)) * scale
-    if dtype == "int8":
+    if key_dtype == "int8":
         score_error += half_step * abs(q).max(axis=1)[:, None] * abs(keys).sum(axis=2).T * scale
     slack = score_error + score_error.max(axis=1, keepdims=True) + (below_top + 8) * UNIT
     bound = np.einsum("ht,thd->hd", weights * slack, abs(values - out))
     bound += (position + 32) * UNIT * np.einsum("ht,thd->hd", weights, abs(values))
-    if dtype == "int8":
+    if value_dtype == "int8":
         scales = scale_of(v).repeat(group, axis=1)  # (tokens seen, num_heads)
         steps = abs(values) / np.maximum(scales, 1e-300)[..., None]
         for segment in np.unique(seen // 256):
@@ -88,7 +90,7 @@ def expected(
     return out, bound
 
 
-def check(ops: Ops, history: History, dtype: KVDType, tokens: list[tuple[int, int]], window: int | None = None) -> None:
+def check(ops: Ops, history: History, dtype: str, tokens: list[tuple[int, int]], window: int | None = None) -> None:
     """Attend at (sequence, position) pairs, all in one batch, and compare each."""
     kv = history.allocate(ops, dtype)
     history.write(ops, kv, history.everything)
@@ -103,7 +105,7 @@ def check(ops: Ops, history: History, dtype: KVDType, tokens: list[tuple[int, in
 @every_kv_type
 @looped("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("queries_per_kv", QUERIES_PER_KV)
-def test_every_queries_per_kv_and_head_dim(ops: Ops, queries_per_kv: int, head_dim: int, dtype: KVDType) -> None:
+def test_every_queries_per_kv_and_head_dim(ops: Ops, queries_per_kv: int, head_dim: int, dtype: str) -> None:
     rng = np.random.default_rng(1000 * queries_per_kv + head_dim)
     num_kv_heads = int(rng.integers(1, 4))
     history = random_history(Heads(queries_per_kv * num_kv_heads, num_kv_heads, head_dim), [45, 300], rng)
@@ -113,7 +115,7 @@ def test_every_queries_per_kv_and_head_dim(ops: Ops, queries_per_kv: int, head_d
 @pytest.mark.tiny
 @every_kv_type
 @looped("sharpness", [0.0, 1.0, 30.0])
-def test_positions_on_both_sides_of_every_edge(ops: Ops, sharpness: float, dtype: KVDType) -> None:
+def test_positions_on_both_sides_of_every_edge(ops: Ops, sharpness: float, dtype: str) -> None:
     """Weights that are all equal, ordinary ones, and ones where few tokens take all."""
     rng = np.random.default_rng(7)
     history = random_history(Heads(6, 2, 16), [541, 541, 33], rng, sharpness=sharpness)
@@ -142,7 +144,7 @@ def test_one_key_far_above_the_rest_takes_everything(ops: Ops) -> None:
 
 
 @looped("dtype", ["f32", "f16"])
-def test_the_first_token_sees_its_own_value_as_stored(ops: Ops, dtype: KVDType) -> None:
+def test_the_first_token_sees_its_own_value_as_stored(ops: Ops, dtype: str) -> None:
     """A softmax over one token is 1, so this reads the cache: float16 rounds to the nearest even, like NumPy's."""
     rng = np.random.default_rng(10)
     history = random_history(Heads(2, 2, 64), [1], rng)
@@ -187,17 +189,17 @@ def test_what_lies_in_slots_that_a_token_may_not_see_is_nothing_to_it(ops: Ops) 
 
 
 def test_no_tokens_at_all(ops: Ops) -> None:
-    kv = ops.allocate_kv(KVCacheSpec(1, 2, 16, "f16"), 8)[0]
+    kv = ops.allocate_kv(KVCacheSpec.uniform(1, 2, 16, "f16"), 8)[0]
     none = np.zeros(0, np.int32)
     empty = np.zeros((0, 2, 16), np.float32)
     ops.write_kv(kv, empty, empty, none)
-    batch = Batch(none, none, none, none, np.zeros((1, 1), np.int32), none)
+    batch = Batch.in_blocks(none, none, none, np.zeros((1, 1), np.int32), none)
     assert ops.attend(np.zeros((0, 6, 16), np.float32), kv, batch).shape == (0, 6, 16)
 
 
 def test_layers_do_not_share_memory(ops: Ops) -> None:
     history = random_history(Heads(1, 1, 8), [5], np.random.default_rng(13))
-    layers = ops.allocate_kv(KVCacheSpec(3, 1, 8, "f32"), history.num_blocks)
+    layers = ops.allocate_kv(KVCacheSpec.uniform(3, 1, 8, "f32"), history.num_blocks)
     assert len(layers) == 3
     history.write(ops, layers[1], history.everything)
     before = history.attend(ops, layers[1], history.everything)
@@ -209,7 +211,7 @@ def test_layers_do_not_share_memory(ops: Ops) -> None:
 
 @every_kv_type
 @looped("window", WINDOWS)
-def test_a_window_of_any_size(ops: Ops, window: int | None, dtype: KVDType) -> None:
+def test_a_window_of_any_size(ops: Ops, window: int | None, dtype: str) -> None:
     """At every edge; the positions in a row are one tile, whose queries see different first and last tokens."""
     history = random_history(Heads(3, 1, 24), [541, 541], np.random.default_rng(14), sharpness=2.0)
     in_a_row = [(1, position) for position in (*range(250, 261), *range(505, 541))]
@@ -230,8 +232,7 @@ def check_shape_by_chance(ops: Ops, seed: int) -> None:
     heads = Heads(queries_per_kv * num_kv_heads, num_kv_heads, 8 * int(rng.integers(1, 33)))
     lengths = [int(rng.integers(1, 40)), int(rng.integers(257, 600))]
     history = random_history(heads, lengths, rng, sharpness=float(rng.choice([0.5, 2.0])))
-    kv_types: tuple[KVDType, ...] = get_args(KVDType)
-    dtype, window = kv_types[seed % 3], WINDOWS[int(rng.integers(len(WINDOWS)))]
+    dtype, window = KV_DTYPES[seed % len(KV_DTYPES)], WINDOWS[int(rng.integers(len(WINDOWS)))]
     kv = history.allocate(ops, dtype)
     history.write(ops, kv, history.everything)
     start = int(rng.integers(0, lengths[1]))
@@ -245,7 +246,7 @@ def check_shape_by_chance(ops: Ops, seed: int) -> None:
 
 
 @every_kv_type
-def test_what_lies_behind_a_window_is_neither_read_nor_asked_for(ops: Ops, dtype: KVDType) -> None:
+def test_what_lies_behind_a_window_is_neither_read_nor_asked_for(ops: Ops, dtype: str) -> None:
     """The blocks went to someone else: their places in the table hold no block, the first visible one's rest NaN."""
     history = random_history(Heads(3, 1, 16), [600], np.random.default_rng(15))
     window = 40
@@ -293,7 +294,7 @@ def test_a_huge_outlier_leaves_nothing_of_the_rest(ops: Ops) -> None:
 @every_kv_type
 @looped("bad", [np.nan, np.inf, -np.inf])
 @looped("where", ["q", "k", "v"])
-def test_what_is_no_number_does_not_vanish(ops: Ops, where: str, bad: float, dtype: KVDType) -> None:
+def test_what_is_no_number_does_not_vanish(ops: Ops, where: str, bad: float, dtype: str) -> None:
     """In a token of an earlier segment: its head's output is no number either, where the score is not minus infinity.
 
     The token before it sees nothing of it.
@@ -310,3 +311,38 @@ def test_what_is_no_number_does_not_vanish(ops: Ops, where: str, bad: float, dty
         assert np.isfinite(outs[: 199 - 150]).all()
         assert np.isfinite(outs[:, 0]).all()
         assert not np.isfinite(outs[-1, 1]).all()
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_token_sees_up_to_its_bound_wherever_it_stands(window: int | None) -> None:
+    """The tokens of an image see each other; where blocks were dropped, places are fewer than positions."""
+    history = random_history(Heads(4, 2, 24), [300, 520], np.random.default_rng(16))
+    chunks = [(0, 90, 130), (1, 250, 300), (1, 500, 503)]
+    q, text = np.concatenate([history.q[row][start:stop] for row, start, stop in chunks]), history.batch(chunks)
+    bounds = np.concatenate([np.full(stop - start, stop, np.int32) for _, start, stop in chunks])
+    batch = dataclasses.replace(text, positions=text.positions + np.int32(1000), kv_bounds=bounds)
+    outs = []
+    for ops in (NativeOps(threads=2), ReferenceOps()):
+        kv = history.allocate(ops, "f32")
+        history.write(ops, kv, history.everything)
+        outs.append(ops.to_numpy(ops.attend(q, kv, batch, AttentionRule(window=window))))
+        one_by_one = [
+            ops.to_numpy(ops.attend(q[at : at + 1], kv, only(batch, at), AttentionRule(window=window)))
+            for at in range(len(q))
+        ]
+        np.testing.assert_array_equal(np.concatenate(one_by_one).view(np.uint32), outs[-1].view(np.uint32))
+    np.testing.assert_allclose(outs[0], outs[1], rtol=0, atol=2e-6)
+
+
+def only(batch: Batch, at: int) -> Batch:
+    """One token of a batch."""
+    one = slice(at, at + 1)
+    return dataclasses.replace(
+        batch,
+        token_ids=batch.token_ids[one],
+        positions=batch.positions[one],
+        kv_index=batch.kv_index[one],
+        kv_bounds=batch.kv_bounds[one],
+        sequence_index=batch.sequence_index[one],
+        groups=tuple(KVIndex(group.slot_mapping[one], group.block_tables) for group in batch.groups),
+    )

@@ -10,6 +10,7 @@ import pytest
 
 from kvik import _native
 from looped import looped
+from ops import one_op
 from subprocesses import python
 
 pytestmark = pytest.mark.sanitize
@@ -45,12 +46,12 @@ def norm() -> _native.Norm:
 
 
 def layer(dtype: str = "f32") -> _native.LayerKV:
-    return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, dtype).layer(0)
+    return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, dtype, dtype).layer(0)
 
 
 def arrays() -> _native.KVArrays:
     """One superblock that is full, and one that is not."""
-    return _native.KVArrays(2, BLOCKS + 1, KV_HEADS, HEAD_DIM, "int8")
+    return _native.KVArrays(2, BLOCKS + 1, KV_HEADS, HEAD_DIM, "int8", "int8")
 
 
 def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -80,7 +81,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
         {"source": lambda: np.zeros(16 * 68, np.uint8), "pool": lambda: POOL},
     ),
     "project": (
-        _native.project,
+        one_op.project,
         {
             "pool": lambda: POOL,
             "x": lambda: floats(TOKENS, COLUMNS),
@@ -90,7 +91,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
         },
     ),
     "embed_rows": (
-        _native.embed_rows,
+        one_op.embed_rows,
         {
             "weight": weight,
             "row_ids": lambda: integers(0, ROWS - 1, 3),
@@ -104,7 +105,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
     ),
     "Linear": (_native.Linear, {"matrix": weight, "bias": lambda: floats(ROWS), "scale": lambda: 1.0}),
     "norm": (
-        _native.norm,
+        one_op.norm,
         {
             "pool": lambda: POOL,
             "x": lambda: floats(TOKENS, COLUMNS),
@@ -113,7 +114,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
         },
     ),
     "activate": (
-        _native.activate,
+        one_op.activate,
         {
             "pool": lambda: POOL,
             "activation": lambda: "gelu",
@@ -123,7 +124,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
         },
     ),
     "soft_cap": (
-        _native.soft_cap,
+        one_op.soft_cap,
         {
             "pool": lambda: POOL,
             "x": lambda: floats(TOKENS, COLUMNS),
@@ -132,38 +133,40 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
         },
     ),
     "rope": (
-        _native.rope,
+        one_op.rope,
         {
             "pool": lambda: POOL,
-            "x": lambda: floats(TOKENS, HEADS, HEAD_DIM),
+            "x": lambda: floats(TOKENS, HEADS * HEAD_DIM),
             "positions": lambda: integers(0, 9, 3),
             "table": lambda: floats(10, HEAD_DIM // 2, 2),
             "adjacent_pairs": lambda: True,
-            "out": lambda: floats(TOKENS, HEADS, HEAD_DIM),
+            "head_dim": lambda: HEAD_DIM,
+            "out": lambda: floats(TOKENS, HEADS * HEAD_DIM),
         },
     ),
     "write_kv": (
-        _native.write_kv,
+        one_op.write_kv,
         {
             "pool": lambda: POOL,
             "kv": layer,
-            "k": lambda: floats(TOKENS, KV_HEADS, HEAD_DIM),
-            "v": lambda: floats(TOKENS, KV_HEADS, HEAD_DIM),
+            "k": lambda: floats(TOKENS, KV_HEADS * HEAD_DIM),
+            "v": lambda: floats(TOKENS, KV_HEADS * HEAD_DIM),
             "slots": lambda: integers(0, BLOCKS * 32 - 1, 5),
         },
     ),
     "attend": (
-        _native.attend,
+        one_op.attend,
         {
             "pool": lambda: POOL,
-            "q": lambda: floats(TOKENS, HEADS, HEAD_DIM),
+            "q": lambda: floats(TOKENS, HEADS * HEAD_DIM),
             "kv": layer,
             "block_tables": lambda: np.asarray([[0, 7, 3], [1, 2, 4]], np.int32),
             "sequence_index": lambda: integers(0, 1, 1),
-            "positions": lambda: integers(0, 95, 31),
+            "kv_index": lambda: integers(0, 95, 31),
+            "kv_bounds": lambda: integers(1, 96, 32),
             "scale": lambda: 0.25,
             "soft_cap": lambda: 0.0,
-            "out": lambda: floats(TOKENS, HEADS, HEAD_DIM),
+            "out": lambda: floats(TOKENS, HEADS * HEAD_DIM),
             "window": lambda: 2**62,
         },
     ),
@@ -174,7 +177,8 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "num_blocks": lambda: BLOCKS,
             "num_kv_heads": lambda: KV_HEADS,
             "head_dim": lambda: HEAD_DIM,
-            "dtype": lambda: "f16",
+            "key": lambda: "f16",
+            "value": lambda: "int8",
             "kv_group": lambda: 0,
         },
     ),
@@ -183,7 +187,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
         {"pool": lambda: POOL, "arrays": arrays, "copies": lambda: [(0, BLOCKS - 1), (3, 2)]},
     ),
     "discard_superblocks": (_native.discard_superblocks, {"arrays": arrays, "superblocks": lambda: [1, 0, 0]}),
-    "layer": (_native.KVArrays(2, BLOCKS, KV_HEADS, HEAD_DIM, "f16").layer, {"index": lambda: 1}),
+    "layer": (_native.KVArrays(2, BLOCKS, KV_HEADS, HEAD_DIM, "f16", "f16").layer, {"index": lambda: 1}),
     "ThreadPool": (_native.ThreadPool, {"num_threads": lambda: 2}),
 }
 
@@ -206,13 +210,12 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "source": [np.zeros(size, np.uint8) for size in (8 * 68 - 1, 8 * 68 + 1, 7 * 68, 19 * 68, 21 * 68, 24 * 68)]
     },
     "project": {
-        "x": [floats(TOKENS, COLUMNS + 32), floats(TOKENS, 0), floats(TOKENS + 1, COLUMNS), floats(COLUMNS, TOKENS)],
+        "x": [floats(TOKENS, COLUMNS + 32), floats(TOKENS, 0), floats(COLUMNS, TOKENS)],
         "linears": [[], [linear()], [linear()] * 3, [linear(), 1], linear(), [weight(), weight()]],
         "outs": [
             [],
             [floats(TOKENS, ROWS)],
             [floats(TOKENS, ROWS), floats(TOKENS, ROWS + 1)],
-            [floats(TOKENS - 1, ROWS), floats(TOKENS, ROWS)],
             [floats(ROWS, TOKENS), floats(ROWS, TOKENS)],
             [floats(TOKENS, ROWS), None],
             [read_only(floats(TOKENS, ROWS)), read_only(floats(TOKENS, ROWS))],
@@ -241,22 +244,23 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
     },
     "rope": {
-        "x": [floats(TOKENS, HEADS, HEAD_DIM - 2), floats(TOKENS + 1, HEADS, HEAD_DIM)],
+        "x": [floats(TOKENS, HEADS * HEAD_DIM - 2), floats(TOKENS + 1, HEADS * HEAD_DIM)],
         "positions": [integers(0, 1, 10), integers(-1, 0, 1), integers(0, 1), integers(0, 0, 2**31 - 1)],
         "table": [floats(9, HEAD_DIM // 2, 2), floats(10, HEAD_DIM // 2 + 1, 2), floats(10, HEAD_DIM // 2, 3)],
-        "out": [floats(TOKENS, HEADS, HEAD_DIM + 1), floats(TOKENS, HEADS - 1, HEAD_DIM), floats(1, HEADS, HEAD_DIM)],
+        "out": [floats(TOKENS, HEADS * HEAD_DIM + 1), floats(TOKENS, HEAD_DIM), floats(1, HEADS * HEAD_DIM)],
+        "head_dim": [0, -1, HEAD_DIM - 1, 2**62, 2**70],
     },
     "write_kv": {
-        "k": [floats(TOKENS, KV_HEADS, HEAD_DIM - 1), floats(TOKENS, KV_HEADS + 1, HEAD_DIM), floats(2, 2, HEAD_DIM)],
-        "v": [floats(TOKENS, KV_HEADS, HEAD_DIM + 1), floats(TOKENS, KV_HEADS - 1, HEAD_DIM), floats(4, 2, HEAD_DIM)],
+        "k": [floats(TOKENS, KV_HEADS * HEAD_DIM - 1), floats(TOKENS, HEAD_DIM), floats(2, KV_HEADS * HEAD_DIM)],
+        "v": [floats(TOKENS, KV_HEADS * HEAD_DIM + 1), floats(TOKENS, HEAD_DIM), floats(4, KV_HEADS * HEAD_DIM)],
         "slots": [integers(0, 1, BLOCKS * 32), integers(-1, 0, 1), integers(0, 1), integers(0, 0, 2**31 - 1)],
     },
     "attend": {
         "q": [
-            floats(TOKENS, HEADS, HEAD_DIM + 8),
-            floats(TOKENS, HEADS + 1, HEAD_DIM),
-            floats(TOKENS, 1, HEAD_DIM),
-            floats(TOKENS + 1, HEADS, HEAD_DIM),
+            floats(TOKENS, HEADS * HEAD_DIM + 8),
+            floats(TOKENS, (HEADS + 1) * HEAD_DIM),
+            floats(TOKENS, HEAD_DIM),
+            floats(TOKENS + 1, HEADS * HEAD_DIM),
         ],
         "block_tables": [
             np.full((2, 3), BLOCKS, np.int32),
@@ -268,8 +272,13 @@ BAD: dict[str, dict[str, list[Any]]] = {
             np.zeros((2, 0), np.int32),
         ],
         "sequence_index": [integers(0, 1, 2), integers(0, -1, 0), integers(0, 1), integers(2**31 - 1, 0, 0)],
-        "positions": [integers(0, 96, 0), integers(-1, 0, 0), integers(0, 1), integers(0, 0, 2**31 - 1)],
-        "out": [floats(TOKENS, HEADS, HEAD_DIM - 1), floats(TOKENS, HEADS * 2, HEAD_DIM), floats(2, HEADS, HEAD_DIM)],
+        "kv_index": [integers(0, 96, 0), integers(-1, 0, 0), integers(0, 1), integers(0, 0, 2**31 - 1)],
+        "kv_bounds": [integers(1, 97, 32), integers(1, 95, 32), integers(1, 96), integers(1, 96, 2**31 - 1)],
+        "out": [
+            floats(TOKENS, HEADS * HEAD_DIM - 1),
+            floats(TOKENS, 2 * HEADS * HEAD_DIM),
+            floats(2, HEADS * HEAD_DIM),
+        ],
         "soft_cap": [-1.0, float("nan")],
         "window": [0, -1, -(2**63), 2**63, 2**70],
     },
@@ -278,7 +287,8 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "num_blocks": [*HUGE, 2**26],
         "num_kv_heads": [*HUGE, 2**26],
         "head_dim": [*HUGE, 4, 12, 1032, 2**40],
-        "dtype": ["", "f64", "F16", "q8", "f16\0"],
+        "key": ["", "f64", "F16", "q8", "f16\0"],
+        "value": ["", "f64", "F16", "q8", "f16\0"],
         "kv_group": [-1, 64, 2**31, 2**62, 2**63, 2**70],
     },
     "copy_blocks": {
@@ -404,9 +414,9 @@ pool = _native.ThreadPool(1)
 weight = _native.pack("F32", np.zeros(8 * 32 * 4, np.uint8), 8, 32, _native.WeightArena(), pool)
 linear = _native.Linear(weight, None, 1.0)
 linears = {linears}
-outs = [np.zeros((1, 8), np.float32) for _ in linears]
+program = _native.Program(pool, False)
 try:
-    _native.project(pool, np.zeros((1, 32), np.float32), linears, outs, False)
+    program.project(program.input(32), linears)
 except (TypeError, ValueError):
     print("refused")
 """
@@ -416,20 +426,20 @@ except (TypeError, ValueError):
 
 def test_more_memory_than_there_are_addresses_is_an_exception() -> None:
     with pytest.raises(MemoryError):
-        _native.KVArrays(2**20, 2**20, 64, 1024, "f32")
+        _native.KVArrays(2**20, 2**20, 64, 1024, "f32", "f32")
     with pytest.raises(MemoryError):
-        _native.KVArrays(2**13, 2**20, 64, 256, "f16")  # 2**49 bytes: it reaches the system, which has 2**47
+        _native.KVArrays(2**13, 2**20, 64, 256, "f16", "f16")  # 2**49 bytes: it reaches the system, which has 2**47
 
 
 @pytest.mark.filterwarnings("ignore:nanobind:RuntimeWarning")
 def test_an_object_that_was_never_made_is_refused() -> None:
     kv: _native.LayerKV = _native.LayerKV.__new__(_native.LayerKV)
     packed: _native.PackedWeight = _native.PackedWeight.__new__(_native.PackedWeight)
-    empty = floats(0, KV_HEADS, HEAD_DIM)
+    empty = floats(0, KV_HEADS * HEAD_DIM)
     with pytest.raises(TypeError):
-        _native.write_kv(POOL, kv, empty, empty, integers())
+        one_op.write_kv(POOL, kv, empty, empty, integers())
     with pytest.raises(TypeError):
-        _native.embed_rows(packed, integers(), 1.0, floats(0, COLUMNS))
+        one_op.embed_rows(packed, integers(), 1.0, floats(0, COLUMNS))
     with pytest.raises(TypeError):
         _native.Linear(packed, None, 1.0)
 
@@ -439,15 +449,16 @@ def test_a_layer_outlives_the_name_of_its_arrays() -> None:
     _, arguments = GOOD["attend"]
     good = {key: make() for key, make in arguments.items()} | {"kv": kv}
     assert not good["out"].any()
-    _native.write_kv(POOL, kv, floats(1, KV_HEADS, HEAD_DIM), np.ones((1, KV_HEADS, HEAD_DIM), np.float32), integers(0))
-    _native.attend(**good)
+    width = KV_HEADS * HEAD_DIM
+    one_op.write_kv(POOL, kv, floats(1, width), np.ones((1, width), np.float32), integers(0))
+    one_op.attend(**good)
     assert (good["out"][0] == 1).all()
 
 
 def test_int8_takes_no_head_whose_integer_scores_could_overflow() -> None:
-    assert _native.KVArrays(1, 8, 1, 512, "int8").num_bytes == 8 * 32 * 2 * (512 + 4)
+    assert _native.KVArrays(1, 8, 1, 512, "int8", "int8").num_bytes == 8 * 32 * 2 * (512 + 4)
     with pytest.raises(ValueError, match="int8 takes a head_dim up to 512"):
-        _native.KVArrays(1, 8, 1, 520, "int8")
+        _native.KVArrays(1, 8, 1, 520, "f16", "int8")
 
 
 def test_block_ids_before_the_window_are_never_read() -> None:
@@ -455,11 +466,12 @@ def test_block_ids_before_the_window_are_never_read() -> None:
     _, arguments = GOOD["attend"]
     good = {key: make() for key, make in arguments.items()}
     good |= {"block_tables": np.asarray([[-1, 7, 3], [1, 2, 4]], np.int32), "window": 32}
-    _native.attend(**good | {"positions": integers(63, 95, 31)})
-    for positions in ((62, 95, 31), (95, 95, 31)):
-        call = good | {"positions": integers(*positions), "sequence_index": integers(0, 0, 0)}
+    one_op.attend(**good | {"kv_index": integers(63, 95, 31), "kv_bounds": integers(64, 96, 32)})
+    for places in ((62, 95, 31), (95, 95, 31)):
+        call = good | {"kv_index": integers(*places), "kv_bounds": integers(*places) + np.int32(1)}
+        call |= {"sequence_index": integers(0, 0, 0)}
         with pytest.raises(ValueError, match="block id"):
-            _native.attend(**call)
+            one_op.attend(**call)
 
 
 def test_block_ids_past_the_last_position_are_never_read() -> None:
@@ -467,6 +479,6 @@ def test_block_ids_past_the_last_position_are_never_read() -> None:
     _, arguments = GOOD["attend"]
     good = {key: make() for key, make in arguments.items()}
     tables = np.asarray([[0, -1, BLOCKS], [1, 2, 4]], np.int32)
-    _native.attend(**good | {"block_tables": tables})
+    one_op.attend(**good | {"block_tables": tables})
     with pytest.raises(ValueError, match="block id"):
-        _native.attend(**good | {"block_tables": tables, "sequence_index": integers(0, 0, 1)})
+        one_op.attend(**good | {"block_tables": tables, "sequence_index": integers(0, 0, 1)})

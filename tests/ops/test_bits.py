@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -11,12 +9,12 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from kvik import _native
-from kvik.config import ActivationDType, KVDType
+from kvik.config import ActivationDType
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import Norm
 from kvik.ops.native import NativeOps
 from looped import looped
-from ops.arrangement import FloatArray, Heads, History, random_history, random_weights
+from ops.arrangement import KV_DTYPES, FloatArray, Heads, History, random_history, random_weights
 from ops.digest import digest
 from subprocesses import python
 from tiers import TESTED_TYPES, examples
@@ -24,7 +22,7 @@ from tiers import TESTED_TYPES, examples
 THREADS = (1, 2, 3)
 
 every_thread_count = pytest.mark.parametrize("threads", THREADS)
-every_kv_type = looped("dtype", get_args(KVDType))
+every_kv_type = looped("dtype", KV_DTYPES)
 
 pytestmark = pytest.mark.sanitize
 
@@ -122,7 +120,7 @@ def test_rows_of_norm_activation_and_rope(seed: int, shape: tuple[int, int], cut
 
 
 def written_in_chunks(
-    history: History, ops: NativeOps, dtype: KVDType, chunk: int, window: int | None = None
+    history: History, ops: NativeOps, dtype: str, chunk: int, window: int | None = None
 ) -> FloatArray:
     """The first sequence computed `chunk` tokens at a time, each written before it looks back."""
     kv = history.allocate(ops, dtype)
@@ -136,7 +134,7 @@ def written_in_chunks(
 
 @every_kv_type
 @pytest.mark.parametrize("queries_per_kv", [1, 3, 4])
-def test_attend_in_chunks(queries_per_kv: int, dtype: KVDType) -> None:
+def test_attend_in_chunks(queries_per_kv: int, dtype: str) -> None:
     """One token at a time, a segment a task, up to all at once, a row a task; 530 positions make three segments."""
     history = random_history(Heads(queries_per_kv, 1, 40), [530], np.random.default_rng(queries_per_kv), sharpness=2.0)
     one_by_one = written_in_chunks(history, NativeOps(threads=1), dtype, 1)
@@ -149,7 +147,7 @@ def test_attend_in_chunks(queries_per_kv: int, dtype: KVDType) -> None:
 
 @every_kv_type
 @every_thread_count
-def test_attend_few_rows_and_many(dtype: KVDType, threads: int) -> None:
+def test_attend_few_rows_and_many(dtype: str, threads: int) -> None:
     """With few rows a task is a segment, with many a row: the switch lies at four rows a thread."""
     history = random_history(Heads(4, 2, 16), [600, 300], np.random.default_rng(5), sharpness=2.0)
     ops = NativeOps(threads=threads)
@@ -160,10 +158,10 @@ def test_attend_few_rows_and_many(dtype: KVDType, threads: int) -> None:
         same_bits(history.attend(ops, kv, [(0, 600 - count, 600)]), many[-count:])
 
 
-@pytest.mark.parametrize("dtype", get_args(KVDType))
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @settings(max_examples=examples(25))
 @given(seed=st.integers(0, 2**32 - 1), threads=st.sampled_from(THREADS))
-def test_attend_does_not_see_placement_or_company(dtype: KVDType, seed: int, threads: int) -> None:
+def test_attend_does_not_see_placement_or_company(dtype: str, seed: int, threads: int) -> None:
     """Other blocks, other batch mates, another width of the table: the same bits for the same history."""
     rng = np.random.default_rng(seed)
     note(f"default_rng({seed})")
@@ -188,7 +186,7 @@ def test_attend_does_not_see_placement_or_company(dtype: KVDType, seed: int, thr
 
 @every_kv_type
 @pytest.mark.parametrize("window", [1, 33, 255, 257])
-def test_a_window_in_chunks(window: int, dtype: KVDType) -> None:
+def test_a_window_in_chunks(window: int, dtype: str) -> None:
     """Where a tile's rows begin and end at different tokens, each still adds its own in order."""
     history = random_history(Heads(6, 2, 24), [530], np.random.default_rng(window), sharpness=2.0)
     one_by_one = written_in_chunks(history, NativeOps(threads=1), dtype, 1, window)
@@ -199,7 +197,7 @@ def test_a_window_in_chunks(window: int, dtype: KVDType) -> None:
 
 @every_kv_type
 @pytest.mark.parametrize("group", [5, 7, 13, 71, 128])
-def test_groups_of_any_size_in_chunks(group: int, dtype: KVDType) -> None:
+def test_groups_of_any_size_in_chunks(group: int, dtype: str) -> None:
     """Tiles of a few tokens or one, slices of rows that mix heads of neighbouring tokens."""
     history = random_history(Heads(group, 1, 8), [270], np.random.default_rng(group), sharpness=2.0)
     kv = history.allocate(NativeOps(), dtype)
@@ -212,12 +210,12 @@ def test_groups_of_any_size_in_chunks(group: int, dtype: KVDType) -> None:
 
 @pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 15), marks=pytest.mark.full)], ids=str)
 @every_kv_type
-def test_ragged_batches_by_chance(seeds: range, dtype: KVDType) -> None:
+def test_ragged_batches_by_chance(seeds: range, dtype: str) -> None:
     for seed in seeds:
         check_ragged_batch(seed, dtype)
 
 
-def check_ragged_batch(seed: int, dtype: KVDType) -> None:
+def check_ragged_batch(seed: int, dtype: str) -> None:
     """Any chunks of several sequences at once, of any shape: each token's bits are those it has alone."""
     rng = np.random.default_rng(seed)
     heads = Heads(int(rng.integers(1, 13)), 1, 8 * int(rng.integers(1, 33)))
@@ -236,7 +234,7 @@ def check_ragged_batch(seed: int, dtype: KVDType) -> None:
 
 
 @every_kv_type
-def test_a_later_token_that_is_no_number_leaves_earlier_ones_their_bits(dtype: KVDType) -> None:
+def test_a_later_token_that_is_no_number_leaves_earlier_ones_their_bits(dtype: str) -> None:
     """Rows of a tile share what is loaded, and zero times NaN is NaN: it must not be added even so."""
     history = random_history(Heads(6, 2, 16), [64], np.random.default_rng(19), sharpness=2.0)
     ops = NativeOps(threads=2)

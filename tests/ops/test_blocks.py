@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 
 from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec
-from kvik.config import KVDType
 from kvik.ops.base import Batch, LayerKV, Ops
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
 from looped import looped
-from ops.arrangement import FloatArray
+from ops.arrangement import KV_DTYPES, FloatArray
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 24
 
 pytestmark = pytest.mark.sanitize
 
-every_kv_type = looped("dtype", get_args(KVDType))
+every_kv_type = looped("dtype", KV_DTYPES)
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -29,9 +27,9 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     return NativeOps(threads=2) if request.param == "native" else ReferenceOps()
 
 
-def filled(ops: Ops, dtype: KVDType, num_blocks: int) -> list[LayerKV]:
+def filled(ops: Ops, dtype: str, num_blocks: int) -> list[LayerKV]:
     """A cache whose every slot holds something of its own."""
-    kv_cache = ops.allocate_kv(KVCacheSpec(LAYERS, KV_HEADS, HEAD_DIM, dtype), num_blocks)
+    kv_cache = ops.allocate_kv(KVCacheSpec.uniform(LAYERS, KV_HEADS, HEAD_DIM, dtype), num_blocks)
     rng = np.random.default_rng(num_blocks)
     num_slots = num_blocks * BLOCK_SIZE
     for kv in kv_cache:
@@ -45,13 +43,13 @@ def content(ops: Ops, kv_cache: list[LayerKV], block: int) -> FloatArray:
     q = np.random.default_rng(1).normal(0, 1, (BLOCK_SIZE, KV_HEADS, HEAD_DIM)).astype(np.float32)
     positions = np.arange(BLOCK_SIZE, dtype=np.int32)
     zeros = np.zeros(BLOCK_SIZE, np.int32)
-    batch = Batch(zeros, positions, zeros, zeros, np.array([[block]], np.int32), zeros[:0])
+    batch = Batch.in_blocks(zeros, positions, zeros, np.array([[block]], np.int32), zeros[:0])
     return np.stack([ops.to_numpy(ops.attend(q, kv, batch)) for kv in kv_cache])
 
 
 @pytest.mark.tiny
 @every_kv_type
-def test_copies_are_made_in_order_and_touch_nothing_else(ops: Ops, dtype: KVDType) -> None:
+def test_copies_are_made_in_order_and_touch_nothing_else(ops: Ops, dtype: str) -> None:
     kv_cache = filled(ops, dtype, 19)
     before = [content(ops, kv_cache, block) for block in range(19)]
     copies = [(0, 18), (7, 8), (18, 5), (9, 0)]  # within a superblock, across, a copy of a copy, a source since copied
@@ -88,7 +86,7 @@ def test_a_superblock_that_is_not_there_is_refused(ops: Ops, bad: int) -> None:
 
 
 @every_kv_type
-def test_neighbours_of_a_discarded_superblock_keep_their_content(ops: Ops, dtype: KVDType) -> None:
+def test_neighbours_of_a_discarded_superblock_keep_their_content(ops: Ops, dtype: str) -> None:
     """Superblocks here begin and end inside pages; the last one is not full."""
     kv_cache = filled(ops, dtype, 4 * BLOCKS_PER_SUPERBLOCK + 3)
     kept = [*range(8), *range(16, 32)]
@@ -99,7 +97,7 @@ def test_neighbours_of_a_discarded_superblock_keep_their_content(ops: Ops, dtype
 
 
 @every_kv_type
-def test_a_discarded_block_can_be_written_again(ops: Ops, dtype: KVDType) -> None:
+def test_a_discarded_block_can_be_written_again(ops: Ops, dtype: str) -> None:
     kv_cache = filled(ops, dtype, 16)
     before = [content(ops, kv_cache, block) for block in (8, 9)]
     ops.copy_blocks(kv_cache, [(8, 0), (9, 1)])
@@ -125,7 +123,7 @@ def resident_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what is resident")
 def test_discarded_memory_is_the_systems() -> None:
     ops = NativeOps(threads=1)
-    spec = KVCacheSpec(32, 2, 64, "f32")
+    spec = KVCacheSpec.uniform(32, 2, 64, "f32")
     kv_cache = ops.allocate_kv(spec, 24)
     slots = np.arange(24 * BLOCK_SIZE, dtype=np.int32)
     ones = np.ones((len(slots), 2, 64), np.float32)

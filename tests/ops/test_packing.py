@@ -14,6 +14,7 @@ from gguf_files import FLOAT16_OFFSETS, FLOAT_TYPES, WEIGHT_TYPES, random_blocks
 from kvik import _native
 from kvik.ops.reference import ReferenceOps
 from looped import looped
+from ops import one_op
 
 ROWS = (1, 8, 15, 16, 17, 33)
 PACKED_BYTES = {"Q4_K": 144 + 4, "Q5_K": 176 + 4, "IQ4_XS": 136 + 2}
@@ -33,7 +34,7 @@ def unpacked(
         kind.name, blocks.reshape(-1), len(blocks), columns, _native.WeightArena(), _native.ThreadPool(threads)
     )
     out = np.full((len(blocks), columns), np.nan, np.float32)
-    _native.embed_rows(weight, np.arange(len(blocks), dtype=np.int32), 1.0, out)
+    one_op.embed_rows(weight, np.arange(len(blocks), dtype=np.int32), 1.0, out)
     return out
 
 
@@ -69,7 +70,7 @@ def test_rows_come_in_the_order_asked_for_and_as_often(kind: GGMLQuantizationTyp
     weight = _native.pack(kind.name, blocks.reshape(-1), 33, columns, _native.WeightArena(), _native.ThreadPool(1))
     row_ids = np.asarray([32, 0, 8, 8, 31, 7, 32], np.int32)
     out = np.empty((len(row_ids), columns), np.float32)
-    _native.embed_rows(weight, row_ids, 1.0, out)
+    one_op.embed_rows(weight, row_ids, 1.0, out)
     np.testing.assert_array_equal(out, expected(kind, blocks)[row_ids])
 
 
@@ -162,7 +163,7 @@ def test_rows_may_come_in_pieces(kind: GGMLQuantizationType, cuts: tuple[int, ..
         packer.add(piece, pool)
         piece[:] = 0xFF
     out = np.full((37, columns), np.nan, np.float32)
-    _native.embed_rows(packer.finish(), np.arange(37, dtype=np.int32), 1.0, out)
+    one_op.embed_rows(packer.finish(), np.arange(37, dtype=np.int32), 1.0, out)
     np.testing.assert_array_equal(out, expected(kind, blocks))
 
 
@@ -187,5 +188,5 @@ def test_matrices_outlive_their_arena_and_each_other() -> None:
     kept, wanted = weights[2], dequantize(blocks[2], GGMLQuantizationType.Q8_0)
     weights.clear()
     out = np.empty((9, 64), np.float32)
-    _native.embed_rows(kept, np.arange(9, dtype=np.int32), 1.0, out)
+    one_op.embed_rows(kept, np.arange(9, dtype=np.int32), 1.0, out)
     np.testing.assert_array_equal(out, wanted.reshape(9, 64))

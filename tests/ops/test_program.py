@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from gguf import GGMLQuantizationType
 
 from kvik import _native
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
-from kvik.config import ActivationDType, KVDType
+from kvik.config import ActivationDType
 from kvik.models.loader import LoadedModel, load_model
 from kvik.models.spec import RopeSpec
 from kvik.ops.base import (
@@ -21,6 +22,7 @@ from kvik.ops.base import (
     Array,
     AttentionRule,
     Batch,
+    IntArray,
     LayerKV,
     Linear,
     Nonlinearity,
@@ -50,10 +52,9 @@ def batch_of(lengths: list[tuple[int, int]], rng: np.random.Generator, *, vocab_
     tables = rng.permutation(num_blocks)[: len(lengths) * width].reshape(len(lengths), width).astype(np.int32)
     positions = np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in lengths])
     index = np.repeat(np.arange(len(lengths), dtype=np.int32), [stop - start for start, stop in lengths])
-    return Batch(
+    return Batch.in_blocks(
         token_ids=rng.integers(0, vocab_size, len(positions), dtype=np.int32),
         positions=positions,
-        slot_mapping=tables[index, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
         sequence_index=index,
         block_tables=tables,
         logit_rows=np.arange(0, len(positions), 2, dtype=np.int32),
@@ -67,7 +68,7 @@ class Layer:
     activation: Nonlinearity = "silu"
     rule = PLAIN
 
-    def __init__(self, ops: Ops, kv_dtype: KVDType, window: int | None = None) -> None:
+    def __init__(self, ops: Ops, kv_dtype: str, window: int | None = None) -> None:
         self.rule = dataclasses.replace(self.rule, window=window)
         rng = np.random.default_rng(40)
         width = self.num_kv_heads * self.head_dim
@@ -84,7 +85,7 @@ class Layer:
         self.head = self.linear(ops, rng, Q8_0, 41, 96)
         self.norm: Norm | None = Norm(rng.normal(1, 0.1, 96).astype(np.float32), 1e-5)
         self.rope: RopeTable | None = RopeSpec(10_000.0, 16, adjacent_pairs=False).table(300)
-        spec = KVCacheSpec(1, self.num_kv_heads, self.head_dim, kv_dtype)
+        spec = KVCacheSpec.uniform(1, self.num_kv_heads, self.head_dim, kv_dtype)
         self.kv: LayerKV = ops.allocate_kv(spec, self.num_blocks)[0]
 
     def linear(self, ops: Ops, rng: np.random.Generator, kind: GGMLQuantizationType, rows: int, columns: int) -> Linear:
@@ -107,7 +108,7 @@ class Layer:
         q, k, v = (ops.split_heads(out, self.head_dim) for out in (q, k, v))
         if self.rope:
             q, k = (ops.rope(heads, batch.positions, self.rope) for heads in (q, k))
-        ops.write_kv(self.kv, k, v, batch.slot_mapping)
+        ops.write_kv(self.kv, k, v, batch.groups[0].slot_mapping)
         x = ops.add(x, ops.linear(ops.merge_heads(ops.attend(q, self.kv, batch, self.rule)), self.o_proj))
         gate, up = ops.project(self.normed(ops, x), (self.gate, self.up))
         x = ops.add(x, ops.linear(ops.activate(gate, self.activation, up), self.down))
@@ -123,7 +124,7 @@ class LayerOfOtherFamilies(Layer):
     activation = "gelu"
     rule = AttentionRule(scale=0.3, soft_cap=2.0)
 
-    def __init__(self, ops: Ops, kv_dtype: KVDType, *, rows_normed: bool = False, plain: bool = False) -> None:
+    def __init__(self, ops: Ops, kv_dtype: str, *, rows_normed: bool = False, plain: bool = False) -> None:
         super().__init__(ops, kv_dtype)
         rng = np.random.default_rng(39)
         width = self.num_kv_heads * self.head_dim
@@ -142,10 +143,10 @@ class LayerOfOtherFamilies(Layer):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8", "k=int8,v=f16"])
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_recorded_and_eager_fused_and_small_ops_give_the_same_bits(
-    activations: ActivationDType, kv_dtype: KVDType, threads: int
+    activations: ActivationDType, kv_dtype: str, threads: int
 ) -> None:
     ops = NativeOps(activations, threads)
     layer = Layer(ops, kv_dtype)
@@ -166,9 +167,9 @@ def test_recorded_and_eager_fused_and_small_ops_give_the_same_bits(
             same_bits(wanted, other)
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8", "k=int8,v=f16"])
 @pytest.mark.parametrize("options", [{}, {"rows_normed": True}, {"plain": True}], ids=str)
-def test_other_families_have_the_same_bits_too(kv_dtype: KVDType, options: dict[str, bool]) -> None:
+def test_other_families_have_the_same_bits_too(kv_dtype: str, options: dict[str, bool]) -> None:
     ops = NativeOps("int8", 2)
     layer, judge = LayerOfOtherFamilies(ops, kv_dtype, **options), ReferenceOps()
     expected = LayerOfOtherFamilies(judge, kv_dtype, **options)
@@ -229,8 +230,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.tiny
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
-def test_each_op_of_a_step_is_near_the_reference(pair: tuple[LoadedModel, LoadedModel], kv_dtype: KVDType) -> None:
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8", "k=int8,v=f16"])
+def test_each_op_of_a_step_is_near_the_reference(pair: tuple[LoadedModel, LoadedModel], kv_dtype: str) -> None:
     """Step-by-step replay: the reference computes each op from what the native op was given.
 
     Where an input lies between two quanta, a last bit decides which one it becomes: one step of max|x| / 127 (int8) or
@@ -314,12 +315,12 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
     layer = Layer(ops, "f16")
     assert layer.norm is not None
     assert layer.rope is not None
-    norm, cos_sin = native_norm(layer.norm), layer.rope.cos_sin
+    norm, rope = native_norm(layer.norm), _native.Rope(layer.rope.cos_sin, layer.rope.adjacent_pairs)
     narrow = _native.Norm(layer.norm.weight[:8].copy(), 1e-5, None, False)
     gate, down, head = map(native_linear, (layer.gate, layer.down, layer.head))
     query, key, value = map(native_linear, layer.qkv.linears)
     assert isinstance(layer.table, _native.PackedWeight)
-    x = program.embed(layer.table, False, 1.0)
+    x = program.embed(layer.table, "token_ids", 1.0)
     projected = program.norm_linear(x, norm, head)
     refused: list[tuple[str, Callable[[], object]]] = [
         ("no such value", lambda: program.linear(7, gate, None)),
@@ -336,19 +337,19 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
         ("must be above 0", lambda: program.soft_cap(x, 0.0)),
         ("the soft cap must be 0", lambda: program.attend(x, layer.kv, 1.0, -1.0, None)),
         ("query heads must be a multiple", lambda: program.attend(projected, layer.kv, 1.0, 0.0, None)),
-        ("k or v has a wrong shape", lambda: program.write_kv(layer.kv, x, x)),
-        ("the table does not fit", lambda: program.rope(x, cos_sin, True, 8)),
-        ("no multiple of head_dim", lambda: program.rope(x, cos_sin, True, 7)),
+        ("k or v has a wrong shape", lambda: program.write_kv(layer.kv, x, x, "slot_mapping")),
+        ("the table does not fit", lambda: program.rope(x, "positions", rope, 8)),
+        ("it takes the batch's logit_rows", lambda: program.take_rows(x, "hidden_rows")),
+        ("no multiple of head_dim", lambda: program.rope(x, "positions", rope, 7)),
         (
             "keys or values do not fit",
-            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, cos_sin, True, layer.kv),
+            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, rope, layer.kv),
         ),
         (
             "as wide as neither a head nor all heads",
-            lambda: program.norm_qkv(x, norm, query, key, value, narrow, None, None, True, layer.kv),
+            lambda: program.norm_qkv(x, norm, query, key, value, narrow, None, None, layer.kv),
         ),
-        ("a row for each logit row", lambda: program.finish(x)),
-        ("no such value", lambda: program.finish(program.take_rows(x), [99])),
+        ("no such value", lambda: program.finish(program.take_rows(x, "logit_rows"), [99])),
     ]
     for message, call in refused:
         with pytest.raises(ValueError, match=message):
@@ -361,12 +362,22 @@ def test_a_step_is_checked_once_before_it_runs(program: _native.Program) -> None
     step = ops.capture(layer.fused)
     good = batch_of([(0, 5), (3, 4)], np.random.default_rng(48), vocab_size=50, num_blocks=24)
 
-    def changed(name: str, index: int, value: int) -> Batch:
-        array = getattr(good, name).copy()
-        array.reshape(-1)[index] = value
-        return dataclasses.replace(good, **{name: array})
+    def replaced(name: str, array: IntArray) -> Batch:
+        if name in ("slot_mapping", "block_tables"):
+            return dataclasses.replace(good, groups=(dataclasses.replace(good.groups[0], **{name: array}),))
+        changes: dict[str, Any] = {name: array}
+        return dataclasses.replace(good, **changes)
 
-    for name, limit in (("token_ids", 50), ("positions", 32), ("slot_mapping", 24 * 32), ("logit_rows", 6)):
+    def array_of(name: str) -> IntArray:
+        array: IntArray = getattr(good if hasattr(good, name) else good.groups[0], name)
+        return array.copy()
+
+    def changed(name: str, index: int, value: int) -> Batch:
+        array = array_of(name)
+        array.reshape(-1)[index] = value
+        return replaced(name, array)
+
+    for name, limit in (("token_ids", 50), ("positions", 300), ("slot_mapping", 24 * 32), ("logit_rows", 6)):
         for value in (-1, limit, 2**31 - 1):
             with pytest.raises(ValueError, match=r"Program|attend"):
                 step(changed(name, 1, value))
@@ -374,14 +385,18 @@ def test_a_step_is_checked_once_before_it_runs(program: _native.Program) -> None
         for value in (-1, limit):
             with pytest.raises(ValueError, match="attend"):
                 step(changed(name, 0, value))
-    for name in ("positions", "slot_mapping", "sequence_index"):
+    for name, limit in (("kv_index", 32), ("kv_bounds", 33)):
+        for value in (-1, limit, 2**31 - 1):
+            with pytest.raises(ValueError, match="attend"):
+                step(changed(name, 1, value))
+    for name in ("positions", "kv_index", "kv_bounds", "slot_mapping", "sequence_index"):
         with pytest.raises(ValueError, match="one item a token"):
-            step(dataclasses.replace(good, **{name: getattr(good, name)[:-1]}))
+            step(replaced(name, array_of(name)[:-1]))
     assert np.isfinite(step(good)).all()
     with pytest.raises(ValueError, match="not finished"):
         program.run(
-            good.token_ids, good.positions, good.slot_mapping, good.sequence_index, good.block_tables, good.logit_rows,
-            [], np.empty((3, 41), np.float32), 0, 0, False,
+            good.token_ids, good.positions, good.kv_index, good.kv_bounds, good.sequence_index, good.logit_rows,
+            [good.groups[0].arrays], np.empty((3, 41), np.float32), 0, 0, False,
         )  # fmt: skip
 
 
@@ -397,8 +412,8 @@ def test_a_program_keeps_what_it_needs_alive() -> None:
     others = [Layer(NativeOps(threads=1), "f16") for _ in range(8)]
     out = np.empty_like(wanted)
     program.run(
-        batch.token_ids, batch.positions, batch.slot_mapping, batch.sequence_index, batch.block_tables,
-        batch.logit_rows, [], out, 0, count, False,
+        batch.token_ids, batch.positions, batch.kv_index, batch.kv_bounds, batch.sequence_index,
+        batch.logit_rows, [batch.groups[0].arrays], out, 0, count, False,
     )  # fmt: skip
     same_bits(out, wanted)
     assert others
@@ -410,8 +425,8 @@ def test_eager_ops_treat_what_is_subnormal_as_recorded_ones_do() -> None:
     assert not ops.add(tiny, tiny).any()
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8"])
-def test_recorded_windows(kv_dtype: KVDType) -> None:
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8", "k=int8,v=f16"])
+def test_recorded_windows(kv_dtype: str) -> None:
     """Blocks behind the window belong to nobody: their entries may hold anything."""
     ops = NativeOps(threads=2)
     layer = Layer(ops, kv_dtype, window=40)
@@ -420,6 +435,9 @@ def test_recorded_windows(kv_dtype: KVDType) -> None:
     step = ops.capture(layer.fused)
     same_bits(step(batch), layer.fused(ops, batch))
     later = batch_of([(299, 300)], np.random.default_rng(50), vocab_size=50, num_blocks=24)
-    tables = later.block_tables.copy()
+    tables = later.groups[0].block_tables.copy()
     tables[:, : (300 - 40) // BLOCK_SIZE] = -1
-    same_bits(step(dataclasses.replace(later, block_tables=tables)), layer.fused(ops, later))
+    same_bits(
+        step(dataclasses.replace(later, groups=(dataclasses.replace(later.groups[0], block_tables=tables),))),
+        layer.fused(ops, later),
+    )

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvik.config import KVDType
 from kvik.models.decoder import Decoder
 from kvik.ops.base import Batch
 
 
 def teacher_forced(
-    decoder: Decoder, token_ids: Sequence[int], *, kv_dtype: KVDType = "f16", chunks: Sequence[int] = (512,)
+    decoder: Decoder, token_ids: Sequence[int], *, kv_dtype: str = "f16", chunks: Sequence[int] = (512,)
 ) -> npt.NDArray[np.float32]:
     """Logits after each token, (T, vocab_size), over a KV cache of its own.
 
@@ -30,15 +29,14 @@ def teacher_forced(
     while start < len(ids):
         count = chunks[min(len(parts), len(chunks) - 1)]
         positions = np.arange(start, min(start + count, len(ids)), dtype=np.int32)
-        blocks, offsets = np.divmod(positions, np.int32(spec.block_size))
-        batch = Batch(
+        batch = Batch.in_blocks(
             token_ids=ids[positions],
             positions=positions,
-            slot_mapping=table[blocks] * np.int32(spec.block_size) + offsets,
             sequence_index=np.zeros(len(positions), np.int32),
             block_tables=table[None],
             logit_rows=np.arange(len(positions), dtype=np.int32),
+            num_groups=len(spec.groups),
         )
-        parts.append(decoder.ops.to_numpy(forward(batch.with_windows(len(spec.windows)))))
+        parts.append(decoder.ops.to_numpy(forward(batch)))
         start += count
     return np.concatenate(parts)

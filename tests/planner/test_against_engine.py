@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import Counter
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gguf_files import tiny_llama
 from kvik import LLM, SamplingParams, plan
@@ -17,10 +18,10 @@ from kvik.cache.sizing import choose_pool_size
 from kvik.cache.spec import whole_superblocks
 from kvik.config import TOKEN_BUDGET, KVDType
 from kvik.engine.runner import ModelRunner
-from kvik.ops.native import NativeKVCache
+from kvik.models.spec import DecoderSpec, LayerSpec
+from kvik.ops.native import NativeKVCache, NativeOps
 from kvik.planner import plan as plan_module
 from kvik.planner.memory import kv_memory
-from kvik.planner.shape import LayerGroup
 from kvik.planner.sources import find_shape
 from sequences import new_sequence
 
@@ -59,7 +60,7 @@ def test_the_cache_has_the_planned_bytes_and_serves_the_planned_load(tmp_path: P
     assert isinstance(llm.engine.runner, ModelRunner)
     arrays = llm.engine.runner.kv_arrays
     assert isinstance(arrays, NativeKVCache)
-    assert sum(one.num_bytes for one in arrays.arrays.values()) == planned.kv.num_bytes == llm.cache.num_bytes
+    assert sum(one.num_bytes for one in arrays.arrays) == planned.kv.num_bytes == llm.cache.num_bytes
     assert llm.cache.num_blocks == layers.num_blocks
     assert llm.engine.kv_spec.token_bytes == planned.kv.token_bytes
     assert llm.engine.kv_spec.num_blocks_for(context) * llm.engine.kv_spec.block_bytes == planned.kv.sequence_bytes
@@ -121,12 +122,12 @@ def test_layers_with_a_window_take_what_the_engine_gives_them(tmp_path: Path, co
     path = tiny_llama(tmp_path / "tiny.gguf", extra_metadata=window, context_length=401)
     planned = plan(str(path), context=context, users=users)
     (layers,) = planned.kv.layers
-    assert (layers.kind, layers.window) == ("sliding", 40)
+    assert (layers.kind, layers.window) == ("window", 40)
     llm = LLM(str(path), threads=1, context=context + 1, kv_memory=planned.kv.num_bytes)
     assert isinstance(llm.engine.runner, ModelRunner)
     arrays = llm.engine.runner.kv_arrays
     assert isinstance(arrays, NativeKVCache)
-    assert sum(one.num_bytes for one in arrays.arrays.values()) == planned.kv.num_bytes == llm.cache.num_bytes
+    assert sum(one.num_bytes for one in arrays.arrays) == planned.kv.num_bytes == llm.cache.num_bytes
     prompts = [[3 + (index * 7 + user) % 200 for index in range(context)] for user in range(users)]
     done = llm.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
     assert {one.stats.kv_bytes for one in done} <= set(range(planned.kv.sequence_bytes, planned.kv.num_bytes + 1))
@@ -143,12 +144,8 @@ def test_windows_and_others_in_one_budget() -> None:
     rng = random.Random(5)
     for _ in range(200):
         windows = tuple(rng.choice((None, 24, 100, 4096)) for _ in range(rng.randint(1, 8)))
-        spec = KVCacheSpec(len(windows), 2, 16, "f16", layer_windows=windows)
-        counts = Counter(windows)
-        groups = tuple(
-            LayerGroup("sliding" if window else "full", count, 2, 16, window) for window, count in counts.items()
-        )
-        shape = dataclasses.replace(find_shape("smollm2-135m"), groups=groups, num_layers=len(windows))
+        spec = KVCacheSpec.uniform(len(windows), 2, 16, "f16", layer_windows=windows)
+        shape = dataclasses.replace(find_shape("smollm2-135m"), groups=spec.groups, num_layers=len(windows))
         context, users = rng.randint(1, 5000), rng.randint(1, 20)
         planned = kv_memory(shape, "f16", context, users=users)
         blocks = whole_superblocks(users * spec.num_blocks_for(context))
@@ -157,3 +154,49 @@ def test_windows_and_others_in_one_budget() -> None:
         assert planned.sequence_bytes == spec.held_bytes(context)
         if spec.block_bytes:
             assert spec.pool_size_within(planned.num_bytes, **load).num_blocks == blocks
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> DecoderSpec:
+    """Layers of any windows and head shapes, of which some read what an earlier one keeps."""
+    layers: list[LayerSpec] = []
+    for _ in range(draw(st.integers(1, 7))):
+        own: list[int] = [at for at, layer in enumerate(layers) if layer.kv_from is None]
+        if own and draw(st.sampled_from((False, True))):
+            at = draw(st.sampled_from(own))
+            layers.append(dataclasses.replace(layers[at], kv_from=at))
+            continue
+        window, num_kv_heads = draw(st.sampled_from((None, 24, 100, 700))), draw(st.sampled_from((None, 1, 4)))
+        layers.append(LayerSpec(None, window, num_kv_heads, draw(st.sampled_from((None, 8, 64)))))
+    spec = DecoderSpec(
+        architecture="llama", hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16,
+        vocab_size=50, context_length=5000, layers=tuple(layers), tied_head=True, norm_eps=1e-5,
+    )  # fmt: skip
+    assert spec.problem() is None
+    return spec
+
+
+@given(
+    mixtures(),
+    st.sampled_from((*get_args(KVDType), "k=int8,v=f16", "k=f32,v=int8")),
+    st.integers(1, 3000),
+    st.integers(1, 20),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_mixture_of_groups_takes_what_is_planned(
+    decoder: DecoderSpec, dtype: str, context: int, users: int
+) -> None:
+    """Of head shapes, windows, keys unlike values, and layers that share: the bytes of the arrays."""
+    spec, f16 = decoder.kv_spec(dtype), decoder.kv_spec("f16")
+    shape = dataclasses.replace(
+        find_shape("smollm2-135m"), groups=f16.groups, shared_layers=f16.shared, num_layers=decoder.num_layers
+    )
+    planned = kv_memory(shape, dtype, context, users=users)
+    blocks = whole_superblocks(users * spec.num_blocks_for(context))
+    size = spec.pool_size(blocks, context=context, step_tokens=TOKEN_BUDGET, max_running=64)
+    arrays = NativeOps(threads=1).allocate_kv(spec, size.group_blocks)
+    assert planned.dtype == dtype
+    assert planned.num_bytes == sum(one.num_bytes for one in arrays.arrays) == spec.pool_bytes(size)
+    assert planned.num_bytes == sum(layer.num_bytes for layer in planned.layers)
+    assert sum(layer.num_layers for layer in planned.layers) + len(spec.shared) == decoder.num_layers == len(arrays)
+    assert (planned.sequence_bytes, planned.token_bytes) == (spec.held_bytes(context), spec.token_bytes)

@@ -115,7 +115,7 @@ def test_its_bytes_a_token_follow_from_its_heads(entry: dict[str, Any]) -> None:
             token = entry["full_layers"] * 2 * heads * (dim * item_bytes + scale_bytes)
             head_bytes = entry["head_dim"] * item_bytes + scale_bytes
             token += entry["windowed_layers"] * 2 * entry["kv_heads"] * head_bytes
-        assert shape.token_bytes(dtype) == token  # type: ignore[arg-type]
+        assert shape.token_bytes(dtype) == token
     assert shape.kv_dtypes == KV_DTYPES
 
 

@@ -75,7 +75,7 @@ def test_a_window_bounds_what_is_kept() -> None:
 def test_layers_without_keys_cost_nothing_per_token() -> None:
     kv = kv_memory(shape_named("qwen3-next-80b-a3b"), "f16", 4096)
     assert [(layer.kind, layer.num_layers, layer.token_bytes) for layer in kv.layers] == [
-        ("full", 12, 24_576), ("none", 36, 0),
+        ("full", 12, 24_576), ("state", 36, 0),
     ]  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def test_what_a_shared_prefix_saves() -> None:
 def test_where_the_next_doubling_goes() -> None:
     (sentence,) = [one for one in advice(plan("gemma-3-27b", context=32_768)) if "Doubling" in one]
     assert "another 2.68 GB in 10 full layers" in sentence
-    assert "52 sliding 1,024 layers need nothing" in sentence
+    assert "52 window 1,024 layers need nothing" in sentence
 
 
 # What is refused.

@@ -106,7 +106,7 @@ def server(tiny_llm: LLM) -> Iterator[KeptServer]:
 
 def assert_told(watch: Watching, server: KeptServer) -> None:
     cache = server.engine.cache
-    pools = [cache.pool, *(group.pool for group in cache.windows)]
+    pools = [cache.pool, *(group.pool for group in cache.twins.groups)]
     assert watch.states == [bytearray(state_of(pool, at) for at in range(pool.num_blocks)) for pool in pools]
     (told,) = server.caller().get("/v1/cache")["models"]
     assert watch.counters["held_blocks"] == told["blocks"]["held"]

@@ -28,7 +28,7 @@ def test_the_figures_are_those_of_the_planner(
     query = urlencode({"model": model, "context": context, "users": users, "kv": kv})
     told = server.caller().get(f"/v1/plan?{query}")
     memory = told["bytes"]["memory"]
-    wanted = plan(model, context=context, users=users, kv=kv, memory=memory)  # type: ignore[arg-type]
+    wanted = plan(model, context=context, users=users, kv=kv, memory=memory)
     assert told["bytes"]["kv"] == wanted.kv.num_bytes
     assert told["bytes"]["needed"] == wanted.needed_bytes
     assert wanted.fit is not None
@@ -37,7 +37,7 @@ def test_the_figures_are_those_of_the_planner(
     if told["doubled"] is None:
         assert 2 * context > wanted.model.max_context
     else:
-        twice = plan(model, context=2 * context, users=users, kv=kv)  # type: ignore[arg-type]
+        twice = plan(model, context=2 * context, users=users, kv=kv)
         assert told["doubled"] == {"context": 2 * context, "more_bytes": twice.kv.num_bytes - wanted.kv.num_bytes}
 
 

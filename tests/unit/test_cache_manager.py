@@ -14,8 +14,8 @@ SIZE = 4
 
 
 def manager(num_blocks: int, *, prefix_cache: bool = True) -> CacheManager:
-    spec = KVCacheSpec(num_layers=2, num_kv_heads=1, head_dim=8, dtype="f16", block_size=SIZE)
-    return CacheManager(spec, num_blocks, prefix_cache=prefix_cache)
+    spec = KVCacheSpec.uniform(num_layers=2, num_kv_heads=1, head_dim=8, dtype="f16", block_size=SIZE)
+    return CacheManager(spec, spec.pool_size_for(num_blocks, 1, 1), prefix_cache=prefix_cache)
 
 
 def run(start: int, count: int) -> list[int]:

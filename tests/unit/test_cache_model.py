@@ -57,8 +57,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        spec = KVCacheSpec(num_layers=1, num_kv_heads=1, head_dim=8, dtype="f16", block_size=SIZE)
-        self.cache = CacheManager(spec, NUM_BLOCKS)
+        spec = KVCacheSpec.uniform(num_layers=1, num_kv_heads=1, head_dim=8, dtype="f16", block_size=SIZE)
+        self.cache = CacheManager(spec, spec.pool_size_for(NUM_BLOCKS, 1, 1))
         self.content: dict[tuple[int, int], History] = {}  # (block, slot)
         self.running: list[Running] = []
         self.pins: list[Pin] = []

@@ -185,7 +185,7 @@ BAD_SAMPLING: dict[str, list[Any]] = {
 GOOD_ENGINE: dict[str, list[Any]] = {
     "activations": ["int8", "int16"],
     "weights": [None, "q8", "q4"],
-    "kv_dtype": ["f16", "f32", "int8"],
+    "kv_dtype": ["f16", "f32", "int8", "k=int8,v=f16", "k=f16,v=f32"],
     "context": [None, 2, 4096, MAX_TOKENS],
     "threads": [None, 1, 256],
     "token_budget": [1, 512, 1 << 20],
@@ -199,7 +199,7 @@ GOOD_ENGINE: dict[str, list[Any]] = {
 BAD_ENGINE: dict[str, list[Any]] = {
     "activations": ["", "int4", "INT8", None, 8, b"int8", ["int8"]],
     "weights": ["", "q4_0", "Q8", 8, ["q8"], True],
-    "kv_dtype": ["", "q8", "fp16", None, 16, ["f16"]],
+    "kv_dtype": ["", "q8", "fp16", None, 16, ["f16"], "k=f16", "k=f16,v=q8", "k=f16,v=f16,", "v=f16,k=f16"],
     "context": [-1, 0, 1, *NOT_INTEGERS[1:]],
     "threads": [-1, 0, 257, *NOT_INTEGERS[1:]],
     "token_budget": [-1, 0, (1 << 20) + 1, *NOT_INTEGERS],
@@ -306,6 +306,7 @@ def test_scalars_of_numpy_are_kept_as_python_s_own(field: str, value: Any, plain
         ("kv_memory", np.str_("1KiB"), 1024),
         ("kv_memory", np.str_("auto"), "auto"),
         ("prefix_cache", np.bool_(False), False),
+        ("kv_dtype", "k=int8,v=int8", "int8"),
         ("kv_dtype", np.str_("int8"), "int8"),
         ("weights", np.str_("q8"), "q8"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import get_args
 
 import pytest
@@ -14,8 +13,8 @@ from kvik.errors import InvalidInput
 
 pytestmark = pytest.mark.tiny
 
-SMOLLM2 = KVCacheSpec(num_layers=30, num_kv_heads=3, head_dim=64, dtype="f16")
-LLAMA_3_8B = KVCacheSpec(num_layers=32, num_kv_heads=8, head_dim=128, dtype="f16")
+SMOLLM2 = KVCacheSpec.uniform(num_layers=30, num_kv_heads=3, head_dim=64, dtype="f16")
+LLAMA_3_8B = KVCacheSpec.uniform(num_layers=32, num_kv_heads=8, head_dim=128, dtype="f16")
 
 
 def test_bytes_of_known_models() -> None:
@@ -26,21 +25,21 @@ def test_bytes_of_known_models() -> None:
 
 
 def test_float32_takes_twice_the_bytes_of_float16() -> None:
-    wide = dataclasses.replace(SMOLLM2, dtype="f32")
+    wide = SMOLLM2.with_dtype("f32")
     assert wide.token_bytes == 2 * SMOLLM2.token_bytes
     assert wide.block_bytes == 2 * SMOLLM2.block_bytes
 
 
 def test_int8_counts_its_scales() -> None:
-    small = dataclasses.replace(SMOLLM2, dtype="int8")
+    small = SMOLLM2.with_dtype("int8")
     assert small.token_bytes == 30 * 3 * 2 * (64 + 4)
     assert small.block_bytes == 32 * small.token_bytes
 
 
 def test_int8_refuses_heads_whose_integer_scores_could_overflow() -> None:
-    assert KVCacheSpec(1, 1, 512, "int8").token_bytes == 2 * 516
+    assert KVCacheSpec.uniform(1, 1, 512, "int8").token_bytes == 2 * 516
     with pytest.raises(InvalidInput, match="a head_dim up to 512, the model has 520"):
-        KVCacheSpec(1, 1, 520, "int8")
+        KVCacheSpec.uniform(1, 1, 520, "int8")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def test_blocks_for_a_number_of_tokens(num_tokens: int, blocks: int, pool_blocks
 def test_blocks_within_a_number_of_bytes(superblocks: int, spare_bytes: int, blocks: int) -> None:
     num_bytes = superblocks * 8 * SMOLLM2.block_bytes + spare_bytes
     size = SMOLLM2.pool_size_within(num_bytes, context=2048, step_tokens=512, max_running=64)
-    assert size == PoolSize(blocks)
+    assert size == PoolSize(blocks, (blocks,))
     assert SMOLLM2.pool_bytes(size) <= num_bytes
 
 
@@ -71,8 +70,8 @@ def test_the_block_size_is_the_kernels_own() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 8), (2, 3, 40), (30, 3, 64), (4, 8, 128)])
 @pytest.mark.parametrize("num_tokens", [1, 256, 300, 2048])
 def test_the_figure_is_what_the_engine_allocates(num_tokens: int, shape: tuple[int, int, int], dtype: KVDType) -> None:
-    spec = KVCacheSpec(*shape, dtype)
+    spec = KVCacheSpec.uniform(*shape, dtype)
     num_blocks = spec.pool_blocks_for(num_tokens)
     num_layers, num_kv_heads, head_dim = shape
-    arrays = _native.KVArrays(num_layers, num_blocks, num_kv_heads, head_dim, dtype)
+    arrays = _native.KVArrays(num_layers, num_blocks, num_kv_heads, head_dim, dtype, dtype)
     assert arrays.num_bytes == num_blocks * spec.block_bytes

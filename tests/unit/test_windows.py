@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvik.cache import BlockTable, CacheManager, KVCacheSpec, MissReason, WindowSpec, packed
+from kvik.cache import BlockTable, CacheManager, KVCacheSpec, MissReason, PoolSize, packed
 
 pytestmark = pytest.mark.tiny
 
@@ -14,8 +14,14 @@ SIZE = 4  # tokens of a block
 
 
 def manager(*windows: int | None, num_blocks: int = 32, window_blocks: int = 32) -> CacheManager:
-    spec = KVCacheSpec(len(windows), 1, 8, "f16", SIZE, windows)
-    return CacheManager(spec, num_blocks, window_blocks=[window_blocks] * len(spec.windows))
+    spec = KVCacheSpec.uniform(len(windows), 1, 8, "f16", SIZE, windows)
+    return CacheManager(
+        spec, PoolSize(num_blocks, tuple(num_blocks if group.keeps_all else window_blocks for group in spec.groups))
+    )
+
+
+def one_layer(window: int) -> KVCacheSpec:
+    return KVCacheSpec.uniform(1, 1, 8, "f16", SIZE, (window,))
 
 
 def advance(cache: CacheManager, table: BlockTable, tokens: list[int], start: int, end: int) -> None:
@@ -46,27 +52,27 @@ def run(start: int, count: int) -> list[int]:
     ("window", "tokens", "first"), [(1, 8, 2), (4, 8, 1), (5, 8, 1), (6, 8, 0), (9, 8, 0), (5, 0, 0)]
 )
 def test_the_first_block_that_the_next_token_sees(window: int, tokens: int, first: int) -> None:
-    assert WindowSpec(window, 1, 1, SIZE).first_block(tokens) == first
+    assert one_layer(window).first_block(0, tokens) == first
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_step_holds_more_than_the_most(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(300):
-        spec = WindowSpec(rng.randint(1, 40), 1, 1, SIZE)
+        spec = one_layer(rng.randint(1, 40))
         step, computed_tokens = rng.randint(1, 30), rng.randint(0, 100)
         end = computed_tokens + rng.randint(1, step)
-        held = -(-end // SIZE) - spec.first_block(computed_tokens)
-        assert held <= spec.num_blocks_for(end, step), f"seed {seed}: {spec}, {computed_tokens} ... {end}"
+        held = -(-end // SIZE) - spec.first_block(0, computed_tokens)
+        assert held <= spec.max_group_blocks(0, end, step), f"seed {seed}: {spec}, {computed_tokens} ... {end}"
 
 
 def test_a_table_holds_its_window_and_no_more() -> None:
     cache = manager(None, 6)
     table = computed(cache, run(0, 40))
     assert len(table.block_ids) == 10
-    (window,) = table.windows
+    (window,) = table.twins.values()
     assert (window.first, len(window.block_ids)) == (8, 2)  # the next token, 40, sees 35 ... 40
-    (group,) = cache.windows
+    (group,) = cache.twins.groups
     assert group.pool.num_held == 2
     assert group.pool.num_reusable == 8, "the others are kept for whoever begins alike, as long as nobody needs them"
     assert cache.held_bytes(table) == cache.spec.held_bytes(40) == 10 * 128 + 2 * 128
@@ -89,15 +95,15 @@ def test_a_hit_brings_the_blocks_of_the_window() -> None:
     assert (match.num_tokens, match.miss_reason) == (36, MissReason.DIFFERS)
     second = cache.new_table()
     assert cache.adopt(second, [*run(0, 36), 99, 99], match) == 36
-    assert second.windows[0].first == 7  # token 36 sees 31 ... 36
-    assert second.windows[0].block_ids[1:] == first.windows[0].block_ids[:1]
+    assert second.twins[1].first == 7  # token 36 sees 31 ... 36
+    assert second.twins[1].block_ids[1:] == first.twins[1].block_ids[:1]
     cache.check([first, second])
 
 
 def test_a_hit_needs_every_block_of_the_window() -> None:
     cache = manager(None, 6)
     cache.release(computed(cache, run(0, 40)))
-    (group,) = cache.windows
+    (group,) = cache.twins.groups
     twins = [group.twin_of(block_id) for block_id in cache.match(run(0, 41)).block_ids]
     assert None not in twins
 
@@ -128,7 +134,7 @@ def test_a_hit_needs_every_block_of_the_window() -> None:
 def test_a_hit_ends_before_the_gap() -> None:
     cache = manager(None, 6, window_blocks=32)
     cache.release(computed(cache, run(0, 40)))
-    (group,) = cache.windows
+    (group,) = cache.twins.groups
     block_ids = cache.match(run(0, 41)).block_ids
     group.forget(block_ids[8])
     found = cache.match(run(0, 41))
@@ -141,7 +147,7 @@ def test_a_hit_ends_before_the_gap() -> None:
 def test_two_windows_cut_to_what_both_have() -> None:
     cache = manager(6, 14, None)
     cache.release(computed(cache, run(0, 40)))
-    narrow, wide = cache.windows
+    narrow, wide = cache.twins.groups
     assert (narrow.spec.window, wide.spec.window) == (6, 14)
     block_ids = cache.match(run(0, 41)).block_ids
     wide.forget(block_ids[7])  # tokens 28 ... 31, which 41 of 14 tokens sees
@@ -160,20 +166,20 @@ def test_the_same_block_computed_twice_is_known_once() -> None:
         cache.seal(table, run(0, 8), 8)
         cache.slide(table, 8)
     assert first.block_ids == second.block_ids
-    assert first.windows[0].block_ids == second.windows[0].block_ids
+    assert first.twins[1].block_ids == second.twins[1].block_ids
     cache.check([first, second])
-    assert cache.windows[0].pool.num_held == 2
+    assert cache.twins.groups[0].pool.num_held == 2
 
 
 def test_a_lost_twin_comes_back_from_whoever_computes_it_again() -> None:
     cache = manager(None, 100)
     cache.release(computed(cache, run(0, 8)))
-    (group,) = cache.windows
+    (group,) = cache.twins.groups
     block_ids = cache.match(run(0, 9)).block_ids
     group.forget(block_ids[0])
     table = computed(cache, run(0, 9))
     assert table.block_ids[:2] == block_ids
-    assert group.twin_of(block_ids[0]) == table.windows[0].block_ids[0]
+    assert group.twin_of(block_ids[0]) == table.twins[1].block_ids[0]
     cache.check([table])
 
 
@@ -186,7 +192,7 @@ def test_a_copy_before_writing_is_made_in_every_group() -> None:
     assert copies is not None
     assert [copy.group for copy in copies] == [0, 1]
     assert copies[0][:2] == (first.block_ids[-1], second.block_ids[-1])
-    assert copies[1][:2] == (first.windows[0].block_ids[-1], second.windows[0].block_ids[-1])
+    assert copies[1][:2] == (first.twins[1].block_ids[-1], second.twins[1].block_ids[-1])
     cache.check([first, second])
     cache.end_copies()
     cache.check([first, second])
@@ -198,10 +204,10 @@ def test_going_back_is_possible_as_far_as_the_window_was_kept() -> None:
     table = computed(cache, run(0, 40))
     assert [tokens for tokens in range(41) if cache.can_go_back(table, tokens)] == [37, 38, 39, 40]
     cache.release(table, 38)
-    assert table.windows[0].first == 8
+    assert table.twins[1].first == 8
     advance(cache, table, [*run(0, 38), 7, 7], 38, 40)
     cache.release(table)
-    assert table.windows[0].block_ids == []
+    assert table.twins[1].block_ids == []
     cache.check([table])
 
 
@@ -209,7 +215,7 @@ def test_shortage_in_a_window_is_not_now() -> None:
     cache = manager(None, 6, window_blocks=3)
     table = cache.new_table()
     assert cache.reserve(table, 13, 0) is None
-    assert (table.block_ids, table.windows[0].block_ids) == ([], [])
+    assert (table.block_ids, table.twins[1].block_ids) == ([], [])
     assert cache.reserve(table, 12, 0) == []
     cache.check([table])
 
@@ -223,7 +229,7 @@ def test_a_block_written_where_it_lies_takes_those_behind_it_out_of_the_tree() -
     assert cache.adopt(table, tokens, cache.match(tokens)) == 10
     others = [cache.new_table(), cache.new_table()]
     assert [cache.reserve(other, 1, 0) for other in others] == [[], []]
-    assert not cache.windows[0].pool.num_available
+    assert not cache.twins.groups[0].pool.num_available
     assert cache.reserve(table, 11, 10) == []
     cache.check([table, *others])
     assert len(cache.tree) == 2
@@ -252,7 +258,7 @@ def test_pins_hold_what_a_hit_needs() -> None:
     table = computed(cache, run(0, 20), step=2)
     pin = cache.keep(table, packed(run(0, 20)), is_pinned=True)
     cache.release(table)
-    (group,) = cache.windows
+    (group,) = cache.twins.groups
     other = computed(cache, run(50, 20), step=2)  # takes all twins that nobody holds
     assert cache.match(run(0, 21)).num_tokens == 20
     assert cache.num_blocks_within_reach(cache.match([99])) == 32 - 5
@@ -273,10 +279,10 @@ def test_pins_that_leave_too_little_of_a_window_limit_what_can_come() -> None:
 
 
 def test_no_window_costs_nothing() -> None:
-    spec = KVCacheSpec(4, 2, 16, "f16")
-    assert spec.windows == ()
-    assert spec.groups == (0,) * 4
-    assert KVCacheSpec(4, 2, 16, "f16", layer_windows=(None,) * 4).windows == ()
+    spec = KVCacheSpec.uniform(4, 2, 16, "f16")
+    assert spec.sliding_groups == ()
+    assert spec.layer_groups == (0,) * 4
+    assert KVCacheSpec.uniform(4, 2, 16, "f16", layer_windows=(None,) * 4) == spec
     assert spec.held_bytes(100) == 4 * spec.block_bytes
 
 
@@ -284,9 +290,9 @@ def test_a_pin_reaches_back_from_its_last_full_block() -> None:
     """The table itself has gone on, and given back a block that the first token behind the pinned ones sees."""
     cache = manager(None, 6, window_blocks=8)
     table = computed(cache, run(0, 23), step=2)
-    (group,) = cache.windows
+    (group,) = cache.twins.groups
     num_full = table.num_sealed * 4
-    assert table.windows[0].first > group.spec.first_block(num_full)
+    assert table.twins[1].first > group.first_block(num_full)
     pin = cache.keep(table, packed(run(0, 23)), is_pinned=True)
     cache.release(table)
     taken = group.take(group.pool.num_available, None)  # others need all twins that nobody holds

@@ -3,9 +3,9 @@
 from kvik.cache.block_pool import BlockPool
 from kvik.cache.manager import CacheManager
 from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
-from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize, WindowSpec
-from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold, packed
-from kvik.cache.windows import WindowGroup, WindowTable
+from kvik.cache.spec import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, GroupSpec, KVCacheSpec, PoolSize, VectorFormat
+from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold, TwinTable, packed
+from kvik.cache.twins import TwinGroup, Twins
 
 __all__ = [
     "BLOCKS_PER_SUPERBLOCK",
@@ -16,6 +16,7 @@ __all__ = [
     "BlockTable",
     "CacheManager",
     "CacheStats",
+    "GroupSpec",
     "HeldMatch",
     "Hold",
     "KVCacheSpec",
@@ -24,8 +25,9 @@ __all__ = [
     "Namespace",
     "PoolSize",
     "RadixTree",
-    "WindowGroup",
-    "WindowSpec",
-    "WindowTable",
+    "TwinGroup",
+    "TwinTable",
+    "Twins",
+    "VectorFormat",
     "packed",
 ]

@@ -8,10 +8,20 @@ from itertools import chain
 from weakref import WeakSet
 
 from kvik.cache.block_pool import BlockPool
-from kvik.cache.radix import Match, MissReason, Namespace, RadixTree, common_bytes
-from kvik.cache.spec import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
-from kvik.cache.tables import BlockCopy, BlockEvents, BlockTable, CacheStats, HeldMatch, Hold, packed
-from kvik.cache.windows import WindowGroup, WindowTable
+from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
+from kvik.cache.spec import KVCacheSpec, PoolSize
+from kvik.cache.tables import (
+    BlockCopy,
+    BlockEvents,
+    BlockTable,
+    CacheStats,
+    HeldMatch,
+    Hold,
+    TwinTable,
+    held_match,
+    packed,
+)
+from kvik.cache.twins import Twins, check_accounts
 
 IDLE_TICKS = 256
 """Steps after which memory that nobody uses goes back to the system."""
@@ -30,27 +40,23 @@ class CacheManager:
     def __init__(
         self,
         spec: KVCacheSpec,
-        num_blocks: int,
+        size: PoolSize,
         *,
-        window_blocks: Sequence[int] = (),
         prefix_cache: bool = True,
         step_tokens: int = 1,
     ) -> None:
         self.spec = spec
-        self._block_bytes = spec.block_bytes  # which the spec adds up from its layers each time
         self.step_tokens = step_tokens  # most that a step computes of one sequence
         self.prefix_cache = prefix_cache
         self.stats = CacheStats()
         self.events: BlockEvents | None = None  # noted where somebody watches
         self._tables: WeakSet[BlockTable] = WeakSet()  # of sequences and holds
-        self._size = (num_blocks, tuple(window_blocks))
+        self.size = size
         self._begin_empty()
 
     def _begin_empty(self) -> None:
-        num_blocks, window_blocks = self._size
-        groups = zip(self.spec.windows, window_blocks, strict=True)
-        self.pool = BlockPool(num_blocks)
-        self.windows = [WindowGroup(window, count) for window, count in groups]
+        self.pool = BlockPool(self.size.num_blocks)
+        self.twins = Twins(self.spec, self.size, self.pool)
         self.tree = RadixTree(self.spec.block_size)
         self.holds: dict[Hold, None] = {}  # the oldest first
         self._claimed: dict[int, BlockTable] = {}
@@ -64,19 +70,19 @@ class CacheManager:
             hold.tokens, hold.is_over = b"", True
         for table in self._tables.copy():
             table.block_ids, table.num_sealed, table.claims = [], 0, []
-            table.windows = [WindowTable() for _ in self.spec.windows]
+            table.twins = self.twins.new()
         self._begin_empty()
 
     # A sequence's life, in order.
 
     def new_table(self, salt: str | None = None) -> BlockTable:
         """No blocks yet. Nothing is shared between tables of different salts."""
-        return self._table(Namespace(self.spec.dtype, salt), [], 0, [WindowTable() for _ in self.windows])
+        return self._table(Namespace(self.spec.dtype, salt), [], 0, self.twins.new())
 
     def _table(
-        self, namespace: Namespace, block_ids: list[int], num_sealed: int, windows: list[WindowTable]
+        self, namespace: Namespace, block_ids: list[int], num_sealed: int, twins: dict[int, TwinTable]
     ) -> BlockTable:
-        table = BlockTable(namespace, block_ids, num_sealed, windows=windows)
+        table = BlockTable(namespace, block_ids, num_sealed, twins=twins)
         self._tables.add(table)
         return table
 
@@ -89,7 +95,7 @@ class CacheManager:
         tokens = packed(token_ids[:-1])
         found = Match(namespace, [], MissReason.OFF, 0, None, None)
         if self.prefix_cache:
-            found = self._within_windows(self.tree.match(tokens, namespace))
+            found = self._within_twins(self.tree.match(tokens, namespace))
         held = self._held_match(hold, tokens, namespace) if hold is not None else None
         if held is not None and held.num_cached_tokens > found.num_cached_tokens:
             return held
@@ -97,33 +103,20 @@ class CacheManager:
 
     def _held_match(self, hold: Hold, tokens: bytes, namespace: Namespace) -> HeldMatch | None:
         """What a hold has of the tokens, if they can be gone on from."""
-        num_common = common_bytes(tokens, 0, hold.tokens) // 4
-        is_known = hold in self.holds and hold.table.namespace == namespace
-        if not num_common or not is_known or not self.can_go_back(hold.table, num_common):
+        if hold not in self.holds or hold.table.namespace != namespace:
             return None
-        num_whole, num_more = divmod(num_common, self.spec.block_size)
-        tail = (hold.table.block_ids[num_whole], num_more) if num_more else None
-        if 4 * num_common == len(tokens):
-            reason = MissReason.ALL
-        elif num_common < hold.num_tokens:
-            reason = MissReason.DIFFERS
-        elif len(tokens) // 4 - num_whole * self.spec.block_size < self.spec.block_size:
-            reason = MissReason.SHORT
-        else:
-            reason = MissReason.UNSEEN
-        num_tokens = num_whole * self.spec.block_size
-        return HeldMatch(namespace, hold.table.block_ids[:num_whole], reason, num_tokens, tail, None, hold)
+        found = held_match(hold, tokens, self.spec.block_size)
+        return found if found is not None and self.can_go_back(hold.table, found.num_cached_tokens) else None
 
-    def _within_windows(self, match: Match) -> Match:
-        """As much of the match as can be gone on from: layers with a window need the twins that it reaches back to."""
-        if all(group.usable(_ids_of(match), match.num_cached_tokens) == len(_ids_of(match)) for group in self.windows):
+    def _within_twins(self, match: Match) -> Match:
+        """As much of the match as every group can go on from: those that slide need the twins that are seen from it."""
+        if not self.twins.groups:
+            return match
+        block_ids = _ids_of(match)
+        if self.twins.usable(block_ids, match.num_cached_tokens) == len(block_ids):
             return match
         block_ids = match.block_ids
-        while block_ids:
-            num_tokens = len(block_ids) * self.spec.block_size
-            count = min(group.usable(block_ids, num_tokens) for group in self.windows)
-            if count == len(block_ids):
-                break
+        while (count := self.twins.usable(block_ids, len(block_ids) * self.spec.block_size)) < len(block_ids):
             block_ids = block_ids[:count]
         # Who computes the next block again is not waited for: it is in the tree already.
         num_tokens = len(block_ids) * self.spec.block_size
@@ -145,13 +138,13 @@ class CacheManager:
         if isinstance(match, HeldMatch):
             held = self.fork(match.hold.table, match.hold.num_tokens)
             self.release(held, match.num_cached_tokens)
-            table.block_ids, table.num_sealed, table.windows = held.block_ids, held.num_sealed, held.windows
-            held.block_ids, held.windows = [], []
+            table.block_ids, table.num_sealed, table.twins = held.block_ids, held.num_sealed, held.twins
+            held.block_ids, held.twins = [], self.twins.new()
             return match.num_cached_tokens
         table.block_ids = _ids_of(match)
         table.num_sealed = len(match.block_ids)
         self.pool.hold(table.block_ids)
-        table.windows = [group.adopt(table.block_ids, match.num_cached_tokens) for group in self.windows]
+        self.twins.adopt(table, match.num_cached_tokens)
         if self.prefix_cache:
             self._claim(table, token_ids, match)
         return match.num_cached_tokens
@@ -183,13 +176,11 @@ class CacheManager:
         count = self.num_missing(table, num_tokens)
         if count == 0:
             return []
-        if not self._windows_have(count):
-            return None
-        taken = self._take(count, block_ids[-1] if block_ids else None)
+        taken = self._take(count, block_ids[-1] if block_ids else None) if self.twins.has(count) else None
         if taken is None:
             return None
         block_ids += taken
-        self._extend_windows(table, count)
+        self.twins.extend(table, count)
         return []
 
     def end_copies(self) -> None:
@@ -216,8 +207,7 @@ class CacheManager:
                 self.pool.hold([sealed])
                 self.pool.release([mine])
                 table.block_ids[index] = sealed
-            for group, window in zip(self.windows, table.windows, strict=True):
-                group.seal(window, index, sealed)
+            self.twins.seal(table, index, sealed)
             table.num_sealed += 1
             if table.claims:
                 self._unclaim(table, table.claims.pop())
@@ -233,8 +223,7 @@ class CacheManager:
         self._drop_open(table.namespace, previous, key)
         if self.tree.append_open(table.namespace, previous, key, block_id):
             self.pool.name(block_id)
-            for group, window in zip(self.windows, table.windows, strict=True):
-                group.seal(window, index, block_id)
+            self.twins.seal(table, index, block_id)
 
     def _drop_open(self, namespace: Namespace, previous: int | None, key: bytes) -> None:
         """Forget the open block that one with these tokens makes needless; who holds it keeps it."""
@@ -244,21 +233,15 @@ class CacheManager:
 
     def slide(self, table: BlockTable, num_computed_tokens: int) -> None:
         """Give back what has left the windows of a table with so many tokens computed."""
-        for group, window in zip(self.windows, table.windows, strict=True):
-            group.slide(window, num_computed_tokens)
+        self.twins.slide(table, num_computed_tokens)
 
     def can_go_back(self, table: BlockTable, num_tokens: int) -> bool:
         """Whether the table still has what the token behind its first `num_tokens` sees in every window."""
-        return all(
-            window.first <= group.spec.first_block(num_tokens)
-            for group, window in zip(self.windows, table.windows, strict=True)
-        )
+        return self.twins.reach(table, num_tokens)
 
     def held_bytes(self, table: BlockTable) -> int:
         """Bytes of the blocks that a table names, in all layers."""
-        windows = zip(self.windows, table.windows, strict=True)
-        held = sum(len(window.block_ids) * group.spec.block_bytes for group, window in windows) if self.windows else 0
-        return len(table.block_ids) * self._block_bytes + held
+        return len(table.block_ids) * self.spec.block_bytes + self.twins.held_bytes(table)
 
     def fork(self, table: BlockTable, num_computed_tokens: int) -> BlockTable:
         """Another table over the same blocks; whichever writes into the last one first gets a copy of it.
@@ -267,15 +250,15 @@ class CacheManager:
         """
         assert len(table.block_ids) == self.spec.num_blocks_for(num_computed_tokens)
         self.pool.hold(table.block_ids)
-        return self._table(table.namespace, list(table.block_ids), table.num_sealed, self._hold_windows(table.windows))
+        twins = self.twins.hold(table, len(table.block_ids))
+        return self._table(table.namespace, list(table.block_ids), table.num_sealed, twins)
 
     def release(self, table: BlockTable, num_kept_tokens: int = 0) -> None:
         """Give back the blocks behind the first `num_kept_tokens` tokens; sealed ones stay in the tree for a while."""
         num_kept = self.spec.num_blocks_for(num_kept_tokens)
         self.pool.release(table.block_ids[num_kept:])
         del table.block_ids[num_kept:]
-        for group, window in zip(self.windows, table.windows, strict=True):
-            group.cut(window, num_kept)
+        self.twins.cut(table, num_kept)
         table.num_sealed = min(table.num_sealed, num_kept_tokens // self.spec.block_size)
         self.withdraw_claims(table)
 
@@ -299,18 +282,13 @@ class CacheManager:
             num_sealed, num_tokens = table.num_sealed, table.num_sealed * self.spec.block_size
             if num_pinned_tokens is not None:
                 num_sealed = min(num_sealed, num_pinned_tokens // self.spec.block_size)
-                num_tokens = num_sealed * self.spec.block_size if self.windows else num_pinned_tokens
+                num_tokens = num_sealed * self.spec.block_size if self.twins.groups else num_pinned_tokens
             block_ids = table.block_ids[: self.spec.num_blocks_for(num_tokens)]
             self.pool.hold(block_ids)
             self._pin_counts.update(block_ids)
             tokens = tokens[: 4 * num_tokens]
-            windows = self._hold_windows(table.windows, num_sealed)
-            for index, group in enumerate(self.windows):
-                # What goes on from the last full block sees further back than the table does, if it is still known.
-                if group.usable(block_ids, num_tokens) == len(block_ids):
-                    group.cut(windows[index], 0)
-                    windows[index] = group.adopt(block_ids, num_tokens)
-            kept = self._table(table.namespace, block_ids, num_sealed, windows)
+            twins = self.twins.hold_sealed(table, block_ids, num_tokens)
+            kept = self._table(table.namespace, block_ids, num_sealed, twins)
         else:
             kept = self.fork(table, len(tokens) // 4)
         hold = Hold(kept, tokens, is_pinned)
@@ -347,24 +325,13 @@ class CacheManager:
     def num_blocks_within_reach(self, match: Match) -> int:
         """The most blocks that a sequence with this match could come to hold: all that are not pinned by others."""
         num_shared = sum(block_id in self._pin_counts for block_id in match.block_ids)
-        pinned = [
-            len(set(chain.from_iterable(pin.table.windows[index].block_ids for pin in self._pins)))
-            for index in range(len(self.windows))
-        ]
-        return self._reach(self.num_pinned - num_shared, pinned)
+        num_blocks = self.pool.num_blocks - self.num_pinned + num_shared
+        return self.twins.max_blocks(num_blocks, [pin.table for pin in self._pins], self.step_tokens)
 
     @property
     def num_reachable_blocks(self) -> int:
         """The most blocks that a sequence could come to hold while nothing is pinned."""
-        return self._reach(0, [0] * len(self.windows))
-
-    def _reach(self, num_pinned: int, pinned_in_windows: Sequence[int]) -> int:
-        reach = self.pool.num_blocks - num_pinned
-        for group, count in zip(self.windows, pinned_in_windows, strict=True):
-            left = group.pool.num_blocks - count
-            if left < group.spec.num_blocks_for(reach * self.spec.block_size, self.step_tokens):
-                reach = min(reach, left)
-        return reach
+        return self.twins.max_blocks(self.pool.num_blocks, [], self.step_tokens)
 
     def clear(self) -> None:
         """Forget every block that nobody holds."""
@@ -372,83 +339,29 @@ class CacheManager:
             self._evict(block_id)
 
     def take_idle(self, max_kept: int | None = None) -> list[list[int]]:
-        """Superblocks whose memory can be given back now: idle for `IDLE_TICKS` calls, or more than `max_kept`.
-
-        A list for each group: those of layers that see all tokens first.
-        """
-        taken = []
-        for pool in (self.pool, *(group.pool for group in self.windows)):
-            pool.tick()
-            taken.append(pool.take_idle(IDLE_TICKS, max_kept))
-        return taken
+        """Superblocks of each group to be given back: idle for `IDLE_TICKS` calls, or more than `max_kept`."""
+        return self.twins.take_idle(IDLE_TICKS, max_kept)
 
     def all_superblocks(self) -> list[list[int]]:
-        """Every superblock, a list for each group as in `take_idle`."""
-        pools = (self.pool, *(group.pool for group in self.windows))
-        return [list(range(-(-pool.num_blocks // BLOCKS_PER_SUPERBLOCK))) for pool in pools]
+        """Every superblock of each group."""
+        return self.twins.all_superblocks()
 
     @property
     def committed_bytes(self) -> int:
         """Bytes of memory that the cache may be using."""
-        windows = sum(group.pool.num_committed * group.spec.block_bytes for group in self.windows)
-        return self.pool.num_committed * self.spec.block_bytes + windows
+        return self.twins.committed_bytes
 
     def check(self, tables: Iterable[BlockTable]) -> None:
         """Prove that pool, tree, holds and these tables, which are all that live, agree."""
         for hold in self.holds:
             assert len(hold.table.block_ids) == self.spec.num_blocks_for(hold.num_tokens), "a hold of other blocks"
             assert not hold.table.claims, "others wait for what nobody computes"
-        tables = [*tables, *(hold.table for hold in self.holds)]
-        everyone = [*tables, *self._being_copied]
-        self.pool.check(table.block_ids for table in everyone)
-        self.tree.check()
-        for index, group in enumerate(self.windows):
-            group.check(table.windows[index].block_ids for table in everyone)
-            assert all(self.pool.is_named(block_id) for block_id in group.known_blocks), "a twin without its block"
-            for table in everyone:
-                self._check_window(table, group, table.windows[index])
-        named = [block_id for block_id in range(self.pool.num_blocks) if self.pool.is_named(block_id)]
-        assert len(named) == len(self.tree), "the pool keeps other blocks than the tree names"
-        for table in tables:
-            assert all(self.pool.is_named(block_id) for block_id in table.block_ids[: table.num_sealed])
-            for before, block_id in zip([None, *table.block_ids], table.block_ids, strict=False):
-                if self.pool.is_named(block_id):
-                    assert self.tree.place_of(block_id) == (table.namespace, before), (
-                        f"block {block_id} without its path"
-                    )
+        live = [*tables, *(hold.table for hold in self.holds)]
+        check_accounts(self.pool, self.tree, self.twins, live, self._being_copied)
         pinned = Counter(chain.from_iterable(pin.table.block_ids for pin in self._pins))
         assert self._pin_counts == pinned, "pins miscounted"
-        claimed = {claim: table for table in tables for claim in table.claims if self._claimed.get(claim) is table}
+        claimed = {claim: table for table in live for claim in table.claims if self._claimed.get(claim) is table}
         assert claimed.keys() == self._claimed.keys(), "a claim of a table that is gone"
-
-    def _check_window(self, table: BlockTable, group: WindowGroup, window: WindowTable) -> None:
-        if window.block_ids:
-            assert window.first + len(window.block_ids) == len(table.block_ids), "a window that ends elsewhere"
-        for block_id, twin in zip(table.block_ids[window.first :], window.block_ids, strict=False):
-            if group.pool.is_named(twin):
-                assert group.twin_of(block_id) == twin, f"block {block_id} with the twin of another"
-
-    def _windows_have(self, count: int) -> bool:
-        """Whether each group can give so many blocks now."""
-        return all(group.pool.num_available >= count for group in self.windows)
-
-    def _extend_windows(self, table: BlockTable, count: int) -> None:
-        """Twins for the table's last `count` blocks; the groups have them."""
-        for group, window in zip(self.windows, table.windows, strict=True):
-            if not window.block_ids:
-                window.first = len(table.block_ids) - count
-            taken = group.take(count, window.block_ids[-1] if window.block_ids else None)
-            assert taken is not None
-            window.block_ids += taken
-
-    def _hold_windows(self, windows: Sequence[WindowTable], num_blocks: int | None = None) -> list[WindowTable]:
-        """The same twins once more, or those of the first `num_blocks` blocks."""
-        copies = []
-        for group, window in zip(self.windows, windows, strict=True):
-            kept = window.block_ids if num_blocks is None else window.block_ids[: max(0, num_blocks - window.first)]
-            group.pool.hold(kept)
-            copies.append(WindowTable(window.first, list(kept)))
-        return copies
 
     def _is_writable(self, block_id: int) -> bool:
         return self.pool.ref_count(block_id) == 1 and not self.pool.is_named(block_id)
@@ -457,29 +370,21 @@ class CacheManager:
         """The same where the table's last block is to be written, and others need it as it is."""
         *path, source = table.block_ids
         num_more = self.num_missing(table, num_tokens)
-        taken = self._take(1 + num_more, path[-1] if path else None) if self._windows_have(1 + num_more) else None
+        taken = self._take(1 + num_more, path[-1] if path else None) if self.twins.has(1 + num_more) else None
         if taken is not None:
             # The table may go before the copy is made, and none of these blocks may then be older than the source.
             self.pool.hold(path)
-            held = self._table(table.namespace, [*path, source], 0, self._hold_windows(table.windows))
-            self._being_copied.append(held)
+            twins = self.twins.hold(table, len(table.block_ids))
+            self._being_copied.append(self._table(table.namespace, [*path, source], 0, twins))
             table.block_ids[-1:] = taken
-            copies = [BlockCopy(source, taken[0])] if self.spec.block_bytes else []
-            for index, (group, window) in enumerate(zip(self.windows, table.windows, strict=True), start=1):
-                twins = group.take(1 + num_more, window.block_ids[-2] if len(window.block_ids) > 1 else None)
-                assert twins is not None
-                copies.append(BlockCopy(window.block_ids[-1], twins[0], index))
-                group.pool.release(window.block_ids[-1:])
-                window.block_ids[-1:] = twins
+            copies = self.twins.replace_last(table, source, taken)
             self.stats.num_copied_blocks += 1
             if self.events is not None:
                 self.events.copied += copies
             return copies
-        if self.pool.ref_count(source) > 1:
+        if self.pool.ref_count(source) > 1 or not self.twins.has(num_more):
             return None
         # Nobody but the tree needs it, and with the whole pool in use no copy may ever fit: then it leaves the tree.
-        if not self._windows_have(num_more):
-            return None
         taken = self._take(num_more, source)
         if taken is None:
             return None
@@ -487,7 +392,7 @@ class CacheManager:
             self._evict(last)
         self._evict(source)
         table.block_ids += taken
-        self._extend_windows(table, num_more)
+        self.twins.extend(table, num_more)
         return []
 
     def _take(self, count: int, after: int | None) -> list[int] | None:
@@ -510,8 +415,7 @@ class CacheManager:
             self.events.evicted.append(block_id)
 
     def _forget(self, block_id: int) -> None:
-        for group in self.windows:
-            group.forget(block_id)
+        self.twins.forget(block_id)
         self.pool.forget(block_id)
 
     def _claim(self, table: BlockTable, token_ids: Sequence[int], match: Match) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
-from kvik.config import KVDType
+from kvik.config import KVDType, kv_dtype_name, parse_kv_dtype
 from kvik.errors import InvalidInput
 
 BLOCK_SIZE = 32
@@ -15,7 +17,7 @@ BLOCKS_PER_SUPERBLOCK = 8
 """Blocks whose keys and values lie together, so arrays grow by this many."""
 
 _ITEM_BYTES: dict[KVDType, int] = {"f32": 4, "f16": 2, "int8": 1}
-_SCALE_BYTES: dict[KVDType, int] = {"f32": 0, "f16": 0, "int8": 4}  # of each key and each value of a head
+_SCALE_BYTES: dict[KVDType, int] = {"f32": 0, "f16": 0, "int8": 4}
 
 MIN_SEQUENCES = 4
 """For which the layers of a window have room, whatever the context."""
@@ -23,10 +25,7 @@ MIN_SEQUENCES = 4
 MAX_INT8_HEAD_DIM = 512
 """Above it the integer sums of a score could pass 32 bits."""
 
-
-def vector_bytes(num_items: int, dtype: KVDType) -> int:
-    """Bytes of one stored vector, its scale included where it has one."""
-    return num_items * _ITEM_BYTES[dtype] + _SCALE_BYTES[dtype]
+GroupKind = Literal["full", "window", "chunk", "latent", "state"]
 
 
 def whole_superblocks(num_blocks: int) -> int:
@@ -34,128 +33,285 @@ def whole_superblocks(num_blocks: int) -> int:
     return -(-num_blocks // BLOCKS_PER_SUPERBLOCK) * BLOCKS_PER_SUPERBLOCK
 
 
+def attention_multiply_adds(num_heads: int, key_dim: int, value_dim: int) -> int:
+    """What it costs that a token attends to another one: query heads with its key, and their weights with its value."""
+    return num_heads * (key_dim + value_dim)
+
+
 @dataclass(frozen=True, slots=True)
-class WindowSpec:
-    """Layers that see the newest `window` tokens, and so need no others."""
+class VectorFormat:
+    """How a vector is stored, such as the key of a token in one KV head."""
 
-    window: int  # tokens that a token sees, its own the last
-    num_layers: int
-    block_bytes: int  # of one block in all of these layers
-    block_size: int
+    num_items: int
+    dtype: KVDType
+    num_rotary: int = 0  # of these, the last ones, which have a scale of their own (the rotary part of MLA's key)
 
-    def first_block(self, num_tokens: int) -> int:
-        """The first block of a sequence that the token behind `num_tokens` of them still sees."""
-        return max(0, num_tokens + 1 - self.window) // self.block_size
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one, with its scale where it has one."""
+        num_scales = (self.num_items > self.num_rotary) + (self.num_rotary > 0)
+        return self.num_items * _ITEM_BYTES[self.dtype] + num_scales * _SCALE_BYTES[self.dtype]
 
-    def num_blocks_for(self, num_tokens: int, step_tokens: int) -> int:
-        """The most blocks that a sequence of `num_tokens` tokens holds here, in steps of `step_tokens` at most."""
-        whole = -(-num_tokens // self.block_size)
-        return min(whole, (self.window + step_tokens - 3) // self.block_size + 2)
+    @property
+    def is_storable(self) -> bool:
+        """Whether the type takes a vector of this length."""
+        return self.dtype != "int8" or max(self.num_items - self.num_rotary, self.num_rotary) <= MAX_INT8_HEAD_DIM
 
-    def pool_blocks(self, num_blocks: int, sequences: int, step_tokens: int) -> int:
-        """Blocks for so many sequences, beside `num_blocks` blocks of all their tokens: whole superblocks.
 
-        One more than a step needs is for a block that is copied before it is written.
-        """
-        each = self.num_blocks_for(num_blocks * self.block_size, step_tokens) + 1
-        return min(num_blocks, whole_superblocks(sequences * each))
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """Layers that remember the same tokens, in the same form.
+
+    full: keys and values of every token. window: of the newest `window`. chunk: of those since the last multiple of
+    `window` (Llama 4). latent: of every token one key for all heads, which begins with its value (MLA, DeepSeek-V2).
+    state: nothing for a token, but what a recurrence has behind the last one (linear attention, Mamba).
+    """
+
+    kind: GroupKind
+    layers: tuple[int, ...]
+    num_kv_heads: int
+    key: VectorFormat
+    value: VectorFormat | None = None  # None: a state has none; of a latent it is not stored
+    window: int | None = None  # tokens that a token sees, its own the last; or of a chunk
+
+    def __post_init__(self) -> None:
+        assert (self.window is not None) == self.slides, f"a group of kind {self.kind} with window {self.window}"
+        for vector in (self.key, self.value):
+            if vector is not None and not vector.is_storable:
+                raise InvalidInput(
+                    f"an int8 cache takes a head_dim up to {MAX_INT8_HEAD_DIM}, the model has {vector.num_items}",
+                    hint="choose f16 for the keys and values",
+                )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether its layers see all tokens."""
+        return self.kind in ("full", "latent")
+
+    @property
+    def slides(self) -> bool:
+        """Whether its layers see only the newest tokens, and so need no others."""
+        return self.kind in ("window", "chunk")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that keep something here."""
+        return len(self.layers)
+
+    @property
+    def name(self) -> str:
+        """The kind, with the window where there is one."""
+        if self.kind == "state" and not self.state_bytes:
+            return "no KV"
+        return f"{self.kind} {self.window:,}" if self.slides else self.kind
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one key with its value."""
+        is_stored = self.value is not None and self.kind != "latent"
+        return self.key.num_bytes + (self.value.num_bytes if is_stored and self.value is not None else 0)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one remembered token occupies in these layers."""
+        return 0 if self.kind == "state" else self.num_layers * self.num_kv_heads * self.vector_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one state in these layers; of other kinds 0."""
+        return self.num_layers * self.num_kv_heads * self.vector_bytes if self.kind == "state" else 0
+
+    @property
+    def problem(self) -> str | None:
+        """Why the engine cannot keep this, though it can be planned; `None`: it can."""
+        if self.kind in ("chunk", "latent", "state"):
+            what = {"chunk": "attention in chunks", "latent": "latent attention (MLA)", "state": "recurrent states"}
+            return f"{self.num_layers} layers use {what[self.kind]}"
+        assert self.value is not None
+        if self.key.num_items != self.value.num_items:
+            return f"keys have {self.key.num_items} dimensions, values {self.value.num_items}"
+        return f"head_dim {self.key.num_items} is no multiple of 8" if self.key.num_items % 8 else None
+
+    def first_token(self, num_tokens: int) -> int:
+        """The first token of a sequence that the one behind `num_tokens` of them still sees."""
+        if self.window is None:
+            return 0
+        return num_tokens // self.window * self.window if self.kind == "chunk" else max(0, num_tokens + 1 - self.window)
+
+    def num_tokens(self, context: int) -> int:
+        """Tokens of `context` that are remembered at most."""
+        return 0 if self.kind == "state" else context if self.window is None else min(context, self.window)
+
+    def with_dtype(self, dtype: str) -> GroupSpec:
+        """The same layers with keys and values of other types; see `parse_kv_dtype`."""
+        if self.kind == "state":
+            return self
+        key, value = parse_kv_dtype(dtype)
+        stored = None if self.value is None else replace(self.value, dtype=key if self.kind == "latent" else value)
+        return replace(self, key=replace(self.key, dtype=key), value=stored)
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSize:
-    """Blocks of a cache: those that tables name, and for each group of layers with a window its own."""
+    """Blocks of a cache: the logical ones, which tables name, and the physical ones of each group of layers."""
 
     num_blocks: int
-    window_blocks: tuple[int, ...] = ()
+    group_blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KVCacheSpec:
-    """Keys and values of every layer: the one source of every memory figure.
+    """Keys and values of every layer: the one source of every memory figure."""
 
-    Layers that see all tokens keep all; those with a window form a group for each width, which keeps its own blocks.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: KVDType
+    groups: tuple[GroupSpec, ...]
     block_size: int = BLOCK_SIZE
-    layer_windows: tuple[int | None, ...] | None = None  # of each layer; None: all see all
+    shared: tuple[tuple[int, int], ...] = ()  # a layer that keeps nothing, and the one whose keys and values it reads
 
     def __post_init__(self) -> None:
-        if self.dtype == "int8" and self.head_dim > MAX_INT8_HEAD_DIM:
-            raise InvalidInput(
-                f"an int8 cache takes a head_dim up to {MAX_INT8_HEAD_DIM}, the model has {self.head_dim}",
-                hint="choose f16 for the keys and values",
-            )
-        assert self.layer_windows is None or len(self.layer_windows) == self.num_layers
+        owners = [layer for group in self.groups for layer in group.layers]
+        assert len(set(owners)) == len(owners), "a layer in two groups"
+        assert {owner for _, owner in self.shared} <= set(owners), "a layer that reads what no layer keeps"
 
-    @property
-    def windows(self) -> tuple[WindowSpec, ...]:
-        """The groups of layers with a window, the narrowest first."""
-        widths = Counter(window for window in self.layer_windows or () if window is not None)
-        layer_bytes = self._layer_bytes * self.block_size
-        return tuple(
-            WindowSpec(width, count, count * layer_bytes, self.block_size) for width, count in sorted(widths.items())
+    @classmethod
+    def of_layers(
+        cls, layers: Iterable[GroupSpec], block_size: int = BLOCK_SIZE, shared: Sequence[tuple[int, int]] = ()
+    ) -> KVCacheSpec:
+        """Groups of one layer each, those put together that differ in nothing else; the narrowest windows last."""
+        together: dict[GroupSpec, list[int]] = {}
+        for one in layers:
+            together.setdefault(replace(one, layers=()), []).extend(one.layers)
+        groups = [replace(group, layers=tuple(members)) for group, members in together.items()]
+        groups.sort(key=lambda group: (not group.keeps_all, group.kind, group.window or 0))
+        return cls(tuple(groups), block_size, tuple(shared))
+
+    @classmethod
+    def uniform(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: str,
+        block_size: int = BLOCK_SIZE,
+        layer_windows: Sequence[int | None] | None = None,
+    ) -> KVCacheSpec:
+        """Layers whose heads are alike, some with a window."""
+        assert layer_windows is None or len(layer_windows) == num_layers
+        key, value = (VectorFormat(head_dim, one) for one in parse_kv_dtype(dtype))
+        windows = layer_windows or (None,) * num_layers
+        return cls.of_layers(
+            (
+                GroupSpec("full" if window is None else "window", (layer,), num_kv_heads, key, value, window)
+                for layer, window in enumerate(windows)
+            ),
+            block_size,
         )
 
-    @property
-    def groups(self) -> tuple[int, ...]:
-        """Of each layer: 0 where it sees all tokens, else 1 and the index of its window group."""
-        widths = [window.window for window in self.windows]
-        return tuple(
-            0 if window is None else 1 + widths.index(window)
-            for window in self.layer_windows or (None,) * self.num_layers
-        )
+    def with_dtype(self, dtype: str) -> KVCacheSpec:
+        """The same with keys and values of other types; see `parse_kv_dtype`."""
+        return replace(self, groups=tuple(group.with_dtype(dtype) for group in self.groups))
+
+    @cached_property
+    def layer_groups(self) -> tuple[int, ...]:
+        """Of each layer: the index of its group, or of the one that it reads from."""
+        found = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
+        found |= {layer: found[owner] for layer, owner in self.shared}
+        return tuple(found[layer] for layer in sorted(found))
 
     @property
-    def num_full_layers(self) -> int:
-        """Layers that see all tokens."""
-        return self.num_layers - sum(window.num_layers for window in self.windows)
+    def num_layers(self) -> int:
+        """All layers that remember something, or read what another one remembers."""
+        return sum(group.num_layers for group in self.groups) + len(self.shared)
 
     @property
-    def _layer_bytes(self) -> int:
-        return 2 * self.num_kv_heads * vector_bytes(self.head_dim, self.dtype)
+    def dtype(self) -> str:
+        """Types of the keys and values, as `parse_kv_dtype` takes them."""
+        group = next((group for group in self.groups if group.kind != "state"), None)
+        if group is None:
+            return "f32"
+        return kv_dtype_name(group.key.dtype, (group.value or group.key).dtype)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the engine cannot keep this; `None`: it can."""
+        return next((problem for group in self.groups if (problem := group.problem) is not None), None)
+
+    @cached_property
+    def full_groups(self) -> tuple[int, ...]:
+        """Groups that see all tokens."""
+        return tuple(index for index, group in enumerate(self.groups) if group.keeps_all)
+
+    @cached_property
+    def sliding_groups(self) -> tuple[int, ...]:
+        """Groups that see only the newest tokens."""
+        return tuple(index for index, group in enumerate(self.groups) if group.slides)
 
     @property
     def token_bytes(self) -> int:
         """Bytes one token occupies across all layers while no window is full, key and value together."""
-        return self.num_layers * self._layer_bytes
+        return sum(group.token_bytes for group in self.groups)
 
-    @property
+    @cached_property
+    def group_block_bytes(self) -> tuple[int, ...]:
+        """Bytes of one physical block of each group; of a group of states, of one state."""
+        return tuple(group.state_bytes or group.token_bytes * self.block_size for group in self.groups)
+
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes one block occupies across the layers that see all tokens, keys and values together."""
-        return self.num_full_layers * self._layer_bytes * self.block_size
+        return sum(self.group_block_bytes[index] for index in self.full_groups)
+
+    def first_block(self, group: int, num_tokens: int) -> int:
+        """The first block of a sequence that the token behind `num_tokens` of them sees in a group."""
+        return self.groups[group].first_token(num_tokens) // self.block_size
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens of one sequence."""
         return -(-num_tokens // self.block_size)
 
+    def max_group_blocks(self, group: int, num_tokens: int, step_tokens: int) -> int:
+        """The most physical blocks that a sequence of so many tokens holds, in steps of `step_tokens` at most."""
+        whole, window = self.num_blocks_for(num_tokens), self.groups[group].window
+        return whole if window is None else min(whole, (window + step_tokens - 3) // self.block_size + 2)
+
     def held_bytes(self, num_tokens: int) -> int:
         """Bytes that a sequence of `num_tokens` computed tokens holds between steps."""
         blocks = self.num_blocks_for(num_tokens)
-        held = (window.block_bytes * (blocks - window.first_block(num_tokens)) for window in self.windows)
-        return blocks * self.block_bytes + sum(held)
+        return sum(
+            size * (1 if group.kind == "state" else blocks - self.first_block(index, num_tokens))
+            for index, (group, size) in enumerate(zip(self.groups, self.group_block_bytes, strict=True))
+        )
 
     def pool_blocks_for(self, num_tokens: int) -> int:
         """Blocks to allocate so that one sequence of `num_tokens` fits: whole superblocks."""
         return whole_superblocks(self.num_blocks_for(num_tokens))
 
-    def pool_size(self, num_blocks: int, *, context: int, step_tokens: int, max_running: int) -> PoolSize:
-        """So many blocks, and in each window group what sequences that run at once come to hold.
+    def pool_size_for(self, num_blocks: int, num_sequences: int, step_tokens: int) -> PoolSize:
+        """So many blocks, and in each group what so many sequences that run at once come to hold of them.
 
-        Of these there are as many as whole contexts fit, or `MIN_SEQUENCES`; the windows of more may have to wait.
+        A group that slides has whole superblocks too. It has a block more for each sequence than a step needs, for one
+        that is copied before it is written.
         """
-        sequences = min(max_running, max(MIN_SEQUENCES, num_blocks // self.num_blocks_for(context)))
-        return PoolSize(
-            num_blocks, tuple(window.pool_blocks(num_blocks, sequences, step_tokens) for window in self.windows)
-        )
+
+        def group_blocks(index: int, group: GroupSpec) -> int:
+            if group.kind == "state":
+                return num_sequences
+            if group.keeps_all:
+                return num_blocks
+            each = self.max_group_blocks(index, num_blocks * self.block_size, step_tokens) + 1
+            return min(num_blocks, whole_superblocks(num_sequences * each))
+
+        return PoolSize(num_blocks, tuple(group_blocks(*numbered) for numbered in enumerate(self.groups)))
+
+    def pool_size(
+        self, num_blocks: int, *, context: int, step_tokens: int, max_running: int, min_sequences: int = MIN_SEQUENCES
+    ) -> PoolSize:
+        """The same for as many sequences as whole contexts fit, or `min_sequences`; the windows of more may wait."""
+        sequences = min(max_running, max(min_sequences, num_blocks // self.num_blocks_for(context)))
+        return self.pool_size_for(num_blocks, sequences, step_tokens)
 
     def pool_bytes(self, size: PoolSize) -> int:
         """Bytes of a cache of that size."""
-        groups = zip(self.windows, size.window_blocks, strict=True)
-        return size.num_blocks * self.block_bytes + sum(window.block_bytes * count for window, count in groups)
+        return sum(map(int.__mul__, size.group_blocks, self.group_block_bytes))
 
     def pool_size_within(self, num_bytes: int, *, context: int, step_tokens: int, max_running: int) -> PoolSize:
         """The largest cache, in whole superblocks, that fits into so many bytes."""

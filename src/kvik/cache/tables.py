@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvik.cache.radix import Match, Namespace
-from kvik.cache.windows import WindowTable
+from kvik.cache.radix import Match, MissReason, Namespace, common_bytes
 
 
 class BlockCopy(NamedTuple):
@@ -16,7 +15,19 @@ class BlockCopy(NamedTuple):
 
     source: int
     target: int
-    group: int = 0  # of layers: 0 those that see all tokens, else 1 and the index of the window
+    group: int = 0  # of layers, whose physical blocks they are
+
+
+@dataclass(slots=True, eq=False)
+class TwinTable:
+    """The twins that one sequence holds in a group that slides: of its blocks from `first` on, without a gap."""
+
+    first: int = 0
+    block_ids: list[int] = field(default_factory=list)
+
+    def padded(self, length: int) -> list[int]:
+        """A block table of that length; what lies before the window or is not there holds 0."""
+        return [0] * self.first + self.block_ids + [0] * (length - self.first - len(self.block_ids))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -27,7 +38,7 @@ class BlockTable:
     block_ids: list[int] = field(default_factory=list)
     num_sealed: int = 0  # blocks at the beginning that are full and in the prefix tree
     claims: list[int] = field(default_factory=list)  # hashes of the blocks it is about to seal, the next one last
-    windows: list[WindowTable] = field(default_factory=list)  # for each group of layers with a window
+    twins: dict[int, TwinTable] = field(default_factory=dict)  # by group; a full one has the blocks' own numbers
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +65,23 @@ class HeldMatch(Match):
     """A match with what a hold has."""
 
     hold: Hold
+
+
+def held_match(hold: Hold, tokens: bytes, block_size: int) -> HeldMatch | None:
+    """What a hold has of the tokens; None: nothing."""
+    num_common = common_bytes(tokens, 0, hold.tokens) // 4
+    if not num_common:
+        return None
+    num_whole, num_more = divmod(num_common, block_size)
+    num_tokens = num_whole * block_size
+    tail = (hold.table.block_ids[num_whole], num_more) if num_more else None
+    if 4 * num_common == len(tokens):
+        reason = MissReason.ALL
+    elif num_common < hold.num_tokens:
+        reason = MissReason.DIFFERS
+    else:
+        reason = MissReason.SHORT if len(tokens) // 4 - num_tokens < block_size else MissReason.UNSEEN
+    return HeldMatch(hold.table.namespace, hold.table.block_ids[:num_whole], reason, num_tokens, tail, None, hold)
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -25,7 +25,7 @@ from kvik.cli.options import (
 )
 from kvik.cli.report import write_report
 from kvik.cli.terminal import INTERRUPTED, Interrupt, note, write
-from kvik.config import MAX_TOKENS, KVDType
+from kvik.config import MAX_TOKENS, KVDType, kv_dtype_name, parse_kv_dtype
 from kvik.errors import InvalidInput
 from kvik.hub.progress import counted_progress
 
@@ -138,21 +138,25 @@ def bench(
         raise typer.Exit(INTERRUPTED)
 
 
+def _kv_dtype(text: str) -> str:
+    try:
+        return kv_dtype_name(*parse_kv_dtype(text))
+    except InvalidInput:
+        near = difflib.get_close_matches(text, get_args(KVDType), 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        hint = f"{meant}give some of {', '.join(get_args(KVDType))}"
+        raise InvalidInput(f"--kv has {text!r:.40} in it", hint=hint) from None
+
+
 def _cases(prompt: str, gen: int, depth: str, batch: str, kv: str, threads: str | None, heads: list[int]) -> list[Case]:
     from kvik.machine import available_threads
     from kvik.measure.cases import make_cases
 
-    kv_dtypes = parse_list("--kv", kv)
-    for kv_dtype in kv_dtypes:
-        if kv_dtype not in get_args(KVDType):
-            near = difflib.get_close_matches(kv_dtype, get_args(KVDType), 1)
-            meant = f"did you mean {near[0]}? " if near else ""
-            raise InvalidInput(
-                f"--kv has {kv_dtype!r:.40} in it", hint=f"{meant}give some of {', '.join(get_args(KVDType))}"
-            )
+    together = parse_list("--kv", kv.replace(",v=", ";v="))  # of "f16,k=int8,v=f16" the last two are one
+    kv_dtypes = [_kv_dtype(one.replace(";", ",")) for one in together]
     return make_cases(
         threads=[available_threads()] if threads is None else parse_counts("--threads", threads, 1, MAX_THREADS),
-        kv_dtypes=cast(list[KVDType], kv_dtypes),
+        kv_dtypes=kv_dtypes,
         prompts=parse_counts("--prompt", prompt, 1, MAX_TOKENS),
         depths=parse_counts("--depth", depth, 0, MAX_TOKENS),
         batches=parse_counts("--batch", batch, 1, MAX_BATCH),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from kvik.cli.terminal import note
-from kvik.config import ActivationDType, KVDType, SamplingParams, Speculation, WeightFormat
+from kvik.config import ActivationDType, SamplingParams, Speculation, WeightFormat
 from kvik.errors import InvalidInput
 from kvik.hub import store
 from kvik.hub.progress import terminal_progress
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvik.engine.llm import LLM
 
 STOP_HELP = r"End before this text; \n, \t, \r, \\, \xNN and \uNNNN are characters. May be repeated."
+KV_DTYPE_HELP = "Keys and values in the cache: f16, f32, int8, or k=int8,v=f16."
 ESCAPE = re.compile(r"\\(?:(?P<letter>[ntr\\])|x(?P<byte>[0-9a-fA-F]{2})|u(?P<code>[0-9a-fA-F]{4})|.?)", re.DOTALL)
 LETTERS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
@@ -139,9 +140,7 @@ class ModelOptions:
 class EngineOptions(ModelOptions):
     """Those, and which keys and values are kept, by how many threads."""
 
-    kv_dtype: Annotated[KVDType, value(ENGINE, "f16|f32|int8", "Keys and values in the cache.", show_default=True)] = (
-        "f16"
-    )
+    kv_dtype: Annotated[str, value(ENGINE, "TYPE", KV_DTYPE_HELP, show_default=True)] = "f16"
     threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None
 
 

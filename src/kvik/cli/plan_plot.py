@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvik.cli.plot import Line, Panel, save_plot
-from kvik.config import KVDType
 from kvik.planner.memory import kv_memory
 from kvik.planner.plan import Plan
 from kvik.planner.shape import ModelShape
@@ -36,7 +35,7 @@ def model_lines(plan: Plan) -> list[Line]:
     return lines
 
 
-def _line(plan: Plan, name: str, *, shape: ModelShape | None = None, dtype: KVDType | None = None) -> Line:
+def _line(plan: Plan, name: str, *, shape: ModelShape | None = None, dtype: str | None = None) -> Line:
     contexts = [plan.model.max_context]
     while contexts[0] // 2 >= MIN_TOKENS:
         contexts.insert(0, contexts[0] // 2)

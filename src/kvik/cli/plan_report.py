@@ -88,10 +88,12 @@ def model_report(shape: ModelShape) -> dict[str, Any]:
             {
                 "kind": group.kind,
                 "num_layers": group.num_layers,
-                "num_kv_heads": group.num_kv_heads,
-                "head_dim": group.head_dim,
+                "num_kv_heads": 0 if group.kind == "latent" else group.num_kv_heads,
+                "head_dim": 0 if group.kind == "latent" else group.key.num_items,
                 "window": group.window,
-                "latent_dims": list(group.latent_dims) if group.kind == "latent" else None,
+                "latent_dims": [group.key.num_items - group.key.num_rotary, group.key.num_rotary]
+                if group.kind == "latent"
+                else None,
             }
             for group in shape.groups
         ],

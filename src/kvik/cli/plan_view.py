@@ -82,8 +82,9 @@ def _title(plan: Plan) -> Iterator[str]:
     kinds = ", ".join(f"{group.num_layers} {group.name}" for group in model.groups)
     heads = f"{model.num_heads} heads, {model.num_kv_heads} KV heads of {model.head_dim} ({model.attention})"
     if model.attention == "MLA":
-        (rank, rope), *_ = (group.latent_dims for group in model.groups if group.kind == "latent")
-        heads = f"{model.num_heads} heads, a latent of {rank} + {rope} (MLA)"
+        key = next(group.key for group in model.groups if group.kind == "latent")
+        latent = f"{key.num_items - key.num_rotary} + {key.num_rotary}"
+        heads = f"{model.num_heads} heads, a latent of {latent} (MLA)"
     yield from textwrap.wrap(f"{model.name}: {model.num_layers} layers ({kinds}), {heads}", WIDTH)
     weights = f"{params(model.num_params)} parameters"
     if model.is_mixture:

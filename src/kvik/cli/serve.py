@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvik.cli.options import ENGINE, check_utf8, value
+from kvik.cli.options import ENGINE, KV_DTYPE_HELP, check_utf8, value
 from kvik.cli.terminal import note
-from kvik.config import ActivationDType, KVDType, WeightFormat
+from kvik.config import ActivationDType, WeightFormat
 from kvik.errors import InvalidInput
 from kvik.units import amount
 
@@ -109,9 +109,7 @@ def serve(
     context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None,
     threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None,
     token_budget: Annotated[int | None, value(ENGINE, "N", "Most tokens that one step computes.")] = None,
-    kv_dtype: Annotated[
-        KVDType, value(ENGINE, "f16|f32|int8", "Keys and values in the cache.", show_default=True)
-    ] = "f16",
+    kv_dtype: Annotated[str, value(ENGINE, "TYPE", KV_DTYPE_HELP, show_default=True)] = "f16",
     activations: Annotated[
         ActivationDType, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
     ] = "int8",

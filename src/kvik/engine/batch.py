@@ -40,7 +40,7 @@ class ScheduledBatch:
         return found
 
 
-def build_batch(items: list[Scheduled]) -> ScheduledBatch:
+def build_batch(items: list[Scheduled], num_groups: int) -> ScheduledBatch:
     """Flatten the next tokens of each sequence; their block tables already reach that far.
 
     Sequences whose tables begin alike come one after the other, so that attention can read what they share once.
@@ -64,34 +64,38 @@ def build_batch(items: list[Scheduled]) -> ScheduledBatch:
             token_ids += sequence.draft_ids
             end += len(sequence.draft_ids)
         positions += range(start, end)
-        slots += [table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in range(start, end)]
+        slots += _slots(table, start, end)
         sequence_index += [row] * (end - start)
         tables.append(table + [0] * (max_blocks - len(table)))
         logit_rows += range(len(token_ids) - item.num_logits, len(token_ids))
         hidden_rows += range(len(token_ids) - item.num_hidden, len(token_ids))
-    windows = tuple(_window_places(items, index, max_blocks) for index in range(len(items[0].sequence.table.windows)))
     # Python's code is cold after a decode step, so calling `np.array` eight times beats one clever call.
-    arrays = Batch(
+    of_blocks = KVIndex(np.array(slots, np.int32), np.array(tables, np.int32))
+    twins = items[0].sequence.table.twins
+    arrays = Batch.of_text(
         token_ids=np.array(token_ids, np.int32),
         positions=np.array(positions, np.int32),
-        slot_mapping=np.array(slots, np.int32),
         sequence_index=np.array(sequence_index, np.int32),
-        block_tables=np.array(tables, np.int32),
         logit_rows=np.array(logit_rows, np.int32),
-        windows=windows,
+        groups=[_index_of(items, group, max_blocks) if group in twins else of_blocks for group in range(num_groups)],
         hidden_rows=np.array(hidden_rows, np.int32),
     )
     return ScheduledBatch(items, arrays)
 
 
-def _window_places(items: list[Scheduled], index: int, max_blocks: int) -> KVIndex:
-    """The same tokens in a group of layers with a window."""
+def _index_of(items: list[Scheduled], group: int, max_blocks: int) -> KVIndex:
+    """The same tokens in a group of layers that has other physical blocks."""
     tables, slots = [], []
     for item in items:
         sequence = item.sequence
-        table = sequence.table.windows[index].places(max_blocks)
+        table = sequence.table.twins[group].padded(max_blocks)
         tables.append(table)
         start = sequence.num_computed_tokens
         end = start + item.num_tokens + (len(sequence.draft_ids) if item.closes_gap else 0)
-        slots += [table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in range(start, end)]
+        slots += _slots(table, start, end)
     return KVIndex(np.array(slots, np.int32), np.array(tables, np.int32))
+
+
+def _slots(table: list[int], start: int, end: int) -> list[int]:
+    """Where the tokens at these places of a block table are."""
+    return [table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(start, end)]

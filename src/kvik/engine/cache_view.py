@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from kvik.cache import BlockTable, CacheStats, MissReason, PoolSize
+from kvik.cache import BlockTable, CacheStats, MissReason
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput
@@ -87,8 +87,7 @@ class CacheView:
     def num_bytes(self) -> int:
         """Bytes that the cache may come to use."""
         cache = self._engine.cache
-        size = PoolSize(cache.pool.num_blocks, tuple(group.pool.num_blocks for group in cache.windows))
-        return cache.spec.pool_bytes(size)
+        return cache.spec.pool_bytes(cache.size)
 
     @property
     def committed_bytes(self) -> int:
@@ -142,23 +141,25 @@ class CacheView:
             tree = self._engine.cache.tree
             return tree.last_block_above(block_id) if block_id in tree else None
 
-    def block(self, block_id: int, group: int = 0) -> BlockView | None:
-        """One block, of the layers that see all tokens or of those of a window; None where there is none such."""
+    def block(self, block_id: int, pool_index: int = 0) -> BlockView | None:
+        """One block, or a physical block of a group that slides (`Twins.pools`); None where there is none such."""
         cache = self._engine.cache
         with self._engine.lock:
-            pools = [cache.pool, *(each.pool for each in cache.windows)]
-            if group >= len(pools) or block_id >= pools[group].num_blocks:
+            pools = cache.twins.pools
+            if pool_index >= len(pools) or block_id >= pools[pool_index].num_blocks:
                 return None
-            pool, size = pools[group], cache.spec.block_size
-            holders = [
-                (each, at)
-                for each in self._engine.scheduler.running
-                if (at := _place(each.table, block_id, group)) is not None
-            ]
+            pool, size = pools[pool_index], cache.spec.block_size
+
+            def place(table: BlockTable) -> int | None:
+                """Which of its sequence's blocks a table's block is."""
+                held = cache.twins.of_table(table)[pool_index]
+                return held.first + held.block_ids.index(block_id) if block_id in held.block_ids else None
+
+            holders = [(each, at) for each in self._engine.scheduler.running if (at := place(each.table)) is not None]
             salt: str | None = None
             first: int | None = None
             token_ids: list[int] = []
-            known = cache.windows[group - 1].block_of(block_id) if group else block_id
+            known = cache.twins.block_of(pool_index, block_id)
             found = None if known is None else cache.tree.tokens_of(known)
             if found is not None:
                 namespace, first, tokens = found
@@ -169,8 +170,8 @@ class CacheView:
                 token_ids = sequence.token_ids[first : min(first + size, sequence.num_computed_tokens)]
             else:
                 for hold in cache.holds:
-                    if (place := _place(hold.table, block_id, group)) is not None:
-                        salt, first = hold.table.namespace.salt, place * size
+                    if (at := place(hold.table)) is not None:
+                        salt, first = hold.table.namespace.salt, at * size
                         token_ids = np.frombuffer(hold.tokens, np.int32)[first : first + size].tolist()
                         break
             num_holders = pool.ref_count(block_id)
@@ -230,10 +231,3 @@ class CacheView:
         if len(rows) > MAX_SHOWN_ROWS:
             lines.append(f"and more than {MAX_SHOWN_ROWS:,} runs: tree() has all of them")
         return "\n".join(lines)
-
-
-def _place(table: BlockTable, block_id: int, group: int) -> int | None:
-    """Which of its sequence's blocks a table's block is."""
-    ids = table.windows[group - 1].block_ids if group else table.block_ids
-    first = table.windows[group - 1].first if group else 0
-    return first + ids.index(block_id) if block_id in ids else None

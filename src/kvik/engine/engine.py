@@ -77,13 +77,7 @@ class Engine:
             token_budget=config.token_budget,
             max_running=config.max_running,
         )
-        self.cache = CacheManager(
-            self.kv_spec,
-            size.num_blocks,
-            window_blocks=size.window_blocks,
-            prefix_cache=config.prefix_cache,
-            step_tokens=config.token_budget,
-        )
+        self.cache = CacheManager(self.kv_spec, size, prefix_cache=config.prefix_cache, step_tokens=config.token_budget)
         self.runner = make_runner(model, self.kv_spec, size)
         self.scheduler = Scheduler(self.cache, config, partial(Lease, ref(self)))
         self.admission = Admission(model, self.cache, self.scheduler.max_running)
@@ -199,7 +193,7 @@ class Engine:
         layers have windows, of the full blocks among them. It is refused where a request that waits or runs could no
         longer be served.
         """
-        needs_full = num_tokens is None or bool(self.cache.windows)
+        needs_full = num_tokens is None or bool(self.cache.twins.groups)
         if needs_full and (
             not lease.hold.table.num_sealed or (num_tokens is not None and num_tokens < self.kv_spec.block_size)
         ):
@@ -464,7 +458,7 @@ class Engine:
 
     def _give_back(self, superblocks_by_group: list[list[int]]) -> None:
         for group, superblocks in enumerate(superblocks_by_group):
-            if superblocks and (group or self.kv_spec.block_bytes):
+            if superblocks:
                 self.runner.discard_blocks(superblocks, group)
 
     # What is refused.

@@ -55,7 +55,7 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, kv_spec: KVCacheSpec, size: PoolSize) -> None:
         self.decoder = model.decoder
         self.kv_spec = kv_spec
-        self.kv_arrays = model.decoder.ops.allocate_kv(kv_spec, size.num_blocks, size.window_blocks)
+        self.kv_arrays = model.decoder.ops.allocate_kv(kv_spec, size.group_blocks)
         self._step = model.decoder.capture(self.kv_arrays)
         self._no_hidden = np.empty((0, model.decoder.spec.hidden_size), np.float32)
         self._sampler = make_sampler(model.decoder.ops)

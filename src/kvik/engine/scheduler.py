@@ -124,7 +124,7 @@ class Scheduler:
                     if sequence not in step.gone:
                         self._schedule_one(sequence, step)
             if step.items:
-                return build_batch(list(step.items.values()))
+                return build_batch(list(step.items.values()), len(self.cache.spec.groups))
         return None
 
     def commit(self, batch: ScheduledBatch, *, weight_bytes: int) -> None:

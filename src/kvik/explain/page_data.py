@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik import __version__
-from kvik.cache.spec import KVCacheSpec, vector_bytes
+from kvik.cache.spec import KVCacheSpec
 from kvik.explain.prefixes import FollowUp
 from kvik.explain.run import TracedLane, TracedRun, kept_kv
 from kvik.explain.tracer import Candidate, TracedStep
@@ -110,7 +110,7 @@ def step_figures(traced: TracedLane, index: int) -> dict[str, Any]:
         "first_position": step.first_position,
         "num_tokens": step.num_tokens,
         "num_repeated_tokens": cost.repeated.num_tokens,
-        "num_kv_vectors": 2 * step.num_tokens * spec.num_layers * spec.num_kv_heads,
+        "num_kv_vectors": 2 * step.num_tokens * sum(group.num_layers * group.num_kv_heads for group in spec.groups),
         "multiply_adds": cost.work.multiply_adds,
         "weight_bytes": cost.work.weight_bytes,
         "kv_bytes": cost.work.kv_bytes,
@@ -164,16 +164,16 @@ def _memory(run: TracedRun) -> dict[str, Any]:
     return {
         "block_size": spec.block_size,
         "token_bytes": spec.token_bytes,
-        "vector_bytes": vector_bytes(spec.head_dim, spec.dtype),
+        "vector_bytes": [one.num_bytes for one in (spec.groups[0].key, spec.groups[0].value) if one is not None],
         "slots": [slot for step in run.with_cache.tracer.steps for slot in step.slots],
         "held_bytes": [spec.held_bytes(num_tokens) for num_tokens in range(len(run.token_ids))],
         "windows": [
             {
-                "window": window.window,
-                "num_layers": window.num_layers,
-                "first_blocks": [window.first_block(num_tokens) for num_tokens in range(len(run.token_ids))],
+                "window": spec.groups[group].window,
+                "num_layers": spec.groups[group].num_layers,
+                "first_blocks": [spec.first_block(group, num_tokens) for num_tokens in range(len(run.token_ids))],
             }
-            for window in spec.windows
+            for group in spec.sliding_groups
         ],
         "contexts": contexts,
         "variants": [
@@ -183,7 +183,7 @@ def _memory(run: TracedRun) -> dict[str, Any]:
                 "token_bytes": variant.token_bytes,
                 "context_bytes": [_most_held_bytes(variant, num_tokens) for num_tokens in contexts],
                 "whole_context_bytes": _most_held_bytes(variant, context),
-                "is_own": count == spec.num_kv_heads,
+                "is_own": count == decoder.spec.num_kv_heads,
             }
             for count, variant in kv_variants(spec, decoder.spec.num_heads)
         ],
@@ -200,11 +200,15 @@ def kv_variants(spec: KVCacheSpec, num_heads: int) -> list[tuple[int, KVCacheSpe
 
     A model that has no groups is shown with some: about a quarter of its heads.
     """
-    counts = {num_heads, spec.num_kv_heads, 1}
+    counts = {num_heads, spec.groups[0].num_kv_heads, 1}
     between = [count for count in range(2, num_heads) if num_heads % count == 0]
     if not counts & set(between) and between:
         counts.add(min(between, key=lambda count: (abs(count - num_heads / 4), count)))
-    return [(count, replace(spec, num_kv_heads=count)) for count in sorted(counts, reverse=True)]
+
+    def variant(count: int) -> KVCacheSpec:
+        return replace(spec, groups=tuple(replace(group, num_kv_heads=count) for group in spec.groups))
+
+    return [(count, variant(count)) for count in sorted(counts, reverse=True)]
 
 
 def attention_name(num_heads: int, num_kv_heads: int) -> str:

@@ -127,7 +127,8 @@ def kept_kv(llm: LLM, tracer: Tracer, layer: int) -> ReferenceKV:
     Each (num_blocks, block_size, num_kv_heads, head_dim); behind the last token zeros.
     """
     spec = llm.model.decoder.spec
-    kv_spec = KVCacheSpec(1, spec.num_kv_heads, spec.head_dim, llm.config.kv_dtype)
+    shape = spec.num_kv_heads_of(spec.layers[layer]), spec.head_dim_of(spec.layers[layer])
+    kv_spec = KVCacheSpec.uniform(1, *shape, llm.config.kv_dtype)
     num_tokens = tracer.keys.num_rows
     (kv,) = ReferenceOps().allocate_kv(kv_spec, kv_spec.num_blocks_for(num_tokens))
     slots = np.arange(num_tokens, dtype=np.int32)
@@ -168,11 +169,5 @@ def _attention_difference(llm: LLM, tracer: Tracer, selection: Selection) -> flo
 def _one_sequence(num_tokens: int, num_blocks: int) -> Batch:
     """All tokens of a sequence that has the first blocks, in order."""
     positions = np.arange(num_tokens, dtype=np.int32)
-    return Batch(
-        token_ids=np.zeros_like(positions),
-        positions=positions,
-        slot_mapping=positions,
-        sequence_index=np.zeros_like(positions),
-        block_tables=np.arange(num_blocks, dtype=np.int32)[None],
-        logit_rows=positions[:0],
-    )
+    zeros, tables = np.zeros_like(positions), np.arange(num_blocks, dtype=np.int32)[None]
+    return Batch.in_blocks(zeros, positions, sequence_index=zeros, block_tables=tables, logit_rows=positions[:0])

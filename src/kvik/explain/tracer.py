@@ -77,7 +77,7 @@ class Tracer:
             return
         started_s = time.perf_counter()
         batch = event.batch.arrays
-        assert len(batch.block_tables) == 1, "one sequence is watched, not several"
+        assert batch.num_sequences == 1, "one sequence is watched, not several"
         self._watch(batch, event.result.all_logits, event.run_started_s, event.run_s)
         self.aside_s += time.perf_counter() - started_s
 
@@ -99,7 +99,7 @@ class Tracer:
                 num_tokens=len(batch.positions),
                 started_s=started_s,
                 seconds=seconds,
-                slots=tuple(batch.slot_mapping.tolist()),
+                slots=tuple(batch.groups[0].slot_mapping.tolist()),
                 candidates=candidates(rows[-1]) if len(rows) else (),
                 calls=tuple(ops.calls),
             )

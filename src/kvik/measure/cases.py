@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 
-from kvik.config import TOKEN_BUDGET, KVDType, SamplingParams
+from kvik.config import TOKEN_BUDGET, SamplingParams
 from kvik.engine.lease import Lease
 from kvik.engine.request import HeldOptions
 from kvik.engine.sequence import Sequence as TokenSequence
@@ -44,7 +44,7 @@ class Case:
 
     kind: Kind
     threads: int
-    kv_dtype: KVDType
+    kv_dtype: str
     length: int  # of the prompt, or the depth
     num_tokens: int = 1  # written by each sequence
     batch: int = 1
@@ -99,7 +99,7 @@ class Row:
 def make_cases(
     *,
     threads: Sequence[int],
-    kv_dtypes: Sequence[KVDType],
+    kv_dtypes: Sequence[str],
     prompts: Sequence[int],
     depths: Sequence[int],
     batches: Sequence[int],
@@ -160,7 +160,7 @@ class Bench:
         engine.step()
 
 
-def _engine_of(case: Case) -> tuple[int, KVDType, int | None]:
+def _engine_of(case: Case) -> tuple[int, str, int | None]:
     return case.threads, case.kv_dtype, case.num_kv_heads
 
 

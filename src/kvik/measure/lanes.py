@@ -193,8 +193,9 @@ def _computed_before(batch: Batch, num_known: int) -> Batch:
         batch,
         token_ids=batch.token_ids[known],
         positions=batch.positions[known],
-        slot_mapping=batch.slot_mapping[known],
+        kv_index=batch.kv_index[known],
+        kv_bounds=batch.kv_bounds[known],
         sequence_index=batch.sequence_index[known],
         logit_rows=np.empty(0, np.int32),
-        windows=tuple(KVIndex(places.slot_mapping[known], places.block_tables) for places in batch.windows),
+        groups=tuple(KVIndex(group.slot_mapping[known], group.block_tables) for group in batch.groups),
     )

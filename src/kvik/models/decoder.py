@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kvik.cache import KVCacheSpec
 from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from kvik.ops.base import Array, AttentionRule, Batch, LayerKV, Linear, Norm, Ops, QKVWeights, RopeTable, Step, Weight
+from kvik.ops.capture import record
+from kvik.ops.table import OPS, Cost, add_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,14 @@ class DecoderWeights:
         return sum(linear.rows * linear.matrix.columns for layer in self.layers for linear in layer.linears)
 
 
+@dataclass(frozen=True, slots=True)
+class _KVOfLayer:
+    """What a layer's cost depends on, where there are no arrays."""
+
+    kv_group: int
+    token_bytes: int
+
+
 class Decoder:
     """A decoder-only transformer, for sequences of up to `num_positions` tokens."""
 
@@ -83,10 +94,23 @@ class Decoder:
             None: None,
             **{rope: rope.table(num_positions) for rope in spec.ropes},
         }
+        self._costs: dict[KVCacheSpec, tuple[tuple[Cost, bool], ...]] = {}
 
     def with_ops(self, ops: Ops) -> Decoder:
         """The same weights, run by other ops of the same backend, which pack weights alike."""
         return Decoder(self.spec, self.weights, ops, self.num_positions)
+
+    def costs(self, kv_spec: KVCacheSpec) -> tuple[tuple[Cost, bool], ...]:
+        """What the ops of a step cost at least, added up by `add_up`."""
+        found = self._costs.get(kv_spec)
+        if found is None:
+            layer_bytes = [group.num_kv_heads * group.vector_bytes for group in kv_spec.groups]
+            layers = [_KVOfLayer(group, layer_bytes[group]) for group in kv_spec.layer_groups]
+            calls, *_ = record(lambda ops, batch: self.forward(batch, layers, ops))
+            found = self._costs[kv_spec] = add_up(
+                (OPS[call.name].cost(*call.arguments), any(value.of_logits for value in call.results)) for call in calls
+            )
+        return found
 
     def capture(self, kv_cache: Sequence[LayerKV]) -> Step:
         """The forward pass over these KV arrays as one function of the batch, its ops noted where the backend can.
@@ -112,16 +136,34 @@ class Decoder:
         if weights.positions is not None:
             x = ops.add(x, ops.embed(weights.positions, batch.positions))
         for layer, w, kv in zip(spec.layers, weights.layers, kv_cache, strict=True):
-            q = ops.norm_qkv(x, w.attn_norm, w.qkv, self._ropes[layer.rope], kv, batch)  # and remember these tokens
+            q, k, v = self._heads(ops, layer, w, x, batch)
+            if layer.kv_from is None:
+                ops.write_kv(kv, k, v, batch.groups[kv.kv_group].slot_mapping)  # remember these tokens
             attended = ops.merge_heads(ops.attend(q, kv, batch, self.rule(layer)))  # look back over all of them
             after = _add(ops, x, attended, w.o_proj, w.post_attn_norm)
             hidden = self._mlp_hidden(ops, w, after if spec.parallel == "none" else x)
             x = _add(ops, after, hidden, w.down_proj, w.post_mlp_norm)
         return x
 
+    def _heads(
+        self, ops: Ops, layer: LayerSpec, w: LayerWeights, x: Array, batch: Batch
+    ) -> tuple[Array, Array | None, Array | None]:
+        """Queries, and keys and values where the layer has its own: (T, heads, head_dim) each."""
+        rope, head_dim = self._ropes[layer.rope], w.qkv.head_dim
+
+        def rotated(projected: Array, norm: Norm | None) -> Array:
+            heads = ops.split_heads(_normed(ops, projected, norm), head_dim)
+            return heads if rope is None else ops.rope(heads, batch.positions, rope)
+
+        q, *k_and_v = ops.project(_normed(ops, x, w.attn_norm), w.qkv.linears)
+        if not k_and_v:
+            return rotated(q, w.qkv.query_norm), None, None
+        k, v = k_and_v
+        return rotated(q, w.qkv.query_norm), rotated(k, w.qkv.key_norm), ops.split_heads(v, head_dim)
+
     def logits(self, hidden: Array, ops: Ops) -> Array:
         """What rows of hidden states (R, hidden_size) say about the next token: (R, vocab_size)."""
-        logits = ops.norm_linear(hidden, self.weights.norm, self.weights.lm_head)
+        logits = ops.linear(ops.norm(hidden, self.weights.norm), self.weights.lm_head)
         return logits if self.spec.logit_soft_cap is None else ops.soft_cap(logits, self.spec.logit_soft_cap)
 
     def normed(self, hidden: Array) -> Array:
@@ -133,10 +175,15 @@ class Decoder:
         return AttentionRule(self.spec.attention_scale, layer.window, self.spec.attention_soft_cap)
 
     def _mlp_hidden(self, ops: Ops, w: LayerWeights, x: Array) -> Array:
-        activation = self.spec.activation
+        normed = _normed(ops, x, w.mlp_norm)
         if w.gate_proj is None:
-            return ops.activate(ops.norm_linear(x, w.mlp_norm, w.up_proj), activation)
-        return ops.norm_gated(x, w.mlp_norm, w.gate_proj, w.up_proj, activation)
+            return ops.activate(ops.linear(normed, w.up_proj), self.spec.activation)
+        gate, up = ops.project(normed, (w.gate_proj, w.up_proj))
+        return ops.activate(gate, self.spec.activation, up)
+
+
+def _normed(ops: Ops, x: Array, norm: Norm | None) -> Array:
+    return x if norm is None else ops.norm(x, norm)
 
 
 def _add(ops: Ops, residual: Array, x: Array, linear: Linear, post_norm: Norm | None) -> Array:

@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from kvik.cache import KVCacheSpec
-from kvik.config import KVDType
+from kvik.cache import GroupSpec, KVCacheSpec, VectorFormat
+from kvik.config import parse_kv_dtype
 from kvik.ops.base import Nonlinearity, RopeTable
 
 MAX_LAYERS = 1 << 12
@@ -53,6 +53,9 @@ class LayerSpec:
 
     rope: RopeSpec | None  # None: no RoPE (NoPE layer)
     window: int | None = None  # tokens that a token sees, its own the last; None: all before it
+    num_kv_heads: int | None = None  # None: the decoder's; more or fewer in some layers (Gemma 4)
+    head_dim: int | None = None  # None: the decoder's
+    kv_from: int | None = None  # the layer whose keys and values it reads, having none of its own (Gemma 3n and 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,14 @@ class DecoderSpec:
         """Transformer layers."""
         return len(self.layers)
 
+    def num_kv_heads_of(self, layer: LayerSpec) -> int:
+        """KV heads of a layer."""
+        return layer.num_kv_heads or self.num_kv_heads
+
+    def head_dim_of(self, layer: LayerSpec) -> int:
+        """Dimensions of each of a layer's heads."""
+        return layer.head_dim or self.head_dim
+
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:
         """The different rotary embeddings, in the order of the layers that need them first."""
@@ -109,28 +120,41 @@ class DecoderSpec:
 
     def problem(self) -> str | None:
         """Why no decoder can have this shape; `None`: one can."""
-        if self.num_heads % self.num_kv_heads:
-            return f"{self.num_heads} query heads do not divide among {self.num_kv_heads} KV heads"
-        if self.head_dim % 8:
-            return f"head_dim {self.head_dim} is no multiple of 8"
-        for rope in self.ropes:
-            if rope.num_dims % 2 or not 0 < rope.num_dims <= self.head_dim:
-                return f"{rope.num_dims} dimensions of a head of {self.head_dim} cannot rotate in pairs"
+        for index, layer in enumerate(self.layers):
+            num_kv_heads, head_dim, rope = self.num_kv_heads_of(layer), self.head_dim_of(layer), layer.rope
+            if self.num_heads % num_kv_heads:
+                return f"{self.num_heads} query heads do not divide among {num_kv_heads} KV heads"
+            if head_dim % 8:
+                return f"head_dim {head_dim} is no multiple of 8"
+            if rope is not None and (rope.num_dims % 2 or not 0 < rope.num_dims <= head_dim):
+                return f"{rope.num_dims} dimensions of a head of {head_dim} cannot rotate in pairs"
+            if layer.kv_from is not None and self._kv_of(layer) != self._kv_of(self.layers[layer.kv_from]):
+                return f"layer {index} reads keys and values of layer {layer.kv_from}, which has others"
+            if layer.kv_from is not None and not layer.kv_from < index:
+                return f"layer {index} reads keys and values of layer {layer.kv_from}, which comes later"
         if 0 < self.num_learned_positions < self.context_length:
             return f"{self.num_learned_positions:,} learned positions for a context of {self.context_length:,}"
         return None
 
-    def kv_spec(self, dtype: KVDType) -> KVCacheSpec:
-        """What a KV cache of this decoder holds."""
-        windows = tuple(layer.window for layer in self.layers)
-        return KVCacheSpec(
-            self.num_layers, self.num_kv_heads, self.head_dim, dtype, layer_windows=windows if any(windows) else None
-        )
+    def _kv_of(self, layer: LayerSpec) -> tuple[int, int, int | None]:
+        return self.num_kv_heads_of(layer), self.head_dim_of(layer), layer.window
+
+    def kv_spec(self, dtype: str) -> KVCacheSpec:
+        """What a KV cache of this decoder holds; the types of keys and values as `parse_kv_dtype` takes them."""
+        key, value = parse_kv_dtype(dtype)
+
+        def group(index: int, layer: LayerSpec) -> GroupSpec:
+            num_kv_heads, head_dim, window = self._kv_of(layer)
+            vectors = VectorFormat(head_dim, key), VectorFormat(head_dim, value)
+            return GroupSpec("full" if window is None else "window", (index,), num_kv_heads, *vectors, window)
+
+        own = [group(index, layer) for index, layer in enumerate(self.layers) if layer.kv_from is None]
+        shared = [(index, layer.kv_from) for index, layer in enumerate(self.layers) if layer.kv_from is not None]
+        return KVCacheSpec.of_layers(own, shared=shared)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all weights; the names are those of GGUF files, where each projection has its own."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {}
 
         def linear(name: str, rows: int, columns: int, *, bias: bool) -> None:
@@ -146,15 +170,18 @@ class DecoderSpec:
         shapes["token_embd.weight"] = (self.vocab_size, hidden)
         if self.num_learned_positions:
             shapes["position_embd.weight"] = (self.num_learned_positions, hidden)
-        for index in range(self.num_layers):
-            layer = f"blk.{index}"
+        for index, spec in enumerate(self.layers):
+            layer, head_dim = f"blk.{index}", self.head_dim_of(spec)
+            queries, keys = self.num_heads * head_dim, self.num_kv_heads_of(spec) * head_dim
+            of_kv = [("attn_k", keys), ("attn_v", keys)] if spec.kv_from is None else []
             if self.norm_places != "after":
                 norm(f"{layer}.attn_norm")
-            for name, rows in (("attn_q", queries), ("attn_k", keys), ("attn_v", keys)):
+            for name, rows in (("attn_q", queries), *of_kv):
                 linear(f"{layer}.{name}", rows, hidden, bias=self.qkv_bias)
             if self.qk_norm != "none":
-                norm(f"{layer}.attn_q_norm", self.head_dim if self.qk_norm == "head" else queries, bias=False)
-                norm(f"{layer}.attn_k_norm", self.head_dim if self.qk_norm == "head" else keys, bias=False)
+                norm(f"{layer}.attn_q_norm", head_dim if self.qk_norm == "head" else queries, bias=False)
+                if spec.kv_from is None:
+                    norm(f"{layer}.attn_k_norm", head_dim if self.qk_norm == "head" else keys, bias=False)
             linear(f"{layer}.attn_output", hidden, queries, bias=self.output_bias)
             if self.norm_places != "before":
                 norm(f"{layer}.post_attention_norm")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvik.models.decoder import DecoderWeights, LayerWeights
-from kvik.models.spec import DecoderSpec
+from kvik.models.spec import DecoderSpec, LayerSpec
 from kvik.ops.base import Linear, Norm, QKVWeights, Vector, Weight
 
 
@@ -44,8 +44,8 @@ class _Reader:
         head = embedding if spec.tied_head else self.source.matrix("output.weight")
         positions = self.source.matrix("position_embd.weight") if spec.num_learned_positions else None
         layers = []
-        for index in range(spec.num_layers):
-            layers.append(self.layer(f"blk.{index}"))
+        for index, of_layer in enumerate(spec.layers):
+            layers.append(self.layer(f"blk.{index}", of_layer))
             on_layer(index)
         norm = self.norm("output_norm")
         assert norm is not None
@@ -57,15 +57,15 @@ class _Reader:
             positions=positions,
         )
 
-    def layer(self, layer: str) -> LayerWeights:
+    def layer(self, layer: str, of_layer: LayerSpec) -> LayerWeights:
         spec = self.spec
         attn_norm = self.norm(f"{layer}.attn_norm")
         return LayerWeights(
             qkv=QKVWeights(
                 query=self.linear(f"{layer}.attn_q"),
-                key=self.linear(f"{layer}.attn_k"),
-                value=self.linear(f"{layer}.attn_v"),
-                head_dim=spec.head_dim,
+                key=None if of_layer.kv_from is not None else self.linear(f"{layer}.attn_k"),
+                value=None if of_layer.kv_from is not None else self.linear(f"{layer}.attn_v"),
+                head_dim=spec.head_dim_of(of_layer),
                 query_norm=self.norm(f"{layer}.attn_q_norm"),
                 key_norm=self.norm(f"{layer}.attn_k_norm"),
             ),

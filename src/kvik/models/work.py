@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from kvik.cache import KVCacheSpec
-from kvik.config import MAX_TOKENS
 from kvik.models.decoder import Decoder
 from kvik.ops.base import Batch
+from kvik.ops.table import keys_read, keys_seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +43,16 @@ class StepWork:
 
 
 def count_work(decoder: Decoder, kv_spec: KVCacheSpec, batch: Batch) -> StepWork:
-    """The work of one step over this batch: a token attends to itself and all before it, or its window."""
-    spec, weights = decoder.spec, decoder.weights
+    """The work of one step over this batch: what its ops cost at least."""
     num_tokens, num_logits = len(batch.token_ids), len(batch.logit_rows)
-    positions = batch.positions.astype(np.int64)
-    layers = {None: kv_spec.num_full_layers} | {one.window: one.num_layers for one in kv_spec.windows}
-    num_keys = num_read = 0
-    for window, count in layers.items():
-        first = np.maximum(0, positions + 1 - (window or MAX_TOKENS))
-        num_keys += count * int((positions + 1 - first).sum())
-        num_read += count * _tokens_seen(batch, first, positions)
-    head = weights.lm_head.rows * weights.lm_head.matrix.columns
-    return StepWork(
-        num_steps=1,
-        num_tokens=num_tokens,
-        weight_multiply_adds=num_tokens * weights.layer_multiply_adds + num_logits * head,
-        attention_multiply_adds=2 * spec.num_heads * spec.head_dim * num_keys,
-        weight_bytes=weights.step_bytes(with_logits=num_logits > 0) if num_tokens else 0,
-        kv_bytes=num_read * kv_spec.token_bytes // kv_spec.num_layers,
-    )
-
-
-def _tokens_seen(batch: Batch, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> int:
-    """Keys that some token of the batch sees, each sequence's once: its tokens are neighbours."""
-    num_sequences = len(batch.block_tables)
-    low, high = np.full(num_sequences, MAX_TOKENS, np.int64), np.full(num_sequences, -1, np.int64)
-    np.minimum.at(low, batch.sequence_index, first)
-    np.maximum.at(high, batch.sequence_index, last)
-    return int(np.maximum(0, high + 1 - low).sum())
+    work = StepWork(num_steps=1, num_tokens=num_tokens)
+    for cost, of_logits in decoder.costs(kv_spec):
+        rows = num_logits if of_logits else num_tokens
+        kv = cost.kv
+        work += StepWork(
+            weight_multiply_adds=cost.multiply_adds * rows,
+            attention_multiply_adds=0 if kv is None else kv.key_multiply_adds * keys_seen(batch, kv.window),
+            weight_bytes=cost.weight_bytes if rows else 0,
+            kv_bytes=0 if kv is None else kv.key_bytes * keys_read(batch, kv.kv_group, kv.window),
+        )
+    return work

@@ -8,13 +8,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from kvik.cache import KVCacheSpec
+from kvik.cache import BLOCK_SIZE, KVCacheSpec
+from kvik.cache.spec import attention_multiply_adds
+from kvik.ops.table import (
+    Cost,
+    KVRead,
+    Value,
+    elementwise,
+    like_first,
+    op,
+    products,
+    rows_of,
+)
 
 Array: TypeAlias = Any
 LayerKV: TypeAlias = Any
@@ -41,35 +52,71 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KVIndex:
-    """Where one KV group, of layers that keep the same tokens, has a step's keys and values."""
+    """Where one group of layers has a step's keys and values."""
 
     slot_mapping: IntArray  # (T,) block_id * block_size + offset: where each token's go
     block_tables: IntArray  # (sequences, most blocks of any); unused places hold 0
+
+    @property
+    def arrays(self) -> tuple[IntArray, IntArray]:
+        """Both."""
+        return self.slot_mapping, self.block_tables
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The tokens one step computes, sequence after sequence, as the ops see them.
 
-    Slots and tables are those of layers that see all tokens; `windows` has those of each KV group with a window.
+    A token's place in its sequence is said three times, for three purposes: `positions` is what it is rotated by,
+    `kv_index` where its key and value stand among those of the block table, and it sees those from its window's
+    beginning, `kv_index + 1 - window`, up to `kv_bounds`. They agree in a text of which nothing was dropped.
     """
 
     token_ids: IntArray  # (T,)
-    positions: IntArray  # (T,) each in its own sequence
-    slot_mapping: IntArray  # (T,) block_id * block_size + offset: where its key and value go
-    sequence_index: IntArray  # (T,) row of block_tables
-    block_tables: IntArray  # (sequences, most blocks of any); unused places hold 0
+    positions: IntArray  # (T,) of the rotary or learned embedding
+    kv_index: IntArray  # (T,) its own place in its block table
+    kv_bounds: IntArray  # (T,) the first place that it does not see any more: above its own
+    sequence_index: IntArray  # (T,) row of the block tables
     logit_rows: IntArray  # (R,) tokens whose logits are wanted
-    windows: tuple[KVIndex, ...] = ()
+    groups: tuple[KVIndex, ...]  # of each group of layers
     hidden_rows: IntArray = field(default_factory=lambda: np.empty(0, np.int32))  # (H,) whose hidden states are wanted
 
-    def places(self, kv_group: int) -> KVIndex:
-        """Those of a KV group: 0, or 1 and the index of a window."""
-        return self.windows[kv_group - 1] if kv_group else KVIndex(self.slot_mapping, self.block_tables)
+    @classmethod
+    def of_text(
+        cls,
+        token_ids: IntArray,
+        positions: IntArray,
+        sequence_index: IntArray,
+        groups: Sequence[KVIndex],
+        logit_rows: IntArray,
+        hidden_rows: IntArray | None = None,
+    ) -> Batch:
+        """Tokens that stand where their positions say, each seeing all before it."""
+        hidden_rows = logit_rows[:0] if hidden_rows is None else hidden_rows
+        bounds = positions + np.int32(1)
+        return cls(token_ids, positions, positions, bounds, sequence_index, logit_rows, tuple(groups), hidden_rows)
 
-    def with_windows(self, count: int) -> Batch:
-        """The same where so many KV groups with a window have blocks of the same numbers as the others."""
-        return replace(self, windows=(KVIndex(self.slot_mapping, self.block_tables),) * count)
+    @classmethod
+    def in_blocks(
+        cls,
+        token_ids: IntArray,
+        positions: IntArray,
+        sequence_index: IntArray,
+        block_tables: IntArray,
+        logit_rows: IntArray,
+        hidden_rows: IntArray | None = None,
+        num_groups: int = 1,
+    ) -> Batch:
+        """The same where blocks have the same numbers in every group."""
+        blocks, offsets = np.divmod(positions, np.int32(BLOCK_SIZE))
+        slots = (block_tables[sequence_index, blocks] * np.int32(BLOCK_SIZE) + offsets).astype(np.int32)
+        groups = [KVIndex(slots, block_tables)] * num_groups
+        return cls.of_text(token_ids, positions, sequence_index, groups, logit_rows, hidden_rows)
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows of the block tables."""
+        return len(self.groups[0].block_tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +169,21 @@ class Linear:
 class QKVWeights:
     """The three projections that attention begins with, and the norms of queries and keys where there are some.
 
-    Such a norm is over head_dim, each head alone, or over all heads of a token at once: its width tells.
+    Such a norm is over head_dim, each head alone, or over all heads of a token at once: its width tells. A layer that
+    reads another one's keys and values has neither.
     """
 
     query: Linear  # (num_heads * head_dim, hidden_size)
-    key: Linear  # (num_kv_heads * head_dim, hidden_size)
-    value: Linear  # (num_kv_heads * head_dim, hidden_size)
+    key: Linear | None  # (num_kv_heads * head_dim, hidden_size)
+    value: Linear | None  # (num_kv_heads * head_dim, hidden_size)
     head_dim: int
     query_norm: Norm | None = None
     key_norm: Norm | None = None
 
     @property
-    def linears(self) -> tuple[Linear, Linear, Linear]:
+    def linears(self) -> tuple[Linear, ...]:
         """The projections."""
-        return self.query, self.key, self.value
+        return tuple(linear for linear in (self.query, self.key, self.value) if linear is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +258,28 @@ class EagerStep:
         return logits, hidden
 
 
+def _norm_cost(x: Value, norm: Norm) -> Cost:
+    return Cost(weight_bytes=norm.num_bytes, row_bytes=8 * x.width, row_operations=4 * x.width)
+
+
+def _attend_cost(q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule) -> Cost:
+    num_heads, head_dim = q.shape
+    multiply_adds = attention_multiply_adds(num_heads, head_dim, head_dim)
+    return Cost(kv=KVRead(kv.kv_group, rule.window, kv.token_bytes, multiply_adds))
+
+
+def _query_shape(
+    x: Value, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, kv: LayerKV, batch: Batch
+) -> tuple[tuple[int, ...], ...]:
+    return ((weights.query.rows // weights.head_dim, weights.head_dim),)
+
+
 class Ops(ABC):
-    """About a dozen transformer-shaped operations; one whose default composes others may be fused by a backend."""
+    """About a dozen transformer-shaped operations; what they mean, `ReferenceOps` says in NumPy.
+
+    A backend runs them one by one (`run`). `linear` and the three `norm_` ones are made of others; a captured step may
+    have them as one (`ops/fusion.py`).
+    """
 
     name: str
 
@@ -224,44 +292,48 @@ class Ops(ABC):
         """The same from parts, one held at a time: whole rows, in each part but the last a multiple of 16."""
 
     @abstractmethod
-    def allocate_kv(
-        self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None
-    ) -> Sequence[LayerKV]:
-        """Room for the keys and values of `num_blocks` blocks, one entry a layer, each with its `kv_group`.
+    def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> Sequence[LayerKV]:
+        """Room for so many blocks in each group, or in all: one entry a layer, each with its `kv_group`.
 
-        `window_blocks` are those of each KV group with a window; None: as many.
+        A layer that reads what another one keeps has the other one's entry.
         """
 
     @abstractmethod
     def copy_blocks(self, kv_cache: Sequence[LayerKV], copies: Sequence[tuple[int, int]], kv_group: int = 0) -> None:
-        """Copy whole blocks in every layer of a KV group: (source, target) pairs, in order, of what `allocate_kv` gave.
+        """Copy whole blocks in every layer of a group: (source, target) pairs, in order, of what `allocate_kv` gave.
 
         A block outside the cache, or one that is its own target, raises ValueError before anything is copied.
         """
 
     @abstractmethod
     def discard_blocks(self, kv_cache: Sequence[LayerKV], superblocks: Sequence[int], kv_group: int = 0) -> None:
-        """Give the memory of a KV group's superblocks (8 blocks) back; what they held is undefined until written.
+        """Give the memory of a group's superblocks (8 blocks) back; what they held is undefined until written.
 
         `kv_cache` is what `allocate_kv` gave; a superblock outside it raises ValueError.
         """
 
     @abstractmethod
+    def run(self, name: str, *arguments: Any) -> Any:
+        """One op, by name, with the arguments of its method: an array, or some (`project`), or None (`write_kv`)."""
+
+    @op(
+        lambda table, ids, scale: ((table.columns,),),
+        lambda table, ids, scale: Cost(row_bytes=table.num_bytes / table.rows),
+    )
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> Array:
         """Rows of the table times the scale: (T, hidden_size). Positions are looked up in the same way."""
+        return self.run("embed", table, token_ids, scale)
 
-    @abstractmethod
+    @op(like_first, _norm_cost)
     def norm(self, x: Array, norm: Norm) -> Array:
         """Each row of x (T, width) normed, or each stretch of a row that is as long as the norm's weight."""
+        return self.run("norm", x, norm)
 
-    @abstractmethod
+    @op(lambda x, linears: rows_of(*linears), lambda x, linears: products(*linears))
     def project(self, x: Array, linears: Sequence[Linear]) -> tuple[Array, ...]:
         """x (T, columns) times each matrix: (T, rows) each. Quantised weights quantise x once for all."""
-
-    def linear(self, x: Array, linear: Linear, residual: Array | None = None) -> Array:
-        """x (T, columns) times one matrix, plus the residual where there is one: (T, rows)."""
-        product = self.project(x, (linear,))[0]
-        return product if residual is None else self.add(residual, product)
+        results: tuple[Array, ...] = self.run("project", x, tuple(linears))
+        return results
 
     @abstractmethod
     def split_heads(self, x: Array, head_dim: int) -> Array:
@@ -271,68 +343,88 @@ class Ops(ABC):
     def merge_heads(self, x: Array) -> Array:
         """(T, heads, head_dim) seen as (T, heads * head_dim)."""
 
-    @abstractmethod
+    @op(like_first, elementwise(2, 3))
     def rope(self, x: Array, positions: IntArray, table: RopeTable) -> Array:
         """Rotate pairs of dimensions of x (T, heads, head_dim) by their position's angles."""
+        return self.run("rope", x, positions, table)
 
-    @abstractmethod
+    @op(lambda kv, k, v, slots: (), lambda kv, k, v, slots: Cost(row_bytes=8 * (k.width + v.width)))
     def write_kv(self, kv: LayerKV, k: Array, v: Array, slot_mapping: IntArray) -> None:
         """Store k, v (T, num_kv_heads, head_dim) at their slots, in place.
 
-        int8 has one float32 scale for each token's key and one for its value, by KV head: what is stored is a whole
-        multiple, -127 ... 127, of the largest magnitude / 127. NaN or infinity makes all of that key or value NaN.
+        int8 has one float32 scale for each token's key or value, by KV head: what is stored is a whole multiple,
+        -127 ... 127, of the largest magnitude / 127. NaN or infinity makes all of that key or value NaN.
         """
+        self.run("write_kv", kv, k, v, slot_mapping)
 
-    @abstractmethod
+    @op(like_first, _attend_cost)
     def attend(self, q: Array, kv: LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> Array:
-        """Causal attention of q (T, num_heads, head_dim) over each token's own sequence.
+        """Attention of q (T, num_heads, head_dim) over what each token sees of its own sequence.
 
         Block table entries before a window are not read.
         """
+        return self.run("attend", q, kv, batch, rule)
 
-    @abstractmethod
+    @op(like_first, lambda x, activation, up: elementwise(2 if up is None else 3, 20)(x))
     def activate(self, x: Array, activation: Nonlinearity, up: Array | None = None) -> Array:
         """activation(x), times `up` where there is one (Shazeer, 2020), element by element.
 
         silu: x * sigmoid(x). gelu: x * Phi(x), the normal distribution's (Hendrycks and Gimpel, 2016); gelu_tanh: their
         approximation x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))). relu: max(x, 0).
         """
+        return self.run("activate", x, activation, up)
 
-    @abstractmethod
+    @op(like_first, elementwise(2, 20))
     def soft_cap(self, x: Array, cap: float) -> Array:
         """cap * tanh(x / cap), element by element."""
+        return self.run("soft_cap", x, cap)
 
-    def norm_qkv(
-        self, x: Array, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, kv: LayerKV, batch: Batch
-    ) -> Array:
-        """Queries of the normed x, rotated by position: (T, num_heads, head_dim); keys and values go to their slots."""
-        q, k, v = self.project(x if norm is None else self.norm(x, norm), weights.linears)
-        if weights.query_norm is not None:
-            q = self.norm(q, weights.query_norm)
-        if weights.key_norm is not None:
-            k = self.norm(k, weights.key_norm)
-        q, k, v = (self.split_heads(projected, weights.head_dim) for projected in (q, k, v))
-        if rope is not None:
-            q, k = (self.rope(heads, batch.positions, rope) for heads in (q, k))
-        self.write_kv(kv, k, v, batch.places(kv.kv_group).slot_mapping)
-        return q
+    @op(like_first, elementwise(3, 1))
+    def add(self, x: Array, y: Array) -> Array:
+        """x + y, the residual."""
+        return self.run("add", x, y)
 
+    @op(like_first, elementwise(2, 0))
+    def take_rows(self, x: Array, rows: IntArray) -> Array:
+        """x[rows]: (R, hidden_size)."""
+        return self.run("take_rows", x, rows)
+
+    # Made of the ones above.
+
+    @op(lambda x, linear, residual: rows_of(linear), lambda x, linear, residual: products(linear))
+    def linear(self, x: Array, linear: Linear, residual: Array | None = None) -> Array:
+        """x (T, columns) times one matrix, plus the residual where there is one: (T, rows)."""
+        product = self.project(x, (linear,))[0]
+        return product if residual is None else self.add(residual, product)
+
+    @op(lambda x, norm, linear: rows_of(linear), lambda x, norm, linear: products(linear))
+    def norm_linear(self, x: Array, norm: Norm | None, linear: Linear) -> Array:
+        """The normed x times one matrix: (T, rows)."""
+        return self.linear(x if norm is None else self.norm(x, norm), linear)
+
+    @op(lambda x, norm, gate, up, activation: rows_of(gate), lambda x, norm, gate, up, activation: products(gate, up))
     def norm_gated(self, x: Array, norm: Norm | None, gate: Linear, up: Linear, activation: Nonlinearity) -> Array:
         """activation(gate(normed x)) * up(normed x): (T, intermediate_size)."""
         gated, raised = self.project(x if norm is None else self.norm(x, norm), (gate, up))
         return self.activate(gated, activation, raised)
 
-    def norm_linear(self, x: Array, norm: Norm | None, linear: Linear) -> Array:
-        """The normed x times one matrix: (T, rows)."""
-        return self.linear(x if norm is None else self.norm(x, norm), linear)
+    @op(_query_shape, lambda x, norm, weights, rope, kv, batch: products(*weights.linears))
+    def norm_qkv(
+        self, x: Array, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, kv: LayerKV, batch: Batch
+    ) -> Array:
+        """Queries of the normed x, rotated by position: (T, num_heads, head_dim); keys and values go to their slots."""
+        q, *k_and_v = self.project(x if norm is None else self.norm(x, norm), weights.linears)
+        normed = [self._heads(q, weights.query_norm, weights.head_dim)]
+        if k_and_v:
+            normed.append(self._heads(k_and_v[0], weights.key_norm, weights.head_dim))
+        rotated = normed if rope is None else [self.rope(heads, batch.positions, rope) for heads in normed]
+        if k_and_v:
+            values = self.split_heads(k_and_v[1], weights.head_dim)
+            self.write_kv(kv, rotated[1], values, batch.groups[kv.kv_group].slot_mapping)
+        return rotated[0]
 
-    @abstractmethod
-    def add(self, x: Array, y: Array) -> Array:
-        """x + y, the residual."""
-
-    @abstractmethod
-    def take_rows(self, x: Array, rows: IntArray) -> Array:
-        """x[rows]: (R, hidden_size)."""
+    def _heads(self, x: Array, norm: Norm | None, head_dim: int) -> Array:
+        return self.split_heads(x if norm is None else self.norm(x, norm), head_dim)
 
     def capture(self, forward: Forward) -> Step:
         """The forward pass as a function of the batch; a backend may note its ops once and replay them."""

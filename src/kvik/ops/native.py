@@ -3,51 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvik import _native
-from kvik.cache import KVCacheSpec
+from kvik.cache import GroupSpec, KVCacheSpec
 from kvik.config import ActivationDType
 from kvik.machine import available_threads
-from kvik.ops.base import (
-    PLAIN,
-    AttentionRule,
-    Batch,
-    Forward,
-    IntArray,
-    Linear,
-    Nonlinearity,
-    Norm,
-    Ops,
-    RopeTable,
-    Weight,
-)
-from kvik.ops.program import CapturedStep, MachineLimits, native_linear, native_norm
+from kvik.ops.base import Forward, Ops
+from kvik.ops.layers import blocks_of_groups, by_layer
+from kvik.ops.program import CapturedStep, MachineLimits, run_once
 
 FloatArray = npt.NDArray[np.float32]
 
 
 class NativeKVCache(list[_native.LayerKV]):
-    """The layers of one allocation, and the arrays that they are parts of, by KV group."""
+    """The layers of one allocation, and the arrays that they are parts of, by group."""
 
-    def __init__(self, spec: KVCacheSpec, counts: Sequence[int]) -> None:
-        kv_groups = spec.groups
-        self.arrays = {
-            kv_group: _native.KVArrays(
-                kv_groups.count(kv_group),
-                counts[kv_group],
-                spec.num_kv_heads,
-                spec.head_dim,
-                spec.dtype,
-                kv_group,
-            )
-            for kv_group in sorted(set(kv_groups))
-        }
-        super().__init__(
-            self.arrays[kv_group].layer(kv_groups[:index].count(kv_group)) for index, kv_group in enumerate(kv_groups)
-        )
+    def __init__(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> None:
+        counts = blocks_of_groups(spec, group_blocks)
+        self.arrays = [_kv_arrays(group, index, counts[index]) for index, group in enumerate(spec.groups)]
+        super().__init__(by_layer(spec, lambda index, at: self.arrays[index].layer(at)))
+
+
+def _kv_arrays(group: GroupSpec, index: int, num_blocks: int) -> _native.KVArrays:
+    assert group.value is not None, f"no keys and values in a group of kind {group.kind}"
+    dtypes = group.key.dtype, group.value.dtype
+    return _native.KVArrays(group.num_layers, num_blocks, group.num_kv_heads, group.key.num_items, *dtypes, index)
 
 
 class NativeOps(Ops):
@@ -85,11 +69,9 @@ class NativeOps(Ops):
             packer.add(part, self._pool)
         return packer.finish()
 
-    def allocate_kv(
-        self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None
-    ) -> NativeKVCache:
+    def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> NativeKVCache:
         assert spec.block_size == _native.BLOCK_SIZE
-        return NativeKVCache(spec, (num_blocks, *(window_blocks or (num_blocks,) * len(spec.windows))))
+        return NativeKVCache(spec, group_blocks)
 
     def copy_blocks(
         self, kv_cache: Sequence[_native.LayerKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
@@ -101,60 +83,16 @@ class NativeOps(Ops):
     ) -> None:
         _native.discard_superblocks(_arrays_of(kv_cache, kv_group), superblocks)
 
-    def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
-        out = np.empty((len(token_ids), table.columns), np.float32)
-        _native.embed_rows(_packed(table), token_ids, scale, out)
-        return out
-
-    def norm(self, x: FloatArray, norm: Norm) -> FloatArray:
-        out = np.empty_like(x)
-        width = len(norm.weight)
-        _native.norm(self._pool, x.reshape(-1, width), native_norm(norm), out.reshape(-1, width))
-        return out
-
-    def project(self, x: FloatArray, linears: Sequence[Linear]) -> tuple[FloatArray, ...]:
-        outs = [np.empty((len(x), linear.rows), np.float32) for linear in linears]
-        _native.project(self._pool, x, [native_linear(linear) for linear in linears], outs, self._int16_activations)
-        return tuple(outs)
+    def run(self, name: str, *arguments: Any) -> Any:
+        if name == "take_rows":
+            return arguments[0][arguments[1]]
+        return run_once(self._pool, name, arguments, int16_activations=self._int16_activations)
 
     def split_heads(self, x: FloatArray, head_dim: int) -> FloatArray:
         return x.reshape(len(x), x.shape[1] // head_dim, head_dim)
 
     def merge_heads(self, x: FloatArray) -> FloatArray:
         return x.reshape(len(x), x.shape[1] * x.shape[2])
-
-    def rope(self, x: FloatArray, positions: IntArray, table: RopeTable) -> FloatArray:
-        out = np.empty_like(x)
-        _native.rope(self._pool, x, positions, table.cos_sin, table.adjacent_pairs, out)
-        return out
-
-    def write_kv(self, kv: _native.LayerKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
-        _native.write_kv(self._pool, kv, k, v, slot_mapping)
-
-    def attend(self, q: FloatArray, kv: _native.LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> FloatArray:
-        out = np.empty_like(q)
-        scale, cap = rule.scale_for(q.shape[2]), rule.soft_cap or 0.0
-        places = (batch.places(kv.kv_group).block_tables, batch.sequence_index, batch.positions)
-        _native.attend(self._pool, q, kv, *places, scale, cap, out, rule.window)
-        return out
-
-    def activate(self, x: FloatArray, activation: Nonlinearity, up: FloatArray | None = None) -> FloatArray:
-        out = np.empty_like(x)
-        _native.activate(self._pool, activation, x, up, out)
-        return out
-
-    def soft_cap(self, x: FloatArray, cap: float) -> FloatArray:
-        out = np.empty_like(x)
-        _native.soft_cap(self._pool, x, cap, out)
-        return out
-
-    def add(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        out = np.empty_like(x)
-        _native.add(self._pool, x, y, out)
-        return out
-
-    def take_rows(self, x: FloatArray, rows: IntArray) -> FloatArray:
-        return x[rows]
 
     def capture(self, forward: Forward) -> CapturedStep:
         return CapturedStep(forward, self._pool, int16_activations=self._int16_activations)
@@ -164,11 +102,6 @@ class NativeOps(Ops):
 
     def to_numpy(self, x: FloatArray) -> FloatArray:
         return x
-
-
-def _packed(weight: Weight) -> _native.PackedWeight:
-    assert isinstance(weight, _native.PackedWeight)
-    return weight
 
 
 def _arrays_of(kv_cache: Sequence[_native.LayerKV], kv_group: int) -> _native.KVArrays:

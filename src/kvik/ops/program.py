@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -11,8 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik import _native
-from kvik.ops.base import Batch, Forward, IntArray, Linear, Norm, QKVWeights
-from kvik.ops.capture import Call, Field, Value, capture
+from kvik.ops.base import (
+    AttentionRule,
+    Batch,
+    Forward,
+    IntArray,
+    KVIndex,
+    Linear,
+    Norm,
+    QKVWeights,
+    RopeTable,
+)
+from kvik.ops.capture import Field, capture
+from kvik.ops.fusion import Call
+from kvik.ops.table import OPS, Value
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -91,11 +103,7 @@ class CapturedStep:
         """Run the step with a clock beside it: one entry an op."""
         out = self._new_output(batch)
         seconds = self._run(batch, out, 0, len(self.ops), timed=True)
-        costs = self._program.costs(*_arrays(batch))
-        return [
-            OpProfile(name, _widths(call), op_seconds, num_bytes, operations, _is_integer(call))
-            for call, (name, num_bytes, operations), op_seconds in zip(self.ops, costs, seconds, strict=True)
-        ]
+        return [_profile(call, op_seconds, batch) for call, op_seconds in zip(self.ops, seconds, strict=True)]
 
     @property
     def attend_plans(self) -> list[tuple[int, int, int]]:
@@ -124,23 +132,24 @@ class CapturedStep:
         if isinstance(argument, Value):
             return self._read(argument, batch, out)
         if isinstance(argument, Field):
-            return getattr(batch.places(argument.kv_group) if argument.kv_group else batch, argument.name)
+            return getattr(batch if argument.kv_group is None else batch.groups[argument.kv_group], argument.name)
         return batch if isinstance(argument, Batch) else argument
 
     def _read(self, value: Value, batch: Batch, out: FloatArray) -> FloatArray:
         if value.id == self._output.id:
             return out.copy()
         number = self._ids[value.id]
-        rows = len(batch.logit_rows) if self._program.is_of_logits(number) else len(batch.token_ids)
-        content = np.empty((rows, math.prod(value.shape)), np.float32)
+        rows = len(batch.logit_rows) if value.of_logits else len(batch.token_ids)
+        content = np.empty((rows, value.width), np.float32)
         self._program.copy_value(number, content)
         return content.reshape(rows, *value.shape)
 
 
-def _widths(call: Call) -> tuple[int, int]:
-    inputs = [argument for argument in call.arguments if isinstance(argument, Value)]
-    first, last = (math.prod(values[0].shape) if values else 0 for values in (inputs, call.results))
-    return first, last
+def _profile(call: Call, seconds: float, batch: Batch) -> OpProfile:
+    of_logits = any(value.of_logits for value in call.results)
+    num_bytes, operations = OPS[call.name].cost(*call.arguments).at(batch, of_logits=of_logits)
+    first, last = (values[0].width if values else 0 for values in (call.inputs, call.results))
+    return OpProfile(call.name, (first, last), seconds, num_bytes, operations, _is_integer(call))
 
 
 def _is_integer(call: Call) -> bool:
@@ -158,12 +167,62 @@ def _arrays(batch: Batch) -> tuple[IntArray, IntArray, IntArray, IntArray, IntAr
     return (
         batch.token_ids,
         batch.positions,
-        batch.slot_mapping,
+        batch.kv_index,
+        batch.kv_bounds,
         batch.sequence_index,
-        batch.block_tables,
         batch.logit_rows,
-        [(places.slot_mapping, places.block_tables) for places in batch.windows],
+        [group.arrays for group in batch.groups],
     )
+
+
+def run_once(pool: _native.ThreadPool, name: str, arguments: tuple[Any, ...], *, int16_activations: bool) -> Any:
+    """One op alone: a program of one op, whose inputs are the float arrays among the arguments."""
+    program, inputs, fields = _native.Program(pool, int16_activations), list[FloatArray](), dict[str, IntArray]()
+    batch: Batch | None = None
+
+    def captured(at: int, argument: Any) -> Any:
+        """What stands for an argument in a program."""
+        nonlocal batch
+        if isinstance(argument, Batch):
+            batch = argument
+        elif isinstance(argument, np.ndarray):
+            if argument.dtype == np.float32:
+                width = math.prod(argument.shape[1:])
+                inputs.append(argument.reshape(len(argument), width))
+                return Value(program.input(width), argument.shape[1:])
+            field = _FIELDS[name]
+            fields[field] = argument
+            return Field(field)
+        return argument
+
+    seen = tuple(captured(at, argument) for at, argument in enumerate(arguments))
+    shapes = OPS[name].shapes(*seen)
+    call = Call(name, seen, tuple(Value(at, shape) for at, shape in enumerate(shapes)))
+    numbers = _append(program, {value.id: value.id for value in call.inputs}, call)
+    program.finish(None, numbers)
+    num_tokens = len(inputs[0]) if inputs else len(fields[_FIELDS[name]])
+    if batch is None:
+        batch = _batch_of(num_tokens, fields, max((getattr(one, "kv_group", 0) for one in arguments), default=0))
+    program.run(*_arrays(batch), None, 0, 1, False, inputs)
+    results = []
+    for number, shape in zip(numbers, shapes, strict=True):
+        out = np.empty((num_tokens, math.prod(shape)), np.float32)
+        program.copy_value(number, out)
+        results.append(out.reshape(num_tokens, *shape))
+    return tuple(results) if name == "project" else results[0] if results else None
+
+
+_FIELDS = {"embed": "token_ids", "rope": "positions", "write_kv": "slot_mapping"}
+"""Which array of the batch an op takes."""
+
+
+def _batch_of(num_tokens: int, fields: Mapping[str, IntArray], kv_group: int) -> Batch:
+    """A batch of which one op looks at some arrays."""
+    zeros, none = np.zeros(num_tokens, np.int32), np.zeros(0, np.int32)
+    index = KVIndex(fields.get("slot_mapping", zeros), np.zeros((1, 1), np.int32))
+    positions = fields.get("positions", zeros)
+    groups = (index,) * (kv_group + 1)
+    return Batch(fields.get("token_ids", zeros), positions, zeros, zeros + np.int32(1), zeros, none, groups)
 
 
 def native_norm(norm: Norm) -> _native.Norm:
@@ -177,37 +236,35 @@ def native_linear(linear: Linear) -> _native.Linear:
     return _native.Linear(linear.matrix, linear.bias, linear.scale)
 
 
-def _native_form(argument: Any) -> Any:
-    if isinstance(argument, Norm):
-        return native_norm(argument)
-    return native_linear(argument) if isinstance(argument, Linear) else argument
+def _native_forms(argument: Any, ids: Mapping[int, int]) -> tuple[Any, ...]:
+    """What a program's method takes for an argument of an op."""
+    match argument:
+        case Value():
+            return (ids[argument.id],)
+        case Field():
+            return (argument.name,)
+        case Batch():
+            return ()
+        case Norm():
+            return (native_norm(argument),)
+        case Linear():
+            return (native_linear(argument),)
+        case RopeTable():
+            return (_native.Rope(argument.cos_sin, argument.adjacent_pairs),)
+        case QKVWeights():
+            parts = (*argument.linears, argument.query_norm, argument.key_norm)
+            return tuple(form for part in parts for form in _native_forms(part, ids))
+        case AttentionRule():
+            return argument.scale, argument.soft_cap or 0.0, argument.window
+        case tuple():
+            return ([native_linear(linear) for linear in argument],)
+    return (argument,)
 
 
-def _append(program: _native.Program, ids: dict[int, int], call: Call) -> list[int]:
+def _append(program: _native.Program, ids: Mapping[int, int], call: Call) -> list[int]:
     """Append one op to the program and give the numbers of its values."""
-    given: list[Any] = [
-        ids[argument.id] if isinstance(argument, Value) else _native_form(argument) for argument in call.arguments
-    ]
-    match call.name, given:
-        case "norm_qkv", (x, norm, weights, rope, kv, _):
-            query, key, value = map(native_linear, weights.linears)
-            query_norm, key_norm = map(_native_form, (weights.query_norm, weights.key_norm))
-            cos_sin, adjacent_pairs = (None, False) if rope is None else (rope.cos_sin, rope.adjacent_pairs)
-            return [program.norm_qkv(x, norm, query, key, value, query_norm, key_norm, cos_sin, adjacent_pairs, kv)]
-        case "project", (x, linears):
-            return program.project(x, [native_linear(linear) for linear in linears])
-        case "rope", (x, _, rope):
-            return [program.rope(x, rope.cos_sin, rope.adjacent_pairs, call.results[0].shape[-1])]
-        case "write_kv", (kv, k, v, _):
-            program.write_kv(kv, k, v)
-            return []
-        case "attend", (q, kv, _, rule):
-            scale = rule.scale_for(call.results[0].shape[-1])
-            return [program.attend(q, kv, scale, rule.soft_cap or 0.0, rule.window)]
-        case "embed", (table, ids_of, scale):
-            return [program.embed(table, ids_of.name == "positions", scale)]
-        case "take_rows", (x, _):
-            return [program.take_rows(x)]
-        case "norm" | "norm_linear" | "norm_gated" | "linear" | "activate" | "soft_cap" | "add", _:
-            return [getattr(program, call.name)(*given)]
-    raise AssertionError(f"no captured form of {call.name}")
+    given = [form for argument in call.arguments for form in _native_forms(argument, ids)]
+    if call.name == "rope":
+        given.append(call.results[0].shape[-1])  # where a head ends
+    numbers = getattr(program, call.name)(*given)
+    return numbers if isinstance(numbers, list) else [] if numbers is None else [numbers]

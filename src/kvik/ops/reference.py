@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import erf
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from kvik.cache import BLOCKS_PER_SUPERBLOCK, KVCacheSpec
-from kvik.config import ActivationDType
+from kvik.cache import BLOCKS_PER_SUPERBLOCK, GroupSpec, KVCacheSpec
+from kvik.config import ActivationDType, KVDType
 from kvik.ops.base import PLAIN, AttentionRule, Batch, IntArray, Linear, Nonlinearity, Norm, Ops, RopeTable, Weight
+from kvik.ops.layers import blocks_of_groups, by_layer
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -51,8 +53,13 @@ class ReferenceKV:
 
     keys: npt.NDArray[np.floating]
     values: npt.NDArray[np.floating]
-    int8: bool  # float32 arrays hold what int8 would: whole multiples of a scale
-    kv_group: int = 0  # 0: the layers that see all tokens, else 1 and the index of the window
+    dtypes: tuple[KVDType, KVDType]  # of keys and of values; float32 arrays hold what int8 would: multiples of a scale
+    kv_group: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token's key and value take."""
+        return (self.keys[0, 0].nbytes + self.values[0, 0].nbytes) if len(self.keys) else 0
 
 
 def quantize_activations(x: FloatArray, activations: ActivationDType) -> FloatArray:
@@ -103,18 +110,18 @@ class ReferenceOps(Ops):
             raise ValueError(f"{num_filled} of {rows} rows came")
         return ReferenceWeight(values, quantized=type_name not in ("F32", "F16", "BF16"))
 
-    def allocate_kv(
-        self, spec: KVCacheSpec, num_blocks: int, window_blocks: Sequence[int] | None = None
-    ) -> Sequence[ReferenceKV]:
-        dtype = np.float16 if spec.dtype == "f16" else np.float32
-        counts = (num_blocks, *(window_blocks or (num_blocks,) * len(spec.windows)))
-        shape = (spec.block_size, spec.num_kv_heads, spec.head_dim)
+    def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> Sequence[ReferenceKV]:
+        def layer(index: int, group: GroupSpec, num_blocks: int) -> ReferenceKV:
+            assert group.value is not None, f"no keys and values in a group of kind {group.kind}"
+            shape = (num_blocks, spec.block_size, group.num_kv_heads)
+            keys, values = (
+                np.zeros((*shape, vector.num_items), np.float16 if vector.dtype == "f16" else np.float32)
+                for vector in (group.key, group.value)
+            )
+            return ReferenceKV(keys, values, (group.key.dtype, group.value.dtype), index)
 
-        def layer(kv_group: int) -> ReferenceKV:
-            keys, values = (np.zeros((counts[kv_group], *shape), dtype) for _ in range(2))
-            return ReferenceKV(keys, values, spec.dtype == "int8", kv_group)
-
-        return [layer(kv_group) for kv_group in spec.groups]
+        counts = blocks_of_groups(spec, group_blocks)
+        return by_layer(spec, lambda index, _: layer(index, spec.groups[index], counts[index]))
 
     def copy_blocks(
         self, kv_cache: Sequence[ReferenceKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
@@ -136,6 +143,9 @@ class ReferenceOps(Ops):
             for superblock in superblocks:
                 blocks = slice(superblock * BLOCKS_PER_SUPERBLOCK, (superblock + 1) * BLOCKS_PER_SUPERBLOCK)
                 kv.keys[blocks] = kv.values[blocks] = np.nan  # whoever reads them is found out
+
+    def run(self, name: str, *arguments: Any) -> Any:
+        return getattr(self, name)(*arguments)
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
         return _values(table)[token_ids] * np.float32(scale)
@@ -180,17 +190,17 @@ class ReferenceOps(Ops):
 
     def write_kv(self, kv: ReferenceKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
         blocks, offsets = np.divmod(slot_mapping, kv.keys.shape[1])
-        kv.keys[blocks, offsets] = quantize_kv(k) if kv.int8 else k
-        kv.values[blocks, offsets] = quantize_kv(v) if kv.int8 else v
+        for stored, rows, dtype in ((kv.keys, k, kv.dtypes[0]), (kv.values, v, kv.dtypes[1])):
+            stored[blocks, offsets] = quantize_kv(rows) if dtype == "int8" else rows
 
     def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch, rule: AttentionRule = PLAIN) -> FloatArray:
         num_heads, head_dim = q.shape[1:]
         block_size, queries_per_kv = kv.keys.shape[1], num_heads // kv.keys.shape[2]
-        tables = batch.places(kv.kv_group).block_tables
+        tables = batch.groups[kv.kv_group].block_tables
         out = np.empty_like(q)
-        for token, (sequence, position) in enumerate(zip(batch.sequence_index, batch.positions, strict=True)):
-            first = 0 if rule.window is None else max(0, position - rule.window + 1)
-            seen = np.arange(first, position + 1)
+        for token, sequence in enumerate(batch.sequence_index):
+            first = 0 if rule.window is None else max(0, batch.kv_index[token] + 1 - rule.window)
+            seen = np.arange(first, batch.kv_bounds[token])
             places = tables[sequence][seen // block_size], seen % block_size
             keys, values = (
                 stored[places].astype(np.float64).repeat(queries_per_kv, axis=1) for stored in (kv.keys, kv.values)

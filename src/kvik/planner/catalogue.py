@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
+from kvik.cache import GroupSpec
 from kvik.errors import InvalidInput
 from kvik.planner.near import near, plain
-from kvik.planner.shape import LayerGroup, LayerKind, ModelShape
+from kvik.planner.shape import ModelShape, group_without_kv, kv_group, latent_group
 
 _ENDINGS = ("instruct", "chat", "hf", "base", "it")  # of names that are the same shape
 
@@ -114,18 +115,19 @@ def shape_of(entry: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def _groups(entry: Mapping[str, Any]) -> Iterable[LayerGroup]:
+def _groups(entry: Mapping[str, Any]) -> Iterable[GroupSpec]:
+    """Of the layers only their number is known, not which of them are of a kind."""
     kv_heads, head_dim = entry["kv_heads"], entry["head_dim"]
     full, windowed, without = entry["full_layers"], entry["windowed_layers"], entry["layers_without_kv"]
     if full and "kv_lora_rank" in entry:
-        yield LayerGroup("latent", full, latent_dims=(entry["kv_lora_rank"], entry["qk_rope_head_dim"]))
+        yield latent_group(full, entry["kv_lora_rank"], entry["qk_rope_head_dim"])
     elif full:
-        yield LayerGroup("full", full, entry.get("global_kv_heads", kv_heads), entry.get("global_head_dim", head_dim))
+        yield kv_group(0, full, entry.get("global_kv_heads", kv_heads), entry.get("global_head_dim", head_dim))
     if windowed:
-        kind: LayerKind = "chunked" if "chunk" in entry else "sliding"
-        yield LayerGroup(kind, windowed, kv_heads, head_dim, entry.get("chunk", entry.get("sliding_window")))
+        group = kv_group(full, windowed, kv_heads, head_dim, entry.get("chunk", entry.get("sliding_window")))
+        yield replace(group, kind="chunk") if "chunk" in entry else group
     if without:
-        yield LayerGroup("none", without)
+        yield group_without_kv(full + windowed, without)
 
 
 def _keys(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -11,20 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kvik.cache import GroupSpec
+from kvik.cache.spec import GroupKind
 from kvik.files.config_fields import MAX_CONTEXT, ConfigFields, read_json_object
-from kvik.planner.shape import LayerGroup, LayerKind, ModelShape
+from kvik.planner.shape import ModelShape, group_without_kv, kv_group, latent_group
 
 MAX_PLANNED_LAYERS = 1 << 14
 MAX_PLANNED_HEAD_DIM = 1 << 12
 
-_LAYER_TYPES: dict[str, LayerKind] = {
+_LAYER_TYPES: dict[str, GroupKind] = {
     "full_attention": "full",
     "attention": "full",
-    "sliding_attention": "sliding",
-    "chunked_attention": "chunked",
-    "linear_attention": "none",
-    "mamba": "none",
-    "conv": "none",
+    "sliding_attention": "window",
+    "chunked_attention": "chunk",
+    "linear_attention": "state",
+    "mamba": "state",
+    "conv": "state",
 }
 _GATED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text")
 """model_types of a gated MLP of three matrices, whose weights can be counted from the config alone."""
@@ -82,23 +84,23 @@ class _Config(ConfigFields):
             return 1
         return self.count("num_key_value_heads", self.optional("num_kv_heads") or num_heads, maximum=num_heads)
 
-    def groups(self, num_layers: int, num_kv_heads: int, head_dim: int) -> tuple[LayerGroup, ...]:
+    def groups(self, num_layers: int, num_kv_heads: int, head_dim: int) -> tuple[GroupSpec, ...]:
         if self.optional("kv_lora_rank"):
             dims = (self.count("kv_lora_rank"), self.count("qk_rope_head_dim", maximum=MAX_PLANNED_HEAD_DIM))
-            return (LayerGroup("latent", num_layers, latent_dims=dims),)
+            return (latent_group(num_layers, *dims),)
         kinds = self.kinds(num_layers)
-        made = []
-        for kind in dict.fromkeys(kinds):
-            number = kinds.count(kind)
-            if kind == "none":
-                made.append(LayerGroup("none", number))
+        made: list[GroupSpec] = []
+        for kind in sorted(set(kinds), key=("full", "window", "chunk", "state").index):
+            number, first = kinds.count(kind), sum(group.num_layers for group in made)
+            if kind == "state":
+                made.append(group_without_kv(first, number))
                 continue
-            key = "attention_chunk_size" if kind == "chunked" else "sliding_window"
-            window = self.count(key, maximum=MAX_CONTEXT) if kind in ("sliding", "chunked") else None
-            made.append(LayerGroup(kind, number, num_kv_heads, head_dim, window))
+            key = "attention_chunk_size" if kind == "chunk" else "sliding_window"
+            window = self.count(key, maximum=MAX_CONTEXT) if kind in ("window", "chunk") else None
+            made.append(replace(kv_group(first, number, num_kv_heads, head_dim, window), kind=kind))
         return tuple(made)
 
-    def kinds(self, num_layers: int) -> list[LayerKind]:
+    def kinds(self, num_layers: int) -> list[GroupKind]:
         """What each layer remembers."""
         types = self.fields.get("layer_types")
         if types is not None:
@@ -114,7 +116,7 @@ class _Config(ConfigFields):
         every = self.optional("sliding_window_pattern")  # Gemma 3: each so-many-th layer sees all
         if every is None:
             every = 2 if self.fields.get("model_type") == "gemma2" else num_layers + 1
-        return ["sliding" if (index + 1) % every else "full" for index in range(num_layers)]
+        return ["window" if (index + 1) % every else "full" for index in range(num_layers)]
 
 
 def _with_params(shape: ModelShape, fields: Mapping[str, Any]) -> ModelShape:

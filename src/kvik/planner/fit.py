@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from kvik.config import KVDType
 from kvik.planner.memory import activation_bytes, kv_memory, table_bytes, weight_memory
 from kvik.planner.shape import ModelShape
 from kvik.planner.weights import FORMATS, WeightFormat
@@ -22,7 +21,7 @@ class Load:
     context: int
     users: int
     prefix: int
-    kv_dtype: KVDType
+    kv_dtype: str
     weights: WeightFormat | None  # None: as the model's file has them
 
     @property
@@ -102,7 +101,7 @@ def _changes(load: Load, memory_bytes: int) -> Iterator[Change]:
     Smaller keys and values come before smaller weights, and both before fewer users and shorter contexts.
     """
     small = "int8" if "int8" in load.shape.kv_dtypes else "f16"
-    dtypes: list[KVDType] = [load.kv_dtype]
+    dtypes: list[str] = [load.kv_dtype]
     if load.kv_dtype == "f32":
         dtypes.append("f16")
     if small == "int8" and load.kv_dtype != "int8":
@@ -126,7 +125,7 @@ def _changes(load: Load, memory_bytes: int) -> Iterator[Change]:
                 continue
             parts = [f"{dtype} keys and values"] if dtype != load.kv_dtype else []
             parts += [f"{form.name} weights"] if form else []
-            is_lossy = dtype == "int8" or (form is not None and form.quantized)
+            is_lossy = "int8" in dtype or (form is not None and form.quantized)
             yield Change(" and ".join(parts), replace(changed, kv_dtype=dtype).num_bytes, is_lossy)
     for other, what in _less(load, memory_bytes):
         yield Change(what, other.num_bytes, False)

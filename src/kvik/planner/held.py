@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvik.models.spec import DecoderSpec
-from kvik.planner.shape import LayerGroup, ModelShape, WeightTensors
+from kvik.planner.shape import ModelShape, WeightTensors
 from kvik.planner.weights import FORMATS, packed_matrix_bytes
 
 
@@ -41,6 +41,7 @@ def held_shape(
         return packed_matrix_bytes(rows, columns, FORMATS[types[tensor].lower()])
 
     all_bytes = sum(map(held_bytes, shapes))
+    cache = spec.kv_spec("f16")
     main = by_format.most_common(1)[0][0]
     return ModelShape(
         name=name,
@@ -51,7 +52,7 @@ def held_shape(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        groups=_groups(spec),
+        groups=cache.groups,
         max_context=spec.context_length,
         vocab_size=spec.vocab_size,
         num_params=sum(num_values[tensor] for tensor in matrices),
@@ -66,13 +67,5 @@ def held_shape(
         ),
         rope_token_bytes=spec.position_bytes,
         runs=True,
-    )
-
-
-def _groups(spec: DecoderSpec) -> tuple[LayerGroup, ...]:
-    """The decoder's layers by what they remember, those that see all tokens first."""
-    windows = Counter(layer.window for layer in spec.layers)
-    return tuple(
-        LayerGroup("full" if window is None else "sliding", number, spec.num_kv_heads, spec.head_dim, window)
-        for window, number in sorted(windows.items(), key=lambda item: item[0] or 0)
+        shared_layers=cache.shared,
     )

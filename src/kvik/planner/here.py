@@ -80,13 +80,13 @@ class _Probe:
 
     def __init__(self, load: Load, form: WeightFormat) -> None:
         shape = load.shape
-        group = max(shape.groups, key=lambda one: one.token_bytes("f16"))
-        head_dim = min(-(-(group.head_dim or shape.head_dim) // 8) * 8, 256)
+        group = max(shape.groups, key=lambda one: one.token_bytes)
+        head_dim = min(-(-(shape.head_dim if group.kind in ("latent", "state") else group.key.num_items) // 8) * 8, 256)
         heads = shape.num_kv_heads
         self.ops = NativeOps()
         width = shape.intermediate_size or MLP_WIDTH * shape.hidden_size
         num_layers = self._num_layers(shape.num_layers, shape.hidden_size, width, form)
-        token_bytes = KVCacheSpec(num_layers, heads, head_dim, load.kv_dtype).token_bytes
+        token_bytes = KVCacheSpec.uniform(num_layers, heads, head_dim, load.kv_dtype).token_bytes
         self.users = min(load.users, MAX_PROBE_USERS)
         max_tokens = max(BLOCK_SIZE, PROBE_BYTES // token_bytes // self.users)
         self.depth = max(1, min(group.num_tokens(load.context), max_tokens))
@@ -136,9 +136,8 @@ class _Probe:
         tables = np.arange(users * self.blocks, dtype=np.int32).reshape(users, self.blocks)
         at = np.tile(positions, users).astype(np.int32)
         owner = np.repeat(np.arange(users, dtype=np.int32), len(positions))
-        slots = tables[owner, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
         last = np.arange(1, users + 1, dtype=np.int32) * len(positions) - 1
-        return Batch(np.zeros(len(at), np.int32), at, slots.astype(np.int32), owner, tables, last.astype(np.int32))
+        return Batch.in_blocks(np.zeros(len(at), np.int32), at, owner, tables, last.astype(np.int32))
 
     def _num_layers(self, max_layers: int, hidden_size: int, width: int, form: WeightFormat) -> int:
         layer_bytes = held_bytes(hidden_size * (4 * hidden_size + 3 * width), form)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvik.cache.spec import BLOCK_SIZE, MIN_SEQUENCES, WindowSpec, whole_superblocks
-from kvik.config import TOKEN_BUDGET, EngineConfig, KVDType
-from kvik.planner.shape import LayerKind, ModelShape
+from kvik.cache.spec import BLOCK_SIZE, MIN_SEQUENCES, GroupKind, whole_superblocks
+from kvik.config import TOKEN_BUDGET, EngineConfig
+from kvik.planner.shape import ModelShape
 from kvik.planner.weights import WeightFormat, file_bytes, held_bytes
 
 MAX_RUNNING = EngineConfig().max_running
@@ -26,7 +26,7 @@ VOCABULARY_ENTRY_BYTES = 240
 class LayerMemory:
     """What one kind of layers remembers."""
 
-    kind: LayerKind
+    kind: GroupKind
     name: str
     num_layers: int
     token_bytes: int  # of one token, in all of these layers
@@ -40,7 +40,7 @@ class LayerMemory:
 class KVMemory:
     """What the cache takes, in one type of keys and values."""
 
-    dtype: KVDType
+    dtype: str
     token_bytes: int  # one more token, while no window is full
     token_bytes_at_context: int  # one more token, behind `context` of them
     sequence_bytes: int  # one sequence alone, in whole blocks
@@ -58,44 +58,41 @@ class WeightMemory:
     step_bytes: int | None  # of these, what a decode step of one sequence reads; None: not known
 
 
-def kv_memory(shape: ModelShape, dtype: KVDType, context: int, *, users: int = 1, prefix: int = 0) -> KVMemory:
+def kv_memory(shape: ModelShape, dtype: str, context: int, *, users: int = 1, prefix: int = 0) -> KVMemory:
     """The cache of `users` sequences of `context` tokens, the first `prefix` of which are the same for all.
 
-    Only whole blocks are shared, and none in layers whose window the context exceeds. Layers with a window have room
+    Only whole blocks are shared, and none in layers with a window. Those have room
     for `MIN_SEQUENCES` sequences at least, and for what a step computes beside what they keep.
     """
-    layers, sequence_bytes = [], 0
+    spec = shape.kv_spec(dtype)
     whole = _pool_blocks(context, users, prefix)
-    for group in shape.groups:
-        tokens = group.num_tokens(context)
-        blocks = -(-tokens // BLOCK_SIZE)
-        num_blocks = _pool_blocks(tokens, users, prefix if tokens == context else 0)
-        block_bytes = BLOCK_SIZE * group.token_bytes(dtype)
-        if group.kind == "sliding" and group.window is not None:
-            window = WindowSpec(group.window, group.num_layers, block_bytes, BLOCK_SIZE)
-            blocks = -(-context // BLOCK_SIZE) - window.first_block(context)
-            sequences = min(max(users, MAX_RUNNING), max(users, MIN_SEQUENCES, whole // -(-context // BLOCK_SIZE)))
-            num_blocks = window.pool_blocks(whole, sequences, TOKEN_BUDGET)
-        sequence_bytes += blocks * block_bytes
-        layers.append(
-            LayerMemory(
-                kind=group.kind,
-                name=group.name,
-                num_layers=group.num_layers,
-                token_bytes=group.token_bytes(dtype),
-                window=group.window,
-                sequence_tokens=tokens,
-                num_blocks=num_blocks,
-                num_bytes=num_blocks * block_bytes,
-            )
+    size = spec.pool_size(
+        whole,
+        context=context,
+        step_tokens=TOKEN_BUDGET,
+        max_running=max(users, MAX_RUNNING),
+        min_sequences=max(users, MIN_SEQUENCES),
+    )
+    layers = tuple(
+        LayerMemory(
+            kind=group.kind,
+            name=group.name,
+            num_layers=group.num_layers,
+            token_bytes=group.token_bytes,
+            window=group.window,
+            sequence_tokens=group.num_tokens(context),
+            num_blocks=num_blocks if block_bytes else 0,
+            num_bytes=num_blocks * block_bytes,
         )
+        for group, num_blocks, block_bytes in zip(spec.groups, size.group_blocks, spec.group_block_bytes, strict=True)
+    )
     return KVMemory(
-        dtype=dtype,
-        token_bytes=shape.token_bytes(dtype),
+        dtype=spec.dtype,
+        token_bytes=spec.token_bytes,
         token_bytes_at_context=shape.token_bytes_at(context, dtype),
-        sequence_bytes=sequence_bytes,
-        num_bytes=sum(layer.num_bytes for layer in layers),
-        layers=tuple(layers),
+        sequence_bytes=spec.held_bytes(context),
+        num_bytes=spec.pool_bytes(size),
+        layers=layers,
     )
 
 

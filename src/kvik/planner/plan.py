@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from kvik.cache import KVCacheSpec
-from kvik.config import MAX_SIZE_BYTES, TOKEN_BUDGET, KVDType, parse_bytes, plain_int
+from kvik.config import MAX_SIZE_BYTES, TOKEN_BUDGET, kv_dtype_name, parse_bytes, parse_kv_dtype, plain_int
 from kvik.errors import InvalidInput, NotEnoughMemory
 from kvik.machine import available_memory_bytes
 from kvik.planner.catalogue import Device, find_device
@@ -39,7 +38,7 @@ class Plan:
     users: int
     prefix: int  # tokens that all users' sequences begin with
     kv: KVMemory  # in the chosen type
-    kv_by_dtype: dict[KVDType, KVMemory]  # in every type that the model's heads allow
+    kv_by_dtype: dict[str, KVMemory]  # in every type that the model's heads allow
     weights: WeightMemory | None  # None: not known how many
     weights_by_format: dict[str, WeightMemory]
     activation_bytes: int  # about
@@ -64,7 +63,7 @@ def plan(
     *,
     context: int | None = None,
     users: int = 1,
-    kv: KVDType = "f16",
+    kv: str = "f16",
     weights: str | None = None,
     memory: int | str | None = None,
     device: str | None = None,
@@ -88,7 +87,7 @@ def plan_shape(
     *,
     context: int | None = None,
     users: int = 1,
-    kv: KVDType = "f16",
+    kv: str = "f16",
     weights: str | None = None,
     memory: int | str | None = None,
     device: str | None = None,
@@ -106,9 +105,9 @@ def plan_shape(
     prefix = _check_int(
         "prefix", prefix, 0, context - 1, of=f"a sequence has {context:,} tokens, one of its own at least"
     )
-    if kv not in get_args(KVDType):
-        raise InvalidInput(f"kv is {kv!r:.40}", hint=f"give one of {', '.join(get_args(KVDType))}")
-    if kv not in shape.kv_dtypes:
+    kv_dtypes = parse_kv_dtype(kv, "kv")
+    kv = kv_dtype_name(*kv_dtypes)
+    if not set(kv_dtypes) <= set(shape.kv_dtypes):
         raise InvalidInput(
             f"{shape.name} has heads that are too wide for {kv} keys and values",
             hint=f"give one of {', '.join(shape.kv_dtypes)}",
@@ -125,7 +124,10 @@ def plan_shape(
         users=users,
         prefix=prefix,
         kv=kv_memory(shape, kv, context, users=users, prefix=prefix),
-        kv_by_dtype={dtype: kv_memory(shape, dtype, context, users=users, prefix=prefix) for dtype in shape.kv_dtypes},
+        kv_by_dtype={
+            dtype: kv_memory(shape, dtype, context, users=users, prefix=prefix)
+            for dtype in dict.fromkeys((*shape.kv_dtypes, kv))
+        },
         weights=weight_memory(shape, form),
         weights_by_format={name: one for name, one in shown.items() if one is not None},
         activation_bytes=activation_bytes(shape, context, users),
@@ -178,14 +180,11 @@ def _roofline(load: Load, device: str | None, found: Device | None, fitting: Fit
     )
 
 
-def _auto_kv_bytes(shape: ModelShape, dtype: KVDType, context: int) -> int | None:
+def _auto_kv_bytes(shape: ModelShape, dtype: str, context: int) -> int | None:
     """What the engine would take for keys and values; `None` where it would refuse."""
     from kvik.cache.sizing import choose_pool_size
 
-    windows = tuple(
-        group.window if group.kind == "sliding" else None for group in shape.groups for _ in range(group.num_layers)
-    )
-    spec = KVCacheSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype, layer_windows=windows)
+    spec = shape.kv_spec(dtype)
     try:
         size = choose_pool_size(spec, context, "auto", token_budget=TOKEN_BUDGET, max_running=MAX_RUNNING)
         return spec.pool_bytes(size)

@@ -5,54 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kvik.cache.spec import MAX_INT8_HEAD_DIM, KVCacheSpec, vector_bytes
+from kvik.cache import GroupSpec, KVCacheSpec, VectorFormat
 from kvik.config import KVDType
-
-LayerKind = Literal["full", "sliding", "chunked", "latent", "none"]
 
 KV_DTYPES: tuple[KVDType, ...] = ("f32", "f16", "int8")
 
 
-@dataclass(frozen=True, slots=True)
-class LayerGroup:
-    """Layers that remember alike.
+def kv_group(
+    first_layer: int, num_layers: int, num_kv_heads: int, head_dim: int, window: int | None = None
+) -> GroupSpec:
+    """So many layers with keys and values in f16, the first of them numbered so."""
+    layers, vector = tuple(range(first_layer, first_layer + num_layers)), VectorFormat(head_dim, "f16")
+    return GroupSpec("full" if window is None else "window", layers, num_kv_heads, vector, vector, window)
 
-    full: keys and values of every token; sliding and chunked: of the newest `window` at most; latent: one compressed
-    vector and one rotary key a token for all heads (MLA, DeepSeek-V2); none: nothing per token (linear attention,
-    Mamba, or no attention).
-    """
 
-    kind: LayerKind
-    num_layers: int
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    window: int | None = None  # tokens
-    latent_dims: tuple[int, int] = (0, 0)  # kv_lora_rank, qk_rope_head_dim
+def latent_group(num_layers: int, rank: int, num_rotary: int) -> GroupSpec:
+    """Layers with MLA: a latent of `rank` items, and behind it a key of `num_rotary` that rotates."""
+    key, value = VectorFormat(rank + num_rotary, "f16", num_rotary), VectorFormat(rank, "f16")
+    return GroupSpec("latent", tuple(range(num_layers)), 1, key, value)
 
-    def takes(self, dtype: KVDType) -> bool:
-        """Whether keys and values can be kept in this type."""
-        return dtype != "int8" or max(self.head_dim, *self.latent_dims) <= MAX_INT8_HEAD_DIM
 
-    def token_bytes(self, dtype: KVDType) -> int:
-        """Bytes that one remembered token occupies in these layers."""
-        if self.kind == "none":
-            return 0
-        if self.kind == "latent":
-            return self.num_layers * sum(vector_bytes(dim, dtype) for dim in self.latent_dims)
-        return KVCacheSpec(self.num_layers, self.num_kv_heads, self.head_dim, dtype).token_bytes
-
-    def num_tokens(self, context: int) -> int:
-        """Tokens of `context` that are remembered."""
-        if self.kind == "none":
-            return 0
-        return context if self.window is None else min(context, self.window)
-
-    @property
-    def name(self) -> str:
-        """The kind, with the window where there is one."""
-        if self.kind == "none":
-            return "no KV"
-        return f"{self.kind} {self.window:,}" if self.window else self.kind
+def group_without_kv(first_layer: int, num_layers: int) -> GroupSpec:
+    """Layers that keep nothing of a token; what their states take is not known here."""
+    layers = tuple(range(first_layer, first_layer + num_layers))
+    return GroupSpec("state", layers, 0, VectorFormat(0, "f32"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +54,7 @@ class ModelShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    groups: tuple[LayerGroup, ...]
+    groups: tuple[GroupSpec, ...]  # with keys and values in f16
     max_context: int
     vocab_size: int
     num_params: int | None  # None: not known
@@ -92,6 +68,7 @@ class ModelShape:
     tensors: WeightTensors | None = None
     rope_token_bytes: int = 0  # of one position's cosines and sines, where kvik will hold them
     runs: bool = False  # whether kvik runs this file
+    shared_layers: tuple[tuple[int, int], ...] = ()  # as in `KVCacheSpec.shared`
 
     @property
     def attention(self) -> str:
@@ -111,29 +88,35 @@ class ModelShape:
     @property
     def kv_dtypes(self) -> tuple[KVDType, ...]:
         """Types that its keys and values can be kept in."""
-        return tuple(dtype for dtype in KV_DTYPES if all(group.takes(dtype) for group in self.groups))
+        vectors = [vector for group in self.groups for vector in (group.key, group.value) if vector is not None]
+        return tuple(
+            dtype for dtype in KV_DTYPES if all(replace(vector, dtype=dtype).is_storable for vector in vectors)
+        )
 
-    def token_bytes(self, dtype: KVDType) -> int:
+    def num_readers(self, group: GroupSpec) -> int:
+        """Layers that attend to what a group keeps: its own, and those that share with them."""
+        return group.num_layers + sum(owner in group.layers for _, owner in self.shared_layers)
+
+    def kv_spec(self, dtype: str) -> KVCacheSpec:
+        """Its cache, the types of keys and values as `parse_kv_dtype` takes them."""
+        return KVCacheSpec(self.groups, shared=self.shared_layers).with_dtype(dtype)
+
+    def token_bytes(self, dtype: str) -> int:
         """Bytes of KV cache that one more token takes while no window is full."""
-        return sum(group.token_bytes(dtype) for group in self.groups)
+        return self.kv_spec(dtype).token_bytes
 
-    def token_bytes_at(self, context: int, dtype: KVDType) -> int:
+    def token_bytes_at(self, context: int, dtype: str) -> int:
         """Bytes that one more token takes behind `context` of them: layers with a full window take none."""
-        grows = (group for group in self.groups if group.num_tokens(context + 1) > group.num_tokens(context))
-        return sum(group.token_bytes(dtype) for group in grows)
+        groups = self.kv_spec(dtype).groups
+        return sum(one.token_bytes for one in groups if one.num_tokens(context + 1) > one.num_tokens(context))
 
     def with_kv_heads(self, num_kv_heads: int) -> ModelShape:
         """The same model with so many KV heads in every layer that has any; a latent becomes keys and values."""
-        groups = tuple(
-            group
-            if group.kind == "none"
-            else replace(
-                group,
-                kind="full" if group.kind == "latent" else group.kind,
-                num_kv_heads=num_kv_heads,
-                head_dim=group.head_dim or self.head_dim,
-                latent_dims=(0, 0),
-            )
-            for group in self.groups
-        )
+
+        def changed(group: GroupSpec) -> GroupSpec:
+            if group.kind == "latent":
+                return kv_group(group.layers[0], group.num_layers, num_kv_heads, self.head_dim)
+            return group if group.kind == "state" else replace(group, num_kv_heads=num_kv_heads)
+
+        groups = tuple(map(changed, self.groups))
         return replace(self, num_kv_heads=num_kv_heads, groups=groups, tensors=None, runs=False)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvik.cache import GroupSpec
+from kvik.cache.spec import attention_multiply_adds
 from kvik.planner.fit import Load
 from kvik.planner.memory import weight_memory
-from kvik.planner.shape import LayerGroup, ModelShape
+from kvik.planner.shape import ModelShape
 
 READ_EFFICIENCY = 0.7
 """The part of a catalogue device's bandwidth that a good engine reaches in decode. An assumption, and shown as such."""
@@ -114,15 +116,15 @@ def attention_operations(shape: ModelShape, context: int) -> int:
     return sum(_key_operations(shape, group) * group.num_tokens(context) for group in shape.groups)
 
 
-def _key_operations(shape: ModelShape, group: LayerGroup) -> int:
+def _key_operations(shape: ModelShape, group: GroupSpec) -> int:
     """Of one query's attention to one token in a group's layers."""
-    if group.kind == "latent":  # queries are turned into the latent's space (DeepSeek-V2, absorbed matrices)
-        rank, rope = group.latent_dims
-        return 2 * group.num_layers * shape.num_heads * (2 * rank + rope)
-    return 4 * group.num_layers * shape.num_heads * group.head_dim
+    # In MLA queries are brought into the latent's space (DeepSeek-V2, absorbed matrices).
+    value_dim = 0 if group.value is None else group.value.num_items
+    num_layers = shape.num_readers(group)
+    return 2 * num_layers * attention_multiply_adds(shape.num_heads, group.key.num_items, value_dim)
 
 
-def _prompt_operations(shape: ModelShape, group: LayerGroup, prompt: int) -> int:
+def _prompt_operations(shape: ModelShape, group: GroupSpec, prompt: int) -> int:
     """Of a whole prompt: the first token sees one, the next two, up to the window."""
     window = group.num_tokens(prompt)
     seen = window * (window + 1) // 2 + (prompt - window) * window
@@ -132,8 +134,9 @@ def _prompt_operations(shape: ModelShape, group: LayerGroup, prompt: int) -> int
 def _kv_read_bytes(load: Load) -> int:
     """Keys and values that one step of decode reads: a shared prefix once for all."""
     total = 0
-    for group in load.shape.groups:
+    for group in load.shape.kv_spec(load.kv_dtype).groups:
         tokens = group.num_tokens(load.context)
         shared = min(load.prefix, tokens) if tokens == load.context else 0
-        total += group.token_bytes(load.kv_dtype) * (shared + load.users * (tokens - shared))
+        read_bytes = group.token_bytes * load.shape.num_readers(group) // max(1, group.num_layers)
+        total += read_bytes * (shared + load.users * (tokens - shared))
     return total

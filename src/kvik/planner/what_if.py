@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvik.config import KVDType
 from kvik.planner.memory import kv_memory
 from kvik.planner.shape import ModelShape
 
@@ -24,7 +23,7 @@ class WhatIf:
     as_it_is: bool
 
 
-def what_ifs(shape: ModelShape, dtype: KVDType, context: int, users: int, prefix: int) -> tuple[WhatIf, ...]:
+def what_ifs(shape: ModelShape, dtype: str, context: int, users: int, prefix: int) -> tuple[WhatIf, ...]:
     """The model as it is, as MHA, GQA-8 (where its heads divide among 8) and MQA, most KV heads first.
 
     A latent (MLA) is compared with heads of `head_dim` for keys and values.

@@ -37,10 +37,15 @@ export function build(figure, trace) {
     const width = widthOf(figure);
     blocks.replaceChildren(grid(memory, tokens, first, kept, width));
     const numBlocks = Math.ceil(kept / memory.block_size);
+    const perLayer = `${counted(model.num_layers, "layer")} × ${counted(model.num_kv_heads, "KV head")} ×`;
+    const [keyBytes, valueBytes] = memory.vector_bytes;
+    const vectors =
+      keyBytes === valueBytes
+        ? `2 (key and value) × ${perLayer} ${counted(keyBytes, "byte")} (${model.head_dim} numbers of type ${model.kv_dtype}` +
+          `${model.kv_dtype === "int8" ? " and a scale" : ""})`
+        : `${perLayer} ${keyBytes + valueBytes} bytes (${keyBytes} of a key, ${valueBytes} of a value: ${model.kv_dtype})`;
     filled.textContent =
-      `A token takes 2 (key and value) × ${counted(model.num_layers, "layer")} × ${counted(model.num_kv_heads, "KV head")} ×` +
-      ` ${counted(memory.vector_bytes, "byte")} (${model.head_dim} numbers of type ${model.kv_dtype}` +
-      `${model.kv_dtype === "int8" ? " and a scale" : ""}) = ${counted(memory.token_bytes, "byte")}.` +
+      `A token takes ${vectors} = ${counted(memory.token_bytes, "byte")}.` +
       ` ${counted(kept, "token is", "tokens are")} in ${counted(numBlocks, "block")} of ${memory.block_size}; whole blocks are held:` +
       ` ${bytes(memory.held_bytes[kept])}.` +
       memory.windows

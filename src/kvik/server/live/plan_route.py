@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kvik.config import KVDType
 from kvik.planner.advice import advice
 from kvik.planner.catalogue import find_model, model_entries
 from kvik.planner.memory import kv_memory
@@ -36,7 +35,7 @@ async def plan(request: Request) -> Response:
     served = state.models.get(query.get("served"))
     name = query.get("model", served.id)
     context, users = _number(query.get("context"), "context"), _number(query.get("users"), "users")
-    kv = cast(KVDType, query.get("kv", "f16"))
+    kv = query.get("kv", "f16")
     try:
         told = await asyncio.to_thread(_told, state, served, name, context, 1 if users is None else users, kv)
     except Exception as error:
@@ -45,7 +44,7 @@ async def plan(request: Request) -> Response:
 
 
 def _told(
-    state: ServerState, served: ServedModel, name: str, context: int | None, users: int, kv: KVDType
+    state: ServerState, served: ServedModel, name: str, context: int | None, users: int, kv: str
 ) -> dict[str, Any]:
     memory_bytes = _held_bytes(served)
     found = plan_shape(_shape(state, name), context=context, users=users, kv=kv, memory=memory_bytes)

@@ -61,7 +61,7 @@ class Change:
     rows: list[tuple[Told, Row]] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)  # keys of requests that are not told of any more
     evicted: list[int] = field(default_factory=list)
-    copied: list[tuple[int, int, int]] = field(default_factory=list)  # source, target, group
+    copied: list[tuple[int, int, int]] = field(default_factory=list)  # source, target, which of the pools
 
 
 def _nobody() -> None:
@@ -125,8 +125,9 @@ class ModelWatch:
             self._touched.update(dict.fromkeys(event.preempted))
             fresh = self._fresh
             fresh.evicted += event.blocks.evicted[: MAX_FLASHES - len(fresh.evicted)]
-            fresh.copied += event.blocks.copied[: MAX_FLASHES - len(fresh.copied)]
             fresh.hits |= self.served.hits.latest
+            twins, copies = self.engine.cache.twins, event.blocks.copied[: MAX_FLASHES - len(fresh.copied)]
+            fresh.copied += [(copy.source, copy.target, twins.pool_index(copy.group)) for copy in copies]
             self._note_blocks()
         self.on_news()
 
@@ -138,7 +139,7 @@ class ModelWatch:
 
     def _look_at_all(self) -> None:
         cache = self.engine.cache
-        self._pools = [cache.pool, *(group.pool for group in cache.windows)]
+        self._pools = cache.twins.pools
         for pool in self._pools:
             pool.changed = set()
         states = [{at: state_of(pool, at) for at in range(pool.num_blocks)} for pool in self._pools]
@@ -179,9 +180,8 @@ class ModelWatch:
         key = self._key_of.get(sequence)
         if key is not None and key not in self.told:  # its end was told, and is forgotten
             return
-        windows = sequence.table.windows
-        blocks = [list(sequence.table.block_ids), *(list(window.block_ids) for window in windows)]
-        first_blocks = [0, *(window.first for window in windows)]
+        held = self.engine.cache.twins.of_table(sequence.table)
+        blocks, first_blocks = [list(one.block_ids) for one in held], [one.first for one in held]
         row = self._row(sequence, is_waiting=not blocks[0])
         if key is None:
             key = self._key_of[sequence] = next(_keys)
@@ -247,10 +247,16 @@ class ModelWatch:
     def description(self) -> dict[str, Any]:
         """What never changes of it."""
         engine, spec = self.engine, self.engine.kv_spec
-        full = {"kind": "full", "layers": spec.num_full_layers, "block_bytes": spec.block_bytes}
+        num_full_layers = sum(spec.groups[group].num_layers for group in spec.full_groups)
+        full: dict[str, Any] = {"kind": "full", "layers": num_full_layers, "block_bytes": spec.block_bytes}
         windows = [
-            {"kind": "window", "window": each.window, "layers": each.num_layers, "block_bytes": each.block_bytes}
-            for each in spec.windows
+            {
+                "kind": "window",
+                "window": each.spec.window,
+                "layers": each.spec.num_layers,
+                "block_bytes": each.block_bytes,
+            }
+            for each in engine.cache.twins.groups
         ]
         return {
             "id": self.served.id,
