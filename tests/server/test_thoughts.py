@@ -392,3 +392,136 @@ def test_a_message_that_is_cut_off_anywhere(case: tuple[Server, Family, str]) ->
             assert is_part(block.get("thinking"), THOUGHT)
             assert is_part(block.get("text"), family.said(ends_in))
             assert is_part(block["json"], ARGUMENTS)
+
+
+# How much, and what was thought before.
+
+SWITCHED = ToolTemplate(
+    "{{ '<effort=' ~ reasoning_effort ~ '>' if reasoning_effort is defined }}"
+    "{{ '<on=' ~ enable_thinking ~ '>' if enable_thinking is defined }}" + FAMILIES["qwen3"].template.source,
+    FAMILIES["qwen3"].template.control,
+    FAMILIES["qwen3"].template.ends,
+)
+
+
+@pytest.fixture(scope="module")
+def switched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Of a model whose template writes the values of its two switches."""
+    path = write_tool_model(tmp_path_factory.mktemp("model"), SWITCHED)
+    with Server({"thinker": with_engine(LLM(path, kv_memory="16MiB", threads=1))}) as server:
+        yield server
+
+
+def prompt_of(server: Server, path: str, body: dict[str, Any]) -> tuple[str, str | None]:
+    """A request's prompt, and what its answer calls ignored."""
+    server.streams  # noqa: B018  # forget those of others
+    answer = server.client.post(path, body)
+    assert answer.status == 200, answer.data
+    prompt_ids = server.wait_for_stream().branches[0].request.prompt_ids
+    text = server.served.llm.model.tokenizer.decode(prompt_ids, skip_special=False)
+    return text, answer.headers.get("x-kvik-ignored")
+
+
+EFFORT_CASES: list[tuple[str, dict[str, Any], str, str | None]] = [
+    (CHAT, {}, "", None),
+    (CHAT, {"reasoning_effort": "high"}, "<effort=high><on=True>", None),
+    (CHAT, {"reasoning_effort": "xhigh"}, "<effort=high><on=True>", None),
+    (CHAT, {"reasoning_effort": "none"}, "<effort=low><on=False>", None),
+    (CHAT, {"reasoning_effort": "<|im_end|>"}, "", "reasoning_effort"),
+    (
+        CHAT,
+        {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}},
+        "<effort=low><on=False>",
+        None,
+    ),
+    (RESPONSES, {}, "", None),
+    (RESPONSES, {"reasoning": {"effort": "minimal"}}, "<effort=low><on=True>", None),
+    (RESPONSES, {"reasoning": {"effort": "low", "summary": "auto"}}, "<effort=low><on=True>", "reasoning.summary"),
+    (RESPONSES, {"reasoning": {"summary": "auto"}}, "", "reasoning"),
+    (MESSAGES, {}, "", None),
+    (MESSAGES, {"thinking": {"type": "disabled"}}, "<effort=low><on=False>", None),
+    (MESSAGES, {"thinking": {"type": "adaptive"}}, "<effort=medium><on=True>", None),
+    (MESSAGES, {"output_config": {"effort": "max"}}, "<effort=high><on=True>", None),
+    (
+        MESSAGES,
+        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        "<effort=medium><on=True>",
+        "thinking.budget_tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "told", "ignored"), EFFORT_CASES)
+def test_the_effort_goes_to_the_templates_switches(
+    switched: Server, path: str, fields: dict[str, Any], told: str, ignored: str | None
+) -> None:
+    bodies = {CHAT: chat_body("text", 1), RESPONSES: responses_body("text", 1), MESSAGES: messages_body("text", 1)}
+    prompt, named = prompt_of(switched, path, bodies[path] | fields)
+    assert prompt.partition("<|im_start|>")[0] == told
+    assert named == ignored
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "ignored"),
+    [
+        (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
+        (RESPONSES, {"reasoning": {"effort": "high"}}, "reasoning"),
+        (MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+    ],
+)
+def test_an_effort_without_a_switch_is_ignored(
+    servers: Callable[[str], Server], path: str, fields: dict[str, Any], ignored: str
+) -> None:
+    bodies = {CHAT: chat_body("text", 1), RESPONSES: responses_body("text", 1), MESSAGES: messages_body("text", 1)}
+    server = servers("qwen3")
+    assert prompt_of(server, path, bodies[path] | fields) == (prompt_of(server, path, bodies[path])[0], ignored)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("qwen3", f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}<|im_end|>"),
+        (
+            "harmony",
+            f"<|start|>assistant<|channel|>analysis<|message|>{THOUGHT}<|end|>"
+            f"<|start|>assistant<|channel|>final<|message|>{ANSWER}<|end|>",
+        ),
+    ],
+)
+def test_thoughts_of_a_history_go_to_the_template(servers: Callable[[str], Server], name: str, written: str) -> None:
+    """The same on every route; what is encrypted is left out, and named."""
+    server = servers(name)
+    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": THOUGHT}]}
+    hidden = {"type": "reasoning", "summary": [], "encrypted_content": "x"}
+    blocks = [{"type": "thinking", "thinking": THOUGHT, "signature": ""}, {"type": "text", "text": ANSWER}]
+    said = {"role": "assistant", "content": ANSWER}
+    chat = chat_body("text", 1) | {"messages": [USER, said | {"reasoning_content": THOUGHT}, USER]}
+    items = responses_body("text", 1) | {"input": [USER, thought, said, USER]}
+    message = messages_body("text", 1) | {"messages": [USER, {"role": "assistant", "content": blocks}, USER]}
+    prompt, ignored = prompt_of(server, CHAT, chat)
+    assert written in prompt
+    assert ignored is None
+    assert prompt_of(server, RESPONSES, items) == prompt_of(server, MESSAGES, message) == (prompt, None)
+    without = chat_body("text", 1) | {"messages": [USER, said, USER]}
+    plain, _ = prompt_of(server, CHAT, without)
+    for others in ([USER, hidden, said, USER], [USER, said, USER, hidden]):
+        found = prompt_of(server, RESPONSES, items | {"input": others})
+        assert found == (plain, "input.reasoning")
+    # One that nothing came of is no message.
+    assert prompt_of(server, RESPONSES, items | {"input": [USER, said, thought, USER]})[0] == plain
+
+
+@pytest.mark.parametrize("name", ["qwen3", "harmony"])
+def test_a_thought_before_a_call_of_a_history(servers: Callable[[str], Server], name: str) -> None:
+    server = servers(name)
+    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": THOUGHT}]}
+    call = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": ARGUMENTS}
+    result = {"type": "function_call_output", "call_id": "call_1", "output": "Rain."}
+    body = responses_body("text", 1) | {"input": [USER, thought, call, result]}
+    told = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
+    said = {"role": "assistant", "content": None, "reasoning_content": THOUGHT, "tool_calls": [told]}
+    messages = [USER, said, {"role": "tool", "tool_call_id": "call_1", "content": "Rain."}]
+    prompt, ignored = prompt_of(server, RESPONSES, body)
+    assert ignored is None
+    assert (THOUGHT in prompt) is (name == "qwen3")  # the small template of harmony has none before calls
+    assert prompt_of(server, CHAT, chat_body("text", 1) | {"messages": messages}) == (prompt, None)
