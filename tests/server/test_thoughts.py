@@ -502,6 +502,10 @@ def test_thoughts_of_a_history_go_to_the_template(servers: Callable[[str], Serve
     assert written in prompt
     assert ignored is None
     assert prompt_of(server, RESPONSES, items) == prompt_of(server, MESSAGES, message) == (prompt, None)
+    messages = {"messages": chat["messages"]}
+    count = server.client.ok("/v1/chat/completions/input_tokens", messages)["input_tokens"]
+    assert server.client.ok("/tokenize", messages)["count"] == count
+    assert server.client.ok("/v1/cache/match", messages)["num_tokens"] == count
     without = chat_body("text", 1) | {"messages": [USER, said, USER]}
     plain, _ = prompt_of(server, CHAT, without)
     for others in ([USER, hidden, said, USER], [USER, said, USER, hidden]):
