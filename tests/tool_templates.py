@@ -211,7 +211,6 @@ SUPPORTED = {
     "deepseek v3.1": ToolTemplate(DEEPSEEK_V31, DEEPSEEK_NAMES, DEEPSEEK_NAMES[1:2], ("</think>", *DEEPSEEK_CALLS)),
     "deepseek r1 distill": ToolTemplate(R1_DISTILL, (*DEEPSEEK_NAMES, *DEEPSEEK_CALLS), DEEPSEEK_NAMES[1:2]),
     "gpt-oss": HARMONY,
-    "gpt-oss that ends at calls": ToolTemplate(HARMONY.source, HARMONY.control, ("<|return|>", "<|call|>")),
     "function tags": _chatml_family(
         _chatml(
             _each("{{ '<function=' + function.name + '>' }}{{ function.arguments | tojson }}{{ '</function>' }}")

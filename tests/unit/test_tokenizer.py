@@ -328,6 +328,20 @@ def test_every_end_token_is_known() -> None:
     assert SENTENCEPIECE_TOKENIZER.eos_token_ids == {2}
 
 
+@pytest.mark.parametrize("given", ["eos", "eot"])
+def test_what_ends_a_message_of_harmony_ends_no_answer(given: str) -> None:
+    """Even where a file says so; with other control tokens it does."""
+    metadata = byte_level()
+    for name in ("<|end|>", "<|return|>", "<|call|>"):
+        metadata["tokenizer.ggml.tokens"].append(name)
+        metadata["tokenizer.ggml.token_type"].append(int(TokenType.CONTROL))
+    end = len(metadata["tokenizer.ggml.tokens"]) - 3
+    metadata[f"tokenizer.ggml.{given}_token_id"] = end
+    assert build(metadata).eos_token_ids == {1, end + 1, end + 2}
+    metadata["tokenizer.ggml.tokens"][-1] = "<|other|>"
+    assert build(metadata).eos_token_ids == {1, end}
+
+
 # decoding
 
 

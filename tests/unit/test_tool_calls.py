@@ -93,8 +93,7 @@ ANSWERS: dict[str, tuple[str, str | None]] = {
         f"<｜tool▁calls▁begin｜>{R1 % W}<｜tool▁calls▁end｜>",
         f"<｜tool▁calls▁begin｜>{R1 % W}\n{R1 % M}<｜tool▁calls▁end｜>",
     ),
-    "gpt-oss": (HARMONY % W + "<|call|>", None),
-    "gpt-oss that ends at calls": (HARMONY % W, None),
+    "gpt-oss": (HARMONY % W, None),
     "function tags": (
         f"<function=weather>{CITY}</function>",
         f"<function=weather>{CITY}</function><function=weather_map>{EMPTY}</function>",

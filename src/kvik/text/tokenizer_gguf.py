@@ -30,8 +30,8 @@ from kvik.errors import ModelError
 from kvik.files.texts import Texts
 from kvik.text.tokenizer import (
     BYTE_OF,
-    END_NAMES,
     Tokenizer,
+    all_ends,
     byte_level_bytes,
     byte_of,
     check_text,
@@ -234,8 +234,8 @@ class GGUFTokenizer(Tokenizer):
         self.bos_token_id = fields.token_id("bos_token_id", self.vocab_size)
         self._eos_token_id = fields.token_id("eos_token_id", self.vocab_size)
         given = [self._eos_token_id, *(fields.token_id(f"{key}_token_id", self.vocab_size) for key in ("eot", "eom"))]
-        named = [token_id for token_id in self.special_token_ids if self._tokens[token_id] in END_NAMES]
-        self.eos_token_ids = frozenset(token_id for token_id in (*given, *named) if token_id is not None)
+        special = {self._tokens[token_id]: token_id for token_id in self.special_token_ids}
+        self.eos_token_ids = all_ends([token_id for token_id in given if token_id is not None], special)
         self._add_eos: bool = fields.get("add_eos_token", bool, False)
         if fields.get("add_bos_token", bool, False) and self.bos_token_id is None:
             raise fields.error("tokenizer.ggml.add_bos_token is set, but there is no bos_token_id")

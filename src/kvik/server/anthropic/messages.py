@@ -22,6 +22,7 @@ from kvik.server.openai.chat import prepare_chat
 from kvik.server.openai.item_writer import Item, ItemKind, ItemWriter, named_event
 from kvik.server.openai.translation import own_names
 from kvik.server.preparing import ignored_header
+from kvik.server.reasoning import effort_vars
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
 from kvik.server.sse import event
@@ -33,8 +34,8 @@ async def messages(request: Request) -> Response | EventStream:
     state = ServerState.of(request)
     body = await read_body(request, MessagesRequest)
     served = state.models.get(body.model)
-    headers = ignored_header(_ignored(state, body))
     generation = await asyncio.to_thread(prepare, state, request, body, served)
+    headers = ignored_header(_ignored(state, body, served))
     with own_names(OWN_NAMES):
         running = await start(generation, wants_pieces=bool(body.stream))
     writer = MessageWriter(running, body)
@@ -47,7 +48,9 @@ async def count_message_tokens(request: Request) -> Response:
     body = await read_body(request, CountRequest)
     served = state.models.get(body.model)
     generation = await asyncio.to_thread(_prepared_chat, state, request, body, served)
-    return json_response({"input_tokens": len(generation.prompts[0])}, headers=ignored_header(_ignored(state, body)))
+    return json_response(
+        {"input_tokens": len(generation.prompts[0])}, headers=ignored_header(_ignored(state, body, served))
+    )
 
 
 def prepare(state: ServerState, request: Request, body: MessagesRequest, served: ServedModel) -> Generation:
@@ -72,8 +75,9 @@ def _drops_billing_line(state: ServerState, body: Conversation) -> bool:
     return state.config.drop_billing_line and body.has_billing_line
 
 
-def _ignored(state: ServerState, body: Conversation) -> list[str]:
-    return body.ignored() + (["billing_line"] if _drops_billing_line(state, body) else [])
+def _ignored(state: ServerState, body: Conversation, served: ServedModel) -> list[str]:
+    names = body.ignored(thinks=served.thoughts is not None, hears_effort=bool(effort_vars(served, body.effort)))
+    return names + (["billing_line"] if _drops_billing_line(state, body) else [])
 
 
 _TEXT_KEYS: Mapping[ItemKind, str] = {"call": "input", "text": "text", "thought": "thinking"}

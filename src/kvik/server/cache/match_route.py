@@ -16,6 +16,7 @@ from kvik.server.fields import Body, Text
 from kvik.server.generation import check_texts
 from kvik.server.openai.chat_input import ChatMessage, texts_of
 from kvik.server.preparing import FunctionTool, Tools
+from kvik.server.reasoning import with_thoughts
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
 
@@ -70,7 +71,7 @@ def token_ids_of(
         if told_tools is not None:
             served.tool_format  # noqa: B018  # raises where the model has none
         functions = None if told_tools is None else told_tools.functions
-        token_ids = served.llm.render_chat(plain, tools=functions, plain_content=True)
+        token_ids = served.llm.render_chat(with_thoughts(served, plain), tools=functions, plain_content=True)
     if not token_ids:
         raise bad_request("the prompt has no tokens", "prompt")
     return token_ids

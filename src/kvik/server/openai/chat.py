@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -43,6 +43,7 @@ from kvik.server.preparing import (
     options_of,
     parser_maker,
 )
+from kvik.server.reasoning import effort_vars, with_thoughts
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
 from kvik.server.sse import encode
@@ -69,7 +70,7 @@ async def chat(request: Request) -> Response | EventStream:
         if turn is not None:
             generation = take_turn(turn, generation, body)
         running = await start(generation, wants_pieces=bool(body.stream))
-    headers = ignored_header(body.ignored())
+    headers = ignored_header([*body.ignored(), *unheard_effort(served, body)])
     writer = ChatWriter(running, body) if body.stream else None
     return await reply(request, running, headers, writer=writer, whole=partial(chat_completion, running, body))
 
@@ -128,7 +129,8 @@ def prepare_chat(
     if tools is not None:
         served.tool_format  # noqa: B018  # raises where the model has none
     check_texts(served, texts_of(messages), "messages")
-    for_template = template_options(body, tools)
+    messages = with_thoughts(served, messages)
+    for_template = template_options(body, tools, effort_vars(served, body.reasoning_effort))
     prompt_ids = served.llm.render_chat(messages, **for_template)
     thoughts = served.thoughts
     place: Place = "header" if thoughts is None else thoughts.place_after(prompt_ids)
@@ -182,11 +184,17 @@ def prepare_chat(
     )
 
 
-def template_options(body: ChatRequest, tools: Tools | None) -> TemplateOptions:
-    """What the template gets beside the messages."""
+def unheard_effort(served: ServedModel, body: ChatRequest) -> list[str]:
+    """The name of the effort that was asked for, where the model's template has no switch for it."""
+    is_heard = body.reasoning_effort is None or effort_vars(served, body.reasoning_effort)
+    return [] if is_heard else ["reasoning_effort"]
+
+
+def template_options(body: ChatRequest, tools: Tools | None, effort: Mapping[str, Any]) -> TemplateOptions:
+    """What the template gets beside the messages; what it is given by name goes before the `effort`."""
     return {
         "tools": None if tools is None else tools.functions,
-        "template_vars": body.chat_template_kwargs,
+        "template_vars": {**effort, **(body.chat_template_kwargs or {})} or None,
         "add_generation_prompt": body.add_generation_prompt is not False,
         "continue_final_message": bool(body.continue_final_message),
         "plain_content": True,

@@ -38,7 +38,8 @@ class Item:
 class ItemWriter(CallWriter):
     """Each item has events of its beginning, its growth and its end, and the writer keeps them all.
 
-    The logprobs of a token are those of the item that is open when its text is known, or of the next one.
+    The logprobs of a token are those of the item that is open when its text is known, or of the next one. Where they
+    are asked for, a call ends with what comes behind it, so that those of its last tokens are the call's.
     """
 
     def __init__(self, running: Running) -> None:
@@ -89,7 +90,7 @@ class ItemWriter(CallWriter):
         """A call is whole."""
         assert self._open is not None
         self._open.is_whole = True
-        return self._end()
+        return self._end() if self.running.generation.params.logprobs is None else b""
 
     def finish(self, index: int, piece: Piece) -> bytes:
         """The last item ends."""

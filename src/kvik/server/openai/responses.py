@@ -22,6 +22,7 @@ from kvik.server.openai.item_writer import Item, ItemKind, ItemWriter, named_eve
 from kvik.server.openai.responses_input import OWN_NAMES, ResponsesRequest
 from kvik.server.openai.translation import own_names
 from kvik.server.preparing import ignored_header
+from kvik.server.reasoning import effort_vars
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
@@ -32,8 +33,8 @@ async def responses(request: Request) -> Response | EventStream:
     state = ServerState.of(request)
     body = await read_body(request, ResponsesRequest)
     served = state.models.get(body.model)
-    headers = ignored_header(body.ignored())
     generation = await asyncio.to_thread(prepare, state, request, body, served)
+    headers = ignored_header(ignored(body, served))
     with own_names(OWN_NAMES):
         running = await start(generation, wants_pieces=bool(body.stream))
     writer = ResponseWriter(running, body)
@@ -47,7 +48,12 @@ async def count_response_tokens(request: Request) -> Response:
     served = state.models.get(body.model)
     generation = await asyncio.to_thread(prepare, state, request, body, served)
     answer = {"object": "response.input_tokens", "input_tokens": len(generation.prompts[0])}
-    return json_response(answer, headers=ignored_header(body.ignored()))
+    return json_response(answer, headers=ignored_header(ignored(body, served)))
+
+
+def ignored(body: ResponsesRequest, served: ServedModel) -> list[str]:
+    """What was accepted and has no effect with this model."""
+    return body.ignored(thinks=served.thoughts is not None, hears_effort=bool(effort_vars(served, body.effort)))
 
 
 def prepare(state: ServerState, request: Request, body: ResponsesRequest, served: ServedModel) -> Generation:
@@ -208,7 +214,7 @@ class ResponseWriter(ItemWriter):
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "prompt_cache_key": body.prompt_cache_key,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.effort if effort_vars(running.served, body.effort) else None, "summary": None},
             "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "store": False,
