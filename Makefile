@@ -12,7 +12,7 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle test-clients sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp soak serve-soak docs goldens format stubs clean
+.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle test-clients sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp bench-bars soak serve-soak docs goldens format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
@@ -34,6 +34,7 @@ help:
 	@echo "make soak         20 minutes of random requests: nothing wrong, nothing held for ever, no growth"
 	@echo "make bench-peers  the same file through llama-cpp-python, transformers and OpenVINO GenAI (half an hour)"
 	@echo "make bench-llama-cpp  build llama.cpp and compare with its own benchmark programs (an hour)"
+	@echo "make bench-bars   build ik_llama.cpp too, make a model of 1.1 B random weights, and compare with the better of both"
 	@echo "make format       reformat Python and C++; make stubs rewrites the native module's stub"
 
 demo: $(VENV)/.installed
@@ -58,6 +59,8 @@ test: $(VENV)/.tests-installed
 test-all: $(VENV)/.tests-installed
 	$(call say,What make test leaves out)
 	$(VENV)/bin/kvik models pull smollm2
+	$(call say,Gemma 3 270M$(,) if you accept its terms; its tests are skipped otherwise)
+	$(VENV)/bin/kvik models pull gemma3-270m $(if $(CI),--yes) || test -z "$(CI)"
 	$(MAKE) -j2 --output-sync=target test-oracle test-clients sanitize-address sanitize-thread test-rest
 
 # Hypothesis marks its own tests: they run again with all of their examples.
@@ -68,6 +71,7 @@ test-rest: $(VENV)/.tests-installed
 nightly: $(VENV)/.tests-installed
 	$(call say,Everything with random seeds; KVIK_SEED repeats a run)
 	$(VENV)/bin/kvik models pull smollm2
+	$(VENV)/bin/kvik models pull gemma3-270m $(if $(CI),--yes) || test -z "$(CI)"
 	KVIK_TIER=nightly KVIK_RANDOM_SEEDS=1 $(PYTEST)
 	$(MAKE) sanitize-whole
 	$(MAKE) goldens
@@ -160,6 +164,16 @@ bench-llama-cpp: $(VENV)/.installed
 	$(VENV)/bin/kvik models pull smollm2
 	$(call say,Compare; --only and --rounds of bench/against_llama_cpp.py make it shorter)
 	$(VENV)/bin/python bench/against_llama_cpp.py --json build/peers/llama_cpp.json
+
+BARS ?= llama-1.1b
+bench-bars: $(VENV)/.installed
+	$(call say,Build llama.cpp and ik_llama.cpp)
+	PYTHON=$(VENV)/bin/python bench/peers/build_llama_cpp.sh
+	PYTHON=$(VENV)/bin/python bench/peers/build_ik_llama_cpp.sh
+	$(call say,Make $(BARS).Q4_K_M.gguf of random weights; BARS names another config of bench/shapes)
+	$(VENV)/bin/python bench/random_model.py bench/shapes/$(BARS).json
+	$(call say,Compare)
+	$(VENV)/bin/python bench/against_llama_cpp.py --model build/peers/models/$(BARS).Q4_K_M.gguf --rounds 3 --json build/peers/$(BARS).json
 
 bench-peers: $(VENV)/.installed
 	$(call say,Make a virtual environment for each of the others)

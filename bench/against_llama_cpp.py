@@ -1,6 +1,10 @@
 """kvik next to llama.cpp on the same files, machine and minutes: medians of interleaved rounds as a Markdown table.
 
 bench/peers/build_llama_cpp.sh && python bench/against_llama_cpp.py [--only TEXT] [--rounds 5] [--json FILE]
+bench/peers/build_ik_llama_cpp.sh && python bench/against_llama_cpp.py --model FILE      ... the better of both forks
+
+Any model but the default one, and that one with --bars, is measured in the few cases of bench/bars.py, next to
+ik_llama.cpp too; bench/random_model.py makes files of the shapes for which bars are set.
 """
 
 from __future__ import annotations
@@ -11,63 +15,26 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import kvik
+from bars import CONTEXT, bar_cases
+from comparison import MEMORY, SECONDS, Case, Measure, Results, table
 from kvik import _native
 from kvik.config import ActivationDType
-from kvik.errors import KvikError
 from kvik.hub.store import resolve
 from kvik.machine import available_threads
-from kvik_runs import KvikRuns, NotAvailable
-from llama_cpp_runs import FlashAttention, LlamaCppRuns
+from kvik_runs import KvikRuns
+from llama_cpp_runs import FlashAttention, IkLlamaCppRuns, LlamaCppRuns
 
+DEFAULT_MODEL = "smollm2"
 COLD_PROMPT = "one two three four five six seven eight nine ten"  # ten tokens
 BANDWIDTH_BYTES = 1 << 29
-HOPELESS = 0.7  # a peer's variant slower than this share of its best is not run again: some take minutes
-
-Measure = partial[float]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """How figures are written, and which of two is better."""
-
-    name: str
-    scale: float = 1.0
-    more_is_better: bool = True
-    digits: int = 0
-
-    def show(self, value: float) -> str:
-        """Without the unit's name."""
-        return f"{value / self.scale:,.{self.digits}f}"
-
-
-RATE = Unit("tok/s")
-MEMORY = Unit("MB", 1e6, more_is_better=False)
-SECONDS = Unit("s", more_is_better=False, digits=2)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row: a measurement of ours, and those of theirs of which the best counts."""
-
-    name: str
-    ours: Measure
-    theirs: Mapping[str, Measure]
-    unit: Unit = RATE
-    target: float = 1.0  # of the ratio: how many times better than the best of theirs
-    step_bytes: Callable[[], float] | None = None  # bytes of memory that a step reads
-    tokens_of_step: int = 1
-    maximum: Callable[[], float] | None = None  # a target for our figure itself
-    once: bool = False  # one round tells it
 
 
 def cases(ours: KvikRuns, theirs: LlamaCppRuns, model: Path) -> Iterator[Case]:
@@ -156,102 +123,7 @@ def with_file(theirs: LlamaCppRuns, model: Path, kind: str, measure: Callable[[]
     return measure()
 
 
-class Results:
-    """Every figure of every round, by case and by whose it is."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, dict[str, list[float]]] = {}
-        self.missing: dict[str, str] = {}  # case and whose, why there is no figure
-        self.failed = False  # something that should have worked did not
-        self.bandwidth: list[float] = []
-        self._of_this_round: dict[Any, float] = {}  # several cases may compare with one measurement
-
-    def start_round(self, bandwidth: float) -> None:
-        """Nothing measured before counts as measured."""
-        self._of_this_round.clear()
-        self.bandwidth.append(bandwidth)
-
-    def measure(self, case: Case, whose: str, measure: Measure) -> None:
-        """Add one figure, or note why there is none."""
-        key = f"{case.name}: {whose}"
-        if key in self.missing:
-            return
-        try:
-            what = (measure.func, measure.args, tuple(measure.keywords.items()))
-            value = self._of_this_round[what] if what in self._of_this_round else measure()
-            self._of_this_round[what] = value
-            self.values.setdefault(case.name, {}).setdefault(whose, []).append(value)
-        except NotAvailable as reason:
-            self.missing[key] = str(reason).partition("\n")[0]
-        except (RuntimeError, OSError, KvikError) as error:  # the other cases are worth their time still
-            self.missing[key] = f"failed: {error}"
-            self.failed = True
-
-    def run(self, case: Case, round_number: int) -> None:
-        """One round of one case: ours, then theirs."""
-        if case.once and round_number > 0:
-            return
-        self.measure(case, "kvik", case.ours)
-        if "kvik" not in self.values.get(case.name, {}):
-            return
-        for variant in case.theirs:
-            if not self.is_hopeless(case, variant):
-                self.measure(case, variant, case.theirs[variant])
-
-    def median(self, case: Case, whose: str) -> float | None:
-        """Of the rounds so far."""
-        values = self.values.get(case.name, {}).get(whose)
-        return statistics.median(values) if values else None
-
-    def best(self, case: Case) -> str | None:
-        """The variant of theirs with the best median."""
-        medians = {variant: self.median(case, variant) for variant in case.theirs}
-        known = {variant: value for variant, value in medians.items() if value is not None}
-        pick = max if case.unit.more_is_better else min
-        return pick(known, key=lambda variant: known[variant]) if known else None
-
-    def is_hopeless(self, case: Case, variant: str) -> bool:
-        """Whether a variant has been shown to be far behind."""
-        best, mine = self.best(case), self.values.get(case.name, {}).get(variant)
-        if best is None or not mine or not case.unit.more_is_better:
-            return False
-        top = self.median(case, best)
-        return top is not None and max(mine) < HOPELESS * top
-
-
-def table(results: Results, chosen: Sequence[Case]) -> str:
-    """Markdown: median (lowest ... highest)."""
-    bandwidth = statistics.median(results.bandwidth) if results.bandwidth else None
-    lines = ["| case | kvik | llama.cpp, its best | ratio | target | of the bandwidth |", "|---|---|---|---|---|---|"]
-    for case in chosen:
-        ours, best = results.median(case, "kvik"), results.best(case)
-        theirs = results.median(case, best) if best else None
-        ratio = "-"
-        if ours and theirs:
-            ratio = f"{ours / theirs if case.unit.more_is_better else theirs / ours:.2f}"
-        target = (
-            f"≥ {case.target:g}" if case.maximum is None else f"≤ {case.unit.show(case.maximum())} {case.unit.name}"
-        )
-        share = "-"
-        if bandwidth and ours and case.step_bytes:
-            share = f"{ours * case.step_bytes() / case.tokens_of_step / bandwidth:.0%}"
-        name = f"{case.name}, {case.unit.name}"
-        mine, other = figure(results, case, "kvik"), figure(results, case, best)
-        lines.append(f"| {name} | {mine} | {other} | {ratio} | {target} | {share} |")
-    return "\n".join(lines)
-
-
-def figure(results: Results, case: Case, whose: str | None) -> str:
-    """A cell."""
-    values = results.values.get(case.name, {}).get(whose, []) if whose else []
-    if not values:
-        return "not available" if whose == "kvik" else "not measured"
-    low, middle, high = (case.unit.show(value) for value in (min(values), statistics.median(values), max(values)))
-    spread = f" ({low} … {high})" if len(values) > 1 else ""
-    return f"{middle}{spread}" + (f" [{whose}]" if whose != "kvik" else "")
-
-
-def machine(threads: int, theirs: LlamaCppRuns, results: Results) -> str:
+def machine(threads: int, versions: str, results: Results) -> str:
     """What the figures belong to."""
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")]  # fmt: skip
@@ -263,14 +135,15 @@ def machine(threads: int, theirs: LlamaCppRuns, results: Results) -> str:
     kvik_version = f"kvik {kvik.__version__}, {_native.compiler()}, kernels {_native.isa}"
     return (
         f"{names[0] if names else platform.machine()}, {threads} threads each; {kvik_version};"
-        f" llama.cpp: {theirs.version}{bandwidth}; load average at the end {load:.1f}"
+        f" {versions}{bandwidth}; load average at the end {load:.1f}"
     )
 
 
 def main() -> int:
     """Measure, and print the table of what was measured, also after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--bars", action="store_true", help="the cases of bench/bars.py, also of the default model")
     parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="where llama.cpp was built")
     parser.add_argument("--threads", type=int, default=min(2, available_threads()))
     parser.add_argument("--rounds", type=int, default=5)
@@ -279,8 +152,14 @@ def main() -> int:
     args = parser.parse_args()
 
     model = resolve(args.model)
-    ours, theirs, results = KvikRuns(args.threads), LlamaCppRuns(args.peers.resolve(), args.threads), Results()
-    every = list(cases(ours, theirs, model))
+    theirs, results = LlamaCppRuns(args.peers.resolve(), args.threads), Results()
+    peers, versions = "llama.cpp", f"llama.cpp: {theirs.version}"
+    if args.bars or args.model != DEFAULT_MODEL:
+        ik = IkLlamaCppRuns(theirs.folder, args.threads)
+        peers, versions = "the others", f"{versions}; ik_llama.cpp: {ik.version}"
+        every = list(bar_cases(KvikRuns(args.threads, context=CONTEXT), theirs, ik, model))
+    else:
+        every = list(cases(KvikRuns(args.threads), theirs, model))
     chosen = [case for case in every if not args.only or any(text in case.name for text in args.only)]
     if not chosen:
         parser.error("no case has such a name; there are:\n" + "\n".join(case.name for case in every))
@@ -299,8 +178,10 @@ def main() -> int:
         except KeyboardInterrupt:
             interrupted = True
 
-    told = machine(args.threads, theirs, results)
-    print(f"{told}\n\nMedians of {len(results.bandwidth)} rounds (lowest … highest).\n\n{table(results, chosen)}")
+    told = machine(args.threads, versions, results)
+    print(
+        f"{told}\n\nMedians of {len(results.bandwidth)} rounds (lowest … highest).\n\n{table(results, chosen, peers)}"
+    )
     for key, reason in results.missing.items():
         print(f"\nnot available: {key}: {reason}")
     if args.json:

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from against_llama_cpp import MEMORY, RATE, SECONDS, Unit
+from comparison import MEMORY, RATE, SECONDS, Unit
 from document import replace_part
 from kvik import LLM, SamplingParams, _native
 from kvik.hub.store import resolve

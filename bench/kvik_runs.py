@@ -43,15 +43,23 @@ class NotAvailable(Exception):
 class KvikRuns:
     """Models stay loaded, and a prefilled context stays in the cache, from round to round."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, context: int | None = None) -> None:
         self.threads = threads
+        self.context = context  # most tokens of a sequence; None: the model's own limit
         self._deep: dict[tuple[Path, str, str, int], tuple[Engine, Lease | None]] = {}
 
     @cache  # noqa: B019  # lives as long as the program
     def llm(self, model: Path, activations: ActivationDType = "int8", kv_dtype: str = "f16") -> LLM:
         """A loaded model; a KV format that this version does not know raises `NotAvailable`."""
         try:
-            return LLM(model, activations=activations, kv_dtype=kv_dtype, threads=self.threads, prefix_cache=False)
+            return LLM(
+                model,
+                activations=activations,
+                kv_dtype=kv_dtype,
+                context=self.context,
+                threads=self.threads,
+                prefix_cache=False,
+            )
         except InvalidInput as error:
             raise NotAvailable(str(error)) from error
 

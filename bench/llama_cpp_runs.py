@@ -81,11 +81,15 @@ class LlamaCppRuns:
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        base = source if kind == "F16" else self.make_file(source, "F16")
-        partial = path.with_suffix(".partial")
-        _run([self._program("llama-quantize"), "--allow-requantize", str(base), str(partial), kind])
-        partial.rename(path)
+        self.quantize(source if kind == "F16" else self.make_file(source, "F16"), path, kind)
         return path
+
+    def quantize(self, source: Path, path: Path, kind: str) -> None:
+        """Write the model to `path` in a weight format, whole or not at all."""
+        partial = path.with_suffix(".partial")
+        command = [self._program("llama-quantize"), "--allow-requantize", str(source), str(partial), kind]
+        _run([*command, str(self.threads)])
+        partial.rename(path)
 
     def _bench(self, model: Path, flash: FlashAttention, *options: str) -> float:
         return float(_last_json(_run([*self._llama_bench(model, flash), *options, "-r", "1"]))["avg_ts"])
@@ -95,15 +99,93 @@ class LlamaCppRuns:
         return [*command, "-fa", flash, "-o", "jsonl"]
 
     def _program(self, name: str) -> str:
-        path = self.folder / "bin" / name
-        if not path.exists():
-            raise NotAvailable(f"{path} is missing; bench/peers/build_llama_cpp.sh makes it")
-        return str(path)
+        return program(self.folder, name, "build_llama_cpp.sh")
 
 
-def _run(command: Sequence[str], watch: Callable[[subprocess.Popen[str]], None] | None = None) -> str:
-    """Stdout of a program; it does not outlive this process's interest in it."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+class IkLlamaCppRuns:
+    """The programs in `folder`/bin, as bench/peers/build_ik_llama_cpp.sh leaves them.
+
+    `options` are those of its programs, by their names: rtr repacks weights as they are loaded, mqkv joins three
+    projections, thp asks for huge pages. Gate and up in one, and graphs that are used again, it has unasked.
+    """
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.folder = folder
+        self.threads = threads
+
+    @property
+    def version(self) -> str:
+        """What was built, and how."""
+        try:
+            return ", ".join((self.folder / "ik_version.txt").read_text().splitlines())
+        except OSError:
+            return "not built"
+
+    def prefill(self, model: Path, num_tokens: int, flash: FlashAttention, options: Sequence[str] = ()) -> float:
+        """Tokens a second of a prompt."""
+        return self._bench(model, flash, options, "-p", str(num_tokens), "-n", "0")
+
+    def decode(
+        self,
+        model: Path,
+        num_tokens: int,
+        flash: FlashAttention,
+        options: Sequence[str] = (),
+        *,
+        depth: int = 0,
+        kv_type: str = "f16",
+    ) -> float:
+        """Tokens a second after `depth` tokens, without sampling."""
+        counts = ["-p", "0", "-n", "0", "-gp", f"{depth},{num_tokens}"] if depth else ["-p", "0", "-n", str(num_tokens)]
+        return self._bench(model, flash, options, *counts, "-ctk", kv_type, "-ctv", kv_type)
+
+    def batched_decode(
+        self,
+        model: Path,
+        num_sequences: int,
+        num_prompt_tokens: int,
+        num_tokens: int,
+        flash: FlashAttention,
+        options: Sequence[str] = (),
+    ) -> float:
+        """Tokens a second of all sequences together."""
+        context = num_sequences * (num_prompt_tokens + num_tokens)
+        counts = ["-npp", num_prompt_tokens, "-ntg", num_tokens, "-npl", num_sequences, "-c", context]
+        command = [program(self.folder, "ik-llama-batched-bench", IK_SCRIPT), "-m", str(model), *map(str, counts)]
+        threads = ["-t", str(self.threads), "-tb", str(self.threads)]
+        command += [*threads, "-fa", flash, *(f"-{option}" for option in options)]
+        # It writes a log into the folder where it runs, and its table to stderr.
+        said = _run(command, folder=self.folder, stderr=subprocess.STDOUT)
+        rows = [line.split("|") for line in said.splitlines() if line.startswith("|")]
+        return float(rows[-1][8])  # PP, TG, B, N_KV, T_PP, S_PP, T_TG, S_TG
+
+    def _bench(self, model: Path, flash: FlashAttention, options: Sequence[str], *what: str) -> float:
+        command = [program(self.folder, "ik-llama-bench", IK_SCRIPT), "-m", str(model), "-t", str(self.threads)]
+        switches = [text for option in options for text in (f"-{option}", "1")]
+        found = json.loads(_run([*command, "-fa", str(int(flash == "on")), *switches, *what, "-r", "1", "-o", "json"]))
+        return float(found[-1]["avg_ts"])
+
+
+IK_SCRIPT = "build_ik_llama_cpp.sh"
+
+
+def program(folder: Path, name: str, script: str) -> str:
+    """The path of a program that a script in bench/peers builds. Raises `NotAvailable`."""
+    path = folder / "bin" / name
+    if not path.exists():
+        raise NotAvailable(f"{path} is missing; bench/peers/{script} makes it")
+    return str(path)
+
+
+def _run(
+    command: Sequence[str],
+    watch: Callable[[subprocess.Popen[str]], None] | None = None,
+    *,
+    folder: Path | None = None,
+    stderr: int = subprocess.PIPE,
+) -> str:
+    """Stdout of a program that runs in `folder`; it does not outlive this process's interest in it."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=folder) as child:
         try:
             while watch is not None and child.poll() is None:
                 watch(child)
@@ -113,7 +195,7 @@ def _run(command: Sequence[str], watch: Callable[[subprocess.Popen[str]], None] 
             child.kill()
             raise
     if child.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}: {errors[-500:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}: {(errors or output)[-500:]}")
     return output
 
 

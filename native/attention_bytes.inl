@@ -17,7 +17,7 @@ inline RowUnit quantize_query(const float *q, int64_t head_dim, float scale, Fac
   std::memcpy(padded, q, static_cast<std::size_t>(head_dim) * sizeof(float));
   std::memset(padded + head_dim, 0, kWideLanes * sizeof(float));
   const Wide max_level = wide_broadcast(kFactorLevels), min_level = wide_broadcast(-kFactorLevels);
-  WideInt sum = wide_int(0);
+  WideInt sum = wide_broadcast_int(0);
   for (int64_t d = 0; d < head_dim; d += kWideLanes) {
     const WideInt whole = to_int(max(min(wide_load(padded + d) * wide_broadcast(unit.inverse), max_level), min_level));
     sum = sum + whole;
@@ -37,7 +37,7 @@ inline RowUnit quantize_weights(float *p, Span seen, Span all, const float *scal
     defect = defect + (w - w);
   });
   const Unit unit = unit_of(max_of(largest), add_eights(zero8(), defect), kFactorLevels, 1e-34f);
-  WideInt sum = wide_int(0);
+  WideInt sum = wide_broadcast_int(0);
   const Wide inverse = wide_broadcast(unit.inverse), max_level = wide_broadcast(kFactorLevels);
   int first = seen.first / kWideLanes * kWideLanes, last = first;
   for (; last < seen.last; last += kWideLanes) {
@@ -67,7 +67,8 @@ template <int rows> inline void score_quads(const Factors *q, const RowUnit *uni
   for (int r = 0; r < rows; ++r)
     for (int i = 0; i < kTileVectors; ++i) {
       const Wide scale = wide_load(scales + i * kWideLanes) * wide_broadcast(units[r].value);
-      store(scores + r * kSegment + i * kWideLanes, to_float(total(sum[r][i]) - wide_int(units[r].offsets)) * scale);
+      store(scores + r * kSegment + i * kWideLanes,
+            to_float(total(sum[r][i]) - wide_broadcast_int(units[r].offsets)) * scale);
     }
 }
 
@@ -97,7 +98,7 @@ inline void value_quads(const uint8_t *const *tiles, const Ahead &ahead, int64_t
   }
   for (int r = 0; r < rows; ++r)
     for (int i = 0; i < vectors; ++i) {
-      const Wide y = to_float(total(sum[r][i]) - wide_int(units[r].offsets)) * wide_broadcast(units[r].value);
+      const Wide y = to_float(total(sum[r][i]) - wide_broadcast_int(units[r].offsets)) * wide_broadcast(units[r].value);
       float *to = value + r * head_dim + d + i * kWideLanes;
       if constexpr (eight)
         store(to, first_eight(y));

@@ -13,9 +13,6 @@ constexpr int kRowsAtOnce = 3;
 #endif
 constexpr int kTileVectors = kBlockSize / kWideLanes; // of 32 tokens
 
-template <int n> struct Count {
-  static constexpr int value = n;
-};
 // Calls function(Count<count>) for a count in 1 ... max_count.
 template <int max_count, class Function> inline void with_count(int64_t count, const Function &function) {
   if constexpr (max_count > 1)

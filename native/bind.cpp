@@ -118,7 +118,7 @@ void checked_add_rows(WeightPacker &packer, Array<const uint8_t, 1> source, Thre
   require(size(source, 0) % bytes == 0, "pack: source has the wrong number of bytes");
   require(count <= packer.missing_rows(), "pack: source has more rows than the matrix lacks");
   require(count % kRowBlock == 0 || count == packer.missing_rows(),
-          "pack: all rows but the last must come in multiples of 8");
+          "pack: all rows but the last must come in multiples of 16");
   packer.add(source.data(), count, pool);
 }
 

@@ -29,7 +29,7 @@ float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
 
 void embed_row(const PackedWeight &weight, int64_t row, float scale, float *out) {
   if (weight.quantized()) {
-    kernels->dequantize_row(weight.block_format, weight.data.get(), weight.columns, row, out);
+    dequantize_row(weight, row, out);
   } else {
     for (int64_t k = 0; k < weight.columns; ++k) out[k] = read_float(weight, row, k);
   }

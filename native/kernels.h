@@ -7,28 +7,28 @@
 
 namespace kvik {
 
-// Rows of activations, quantised per scale group of 32 columns: x = scale * (high), or scale * (254 * high + low).
+// Rows of activations, quantised per group of 32 columns: x = scale * (high), or scale * (254 * high + low). They lie
+// in panels of 256 columns, all rows of one before the next, so that what a tile reads of many rows lies together. The
+// last panel may have fewer columns and is as large.
 struct QuantizedRows {
-  const int8_t *high;    // (T, columns)
-  const int8_t *low;     // (T, columns), null with int8 activations
-  const float *scale;    // (T, columns / 32)
-  const float *sums;     // (T, columns / 32, 3): scale * sum over all 32, the first 16, the last 16
-  const int32_t *excess; // (T, columns / 32, 3): -128 * the same sums of the quants
-};
+  static constexpr int kColumns = 256, kGroups = kColumns / kGroup; // of a panel
+  int8_t *high;                                                     // (panels, T, 256)
+  int8_t *low;                                                      // the same, null with int8 activations
+  float *scale;                                                     // (panels, T, 8)
+  int32_t *totals; // (panels, T, 8, 3): the sum of quants over all 32, the first 16, the last 16
+  float *sums;     // the same times scale
+  int64_t num_rows;
 
-struct QuantizedRowsOut {
-  int8_t *high;
-  int8_t *low;
-  float *scale;
-  float *sums;
-  int32_t *excess;
+  static constexpr int64_t panels(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+  int64_t group_at(int64_t panel, int64_t row) const { return (panel * num_rows + row) * kGroups; }
 };
 
 struct LinearArgs {
   const uint8_t *weight; // packed, format.h
   int64_t rows, columns;
-  QuantizedRows quantized; // quantised formats read this
-  const float *x;          // float formats read this: (T, columns)
+  QuantizedRows quantized; // quantised formats read its rows from first_token on
+  int64_t first_token;
+  const float *x; // float formats read this: (T, columns)
   int64_t num_tokens;
   float *y;              // (T, rows)
   const float *residual; // (T, rows) to add to the products, may be y; or null
@@ -126,8 +126,7 @@ struct Kernels {
   const char *isa;
   LinearKernel quantized_linear[kNumBlockFormats][2]; // [format][int8, int16 activations]
   LinearKernel float_linear[kNumFloatFormats];
-  void (*quantize)(const float *x, int64_t columns, bool int16_activations, const QuantizedRowsOut &out); // one row
-  void (*dequantize_row)(int format, const uint8_t *weight, int64_t columns, int64_t row, float *out);
+  void (*quantize)(const float *x, int64_t columns, const QuantizedRows &out, int64_t row);
   void (*norm)(const Norm &, const float *x, float *out); // one row
   // out = activation(x), times `up` where that is not null.
   void (*activate)(Nonlinearity, const float *x, const float *up, int64_t count, float *out);

@@ -19,7 +19,11 @@
 #include "attention.inl"
 // clang-format on
 #include "elementwise.inl"
+// clang-format off: each builds on those before it.
+#include "quantized_rows.inl"
+#include "packed_weights.inl"
 #include "linear.inl"
+// clang-format on
 #include "sample.inl"
 
 namespace {
@@ -30,7 +34,6 @@ template <std::size_t... format> constexpr kvik::Kernels all_kernels(std::index_
       .quantized_linear = {{quantized_linear<format, false>, quantized_linear<format, true>}...},
       .float_linear = {float_linear<Half>, float_linear<BFloat16>, float_linear<float>},
       .quantize = quantize_row,
-      .dequantize_row = dequantize_row,
       .norm = norm,
       .activate = activate,
       .soft_cap = soft_cap,

@@ -1,19 +1,13 @@
 #include "packing.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <new>
-#include <vector>
 
 #include "half.h"
 
 namespace kvik {
-
-// 32 columns of one row: value[k] = scales[k / scale_group] * quants[k] + minima[k / scale_group].
-struct Group {
-  int8_t quants[kGroup];
-  float scales[2];
-  float minima[2];
-};
 
 // Block layouts: GGUF specification and the format definitions in ggml-common.h.
 struct GgufType {
@@ -21,224 +15,175 @@ struct GgufType {
   int block_columns, block_bytes;
   int block_format; // index into kBlockFormats, or -1
   FloatFormat float_format;
-  void (*unpack)(const uint8_t *block, int part, Group &out); // columns 32*part ... of a block
-  int quants_at = -1; // where a block's quants begin that the container holds byte for byte, behind half scales
+  int low_at, high_at; // where a block's two planes of quants begin, in bytes
 };
 
 namespace {
 
-float read_half(const uint8_t *p) {
-  Half half;
-  std::memcpy(&half, p, 2);
-  return to_float(half);
-}
-
-uint32_t read_u32(const uint8_t *p) {
-  uint32_t value;
-  std::memcpy(&value, p, 4);
-  return value;
-}
-
-int nibble(const uint8_t *quants, int k) { return k < 16 ? quants[k] & 15 : quants[k - 16] >> 4; }
-int fifth_bit(uint32_t bits, int k) { return static_cast<int>(bits >> k & 1) << 4; }
-
-void unpack_q4_0(const uint8_t *block, int, Group &out) {
-  out.scales[0] = read_half(block);
-  for (int k = 0; k < kGroup; ++k) out.quants[k] = static_cast<int8_t>(nibble(block + 2, k));
-}
-
-void unpack_q4_1(const uint8_t *block, int, Group &out) {
-  out.scales[0] = read_half(block);
-  out.minima[0] = read_half(block + 2);
-  for (int k = 0; k < kGroup; ++k) out.quants[k] = static_cast<int8_t>(nibble(block + 4, k));
-}
-
-void unpack_q5_0(const uint8_t *block, int, Group &out) {
-  out.scales[0] = read_half(block);
-  const uint32_t high = read_u32(block + 2);
-  for (int k = 0; k < kGroup; ++k)
-    out.quants[k] = static_cast<int8_t>((nibble(block + 6, k) | fifth_bit(high, k)) - 16);
-}
-
-void unpack_q5_1(const uint8_t *block, int, Group &out) {
-  out.scales[0] = read_half(block);
-  out.minima[0] = read_half(block + 2);
-  const uint32_t high = read_u32(block + 4);
-  for (int k = 0; k < kGroup; ++k) out.quants[k] = static_cast<int8_t>(nibble(block + 8, k) | fifth_bit(high, k));
-}
-
-void unpack_q8_0(const uint8_t *block, int, Group &out) {
-  out.scales[0] = read_half(block);
-  std::memcpy(out.quants, block + 2, kGroup);
-}
-
-// The K formats: 256 columns a block. Part p is columns 32p ... 32p+31; `half` and `shift` find its bits.
-
-void unpack_q2_k(const uint8_t *block, int part, Group &out) {
-  const uint8_t *quants = block + 16 + part / 4 * 32;
-  const float scale = read_half(block + 80), minimum = read_half(block + 82);
-  for (int i = 0; i < 2; ++i) {
-    const uint8_t packed = block[2 * part + i];
-    out.scales[i] = scale * static_cast<float>(packed & 15);
-    out.minima[i] = -minimum * static_cast<float>(packed >> 4);
-  }
-  for (int k = 0; k < kGroup; ++k) out.quants[k] = static_cast<int8_t>(quants[k] >> (2 * (part % 4)) & 3);
-}
-
-void unpack_q3_k(const uint8_t *block, int part, Group &out) {
-  const uint8_t *high = block, *quants = block + 32 + part / 4 * 32, *scales = block + 96;
-  const float scale = read_half(block + 108);
-  for (int i = 0; i < 2; ++i) {
-    const int index = 2 * part + i;
-    const int low4 = index < 8 ? scales[index] & 15 : scales[index - 8] >> 4;
-    const int high2 = scales[8 + index % 4] >> (2 * (index / 4)) & 3;
-    out.scales[i] = scale * static_cast<float>((low4 | high2 << 4) - 32);
-  }
-  for (int k = 0; k < kGroup; ++k) {
-    const int low2 = quants[k] >> (2 * (part % 4)) & 3;
-    out.quants[k] = static_cast<int8_t>(high[k] >> part & 1 ? low2 : low2 - 4);
-  }
-}
-
-// Q4_K and Q5_K: eight 6-bit scales and minima in twelve bytes.
-void read_scales_k(const uint8_t *block, int part, Group &out) {
-  const uint8_t *packed = block + 4;
-  const int j = part;
-  const int scale = j < 4 ? packed[j] & 63 : (packed[j + 4] & 15) | (packed[j - 4] >> 6) << 4;
-  const int minimum = j < 4 ? packed[j + 4] & 63 : packed[j + 4] >> 4 | (packed[j] >> 6) << 4;
-  out.scales[0] = read_half(block) * static_cast<float>(scale);
-  out.minima[0] = -read_half(block + 2) * static_cast<float>(minimum);
-}
-
-void unpack_q4_k(const uint8_t *block, int part, Group &out) {
-  read_scales_k(block, part, out);
-  const uint8_t *quants = block + 16 + part / 2 * 32;
-  for (int k = 0; k < kGroup; ++k) out.quants[k] = static_cast<int8_t>(quants[k] >> (4 * (part % 2)) & 15);
-}
-
-void unpack_q5_k(const uint8_t *block, int part, Group &out) {
-  read_scales_k(block, part, out);
-  const uint8_t *high = block + 16, *quants = block + 48 + part / 2 * 32;
-  for (int k = 0; k < kGroup; ++k)
-    out.quants[k] = static_cast<int8_t>((quants[k] >> (4 * (part % 2)) & 15) | (high[k] >> part & 1) << 4);
-}
-
-void unpack_q6_k(const uint8_t *block, int part, Group &out) {
-  const int half = part / 4, quarter = part % 4;
-  const uint8_t *low = block + half * 64 + quarter % 2 * 32, *high = block + 128 + half * 32;
-  const float scale = read_half(block + 208);
-  for (int i = 0; i < 2; ++i)
-    out.scales[i] = scale * static_cast<float>(static_cast<int8_t>(block[192 + 2 * part + i]));
-  for (int k = 0; k < kGroup; ++k) {
-    const int low4 = quarter < 2 ? low[k] & 15 : low[k] >> 4;
-    out.quants[k] = static_cast<int8_t>((low4 | (high[k] >> (2 * quarter) & 3) << 4) - 32);
-  }
-}
-
-constexpr int find_format(BlockFormat wanted) {
-  for (int i = 0; i < kNumBlockFormats; ++i) {
-    const BlockFormat &f = kBlockFormats[i];
-    if (f.bits == wanted.bits && f.scale_group == wanted.scale_group && f.minimum == wanted.minimum &&
-        f.scale_bytes == wanted.scale_bytes)
-      return i;
-  }
-  return -1;
-}
-
-constexpr GgufType quantized(std::string_view name, int columns, int bytes, BlockFormat format,
-                             void (*unpack)(const uint8_t *, int, Group &), int quants_at = -1) {
-  return {name, columns, bytes, find_format(format), FloatFormat::f32, unpack, quants_at};
+constexpr GgufType quantized(std::string_view name, int bytes, Format format, int low_at, int high_at = 0) {
+  const int index = static_cast<int>(format);
+  return {name, kBlockFormats[index].columns, bytes, index, FloatFormat::f32, low_at, high_at};
 }
 constexpr GgufType plain(std::string_view name, int bytes, FloatFormat format) {
-  return {name, 1, bytes, -1, format, nullptr};
+  return {name, 1, bytes, -1, format, 0, 0};
 }
 
 constexpr GgufType kTypes[] = {
     plain("F32", 4, FloatFormat::f32),
     plain("F16", 2, FloatFormat::f16),
     plain("BF16", 2, FloatFormat::bf16),
-    quantized("Q4_0", 32, 18, {4, 32, Minimum::implied, 2}, unpack_q4_0, 2),
-    quantized("Q4_1", 32, 20, {4, 32, Minimum::stored, 2}, unpack_q4_1, 4),
-    quantized("Q5_0", 32, 22, {8, 32, Minimum::none, 2}, unpack_q5_0),
-    quantized("Q5_1", 32, 24, {8, 32, Minimum::stored, 2}, unpack_q5_1),
-    quantized("Q8_0", 32, 34, {8, 32, Minimum::none, 2}, unpack_q8_0, 2),
-    quantized("Q2_K", 256, 84, {8, 16, Minimum::stored, 4}, unpack_q2_k),
-    quantized("Q3_K", 256, 110, {8, 16, Minimum::none, 4}, unpack_q3_k),
-    quantized("Q4_K", 256, 144, {4, 32, Minimum::stored, 4}, unpack_q4_k),
-    quantized("Q5_K", 256, 176, {8, 32, Minimum::stored, 4}, unpack_q5_k),
-    quantized("Q6_K", 256, 210, {8, 16, Minimum::none, 4}, unpack_q6_k),
+    quantized("Q4_0", 18, Format::q4_0, 2),
+    quantized("Q4_1", 20, Format::q4_1, 4),
+    quantized("Q5_0", 22, Format::q5_0, 6, 2),
+    quantized("Q5_1", 24, Format::q5_1, 8, 4),
+    quantized("Q8_0", 34, Format::q8_0, 2),
+    quantized("IQ4_NL", 18, Format::iq4_nl, 2),
+    quantized("MXFP4", 17, Format::mxfp4, 1),
+    quantized("Q2_K", 84, Format::q2_k, 16),
+    quantized("Q3_K", 110, Format::q3_k, 32, 0),
+    quantized("Q4_K", 144, Format::q4_k, 16),
+    quantized("Q5_K", 176, Format::q5_k, 48, 16),
+    quantized("Q6_K", 210, Format::q6_k, 0, 128),
+    quantized("IQ4_XS", 136, Format::iq4_xs, 8),
 };
 
-void store_scales(uint8_t *out, const float *values, int scale_bytes) {
-  for (int r = 0; r < kRowBlock; ++r) {
-    if (scale_bytes == 4) {
-      std::memcpy(out + 4 * r, values + r, 4);
-    } else { // came from a half, so nothing is lost
-      const Half half = to_half(values[r]);
-      std::memcpy(out + 2 * r, &half, 2);
-    }
+uint64_t read_u64(const uint8_t *p) {
+  uint64_t value;
+  std::memcpy(&value, p, 8);
+  return value;
+}
+
+constexpr uint64_t kLowNibbles = 0x0f0f0f0f0f0f0f0f;
+
+// The low nibbles of two runs of bytes side by side into one, the high ones into another.
+void pair_nibbles(const uint8_t *a, const uint8_t *b, int count, uint8_t *low, uint8_t *high) {
+  for (int i = 0; i < count; i += 8) {
+    const uint64_t x = read_u64(a + i), y = read_u64(b + i);
+    const uint64_t lows = (x & kLowNibbles) | (y & kLowNibbles) << 4;
+    const uint64_t highs = (x >> 4 & kLowNibbles) | (y & ~kLowNibbles);
+    std::memcpy(low + i, &lows, 8);
+    std::memcpy(high + i, &highs, 8);
   }
 }
 
-// Eight rows of 32 columns into one packed block.
-void interleave(const Group (&rows)[kRowBlock], const BlockFormat &format, uint8_t *out) {
-  for (int r = 0; r < kRowBlock; ++r) {
-    const int8_t *quants = rows[r].quants;
-    if (format.bits == 8) {
-      for (int j = 0; j < 8; ++j) std::memcpy(out + 32 * j + 4 * r, quants + 4 * j, 4);
-    } else {
-      for (int k = 0; k < 16; ++k)
-        out[32 * (k / 4) + 4 * r + k % 4] = static_cast<uint8_t>(quants[k] | quants[k + 16] << 4);
-    }
+// Bit k of 32 becomes bit k / 4 of byte k % 4.
+uint32_t bits_by_quad(uint32_t bits) {
+  uint32_t out = 0;
+  for (int b = 0; b < 4; ++b) {
+    const uint32_t every_fourth = bits >> b & 0x11111111;
+    // Eight bits, four apart, meet in the top byte.
+    const uint32_t pairs = (every_fourth | every_fourth >> 3) & 0x03030303;
+    const uint32_t fours = (pairs | pairs >> 6) & 0x000f000f;
+    out |= ((fours | fours >> 12) & 0xff) << (8 * b);
   }
-  uint8_t *scales = out + format.quant_bytes(), *minima = scales + format.scales_bytes();
-  for (int part = 0; part < format.scale_groups(); ++part) {
-    float lanes[2][kRowBlock];
-    for (int r = 0; r < kRowBlock; ++r) {
-      lanes[0][r] = rows[r].scales[part];
-      lanes[1][r] = rows[r].minima[part];
+  return out;
+}
+
+// One row's quants in the order of a plane: columns * bits / 8 bytes, most often those of the block.
+const uint8_t *low_plane(const GgufType &type, const uint8_t *block, uint8_t *space) {
+  const uint8_t *quants = block + type.low_at;
+  if (type.block_format == static_cast<int>(Format::q6_k)) { // parts 0 and 2, 1 and 3 share bytes there
+    for (int half = 0; half < 2; ++half, space += 64) {
+      pair_nibbles(quants + 64 * half, quants + 64 * half + 32, 32, space, space + 32);
     }
-    const int at = part * kRowBlock * format.scale_bytes;
-    store_scales(scales + at, lanes[0], format.scale_bytes);
-    if (format.minimum == Minimum::stored) store_scales(minima + at, lanes[1], format.scale_bytes);
+    return space - 128;
+  }
+  if (type.block_format == static_cast<int>(Format::iq4_xs)) { // columns k and k + 16 of a part share a byte there
+    for (int part = 0; part < kParts; part += 2)
+      pair_nibbles(quants + 16 * part, quants + 16 * part + 16, 16, space + 16 * part, space + 16 * part + 16);
+    return space;
+  }
+  return quants;
+}
+const uint8_t *high_plane(const GgufType &type, const uint8_t *block, uint8_t *space) {
+  const uint8_t *quants = block + type.high_at;
+  if (type.block_columns > kGroup) return quants;
+  uint32_t bits;
+  std::memcpy(&bits, quants, 4);
+  bits = bits_by_quad(bits);
+  std::memcpy(space, &bits, 4);
+  return space;
+}
+
+void interleave_plane(const uint8_t *const (&rows)[kRowBlock], int bytes, uint8_t *out) {
+  for (int at = 0; at < bytes; at += 4, out += 4 * kRowBlock)
+    for (int r = 0; r < kRowBlock; ++r) std::memcpy(out + 4 * r, rows[r] + at, 4);
+}
+
+// Q4_K and Q5_K: eight 6-bit scales and minima in twelve bytes.
+void read_scales_k(const uint8_t *packed, uint8_t (&scales)[kParts], uint8_t (&minima)[kParts]) {
+  for (int j = 0; j < kParts; ++j) {
+    const bool low = j < 4;
+    scales[j] = static_cast<uint8_t>(low ? packed[j] & 63 : (packed[j + 4] & 15) | (packed[j - 4] >> 6) << 4);
+    minima[j] = static_cast<uint8_t>(low ? packed[j + 4] & 63 : packed[j + 4] >> 4 | (packed[j] >> 6) << 4);
   }
 }
 
-// The same for blocks whose quants, and halves before them, are in the container as they are: only their places differ.
-void interleave_bytes(const uint8_t *const (&blocks)[kRowBlock], const GgufType &type, uint8_t *out) {
+// One row's scales: `out` is its first byte of the arrays that Scales names.
+void pack_scales(const GgufType &type, const uint8_t *block, int row, uint8_t *out) {
+  constexpr int kHalves = 2 * kRowBlock;
   const BlockFormat &format = kBlockFormats[type.block_format];
-  uint8_t *halves = out + format.quant_bytes();
-  for (int r = 0; r < kRowBlock; ++r) {
-    for (int at = 0; at < format.quant_bytes() / kRowBlock; at += 4)
-      std::memcpy(out + kRowBlock * at + 4 * r, blocks[r] + type.quants_at + at, 4);
-    for (int at = 0; at < type.quants_at; at += 2) std::memcpy(halves + kRowBlock * at + 2 * r, blocks[r] + at, 2);
+  const auto half = [&](int index, int at) { std::memcpy(out + kHalves * index + 2 * row, block + at, 2); };
+  uint8_t *bytes = out + kHalves * (format.minimum ? 2 : 1) + row;
+  switch (static_cast<Format>(type.block_format)) {
+  case Format::mxfp4:
+    out[row] = block[0];
+    return;
+  case Format::q2_k:
+    half(0, 80);
+    half(1, 82);
+    for (int i = 0; i < 16; ++i) bytes[kRowBlock * i] = block[i];
+    return;
+  case Format::q3_k:
+    half(0, 108);
+    for (int i = 0; i < 12; ++i) bytes[kRowBlock * i] = block[96 + i];
+    return;
+  case Format::q4_k:
+  case Format::q5_k: {
+    half(0, 0);
+    half(1, 2);
+    uint8_t scales[kParts], minima[kParts];
+    read_scales_k(block + 4, scales, minima);
+    for (int i = 0; i < kParts; ++i) {
+      bytes[kRowBlock * i] = scales[i];
+      bytes[kRowBlock * (kParts + i)] = minima[i];
+    }
+    return;
+  }
+  case Format::q6_k:
+    half(0, 208);
+    for (int i = 0; i < 16; ++i) bytes[kRowBlock * i] = block[192 + i];
+    return;
+  case Format::iq4_xs:
+    half(0, 0);
+    for (int i = 0; i < kParts; ++i) {
+      const int low4 = block[4 + i / 2] >> (4 * (i % 2)) & 15, high2 = block[2 + i / 4] >> (2 * (i % 4)) & 3;
+      bytes[kRowBlock * i] = static_cast<uint8_t>((low4 | high2 << 4) - 32);
+    }
+    return;
+  default:
+    half(0, 0);
+    if (format.minimum) half(1, 2);
   }
 }
 
 void pack_quantized_rows(const GgufType &type, const uint8_t *source, int64_t rows, int64_t columns, int64_t row_block,
                          uint8_t *out) {
   const BlockFormat &format = kBlockFormats[type.block_format];
-  const int64_t source_row = row_bytes(type, columns);
-  const int parts = type.block_columns / kGroup;
-  if (type.quants_at >= 0) {
-    const std::vector<uint8_t> zeros(static_cast<std::size_t>(type.block_bytes)); // rows past the end
-    for (int64_t group = 0; group < columns / kGroup; ++group, out += format.block_bytes()) {
-      const uint8_t *blocks[kRowBlock];
-      for (int r = 0; r < kRowBlock; ++r) {
-        const int64_t row = row_block * kRowBlock + r;
-        blocks[r] = row < rows ? source + row * source_row + group * type.block_bytes : zeros.data();
-      }
-      interleave_bytes(blocks, type, out);
+  constexpr uint8_t kZeros[256] = {}; // rows past the end
+  const int64_t source_row = row_bytes(type, columns), first = row_block * kRowBlock;
+  const int count = static_cast<int>(std::min<int64_t>(kRowBlock, rows - first));
+  for (int64_t at = 0; at < source_row; at += type.block_bytes, out += format.block_bytes()) {
+    uint8_t space[kRowBlock][128];
+    const uint8_t *blocks[kRowBlock], *planes[kRowBlock];
+    for (int r = 0; r < kRowBlock; ++r) blocks[r] = r < count ? source + (first + r) * source_row + at : kZeros;
+    for (int r = 0; r < kRowBlock; ++r) planes[r] = low_plane(type, blocks[r], space[r]);
+    interleave_plane(planes, format.columns * format.low_bits / 8, out);
+    if (format.high_bits) {
+      for (int r = 0; r < kRowBlock; ++r) planes[r] = high_plane(type, blocks[r], space[r]);
+      interleave_plane(planes, format.columns * format.high_bits / 8, out + format.low_bytes());
     }
-    return;
-  }
-  for (int64_t group = 0; group < columns / kGroup; ++group, out += format.block_bytes()) {
-    Group unpacked[kRowBlock] = {}; // rows past the end stay zero
-    for (int r = 0; r < kRowBlock && row_block * kRowBlock + r < rows; ++r) {
-      const uint8_t *row = source + (row_block * kRowBlock + r) * source_row;
-      type.unpack(row + group / parts * type.block_bytes, static_cast<int>(group % parts), unpacked[r]);
-    }
-    interleave(unpacked, format, out);
+    for (int r = 0; r < kRowBlock; ++r) pack_scales(type, blocks[r], r, out + format.quant_bytes());
   }
 }
 
@@ -266,7 +211,7 @@ int64_t columns_multiple(const GgufType &type) { return type.block_columns; }
 
 WeightPacker::WeightPacker(const GgufType &type, int64_t rows, int64_t columns, WeightArena &arena)
     : type_(type), weight_{rows, columns, type.block_format, type.float_format, 0, nullptr} {
-  row_block_bytes_ = weight_.quantized() ? columns / kGroup * kBlockFormats[type.block_format].block_bytes()
+  row_block_bytes_ = weight_.quantized() ? columns / type.block_columns * kBlockFormats[type.block_format].block_bytes()
                                          : columns * kRowBlock * type.block_bytes;
   if (__builtin_mul_overflow(weight_.row_blocks(), row_block_bytes_, &weight_.num_bytes)) throw std::bad_alloc();
   weight_.data = arena.allocate(weight_.num_bytes);
@@ -280,6 +225,68 @@ void WeightPacker::add(const uint8_t *source, int64_t count, ThreadPool &pool) {
       pack_rows(type_, source, count, weight_.columns, row_block, start + row_block * row_block_bytes_);
   });
   filled_rows_ += count;
+}
+
+namespace {
+
+int quant_at(const BlockFormat &format, const uint8_t *block, int row, int column) {
+  const auto read = [&](int bits, const uint8_t *plane) {
+    const auto [vector, field] = placed(format, bits, column / kGroup, column % kGroup / 4);
+    return plane[4 * kRowBlock * vector + 4 * row + column % 4] >> (field * bits) & ((1 << bits) - 1);
+  };
+  int quant = read(format.low_bits, block);
+  if (format.high_bits) quant |= read(format.high_bits, block + format.low_bytes()) << format.low_bits;
+  if (format.codes == Codes::iq4) return kIq4Values[quant];
+  if (format.codes == Codes::mxfp4) return kMxfp4Values[quant];
+  return format.low_bits == 8 ? static_cast<int8_t>(quant) : quant - format.zero;
+}
+
+struct ScaleAndMinimum {
+  float scale, minimum;
+};
+
+// Of scale group i of a packed block.
+ScaleAndMinimum scale_at(const BlockFormat &format, const uint8_t *scales, int row, int i) {
+  const auto half = [&](int index) {
+    Half value;
+    std::memcpy(&value, scales + 2 * (kRowBlock * index + row), 2);
+    return to_float(value);
+  };
+  const uint8_t *bytes = scales + 2 * kRowBlock * (format.minimum ? 2 : 1) + row;
+  const auto byte = [&](int index) { return static_cast<int>(bytes[kRowBlock * index]); };
+  switch (format.scales) {
+  case Scales::exponents:
+    return {scales[row] < 2 ? 0 : std::ldexp(1.0f, scales[row] - 128), 0}; // subnormal, which counts as zero
+  case Scales::bytes:
+    return {half(0) * static_cast<float>(byte(i)), -half(1) * static_cast<float>(byte(kParts + i))};
+  case Scales::signed_bytes:
+    return {half(0) * static_cast<float>(static_cast<int8_t>(byte(i))), 0};
+  case Scales::six_bits:
+    return {half(0) * static_cast<float>(
+                          ((byte(i % 8) >> (4 * (i / 8)) & 15) | (byte(8 + i % 4) >> (2 * (i / 4)) & 3) << 4) - 32),
+            0};
+  case Scales::nibbles:
+    return {half(0) * static_cast<float>(byte(i) & 15), -half(1) * static_cast<float>(byte(i) >> 4)};
+  default:
+    return {half(0), format.minimum ? half(1) : 0};
+  }
+}
+
+} // namespace
+
+// Rounds like the formats' own definition: the product, then the sum.
+void dequantize_row(const PackedWeight &weight, int64_t row, float *out) {
+  const BlockFormat &format = kBlockFormats[weight.block_format];
+  const int lane = static_cast<int>(row % kRowBlock);
+  const int64_t blocks = weight.columns / format.columns;
+  const uint8_t *block = weight.data.get() + row / kRowBlock * blocks * format.block_bytes();
+  for (int64_t b = 0; b < blocks; ++b, block += format.block_bytes()) {
+    for (int i = 0; i < format.columns / format.scale_group; ++i) {
+      const auto [scale, minimum] = scale_at(format, block + format.quant_bytes(), lane, i);
+      for (int k = i * format.scale_group; k < (i + 1) * format.scale_group; ++k)
+        *out++ = scale * static_cast<float>(quant_at(format, block, lane, k)) + minimum;
+    }
+  }
 }
 
 } // namespace kvik

@@ -32,6 +32,9 @@ struct PackedWeight {
   int64_t row_blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
 };
 
+// The float32 values of a row of a quantised matrix.
+void dequantize_row(const PackedWeight &weight, int64_t row, float *out);
+
 // Fills a matrix with rows as they come, so that nobody need hold it twice.
 class WeightPacker {
 public:

@@ -7,7 +7,7 @@
 namespace kvik {
 namespace {
 
-constexpr int64_t kRowGrain = 4;     // row blocks: a tile of the widest vectors, two cache lines of outputs
+constexpr int64_t kRowGrain = 2;     // row blocks: a tile of the widest vectors, two cache lines of outputs
 constexpr int64_t kTokenGrain = 8;   // tokens that are worth another thread's while
 constexpr int64_t kGatedTokens = 60; // whose two halves are computed before they meet, while they are in cache
 
@@ -16,14 +16,15 @@ class PreparedRows {
 public:
   PreparedRows(ThreadPool &pool, Workspace &workspace, const RowsIn &in, bool quantize, bool int16_activations)
       : num_tokens_(in.num_tokens), columns_(in.columns), int16_activations_(int16_activations), x_(in.x) {
-    const int64_t size = num_tokens_ * columns_, groups = columns_ / kGroup;
-    QuantizedRowsOut out{};
-    if (quantize) {
-      out = {workspace.high.get<int8_t>(size), int16_activations ? workspace.low.get<int8_t>(size) : nullptr,
-             workspace.scale.get<float>(num_tokens_ * groups), workspace.sums.get<float>(3 * num_tokens_ * groups),
-             workspace.excess.get<int32_t>(3 * num_tokens_ * groups)};
-      quantized_ = {out.high, out.low, out.scale, out.sums, out.excess};
-    }
+    const int64_t size = num_tokens_ * columns_;
+    const int64_t groups = QuantizedRows::panels(columns_) * num_tokens_ * QuantizedRows::kGroups;
+    if (quantize)
+      quantized_ = {workspace.high.get<int8_t>(groups * kGroup),
+                    int16_activations ? workspace.low.get<int8_t>(groups * kGroup) : nullptr,
+                    workspace.scale.get<float>(groups),
+                    workspace.totals.get<int32_t>(3 * groups),
+                    workspace.sums.get<float>(3 * groups),
+                    num_tokens_};
     float *normed = in.norm.weight ? workspace.normed.get<float>(size) : nullptr;
     if (normed) x_ = normed;
     if (!quantize && !normed) return;
@@ -31,10 +32,7 @@ public:
       for (int64_t i = first; i < last; ++i) {
         const int64_t at = i * columns_;
         if (normed) kernels->norm(in.norm, in.x + at, normed + at);
-        if (quantize)
-          kernels->quantize(x_ + at, columns_, int16_activations,
-                            {out.high + at, int16_activations ? out.low + at : nullptr, out.scale + i * groups,
-                             out.sums + 3 * i * groups, out.excess + 3 * i * groups});
+        if (quantize) kernels->quantize(x_ + at, columns_, quantized_, i);
       }
     });
   }
@@ -50,7 +48,7 @@ public:
     const PackedWeight &weight = *linear.matrix;
     const LinearKernel kernel = weight.quantized() ? kernels->quantized_linear[weight.block_format][int16_activations_]
                                                    : kernels->float_linear[static_cast<int>(weight.float_format)];
-    kernel({weight.data.get(), weight.rows, columns_, quantized_from(token), x_ + token * columns_, count, y,
+    kernel({weight.data.get(), weight.rows, columns_, quantized_, token, x_ + token * columns_, count, y,
             linear.plain() ? residual : nullptr},
            first, last);
     if (linear.plain()) return;
@@ -67,13 +65,6 @@ public:
   }
 
 private:
-  QuantizedRows quantized_from(int64_t token) const {
-    if (!quantized_.high) return {};
-    const int64_t at = token * columns_, group = token * (columns_ / kGroup);
-    return {quantized_.high + at, int16_activations_ ? quantized_.low + at : nullptr, quantized_.scale + group,
-            quantized_.sums + 3 * group, quantized_.excess + 3 * group};
-  }
-
   int64_t num_tokens_, columns_;
   bool int16_activations_;
   const float *x_;

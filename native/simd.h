@@ -39,6 +39,11 @@ constexpr int kLanes = 8;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// A number that a generic lambda may use as a constant.
+template <int n> struct Count {
+  static constexpr int value = n;
+};
+
 #if KVIK_SIMD_AVX2
 
 struct F32x8 {
@@ -91,13 +96,34 @@ inline F32x8 first_lanes(int count, F32x8 a, F32x8 b) {
 }
 
 inline Byte32 load_bytes(const void *p) { return {_mm256_loadu_si256(static_cast<const __m256i *>(p))}; }
-inline Byte32 low_nibbles(Byte32 a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
-inline Byte32 high_nibbles(Byte32 a) { return {_mm256_and_si256(_mm256_srli_epi16(a.v, 4), _mm256_set1_epi8(15))}; }
+inline void store_bytes(uint8_t *p, Byte32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a.v); }
+inline Byte32 operator|(Byte32 a, Byte32 b) { return {_mm256_or_si256(a.v, b.v)}; }
+// Bits [from, from + count) of each byte, moved to begin at bit `to`.
+template <int from, int count, int to> inline Byte32 bit_field(Byte32 a) {
+  if constexpr (count == 8) return a;
+  const __m256i moved = from >= to ? _mm256_srli_epi16(a.v, from > to ? from - to : 0)
+                                   : _mm256_slli_epi16(a.v, from < to ? to - from : 0);
+  return {_mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(((1 << count) - 1) << to)))};
+}
+inline Byte32 look_up(const int8_t (&table)[16], Byte32 index) {
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
+  return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), index.v)};
+}
 // The same four bytes in every 32-bit lane.
 inline Byte32 broadcast4(const int8_t *p) {
   int32_t word;
   std::memcpy(&word, p, 4);
   return {_mm256_set1_epi32(word)};
+}
+inline Int32x8 load_as_ints(const uint8_t *p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)))};
+}
+inline Int32x8 load_as_ints(const int8_t *p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)))};
+}
+// Bits [from, from + count) of integers that are not negative.
+inline Int32x8 bit_field(Int32x8 a, int from, int count) {
+  return {_mm256_and_si256(_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(from)), _mm256_set1_epi32((1 << count) - 1))};
 }
 // As unsigned: |-128| is 128.
 inline Byte32 abs_bytes(Byte32 a) { return {_mm256_abs_epi8(a.v)}; }
@@ -109,6 +135,7 @@ inline Int16x16 zero16() { return {_mm256_setzero_si256()}; }
 inline Int32x8 add_pairs(Int16x16 a) { return {_mm256_madd_epi16(a.v, _mm256_set1_epi16(1))}; }
 inline Int32x8 operator+(Int32x8 a, Int32x8 b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline Int32x8 zero32() { return {_mm256_setzero_si256()}; }
+inline Int32x8 broadcast_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline Int32x8 scale_int(Int32x8 a, int32_t factor) { return {_mm256_mullo_epi32(a.v, _mm256_set1_epi32(factor))}; }
 inline void store(int32_t *p, Int32x8 a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a.v); }
 inline Int32x8 operator-(Int32x8 a, Int32x8 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
@@ -225,14 +252,28 @@ inline Byte32 load_bytes(const void *p) {
   std::memcpy(out.v, p, 32);
   return out;
 }
-inline Byte32 low_nibbles(Byte32 a) {
-  return each_byte([&](int i) { return a.v[i] & 15; });
+inline void store_bytes(uint8_t *p, Byte32 a) { std::memcpy(p, a.v, 32); }
+inline Byte32 operator|(Byte32 a, Byte32 b) {
+  return each_byte([&](int i) { return a.v[i] | b.v[i]; });
 }
-inline Byte32 high_nibbles(Byte32 a) {
-  return each_byte([&](int i) { return a.v[i] >> 4; });
+template <int from, int count, int to> inline Byte32 bit_field(Byte32 a) {
+  return each_byte([&](int i) { return (a.v[i] >> from & ((1 << count) - 1)) << to; });
+}
+inline Byte32 look_up(const int8_t (&table)[16], Byte32 index) {
+  return each_byte([&](int i) { return table[index.v[i]]; });
 }
 inline Byte32 broadcast4(const int8_t *p) {
   return each_byte([&](int i) { return p[i & 3]; });
+}
+template <class Byte> inline Int32x8 load_as_ints(const Byte *p) {
+  Int32x8 out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = p[i];
+  return out;
+}
+inline Int32x8 bit_field(Int32x8 a, int from, int count) {
+  Int32x8 out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = a.v[i] >> from & ((1 << count) - 1);
+  return out;
 }
 inline Byte32 abs_bytes(Byte32 a) {
   return each_byte([&](int i) { return static_cast<int8_t>(a.v[i]) < 0 ? -static_cast<int8_t>(a.v[i]) : a.v[i]; });
@@ -267,6 +308,11 @@ inline Int32x8 operator+(Int32x8 a, Int32x8 b) {
   return out;
 }
 inline Int32x8 zero32() { return {}; }
+inline Int32x8 broadcast_int(int32_t x) {
+  Int32x8 out;
+  for (int32_t &lane : out.v) lane = x;
+  return out;
+}
 inline Int32x8 scale_int(Int32x8 a, int32_t factor) {
   Int32x8 out;
   for (int i = 0; i < kLanes; ++i) out.v[i] = a.v[i] * factor;
@@ -331,9 +377,7 @@ inline Wide pinned(Wide a) {
   return a;
 }
 
-// Integers of the same width. Weights lie in blocks of eight rows; a wide vector is kWideBlocks of them side by side,
-// `next` elements apart.
-constexpr int kWideBlocks = 2;
+// Integers of the same width.
 struct WideBytes {
   __m512i v;
 };
@@ -343,12 +387,28 @@ struct WideInt {
 // Two vectors of eight side by side.
 inline Wide join(F32x8 low, F32x8 high) { return {_mm512_insertf32x8(_mm512_castps256_ps512(low.v), high.v, 1)}; }
 template <class Stored> inline Wide wide_load(const Stored *p, int64_t next) { return join(load(p), load(p + next)); }
-inline WideBytes wide_load_bytes(const uint8_t *p, int64_t next) {
-  return {_mm512_inserti64x4(_mm512_castsi256_si512(load_bytes(p).v), load_bytes(p + next).v, 1)};
+inline WideBytes wide_load_bytes(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
+inline void store_bytes(uint8_t *p, WideBytes a) { _mm512_storeu_si512(p, a.v); }
+inline WideBytes operator|(WideBytes a, WideBytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int from, int count, int to> inline WideBytes bit_field(WideBytes a) {
+  if constexpr (count == 8) return a;
+  const __m512i moved = from >= to ? _mm512_srli_epi16(a.v, from > to ? from - to : 0)
+                                   : _mm512_slli_epi16(a.v, from < to ? to - from : 0);
+  return {_mm512_and_si512(moved, _mm512_set1_epi8(static_cast<char>(((1 << count) - 1) << to)))};
 }
-inline WideBytes low_nibbles(WideBytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
-inline WideBytes high_nibbles(WideBytes a) {
-  return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+inline WideBytes look_up(const int8_t (&table)[16], WideBytes index) {
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), index.v)};
+}
+inline WideBytes flip_high_bits(WideBytes a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8(-128))}; }
+inline WideInt wide_load_as_ints(const uint8_t *p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))};
+}
+inline WideInt wide_load_as_ints(const int8_t *p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)))};
+}
+inline WideInt bit_field(WideInt a, int from, int count) {
+  return {_mm512_and_si512(_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(from)), _mm512_set1_epi32((1 << count) - 1))};
 }
 inline WideBytes wide_broadcast4(const int8_t *p) {
   int32_t word;
@@ -356,30 +416,23 @@ inline WideBytes wide_broadcast4(const int8_t *p) {
   return {_mm512_set1_epi32(word)};
 }
 inline WideInt operator+(WideInt a, WideInt b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline WideInt operator-(WideInt a, WideInt b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline WideInt wide_broadcast_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline WideInt scale_int(WideInt a, int32_t factor) { return {_mm512_mullo_epi32(a.v, _mm512_set1_epi32(factor))}; }
 inline Wide to_float(WideInt a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
-// The exact sum of products of weights and activations, four neighbouring columns to a lane.
-template <int bits> struct Dot;
-template <> struct Dot<4> {
-  __m512i sum = _mm512_setzero_si512();
-  explicit Dot(int32_t = 0) {}
-  void add(WideBytes w, WideBytes a) {
-    sum = _mm512_dpbusd_epi32(sum, w.v, a.v);
-    asm("" : "+v"(sum));
-  }
-  WideInt total() const { return {sum}; }
-};
-// The instruction multiplies unsigned by signed bytes: w + 128 is unsigned, and the sum starts at -128 times the sum of
-// the activations.
-template <> struct Dot<8> {
+// The exact sum of products of weights and activations, four neighbouring columns to a lane, and of a number to start
+// from. The instruction multiplies unsigned by signed bytes and no sum overflows, however large the weights are.
+constexpr bool kUnsignedBytes = true; // weights of 8 bits are kept as byte + 128
+template <int largest> struct Dot {
+  static constexpr int kQuads = 1; // that one `add` takes
   __m512i sum;
-  explicit Dot(int32_t excess = 0) : sum(_mm512_set1_epi32(excess)) {}
-  void add(WideBytes w, WideBytes a) {
-    sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(w.v, _mm512_set1_epi8(-128)), a.v);
+  explicit Dot(int32_t start = 0) : sum(_mm512_set1_epi32(start)) {}
+  void add(const WideBytes (&w)[1], const WideBytes (&a)[1]) {
+    sum = _mm512_dpbusd_epi32(sum, w[0].v, a[0].v);
     asm("" : "+v"(sum));
   }
-  WideInt total() const { return {sum}; }
+  WideInt total(int32_t) const { return {sum}; }
 };
 
 #else
@@ -390,34 +443,51 @@ inline Wide wide_zero() { return zero8(); }
 inline Wide wide_broadcast(float x) { return broadcast(x); }
 template <class Stored> inline Wide wide_load(const Stored *p) { return load(p); }
 
-constexpr int kWideBlocks = 1;
 using WideBytes = Byte32;
 using WideInt = Int32x8;
 template <class Stored> inline Wide wide_load(const Stored *p, int64_t) { return load(p); }
-inline WideBytes wide_load_bytes(const uint8_t *p, int64_t) { return load_bytes(p); }
+inline WideBytes wide_load_bytes(const uint8_t *p) { return load_bytes(p); }
 inline WideBytes wide_broadcast4(const int8_t *p) { return broadcast4(p); }
+inline WideInt wide_broadcast_int(int32_t x) { return broadcast_int(x); }
+template <class Byte> inline WideInt wide_load_as_ints(const Byte *p) { return load_as_ints(p); }
 
-// The exact sum of products of weights and activations, four neighbouring columns to a lane.
-template <int bits> struct Dot;
-// 4 bits: at most 8 * 2 * 15 * 127 = 30,480 fits 16 bits, so the widening waits until the group ends.
-template <> struct Dot<4> {
+// The exact sum of products of weights and activations, four neighbouring columns to a lane, and of a number to start
+// from. Weights up to `largest` are unsigned, and as many products are added in 16 bits as fit; above 127 they are
+// signed bytes.
+constexpr bool kUnsignedBytes = false;
+template <int largest> struct Dot;
+// At most 8 * 2 * 15 * 127 = 30,480 fits 16 bits, so the widening waits until the group ends.
+template <> struct Dot<15> {
+  static constexpr int kQuads = 1;
   Int16x16 sum = zero16();
   explicit Dot(int32_t = 0) {}
-  void add(WideBytes w, WideBytes a) {
-    sum = sum + multiply_pairs(w, a);
+  void add(const WideBytes (&w)[1], const WideBytes (&a)[1]) {
+    sum = sum + multiply_pairs(w[0], a[0]);
     pin(sum);
   }
-  WideInt total() const { return add_pairs(sum); }
+  WideInt total(int32_t start) const { return add_pairs(sum) + broadcast_int(start); }
 };
-template <> struct Dot<8> {
+// 2 * 2 * 63 * 127 = 32,004.
+template <> struct Dot<63> {
+  static constexpr int kQuads = 2;
+  Int32x8 sum;
+  explicit Dot(int32_t start = 0) : sum(broadcast_int(start)) {}
+  void add(const WideBytes (&w)[2], const WideBytes (&a)[2]) {
+    sum = sum + add_pairs(multiply_pairs(w[0], a[0]) + multiply_pairs(w[1], a[1]));
+    pin(sum);
+  }
+  WideInt total(int32_t) const { return sum; }
+};
+template <> struct Dot<255> {
+  static constexpr int kQuads = 1;
   Int32x8 sum = zero32();
   explicit Dot(int32_t = 0) {}
   // |w| * (sign(w) a): at most 2 * 128 * 127 = 32,512 a pair.
-  void add(WideBytes w, WideBytes a) {
-    sum = sum + add_pairs(multiply_pairs(abs_bytes(w), apply_sign(a, w)));
+  void add(const WideBytes (&w)[1], const WideBytes (&a)[1]) {
+    sum = sum + add_pairs(multiply_pairs(abs_bytes(w[0]), apply_sign(a[0], w[0])));
     pin(sum);
   }
-  WideInt total() const { return sum; }
+  WideInt total(int32_t) const { return sum; }
 };
 
 #endif

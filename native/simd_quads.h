@@ -25,9 +25,7 @@ struct QuadSum {
   __m512i high, low;
 };
 
-inline WideInt wide_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline WideInt to_int(Wide a) { return {_mm512_cvtps_epi32(a.v)}; }
-inline WideInt operator-(WideInt a, WideInt b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline int32_t add_lanes(WideInt a) { return _mm512_reduce_add_epi32(a.v); }
 // One lane after the other, four to an element of `out`.
 inline void store_factors(Factors *out, WideInt a) {
@@ -71,7 +69,6 @@ struct QuadSum {
   __m256i v;
 };
 
-inline WideInt wide_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline void store_factors(Factors *out, WideInt a) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
   const __m128i swapped = _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, 0xd8), 0xd8); // 0 2 1 3
@@ -100,11 +97,6 @@ struct QuadSum {
   uint32_t v[kLanes];
 };
 
-inline WideInt wide_int(int32_t x) {
-  WideInt out;
-  for (int32_t &lane : out.v) lane = x;
-  return out;
-}
 inline void store_factors(Factors *out, WideInt a) {
   for (int i = 0; i < kLanes; ++i) {
     Factors &four = out[i / 4];

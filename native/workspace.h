@@ -59,7 +59,7 @@ struct AttentionSpace {
 
 // One op at a time; a captured step keeps one for all of its ops.
 struct Workspace {
-  Buffer high, low, scale, sums, excess; // quantised activations
+  Buffer high, low, scale, totals, sums; // quantised activations
   Buffer normed;                         // rows after their norm, for float weights
   Buffer up;                             // the other half of a gated projection
   Buffer keys, values;                   // before they go to their slots

@@ -54,6 +54,18 @@ def default_model_path() -> Path:
     return resolve("smollm2")
 
 
+@pytest.fixture(scope="session")
+def gemma_path() -> Path:
+    """Gemma 3 270M, if it is on this machine: `make test-all` asks for its terms before it fetches it."""
+    from kvik.errors import ModelNotFound
+    from kvik.hub.store import find
+
+    try:
+        return find("gemma3-270m")
+    except ModelNotFound as error:
+        pytest.skip(f"{error.message}, its terms were not accepted: {error.hint}")
+
+
 @pytest.fixture(autouse=True)
 def no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is printed is compared as plain text."""

@@ -36,10 +36,14 @@ FLOAT16_OFFSETS = {
     GGMLQuantizationType.Q4_K: (0, 2),
     GGMLQuantizationType.Q5_K: (0, 2),
     GGMLQuantizationType.Q6_K: (208,),
+    GGMLQuantizationType.IQ4_NL: (0,),
+    GGMLQuantizationType.IQ4_XS: (0,),
+    GGMLQuantizationType.MXFP4: (),
 }
 FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 WEIGHT_TYPES = (*FLOAT_TYPES, *FLOAT16_OFFSETS)  # the types that kvik runs
-K_QUANTS = tuple(kind for kind in WEIGHT_TYPES if kind.name.endswith("_K"))  # the library reads but cannot write these
+# The library reads but cannot write these.
+READ_ONLY_TYPES = tuple(kind for kind in WEIGHT_TYPES if kind.name.endswith("_K") or kind.name.startswith("IQ"))
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -86,6 +90,12 @@ def random_blocks(
     if kind in FLOAT_TYPES:
         return random_matrix(kind, rows, columns, rng, std=std)
     blocks = rng.integers(0, 256, (rows * columns // block_size, block_bytes), dtype=np.uint8)
+    if kind is GGMLQuantizationType.MXFP4:  # scales are powers of two: so many blocks have twice the scale of the rest
+        blocks[:, 0] = 128
+        power, rest = divmod(float(np.log2(std**2 / np.mean(np.square(dequantize(blocks, kind))))) / 2, 1)
+        blocks[:, 0] += np.uint8(int(power) % 256)
+        blocks[rng.permutation(len(blocks))[: round(len(blocks) * (4**rest - 1) / 3)], 0] += 1
+        return blocks.reshape(rows, -1)
     offsets = FLOAT16_OFFSETS[kind]
     scales = rng.uniform(0.5, 1.5, (len(offsets), len(blocks), 1)) * rng.choice([-1, 1], (len(offsets), len(blocks), 1))
 
@@ -104,7 +114,7 @@ def random_matrix(
     kind: GGMLQuantizationType, rows: int, columns: int, rng: np.random.Generator, *, std: float
 ) -> npt.NDArray[np.uint8]:
     """Return raw blocks (rows, bytes of a row) of normal values, or random blocks where the library cannot quantise."""
-    if kind in K_QUANTS:
+    if kind in READ_ONLY_TYPES:
         return random_blocks(kind, rows, columns, rng, std=std)
     values = quantize(rng.normal(0, std, (rows, columns)).astype(np.float32), kind)
     return np.ascontiguousarray(values).view(np.uint8)

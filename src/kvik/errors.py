@@ -4,6 +4,7 @@
     ├── ModelError              a model file or name that cannot be used
     │   ├── ModelNotFound       no such name, path or Hub id
     │   ├── DownloadError       the network, the disk or a checksum stood in the way
+    │   ├── TermsNotAccepted    the model comes under terms that nobody accepted here
     │   └── TemplateError       the model's chat template failed or ran too long
     ├── InvalidInput            a value the caller chose (also a ValueError)
     │   ├── PromptTooLong       more tokens than the context holds
@@ -49,6 +50,10 @@ class ModelNotFound(ModelError):
 
 class DownloadError(ModelError):
     """The model could not be brought to this machine whole."""
+
+
+class TermsNotAccepted(ModelError):
+    """The model is fetched only for those who accept its terms."""
 
 
 class TemplateError(ModelError):

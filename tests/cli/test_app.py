@@ -15,6 +15,7 @@ from kvik.cli.terminal import INTERRUPTED, Interrupt
 from kvik.engine.llm import LLM
 from kvik.engine.output import Stats
 from kvik.errors import ModelError
+from kvik.units import amount
 from subprocesses import python
 
 
@@ -133,15 +134,17 @@ def test_seconds(value_s: float, text: str) -> None:
     ("num_bytes", "text"),
     [
         (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (19_188_941, "18.3 MiB"),
-        ((1 << 20) - 1, "1.0 MiB"),
-        (3 << 29, "1.5 GiB"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (19_188_941, "19.2 MB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (3 << 29, "1.61 GB"),
+        (107 * 10**9, "107 GB"),
     ],
 )
-def test_mebibytes(num_bytes: int, text: str) -> None:
-    assert terminal.mebibytes(num_bytes) == text
+def test_bytes(num_bytes: int, text: str) -> None:
+    assert amount(num_bytes) == text
 
 
 def stats(**changes: float) -> Stats:
@@ -160,7 +163,7 @@ def stats(**changes: float) -> Stats:
 
 def test_the_line_of_figures() -> None:
     line = terminal.stats_line(stats(), "stop", use_cache=True)
-    assert line == "prompt 812 · cached 768 (95 %) · TTFT 61 ms · 31 tok/s · KV 18.3 MiB"
+    assert line == "prompt 812 · cached 768 (95 %) · TTFT 61 ms · 31 tok/s · KV 19.2 MB"
 
 
 @pytest.mark.parametrize(

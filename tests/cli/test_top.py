@@ -330,7 +330,7 @@ def test_a_narrow_frame_has_what_matters() -> None:
     text = "\n".join(lines)
     assert "computed 0 tok/s · cached 0 tok/s · written 0 tok/s" in text
     assert "hit rate 70 %" in text
-    assert "cache 5.0 MiB of 64.0 MiB · evicted 3 · copied 2" in text
+    assert "cache 5.24 MB of 67.1 MB · evicted 3 · copied 2" in text
     assert "misses  differs 7 · unseen 2" in lines
     assert "requests  1 running · 1 waiting · 2 ended" in lines
     at = lines.index(line_with(lines, "phase "))
@@ -346,7 +346,7 @@ def test_a_wider_frame_says_why_in_words_and_whose_requests_they_are() -> None:
     assert line_with(lines, "blocks  H 3 held").index("why matches ended") > 40
     heads = line_with(lines, "phase ")
     assert heads.split()[-3:] == ["blocks", "KV", "request"]
-    assert line_with(lines, "req-of-anna").split()[9:] == ["2", "3.0", "MiB", "req-of-anna"]
+    assert line_with(lines, "req-of-anna").split()[9:] == ["2", "3.15", "MB", "req-of-anna"]
     assert line_with(lines, "req-4 (2)")
 
 

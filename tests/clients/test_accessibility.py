@@ -14,6 +14,24 @@ from playwright.sync_api import Browser, Page, sync_playwright
 AXE = Path(sys.prefix) / "node_modules" / "axe-core" / "axe.min.js"
 VIEWS = ("chat", "race", "blocks", "prefixes", "requests", "numbers", "planner", "explain")
 
+MARKDOWN = """# What a model may write
+
+A **bold** word, `code`, [a link](https://example.org/page).
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+print("a long line " * 100)
+```
+
+> quoted
+
+1. one
+   - two
+"""
+
 program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(program is None, reason="no Chromium here: install Debian's package chromium")
 
@@ -48,11 +66,23 @@ def test_no_view_has_a_serious_violation(url: str, browser: Browser, scheme: Any
     page.keyboard.press("Enter")
     page.locator(".receipt").wait_for()
     page.get_by_text("Why not more?").click()
+    page.evaluate(
+        """async (text) => {
+            const { Markdown } = await import("/page/markdown.js");
+            const made = new Markdown();
+            made.append(text);
+            document.querySelector(".turn.assistant .words").append(made.element);
+        }""",
+        MARKDOWN,
+    )
     found = {}
     for view in VIEWS:
         page.evaluate("view => { location.hash = view; }", view)
         page.locator(f"#{view}").wait_for()
         page.wait_for_timeout(500)  # a view is drawn with the next message
+        if view == "requests":
+            page.locator("#requests .what button").first.click()
+            page.locator("#requests .more .run").wait_for()
         found[view] = violations(page)
     page.close()
     assert found == {view: [] for view in VIEWS}

@@ -13,7 +13,24 @@ from kvik import _native
 
 POOL, ARENA = _native.ThreadPool(2), _native.WeightArena()
 BLOCKS, KV_HEADS, HEADS, HEAD_DIM = 4, 2, 4, 16
-TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+TYPES = (
+    "F32",
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "IQ4_NL",
+    "MXFP4",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_XS",
+)
 INTEGERS = (-(2**63), -(2**31), -1, 0, 1, 2, 3, 8, 32, 33, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**70)
 SIZES = (0, 1, 2, 3, 4, 8, 16, 32, 33, 64)
 FLOATS = (0.0, -0.0, 1e-5, 1.0, -1.0, 1e38, 1e-45, float("inf"), float("-inf"), float("nan"), 1e300)
@@ -78,13 +95,24 @@ def spoiled(array: np.ndarray[Any, Any], chance: random.Random) -> Any:
 def weight(chance: random.Random) -> Any:
     """Packed from random bytes: its scales may be infinite or no numbers."""
     kind = chance.choice(TYPES)
-    rows, columns = chance.choice((1, 8, 9, 20)), 256 if kind.endswith("K") else chance.choice((32, 64))
+    rows, columns = chance.choice((1, 8, 9, 20)), 256 if kind.endswith(("K", "XS")) else chance.choice((32, 64))
     return _native.pack(kind, numbers((rows * row_bytes(kind, columns),), np.uint8, chance), rows, columns, ARENA, POOL)
 
 
 def row_bytes(kind: str, columns: int) -> int:
-    sizes = {"F32": 128, "F16": 64, "BF16": 64, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
-    of_256 = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+    sizes = {
+        "F32": 128,
+        "F16": 64,
+        "BF16": 64,
+        "Q4_0": 18,
+        "Q4_1": 20,
+        "Q5_0": 22,
+        "Q5_1": 24,
+        "Q8_0": 34,
+        "IQ4_NL": 18,
+        "MXFP4": 17,
+    }
+    of_256 = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "IQ4_XS": 136}
     return columns // 256 * of_256[kind] if kind in of_256 else columns // 32 * sizes[kind]
 
 
@@ -340,7 +368,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "pack": (
         _native.pack,
         {
-            "type": one_of(*TYPES, "", "Q9_9", "q4_0", "IQ4_NL", "\0", "F32\0", "x" * 10_000),
+            "type": one_of(*TYPES, "", "Q9_9", "q4_0", "IQ3_S", "\0", "F32\0", "x" * 10_000),
             "source": array_of(np.uint8, *[(8 * row_bytes(kind, 256),) for kind in TYPES], (0,), (1,), (17,)),
             "rows": one_of(8, 8, 8, *INTEGERS),
             "columns": one_of(256, 256, 256, 32, *INTEGERS),

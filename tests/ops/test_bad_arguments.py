@@ -205,13 +205,13 @@ HUGE = (-1, 0, 2**31, 2**62, -(2**63), 2**63, 2**70)
 # By function and argument: values that do not fit. What is wrong with the kind of any argument is added below.
 BAD: dict[str, dict[str, list[Any]]] = {
     "pack": {
-        "type": ["", "IQ4_NL", "q8_0", "Q8_0\0", "Q9_9", "F64"],
+        "type": ["", "IQ3_S", "q8_0", "Q8_0\0", "Q9_9", "F64"],
         "source": [np.zeros(0, np.uint8), np.zeros(ROWS * 68 - 1, np.uint8), np.zeros(ROWS * 68 + 1, np.uint8)],
         "rows": [*HUGE, ROWS + 1, ROWS - 1, 2**31 - 1],
         "columns": [*HUGE, COLUMNS + 32, COLUMNS - 32, COLUMNS + 1, 31, 2**31 - 32],
     },
     "WeightPacker": {
-        "type": ["", "IQ4_NL", "q8_0", "Q8_0\0", "Q9_9", "F64"],
+        "type": ["", "IQ3_S", "q8_0", "Q8_0\0", "Q9_9", "F64"],
         "rows": [*HUGE],
         "columns": [*HUGE, COLUMNS + 1, 31],
     },

@@ -176,12 +176,18 @@ def look_at_the_page(ask: Asker) -> None:
     ask("GET", f"/v1/cache/blocks/{ask.server.engine.cache.pool.num_blocks - 1}")
     page = ask("POST", "/v1/explain", {"prompt": "Hello there", "max_tokens": 2})
     ask("GET", page["url"])
+    ask("GET", ask("POST", f"{page['url']}/link", {})["url"])
     ask("POST", "/v1/race", {"prompt": "Hello there", "max_tokens": 3})
     client = ask.server.client
     with client.connected("GET", "/v1/events", None) as response:
         told = b"".join(iter(response.readline, b"\n")) + b"\n"
         kind = response.headers["content-type"]
         ask.seen.add(check_answer("GET", "/v1/events", response.status, kind, told))
+        with client.connected("POST", "/v1/completions", json.dumps({"prompt": LONG, **FEW}).encode()) as answer:
+            answer.read()
+        while b'"phase":"done"' not in response.readline():
+            pass
+        ask("GET", f"/v1/requests/{answer.headers['x-request-id']}")
     body = json.dumps({"prompt": LONG, "stream": True, "max_tokens": 3000, "ignore_eos": True}).encode()
     with client.connected("POST", "/v1/completions", body) as response:
         response.readline()

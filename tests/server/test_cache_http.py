@@ -102,7 +102,18 @@ def test_a_tree_is_shown_as_far_as_is_asked_for(llm: LLM) -> None:
         assert len(caller.get("/v1/cache/tree?max_level=0")["data"]) == 1
         cut = caller.get("/v1/cache/tree?max_rows=2")
         assert (cut["data"], cut["has_more"]) == (whole["data"][:2], True)
-        for query in ("max_rows=2001", "max_rows=-1", "max_level=x", "max_level=65"):
+        assert not whole["has_deeper"]
+        assert whole["above"] is None
+        assert caller.get("/v1/cache/tree?max_level=1")["has_deeper"]
+        trunk, branch = whole["data"][:2]
+        assert (trunk["num_children"], branch["num_children"]) == (4, 1)
+        part = caller.get(f"/v1/cache/tree?below={branch['last_block']}")
+        assert part["above"] == trunk["last_block"]
+        assert [row | {"level": row["level"] + 1} for row in part["data"]] == whole["data"][1:3]
+        assert caller.get(f"/v1/cache/tree?below={trunk['last_block']}")["data"] == whole["data"]
+        missing = caller.get("/v1/cache/tree?below=100000", status=404)
+        assert missing["error"]["code"] == "not_found"
+        for query in ("max_rows=2001", "max_rows=-1", "max_level=x", "max_level=65", "below=x"):
             error = caller.get(f"/v1/cache/tree?{query}", status=400)["error"]
             assert error["param"] == query.split("=")[0]
         assert caller.get("/v1/cache/tree?model=none", status=404)["error"]["code"] == "model_not_found"

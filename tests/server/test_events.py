@@ -16,9 +16,13 @@ import pytest
 
 from families.goldens import golden_of
 from kept_server import KEYS, KeptServer
+from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
-from kvik.server.live.hub import INTERVAL_S, Viewer, Watcher
-from kvik.server.live.watcher import MAX_ENDED, state_of
+from kvik.server.live import watcher as watching_module
+from kvik.server.live.history import MAX_SAMPLES, History
+from kvik.server.live.hub import INTERVAL_S, MAX_SHARE, Viewer, Watcher, smoothed
+from kvik.server.live.watcher import MAX_ENDED, ModelWatch, state_of
+from kvik.server.served import ServedModel
 from live_server import gated
 from server_process import PATIENCE_S, wait_until, with_engine
 
@@ -33,6 +37,7 @@ class Watching:
         self._response = response
         self.raw = b""
         self.num_states = self.num_changes = 0
+        self.history: dict[str, Any] = {}
         self.times_s: list[float] = []
         self.states: list[bytearray] = []
         self.requests: dict[int, dict[str, Any]] = {}
@@ -54,7 +59,7 @@ class Watching:
         if name == b"event: state\n":
             self.num_states += 1
             self.states = [bytearray(base64.b64decode(text)) for text in model["states"]]
-            self.requests, self.hits = {}, {}
+            self.requests, self.hits, self.history = {}, {}, model["history"]
         else:
             assert name == b"event: change\n"
             self.num_changes += 1
@@ -300,3 +305,84 @@ def test_redacted_and_read_only(tiny_llm: LLM) -> None:
         assert not any("text" in row for row in server.caller().get("/v1/cache/tree")["data"])
         refused = server.caller().ask("DELETE", "/v1/requests/any", status=403)
         assert refused["error"]["code"] == "read_only"
+
+
+def test_a_preempted_sequence_is_told_of_without_its_blocks(tiny_llm: LLM) -> None:
+    served = ServedModel("model", with_engine(tiny_llm, kv_memory="128KiB", max_running=4))
+    engine, watch = served.llm.engine, ModelWatch(served)
+    watch.begin()
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    prompts = [[(17 * at + number) % 300 + 3 for number in range(40)] for at in range(4)]
+    sequences = [engine.new_sequence(engine.new_request(prompt, params)) for prompt in prompts]
+    for sequence in sequences:
+        engine.add(sequence)
+    num_seen = 0
+    while engine.step() is not None:
+        watch.take()
+        waiting = [each for each in sequences if each.costs.num_preemptions and not each.table.block_ids]
+        num_seen += sum(each.finish_reason is None for each in waiting)
+        told = {known.row["request_id"]: known for known in watch.told.values()}
+        assert {name: known.blocks[0] for name, known in told.items()} == {
+            each.request.request_id: list(each.table.block_ids) for each in sequences
+        }
+        assert all(told[each.request.request_id].row["phase"] in ("queued", "done") for each in waiting)
+    assert num_seen > 0, "some waited without their blocks"
+    watch.end()
+    served.async_llm.stop(1.0)
+
+
+def test_numbers_and_hits_are_kept_while_nobody_looks(server: KeptServer) -> None:
+    for _ in range(3):
+        write(server, list(range(3, 80)))
+    with watching(server) as watch:
+        assert list(watch.hits.values()) == [2, 2], "two blocks, read back twice before anybody looked"
+        names, rows = watch.history["names"], watch.history["rows"]
+        assert rows, "the first sample is the server's start"
+        assert dict(zip(names, rows[0], strict=True))["generated_tokens"] == 0
+        assert names[1:] == list(watch.counters)
+
+
+def test_history_is_bounded() -> None:
+    history = History()
+    for at in range(MAX_SAMPLES + 5):
+        history.add(at, {"steps": at, "run_s": at / 4})
+    rows = json.loads(bytes(history.told()))
+    assert len(rows) == MAX_SAMPLES
+    assert (rows[0], rows[-1]) == ([5, 5, 1.25], [MAX_SAMPLES + 4, MAX_SAMPLES + 4, (MAX_SAMPLES + 4) / 4])
+
+
+def test_a_whole_prompt_is_its_owners(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "The first words. " + LONG * 4
+    with KeptServer(with_engine(tiny_llm), api_keys=KEYS) as server:
+        anna, bert = server.caller("key-of-anna"), server.caller("key-of-bert")
+        with watching(server, "key-of-anna") as own:
+            write(server, long, 2, "key-of-anna", n=2)
+            own.read_until(lambda: own.num_done == 2)
+            request_id = own.requests[min(own.requests)]["request_id"]
+            assert "first" not in own.requests[min(own.requests)]["prompt"], "the events have its end"
+            told = anna.get(f"/v1/requests/{request_id}")
+            assert (told["prompt"], told["num_prompt_tokens"]) == (
+                long,
+                own.requests[min(own.requests)]["num_prompt_tokens"],
+            )
+            assert bert.get(f"/v1/requests/{request_id}", status=404)["error"]["code"] == "request_not_found"
+            monkeypatch.setattr(watching_module, "MAX_PROMPT_TOKENS", 8)
+            write(server, [5, 6, 7], 2, "key-of-anna")
+            own.read_until(lambda: own.num_done == 3)
+            newest = own.requests[max(own.requests)]["request_id"]
+            anna.get(f"/v1/requests/{request_id}", status=404)
+            assert anna.get(f"/v1/requests/{newest}")["num_prompt_tokens"] == 3
+    with KeptServer(with_engine(tiny_llm), redact=True) as server, watching(server) as watch:
+        write(server, long, 2)
+        watch.read_until(lambda: watch.num_done == 1)
+        (row,) = watch.requests.values()
+        refused = server.caller().get(f"/v1/requests/{row['request_id']}", status=403)
+        assert refused["error"]["code"] == "redacted"
+
+
+def test_one_message_that_takes_long_does_not_hold_up_the_next() -> None:
+    mean_s = smoothed(0.0002, 5.0)
+    assert mean_s / MAX_SHARE <= INTERVAL_S
+    for _ in range(60):
+        mean_s = smoothed(mean_s, 0.05)
+    assert mean_s == pytest.approx(0.05, rel=0.01), "many that take long make fewer of them"

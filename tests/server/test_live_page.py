@@ -292,7 +292,11 @@ def test_tool_calls_are_shown(open_page: Open, server: Server) -> None:
     # Who waits here and not for the engine lets the request be changed.
     call = re.compile(r'look\(\{"at": ?"(sky|sea)"\}\)')
     expect(opened.page.locator(".call")).to_have_text(call, timeout=20_000)
-    opened.answered()
+    first = opened.answered()
+    opened.page.get_by_text("Why not more?").click()
+    why = opened.page.locator(".why")
+    expect(why).to_contain_text(f"{first.costs.num_cached_tokens} token")
+    assert why.locator(".token.new").count() > 0, "the tokens where the first answer's prompt leaves the cache"
 
 
 def must_call(route: Route) -> None:
@@ -542,6 +546,29 @@ def test_a_key_is_asked_for_and_shows_what_is_its_own(open_page: Open, tool_llm:
             server.caller(key_text).chat([{"role": "user", "content": f"I am {name}. " * 5}])
         rows = opened.page.locator("#requests tbody tr")
         expect(rows).to_have_count(1)
+        opened.page.close()
+
+
+def test_an_explained_page_is_opened_with_a_key(open_page: Open, tool_llm: LLM) -> None:
+    """Within the page, and in a tab of its own, whose address holds once."""
+    with KeptServer(with_engine(tool_llm), api_keys=KEYS) as server:
+        opened = open_page(server)
+        opened.page.get_by_label("Key", exact=True).fill("key-of-anna")
+        opened.page.keyboard.press("Enter")
+        section = opened.go("explain")
+        section.locator("[name=explain_tokens]").fill("4")
+        section.get_by_role("button", name="Make").click()
+        section.get_by_role("button", name="Show it here").click()
+        frame = section.frame_locator("iframe")
+        expect(frame.locator("#position")).to_contain_text("of 4")
+        assert frame.locator("html").evaluate("() => origin") == "null"
+        section.get_by_role("button", name="Hide it").click()
+        expect(section.locator("iframe")).to_have_count(0)
+        with opened.page.expect_popup() as popup:
+            section.get_by_role("button", name="new tab").click()
+        popup.value.locator("#position").wait_for()
+        assert popup.value.evaluate("origin") == "null"
+        popup.value.close()
         opened.page.close()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import random
+import re
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
@@ -145,7 +147,8 @@ def play(browser: Browser) -> Iterator[Play]:
                 found = PAGE_FILES[path.removeprefix("/page/")]
                 route.fulfill(body=found.text, content_type=found.kind)
             else:
-                status, body = next(value for start, value in told.items() if path.startswith(start))
+                nothing = (404, {"error": {"message": "not played"}})
+                status, body = next((value for start, value in told.items() if path.startswith(start)), nothing)
                 route.fulfill(status=status, json=body)
 
         page.route("**/*", answer)
@@ -218,7 +221,7 @@ def test_50_000_blocks_are_drawn_30_times_a_second(play: Play) -> None:
     rows = [request(key, "decode", list(range(100 * key, 100 * key + 100))) for key in range(1, 301)]
     page = play("blocks", {"/v1/cache/blocks": (404, {"error": {"message": "none"}})})
     feed(page, "state", state(num_blocks, rows))
-    expect(page.locator("#blocks .counts")).to_contain_text("50,000 free")
+    expect(page.locator("#blocks .counts")).to_contain_text("20,000 free")
     devtools = page.context.new_cdp_session(page)
     devtools.send("Performance.enable")
 
@@ -264,9 +267,10 @@ def test_requests_that_run_come_first_and_what_is_not_shown_is_said(play: Play) 
         *(1, *range(39, 1, -1)),
         *range(300, 279, -1),
     ]
-    expect(shown.first.locator(".what > span")).to_have_text("Question 1: why?")
+    expect(shown.first.locator(".what button")).to_have_text("… Question 1: why?")
     expect(shown.first.locator("small")).to_have_text("…000001")
-    assert shown.first.locator(".what").get_attribute("title") == f"req-{1:024x}"
+    told = f"req-{1:024x}, of whose prompt these are the last 48 tokens"
+    assert shown.first.locator(".what").get_attribute("title") == told
     assert page.locator("#requests .axis span").count() >= 3
 
 
@@ -313,7 +317,7 @@ def test_the_planner_asks_once_and_for_the_servers_own_type(play: Play) -> None:
     assert "kv=int8" in asked[-1]
 
 
-def test_numbers_have_gaps_where_nobody_watched_and_no_prompt_came(play: Play) -> None:
+def test_numbers_have_gaps_where_the_server_stood_still_and_no_prompt_came(play: Play) -> None:
     page = play("numbers")
     times = [*range(0, 20, 2), *range(40, 60, 2)]  # seconds; nothing is asked from the 50th on
     now_s = page.evaluate("performance.now() / 1000 + 1000")
@@ -349,20 +353,316 @@ def test_what_a_choice_shows_is_as_new_as_its_state(play: Play) -> None:
     expect(detail).not_to_contain_text("tomorrow")
 
 
+def test_a_whole_prompt_is_read_on_demand(play: Play) -> None:
+    whole = {"num_prompt_tokens": 64, "prompt": "The very first words.\n" + "word " * 500}
+    page = play("requests", {"/v1/requests/": (200, whole)})
+    chat = "of it.<|im_end|>\n<|im_start|>user\nAnd why?<|im_end|>\n<|im_start|>assistant\n"
+    rows = [request(1, prompt=chat), request(2, num_prompt_tokens=9), request(3, prompt=None)]
+    feed(page, "state", state(requests=rows))
+    row = page.locator("#requests tbody tr[data-key='1']")
+    expect(page.locator("[data-key='2'] .what button")).to_have_text("Question 2: why?")
+    expect(page.locator("[data-key='3'] .what button")).to_be_disabled()
+    expect(row.locator(".what button")).to_have_text("… And why?")
+    row.locator(".what button").focus()
+    page.keyboard.press("Enter")
+    more = page.locator("#requests .more")
+    expect(more).to_contain_text("The whole prompt, 64 tokens")
+    expect(more).to_contain_text("The very first words.")
+    feed(page, "change", change(requests=[request(4)]))
+    assert row.evaluate("row => row.nextElementSibling.className") == "more", "it stays with its request"
+    expect(row.locator(".what button")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(more).to_have_count(0)
+
+
+def test_the_past_is_played(play: Play) -> None:
+    page = play("blocks", color_scheme="light")
+    feed(page, "state", state(requests=[request(1, blocks=[0])]))
+    pixel = "[...document.querySelector('#blocks canvas').getContext('2d').getImageData(3, 3, 1, 1).data]"
+    held, free = [0xCC, 0x79, 0xA7, 255], [0x74, 0xAE, 0xDB, 255]
+    assert page.evaluate(pixel) == held
+    page.wait_for_timeout(1200)
+    gone = change(blocks=[[[0], [1]]], requests=[request(1, "done", blocks=[])], evicted=[0])
+    feed(page, "change", gone)
+    page.wait_for_function(f"String({pixel}) === '{','.join(map(str, free))}'")
+    page.wait_for_timeout(1200)
+    counts = page.locator("#blocks .counts")
+    expect(counts).to_contain_text("0 held")
+    page.locator("#blocks canvas").focus()
+    page.keyboard.press(" ")
+    expect(page.locator("#blocks .play")).to_have_text("Pause")
+    expect(counts).to_contain_text("1 held")
+    assert page.evaluate(pixel) == held, "from the beginning"
+    flash = f"(([red, green, blue]) => red > 0x74 + 20 && blue < 0xdb - 20)({pixel})"
+    page.wait_for_function(flash)  # the eviction, as it was
+    detail = page.locator("#blocks .detail")
+    expect(detail).to_contain_text("reusable")  # what is told of the cell goes along
+    page.locator("#blocks .play").click()
+    expect(page.locator("#blocks .play")).to_have_text("Play")
+    expect(page.locator("#blocks output")).to_have_text(re.compile(r"\d s ago"))
+    page.locator("#blocks select").select_option("20")
+    page.locator("#blocks .play").click()
+    expect(page.locator("#blocks output")).to_have_text("now")
+    expect(counts).to_contain_text("0 held")
+    expect(page.locator("#blocks .play")).to_have_text("Play")
+
+
+def test_little_moves_for_those_who_want_that(play: Play) -> None:
+    page = play("blocks", color_scheme="light", reduced_motion="reduce")
+    feed(page, "state", state())
+    shades = page.evaluate(
+        """async () => {
+            const context = document.querySelector("#blocks canvas").getContext("2d");
+            const pixel = () => context.getImageData(3, 3, 1, 1).data.join();
+            const told = { id: "played", blocks: [[[0], [1]]], requests: [], hits: [[], []], gone: [], copied: [] };
+            send("change", { models: [{ ...told, counters: {}, evicted: [0] }] });
+            const seen = new Set();
+            for (const end = performance.now() + 1500; performance.now() < end; ) {
+                await new Promise(requestAnimationFrame);
+                seen.add(pixel());
+            }
+            return [...seen];
+        }"""
+    )
+    assert len(shades) <= 3, f"before, while it is marked, and after: {shades}"
+    assert shades[-1] == "116,174,219,255"
+
+
+def test_a_part_of_the_tree_has_its_own_address(play: Play) -> None:
+    run = {"level": 64, "first_token": 2048, "num_tokens": 32, "num_blocks": 1, "num_holders": 0, "text": "Why?"}
+    deep = {**run, "last_block": 7, "num_children": 3}
+    tree = {"data": [deep], "has_more": False, "has_deeper": True, "max_level": 64, "above": None}
+    answers: Answers = {
+        "/v1/cache/tree?max_level=64&max_rows=300&model=played&below=7": (
+            200,
+            {**tree, "data": [{**deep, "level": 0}], "has_deeper": False, "above": 5},
+        ),
+        "/v1/cache/tree?max_level=64&max_rows=300&model=played&below=8": (404, {"error": {"message": "none"}}),
+        "/v1/cache/tree": (200, tree),
+        "/v1/cache/blocks": (200, {"num_evicted_before": None}),
+    }
+    page = play("prefixes", answers)
+    feed(page, "state", state())
+    section = page.locator("#prefixes")
+    expect(section).to_contain_text("Runs behind 64 others are left out where a link says so")
+    section.get_by_role("link", name="3 runs below").click()
+    assert page.url.endswith("#prefixes/7")
+    expect(section).to_contain_text("What goes on from block 7")
+    expect(section.get_by_role("link", name="One run up")).to_have_attribute("href", "#prefixes/5")
+    assert page.locator("#views [aria-current=page]").get_attribute("href") == "#prefixes"
+    section.get_by_role("link", name="The whole tree").click()
+    section.locator(".tree button").click()
+    expect(section.get_by_role("link", name="Look only at the 3 runs")).to_have_attribute("href", "#prefixes/7")
+    page.goto(f"{ADDRESS}/#prefixes/8")
+    expect(section).to_contain_text("That run is no more")
+
+
+PIECES = (
+    *("\n", "\n\n", " ", "a", "word ", "**", "*", "_", "__", "~~", "`", "``", "```", "~~~", "\\", "|", "a|b\n|-|-|\n"),
+    *(
+        "# ",
+        "- ",
+        "1. ",
+        "2) ",
+        "> ",
+        "    ",
+        "---",
+        "***\n",
+        "<",
+        "<b>x</b>",
+        "<script>alert(1)</script>",
+        "&lt;",
+        "&",
+    ),
+    *("<img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "[x](data:text/html,x)", "![x](http://x/y.png)"),
+    *(
+        "[x](https://example.org/a?b=c)",
+        "[x]( http://x)",
+        '[x](http://x" onclick="y)',
+        "http://example.org.",
+        "[",
+        "](",
+        ")",
+    ),
+    *("https://user:pass@x/", "é", "\u202e", "\x00", "🙂", "\t"),
+)
+
+
+def test_markdown_is_never_read_as_html(play: Play) -> None:
+    """Whatever a model writes becomes these elements and attributes alone, in whatever pieces it comes."""
+    rng = random.Random(7)
+    texts = ["".join(rng.choices(PIECES, k=rng.randrange(1, 40))) for _ in range(1500)]
+    size = 20_000
+    texts += [piece * (size // len(piece)) for piece in PIECES if piece.strip()]
+    texts += [
+        "> " * 5000 + "x",
+        "- " * 5000 + "x",
+        "[" * size,
+        "**a " * 5000,
+        "`a``b" * 4000,
+        "|" * size + "\n" + "|-" * size,
+    ]
+    page = play("chat")
+    wrong = page.evaluate(
+        """async ([texts, cuts]) => {
+            const { Markdown } = await import("/page/markdown.js");
+            const LISTS = "HR LI OL UL TABLE TBODY TD TH THEAD TR";
+            const NAMES = `A BLOCKQUOTE CODE DEL DIV EM H3 H4 H5 H6 P PRE SMALL STRONG ${LISTS}`.split(" ");
+            const ATTRIBUTES = "aria-label class href rel role scope start tabindex target".split(" ");
+            const isKnown = ({ name }) => ATTRIBUTES.includes(name);
+            const wrong = [];
+            for (const [at, text] of texts.entries()) {
+                const whole = new Markdown();
+                whole.append(text);
+                for (const element of whole.element.querySelectorAll("*")) {
+                    const isGood = NAMES.includes(element.tagName) && [...element.attributes].every(isKnown);
+                    const { href, rel } = element;
+                    const isSafe = href === undefined || (/^https?:/.test(href) && rel.includes("noopener"));
+                    if (!isGood || !isSafe) wrong.push([at, element.outerHTML]);
+                }
+                if (at >= cuts.length) continue;
+                const parts = new Markdown();
+                let from = 0;
+                for (const cut of [...cuts[at], text.length]) {
+                    parts.append(text.slice(from, cut));
+                    from = Math.max(from, cut);
+                }
+                const found = [parts, whole].map(({ element }) => element.innerHTML);
+                if (found[0] !== found[1]) wrong.push([at, text, ...found]);
+            }
+            return wrong.slice(0, 3);
+        }""",
+        [texts, [sorted(rng.randrange(len(text) + 1) for _ in range(12)) for text in texts[:1500]]],
+    )
+    assert wrong == []
+
+
+def test_markdown_is_shown(play: Play) -> None:
+    text = """# Title
+
+A *word*, **two**, ~~gone~~ and `a * b`, snake_case_name, 2 * 3 * 4,
+[here](https://example.org/x), https://kvik.dev.
+
+- one
+  1. inner
+- two
+
+```python
+print("**as it is**")
+```
+
+| a | b |
+|---|--:|
+| 1 | x |
+| 2 \\| 3 | 4 |
+
+> quoted
+"""
+    page = play("chat")
+    found = page.evaluate(
+        """async (text) => {
+            const { Markdown } = await import("/page/markdown.js");
+            const made = new Markdown();
+            made.append(text);
+            const of = (selector) => [...made.element.querySelectorAll(selector)].map((each) => each.textContent);
+            const names = ["h3", "em", "strong", "del", "p code", "a", "ul > li", "ol > li", "pre", "th", "td"];
+            return Object.fromEntries([...names, "blockquote"].map((each) => [each, of(each)]));
+        }""",
+        text,
+    )
+    assert found == {
+        "h3": ["Title"],
+        "em": ["word"],
+        "strong": ["two"],
+        "del": ["gone"],
+        "p code": ["a * b"],
+        "a": ["here (example.org)", "https://kvik.dev"],
+        "ul > li": ["oneinner", "two"],
+        "ol > li": ["inner"],
+        "pre": ['print("**as it is**")'],
+        "th": ["a", "b"],
+        "td": ["1", "x", "2 | 3", "4"],
+        "blockquote": ["quoted"],
+    }
+
+
+def test_only_the_last_blocks_are_made_again(play: Play) -> None:
+    page = play("chat")
+    kept = page.evaluate(
+        """async () => {
+            const { Markdown } = await import("/page/markdown.js");
+            const made = new Markdown();
+            for (let at = 0; at < 50; at++) made.append(`Paragraph ${at}.\n\n`);
+            const before = [...made.element.children];
+            made.append("and ");
+            made.append("more");
+            const after = [...made.element.children];
+            return before.filter((element, at) => after[at] === element).length;
+        }"""
+    )
+    assert kept >= 48
+
+
 def test_cells_are_light_on_paper(play: Play) -> None:
     page = play("blocks", color_scheme="dark")
     feed(page, "state", state(requests=[request(1, blocks=[0]), request(2, blocks=[0])]))
     pixel = "[...document.querySelector('#blocks canvas').getContext('2d').getImageData(3, 3, 1, 1).data]"
     assert page.evaluate(pixel) == [0x56, 0xB4, 0xE9, 255]
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.evaluate(pixel) == [0x00, 0x72, 0xB2, 255]
-    page.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert page.evaluate(pixel) == [0x56, 0xB4, 0xE9, 255]
+    page.emulate_media(media="print")
+    page.wait_for_function(f"String({pixel}) === '0,114,178,255'")
+    page.emulate_media(media="screen")
+    page.wait_for_function(f"String({pixel}) === '86,180,233,255'")
+
+
+@pytest.mark.parametrize("view", ["chat", "race", "blocks", "requests", "numbers", "prefixes", "planner"])
+def test_paper_is_white_and_has_no_controls(play: Play, view: str) -> None:
+    """As it comes out: the picture of the printed page, and a PDF of few pages."""
+    run = {"level": 0, "first_token": 0, "num_tokens": 32, "num_blocks": 1, "num_holders": 1, "num_children": 0}
+    tree = {"data": [{**run, "last_block": 3, "text": "Why?"}], "has_more": False, "has_deeper": False, "above": None}
+    answers: Answers = {
+        "/v1/cache/tree": (200, tree),
+        "/v1/plan/models": (200, {"data": [{"id": "played", "is_served": True}]}),
+        "/v1/plan": (200, PLAN),
+    }
+    page = play(view, answers, color_scheme="dark", width=720)
+    feed(page, "state", state(requests=[request(key, blocks=[key]) for key in range(1, 9)]))
+    if view not in ("chat", "race"):
+        page.locator(f"#{view} :is(svg, canvas, .tree button)").first.wait_for()
+    page.emulate_media(media="print")
+    page.wait_for_timeout(100)
+    for control in ("#views", "#models", ".screen", ".composer", ".replay", ".skip"):
+        assert page.locator(f"{control}:visible").count() == 0, control
+    shares = page.evaluate(
+        """async (encoded) => {
+            const picture = new Image();
+            picture.src = `data:image/png;base64,${encoded}`;
+            await picture.decode();
+            const { width, height } = picture;
+            const canvas = Object.assign(document.createElement("canvas"), { width, height });
+            const context = canvas.getContext("2d");
+            context.drawImage(picture, 0, 0);
+            const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
+            let [light, dark] = [0, 0];
+            for (let at = 0; at < data.length; at += 4) {
+                const sum = data[at] + data[at + 1] + data[at + 2];
+                light += sum > 720;
+                dark += sum < 300;
+            }
+            return [light, dark].map((each) => each / (data.length / 4));
+        }""",
+        base64.b64encode(page.screenshot(full_page=True)).decode(),
+    )
+    assert shares[0] > 0.6, "most of the paper stays white"
+    assert 0.001 < shares[1] < 0.2, "and there is ink on it"
+    page.emulate_media(media="screen")
+    printed = page.pdf(format="A4", print_background=True)
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 3
 
 
 def test_a_chosen_run_is_as_new_as_the_tree(play: Play) -> None:
     run = {"first_token": 0, "num_tokens": 32, "num_blocks": 1, "num_holders": 1, "last_block": 3, "text": "Why?"}
-    tree = {"data": [run], "has_more": False}
+    run |= {"level": 0, "num_children": 0}
+    tree = {"data": [run], "has_more": False, "has_deeper": False, "max_level": 64, "above": None}
     page = play("prefixes", {"/v1/cache/tree": (200, tree), "/v1/cache/blocks": (200, {"num_evicted_before": None})})
     feed(page, "state", state())
     page.locator("#prefixes .tree button").click()

@@ -82,6 +82,20 @@ def test_explained_pages_are_their_owners(tiny_llm: LLM) -> None:
             assert "sandbox allow-scripts;" in (response.headers["content-security-policy"] or "")
             assert len(response.read()) == told["bytes"]
         bert.get(told["url"], status=404)
+        bert.post(f"{told['url']}/link", {}, status=404)
+        linked = anna.post(f"{told['url']}/link", {})
+        nobody = server.caller()
+        nobody.get(told["url"], status=401)
+        nobody.get(linked["url"] + "x", status=404)
+        with nobody.open("HEAD", linked["url"]) as response:
+            assert (response.status, response.read()) == (200, b"")
+        with nobody.open("GET", linked["url"]) as response:
+            assert "sandbox allow-scripts;" in (response.headers["content-security-policy"] or "")
+            assert len(response.read()) == told["bytes"]
+        nobody.get(linked["url"], status=404)
+        late = anna.post(f"{told['url']}/link", {})
+        server.now_s += late["expires_s"]
+        nobody.get(late["url"], status=404)
         for _ in range(MAX_KEPT):
             bert.post("/v1/explain", {"prompt": "a", "max_tokens": 1})
         anna.get(told["url"], status=404)

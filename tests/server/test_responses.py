@@ -335,7 +335,7 @@ def test_ignored_is_said(client: openai.OpenAI) -> None:
     }
     raw = client.responses.with_raw_response.create(model="tools", max_output_tokens=1, **fields)
     assert raw.headers["x-kvik-ignored"].split(",") == [
-        *("reasoning", "store", "include", "input.reasoning", "tools.namespace", "tools.web_search")
+        *("store", "include", "input.reasoning", "reasoning", "tools.namespace", "tools.web_search")
     ]
     response = raw.parse()
     assert response.model_extra is not None

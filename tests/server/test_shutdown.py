@@ -146,7 +146,7 @@ def test_one_screen_says_it_all_and_its_curl_line_works(tiny: str, keys: tuple[s
         assert len(server.printed) <= 20
         text = "\n".join(server.printed)
         assert "secret-of-alice" not in text
-        for told in (f"http://127.0.0.1:{server.port}/v1", "tiny", "32,768", "MiB", "/docs", "/metrics"):
+        for told in (f"http://127.0.0.1:{server.port}/v1", "tiny", "32,768", " MB", "/docs", "/metrics"):
             assert told in text
         line = server.printed[-1]
         command = line[line.index("curl") :]

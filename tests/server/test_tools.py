@@ -179,3 +179,17 @@ def test_a_format_and_tools_contradict_each_other(client: Client) -> None:
     assert (answer.status, answer.error["code"]) == (400, "unsupported_combination")
     (found,) = client.ok(CHAT, ASK | {"guided_regex": "[ab]{3}", "tool_choice": "none"})["choices"]
     assert len(found["message"]["content"]) == 3
+
+
+def test_a_prompt_with_tools_is_looked_for(client: Client, tool_server: Server) -> None:
+    asked = {"messages": [{"role": "user", "content": "Look at the sky, please. " * 8}], "tools": TOOLS}
+    tool_server.streams  # noqa: B018  # forget those of others
+    client.ok(CHAT, {**asked, "max_tokens": 2})
+    prompt_ids = tool_server.wait_for_stream().branches[0].request.prompt_ids
+    told = client.ok("/v1/cache/match", asked)
+    assert (told["num_tokens"], told["miss_reason"]) == (len(prompt_ids), "all")
+    assert told["num_cached_tokens"] == len(prompt_ids) - 1
+    without = client.ok("/v1/cache/match", {"messages": asked["messages"]})
+    assert without["num_tokens"] < told["num_tokens"]
+    refused = client.post("/v1/cache/match", {"prompt": "a", "tools": TOOLS})
+    assert (refused.status, refused.error["param"]) == (400, "tools")

@@ -22,7 +22,7 @@ from gguf import (
 from gguf.gguf_writer import GGUFValue
 from gguf.quants import dequantize as library_dequantize
 
-from gguf_files import K_QUANTS, WEIGHT_TYPES, random_blocks, tiny_llama, write_gguf
+from gguf_files import READ_ONLY_TYPES, WEIGHT_TYPES, random_blocks, tiny_llama, write_gguf
 from kvik.errors import ModelError, ModelNotFound
 from kvik.files.gguf import GGUFFile, dequantize, parse_gguf, read_gguf
 from kvik.files.gguf_types import BLOCKS, DEFAULT_ALIGNMENT, MAGIC, TensorType, ValueType
@@ -565,8 +565,9 @@ class TestTheHelper:
         assert np.isfinite(values).all()
         assert np.sqrt(np.mean(np.square(values))) == pytest.approx(0.1, rel=0.05)
 
-    def test_k_quants(self) -> None:
-        assert [kind.name for kind in K_QUANTS] == ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+    def test_types_that_the_library_cannot_write(self) -> None:
+        names = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+        assert [kind.name for kind in READ_ONLY_TYPES] == names
 
 
 def merges_of(file: GGUFFile) -> list[list[str]]:

@@ -248,6 +248,32 @@ def test_the_cache_is_bounded(compiler: GrammarCompiler, monkeypatch: pytest.Mon
     assert compiler.num_cached == 4
 
 
+def test_the_texts_that_the_cache_keeps_are_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was used longest ago goes, and comes back when it is asked for; one that is too long is not kept."""
+    monkeypatch.setattr(grammar_compiler, "MAX_CACHED_BYTES", 1000)
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
+    grammars = [Grammar.choice([letter * 70, "ø" * 35]).after("start: @answer") for letter in "abcdefghij"]
+    size = grammars[0].num_bytes
+    assert {each.num_bytes for each in grammars} == {size}
+    assert size > 140  # bytes, not characters, and those of what comes before it too
+    fit = 1000 // size
+    assert 3 < fit < len(grammars)
+    first, *_ = made = [compiler.compile(each) for each in grammars[:fit]]
+    assert (compiler.num_cached, compiler.num_cached_bytes) == (fit, fit * size)
+    assert compiler.compile(grammars[0]) is first  # which is used last now
+    compiler.compile(grammars[fit])
+    assert (compiler.num_cached, compiler.num_cached_bytes) == (fit, fit * size)
+    assert compiler.compile(grammars[0]) is first
+    assert compiler.compile(grammars[2]) is made[2]
+    assert compiler.compile(grammars[1]) is not made[1]
+    for each in grammars * 2:
+        compiler.compile(each)
+        assert compiler.num_cached_bytes == compiler.num_cached * size <= 1000
+    long = Grammar.regex("a" * 1001)
+    assert compiler.compile(long).new_matcher().masks()
+    assert (compiler.num_cached, compiler.num_cached_bytes) == (0, 0)
+
+
 def test_threads_compile_and_follow_grammars_at_once(tokenizer: Tokenizer) -> None:
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
 

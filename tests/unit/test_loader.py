@@ -119,7 +119,7 @@ BAD_TENSORS: list[tuple[dict[str, Tensor], str]] = [
     ({"output.weight": plain(VOCAB - 1, HIDDEN)}, "output.weight"),
     ({"token_embd.weight": plain(VOCAB * HIDDEN)}, "20,480 rows"),
     ({"token_embd.weight": plain(VOCAB + 1, HIDDEN)}, "320 tokens, the embedding 321 rows"),
-    ({"blk.0.attn_q.weight": raw(GGMLQuantizationType.IQ4_NL, HIDDEN, HIDDEN // 32 * 18)}, "IQ4_NL"),
+    ({"blk.0.attn_q.weight": raw(GGMLQuantizationType.Q8_1, HIDDEN, HIDDEN // 32 * 40)}, "Q8_1"),
     ({"blk.0.attn_q.weight": raw(GGMLQuantizationType.I32, HIDDEN, HIDDEN * 4)}, "I32"),
     ({"blk.0.attn_norm.weight": (np.zeros(HIDDEN * 2, np.uint8), GGMLQuantizationType.I16)}, "I16"),
     ({"blk.0.attn_q.bias": plain(HIDDEN)}, "'blk.0.attn_k.bias' is missing"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import against_peers
-from against_llama_cpp import RATE, SECONDS
 from against_peers import Case, Peer, Results, cases, prompt, report, table
+from comparison import RATE, SECONDS
 from document import replace_part
 from peer_process import NoFigure, PeerProcess
 

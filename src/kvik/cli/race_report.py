@@ -9,9 +9,10 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from kvik.cli.plot import Line, Panel
-from kvik.cli.terminal import columns, mebibytes, rate, seconds
+from kvik.cli.terminal import columns, rate, seconds
 from kvik.measure.growth import CONFIDENCE, Growth, fit_growth
 from kvik.measure.lanes import RaceLane, TokenCost, Verdict
+from kvik.units import amount
 
 if TYPE_CHECKING:
     from kvik.measure.lengths import LengthCost
@@ -56,7 +57,7 @@ def table_lines(lanes: Lanes) -> list[str]:
             rate(lane.tokens_per_s),
             "-" if lane.time_to_first_token_s is None else seconds(lane.time_to_first_token_s),
             f"{lane.sequence.costs.num_computed_tokens:,}",
-            mebibytes(lane.kv_kept_bytes),
+            amount(lane.kv_kept_bytes),
         )
         for lane in lanes
     ]

@@ -14,6 +14,7 @@ from kvik.cli.options import ENGINE, KV_DTYPE_HELP, StoreOptions, check_utf8, sp
 from kvik.cli.terminal import note
 from kvik.config import ActivationDType, WeightFormat
 from kvik.errors import InvalidInput
+from kvik.units import amount
 
 if TYPE_CHECKING:
     from kvik.server.served import ServedModel
@@ -270,9 +271,10 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
         cache, weights = model.llm.cache, model.llm.model.decoder.weights
         note(f"  {model.id}" + (f" (or {', '.join(model.aliases)})" if model.aliases else ""))
         note(
-            f"    context {model.llm.model.context:,}; weights {_mib(weights.num_bytes)}, cache"
-            f" {_mib(cache.num_bytes)} for {cache.num_blocks * model.llm.engine.kv_spec.block_size:,} tokens"
+            f"    context {model.llm.model.context:,}; weights {amount(weights.num_bytes)}, cache"
+            f" {amount(cache.num_bytes)} for {cache.num_blocks * model.llm.engine.kv_spec.block_size:,} tokens"
         )
+        note(f"    grammars at most {amount(model.llm.max_grammar_bytes)} more, where requests have any")
         if model.llm.config.store is not None:
             note(f"    stores what it computes in {model.llm.config.store}: keys and values, which reveal prompts")
     num_keys = len(config.api_keys)
@@ -287,7 +289,3 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
     else:
         path, data = "completions", '{"prompt": "Once upon a time", "max_tokens": 32}'
     note(f"Try: curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{data}'")
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.0f} MiB"

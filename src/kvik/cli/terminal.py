@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kvik.errors import KvikError
+from kvik.units import amount
 
 if TYPE_CHECKING:
     from kvik.engine.output import Completion, Piece, Stats
@@ -111,16 +112,6 @@ def seconds(value_s: float) -> str:
     return f"{value_s:.2f} s" if value_s < 9.995 else f"{value_s:,.1f} s"
 
 
-def mebibytes(num_bytes: int) -> str:
-    """Bytes as people read them: `0 B`, `22.5 KiB`, `18.3 MiB`, `1.2 GiB`."""
-    if num_bytes < 1 << 10:
-        return f"{num_bytes} B"
-    for unit, size in (("KiB", 1 << 10), ("MiB", 1 << 20)):
-        if num_bytes < size * 1023.95:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes / 2**30:,.1f} GiB"
-
-
 def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
     """Rows as lines of one table, the first `left` columns aligned left and the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -147,7 +138,7 @@ def stats_line(stats: Stats, finish_reason: str, *, use_cache: bool) -> str:
         *([stored_part(stats)] if stats.num_stored_tokens else []),
         f"TTFT {seconds(stats.time_to_first_token_s) if stats.num_completion_tokens else '-'}",
         f"{rate(stats.tokens_per_s)} tok/s",
-        f"KV {mebibytes(stats.kv_bytes)}",
+        f"KV {amount(stats.kv_bytes)}",
     ]
     if stats.num_drafted_tokens:
         parts.append(f"guessed right {stats.num_accepted_tokens:,} of {stats.num_drafted_tokens:,}")

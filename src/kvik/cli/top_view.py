@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from kvik.cli.terminal import STEERING, mebibytes, rate, seconds
+from kvik.cli.terminal import STEERING, rate, seconds
 from kvik.client.live import FREE, HELD, REUSABLE, SHARED, LiveModel, LiveState, Request
+from kvik.units import amount
 
 WIDE = 100
 """Columns from which on miss reasons stand beside the blocks, in words."""
@@ -97,7 +98,7 @@ def _head(state: LiveState, model: LiveModel, place: Place) -> list[Text]:
     counters, hit_rate = model.counters, model.hit_rate
     named = {"computed": "computed_tokens", "cached": "cached_tokens", "written": "generated_tokens"}
     speed = [f"{what} {_rate(model.rate(counter))} tok/s" for what, counter in named.items()]
-    memory = f"{mebibytes(int(counters.get('committed_bytes', 0)))} of {mebibytes(model.description.num_bytes)}"
+    memory = f"{amount(int(counters.get('committed_bytes', 0)))} of {amount(model.description.num_bytes)}"
     lines += _flow([*speed, f"hit rate {'-' if hit_rate is None else _percent(hit_rate)}"], place.width)
     named = {
         "evicted": "evicted_blocks",
@@ -201,7 +202,7 @@ _COLUMNS = (
     _Column("TTFT", lambda row: _time(row.time_to_first_token_s), 0),
     _Column("a token", lambda row: _time(row.time_per_token_s), 1),
     _Column("blocks", lambda row: f"{row.num_blocks:,}" if row.num_blocks else "-", 3),
-    _Column("KV", lambda row: mebibytes(row.kv_bytes), 4),
+    _Column("KV", lambda row: amount(row.kv_bytes), 4),
 )
 
 

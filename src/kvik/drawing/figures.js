@@ -27,7 +27,7 @@ export const digits = (number, least) =>
 export const real = (number, digits = 3) =>
   Math.abs(number) < 10 ** -digits / 2 ? (0).toFixed(digits) : number.toFixed(digits).replace("-", "−");
 
-export const percent = (part) => `${(100 * part).toFixed(part < 0.0995 ? 1 : 0)} %`;
+export const percent = (part) => `${(100 * part).toFixed(part && part < 0.0995 ? 1 : 0)} %`;
 
 // A token as it is shown in a sentence: most begin with a space that only matters where nothing else is there.
 export const quoted = ({ text }) => `“${text.trim() || visible({ text })}”`;

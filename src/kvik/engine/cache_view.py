@@ -12,6 +12,7 @@ from kvik.cache import BlockTable, CacheStats, MissReason
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput
+from kvik.units import amount
 
 TEXT_WIDTH = 60
 MAX_SHOWN_ROWS = 200
@@ -28,6 +29,7 @@ class TreeRow:
     block_ids: list[int]
     text: str
     salt: str | None
+    num_children: int  # runs that go on from it
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,14 @@ class CacheView:
         """Tokens asked for and found, blocks evicted and copied, since the engine began."""
         return self._engine.cache.stats
 
-    def tree(self, *, max_level: int | None = None, max_rows: int | None = None) -> list[TreeRow]:
+    def tree(
+        self, *, max_level: int | None = None, max_rows: int | None = None, below: int | None = None
+    ) -> list[TreeRow]:
         """The prefix tree, each run below the one it goes on from.
 
-        `max_level` leaves out what lies deeper, `max_rows` all rows behind so many. The engine waits while token ids
-        are copied, not while they are turned into text.
+        `max_level` leaves out what lies deeper, `max_rows` all rows behind so many. With `below`, a block, it is the
+        run of that block and what goes on from there, with levels from there on, and empty where there is none. The
+        engine waits while token ids are copied, not while they are turned into text.
         """
         for name, value in (("max_level", max_level), ("max_rows", max_rows)):
             if value is not None and (type(value) is not int or value < 0):
@@ -109,9 +114,12 @@ class CacheView:
         engine = self._engine
         decode = engine.model.tokenizer.decode
         with engine.lock:
+            tree = engine.cache.tree
+            if below is not None and below not in tree:
+                return []
             edges = [
                 (namespace, edge, engine.cache.pool.ref_count(edge.block_ids[-1]))
-                for namespace, edge in engine.cache.tree.edges(max_level, max_rows)
+                for namespace, edge in tree.edges(max_level, max_rows, below)
             ]
         return [
             TreeRow(
@@ -122,9 +130,16 @@ class CacheView:
                 block_ids=edge.block_ids,
                 text=decode(np.frombuffer(edge.tokens, np.int32).tolist(), skip_special=False),
                 salt=namespace.salt,
+                num_children=edge.num_children,
             )
             for namespace, edge, num_holders in edges
         ]
+
+    def last_block_above(self, block_id: int) -> int | None:
+        """The last block of the run above the one that a block is in; None where there is none."""
+        with self._engine.lock:
+            tree = self._engine.cache.tree
+            return tree.last_block_above(block_id) if block_id in tree else None
 
     def block(self, block_id: int, pool_index: int = 0) -> BlockView | None:
         """One block, or a physical block of a group that slides (`Twins.pools`); None where there is none such."""
@@ -201,7 +216,7 @@ class CacheView:
         lines = [
             f"{self.num_blocks:,} blocks of {spec.block_size} tokens: {self.num_held:,} held, {self.num_reusable:,}"
             f" reusable, {self.num_free:,} free",
-            f"{self.committed_bytes / 2**20:,.1f} MiB in use of {self.num_bytes / 2**20:,.1f}; {spec.dtype} keys and"
+            f"{amount(self.committed_bytes)} in use of {amount(self.num_bytes)}; {spec.dtype} keys and"
             f" values, {spec.token_bytes:,} bytes a token",
             f"{stats.num_cached_tokens:,} of {stats.num_queried_tokens:,} prompt tokens found ({stats.hit_rate:.0%});"
             f" {stats.num_evicted_blocks:,} blocks evicted, {stats.num_copied_blocks:,} copied",

@@ -24,6 +24,7 @@ from kvik.engine.batch import ScheduledBatch
 from kvik.engine.events import Observer, StepClock, StepEvent, StepResult
 from kvik.engine.interrupts import OwnedLock, is_uninterrupted, uninterrupted
 from kvik.engine.lease import Lease
+from kvik.engine.mask_feed import MaskFeed, compute_beside
 from kvik.engine.output import Completion, TextStream
 from kvik.engine.request import HeldOptions, Request
 from kvik.engine.runner import ModelRunner, Runner, StepOutput
@@ -336,7 +337,12 @@ class Engine:
         for group, copies in batch.copies.items():
             self.runner.copy_blocks(copies, group)
         started_s = time.perf_counter()
-        output = self.runner.run(batch)
+        masks = compute_beside(_feeds(batch))
+        try:
+            output = self.runner.run(batch)
+        finally:
+            if masks is not None:
+                masks.result()
         if any(item.num_tokens >= LONG_CHUNK for item in batch.items):
             self.prefill_token_s = (time.perf_counter() - started_s) / len(batch.arrays.token_ids)
             if self.tier is not None:
@@ -393,6 +399,9 @@ class Engine:
             rows.append(row.row)
             if sampled.token_id != draft_id:
                 rejected = sequence
+        for sequence in chosen:
+            if sequence.matcher is not None:
+                sequence.matcher.ask_ahead()
         return StepResult(chosen, rows, logits)
 
     def _note_prompt(self, sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
@@ -428,8 +437,8 @@ class Engine:
 
     def _tell(self, clock: StepClock, batch: ScheduledBatch | None, result: StepResult | None) -> None:
         """Call all observers; then an error of theirs is the caller's, and tears nothing."""
-        begun, ended = self.scheduler.take_news()
-        if not self.observers or (batch is None and not begun and not ended):
+        begun, ended, preempted = self.scheduler.take_news()
+        if not self.observers or (batch is None and not begun and not ended and not preempted):
             return
         clock.lap()
         schedule_s, run_s, sample_s, commit_s = clock.parts_s()
@@ -444,6 +453,7 @@ class Engine:
             result=result,
             begun=begun,
             ended=ended,
+            preempted=preempted,
             blocks=blocks,
         )
         errors: list[Exception] = []
@@ -552,6 +562,15 @@ def _rows_of(sequence: Sequence, first: int) -> list[SampleRow]:
     except Exception as error:  # noqa: BLE001  # whatever it was, it is this request's alone
         sequence.finish("abort", error)
         return []
+
+
+def _feeds(batch: ScheduledBatch) -> Iterator[tuple[MaskFeed, list[int]]]:
+    """Whose masks a step needs, and the drafts."""
+    for item in batch.items:
+        if item.closes_gap and item.sequence.hidden is None:
+            for each in (*item.sequence.branches, item.sequence):
+                if each.matcher is not None:
+                    yield each.matcher, each.draft_ids
 
 
 def _failure(message: str, cause: BaseException | None) -> StepFailed:

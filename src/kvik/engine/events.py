@@ -43,6 +43,7 @@ class StepEvent:
     result: StepResult | None
     begun: list[Sequence]  # those that run since this step
     ended: list[Sequence]  # since the step before
+    preempted: list[Sequence]  # which lost their blocks, and wait again
     blocks: BlockEvents
 
     @property

@@ -40,6 +40,7 @@ from kvik.text.chat_prompt import encode_chat
 from kvik.text.constraint import Constraint
 from kvik.text.grammar import Grammar
 from kvik.text.grammar_compiler import GrammarCompiler
+from kvik.units import amount
 
 Prompt: TypeAlias = str | SequenceOf[int]
 
@@ -188,6 +189,11 @@ class LLM:
             )
         return encode_chat(template, self.model.tokenizer, messages, **options)
 
+    @property
+    def max_grammar_bytes(self) -> int:
+        """Most memory that grammars take beside cache and weights, once any is used."""
+        return self._grammars.max_num_bytes(self.config.max_running)
+
     def compile_grammar(self, grammar: Grammar) -> Constraint:
         """What makes a completion follow a grammar, as the option `constraint` of any request; from any thread.
 
@@ -258,8 +264,8 @@ class LLM:
         turn_bytes, available = context * spec.position_bytes, available_memory_bytes()
         if turn_bytes > available:
             raise NotEnoughMemory(
-                f"the angles of {context:,} positions take {turn_bytes / 2**30:,.1f} GiB,"
-                f" the machine has {available / 2**30:,.1f} GiB available",
+                f"the angles of {context:,} positions take {amount(turn_bytes)},"
+                f" the machine has {amount(available)} available",
                 hint=f"set the context to {available // 2 // spec.position_bytes} or less (`--context`)",
             )
 

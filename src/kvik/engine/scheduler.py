@@ -61,6 +61,7 @@ class Scheduler:
         self.unfinished: dict[Sequence, None] = {}  # all that were added and have not ended
         self._begun: dict[Sequence, None] = {}  # since `take_news`
         self._ended: dict[Sequence, None] = {}
+        self._preempted: dict[Sequence, None] = {}
         self.num_preemptions = 0
         self.tier: StoreTier | None = None  # where blocks are stored
         self._make_lease = make_lease
@@ -95,17 +96,18 @@ class Scheduler:
             self.unfinished[each] = None
         self._queue(sequence)
 
-    def take_news(self) -> tuple[list[Sequence], list[Sequence]]:
-        """The sequences that have begun and those that have ended since the last time."""
-        news = list(self._begun), list(self._ended)
-        self._begun.clear()
-        self._ended.clear()
+    def take_news(self) -> tuple[list[Sequence], list[Sequence], list[Sequence]]:
+        """The sequences that have begun, those that have ended and those that were preempted since the last time."""
+        news = list(self._begun), list(self._ended), list(self._preempted)
+        for each in (self._begun, self._ended, self._preempted):
+            each.clear()
         return news
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose how many tokens each sequence computes in this step; `None` when nothing is to do.
 
-        Short gaps first, for somebody waits for each token; then the prompts, in order, share what is left.
+        Short gaps first, for somebody waits for each token; then the prompts, in order, share what is left. Others do
+        not wait for a mask that is late.
         """
         if self.tier is not None:
             self.tier.publish(PUBLISH_S if self.running else math.inf)
@@ -114,14 +116,19 @@ class Scheduler:
             step = _Step(self.token_budget)
             in_order = sorted(self.running, key=lambda each: (each.num_missing_tokens > 1, each.place))
             num_short = sum(sequence.num_missing_tokens == 1 for sequence in in_order)
+            late = [each for each in in_order if each.matcher is not None and each.matcher.is_pending]
             for at, sequence in enumerate(in_order):
                 if at == num_short:
                     self._begin_prompts(step)
-                if step.budget > 0 and sequence not in step.gone:
+                if step.budget > 0 and sequence not in step.gone and sequence not in late:
                     self._schedule_one(sequence, step)
             if num_short == len(in_order):
                 self._begin_prompts(step)
             self._admit(step)
+            if not step.items:  # there is nobody else, so that they are waited for
+                for sequence in late:
+                    if sequence not in step.gone:
+                        self._schedule_one(sequence, step)
             if step.items:
                 return build_batch(list(step.items.values()), len(self.cache.spec.groups))
             if self.tier is not None and self.tier.is_loading:
@@ -279,6 +286,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._drop_blocks(sequence)
         sequence.costs.num_preemptions += 1
+        self._preempted[sequence] = None
         self.num_preemptions += 1
         self._queue(sequence)
 

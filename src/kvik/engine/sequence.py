@@ -13,6 +13,7 @@ from kvik.cache import BlockTable, Digest, MissReason
 from kvik.config import SamplingParams
 from kvik.engine.drafts import NgramDrafts
 from kvik.engine.lease import Lease
+from kvik.engine.mask_feed import MaskFeed
 from kvik.engine.output import Embedding, Stats, TextStream, TokenLogprobs
 from kvik.engine.pooling import PooledHidden
 from kvik.engine.request import Request
@@ -84,7 +85,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.table = table
         self.text = text
-        self.matcher = None if request.constraint is None else request.constraint.new_matcher()
+        self.matcher = None if request.constraint is None else MaskFeed(request.constraint)
         self.branches: list[Sequence] = []  # others of the same request, which begin with its first token
         self.is_queued = False  # whether the engine ever took it
         self.looked_for: Digest | None = None  # the stored block that it asked for last

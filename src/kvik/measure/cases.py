@@ -19,6 +19,7 @@ from kvik.errors import InvalidInput
 from kvik.machine import available_memory_bytes
 from kvik.measure.meter import Meter
 from kvik.models.work import StepWork
+from kvik.units import amount
 
 if TYPE_CHECKING:
     from kvik.cache import KVCacheSpec
@@ -287,8 +288,8 @@ class _EngineBench:
         )
         if needed > has:
             raise InvalidInput(
-                f"{largest.name}, batch {largest.batch:,}, takes {needed / 2**20:,.0f} MiB of keys and values,"
-                f" the cache has {has / 2**20:,.0f} MiB",
+                f"{largest.name}, batch {largest.batch:,}, takes {amount(needed)} of keys and values,"
+                f" the cache has {amount(has)}",
                 hint=f"lower --batch or --depth, or raise --kv-memory to {-(-needed // 2**20):,}MiB",
             )
 

@@ -15,7 +15,10 @@ from kvik.models.spec import DecoderSpec
 from kvik.ops.base import Ops, Vector, Weight
 
 PLAIN_TYPES = ("F32", "F16", "BF16")
-QUANTIZED_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+QUANTIZED_TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4"),
+)
 """Types that the packed weights hold exactly; a tensor of any other type is refused."""
 
 _ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT = (f"rope_{name}.weight" for name in ("freqs", "factors_long", "factors_short"))

@@ -22,6 +22,7 @@ from kvik.ops.base import Ops
 from kvik.text.chat_template import ChatTemplate
 from kvik.text.tokenizer import Tokenizer
 from kvik.text.tokenizer_gguf import GGUFTokenizer
+from kvik.units import amount
 
 if TYPE_CHECKING:
     from kvik.models.quantize import Quantization
@@ -117,8 +118,7 @@ def _require_memory(folder: Path, num_bytes: int) -> None:
     available = available_memory_bytes()
     if num_bytes > available:
         raise NotEnoughMemory(
-            f"{folder}: the weights take {num_bytes / 2**30:,.1f} GiB,"
-            f" the machine has {available / 2**30:,.1f} GiB available",
+            f"{folder}: the weights take {amount(num_bytes)}, the machine has {amount(available)} available",
             hint="quantise them as they are loaded (`--weights q8` or q4), or take a smaller model",
         )
 

@@ -289,7 +289,7 @@ class Ops(ABC):
 
     @abstractmethod
     def load_rows(self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int) -> Weight:
-        """The same from parts, one held at a time: whole rows, in each part but the last a multiple of 8."""
+        """The same from parts, one held at a time: whole rows, in each part but the last a multiple of 16."""
 
     @abstractmethod
     def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> Sequence[LayerKV]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from kvik.cache.spec import BLOCK_SIZE
 from kvik.planner.memory import kv_memory
 from kvik.planner.plan import Plan
-from kvik.planner.units import amount, count, percent
+from kvik.planner.units import count, percent
+from kvik.units import amount
 
 QUOTED_TOKENS = 4000
 """What "4k" means where the figures of models with many heads are quoted."""

@@ -8,7 +8,7 @@ from fractions import Fraction
 from kvik.errors import InvalidInput
 from kvik.planner.near import near, plain
 
-ROWS_TOGETHER = 8
+ROWS_TOGETHER = 16
 """Rows that kvik packs together; the last ones of a matrix are filled up."""
 
 
@@ -26,28 +26,31 @@ class WeightFormat:
         return self.name not in ("f32", "f16", "bf16")
 
 
-def _format(name: str, file_block_bytes: int, file_block: int, packed_bytes: int) -> WeightFormat:
-    """`packed_bytes` are those of 8 rows and 32 columns."""
-    return WeightFormat(name, Fraction(8 * file_block_bytes, file_block), Fraction(8 * packed_bytes, 256))
+def _format(name: str, file_bytes: int, block: int, packed_bytes: int | None = None) -> WeightFormat:
+    """Bytes of a block of one row, in the file and packed: the same unless told."""
+    return WeightFormat(name, Fraction(8 * file_bytes, block), Fraction(8 * (packed_bytes or file_bytes), block))
 
 
 # Best first: what is lost grows from one to the next.
 FORMATS: dict[str, WeightFormat] = {
     one.name: one
     for one in (
-        _format("f32", 4, 1, 1024),
-        _format("bf16", 2, 1, 512),
-        _format("f16", 2, 1, 512),
-        _format("q8_0", 34, 32, 272),
-        _format("q6_k", 210, 256, 320),
-        _format("q5_k", 176, 256, 320),
-        _format("q5_1", 24, 32, 288),
-        _format("q5_0", 22, 32, 272),
-        _format("q4_k", 144, 256, 192),
-        _format("q4_1", 20, 32, 160),
-        _format("q4_0", 18, 32, 144),
-        _format("q3_k", 110, 256, 320),
-        _format("q2_k", 84, 256, 384),
+        _format("f32", 4, 1),
+        _format("bf16", 2, 1),
+        _format("f16", 2, 1),
+        _format("q8_0", 34, 32),
+        _format("q6_k", 210, 256),
+        _format("q5_k", 176, 256, 180),
+        _format("q5_1", 24, 32),
+        _format("q5_0", 22, 32),
+        _format("q4_k", 144, 256, 148),
+        _format("q4_1", 20, 32),
+        _format("iq4_nl", 18, 32),
+        _format("iq4_xs", 136, 256, 138),
+        _format("q4_0", 18, 32),
+        _format("mxfp4", 17, 32),
+        _format("q3_k", 110, 256),
+        _format("q2_k", 84, 256),
     )
 }
 

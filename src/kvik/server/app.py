@@ -43,11 +43,13 @@ from kvik.server.gate import Gate
 from kvik.server.live import explain_route, live_routes, plan_route, race_route
 from kvik.server.live.answers import (
     BlockAnswer,
+    ExplainedLink,
     ExplainedPage,
     MatchAnswer,
     PlanAnswer,
     PlannableModels,
     RequestAborted,
+    RequestPrompt,
 )
 from kvik.server.openai.answers import (
     ChatAnswer,
@@ -167,9 +169,12 @@ ROUTES: tuple[Route, ...] = (
         "/v1/explain", explain_route.explain, methods=["POST"], body=explain_route.ExplainRequest, answer=ExplainedPage
     ),
     Endpoint("/v1/explain/{id}", explain_route.explained, methods=["GET"], answer="text/html"),
+    Endpoint("/v1/explain/{id}/link", explain_route.link, methods=["POST"], answer=ExplainedLink),
+    Endpoint("/explained/{secret}", explain_route.opened, methods=["GET"], answer="text/html"),
     Endpoint("/v1/plan", plan_route.plan, methods=["GET"], answer=PlanAnswer),
     Endpoint("/v1/plan/models", plan_route.plan_models, methods=["GET"], answer=PlannableModels),
     Endpoint("/v1/events", live_routes.events, methods=["GET"], answer="text/event-stream"),
+    Endpoint("/v1/requests/{id:path}", live_routes.prompt, methods=["GET"], answer=RequestPrompt),
     Endpoint("/v1/requests/{id:path}", live_routes.abort, methods=["DELETE"], answer=RequestAborted),
     Endpoint(
         "/v1/embeddings",

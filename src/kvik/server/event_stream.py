@@ -15,7 +15,7 @@ from kvik.engine.token_stream import TokenStream
 from kvik.server.errors import ApiError, api_error, client_left
 from kvik.server.generation import Running
 from kvik.server.sse import left
-from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolEvent
+from kvik.text.answer_events import AnswerEvent, ArgumentsDelta, CallBegin, CallEnd, TextDelta, ThoughtDelta
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,11 @@ class EventWriter(ABC):
 
 
 class CallWriter(EventWriter):
-    """Of a route whose answers may call tools."""
+    """Of a route whose answers may think and call tools."""
+
+    @abstractmethod
+    def thought(self, index: int, event: ThoughtDelta) -> bytes:
+        """More of what a choice thinks before its answer."""
 
     @abstractmethod
     def call_begin(self, index: int, event: CallBegin) -> bytes:
@@ -92,7 +96,7 @@ class CallWriter(EventWriter):
         """A choice's call is whole."""
 
     def written(self, piece: Piece, logprobs: TokenLogprobs | None) -> bytes:
-        """The events of one token: text, or parts of calls."""
+        """The events of one token: text, or parts of thoughts and calls."""
         if self.running.parsers is None:
             return super().written(piece, logprobs)
         parser = self.running.parsers[piece.index]
@@ -103,10 +107,12 @@ class CallWriter(EventWriter):
         told = b"" if logprobs is None else self.text(piece.index, "", logprobs)
         return told + b"".join(self._event(piece.index, event) for event in events)
 
-    def _event(self, index: int, event: ToolEvent) -> bytes:
+    def _event(self, index: int, event: AnswerEvent) -> bytes:
         match event:
             case TextDelta():
                 return self.text(index, event.text, None)
+            case ThoughtDelta():
+                return self.thought(index, event)
             case CallBegin():
                 return self.call_begin(index, event)
             case ArgumentsDelta():

@@ -27,6 +27,9 @@ PAGE_PATHS = frozenset({"/", *(f"/page/{name}" for name in PAGE_FILES)})
 OPEN_PATHS = PAGE_PATHS | {"/health", "/health/decode", "/ready", "/docs"}
 """Served without a key, and compared exactly: a load balancer has none, nor has a browser that is shown a link."""
 
+LINKED_PATHS = "/explained/"
+"""What follows is a secret that opens one page once: a browser that opens it sends no key."""
+
 PATHS_WITHOUT_MODELS = PAGE_PATHS | {"/health", "/health/decode", "/ready", "/version"}
 """Served also while the models are being loaded: the page waits for them."""
 
@@ -102,7 +105,7 @@ class Gate:
                 },
             )
             return True
-        if exchange.path not in OPEN_PATHS:
+        if exchange.path not in OPEN_PATHS and not exchange.path.startswith(LINKED_PATHS):
             exchange.scope["state"]["tenant"] = self._tenant(headers)
         if method == "OPTIONS":
             await exchange.send_empty(204, {"allow": "GET, HEAD, POST, DELETE, OPTIONS"})

@@ -23,7 +23,7 @@ from kvik.server.errors import ApiError, api_error
 from kvik.server.served import ServedModel
 from kvik.server.sse import left
 from kvik.server.state import ServerState
-from kvik.text.tool_calls import ToolCallParser
+from kvik.text.answer_parser import AnswerParser
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Generation:
     request_id: str
     fields: frozenset[str]  # of the request's body, for errors that name one
     tenant: str | None = None  # whose request it is
-    new_parser: Callable[..., ToolCallParser] | None = None  # where the answer may hold tool calls
+    new_parser: Callable[..., AnswerParser] | None = None  # where the answer may hold thoughts or tool calls
     wants_progress: bool = False
     prewarm: bool = False  # compute the prompts into the cache, and write nothing
     on_whole: Sequence[Callable[[Running], Awaitable[None]]] = ()  # awaited before the answer's end is sent
@@ -115,6 +115,7 @@ class Running:
             num_cached_tokens=sum(sequence.costs.num_cached_tokens for sequence in prompts),
             num_written_tokens=max(num_full, sum((self.written_by_ttl or {}).values())),
             written_by_ttl=self.written_by_ttl,
+            num_thought_tokens=sum(parser.num_thought_tokens for parser in self.parsers or ()),
         )
 
     def timings(self) -> dict[str, Any]:
@@ -166,6 +167,7 @@ class Usage:
     num_cached_tokens: int  # of the prompts
     num_written_tokens: int  # of the prompts, that were not in the cache, in full blocks or before a breakpoint
     written_by_ttl: Mapping[str, int] | None = None  # by breakpoints, for how long each
+    num_thought_tokens: int = 0  # of the completions
 
     def write_details(self) -> dict[str, Any]:
         """OpenAI's `cache_write_tokens_details`, where breakpoints were asked for."""
@@ -185,7 +187,7 @@ class Usage:
                 "cache_write_tokens": self.num_written_tokens,
                 **self.write_details(),
             },
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": self.num_thought_tokens},
         }
 
     def responses(self) -> dict[str, Any]:
@@ -198,7 +200,7 @@ class Usage:
                 **self.write_details(),
             },
             "output_tokens": self.num_completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self.num_thought_tokens},
             "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
         }
 

@@ -22,6 +22,7 @@ from kvik.server.openai.chat import prepare_chat, session_of
 from kvik.server.openai.chat_input import CHAT_FIELDS, ChatMessage, ChatRequest, texts_of
 from kvik.server.openai.completions import prompts_of
 from kvik.server.preparing import ignored_header
+from kvik.server.reasoning import with_thoughts
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
 
@@ -73,7 +74,7 @@ async def tokenize(request: Request) -> Response:
             messages = [message.plain(f"messages[{at}]") for at, message in enumerate(body.messages)]
             check_texts(served, texts_of(messages), "messages")
             return served.llm.render_chat(
-                messages, add_generation_prompt=body.add_generation_prompt, plain_content=True
+                with_thoughts(served, messages), add_generation_prompt=body.add_generation_prompt, plain_content=True
             )
         assert isinstance(given[0], str)
         return served.llm.model.tokenizer.encode(given[0], add_special=add_special)

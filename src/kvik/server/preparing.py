@@ -19,10 +19,12 @@ from kvik.server.errors import bad_request
 from kvik.server.fields import Body, JsonObject, SamplingFields
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
+from kvik.text.answer_parser import AnswerParser
 from kvik.text.constraint import Constraint
 from kvik.text.grammar import Grammar
-from kvik.text.tool_calls import ToolCallParser
-from kvik.text.tool_format import Named
+from kvik.text.harmony import Harmony
+from kvik.text.thoughts import Place, answer_after_thought
+from kvik.text.tool_format import Named, chosen_functions
 
 ID_LETTERS = string.ascii_letters + string.digits
 
@@ -117,15 +119,23 @@ class Tools:
         return cls(functions, choice if isinstance(choice, str) else "auto", name, parallel is not False, allowed)
 
 
-def constraint_of(served: ServedModel, fields: SamplingFields, tools: Tools | None) -> Constraint | None:
-    """The grammar that the answer follows, compiled; it takes its time. Raises `ApiError`, `InvalidInput`."""
+def constraint_of(
+    served: ServedModel, fields: SamplingFields, tools: Tools | None = None, place: Place | None = None
+) -> Constraint | None:
+    """The grammar that the answer follows, compiled; it takes its time. Raises `ApiError`, `InvalidInput`.
+
+    Of a chat, `place` is where its prompt ends: thoughts may come before what is asked for.
+    """
     wanted = structured_format(fields)
+    thoughts = None if place is None else served.thoughts
     if tools is None or tools.choice == "none":
         if wanted is None:
             return None
         name, new_grammar = wanted
+        before = None if thoughts is None or place is None else answer_after_thought(thoughts, place)
         try:
-            return served.llm.compile_grammar(new_grammar())
+            grammar = new_grammar()
+            return served.llm.compile_grammar(grammar if before is None else grammar.after(before))
         except InvalidGrammar as error:
             raise bad_request(f"{error.message} (hint: {error.hint})", name, code=error.code) from error
     if wanted is not None:
@@ -135,13 +145,26 @@ def constraint_of(served: ServedModel, fields: SamplingFields, tools: Tools | No
             code="unsupported_combination",
         )
     choice = tools.choice if tools.name is None else Named(tools.name)
-    text = served.tool_format.grammar(tools.callable, choice, parallel=tools.parallel)
+    place = place or "header"
+    if isinstance(thoughts, Harmony):
+        schemas = chosen_functions(tools.callable, choice)
+        text = None if schemas is None else thoughts.grammar(schemas, is_forced=choice != "auto", place=place)
+    else:
+        text = served.tool_format.grammar(
+            tools.callable, choice, parallel=tools.parallel, thoughts=thoughts, place=place
+        )
     return None if text is None else served.llm.compile_grammar(Grammar.lark(text))
 
 
-def parser_maker(served: ServedModel, tools: Tools, new_id: Callable[[int], str] | None = None) -> ToolCallParser:
-    """A parser of one completion."""
-    return ToolCallParser(served.tool_format, tools.functions, new_id or new_call_id)
+def parser_maker(
+    served: ServedModel, tools: Tools | None, place: Place, new_id: Callable[[int], str] | None = None
+) -> AnswerParser:
+    """A parser of one completion, whose calls are those of tools that may be called."""
+    may_call = tools is not None and tools.choice != "none"
+    functions = tools.functions if tools is not None else ()
+    return AnswerParser(
+        served.thoughts, served.tool_format if may_call else None, functions, new_id or new_call_id, place=place
+    )
 
 
 def new_call_id(length: int) -> str:

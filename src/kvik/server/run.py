@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -141,8 +142,8 @@ async def run(
     server.loop = asyncio.get_running_loop()
     serving = asyncio.ensure_future(server.serve(sockets=[listening]))
     told = asyncio.ensure_future(server.was_told.wait())
-    watching = asyncio.ensure_future(watch(state))
-    dropping = asyncio.ensure_future(server.drop_unread())
+    others: list[asyncio.Future[Any]] = [told]
+    others += map(asyncio.ensure_future, (watch(state), server.drop_unread()))
     try:
         while not server.started and not serving.done():
             await asyncio.sleep(0.005)
@@ -152,6 +153,7 @@ async def run(
             if found.done():
                 state.models = found.result()
         if server.started and not state.is_loading:
+            others.append(asyncio.ensure_future(state.live.record()))
             on_ready()
         await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)
         if told.done():
@@ -159,7 +161,7 @@ async def run(
     finally:
         server.should_exit = True
         await serving
-        for other in (told, watching, dropping):
+        for other in others:
             other.cancel()
 
 

@@ -15,7 +15,9 @@ from kvik.engine.sequence import Sequence
 from kvik.errors import InvalidInput, ToolsNotSupported
 from kvik.server.errors import ApiError
 from kvik.server.watch.engine_log import log_ends
+from kvik.server.watch.hits import BlockHits
 from kvik.server.watch.meter import EngineMeter
+from kvik.text.thoughts import ThoughtFormat, detect_thoughts
 from kvik.text.tool_detection import detect_tool_format
 from kvik.text.tool_format import ToolFormat
 
@@ -28,6 +30,7 @@ class ServedModel:
         self.aliases = tuple(alias for alias in dict.fromkeys(aliases) if alias != model_id)
         self.llm = llm
         self.meter = EngineMeter(llm.engine)
+        self.hits = BlockHits(llm.engine)
         llm.engine.add_observer(partial(log_ends, model_id))
         self.async_llm = AsyncLLM(llm)
         self.tenants: WeakKeyDictionary[Sequence, str | None] = WeakKeyDictionary()  # whose request each one writes
@@ -68,7 +71,14 @@ class ServedModel:
         template = self.llm.model.chat_template
         if template is None:
             raise ToolsNotSupported(f"{self.id} has no chat template", hint="leave tools out")
-        return detect_tool_format(template, self.llm.model.tokenizer)
+        thoughts = self.thoughts
+        return detect_tool_format(template, self.llm.model.tokenizer, () if thoughts is None else thoughts.marked_ids)
+
+    @cached_property
+    def thoughts(self) -> ThoughtFormat | None:
+        """How the model writes what it thinks before it answers; it takes its time. None where it does not."""
+        template = self.llm.model.chat_template
+        return None if template is None else detect_thoughts(template, self.llm.model.tokenizer)
 
     def card(self) -> dict[str, Any]:
         """What `/v1/models` says of it."""

@@ -51,7 +51,7 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.kept = Kept(self.config, self.clock)
-        self.live = Live(lambda: self.models, self.owns)
+        self.live = Live(lambda: self.models, self.owns, self.clock)
 
     @classmethod
     def of(cls, request: Request) -> ServerState:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kvik.errors import InvalidGrammar
@@ -40,6 +40,12 @@ class Grammar:
 
     kind: Kind
     text: str
+    before: str | None = None  # Lark whose rule `@answer` is this grammar; `after` sets it
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its text."""
+        return len(self.text.encode()) + len((self.before or "").encode())
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
@@ -86,6 +92,10 @@ class Grammar:
     def lark(cls, grammar: str) -> Grammar:
         """Text of a context-free grammar in llguidance's variant of Lark; special tokens are written as `<name>`."""
         return cls._checked("lark", "the grammar", grammar)
+
+    def after(self, rules: str) -> Grammar:
+        """The same behind other text: rules in Lark, of which `@answer` is this grammar."""
+        return replace(self, before=rules)
 
     @classmethod
     def _checked(cls, kind: Kind, name: str, text: str, code: Code = "invalid_grammar") -> Grammar:

@@ -6,6 +6,7 @@ copies of one share it, so that a text of one request would show in what becomes
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_CACHED_GRAMMARS = 256
+MAX_CACHED_BYTES = 8 << 20
+"""Of the texts of all grammars that are remembered, which is all that is kept of them."""
+
+TOKENIZER_TOKEN_BYTES = 1 << 10
+MATCHER_BYTES = 8 << 20
+"""What llguidance takes for each token of the vocabulary, once, and for a completion at most: both measured."""
 
 # What keeps each compilation below half a second, and each step of a matcher below some milliseconds.
 INITIAL_LEXER_FUEL = 100_000
@@ -41,8 +48,18 @@ class GrammarCompiler:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size  # of the model, which may exceed the tokenizer's
         self._known: OrderedDict[Grammar, Constraint] = OrderedDict()
+        self._num_bytes = 0  # of their texts
         self._lock = Lock()
         self._building = Lock()  # the tokenizer, once
+
+    def max_num_bytes(self, num_running: int) -> int:
+        """Most memory of grammars, where so many completions follow one at once."""
+        return MAX_CACHED_BYTES + self.vocab_size * TOKENIZER_TOKEN_BYTES + num_running * MATCHER_BYTES
+
+    @property
+    def num_cached_bytes(self) -> int:
+        """Bytes of the texts that are remembered."""
+        return self._num_bytes
 
     @property
     def num_cached(self) -> int:
@@ -62,9 +79,12 @@ class GrammarCompiler:
         self._check(grammar)
         constraint = _GrammarConstraint(self, grammar)
         with self._lock:
+            if grammar not in self._known:
+                self._num_bytes += grammar.num_bytes
             self._known[grammar] = constraint
-            while len(self._known) > MAX_CACHED_GRAMMARS:
-                self._known.popitem(last=False)
+            while len(self._known) > MAX_CACHED_GRAMMARS or self._num_bytes > MAX_CACHED_BYTES:
+                oldest, _ = self._known.popitem(last=False)
+                self._num_bytes -= oldest.num_bytes
         return constraint
 
     def new_library_matcher(self, grammar: Grammar) -> LLMatcher:
@@ -265,9 +285,17 @@ def _source(grammar: Grammar) -> str:
     """The grammar in the library's own format, which is what the others become."""
     from llguidance import LLMatcher
 
-    if grammar.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(grammar.text)
-    return (LLMatcher.grammar_from_regex if grammar.kind == "regex" else LLMatcher.grammar_from_lark)(grammar.text)
+    kind, text = grammar.kind, grammar.text
+    if grammar.before is not None:
+        inner: dict[str, object] = {"lark_grammar": text}
+        if kind == "json_schema":
+            inner = {"json_schema": json.loads(text)}
+        elif kind == "regex":
+            (inner,) = json.loads(LLMatcher.grammar_from_regex(text))["grammars"]
+        return json.dumps({"grammars": [{"lark_grammar": grammar.before}, inner | {"name": "answer"}]})
+    if kind == "json_schema":
+        return LLMatcher.grammar_from_json_schema(text)
+    return (LLMatcher.grammar_from_regex if kind == "regex" else LLMatcher.grammar_from_lark)(text)
 
 
 def cut(bits: bytes, vocab_size: int) -> bytes:

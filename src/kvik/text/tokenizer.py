@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvik.errors import InvalidInput
 
@@ -18,6 +18,17 @@ END_NAMES = frozenset(
         *("</s>", "<|end|>", "<end_of_turn>", "<EOT>"),
     )
 )
+HARMONY_ENDS = frozenset(("<|return|>", "<|call|>"))
+"""What ends a turn of the harmony format, in which `<|end|>` stands between its messages."""
+
+
+def all_ends(given: Iterable[int], special: Mapping[str, int]) -> frozenset[int]:
+    """The tokens that end a text: those that the files give, and those of the control tokens that do by their names."""
+    names = END_NAMES
+    if special.keys() >= HARMONY_ENDS:
+        names = END_NAMES - {"<|end|>"} | HARMONY_ENDS
+        given = [token_id for token_id in given if token_id != special.get("<|end|>")]
+    return frozenset(given) | {special[name] for name in names if name in special}
 
 
 class Tokenizer(ABC):

@@ -18,8 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
@@ -27,8 +30,8 @@ from kvik.errors import ModelError
 from kvik.files.texts import Texts
 from kvik.text.tokenizer import (
     BYTE_OF,
-    END_NAMES,
     Tokenizer,
+    all_ends,
     byte_level_bytes,
     byte_of,
     check_text,
@@ -57,6 +60,7 @@ _PHI3_KEEPS_SPACE = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 _SPACE_MARK = "\u2581"
+_HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 _MAX_PIECE_CHARACTERS = 256  # all its splits are tried; published vocabularies stay under 50
 
 
@@ -220,17 +224,18 @@ class GGUFTokenizer(Tokenizer):
         self.special_token_ids = frozenset(
             token_id for token_id, kind in enumerate(self._types) if kind in _SPECIAL_TYPES
         )
+        texts = list(self._tokens)
         self._takes_space = model == "llama" and metadata.get("general.architecture") == "phi3"
         if model == "gpt2":
-            self._set_up_byte_level(fields)
+            self._set_up_byte_level(fields, texts)
         else:
-            self._set_up_sentencepiece(fields)
+            self._set_up_sentencepiece(fields, texts)
 
         self.bos_token_id = fields.token_id("bos_token_id", self.vocab_size)
         self._eos_token_id = fields.token_id("eos_token_id", self.vocab_size)
         given = [self._eos_token_id, *(fields.token_id(f"{key}_token_id", self.vocab_size) for key in ("eot", "eom"))]
-        named = [token_id for token_id in self.special_token_ids if self._tokens[token_id] in END_NAMES]
-        self.eos_token_ids = frozenset(token_id for token_id in (*given, *named) if token_id is not None)
+        special = {self._tokens[token_id]: token_id for token_id in self.special_token_ids}
+        self.eos_token_ids = all_ends([token_id for token_id in given if token_id is not None], special)
         self._add_eos: bool = fields.get("add_eos_token", bool, False)
         if fields.get("add_bos_token", bool, False) and self.bos_token_id is None:
             raise fields.error("tokenizer.ggml.add_bos_token is set, but there is no bos_token_id")
@@ -238,7 +243,7 @@ class GGUFTokenizer(Tokenizer):
             raise fields.error("tokenizer.ggml.add_eos_token is set, but there is no eos_token_id")
         self.add_bos = fields.get("add_bos_token", bool, self._bos_by_default) and self.bos_token_id is not None
 
-    def _set_up_byte_level(self, fields: _Metadata) -> None:
+    def _set_up_byte_level(self, fields: _Metadata, texts: list[str]) -> None:
         rule_name = fields.get("pre", str, "default")
         rule = _WORD_RULES.get(rule_name)
         if rule is None:
@@ -249,7 +254,7 @@ class GGUFTokenizer(Tokenizer):
                 "tokenizer.ggml.add_space_prefix is set for a byte-level vocabulary",
                 hint="kvik supports it for the model 'llama' only",
             )
-        vocabulary = self._ordinary_tokens()
+        vocabulary = self._ordinary_tokens(texts)
         self._bpe = tokenizers.Tokenizer(self._merging(fields, vocabulary, rule.whole_words))
         self._bpe.pre_tokenizer = rule.pre_tokenizer()
         self._prepare: Callable[[str], str] = normalizers.NFC().normalize_str if rule.nfc else str
@@ -258,12 +263,11 @@ class GGUFTokenizer(Tokenizer):
         self.add_space_prefix = False
         self._unencodable = missing_bytes(BYTE_OF.keys() & vocabulary.keys())
 
-    def _set_up_sentencepiece(self, fields: _Metadata) -> None:
-        entries = zip(self._tokens, range(self.vocab_size), self._types, strict=True)
-        byte_ids = {text: token_id for text, token_id, kind in entries if kind == TokenType.BYTE}
+    def _set_up_sentencepiece(self, fields: _Metadata, texts: list[str]) -> None:
+        byte_ids = {texts[token_id]: token_id for token_id, kind in enumerate(self._types) if kind == TokenType.BYTE}
         if byte_ids.keys() != {f"<0x{byte:02X}>" for byte in range(256)}:  # so the library asks for them
             raise fields.error(f"the vocabulary has {len(byte_ids)} byte tokens that kvik can read, not 256")
-        longest = max(map(len, self._tokens))
+        longest = max(map(len, texts))
         if longest > _MAX_PIECE_CHARACTERS:
             raise fields.error(
                 f"the vocabulary has a piece of {longest:,} characters, more than {_MAX_PIECE_CHARACTERS}"
@@ -271,7 +275,7 @@ class GGUFTokenizer(Tokenizer):
         scores = fields.items("scores", {float, int}, self.vocab_size)
         if any(map(math.isnan, scores)):
             raise fields.error("tokenizer.ggml.scores has values that are not numbers")
-        vocabulary = self._ordinary_tokens()
+        vocabulary = self._ordinary_tokens(texts)
         pairs = _pairs_by_score(vocabulary, scores)
         self._bpe = tokenizers.Tokenizer(models.BPE(vocabulary | byte_ids, pairs, byte_fallback=True))
         self._prepare = self._mark_spaces
@@ -280,11 +284,13 @@ class GGUFTokenizer(Tokenizer):
         self.add_space_prefix = fields.get("add_space_prefix", bool, True)
         self._unencodable = b""
 
-    def _ordinary_tokens(self) -> dict[str, int]:
+    def _ordinary_tokens(self, texts: list[str]) -> dict[str, int]:
         """What BPE may produce; of entries with the same text, the first."""
-        left_out = _SPECIAL_TYPES | {TokenType.BYTE}
-        backwards = map(reversed, (list(self._tokens), range(self.vocab_size), self._types))
-        return {text: token_id for text, token_id, kind in zip(*backwards, strict=True) if kind not in left_out}
+        ordinary = bytes(kind not in _SPECIAL_TYPES | {TokenType.BYTE} for kind in range(256))
+        chosen = self._types.translate(ordinary)[::-1]
+        return dict(
+            zip(compress(reversed(texts), chosen), compress(reversed(range(self.vocab_size)), chosen), strict=True)
+        )
 
     def _merging(self, fields: _Metadata, vocabulary: dict[str, int], whole_words: bool) -> models.BPE:
         merges = fields.texts("merges")
@@ -393,10 +399,61 @@ def _pairs_by_score(vocabulary: Mapping[str, int], scores: Sequence[float]) -> l
     has no leftmost: of equal scores the longer piece and the longer left part go first, which gives the same where
     such ties occur in published vocabularies, in runs of spaces that earlier merges have halved from the left.
     """
-    found = [
-        (-scores[token_id], -len(text), -cut, text[:cut], text[cut:])
-        for text, token_id in vocabulary.items()
-        for cut in range(1, len(text))
-        if text[:cut] in vocabulary and text[cut:] in vocabulary
+    texts = sorted(vocabulary)  # what is left of ties goes by the text
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    lefts, rights, wholes = _halves(texts, lengths)
+    cuts = lengths[lefts]
+    ranks = -np.asarray(scores, np.float64)[[vocabulary[text] for text in texts]]
+    order = np.lexsort((wholes, -cuts, -lengths[wholes], ranks[wholes]))
+    return [
+        (texts[left], texts[right]) for left, right in zip(lefts[order].tolist(), rights[order].tolist(), strict=True)
     ]
-    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _halves(texts: list[str], lengths: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.intp], ...]:
+    """All ways to put a text together from two others: the indices of the left ones, the right ones and the whole ones.
+
+    Parts are looked up by a hash of their characters, a polynomial modulo 2**64, and compared where one is found.
+    """
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    characters = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32).astype(np.uint64)
+    powers = np.cumprod(np.full(len(characters), _HASH_BASE, np.uint64))
+    inverse_powers = np.cumprod(np.full(len(characters) + 1, pow(_HASH_BASE, -1, 1 << 64), np.uint64))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum((characters + np.uint64(1)) * powers)])
+
+    def hashes(begin: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        found: npt.NDArray[np.uint64] = (sums[end] - sums[begin]) * inverse_powers[begin]
+        return found
+
+    whole_hashes = hashes(starts, ends)
+    by_hash = np.argsort(whole_hashes)
+    sorted_hashes = whole_hashes[by_hash]
+
+    def find(begin: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
+        """The text that stands there; -1: none."""
+        wanted = hashes(begin, end)
+        places = np.minimum(np.searchsorted(sorted_hashes, wanted), len(texts) - 1)
+        return np.where(sorted_hashes[places] == wanted, by_hash[places], -1)
+
+    wholes = np.repeat(np.arange(len(texts)), np.maximum(lengths - 1, 0))
+    counts = np.cumsum(np.maximum(lengths - 1, 0))
+    cuts = starts[wholes] + 1 + np.arange(len(wholes)) - np.concatenate([np.zeros(1, np.int64), counts])[wholes]
+    lefts = find(starts[wholes], cuts)
+    wholes, cuts, lefts = (found[lefts >= 0] for found in (wholes, cuts, lefts))
+    rights = find(cuts, ends[wholes])
+    wholes, lefts, rights = (found[rights >= 0] for found in (wholes, lefts, rights))
+    same = [
+        texts[left] + texts[right] == texts[whole]
+        for left, right, whole in zip(lefts.tolist(), rights.tolist(), wholes.tolist(), strict=True)
+    ]
+    if all(same) and (sorted_hashes[1:] != sorted_hashes[:-1]).all():
+        return lefts, rights, wholes
+    places = {text: index for index, text in enumerate(texts)}  # two texts share a hash: a file made to do so
+    found = [
+        (places[text[:cut]], places[text[cut:]], index)
+        for index, text in enumerate(texts)
+        for cut in range(1, len(text))
+        if text[:cut] in places and text[cut:] in places
+    ]
+    return tuple(np.asarray(found, np.intp).reshape(-1, 3).T)

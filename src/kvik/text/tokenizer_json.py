@@ -22,8 +22,8 @@ from kvik.errors import ModelError
 from kvik.files.small_files import folder_error, parse_object, read_object, read_text
 from kvik.text.tokenizer import (
     BYTE_OF,
-    END_NAMES,
     Tokenizer,
+    all_ends,
     byte_level_bytes,
     byte_of,
     check_text,
@@ -88,9 +88,9 @@ class FolderTokenizer(Tokenizer):
         bos_token_id = named["bos_token"]
         if bos_token_id is None:
             bos_token_id = next((ids[0] for ids in bos if ids), None)
-        ends = {*(eos[0] or eos[1]), *(named["eos_token"],)}
-        ends |= {token_id for token_id in self.special_token_ids if self._library.id_to_token(token_id) in END_NAMES}
-        return bos_token_id, frozenset(token_id for token_id in ends if token_id is not None)
+        given = [token_id for token_id in (*(eos[0] or eos[1]), named["eos_token"]) if token_id is not None]
+        special = {self.token_text(token_id): token_id for token_id in self.special_token_ids}
+        return bos_token_id, all_ends(given, special)
 
     def _config_ids(self, path: Path, key: str) -> list[int]:
         """The ids that are tokens: small models keep their family's defaults, which no token of theirs has."""

@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from kvik.text.answer_events import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolEvent
 from kvik.text.chat_messages import check_tools
-from kvik.text.detokenizer import Detokenizer
-from kvik.text.tool_format import CALL_ID_LENGTH, ID_CHARACTER, MARKS, ToolFormat
+from kvik.text.json_arguments import JsonArguments
+from kvik.text.marked_text import ID_CHARACTER, MARKS, MarkedStream, overlap
+from kvik.text.tool_format import CALL_ID_LENGTH, ToolFormat
+from kvik.text.tool_pairs import PairsReader
 
 LONG_ID_LENGTH = 24
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """More of the text that is no call."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallBegin:
-    """A call of a tool, whose arguments follow. Calls count from 0."""
-
-    index: int
-    call_id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class ArgumentsDelta:
-    """More of the JSON text of a call's arguments."""
-
-    index: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallEnd:
-    """The arguments of a call are whole. An answer that is cut off in a call has none for it."""
-
-    index: int
-
-
-ToolEvent: TypeAlias = TextDelta | CallBegin | ArgumentsDelta | CallEnd
 
 
 class ToolCallParser:
@@ -53,32 +20,38 @@ class ToolCallParser:
 
     `new_id` makes as many random letters and digits as it is asked for. Text that may yet be the beginning of a call
     is held back; what is no call after all is text, to the last character. A call has begun with its name and the `{`
-    of its arguments.
+    of its arguments, or what else stands between the two.
     """
 
     def __init__(self, format: ToolFormat, tools: Sequence[Mapping[str, Any]], new_id: Callable[[int], str]) -> None:
-        names = [tool["function"]["name"] for tool in check_tools(tools) or []]
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in check_tools(tools) or []}
+        self._schemas = {name: schema or {} for name, schema in schemas.items()}
         self._format = format
         self._new_id = new_id
         head = format.begin.lstrip()
-        self._first = {head + name + format.between + "{": name for name in names}
+        opening = format.between + ("{" if format.pairs is None else "")
+        self._first = {head + name + opening: name for name in schemas}
         self._ended = format.after + format.end
         self._next: dict[str, str] = {}
         if format.separator is not None:
             before = format.after + format.separator
-            self._next = {before + name + format.between + "{": name for name in names}
-        self._released = _Released(format)
+            self._next = {before + name + opening: name for name in schemas}
+        self._stream = MarkedStream(format.tokenizer, format.marked_ids)
         self._pending = ""  # marked text that no event has told of
         self._state = self._in_text
         self._text_begins = True
         self._lead = ""  # what stands before the head of a call, if it is one
         self._num_calls = 0
-        self._json = _JsonEnd()
+        self._arguments: JsonArguments | PairsReader = JsonArguments()
         self._finished = False
 
     def feed(self, token_id: int, text: str) -> list[ToolEvent]:
         """What is known with one more token; `text` is what became certain with it, as a `Piece` has it."""
-        self._pending += self._released.add(token_id, text)
+        return self.feed_marked(self._stream.add(token_id, text))
+
+    def feed_marked(self, text: str) -> list[ToolEvent]:
+        """The same for marked text, of whoever has it already."""
+        self._pending += text
         return self._events()
 
     def finish(self) -> list[ToolEvent]:
@@ -105,9 +78,7 @@ class ToolCallParser:
         at = self._pending.find(self._format.trigger)
         if at < 0:
             lead, trigger = self._format.lead, self._format.trigger
-            held = (
-                0 if self._finished else max(_overlap(self._pending, lead + trigger), _overlap(self._pending, trigger))
-            )
+            held = 0 if self._finished else max(overlap(self._pending, lead + trigger), overlap(self._pending, trigger))
             return self._take_text(len(self._pending) - held) or None
         before = self._pending[:at]
         self._lead = self._format.lead if before.endswith(self._format.lead) else ""
@@ -141,22 +112,27 @@ class ToolCallParser:
         return self._take_text(0 if self._format.is_bare else len(self._lead) + 1)
 
     def _begin_call(self, head: str, name: str) -> list[ToolEvent]:
-        self._pending = self._pending[len(head) - 1 :]
+        pairs = self._format.pairs
         self._state = self._in_arguments
-        self._json = _JsonEnd()
         random = self._new_id(CALL_ID_LENGTH if self._format.has_ids else LONG_ID_LENGTH)
         self._num_calls += 1
-        return [CallBegin(self._num_calls - 1, random if self._format.has_ids else f"call_{random}", name)]
+        begun = CallBegin(self._num_calls - 1, random if self._format.has_ids else f"call_{random}", name)
+        if pairs is None:
+            self._pending = self._pending[len(head) - 1 :]
+            self._arguments = JsonArguments()
+            return [begun]
+        self._pending = self._pending[len(head) :]
+        self._arguments = PairsReader(pairs, self._format.after, self._schemas[name])
+        return [begun, ArgumentsDelta(begun.index, "{")]
 
     def _in_arguments(self) -> list[ToolEvent] | None:
-        if not self._pending:
-            return None
         index = self._num_calls - 1
-        end = self._json.find(self._pending)
-        text = MARKS.sub("", self._pending[:end])
-        self._pending = "" if end is None else self._pending[end:]
+        num_read, text, is_over = self._arguments.read(self._pending)
+        if not (num_read or text or is_over):
+            return None
+        self._pending = self._pending[num_read:]
         events: list[ToolEvent] = [ArgumentsDelta(index, text)] if text else []
-        if end is not None:
+        if is_over:
             self._state = self._after_arguments
             events.append(CallEnd(index))
         return events
@@ -187,61 +163,6 @@ class ToolCallParser:
         return [TextDelta(text)] if text else []
 
 
-class _Released:
-    """The marked text of tokens whose text becomes certain later than they come, as under stop strings."""
-
-    def __init__(self, format: ToolFormat) -> None:
-        self._format = format
-        # Only for how many characters stand before a control token.
-        self._detokenizer = Detokenizer(format.tokenizer, continues_text=True)
-        self._num_written = 0
-        self._num_certain = 0
-        self._marks: deque[tuple[int, str]] = deque()
-
-    def add(self, token_id: int, text: str) -> str:
-        tokenizer = self._format.tokenizer
-        if token_id in tokenizer.eos_token_ids:
-            pass  # it ends the answer, and is no part of it
-        elif token_id in tokenizer.special_token_ids:
-            self._marks.append((self._num_written, self._format.mark_of(token_id)))
-        else:
-            self._num_written += len(self._detokenizer.add(token_id))
-        return "".join(self._woven(text))
-
-    def _woven(self, text: str) -> Iterator[str]:
-        at, self._num_certain = self._num_certain, self._num_certain + len(text)
-        while self._marks and self._marks[0][0] <= self._num_certain:
-            place, mark = self._marks.popleft()
-            yield text[: place - at] + mark
-            text, at = text[place - at :], place
-        yield text
-
-
-class _JsonEnd:
-    """Finds where an object of JSON ends, in pieces of its text."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = self._escaped = False
-
-    def find(self, text: str) -> int | None:
-        """How much of the text belongs to the object, if it ends there."""
-        for at, character in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif character == '"':
-                self._in_string = not self._in_string
-            elif self._in_string:
-                self._escaped = character == "\\"
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    return at + 1
-        return None
-
-
 def _fits(pattern: str, text: str) -> bool:
     """Whether one of pattern and text begins with the other."""
     if ID_CHARACTER not in pattern:
@@ -250,9 +171,3 @@ def _fits(pattern: str, text: str) -> bool:
         want == have or (want == ID_CHARACTER and have.isascii() and have.isalnum())
         for want, have in zip(pattern, text, strict=False)
     )
-
-
-def _overlap(text: str, literal: str) -> int:
-    """Length of the longest end of `text` that begins `literal` and is not all of it."""
-    longest = min(len(text), len(literal) - 1)
-    return next((size for size in range(longest, 0, -1) if literal.startswith(text[-size:])), 0)

@@ -1,7 +1,8 @@
 """How one model writes tool calls, and the grammar that makes it write them so.
 
-A format is for models that write a call's arguments as JSON. Its literals are *marked text*: text in which a half of a
-surrogate pair, which no decoded text can hold, stands for a control token, and another for a character of a call's id.
+A call's arguments are JSON, or pairs of name and value. A format's literals are *marked text*: text in which a half of
+a surrogate pair, which no decoded text can hold, stands for a control token, and another for a character of a call's
+id.
 """
 
 from __future__ import annotations
@@ -10,21 +11,20 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 from kvik.errors import InvalidInput
 from kvik.text.chat_messages import check_tools
 from kvik.text.grammar import MAX_GRAMMAR_BYTES
+from kvik.text.marked_text import FIRST_MARK, ID_CHARACTER, MARKS, mark_of, ranges_lark
+from kvik.text.pairs_grammar import PairsGrammar
+from kvik.text.thoughts import Place, ThoughtTags, thought_rules
 from kvik.text.tokenizer import Tokenizer
+from kvik.text.tool_pairs import Pairs
 
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 1 << 16  # of one tool
 MAX_SCHEMA_OBJECTS = 2000  # of all tools; what a grammar costs grows with it
-
-FIRST_MARK, ID_CHARACTER, OTHER_TOKEN = "\ud800", "\udffe", "\udfff"
-MAX_MARKS = 64
-MARKS = re.compile("[\ud800-\udfff]")
 
 CALL_ID_LENGTH = 9  # where a model writes ids; Mistral's alone do, and their templates refuse any other length
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -54,8 +54,9 @@ class ToolFormat:
     Calls are `begin`, name, `between`, arguments, `after`; then for each further one `separator`, name, `between`,
     arguments, `after`; then `end`, and with it the turn. Without a `separator` there is one call.
 
-    `trigger` is what no other text holds: with it, a call has begun. A *bare* format has nothing but JSON, so its
-    trigger is all of `begin`, and counts only where text begins: first of all, or after a control token.
+    `trigger` is what no other text holds: with it, a call has begun. A *bare* format has nothing before its names but
+    JSON or a bracket, so its trigger is all of `begin`, with the name where the arguments are `pairs`, and counts only
+    where text begins: first of all, or after a control token.
     """
 
     begin: str
@@ -69,6 +70,7 @@ class ToolFormat:
     marked_ids: tuple[int, ...]  # the control tokens, in the order of their marks
     json_separators: tuple[str, str] | None  # between items and after keys, where the template writes the JSON
     tokenizer: Tokenizer = field(repr=False, compare=False)
+    pairs: Pairs | None = None  # the manner of the arguments; None: JSON
 
     @property
     def has_ids(self) -> bool:
@@ -77,37 +79,29 @@ class ToolFormat:
 
     def mark_of(self, token_id: int) -> str:
         """What stands for a control token in marked text."""
-        if token_id in self.marked_ids:
-            return chr(ord(FIRST_MARK) + self.marked_ids.index(token_id))
-        return OTHER_TOKEN
+        return mark_of(token_id, self.marked_ids)
 
     def grammar(
-        self, tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice = "auto", *, parallel: bool = True
+        self,
+        tools: Sequence[Mapping[str, Any]] | None,
+        choice: ToolChoice = "auto",
+        *,
+        parallel: bool = True,
+        thoughts: ThoughtTags | None = None,
+        place: Place = "header",
     ) -> str | None:
         """The grammar of an answer, in llguidance's Lark; None where calls are not to be written.
 
         With `auto` any text may stand before the calls, and nothing after them, as in the messages of the API. Without
-        `parallel`, and for a named tool, it is one call. Raises InvalidInput for tools, schemas and choices that are
-        none, by the tool's name, and for tools that are too much for one grammar.
+        `parallel`, and for a named tool, it is one call. A thought may come before all else, and ends first where
+        `place` says that the prompt has begun it. Raises InvalidInput for tools, schemas and choices that are none, by
+        the tool's name, and for tools that are too much for one grammar.
         """
-        schemas = check_functions(tools)
-        if isinstance(choice, Named):
-            if choice.name not in schemas:
-                raise InvalidInput(
-                    f"tool_choice names {choice.name!r:.80}, which is none of the tools",
-                    hint="name one of: " + (", ".join(schemas) or "there are no tools"),
-                )
-            schemas = {choice.name: schemas[choice.name]}
-        elif choice not in ("none", "auto", "required"):
-            raise InvalidInput(
-                f"tool_choice is {choice!r:.80}", hint="choose none, auto, required or the name of one tool"
-            )
-        if choice == "required" and not schemas:
-            raise InvalidInput("tool_choice is required, but there are no tools", hint="send tools, or choose auto")
-        if choice == "none" or not schemas:
+        schemas = chosen_functions(tools, choice)
+        if schemas is None:
             return None
         several = parallel and not isinstance(choice, Named) and self.separator is not None
-        text = "\n".join([*self._start(choice == "auto"), *self._calls(schemas, several), ""])
+        text = "\n".join([*self._start(schemas, choice == "auto", thoughts, place), *self._calls(schemas, several), ""])
         if (num_bytes := len(text.encode())) > MAX_GRAMMAR_BYTES:
             raise InvalidInput(
                 f"tools make a grammar of {num_bytes:,} bytes, more than {MAX_GRAMMAR_BYTES:,}",
@@ -115,41 +109,70 @@ class ToolFormat:
             )
         return text
 
-    def _start(self, is_auto: bool) -> Iterator[str]:
+    def _start(
+        self, schemas: Mapping[str, Any], is_auto: bool, thoughts: ThoughtTags | None, place: Place
+    ) -> Iterator[str]:
         yield "%llguidance {}"
+        head, begin, not_thought = self.begin.lstrip(), "", ""
+        thought_ids: frozenset[int] = frozenset()
+        if thoughts is not None:
+            begin = "thought" if place == "thought" else "thought?"
+            yield from thought_rules(thoughts, place=place)
+            thought_ids = frozenset(thoughts.marked_ids)
+            if not MARKS.match(thoughts.begin) and place != "thought":
+                not_thought = f" & ~({self._lark(thoughts.begin)} ANY*)"
         if not is_auto:
-            yield f"start: {self._lark(self.begin)} calls"
+            if thoughts is None:
+                yield f"start: {self._lark(self.begin)} calls"
+            else:
+                yield f"start: thought {self._lark(head)} calls" + (
+                    "" if place == "thought" else f" | {self._lark(self.begin)} calls"
+                )
             return
-        head = self.begin.lstrip()
-        others = _ranges(self.tokenizer.special_token_ids - self.tokenizer.eos_token_ids - self._trigger_ids())
-        text_before = "(TEXT? other)*" if others else ""
+        controls = self.tokenizer.special_token_ids - self.tokenizer.eos_token_ids - self._trigger_ids() - thought_ids
+        others = ranges_lark(controls)
+        text_before = f"{begin} (TEXT? other)*" if others else begin
         if others:
             yield f"other: <[{others}]>"
         yield "ANY: /(?s:.)/"
-        if self.is_bare:
+        trigger = self._lark(self.trigger)
+        if self.is_bare and self.pairs is not None:
+            firsts = [self._lark(head + name + self.between) for name in schemas]
+            yield f"start: {text_before} (TEXT | calls_after_names)?"
+            yield f"TEXT: ANY+ & ~(({' | '.join(firsts)}) ANY*){not_thought}"
+            begun = (f"{first} call_{at}_rest" for at, first in enumerate(firsts))
+            yield f"calls_after_names: ({' | '.join(begun)}) more_calls"
+        elif self.is_bare:
             yield f"start: {text_before} (TEXT | {self._lark(head)} calls)?"
-            yield f"TEXT: ANY+ & ~({self._lark(self.trigger)} ANY*)"
+            yield f"TEXT: ANY+ & ~({trigger} ANY*){not_thought}"
         elif self._trigger_ids():
             yield f"start: {text_before} TEXT? ({self._lark(head)} calls)?"
-            yield "TEXT: ANY+"
+            yield f"TEXT: ANY+{not_thought}"
         else:
             yield f"start: {text_before} (TEXT | until {self._lark(head.removeprefix(self.trigger))} calls)?"
-            yield f"TEXT: ANY+ & ~(ANY* {self._lark(self.trigger)} ANY*)"
-            yield f"until[lazy]: ANY* {self._lark(self.trigger)}"
+            yield f"TEXT: ANY+ & ~(ANY* {trigger} ANY*){not_thought}"
+            before = f"(ANY*{not_thought})" if not_thought else "ANY*"
+            yield f"until[lazy]: {before} {trigger}"
 
     def _trigger_ids(self) -> frozenset[int]:
         return frozenset(token_id for token_id in self.marked_ids if self.mark_of(token_id) in self.trigger)
 
     def _calls(self, schemas: Mapping[str, Mapping[str, Any]], several: bool) -> Iterator[str]:
         more = f"({self._lark(self.separator)} call)*" if several and self.separator else ""
-        yield f"calls: call {more} {self._lark(self.end)}"
+        yield "calls: call more_calls"
+        yield f"more_calls: {more} {self._lark(self.end)}" if more or self.end else 'more_calls: ""'
         yield "call: " + " | ".join(f"call_{index}" for index in range(len(schemas)))
         options: dict[str, object] = {"whitespace_flexible": self.json_separators is None}
         if self.json_separators is not None:
             options |= dict(zip(("item_separator", "key_separator"), self.json_separators, strict=True))
         for index, (name, schema) in enumerate(schemas.items()):
             arguments = "%json " + json.dumps({**schema, "x-guidance": options})
-            yield f"call_{index}: {self._lark(name + self.between)} {arguments} {self._lark(self.after)}"
+            if self.pairs is not None:
+                rules = PairsGrammar(self.pairs, self._lark, name, schema, f"a{index}")
+                arguments = rules.arguments()
+                yield from rules.rules
+            yield f"call_{index}: {self._lark(name + self.between)} call_{index}_rest"
+            yield f"call_{index}_rest: {arguments} {self._lark(self.after)}"
         if self.has_ids:
             yield f"CALL_ID: /[A-Za-z0-9]{{{CALL_ID_LENGTH}}}/"
 
@@ -164,6 +187,23 @@ class ToolFormat:
             else:
                 parts.append(json.dumps(part, ensure_ascii=False))
         return " ".join(parts)
+
+
+def chosen_functions(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> dict[str, dict[str, Any]] | None:
+    """The schemas of the tools that may be called, by name; None where none is to be. Raises InvalidInput."""
+    schemas = check_functions(tools)
+    if isinstance(choice, Named):
+        if choice.name not in schemas:
+            raise InvalidInput(
+                f"tool_choice names {choice.name!r:.80}, which is none of the tools",
+                hint="name one of: " + (", ".join(schemas) or "there are no tools"),
+            )
+        schemas = {choice.name: schemas[choice.name]}
+    elif choice not in ("none", "auto", "required"):
+        raise InvalidInput(f"tool_choice is {choice!r:.80}", hint="choose none, auto, required or the name of one tool")
+    if choice == "required" and not schemas:
+        raise InvalidInput("tool_choice is required, but there are no tools", hint="send tools, or choose auto")
+    return None if choice == "none" or not schemas else schemas
 
 
 def check_functions(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
@@ -260,16 +300,3 @@ def _check_schema(name: str, schema: Mapping[str, Any]) -> None:
             f"the parameters of the tool {name!r} cannot be kept to: {error.splitlines()[0]:.200}",
             hint="leave this out of the schema, and check it in the tool itself",
         )
-
-
-def _ranges(token_ids: frozenset[int]) -> str:
-    """The ids as llguidance's ranges."""
-    ids = sorted(token_ids)
-    firsts = [ids[0]] if ids else []
-    lasts = []
-    for left, right in pairwise(ids):
-        if right != left + 1:
-            lasts.append(left)
-            firsts.append(right)
-    lasts += ids[-1:]
-    return ",".join(f"{first}-{last}" for first, last in zip(firsts, lasts, strict=True))

@@ -22,6 +22,13 @@ class MessageText(Answer, frozen=True, kw_only=True, tag_field="type", tag="text
     text: str
 
 
+class MessageThinking(Answer, frozen=True, kw_only=True, tag_field="type", tag="thinking"):
+    """What the model thought before its answer."""
+
+    thinking: str
+    signature: str  # always empty
+
+
 class MessageToolUse(Answer, frozen=True, kw_only=True, tag_field="type", tag="tool_use"):
     """A call of a tool."""
 
@@ -77,7 +84,7 @@ class MessageAnswer(Answer, frozen=True, kw_only=True):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[MessageText | MessageToolUse]
+    content: list[MessageText | MessageThinking | MessageToolUse]
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
@@ -88,8 +95,9 @@ class MessageAnswer(Answer, frozen=True, kw_only=True):
 class MessageDelta(Answer, frozen=True, kw_only=True):
     """More of a block, or why the message ends."""
 
-    type: Literal["text_delta", "input_json_delta"] | UnsetType = UNSET
+    type: Literal["text_delta", "thinking_delta", "input_json_delta"] | UnsetType = UNSET
     text: str | UnsetType = UNSET
+    thinking: str | UnsetType = UNSET
     partial_json: str | UnsetType = UNSET
     stop_reason: StopReason | UnsetType = UNSET
     stop_sequence: str | UnsetType | None = UNSET
@@ -109,7 +117,7 @@ class MessageEvent(Answer, frozen=True, kw_only=True):
     ]
     message: MessageAnswer | UnsetType = UNSET
     index: int | UnsetType = UNSET
-    content_block: MessageText | MessageToolUse | UnsetType = UNSET
+    content_block: MessageText | MessageThinking | MessageToolUse | UnsetType = UNSET
     delta: MessageDelta | UnsetType = UNSET
     usage: MessageUsage | UnsetType = UNSET
     diagnostics: MessageDiagnostics | UnsetType | None = UNSET

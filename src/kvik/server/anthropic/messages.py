@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,10 @@ from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventStream
 from kvik.server.generation import Generation, Running, default_max_tokens, new_id, start
 from kvik.server.openai.chat import prepare_chat
-from kvik.server.openai.item_writer import Item, ItemWriter, named_event
+from kvik.server.openai.item_writer import Item, ItemKind, ItemWriter, named_event
 from kvik.server.openai.translation import own_names
 from kvik.server.preparing import ignored_header
+from kvik.server.reasoning import effort_vars
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
 from kvik.server.sse import event
@@ -32,8 +34,8 @@ async def messages(request: Request) -> Response | EventStream:
     state = ServerState.of(request)
     body = await read_body(request, MessagesRequest)
     served = state.models.get(body.model)
-    headers = ignored_header(_ignored(state, body))
     generation = await asyncio.to_thread(prepare, state, request, body, served)
+    headers = ignored_header(_ignored(state, body, served))
     with own_names(OWN_NAMES):
         running = await start(generation, wants_pieces=bool(body.stream))
     writer = MessageWriter(running, body)
@@ -46,7 +48,9 @@ async def count_message_tokens(request: Request) -> Response:
     body = await read_body(request, CountRequest)
     served = state.models.get(body.model)
     generation = await asyncio.to_thread(_prepared_chat, state, request, body, served)
-    return json_response({"input_tokens": len(generation.prompts[0])}, headers=ignored_header(_ignored(state, body)))
+    return json_response(
+        {"input_tokens": len(generation.prompts[0])}, headers=ignored_header(_ignored(state, body, served))
+    )
 
 
 def prepare(state: ServerState, request: Request, body: MessagesRequest, served: ServedModel) -> Generation:
@@ -71,8 +75,12 @@ def _drops_billing_line(state: ServerState, body: Conversation) -> bool:
     return state.config.drop_billing_line and body.has_billing_line
 
 
-def _ignored(state: ServerState, body: Conversation) -> list[str]:
-    return body.ignored() + (["billing_line"] if _drops_billing_line(state, body) else [])
+def _ignored(state: ServerState, body: Conversation, served: ServedModel) -> list[str]:
+    names = body.ignored(thinks=served.thoughts is not None, hears_effort=bool(effort_vars(served, body.effort)))
+    return names + (["billing_line"] if _drops_billing_line(state, body) else [])
+
+
+_TEXT_KEYS: Mapping[ItemKind, str] = {"call": "input", "text": "text", "thought": "thinking"}
 
 
 class MessageWriter(ItemWriter):
@@ -89,7 +97,8 @@ class MessageWriter(ItemWriter):
         """The message, when it is not streamed."""
         self.replay()
         content: list[dict[str, Any]] = [
-            _block(item) | ({"input": _input(item.text)} if item.name else {"text": item.text}) for item in self.items
+            _block(item) | {_TEXT_KEYS[item.kind]: _input(item.text) if item.kind == "call" else item.text}
+            for item in self.items
         ]
         return {**self._message(), "content": content, **self._end_reason(), **self.running.extras()}
 
@@ -99,7 +108,7 @@ class MessageWriter(ItemWriter):
         told = {name: value for name, value in self.running.extras().items() if name == "diagnostics"}
         return named_event("message_start", message=self._message() | told) + self.ping
 
-    def item_id(self, *, is_call: bool) -> str:
+    def item_id(self, kind: ItemKind) -> str:
         """Blocks have none."""
         return ""
 
@@ -109,8 +118,10 @@ class MessageWriter(ItemWriter):
 
     def item_delta(self, item: Item, text: str, logprobs: list[dict[str, Any]]) -> bytes:
         """More text or input."""
-        if item.name:
+        if item.kind == "call":
             delta = {"type": "input_json_delta", "partial_json": text}
+        elif item.kind == "thought":
+            delta = {"type": "thinking_delta", "thinking": text}
         else:
             delta = {"type": "text_delta", "text": text}
         return named_event("content_block_delta", index=item.at, delta=delta)
@@ -158,7 +169,9 @@ class MessageWriter(ItemWriter):
 
 
 def _block(item: Item) -> dict[str, Any]:
-    if item.name:
+    if item.kind == "thought":
+        return {"type": "thinking", "thinking": "", "signature": ""}
+    if item.kind == "call":
         return {"type": "tool_use", "id": item.call_id, "name": item.name, "input": {}}
     return {"type": "text", "text": ""}
 

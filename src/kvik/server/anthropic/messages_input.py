@@ -81,14 +81,14 @@ class ToolResultBlock(Body, tag="tool_result", tag_field="type", frozen=True, kw
 
 
 class ThinkingBlock(Body, tag="thinking", tag_field="type", frozen=True, kw_only=True):
-    """What a model thought, which is left out: templates write none of other turns."""
+    """What a model thought before the rest of its message."""
 
     thinking: str
     signature: str | None = None
 
 
 class RedactedThinkingBlock(Body, tag="redacted_thinking", tag_field="type", frozen=True, kw_only=True):
-    """The same, encrypted."""
+    """The same, encrypted: it is left out."""
 
     data: str
 
@@ -191,16 +191,32 @@ class Conversation(Body, frozen=True, kw_only=True):
     context_management: JsonObject | None = None
     chat_template_kwargs: JsonObject | None = None
 
-    def ignored(self) -> list[str]:
-        """The accepted fields that were sent, and what was left out of others."""
+    @property
+    def effort(self) -> str | None:
+        """How much the model shall think, as OpenAI's API names it."""
+        kind = None if self.thinking is None else self.thinking.get("type")
+        if kind == "disabled":
+            return "none"
+        effort = None if self.output_config is None else self.output_config.effort
+        return "medium" if effort is None and kind is not None else effort
+
+    def ignored(self, *, thinks: bool = False, hears_effort: bool = False) -> list[str]:
+        """The accepted fields that were sent, and what was left out of others.
+
+        `thinks` says whether the model's template has thoughts, and `hears_effort` whether it has a switch for them.
+        """
         names = super().ignored()
         if self.thinking is not None and self.thinking.get("type") != "disabled":
-            names.append("thinking")
-        if self.output_config is not None and self.output_config.effort is not None:
+            if not hears_effort:
+                names.append("thinking")
+            elif self.thinking.get("budget_tokens") is not None:
+                names.append("thinking.budget_tokens")
+        if self.output_config is not None and self.output_config.effort is not None and not hears_effort:
             names.append("output_config.effort")
         turns = [[block for _, message in turn for block in message.blocks] for _, turn in self._turns()]
         blocks = [block for turn in turns for block in turn]
-        if any(isinstance(block, ThinkingBlock | RedactedThinkingBlock) for block in blocks):
+        left_out = RedactedThinkingBlock if thinks else ThinkingBlock | RedactedThinkingBlock
+        if any(isinstance(block, left_out) for block in blocks):
             names.append("messages.thinking")
         if any(isinstance(block, ToolResultBlock) and block.is_error for block in blocks):
             names.append("messages.is_error")
@@ -258,6 +274,7 @@ class Conversation(Body, frozen=True, kw_only=True):
             tool_choice=_chat_choice(self.tool_choice),
             parallel_tool_calls=False if getattr(self.tool_choice, "disable_parallel_tool_use", None) else None,
             chat_template_kwargs=self.chat_template_kwargs,
+            reasoning_effort=self.effort,
         )
 
     def _messages(self) -> list[ChatMessage]:
@@ -381,6 +398,7 @@ def _turn(role: ChatRole, turn: list[tuple[int, Message]], *, takes_text: bool) 
         return
     parts: list[TextPart] = []
     calls: list[ToolCall] = []
+    thoughts: list[str] = []
     control: CacheControl | None = None
     for at, message in turn:
         for index, block in enumerate(message.blocks):
@@ -397,14 +415,19 @@ def _turn(role: ChatRole, turn: list[tuple[int, Message]], *, takes_text: bool) 
                         yield ChatMessage(role="user", content=[*parts])
                         parts.clear()
                     yield ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=_result(block, where))
-                case ThinkingBlock() | RedactedThinkingBlock():
+                case ThinkingBlock():
+                    thoughts.append(block.thinking)
+                case RedactedThinkingBlock():
                     pass
                 case _:
                     raise _unsupported(block, where, f" in a message of the {role}'s")
     if control is not None:
         _mark_text(parts, control)
     if parts or calls:
-        yield ChatMessage(role=role, content=[*parts] or None, tool_calls=calls or None)
+        thought = "\n".join(thoughts) if role == "assistant" else None
+        yield ChatMessage(
+            role=role, content=[*parts] or None, tool_calls=calls or None, reasoning_content=thought or None
+        )
 
 
 def _result(block: ToolResultBlock, where: str) -> Any:

@@ -231,16 +231,19 @@ class CacheTreeRow(Answer, frozen=True, kw_only=True):
     num_blocks: int
     last_block: int
     num_holders: int
+    num_children: int
     is_own: bool
     text: str | UnsetType = UNSET
     is_cut: bool | UnsetType = UNSET
 
 
 class CacheTree(Answer, frozen=True, kw_only=True):
-    """A model's prefix tree, by depth first."""
+    """A model's prefix tree, or the part of it that begins with one run, by depth first."""
 
     object: Literal["list"]
     model: str
     data: list[CacheTreeRow]
     has_more: bool
     max_level: int
+    has_deeper: bool
+    above: int | None

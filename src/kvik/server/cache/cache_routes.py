@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,7 +18,7 @@ from kvik.server.errors import ApiError, bad_request
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState, tenant_of
 
-MAX_LEVEL, MAX_ROWS = 64, 2000
+MAX_LEVEL, MAX_ROWS, MAX_BLOCK = 64, 2000, 1 << 28
 DEFAULT_LEVEL, DEFAULT_ROWS = 16, 200
 MAX_TEXT = 500
 
@@ -40,10 +40,24 @@ async def tree(request: Request) -> Response:
     served = state.models.get(request.query_params.get("model"))
     max_level = _number(request, "max_level", DEFAULT_LEVEL, MAX_LEVEL)
     max_rows = _number(request, "max_rows", DEFAULT_ROWS, MAX_ROWS)
-    rows = await asyncio.to_thread(served.llm.cache.tree, max_level=max_level, max_rows=max_rows + 1)
+    below = _number(request, "below", None, MAX_BLOCK)
+    view = served.llm.cache
+    rows = await asyncio.to_thread(view.tree, max_level=max_level, max_rows=max_rows + 1, below=below)
+    if below is not None and not rows:
+        raise ApiError(
+            404, f"block {below:,} is not in the tree (hint: it was evicted, or is not full)", code="not_found"
+        )
     told = [_row(row, is_own=state.may_read(request, row.salt)) for row in rows[:max_rows]]
     return json_response(
-        {"object": "list", "model": served.id, "data": told, "has_more": len(rows) > max_rows, "max_level": max_level}
+        {
+            "object": "list",
+            "model": served.id,
+            "data": told,
+            "has_more": len(rows) > max_rows,
+            "max_level": max_level,
+            "has_deeper": any(row.level == max_level and row.num_children for row in rows),
+            "above": None if below is None else await asyncio.to_thread(view.last_block_above, below),
+        }
     )
 
 
@@ -130,6 +144,7 @@ def _row(row: TreeRow, *, is_own: bool) -> dict[str, Any]:
         "num_blocks": len(row.block_ids),
         "last_block": row.block_ids[-1],
         "num_holders": row.num_holders,
+        "num_children": row.num_children,
         "is_own": is_own,
     }
     if is_own:
@@ -137,7 +152,11 @@ def _row(row: TreeRow, *, is_own: bool) -> dict[str, Any]:
     return told
 
 
-def _number(request: Request, name: str, default: int, most: int) -> int:
+@overload
+def _number(request: Request, name: str, default: int, most: int) -> int: ...
+@overload
+def _number(request: Request, name: str, default: None, most: int) -> int | None: ...
+def _number(request: Request, name: str, default: int | None, most: int) -> int | None:
     text = request.query_params.get(name)
     if text is None:
         return default

@@ -15,6 +15,8 @@ from kvik.server.errors import api_error, bad_request
 from kvik.server.fields import Body, Text
 from kvik.server.generation import check_texts
 from kvik.server.openai.chat_input import ChatMessage, texts_of
+from kvik.server.preparing import FunctionTool, Tools
+from kvik.server.reasoning import with_thoughts
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
 
@@ -28,6 +30,7 @@ class MatchRequest(Body, frozen=True, kw_only=True):
     model: str | None = None
     prompt: Annotated[str, Meta(max_length=MAX_PROMPT)] | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[FunctionTool] | None = None
     cache_salt: Text | None = None
 
 
@@ -47,17 +50,28 @@ async def match(request: Request) -> Response:
     return json_response(told)
 
 
-def token_ids_of(served: ServedModel, prompt: str | None, messages: list[ChatMessage] | None) -> list[int]:
-    """Those of a text or a conversation, of which one must be given."""
+def token_ids_of(
+    served: ServedModel,
+    prompt: str | None,
+    messages: list[ChatMessage] | None,
+    tools: list[FunctionTool] | None = None,
+) -> list[int]:
+    """Those of a text or a conversation, of which one must be given; tools go with a conversation."""
     if (prompt is None) == (messages is None):
         raise bad_request("send one of prompt and messages", "prompt")
+    told_tools = Tools.of(tools, None, None)
+    if told_tools is not None and messages is None:
+        raise bad_request("tools go with messages, not with prompt", "tools")
     if messages is None:
         assert prompt is not None
         token_ids = served.llm.model.tokenizer.encode(prompt)
     else:
         plain = [message.plain(f"messages[{at}]") for at, message in enumerate(messages)]
         check_texts(served, texts_of(plain), "messages")
-        token_ids = served.llm.render_chat(plain, plain_content=True)
+        if told_tools is not None:
+            served.tool_format  # noqa: B018  # raises where the model has none
+        functions = None if told_tools is None else told_tools.functions
+        token_ids = served.llm.render_chat(with_thoughts(served, plain), tools=functions, plain_content=True)
     if not token_ids:
         raise bad_request("the prompt has no tokens", "prompt")
     return token_ids
@@ -66,7 +80,7 @@ def token_ids_of(served: ServedModel, prompt: str | None, messages: list[ChatMes
 def _told(
     served: ServedModel, body: MatchRequest, salt: str | None, *, tells_salts: bool, shows_text: bool
 ) -> dict[str, Any]:
-    token_ids = token_ids_of(served, body.prompt, body.messages)
+    token_ids = token_ids_of(served, body.prompt, body.messages, body.tools)
     found = served.llm.cache.match(token_ids, salt)
     reason, end = found.miss_reason, found.num_cached_tokens
     if reason is MissReason.OTHER_SALT and not tells_salts:

@@ -94,12 +94,14 @@ class Turn:
             session.num_turns += 1
 
 
-def as_history(text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def as_history(text: str, calls: Sequence[Mapping[str, Any]], thought: str | None) -> dict[str, Any]:
     """An answer as a message of the history; a call that was cut off is no call that a template could write."""
     whole = [call for call in calls if _is_json(call["function"]["arguments"])]
     message: dict[str, Any] = {"role": "assistant"}
     if text or not whole:
         message["content"] = text
+    if thought is not None:
+        message["reasoning_content"] = thought
     if whole:
         message["tool_calls"] = whole
     return message

@@ -48,6 +48,23 @@ class RequestAborted(Answer, frozen=True, kw_only=True):
     aborted: int
 
 
+class RequestPrompt(Answer, frozen=True, kw_only=True):
+    """The whole prompt of a request, as text with its control tokens."""
+
+    id: str
+    object: Literal["request"]
+    model: str
+    num_prompt_tokens: int
+    prompt: str
+
+
+class ExplainedLink(Answer, frozen=True, kw_only=True):
+    """An address of a page that a browser can open without a key: once, and soon."""
+
+    url: str
+    expires_s: float
+
+
 class ExplainedPage(Answer, frozen=True, kw_only=True):
     """Where the page is."""
 

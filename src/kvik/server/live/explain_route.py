@@ -23,7 +23,7 @@ from kvik.server.bodies import json_response, read_body
 from kvik.server.cache.match_route import token_ids_of
 from kvik.server.errors import ApiError, api_error
 from kvik.server.fields import Body
-from kvik.server.live.explained import MAX_KEPT
+from kvik.server.live.explained import LINK_S, MAX_KEPT
 from kvik.server.live.race_route import race_kv_bytes
 from kvik.server.openai.chat_input import ChatMessage
 from kvik.server.served import ServedModel
@@ -31,7 +31,7 @@ from kvik.server.state import ServerState, tenant_of
 
 POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline';"
-    " img-src data:"
+    " img-src data:; frame-ancestors 'self'"
 )
 """What the page itself asks for, in an origin of its own: it reaches neither this server nor the live page."""
 
@@ -69,7 +69,33 @@ async def explained(request: Request) -> Response:
     """A page that was made."""
     page = ServerState.of(request).live.explained.get(tenant_of(request), request.path_params["id"])
     if page is None:
-        raise ApiError(404, f"there is no such page (hint: the newest {MAX_KEPT} are kept)", code="not_found")
+        raise _no_page()
+    return _shown(page)
+
+
+async def link(request: Request) -> Response:
+    """An address of such a page that opens once, without a key."""
+    secret = ServerState.of(request).live.explained.link(tenant_of(request), request.path_params["id"])
+    if secret is None:
+        raise _no_page()
+    return json_response({"url": f"/explained/{secret}", "expires_s": LINK_S})
+
+
+async def opened(request: Request) -> Response:
+    """The page of such an address, to whoever has it and comes first."""
+    if request.method == "HEAD":  # whoever looks whether a link is good must not use it up
+        return _shown("")
+    page = ServerState.of(request).live.explained.open(request.path_params["secret"])
+    if page is None:
+        raise ApiError(404, "this link was opened, or is too old (hint: ask for another)", code="not_found")
+    return _shown(page)
+
+
+def _no_page() -> ApiError:
+    return ApiError(404, f"there is no such page (hint: the newest {MAX_KEPT} are kept)", code="not_found")
+
+
+def _shown(page: str) -> Response:
     headers = {"content-security-policy": POLICY, "referrer-policy": "no-referrer", "cache-control": "no-store"}
     return Response(page, media_type="text/html", headers=headers)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvik.server.live.explained import ExplainedPages
+from kvik.server.live.history import SAMPLE_S, History, counters_of
 from kvik.server.live.watcher import Change, ModelWatch, Row, Told, now_s
 from kvik.server.sse import event
 
@@ -23,13 +23,15 @@ INTERVAL_S = 0.1
 MAX_SHARE = 0.007
 """Of a core's time, that making messages takes; where they are large, fewer are made. The observers take the rest."""
 
-SAMPLE_S = 2.0
-"""Between two samples of the counters, which also tell that the server lives."""
-
-MAX_SAMPLES = 450
-"""Those of 15 minutes."""
+SMOOTHING, MAX_STEP = 8, 4
+"""Messages over which their cost is averaged, and how many times the average one of them counts at most."""
 
 MAX_WATCHERS = 64
+
+
+def smoothed(mean_s: float, cost_s: float) -> float:
+    """The mean cost with another message; one that met a garbage collection must not hold up the next for long."""
+    return mean_s + (min(cost_s, MAX_STEP * max(mean_s, INTERVAL_S * MAX_SHARE)) - mean_s) / SMOOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +79,26 @@ class Watcher:
 
 
 class Live:
-    """All who look at one server. While nobody does, no observer is at work, and nothing is kept but old samples."""
+    """All who look at one server. While nobody does, the counters are sampled and nothing else is done."""
 
     def __init__(
-        self, models: Callable[[], Iterable[ServedModel]], owns: Callable[[str | None, str | None], bool]
+        self,
+        models: Callable[[], Iterable[ServedModel]],
+        owns: Callable[[str | None, str | None], bool],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = models  # which are there when somebody looks
         self._owns = owns  # whether what is cached under a salt is a tenant's
         self._watches: list[ModelWatch] = []
-        self._samples: list[deque[list[float]]] = []
+        self._histories: list[History] = []
         self._watchers: dict[Watcher, None] = {}
         self._changing = asyncio.Lock()  # while observers are added or removed
         self._is_watching = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._sampling: asyncio.Task[None] | None = None
         self._is_due = False  # a message is
         self.racing = asyncio.Lock()  # one race at a time, and what is like it
-        self.explained = ExplainedPages()
+        self.explained = ExplainedPages(clock)
+        self._cost_s = 0.0  # of a message, on average
         self._next_s = 0.0  # by the loop's clock, the earliest time of the next message
 
     @property
@@ -126,18 +131,17 @@ class Live:
         async with self._changing:
             if self._is_watching == bool(self._watchers):
                 return
-            if not self._watches:
-                self._watches = [ModelWatch(served) for served in self._models()]
-                self._samples = [deque(maxlen=MAX_SAMPLES) for _ in self._watches]
+            self._know_models()
             self._is_watching = not self._is_watching
             self._loop = asyncio.get_running_loop()
             for watch in self._watches:
                 watch.on_news = self._on_news
                 await asyncio.to_thread(watch.begin if self._is_watching else watch.end)
-            if self._is_watching:
-                self._sampling = asyncio.ensure_future(self._sample())
-            elif self._sampling is not None:
-                self._sampling.cancel()
+
+    def _know_models(self) -> None:
+        if not self._watches:
+            self._watches = [ModelWatch(served) for served in self._models()]
+            self._histories = [History() for _ in self._watches]
 
     def _on_news(self) -> None:
         """From an engine's thread."""
@@ -156,7 +160,8 @@ class Live:
         assert self._loop is not None
         now_s, before_s = self._loop.time(), time.thread_time()
         self._take()
-        self._next_s = now_s + max(INTERVAL_S, (time.thread_time() - before_s) / MAX_SHARE)
+        self._cost_s = smoothed(self._cost_s, time.thread_time() - before_s)
+        self._next_s = now_s + max(INTERVAL_S, self._cost_s / MAX_SHARE)
 
     def _take(self) -> None:
         changes = [(watch, watch.take()) for watch in self._watches]
@@ -168,21 +173,25 @@ class Live:
                 messages[viewer] = event({"now_s": now_s(), "models": told}, "change")
             watcher.send(messages[viewer])
 
-    async def _sample(self) -> None:
+    async def record(self) -> None:
+        """For ever, once the models are there: sample the counters, and tell those who look that the server lives."""
+        self._know_models()
         while True:
-            for watch, samples in zip(self._watches, self._samples, strict=True):
-                watch.look_if_idle()
-                samples.append([round(now_s(), 3), *watch.counters().values()])
-            if not self._is_due:
-                self._is_due = True
-                self._publish_soon()
+            for watch, history in zip(self._watches, self._histories, strict=True):
+                history.add(now_s(), counters_of(watch.served))
+            if self._is_watching and not self._changing.locked():
+                for watch in self._watches:
+                    watch.look_if_idle()
+                if not self._is_due:
+                    self._is_due = True
+                    self._publish_soon()
             await asyncio.sleep(SAMPLE_S)
 
     def state(self, viewer: Viewer) -> bytes:
         """Everything, as far as it was told to the others."""
         models = []
-        for watch, samples in zip(self._watches, self._samples, strict=True):
-            counters, hits = watch.counters(), watch.hits.copy()
+        for watch, history in zip(self._watches, self._histories, strict=True):
+            counters, hits = counters_of(watch.served), watch.served.hits.counts.copy()
             rows = [self._seen(known, known.whole(), viewer) for known in watch.told.values()]
             models.append(
                 {
@@ -191,7 +200,7 @@ class Live:
                     "requests": [row for row in rows if row is not None],
                     "hits": [list(hits), list(hits.values())],
                     "counters": counters,
-                    "history": {"names": ["at_s", *counters], "rows": list(samples)},
+                    "history": {"names": ["at_s", *counters], "rows": history.told()},
                 }
             )
         return event({"now_s": now_s(), "sees_text": viewer.sees_text, "models": models}, "state")
@@ -200,7 +209,7 @@ class Live:
         rows = [self._seen(known, row, viewer) for known, row in change.rows]
         return {
             "id": watch.served.id,
-            "counters": watch.counters(),
+            "counters": counters_of(watch.served),
             "blocks": [[list(states), list(states.values())] for states in change.blocks],
             "requests": [row for row in rows if row is not None],
             "hits": [list(change.hits), list(change.hits.values())],
@@ -211,9 +220,19 @@ class Live:
 
     def _seen(self, known: Told, row: Row, viewer: Viewer) -> Row | None:
         """A request's row as somebody may see it; None where he may not."""
-        is_own = known.tenant is not None and known.tenant == viewer.tenant
-        is_own = is_own or self._owns(viewer.tenant, known.salt)
+        is_own = self._is_own(known, viewer.tenant)
         if not is_own and not viewer.sees_all:
             return None
         hidden = () if is_own and viewer.sees_text else ("prompt", "written")
         return {name: value for name, value in row.items() if name not in hidden} | {"is_own": is_own}
+
+    def _is_own(self, known: Told, tenant: str | None) -> bool:
+        return (known.tenant is not None and known.tenant == tenant) or self._owns(tenant, known.salt)
+
+    def prompt_of(self, request_id: str, tenant: str | None) -> tuple[ServedModel, bytes] | None:
+        """The model and the prompt's token ids, an int32 each, of a request of the tenant's, where it is kept."""
+        for watch in self._watches:
+            for known in reversed(watch.told.values()):
+                if known.prompt and known.row["request_id"] == request_id and self._is_own(known, tenant):
+                    return watch.served, known.prompt
+        return None

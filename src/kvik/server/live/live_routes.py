@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from kvik.server.state import ServerState, tenant_of
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:;"
-    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    " frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {"content-security-policy": POLICY, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
 
@@ -130,6 +131,34 @@ async def abort(request: Request) -> Response:
     if not num_aborted:
         raise ApiError(404, f"no request {request_id[:128]!r} runs or waits", code="request_not_found")
     return json_response({"id": request_id, "object": "request", "aborted": num_aborted})
+
+
+async def prompt(request: Request) -> Response:
+    """The whole prompt of a request of the caller's own, which the events show the end of."""
+    state = ServerState.of(request)
+    if state.config.redact:
+        raise ApiError(403, "this server shows the text of tokens to nobody who watches", code="redacted")
+    request_id = request.path_params["id"]
+    found = state.live.prompt_of(request_id, tenant_of(request))
+    if found is None:
+        raise ApiError(
+            404,
+            f"no prompt of {request_id[:128]!r} is kept (hint: those of requests that came while somebody watched are,"
+            " the newest of them)",
+            code="request_not_found",
+        )
+    served, packed_ids = found
+    token_ids = array("i", packed_ids)
+    text = await asyncio.to_thread(served.llm.model.tokenizer.decode, token_ids.tolist(), skip_special=False)
+    return json_response(
+        {
+            "id": request_id,
+            "object": "request",
+            "model": served.id,
+            "num_prompt_tokens": len(token_ids),
+            "prompt": text,
+        }
+    )
 
 
 def _owns(state: ServerState, tenant: str | None, served: ServedModel, sequence: Sequence) -> bool:

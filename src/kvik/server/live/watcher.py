@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from kvik.cache import MissReason
 from kvik.cache.block_pool import BlockPool
+from kvik.cache.tables import packed
 from kvik.engine.engine import Engine
 from kvik.engine.events import StepEvent
 from kvik.engine.sequence import Sequence
-from kvik.engine.store_tier import StoreTier
 
 if TYPE_CHECKING:
     from kvik.server.served import ServedModel
-from kvik.store import StoreStats
 
 MAX_ENDED = 256
 """Requests that are told of after their end."""
 
 MAX_FLASHES = 1024
 """Evictions, and copies, that one message names."""
+
+MAX_PROMPT_TOKENS = 1 << 21
+"""Of all requests that are told of, kept so that a whole prompt can be asked for; the oldest go first."""
 
 MAX_REF_COUNT = 127
 TEXT_TOKENS, TEXT_LETTERS = 48, 160
@@ -42,6 +43,7 @@ class Told:
     tenant: str | None
     salt: str | None
     row: Row
+    prompt: bytes = b""  # its token ids, an int32 each, of a request's first choice while they are kept
     blocks: list[list[int]] = field(default_factory=list)  # of each group of layers
     first_blocks: list[int] = field(default_factory=list)  # where each group's begin among the sequence's
 
@@ -82,13 +84,13 @@ class ModelWatch:
         self.served = served
         self.states: list[bytearray] = []  # of all blocks, a byte each, by group; as far as it was taken
         self.told: dict[int, Told] = {}  # requests by their keys, the oldest first
-        self.hits: dict[int, int] = {}  # requests that each block was read back for, since somebody looks
         self.on_news: Callable[[], None] = _nobody  # called by the engine's thread after each step
         self._key_of: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()
         self._lock = Lock()
         self._pools: list[BlockPool] = []
         self._fresh = Change([])
         self._touched: dict[Sequence, None] = {}
+        self._num_prompt_bytes = 0
 
     @property
     def engine(self) -> Engine:
@@ -109,8 +111,9 @@ class ModelWatch:
         with self.engine.lock:
             for pool in self._pools:
                 pool.changed = None
-        self._pools, self.states, self.told, self._touched, self.hits = [], [], {}, {}, {}
+        self._pools, self.states, self.told, self._touched = [], [], {}, {}
         self._key_of.clear()
+        self._num_prompt_bytes = 0
 
     def __call__(self, event: StepEvent) -> None:
         """Note what a step changed."""
@@ -119,23 +122,14 @@ class ModelWatch:
                 self._touched.update((item.sequence, None) for item in event.batch.items)
             self._touched.update(dict.fromkeys(event.begun))
             self._touched.update(dict.fromkeys(event.ended))
+            self._touched.update(dict.fromkeys(event.preempted))
             fresh = self._fresh
             fresh.evicted += event.blocks.evicted[: MAX_FLASHES - len(fresh.evicted)]
+            fresh.hits |= self.served.hits.latest
             twins, copies = self.engine.cache.twins, event.blocks.copied[: MAX_FLASHES - len(fresh.copied)]
             fresh.copied += [(copy.source, copy.target, twins.pool_index(copy.group)) for copy in copies]
-            self._note_hits(event)
             self._note_blocks()
         self.on_news()
-
-    def _note_hits(self, event: StepEvent) -> None:
-        fresh, hits, size = self._fresh.hits, self.hits, self.engine.kv_spec.block_size
-        for block_id in event.blocks.evicted:
-            if hits.pop(block_id, 0):
-                fresh[block_id] = 0
-        for sequence in event.begun:
-            num_found = 0 if sequence.branch else sequence.costs.num_cached_tokens // size
-            for block_id in sequence.table.block_ids[:num_found]:
-                fresh[block_id] = hits[block_id] = hits.get(block_id, 0) + 1
 
     def look_if_idle(self) -> None:
         """Note what has changed without a step, such as pins that ended; nothing where that would have to wait."""
@@ -153,8 +147,9 @@ class ModelWatch:
 
     def _note_blocks(self) -> None:
         if self._pools and self._pools[0] is not self.engine.cache.pool:  # it was reset, and has new ones
+            hits = self._fresh.hits
             self._look_at_all()
-            self._fresh.hits, self.hits = dict.fromkeys(self.hits, 0), {}
+            self._fresh.hits = hits
         for pool, states in zip(self._pools, self._fresh.blocks, strict=True):
             if pool.changed:
                 states.update((block_id, state_of(pool, block_id)) for block_id in pool.changed)
@@ -177,7 +172,7 @@ class ModelWatch:
             ended = [key for key, told in self.told.items() if told.row["phase"] == "done"]
             change.gone += ended[: num_ended - MAX_ENDED]
             for key in change.gone:
-                del self.told[key]
+                self._num_prompt_bytes -= len(self.told.pop(key).prompt)
             change.rows = [(known, row) for known, row in change.rows if row["key"] in self.told]
         return change
 
@@ -191,7 +186,7 @@ class ModelWatch:
         if key is None:
             key = self._key_of[sequence] = next(_keys)
             row |= self._fixed(sequence)
-            self.told[key] = Told(self.served.tenants.get(sequence), sequence.request.salt, {})
+            self._keep_prompt(sequence, key)
         known = self.told[key]
         row["key"] = key
         known.row |= row
@@ -199,6 +194,16 @@ class ModelWatch:
             known.blocks, known.first_blocks = blocks, first_blocks
             row |= {"blocks": blocks, "first_blocks": first_blocks}
         change.rows.append((known, row))
+
+    def _keep_prompt(self, sequence: Sequence, key: int) -> None:
+        prompt = b"" if sequence.branch else packed(sequence.request.prompt_ids)
+        self.told[key] = Told(self.served.tenants.get(sequence), sequence.request.salt, {}, prompt)
+        self._num_prompt_bytes += len(prompt)
+        for each in self.told.values():
+            if self._num_prompt_bytes <= 4 * MAX_PROMPT_TOKENS:
+                break
+            self._num_prompt_bytes -= len(each.prompt)
+            each.prompt = b""
 
     def _fixed(self, sequence: Sequence) -> Row:
         """What stays as it is."""
@@ -239,33 +244,6 @@ class ModelWatch:
             "written": "".join(sequence.text.parts[-TEXT_TOKENS:])[-TEXT_LETTERS:],
         }
 
-    def counters(self) -> Mapping[str, int | float]:
-        """The same figures that `/metrics` and `/v1/cache` tell, now."""
-        served, engine = self.served, self.engine
-        meter, stats, scheduler, pool = served.meter, engine.cache.stats, engine.scheduler, engine.cache.pool
-        return {
-            "steps": meter.num_steps,
-            "cached_tokens": meter.num_cached_tokens,
-            "computed_tokens": meter.num_computed_tokens,
-            "generated_tokens": meter.num_generated_tokens,
-            "queried_tokens": stats.num_queried_tokens,
-            "found_tokens": stats.num_cached_tokens,
-            "evicted_blocks": stats.num_evicted_blocks,
-            "copied_blocks": stats.num_copied_blocks,
-            "preemptions": scheduler.num_preemptions,
-            "aborted": meter.num_aborted,
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
-            "held_blocks": pool.num_held,
-            "reusable_blocks": pool.num_reusable,
-            "free_blocks": pool.num_free,
-            "pinned_blocks": engine.cache.num_pinned,
-            "committed_bytes": engine.cache.committed_bytes,
-            **_store_counters(engine.tier),
-            **{f"miss_{reason.name.lower()}": meter.misses[reason.name.lower()] for reason in MissReason},
-            **{f"{part}_s": round(seconds, 6) for part, seconds in meter.step_s.items()},
-        }
-
     def description(self) -> dict[str, Any]:
         """What never changes of it."""
         engine, spec = self.engine, self.engine.kv_spec
@@ -293,18 +271,6 @@ class ModelWatch:
                 {**told, "num_blocks": len(states)} for told, states in zip([full, *windows], self.states, strict=True)
             ],
         }
-
-
-def _store_counters(tier: StoreTier | None) -> dict[str, int]:
-    """Of stored blocks: all 0 where nothing is stored, those on disk also before they were counted."""
-    stats = StoreStats() if tier is None else tier.store.stats
-    return {
-        "stored_tokens": 0 if tier is None else tier.stats.num_stored_tokens,
-        "store_read_bytes": stats.read_bytes,
-        "store_written_bytes": stats.written_bytes,
-        "disk_blocks": stats.num_kept or 0,
-        "disk_bytes": stats.kept_bytes or 0,
-    }
 
 
 def now_s() -> float:

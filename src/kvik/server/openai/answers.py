@@ -19,7 +19,7 @@ class PromptTokenDetails(Answer, frozen=True, kw_only=True):
 
 
 class OutputTokenDetails(Answer, frozen=True, kw_only=True):
-    """Always 0."""
+    """Tokens that were thoughts."""
 
     reasoning_tokens: int
 
@@ -104,6 +104,7 @@ class ChatAnswerMessage(Answer, frozen=True, kw_only=True):
     content: str | None
     refusal: None
     annotations: list[Any]
+    reasoning_content: str | UnsetType = UNSET  # what it thought before
     tool_calls: list[ChatToolCall] | UnsetType = UNSET
 
 
@@ -159,6 +160,7 @@ class ChatDelta(Answer, frozen=True, kw_only=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ChatToolCallPiece] | UnsetType = UNSET
 
 
@@ -247,10 +249,9 @@ class CompletionChunk(Chunk, frozen=True, kw_only=True):
     choices: list[CompletionChunkChoice]
 
 
-class OutputTextPart(Answer, frozen=True, kw_only=True):
+class OutputTextPart(Answer, frozen=True, kw_only=True, tag_field="type", tag="output_text"):
     """The text of a message."""
 
-    type: Literal["output_text"]
     text: str
     annotations: list[Any]
     logprobs: list[TokenLogprobs]
@@ -275,6 +276,22 @@ class OutputCall(Answer, frozen=True, kw_only=True, tag_field="type", tag="funct
     call_id: str
     name: str
     arguments: str
+    status: ItemStatus
+    logprobs: list[TokenLogprobs] | UnsetType = UNSET  # of all tokens that wrote the call, where they are asked for
+
+
+class ReasoningPart(Answer, frozen=True, kw_only=True, tag_field="type", tag="reasoning_text"):
+    """The text of a thought."""
+
+    text: str
+
+
+class OutputReasoning(Answer, frozen=True, kw_only=True, tag_field="type", tag="reasoning"):
+    """What the model thought before its answer."""
+
+    id: str
+    summary: list[Any]
+    content: list[ReasoningPart]
     status: ItemStatus
 
 
@@ -327,7 +344,7 @@ class ResponseAnswer(OfCache, frozen=True, kw_only=True):
     max_tool_calls: None
     metadata: dict[str, Any]
     model: str
-    output: list[OutputMessage | OutputCall]
+    output: list[OutputMessage | OutputCall | OutputReasoning]
     parallel_tool_calls: bool
     previous_response_id: None
     prompt_cache_key: str | None
@@ -357,6 +374,8 @@ class ResponseEvent(Answer, frozen=True, kw_only=True):
         "response.content_part.added",
         "response.output_text.delta",
         "response.output_text.done",
+        "response.reasoning_text.delta",
+        "response.reasoning_text.done",
         "response.content_part.done",
         "response.function_call_arguments.delta",
         "response.function_call_arguments.done",
@@ -372,8 +391,8 @@ class ResponseEvent(Answer, frozen=True, kw_only=True):
     output_index: int | UnsetType = UNSET
     item_id: str | UnsetType = UNSET
     content_index: int | UnsetType = UNSET
-    item: OutputMessage | OutputCall | UnsetType = UNSET
-    part: OutputTextPart | UnsetType = UNSET
+    item: OutputMessage | OutputCall | OutputReasoning | UnsetType = UNSET
+    part: OutputTextPart | ReasoningPart | UnsetType = UNSET
     delta: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
     logprobs: list[TokenLogprobs] | UnsetType = UNSET

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -43,12 +43,15 @@ from kvik.server.preparing import (
     options_of,
     parser_maker,
 )
+from kvik.server.reasoning import effort_vars, with_thoughts
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
 from kvik.server.sse import encode
 from kvik.server.state import ServerState, tenant_of
+from kvik.text.answer_events import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ThoughtDelta
+from kvik.text.answer_parser import AnswerParser
 from kvik.text.chat_prompt import find_part_ends
-from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd, TextDelta, ToolCallParser
+from kvik.text.thoughts import Place
 
 
 async def chat(request: Request) -> Response | EventStream:
@@ -67,7 +70,7 @@ async def chat(request: Request) -> Response | EventStream:
         if turn is not None:
             generation = take_turn(turn, generation, body)
         running = await start(generation, wants_pieces=bool(body.stream))
-    headers = ignored_header(body.ignored())
+    headers = ignored_header([*body.ignored(), *unheard_effort(served, body)])
     writer = ChatWriter(running, body) if body.stream else None
     return await reply(request, running, headers, writer=writer, whole=partial(chat_completion, running, body))
 
@@ -87,7 +90,7 @@ def take_turn(turn: Turn, generation: Generation, body: ChatRequest) -> Generati
     call_ids: list[str] = []
     make = generation.new_parser
 
-    def new_parser() -> ToolCallParser:
+    def new_parser() -> AnswerParser:
         numbers = count()
 
         def new_id(length: int) -> str:
@@ -126,13 +129,17 @@ def prepare_chat(
     if tools is not None:
         served.tool_format  # noqa: B018  # raises where the model has none
     check_texts(served, texts_of(messages), "messages")
-    for_template = template_options(body, tools)
+    messages = with_thoughts(served, messages)
+    for_template = template_options(body, tools, effort_vars(served, body.reasoning_effort))
     prompt_ids = served.llm.render_chat(messages, **for_template)
+    thoughts = served.thoughts
+    place: Place = "header" if thoughts is None else thoughts.place_after(prompt_ids)
+    has_parts = thoughts is not None or (tools is not None and tools.choice != "none")
     max_tokens = body.wanted_tokens or default_max_tokens(state, served, len(prompt_ids), body.n or 1)
     check_work(state, 1, body.n or 1, max_tokens)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     params = body.params(max_tokens=max_tokens, logprobs=num_top)
-    options = options_of(state, request, body, constraint_of(served, body, tools))
+    options = options_of(state, request, body, constraint_of(served, body, tools, place))
     if session is not None:
         options |= {"salt": session.salt, "hold": True, "lease": session.held}
     generation = Generation(
@@ -143,7 +150,7 @@ def prepare_chat(
         request_id=request.scope["state"]["request_id"],
         tenant=tenant_of(request),
         fields=CHAT_FIELDS,
-        new_parser=partial(parser_maker, served, tools) if tools is not None and tools.choice != "none" else None,
+        new_parser=partial(parser_maker, served, tools, place) if has_parts else None,
         wants_progress=bool(body.return_progress),
     )
     template, tokenizer = served.llm.model.chat_template, served.llm.model.tokenizer
@@ -177,11 +184,17 @@ def prepare_chat(
     )
 
 
-def template_options(body: ChatRequest, tools: Tools | None) -> TemplateOptions:
-    """What the template gets beside the messages."""
+def unheard_effort(served: ServedModel, body: ChatRequest) -> list[str]:
+    """The name of the effort that was asked for, where the model's template has no switch for it."""
+    is_heard = body.reasoning_effort is None or effort_vars(served, body.reasoning_effort)
+    return [] if is_heard else ["reasoning_effort"]
+
+
+def template_options(body: ChatRequest, tools: Tools | None, effort: Mapping[str, Any]) -> TemplateOptions:
+    """What the template gets beside the messages; what it is given by name goes before the `effort`."""
     return {
         "tools": None if tools is None else tools.functions,
-        "template_vars": body.chat_template_kwargs,
+        "template_vars": {**effort, **(body.chat_template_kwargs or {})} or None,
         "add_generation_prompt": body.add_generation_prompt is not False,
         "continue_final_message": bool(body.continue_final_message),
         "plain_content": True,
@@ -204,28 +217,33 @@ def stop_reason(branch: Written) -> str | int | None:
     return last if last in branch.params.stop_token_ids else None
 
 
-def calls_and_text(running: Running, at: int, parser: ToolCallParser | None = None) -> tuple[str, list[dict[str, Any]]]:
-    """A completion's text and its calls, as its own parser or a new one finds them."""
+AnswerParts: TypeAlias = tuple[str, list[dict[str, Any]], str | None]
+
+
+def calls_and_text(running: Running, at: int, parser: AnswerParser | None = None) -> AnswerParts:
+    """A completion's text, its calls and its thoughts, as its own parser or a new one finds them."""
     branch = running.branches[at]
     if running.parsers is None:
-        return branch.text.text, []
+        return branch.text.text, [], None
     parser = parser or running.parsers[at]
     events = [
         each
         for token_id, text in zip(branch.completion_ids, branch.text.parts, strict=True)
         for each in parser.feed(token_id, text)
     ]
-    text, calls = "", list[dict[str, Any]]()
+    text, calls, thought = "", list[dict[str, Any]](), None
     for found in (*events, *parser.finish()):
         match found:
             case TextDelta():
                 text += found.text
+            case ThoughtDelta():
+                thought = (thought or "") + found.text
             case CallBegin():
                 function = {"name": found.name, "arguments": ""}
                 calls.append({"id": found.call_id, "type": "function", "function": function})
             case ArgumentsDelta():
                 calls[found.index]["function"]["arguments"] += found.text
-    return text, calls
+    return text, calls, thought
 
 
 def chat_completion(running: Running, body: ChatRequest) -> dict[str, Any]:
@@ -233,13 +251,15 @@ def chat_completion(running: Running, body: ChatRequest) -> dict[str, Any]:
     running.response_id = new_id("chatcmpl-")
     choices = []
     for at, branch in enumerate(running.branches):
-        text, calls = calls_and_text(running, at)
+        text, calls, thought = calls_and_text(running, at)
         message: dict[str, Any] = {
             "role": "assistant",
             "content": text if text or not calls else None,
             "refusal": None,
             "annotations": [],
         }
+        if thought is not None:
+            message["reasoning_content"] = thought
         if calls:
             message["tool_calls"] = calls
         entries = branch.logprobs
@@ -307,6 +327,10 @@ class ChatWriter(OpenAIWriter, CallWriter):
         """More of the answer."""
         told = b"null" if logprobs is None else encode(chat_logprobs(self.running, [logprobs]))
         return self._delta(index, b'{"content":' + encode(text) + b"}", told)
+
+    def thought(self, index: int, event: ThoughtDelta) -> bytes:
+        """More of what comes before the answer."""
+        return self._delta(index, b'{"reasoning_content":' + encode(event.text) + b"}")
 
     def call_begin(self, index: int, event: CallBegin) -> bytes:
         """A call's id and name, once."""

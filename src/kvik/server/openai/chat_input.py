@@ -113,7 +113,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
 
     accepted = frozenset(
         {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_retention", "store", "verbosity"}
-        | {"reasoning_effort", "client_metadata", "timings_per_token"}
+        | {"client_metadata", "timings_per_token"}
     )
 
     model: str | None = None
@@ -179,6 +179,7 @@ CHAT_FIELDS = frozenset(ChatRequest.__struct_fields__)
 def texts_of(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """What people and models wrote in them."""
     for message in messages:
+        yield message.get("reasoning_content") or ""
         content = message.get("content")
         if isinstance(content, str):
             yield content

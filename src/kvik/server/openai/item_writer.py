@@ -1,29 +1,32 @@
-"""An answer of items, texts and calls in their order, as Responses and Messages have it: streamed or whole."""
+"""An answer of items, thoughts, texts and calls in order, as Responses and Messages have it: streamed or whole."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from kvik.engine.output import Piece, TokenLogprobs
 from kvik.engine.stream import PieceFeed
 from kvik.server.event_stream import CallWriter, logprobs_entry
 from kvik.server.generation import Running
 from kvik.server.sse import event
-from kvik.text.tool_calls import ArgumentsDelta, CallBegin, CallEnd
+from kvik.text.answer_events import ArgumentsDelta, CallBegin, CallEnd, ThoughtDelta
+
+ItemKind: TypeAlias = Literal["thought", "text", "call"]
 
 
 @dataclass(slots=True)
 class Item:
-    """A text, or a call where it has a name."""
+    """A thought, a text or a call."""
 
     at: int
     id: str
+    kind: ItemKind = "text"
     call_id: str = ""
     name: str = ""
     parts: list[str] = field(default_factory=list)  # of the text, or of the arguments' JSON
-    logprobs: list[dict[str, Any]] = field(default_factory=list)  # of the text's tokens, as OpenAI's API has them
+    logprobs: list[dict[str, Any]] = field(default_factory=list)  # of its tokens, as OpenAI's API has them
     is_whole: bool = False
 
     @property
@@ -35,7 +38,8 @@ class Item:
 class ItemWriter(CallWriter):
     """Each item has events of its beginning, its growth and its end, and the writer keeps them all.
 
-    The logprobs of tokens that write a call are told to nobody: in these APIs only text has some.
+    The logprobs of a token are those of the item that is open when its text is known, or of the next one. Where they
+    are asked for, a call ends with what comes behind it, so that those of its last tokens are the call's.
     """
 
     def __init__(self, running: Running) -> None:
@@ -45,7 +49,7 @@ class ItemWriter(CallWriter):
         self._logprobs: list[dict[str, Any]] = []  # of tokens whose text no event has told of
 
     @abstractmethod
-    def item_id(self, *, is_call: bool) -> str:
+    def item_id(self, kind: ItemKind) -> str:
         """An id for a new item."""
 
     @abstractmethod
@@ -66,36 +70,34 @@ class ItemWriter(CallWriter):
             self._logprobs.append(logprobs_entry(self.running, logprobs))
         if not text and self.running.parsers is not None:
             return b""
-        return self._add_text(text)
+        return self._add("text", text)
+
+    def thought(self, index: int, event: ThoughtDelta) -> bytes:
+        """More of a thought."""
+        return self._add("thought", event.text)
 
     def call_begin(self, index: int, event: CallBegin) -> bytes:
         """A call begins, and the text before it has ended."""
-        self._logprobs.clear()
         if self._open is not None:
             self._open.is_whole = True
-        return self._end() + self._begin(event.call_id, event.name)
+        return self._end() + self._begin("call", event.call_id, event.name)
 
     def call_arguments(self, index: int, event: ArgumentsDelta) -> bytes:
         """More of a call's arguments."""
-        assert self._open is not None
-        self._logprobs.clear()
-        self._open.parts.append(event.text)
-        return self.item_delta(self._open, event.text, [])
+        return self._grow(event.text)
 
     def call_end(self, index: int, event: CallEnd) -> bytes:
         """A call is whole."""
         assert self._open is not None
-        self._logprobs.clear()
         self._open.is_whole = True
-        return self._end()
+        return self._end() if self.running.generation.params.logprobs is None else b""
 
     def finish(self, index: int, piece: Piece) -> bytes:
         """The last item ends."""
         data = b""
-        is_text = not self.items if self._open is None else not self._open.name
-        if self._logprobs and is_text:
-            data = self._add_text("")
-        if self._open is not None and is_text:
+        if self._logprobs:
+            data = self._add("text", "") if self._open is None and not self.items else self._tell_logprobs()
+        if self._open is not None and self._open.kind != "call":
             self._open.is_whole = self.running.branches[index].finish_reason == "stop"
         return data + self._end()
 
@@ -108,20 +110,33 @@ class ItemWriter(CallWriter):
     @property
     def num_calls(self) -> int:
         """Calls among the items."""
-        return sum(bool(item.name) for item in self.items)
+        return sum(item.kind == "call" for item in self.items)
 
-    def _add_text(self, text: str) -> bytes:
+    def _add(self, kind: ItemKind, text: str) -> bytes:
         data = b""
-        if self._open is None or self._open.name:
-            data = self._end() + self._begin()
+        if self._open is None or self._open.kind != kind:
+            if self._open is not None and self._open.kind == "thought":
+                self._open.is_whole = True
+            data = self._end() + self._begin(kind)
+        return data + self._grow(text)
+
+    def _grow(self, text: str) -> bytes:
         assert self._open is not None
         logprobs, self._logprobs = self._logprobs, []
         self._open.parts.append(text)
         self._open.logprobs += logprobs
-        return data + self.item_delta(self._open, text, logprobs)
+        return self.item_delta(self._open, text, logprobs)
 
-    def _begin(self, call_id: str = "", name: str = "") -> bytes:
-        self._open = Item(len(self.items), self.item_id(is_call=bool(name)), call_id, name)
+    def _tell_logprobs(self) -> bytes:
+        """Those that are left are the last item's, which may have been told already."""
+        if self._open is not None:
+            return self._grow("")
+        self.items[-1].logprobs += self._logprobs
+        self._logprobs = []
+        return b""
+
+    def _begin(self, kind: ItemKind, call_id: str = "", name: str = "") -> bytes:
+        self._open = Item(len(self.items), self.item_id(kind), kind, call_id, name)
         self.items.append(self._open)
         return self.item_begin(self._open)
 

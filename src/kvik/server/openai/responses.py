@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +18,11 @@ from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventStream
 from kvik.server.generation import Generation, Running, new_id, start
 from kvik.server.openai.chat import prepare_chat
-from kvik.server.openai.item_writer import Item, ItemWriter, named_event
+from kvik.server.openai.item_writer import Item, ItemKind, ItemWriter, named_event
 from kvik.server.openai.responses_input import OWN_NAMES, ResponsesRequest
 from kvik.server.openai.translation import own_names
 from kvik.server.preparing import ignored_header
+from kvik.server.reasoning import effort_vars
 from kvik.server.reply import reply
 from kvik.server.served import ServedModel
 from kvik.server.state import ServerState
@@ -31,8 +33,8 @@ async def responses(request: Request) -> Response | EventStream:
     state = ServerState.of(request)
     body = await read_body(request, ResponsesRequest)
     served = state.models.get(body.model)
-    headers = ignored_header(body.ignored())
     generation = await asyncio.to_thread(prepare, state, request, body, served)
+    headers = ignored_header(ignored(body, served))
     with own_names(OWN_NAMES):
         running = await start(generation, wants_pieces=bool(body.stream))
     writer = ResponseWriter(running, body)
@@ -46,7 +48,12 @@ async def count_response_tokens(request: Request) -> Response:
     served = state.models.get(body.model)
     generation = await asyncio.to_thread(prepare, state, request, body, served)
     answer = {"object": "response.input_tokens", "input_tokens": len(generation.prompts[0])}
-    return json_response(answer, headers=ignored_header(body.ignored()))
+    return json_response(answer, headers=ignored_header(ignored(body, served)))
+
+
+def ignored(body: ResponsesRequest, served: ServedModel) -> list[str]:
+    """What was accepted and has no effect with this model."""
+    return body.ignored(thinks=served.thoughts is not None, hears_effort=bool(effort_vars(served, body.effort)))
 
 
 def prepare(state: ServerState, request: Request, body: ResponsesRequest, served: ServedModel) -> Generation:
@@ -56,6 +63,9 @@ def prepare(state: ServerState, request: Request, body: ResponsesRequest, served
     with own_names(OWN_NAMES):
         generation = prepare_chat(state, request, chat, served)
     return replace(generation, prewarm=bool(body.prewarm))
+
+
+_PREFIXES: Mapping[ItemKind, str] = {"call": "fc_", "text": "msg_", "thought": "rs_"}
 
 
 class ResponseWriter(ItemWriter):
@@ -88,32 +98,39 @@ class ResponseWriter(ItemWriter):
         response = self._response("in_progress")
         return self._emit("response.in_progress", response=response, prompt_progress=report)
 
-    def item_id(self, *, is_call: bool) -> str:
+    def item_id(self, kind: ItemKind) -> str:
         """An id by the kind."""
-        return new_id("fc_" if is_call else "msg_")
+        return new_id(_PREFIXES[kind])
 
     def item_begin(self, item: Item) -> bytes:
-        """The item, empty; of a message also its one part."""
+        """The item, empty; but of a call also its one part."""
         data = self._emit("response.output_item.added", output_index=item.at, item=self._item(item, "in_progress"))
-        if item.name:
+        if item.kind == "call":
             return data
         return data + self._emit("response.content_part.added", **self._part_of(item), part=_part(item))
 
     def item_delta(self, item: Item, text: str, logprobs: list[dict[str, Any]]) -> bytes:
         """More text or arguments."""
-        if item.name:
-            return self._emit("response.function_call_arguments.delta", **self._place(item), delta=text)
+        if item.kind == "call":
+            told = {"logprobs": logprobs} if self._has_logprobs else {}
+            return self._emit("response.function_call_arguments.delta", **self._place(item), delta=text, **told)
+        if item.kind == "thought":
+            told = {"logprobs": logprobs} if self._has_logprobs else {}
+            return self._emit("response.reasoning_text.delta", **self._part_of(item), delta=text, **told)
         return self._emit("response.output_text.delta", **self._part_of(item), delta=text, logprobs=logprobs)
 
     def item_end(self, item: Item) -> bytes:
         """All of it, in each form."""
-        if item.name:
+        if item.kind == "call":
             data = self._emit(
                 "response.function_call_arguments.done", **self._place(item), name=item.name, arguments=item.text
             )
         else:
             part = self._part_of(item)
-            data = self._emit("response.output_text.done", **part, text=item.text, logprobs=item.logprobs)
+            if item.kind == "thought":
+                data = self._emit("response.reasoning_text.done", **part, text=item.text)
+            else:
+                data = self._emit("response.output_text.done", **part, text=item.text, logprobs=item.logprobs)
             data += self._emit("response.content_part.done", **part, part=_part(item))
         return data + self._emit("response.output_item.done", output_index=item.at, item=self._item(item))
 
@@ -121,7 +138,7 @@ class ResponseWriter(ItemWriter):
         """The last item ends; an answer without any has an empty message."""
         data = super().finish(index, piece)
         if not self.items:
-            data += self._add_text("") + super().finish(index, piece)
+            data += self._add("text", "") + super().finish(index, piece)
         return data
 
     def end(self) -> bytes:
@@ -148,14 +165,20 @@ class ResponseWriter(ItemWriter):
     def _part_of(item: Item) -> dict[str, Any]:
         return {"item_id": item.id, "output_index": item.at, "content_index": 0}
 
-    @staticmethod
-    def _item(item: Item, status: str | None = None) -> dict[str, Any]:
+    @property
+    def _has_logprobs(self) -> bool:
+        return self.running.generation.params.logprobs is not None
+
+    def _item(self, item: Item, status: str | None = None) -> dict[str, Any]:
         is_begun = status is not None
         status = status or ("completed" if item.is_whole else "incomplete")
-        if item.name:
+        if item.kind == "call":
             call = {"call_id": item.call_id, "name": item.name, "arguments": item.text}
-            return {"type": "function_call", "id": item.id, **call, "status": status}
+            told = {"logprobs": item.logprobs} if self._has_logprobs and not is_begun else {}
+            return {"type": "function_call", "id": item.id, **call, "status": status, **told}
         content = [] if is_begun else [_part(item)]
+        if item.kind == "thought":
+            return {"type": "reasoning", "id": item.id, "summary": [], "content": content, "status": status}
         return {"type": "message", "id": item.id, "role": "assistant", "content": content, "status": status}
 
     def _last_response(self) -> dict[str, Any]:
@@ -191,7 +214,7 @@ class ResponseWriter(ItemWriter):
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "prompt_cache_key": body.prompt_cache_key,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.effort if effort_vars(running.served, body.effort) else None, "summary": None},
             "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "store": False,
@@ -218,4 +241,6 @@ class ResponseWriter(ItemWriter):
 
 
 def _part(item: Item) -> dict[str, Any]:
+    if item.kind == "thought":
+        return {"type": "reasoning_text", "text": item.text}
     return {"type": "output_text", "text": item.text, "annotations": [], "logprobs": item.logprobs}

@@ -124,7 +124,7 @@ class CallOutputItem(Body, frozen=True, kw_only=True):
 
 
 class ReasoningItem(Body, frozen=True, kw_only=True):
-    """What a model thought, which is left out: templates write none of other turns."""
+    """What a model thought before the message or the call that follows."""
 
     type: Literal["reasoning"]
     id: str | None = None
@@ -201,8 +201,7 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
     """A request for a response."""
 
     accepted = frozenset(
-        {"user", "metadata", "client_metadata", "service_tier", "safety_identifier", "reasoning"}
-        | {"prompt_cache_retention"}
+        {"user", "metadata", "client_metadata", "service_tier", "safety_identifier", "prompt_cache_retention"}
     )
 
     model: str | None = None
@@ -282,8 +281,17 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
         """The tools that the prompt lists."""
         return [tool for tool in self.tools or () if isinstance(tool, FlatFunction)]
 
-    def ignored(self) -> list[str]:
-        """The accepted fields that were sent, and what was left out of others."""
+    @property
+    def effort(self) -> str | None:
+        """How much the model shall think."""
+        effort = None if self.reasoning is None else self.reasoning.get("effort")
+        return effort if isinstance(effort, str) else None
+
+    def ignored(self, *, thinks: bool = False, hears_effort: bool = False) -> list[str]:
+        """The accepted fields that were sent, and what was left out of others.
+
+        `thinks` says whether the model's template has thoughts, and `hears_effort` whether it has a switch for them.
+        """
         names = super().ignored()
         if self.store:
             names.append("store")
@@ -293,8 +301,13 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
             names.append("text.verbosity")
         if self.stream_options is not None and self.stream_options.include_obfuscation:
             names.append("stream_options.include_obfuscation")
-        if isinstance(self.input, list) and any(item.get("type") == "reasoning" for item in self.input):
+        items = self.input if isinstance(self.input, list) else ()
+        thoughts = (_thought(item.get("content")) for item in items if item.get("type") == "reasoning")
+        if not all(thinks and thought for thought in thoughts):
             names.append("input.reasoning")
+        if self.reasoning is not None:
+            others = sorted(name for name, value in self.reasoning.items() if value is not None and name != "effort")
+            names += [f"reasoning.{name}" for name in others[:8]] if hears_effort else ["reasoning"]
         kinds = (type(tool).__struct_config__.tag for tool in self.tools or () if not isinstance(tool, FlatFunction))
         names += dict.fromkeys(f"tools.{kind}" for kind in kinds)
         return names
@@ -310,6 +323,7 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
             response_format=self._response_format(),
             tools=[_chat_tool(tool) for tool in self.functions] or None,
             tool_choice=_chat_choice(self.tool_choice),
+            reasoning_effort=self.effort,
             **same,
         )
 
@@ -335,13 +349,19 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
                     f"{where} is {value['type']!r:.80} (hint: send one of {', '.join(_ITEMS)})", f"{where}.type"
                 )
             _add_item(messages, convert(kind, value, where), where)
-        return messages
+        return [message for message in messages if not _is_thought_alone(message)]
 
 
 def _add_item(messages: list[ChatMessage], item: Item, where: str) -> None:
     match item:
         case MessageItem():
-            messages.append(ChatMessage(role=item.role, content=_content(item.content, f"{where}.content")))
+            content = _content(item.content, f"{where}.content")
+            thought = messages.pop().reasoning_content if messages and _is_thought_alone(messages[-1]) else None
+            is_its = item.role == "assistant"
+            messages.append(ChatMessage(role=item.role, content=content, reasoning_content=thought if is_its else None))
+        case ReasoningItem():
+            if thought := _thought(item.content):
+                messages.append(ChatMessage(role="assistant", reasoning_content=thought))
         case CallOutputItem():
             content = _content(item.output, f"{where}.output")
             messages.append(ChatMessage(role="tool", tool_call_id=item.call_id, content=content))
@@ -353,6 +373,18 @@ def _add_item(messages: list[ChatMessage], item: Item, where: str) -> None:
                 messages[-1] = msgspec.structs.replace(last, tool_calls=calls)
             else:
                 messages.append(ChatMessage(role="assistant", tool_calls=[call]))
+
+
+def _is_thought_alone(message: ChatMessage) -> bool:
+    """Whether nothing came of a thought, or not yet."""
+    return message.role == "assistant" and message.content is None and not message.tool_calls
+
+
+def _thought(content: Any) -> str:
+    """The text of a reasoning item; what is encrypted or only a summary has none."""
+    parts = content if isinstance(content, list) else ()
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _content(content: Content, where: str) -> Any:

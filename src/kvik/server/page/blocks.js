@@ -15,7 +15,12 @@ const LEAST_RING = 8;
 // What a cell looks like: a number each, so that the past is kept in bytes.
 const [FREE, REUSABLE, KEPT, SHARED, FIRST_COLOUR] = [0, 1, 2, 3, 4];
 const COLOURS = ["#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8d6fd1", "#b8a500", "#56b4e9", "#a0522d"];
+const SPEEDS = [1, 5, 20];
+const CALM_STEP_S = 1; // of a replay, for those who want little to move
+const isCalm = matchMedia("(prefers-reduced-motion: reduce)");
 const IN_WORDS = ["free", "reusable", "held by a session, a pin, or others", "shared"];
+
+const paper = matchMedia("print");
 
 export function build(section, app) {
   const legend = makeLegend();
@@ -24,11 +29,14 @@ export function build(section, app) {
   const slider = html("input", { type: "range", min: -1, max: 0, value: 0, step: 1, "aria-label": "Seconds ago" });
   const moment = html("output", {}, "now");
   const now = html("button", { type: "button", disabled: true }, "Now");
+  const play = html("button", { type: "button", class: "play", "aria-keyshortcuts": "Space" }, "Play");
+  const speed = html("select", { "aria-label": "Speed" }, SPEEDS.map((each) => html("option", { value: each }, `${each} ×`)));
+  const replay = html("div", { class: "replay screen", role: "group", "aria-label": "Replay" }, play, speed, slider, moment, now);
   section.append(
     html("h1", { class: "view" }, "Blocks"),
-    html("p", {}, "A cell for each block of the KV cache. Requests have colours; point at a cell, or use the arrow keys, to see the tokens in it."),
+    html("p", {}, "A cell for each block of the KV cache. Requests have colours; point at a cell, or use the arrow keys, to see the tokens in it. Space plays the last minutes again."),
     legend.element,
-    html("div", { class: "beside" }, html("div", {}, figures, html("div", { class: "replay screen" }, html("span", {}, "Replay"), slider, moment, now)), detail),
+    html("div", { class: "beside" }, html("div", {}, figures, replay), detail),
   );
   let model; // that the grids are of
   let grids = [];
@@ -38,30 +46,27 @@ export function build(section, app) {
   let waiting; // before a block is asked for
   let isAsking = false;
   let frame; // of what flashes
-  let isPrinted = false;
   let isTurned = false; // to another moment, since it was drawn
+  let past_s; // the moment that is shown, by the server's clock, where it is not now
+  let played; // {last_ms} while the past is played
 
   app.onModel.push(() => note({ isWhole: true, changes: [] }));
-  slider.addEventListener("input", () => {
-    turn();
-    frame ??= requestAnimationFrame(drawFrame);
+  slider.addEventListener("input", () => turn(Number(slider.value) === 0 ? undefined : live.now() + Number(slider.value)));
+  now.addEventListener("click", () => turn(undefined));
+  play.addEventListener("click", playOrPause);
+  section.addEventListener("keydown", (event) => {
+    if (event.key !== " " || !event.target.matches("canvas, input[type=range]")) return;
+    event.preventDefault();
+    playOrPause();
   });
-  now.addEventListener("click", () => {
-    slider.value = 0;
-    turn();
-    frame ??= requestAnimationFrame(drawFrame);
+  paper.addEventListener("change", () => {
+    palette = undefined;
+    if (!section.hidden) for (const grid of grids) grid.drawAll();
   });
-  for (const [name, isSo] of [["beforeprint", true], ["afterprint", false]]) {
-    addEventListener(name, () => {
-      isPrinted = isSo;
-      palette = undefined;
-      if (!section.hidden) for (const grid of grids) grid.drawAll();
-    });
-  }
 
-  const isPast = () => Number(slider.value) !== 0;
-  const momentOf = () => (isPast() ? live.now() + Number(slider.value) : undefined);
-  const coloursNow = () => (palette ??= coloursOf(section, isPrinted));
+  const isPast = () => past_s !== undefined;
+  const secondsAgo = () => Math.max(0, Math.round(live.now() - past_s));
+  const coloursNow = () => (palette ??= coloursOf(section, paper.matches));
 
   function note({ isWhole, changes }) {
     const wanted = app.model();
@@ -83,8 +88,7 @@ export function build(section, app) {
     model = wanted;
     if (!goesOn) {
       chosen = undefined;
-      slider.value = 0;
-      turn();
+      turn(undefined);
       grids = model.groups.map(makeGrid);
       figures.replaceChildren(...grids.map((each) => each.element));
     }
@@ -105,7 +109,7 @@ export function build(section, app) {
     const tables = new Map(); // blocks by the keys of requests
     const flashes = new Map(); // block: {since, colour}
     const dirty = new Set(); // blocks that are drawn otherwise than they look
-    const made = { element, at, number, counts, replay, isStale: true };
+    const made = { element, at, number, counts, replay, shown: looks, isStale: true };
     counts[FREE] = number;
 
     const look = (block) => {
@@ -141,11 +145,15 @@ export function build(section, app) {
       const now_s = live.now();
       for (const each of touched) for (const block of each) update(block, now_s);
       if (chosen?.grid === made && isNewAbout(touched, rows)) askSoon(AGAIN_MS);
-      if (section.hidden) return;
-      const flash = (block, colour) => flashes.set(block, { since: performance.now(), colour });
+      const flash = (block, colour) => {
+        replay.flash(block, colour, now_s);
+        if (!section.hidden && !isPast()) light(block, colour);
+      };
       if (at === 0) for (const block of evicted) flash(block, "evicted");
       for (const [, target, of] of copied) if (of === at) flash(target, "copied");
     };
+
+    const light = (block, colour) => flashes.set(block, { since: performance.now(), colour });
 
     // Whether the chosen block is another, or has more tokens.
     const isNewAbout = (touched, rows) =>
@@ -170,23 +178,37 @@ export function build(section, app) {
 
     made.drawAll = () => {
       if (!cells.image) return;
-      const shown = replay.at(momentOf());
-      for (let block = 0; block < number; block++) paint(block, shown[block]);
+      made.shown = replay.at(past_s);
+      for (let block = 0; block < number; block++) paint(block, made.shown[block]);
       dirty.clear();
+      if (isTurned) flashes.clear();
       cells.show();
       made.placeRing();
     };
 
+    // On from the moment that is shown to a later one.
+    made.advance = (to_s) => {
+      const came = replay.between(past_s, to_s);
+      for (const [, block, , look] of came.changes) {
+        made.shown[block] = look;
+        paint(block, look);
+      }
+      for (const [, block, colour] of came.flashes) light(block, colour);
+    };
+
     // What has changed, and what flashes; whether some still do.
     made.drawChanged = () => {
-      for (const block of dirty) paint(block, looks[block]);
-      dirty.clear();
+      if (!isPast()) {
+        for (const block of dirty) paint(block, looks[block]);
+        dirty.clear();
+      }
       const colours = coloursNow();
       for (const [block, { since, colour }] of flashes) {
         const part = 1 - (performance.now() - since) / FLASH_MS;
-        if (part > 0) cells.paint(block, mixed(colours[colour], colours.looks[looks[block]], part));
+        const look = made.shown[block];
+        if (part > 0) cells.paint(block, mixed(colours[colour], colours.looks[look], isCalm.matches ? 1 : part));
         else {
-          paint(block, looks[block]);
+          paint(block, look);
           flashes.delete(block);
         }
       }
@@ -252,9 +274,9 @@ export function build(section, app) {
   }
 
   function tellPast({ grid, block }) {
-    const look = grid.replay.at(momentOf())[block];
+    const look = grid.replay.at(past_s)[block];
     detail.replaceChildren(
-      html("p", {}, `Block ${count(block)}, ${-slider.value} s ago: ${IN_WORDS[look] ?? "held by a request"}`),
+      html("p", {}, `Block ${count(block)}, ${secondsAgo()} s ago: ${IN_WORDS[look] ?? "held by a request"}`),
       html("p", { class: "note" }, "Only the newest tokens of a block are kept."),
     );
   }
@@ -274,12 +296,49 @@ export function build(section, app) {
     detail.replaceChildren(html("p", {}, facts.filter(Boolean).join(" · ")), html("div", {}, words.length ? words : hidden));
   }
 
-  // To another moment.
-  function turn() {
-    moment.textContent = isPast() ? `${-slider.value} s ago` : "now";
-    now.disabled = !isPast();
+  // To another moment; now where it is not given, and there nothing is played.
+  function turn(moment_s) {
+    past_s = moment_s;
+    if (!isPast()) played = undefined;
     isTurned = true;
+    tellMoment();
     askSoon();
+    frame ??= requestAnimationFrame(drawFrame);
+  }
+
+  function tellMoment() {
+    slider.value = isPast() ? -secondsAgo() : 0;
+    moment.textContent = isPast() ? `${secondsAgo()} s ago` : "now";
+    slider.setAttribute("aria-valuetext", moment.textContent);
+    now.disabled = !isPast();
+    play.textContent = played ? "Pause" : "Play";
+  }
+
+  // From where the past is looked at, or from its beginning.
+  function playOrPause() {
+    if (played) played = undefined;
+    else {
+      played = { last_ms: performance.now() };
+      if (!isPast()) return turn(live.now() - oldest_s());
+    }
+    tellMoment();
+    askSoon();
+    frame ??= requestAnimationFrame(drawFrame);
+  }
+
+  const oldest_s = () => Math.max(0, ...grids.map((grid) => grid.replay.seconds(live.now())));
+
+  // As far as the time that has gone by since the last frame; then it is now again.
+  function advance() {
+    const now_ms = performance.now();
+    const by_s = ((now_ms - played.last_ms) / 1000) * Number(speed.value);
+    if (isCalm.matches && by_s < CALM_STEP_S) return;
+    const to_s = past_s + by_s;
+    if (to_s >= live.now()) return turn(undefined);
+    for (const grid of grids) grid.advance(to_s);
+    past_s = to_s;
+    played.last_ms = now_ms;
+    askSoon(AGAIN_MS);
   }
 
   function drawFrame() {
@@ -289,20 +348,34 @@ export function build(section, app) {
 
   function draw() {
     if (!model || section.hidden) return;
-    legend.draw(model, grids[0].counts);
-    const least = String(-Math.max(1, Math.round(Math.max(...grids.map((grid) => grid.replay.seconds(live.now()))))));
+    const least = String(-Math.max(1, Math.round(oldest_s())));
     if (slider.min !== least) slider.min = least;
+    if (isPast() && past_s < live.now() - oldest_s()) past_s = live.now() - oldest_s(); // what was before is forgotten
+    if (played && !isTurned) advance();
     let flashes = false;
     for (const grid of grids) {
       if (grid.isStale) grid.layOut();
-      else if (isPast() || isTurned) grid.drawAll();
+      else if (isTurned) grid.drawAll();
       else flashes = grid.drawChanged() || flashes;
     }
     isTurned = false;
-    if (flashes) frame ??= requestAnimationFrame(drawFrame);
+    tellMoment();
+    legend.draw(isPast() ? countsOf(grids[0].shown) : grids[0].counts);
+    if (flashes || played) frame ??= requestAnimationFrame(drawFrame);
   }
 
-  return { draw, note, show: () => askSoon(), hide: () => (waiting = clearTimeout(waiting)) };
+  function hide() {
+    waiting = clearTimeout(waiting);
+    played = undefined;
+  }
+
+  return { draw, note, show: () => askSoon(), hide };
+}
+
+function countsOf(looks) {
+  const counts = new Int32Array(FIRST_COLOUR + COLOURS.length);
+  for (const look of looks) counts[look] += 1;
+  return counts;
 }
 
 const nameOf = ({ kind, layers, window }) =>
@@ -314,20 +387,21 @@ function makeLegend() {
     return { element: html("li", {}, html("i", { style }), words), words };
   };
   const held = row(`background:conic-gradient(${COLOURS.slice(0, 4).join(",")})`);
+  const [evicted, copied] = [["--again", "flashes: evicted"], ["--first", "flashes: copied"]].map(([colour, text]) => html("li", { class: "note screen" }, html("i", { style: `background:var(${colour})` }), text));
   const [shared, kept, reusable] = ["--kept", "--muted", "--reusable"].map((colour) => row(`background:var(${colour})`));
   const free = row("box-shadow:inset 0 0 0 1px var(--muted);opacity:0.6");
   const write = ({ words }, text) => words.data !== text && (words.data = text);
 
-  function draw({ counters }, counts) {
-    write(held, `${count(counters.held_blocks)} held`);
+  function draw(counts) {
+    write(held, `${count(counts.slice(KEPT).reduce((sum, each) => sum + each, 0))} held`);
     write(shared, `${count(counts[SHARED])} of them shared`);
     write(kept, `${count(counts[KEPT])} by a session, a pin, or others`);
     kept.element.hidden = !counts[KEPT];
-    write(reusable, `${count(counters.reusable_blocks)} reusable`);
-    write(free, `${count(counters.free_blocks)} free`);
+    write(reusable, `${count(counts[REUSABLE])} reusable`);
+    write(free, `${count(counts[FREE])} free`);
   }
 
-  return { element: html("ul", { class: "counts" }, [held, shared, kept, reusable, free].map(({ element }) => element)), draw };
+  return { element: html("ul", { class: "counts" }, [held, shared, kept, reusable, free].map(({ element }) => element), evicted, copied), draw };
 }
 
 // The scheme's colours as pixels; on paper those that hold in any scheme unless another rule says otherwise.

@@ -1,6 +1,6 @@
 // A grid of cells on a canvas, kept as pixels: a change costs what it covers, and 50,000 cells a few milliseconds.
 
-const SIDE = { least: 3, most: 22 };
+const SIDE = { least: 3, usual: 26, most: 36 };
 const MOST_HEIGHT = 460;
 const ROW = 8; // cells that lie together
 const OUTLINED = 5; // pixels, from which on a cell can have an outline
@@ -19,8 +19,9 @@ export class Cells {
   layOut(width) {
     const scale = devicePixelRatio;
     const side = Math.floor(Math.sqrt((width * MOST_HEIGHT) / this.number));
-    const wanted = Math.max(SIDE.least, Math.min(SIDE.most, side));
-    this.columns = Math.max(ROW, Math.floor(width / wanted / ROW) * ROW);
+    const wanted = Math.max(SIDE.least, Math.min(SIDE.usual, side));
+    const rows = Math.min(Math.round(width / wanted / ROW), Math.floor(width / SIDE.least / ROW));
+    this.columns = Math.max(1, rows) * ROW;
     this.step = Math.floor(scale * Math.min(SIDE.most, width / this.columns)); // in pixels
     this.side = this.step / scale;
     this.size = this.step - Math.max(1, Math.floor(this.step / 10));

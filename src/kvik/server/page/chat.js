@@ -3,6 +3,7 @@
 import { html } from "./draw.js";
 import { count } from "./figures.js";
 import { Conversation } from "./conversation.js";
+import { Markdown } from "./markdown.js";
 import { drawReceipt, receipt, stoppedReceipt } from "./receipt.js";
 import { ask, eventsOf, json } from "./server.js";
 import { settings } from "./settings.js";
@@ -66,7 +67,8 @@ export function build(section, app) {
     try {
       await app.ready;
       const { path, body, prompt } = requestOf(turn, before);
-      if (!body.tools) turn.match = await matchOf({ model: body.model, ...prompt }, abort.signal);
+      turn.match = await matchOf({ model: body.model, ...prompt, ...(body.tools && { tools: body.tools }) }, abort.signal);
+      if (body.response_format || !prompt.messages) turn.isPlain = true; // JSON, or text that goes on: no Markdown
       const answer = await ask(path, { method: "POST", body, signal: abort.signal });
       turn.requestId = answer.headers.get("x-request-id");
       for await (const { data } of eventsOf(answer)) {
@@ -183,9 +185,14 @@ export function build(section, app) {
     turn.item = html("li", { class: `turn ${turn.role}` }, html("p", { class: "who" }, ROLES[turn.role], actions), turn.body, turn.foot);
     if (turn.role === "user") turn.body.textContent = turn.content;
     else {
-      turn.words = new Text();
+      turn.words = html("div");
       turn.made = html("div"); // its calls
       turn.body.append(turn.words, turn.made);
+      turn.source = button("As written", undefined, () => {
+        turn.isPlain = !turn.isPlain;
+        drawAnswer(turn);
+      });
+      turn.change.before(turn.source);
       turn.foot.addEventListener("toggle", ({ target }) => target.open && reveal(target), true); // it does not bubble
       drawAnswer(turn);
     }
@@ -195,7 +202,7 @@ export function build(section, app) {
   function drawAnswer(turn) {
     const isRunning = running?.turn === turn;
     const isFollowed = turn.item.getBoundingClientRect().bottom < form.getBoundingClientRect().top + NEAR;
-    turn.words.appendData(turn.content.slice(turn.words.length));
+    drawWords(turn);
     turn.body.classList.toggle("writing", isRunning);
     turn.made.replaceChildren(...(turn.calls ?? []).map((call) => html("pre", { class: "call" }, `${call.function.name}(${call.function.arguments})`)));
     if (isRunning) turn.foot.replaceChildren(html("p", { class: "note" }, progressOf(turn)));
@@ -205,6 +212,18 @@ export function build(section, app) {
     if (turn.finishReason === "length" && !isRunning) turn.foot.prepend(html("p", { class: "note" }, "It ends here because of the limit on tokens."));
     if (turn.error) turn.foot.prepend(html("p", { class: "problem" }, turn.error));
     if (isFollowed) reveal(turn.foot, "instant");
+  }
+
+  // What is new of the words; all of them where they are shown in another way than before.
+  function drawWords(turn) {
+    if (turn.text?.isPlain !== Boolean(turn.isPlain)) {
+      turn.text = turn.isPlain ? new Plain() : new Markdown();
+      turn.text.isPlain = Boolean(turn.isPlain);
+      turn.words.replaceChildren(turn.text.element);
+    }
+    turn.text.append(turn.content.slice(turn.text.length));
+    turn.source.hidden = !turn.content;
+    turn.source.textContent = turn.isPlain ? "As Markdown" : "As written";
   }
 
   // Scroll no further than needed to see it above the composer.
@@ -255,6 +274,17 @@ export function build(section, app) {
   }
 
   return { draw, show: () => text.focus({ preventScroll: true }) };
+}
+
+// Text as it is, which grows.
+class Plain {
+  element = html("div", { class: "as-written" }, document.createTextNode(""));
+  length = 0;
+
+  append(text) {
+    this.length += text.length;
+    this.element.firstChild.appendData(text);
+  }
 }
 
 function addCall(turn, { index, id, function: called }) {

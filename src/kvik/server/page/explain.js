@@ -48,15 +48,32 @@ export function build(section, app) {
   return { draw() {} };
 }
 
-// A browser opens links without a key; where one is asked for, the page can be saved.
+// A browser sends no key with a link: where one is asked for, each opening gets an address of its own that holds once.
 function made({ url, bytes: size }) {
-  const save = html("button", { type: "button" }, "Save it");
-  save.addEventListener("click", async () => {
+  const button = (name, act) => {
+    const found = html("button", { type: "button" }, name);
+    found.addEventListener("click", () => act().catch((error) => (problem.textContent = error.message)));
+    return found;
+  };
+  const problem = html("p", { class: "problem", role: "alert" });
+  const place = html("div");
+  const addressOf = async () => (asksForKey ? (await json(`${url}/link`, { method: "POST", body: {} })).url : url);
+  const save = button("Save it", async () => {
     const text = await (await ask(url)).text();
     const link = html("a", { href: URL.createObjectURL(new Blob([text], { type: "text/html" })), download: "kvik-explain.html" });
     link.click();
     URL.revokeObjectURL(link.href);
   });
-  const open = !asksForKey && html("a", { href: url, target: "_blank", rel: "noopener" }, "Open it in a new tab");
-  return html("div", { class: "figure made" }, html("p", {}, html("b", {}, "The page is made"), `, of ${bytes(size)}.`), html("p", { class: "controls" }, open, save));
+  const show = button("Show it here", async () => {
+    if (place.firstChild) place.replaceChildren();
+    else place.replaceChildren(html("iframe", { src: await addressOf(), sandbox: "allow-scripts", title: "The explained prompt" }));
+    show.textContent = place.firstChild ? "Hide it" : "Show it here";
+  });
+  const open = asksForKey
+    ? button("Open it in a new tab", async () => window.open(await addressOf(), "_blank", "noopener"))
+    : html("a", { href: url, target: "_blank", rel: "noopener" }, "Open it in a new tab");
+  return html("div", {},
+    html("div", { class: "figure made" }, html("p", {}, html("b", {}, "The page is made"), `, of ${bytes(size)}.`), html("div", { class: "controls" }, show, open, save)),
+    problem,
+    place);
 }

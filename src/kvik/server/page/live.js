@@ -2,8 +2,8 @@
 
 import { ask, eventsOf } from "./server.js";
 
-const MAX_SAMPLES = 450;
-const SAMPLE_S = 2;
+const MAX_SAMPLES = 900;
+const SAMPLE_S = 1;
 const AGAIN_MS = 1500;
 const GONE = "The server is gone; trying again";
 const FINAL = [401, 403]; // what no later try would change

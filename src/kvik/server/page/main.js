@@ -42,7 +42,9 @@ element("model").addEventListener("change", () => {
   draw({ isWhole: true, changes: [] });
 });
 addEventListener("resize", () => draw({ isWhole: true, changes: [] }));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw({ isWhole: true, changes: [] }));
+for (const media of ["(prefers-color-scheme: dark)", "print"]) {
+  matchMedia(media).addEventListener("change", () => draw({ isWhole: true, changes: [] }));
+}
 element("skip").addEventListener("click", (event) => {
   event.preventDefault(); // its address would name a view
   element("main").focus();
@@ -85,19 +87,21 @@ function build() {
   show();
 }
 
+// An address names a view, and for some a place in it: "#prefixes/17".
 function show() {
-  const wanted = VIEWS.find((view) => `#${view.id}` === location.hash) ?? VIEWS[0];
+  const [name, place] = location.hash.slice(1).split("/");
+  const wanted = VIEWS.find((view) => view.id === name) ?? VIEWS[0];
   for (const view of VIEWS) {
     element(view.id).hidden = view !== wanted;
     const link = element("views").querySelector(`[href="#${view.id}"]`);
     if (view === wanted) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  shown?.drawn.hide?.();
+  if (shown !== wanted) shown?.drawn.hide?.();
   if (shown && shown !== wanted) scrollTo({ top: 0, behavior: "instant" });
   shown = wanted;
   document.title = `${wanted.name} · kvik`;
-  shown.drawn.show?.();
+  shown.drawn.show?.(wanted.id === name ? place : undefined);
   draw({ isWhole: true, changes: [] });
 }
 

@@ -6,7 +6,8 @@ import { bytes, count, percent } from "./figures.js";
 import { live } from "./live.js";
 
 const MINUTES = 15;
-const GAP_S = 6; // between two samples, from which on nobody watched
+const GAP_S = 6; // between two samples, from which on the server stood still
+const AGAIN_MS = 900; // after which charts are drawn anew: there is a sample a second
 const STEPS_S = [60, 180, 300, 60 * MINUTES];
 
 export function build(section, app) {
@@ -20,10 +21,16 @@ export function build(section, app) {
   const misses = html("div", { class: "figure all" });
   section.append(
     html("h1", { class: "view" }, "Numbers"),
-    html("p", {}, "Sampled every two seconds while somebody looks; the same counters as in /metrics."),
+    html("p", {}, "The last 15 minutes, sampled every second since the server began, whoever looked. They are the counters of /metrics."),
     tiles,
     html("div", { class: "charts" }, Object.values(charts).map(({ element }) => element), misses),
   );
+
+  let drawn_ms = -Infinity; // when the charts were
+
+  const note = ({ isWhole }) => {
+    if (isWhole) drawn_ms = -Infinity;
+  };
 
   function draw() {
     const model = app.model();
@@ -42,11 +49,14 @@ export function build(section, app) {
       told.push(["disk_blocks", count(now.disk_blocks), `blocks on disk, ${bytes(now.disk_bytes)}; ${bytes(now.store_written_bytes)} written`]);
     }
     tiles.replaceChildren(...told.map(([name, figure, what]) => html("div", { class: "tile", "data-name": name, "data-value": now[name] }, html("b", {}, figure), html("span", {}, what))));
-    drawCharts(model.history, model.groups[0].block_bytes);
+    if (performance.now() - drawn_ms > AGAIN_MS) {
+      drawn_ms = performance.now();
+      drawCharts(model.history, model.groups[0].block_bytes);
+    }
     drawMisses(now, model.history);
   }
 
-  // Where nobody watched, or no prompt came, there is nothing to draw.
+  // Where the server stood still, or no prompt came, there is nothing to draw.
   function drawCharts({ names, rows }, blockBytes) {
     const end_s = live.now();
     const age_s = rows.length ? end_s - rows[0][0] : 0;
@@ -59,7 +69,7 @@ export function build(section, app) {
     const rate = (name) => column(name).map((value, at, all) => (began[at] < at ? (value - all[at - 1]) / (at_s[at] - at_s[at - 1]) : null));
     const [found, asked] = [column("found_tokens"), column("queried_tokens")];
     const shares = found.map((value, at) => {
-      const before = Math.max(began[at], at - 15); // of half a minute
+      const before = Math.max(began[at], at - 30); // of half a minute
       return asked[at] > asked[before] ? (value - found[before]) / (asked[at] - asked[before]) : null;
     });
     const whole = (number) => count(Math.round(number));
@@ -77,19 +87,19 @@ export function build(section, app) {
       { name: "waiting", colour: "--muted", values: column("waiting"), dashes: "5 3" }] });
   }
 
-  // In the time that is drawn, and since the server began.
+  // In the last 15 minutes, and since the server began.
   function drawMisses(now, { names, rows }) {
     const first = rows.find((row) => row[0] > live.now() - 60 * MINUTES);
     const before = (name) => (first ? first[names.indexOf(name)] : now[name]);
     const found = Object.entries(now).filter(([name, value]) => name.startsWith("miss_") && value).sort((a, b) => b[1] - a[1]);
     const cells = found.map(([name, value]) => html("tr", {}, html("td", {}, WHY[name.slice(5)] ?? name), html("td", {}, count(value - before(name))), html("td", {}, count(value))));
-    const heads = ["of prompts", "while watched", "in all"].map((name) => html("th", { scope: "col" }, name));
+    const heads = ["of prompts", "in 15 minutes", "in all"].map((name) => html("th", { scope: "col" }, name));
     misses.replaceChildren(html("h2", {}, "Why matches ended"), found.length
       ? html("table", {}, html("thead", {}, html("tr", {}, heads)), html("tbody", {}, cells))
       : html("p", { class: "note" }, "No prompt has come yet."));
   }
 
-  return { draw };
+  return { draw, note };
 }
 
 const WHY = {

@@ -7,12 +7,14 @@ import { json } from "./server.js";
 
 const AGAIN_MS = 2000;
 const MOST_ROWS = 300;
+const MOST_LEVEL = 64; // which is drawn; one can go deeper from there
 const LETTERS = 140;
 const LEAST_WIDTH = 15; // percent, of a bar that has its text within
 
 export function build(section, app) {
   const list = html("ol", { class: "tree", "aria-label": "Runs of the tree" });
   const scale = html("p", { class: "note" });
+  const path = html("p", { class: "controls", hidden: true });
   const detail = html("div", { class: "detail", role: "status" });
   const prompt = html("textarea", { rows: 2, "aria-label": "A prompt", placeholder: "Paste a prompt: how far would it match?" });
   const asMessage = html("input", { type: "checkbox", checked: true });
@@ -22,22 +24,22 @@ export function build(section, app) {
   section.append(
     html("h1", { class: "view" }, "Prefix tree"),
     html("p", {}, "What a new request can begin with and need not compute. A run stands where its tokens stand in a prompt, and is as wide as the tokens that it saves."),
-    html("div", { class: "figure" }, list, scale),
+    html("div", { class: "figure" }, path, list, scale),
     detail,
     html("h2", { class: "screen" }, "Would a prompt match?"),
     form,
   );
   let rows = [];
   let chosen; // a run's last block
+  let focus; // that of the run which the tree that is shown begins with
   let isStale = true;
   let asked_ms = -Infinity;
   let timer;
 
+  let drawnModel;
   app.onModel.push(() => {
-    isStale = true;
-    asked_ms = -Infinity;
-    chosen = undefined;
-    showNothing();
+    if (focus !== undefined && drawnModel && drawnModel !== app.model()?.id) location.hash = "#prefixes"; // its blocks are others
+    askAnew();
   });
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -63,6 +65,20 @@ export function build(section, app) {
     if (changes.some(({ model, blocks }) => blocks[0].length && model === app.model())) isStale = true;
   }
 
+  function askAnew() {
+    isStale = true;
+    asked_ms = -Infinity;
+    chosen = undefined;
+    showNothing();
+  }
+
+  function show(place) {
+    const wanted = /^\d{1,9}$/.test(place ?? "") ? Number(place) : undefined;
+    if (wanted === focus) return;
+    focus = wanted;
+    askAnew();
+  }
+
   // Asks anew where something has changed, and not too often.
   async function draw() {
     if (!isStale || section.hidden) return;
@@ -75,13 +91,18 @@ export function build(section, app) {
     isStale = false;
     asked_ms = performance.now();
     const model = app.model();
-    const told = await json(`/v1/cache/tree?max_level=64&max_rows=${MOST_ROWS}&model=${encodeURIComponent(model.id)}`).catch((error) => {
+    const [of, id] = [focus, encodeURIComponent(model.id)];
+    const below = of === undefined ? "" : `&below=${of}`;
+    const told = await json(`/v1/cache/tree?max_level=${MOST_LEVEL}&max_rows=${MOST_ROWS}&model=${id}${below}`).catch((error) => {
+      if (error.status === 404 && of === focus) return drawGone();
       scale.textContent = error.message;
       isStale = true;
     });
-    if (!told || model !== app.model()) return;
+    if (!told || model !== app.model() || of !== focus) return;
+    drawnModel = model.id;
     rows = told.data;
-    drawRows(told.has_more);
+    drawPath(told.above);
+    drawRows(told);
     const row = rows.find((each) => each.last_block === chosen);
     if (row) choose(row);
     else if (chosen !== undefined) {
@@ -90,22 +111,45 @@ export function build(section, app) {
     }
   }
 
-  function drawRows(hasMore) {
+  // The way back from a part of the tree.
+  function drawPath(above) {
+    path.hidden = focus === undefined;
+    if (path.hidden) return path.replaceChildren();
+    path.replaceChildren(
+      html("a", { href: "#prefixes" }, "The whole tree"),
+      above !== null && html("a", { href: `#prefixes/${above}` }, "One run up"),
+      html("span", { class: "note" }, `What goes on from block ${count(focus)}.`));
+  }
+
+  function drawGone() {
+    rows = [];
+    drawPath(null);
+    list.replaceChildren();
+    scale.textContent = "That run is no more: it was evicted, or its last block is not full.";
+  }
+
+  function drawRows({ has_more: hasMore, has_deeper: hasDeeper, max_level: deepest }) {
     const focused = list.contains(document.activeElement) ? document.activeElement.dataset.block : undefined;
-    const longest = Math.max(1, ...rows.map((row) => row.first_token + row.num_tokens));
+    const first = Math.min(...rows.map((row) => row.first_token));
+    const longest = Math.max(1, ...rows.map((row) => row.first_token + row.num_tokens - first));
     list.replaceChildren(...rows.map((row) => {
-      const [from, width] = [(100 * row.first_token) / longest, (100 * row.num_tokens) / longest];
+      const [from, width] = [(100 * (row.first_token - first)) / longest, (100 * row.num_tokens) / longest];
       const words = row.text === undefined ? "not yours to see" : row.text.trim().slice(0, LETTERS);
       const label = `${counted(row.num_tokens, "token")} from ${count(row.first_token)}, ${row.num_holders ? `held by ${row.num_holders}` : "reusable"}: ${words}`;
       const button = html("button", { type: "button", "aria-label": label, "data-block": row.last_block, "aria-pressed": String(row.last_block === chosen) },
         html("i", { class: row.num_holders ? "held" : "", style: `left:${from}%;width:${width}%` }),
         html("span", { class: row.text === undefined ? "muted" : "", style: placeOf(from, width) }, words));
       button.addEventListener("click", () => choose(row));
-      return html("li", {}, button);
+      const isCut = row.level === deepest && row.num_children > 0;
+      return html("li", {}, button, isCut && html("a", { class: "deeper", href: `#prefixes/${row.last_block}` }, `${counted(row.num_children, "run")} below …`));
     }));
     if (focused) list.querySelector(`[data-block="${focused}"]`)?.focus();
+    const left = [
+      hasMore && `Only the first ${count(MOST_ROWS)} runs are drawn: choose one, and look at what goes on from it.`,
+      hasDeeper && `Runs behind ${MOST_LEVEL} others are left out where a link says so.`,
+    ].filter(Boolean);
     scale.textContent = rows.length
-      ? `${counted(longest, "token")} from left to right; dark runs are held by a request, pale ones are kept for later.${hasMore ? ` Only the first ${count(MOST_ROWS)} runs are drawn.` : ""}`
+      ? [`${counted(longest, "token")} from left to right; dark runs are held by a request, pale ones are kept for later.`, ...left].join(" ")
       : "The tree is empty: no request has filled a block yet.";
   }
 
@@ -120,19 +164,21 @@ export function build(section, app) {
     const before = block?.num_evicted_before;
     const facts = [
       `Tokens ${count(row.first_token)} to ${count(row.first_token + row.num_tokens - 1)} in ${counted(row.num_blocks, "block")}`,
-      `read back by ${counted(numHits, "request")} since somebody looks`,
+      numHits ? `read back by ${counted(numHits, "request")}` : "not read back yet",
       row.num_holders ? `held by ${row.num_holders}${holders.length ? `: ${holders.map((each) => each.request_id).join(", ")}` : ""}` : "held by nobody",
       before === null || before === undefined ? "" : before ? `its end is evicted after ${counted(before, "other block")}` : "its end is the next to be evicted",
     ];
     const words = row.text === undefined ? "Its text is not yours to see." : row.text.replace(/^\n/, "") + (row.is_cut ? " …" : "");
-    detail.replaceChildren(html("p", {}, facts.filter(Boolean).join(" · ")), html("p", { class: "run" }, words));
+    const further = row.num_children > 0 && row.last_block !== focus &&
+      html("p", { class: "screen" }, html("a", { href: `#prefixes/${row.last_block}` }, `Look only at the ${row.num_children > 1 ? `${count(row.num_children)} runs` : "run"} that go${row.num_children > 1 ? "" : "es"} on from here`));
+    detail.replaceChildren(...[html("p", {}, facts.filter(Boolean).join(" · ")), html("p", { class: "run" }, words), further].filter(Boolean));
   }
 
   function showNothing() {
     detail.replaceChildren(html("p", { class: "note" }, "Choose a run to see who holds it, and its text where that is yours."));
   }
 
-  return { draw, note, hide: () => clearTimeout(timer) };
+  return { draw, note, show, hide: () => clearTimeout(timer) };
 }
 
 // A run's text is within its bar; where that is too narrow, it stands beside it.

@@ -4,7 +4,7 @@ import { box, html, svg } from "./draw.js";
 import { count, counted, time } from "./figures.js";
 import { live } from "./live.js";
 import { traceOf } from "./perfetto.js";
-import { ask, isReadOnly } from "./server.js";
+import { ask, isReadOnly, json } from "./server.js";
 
 const MOST_ROWS = 60;
 const LEAST_S = 5;
@@ -13,6 +13,8 @@ const WIDTH = 1000; // of a bar's picture, which is stretched
 const ID_DIGITS = 6;
 const TICKS_S = [1, 2, 5, 10, 20, 30];
 const MOST_TICKS = 6;
+const TOLD_TOKENS = 48; // of a prompt, its last
+const ROLES = new Set(["system", "user", "assistant", "model", "tool"]);
 const ORDER = { prefill: 0, decode: 0, queued: 1, done: 2 };
 
 export function build(section, app) {
@@ -26,7 +28,7 @@ export function build(section, app) {
   const nothing = html("p", { class: "empty-note" }, "No request came since this page was opened.");
   section.append(
     html("h1", { class: "view" }, "Requests"),
-    html("p", {}, "All requests on one clock: how long each waited, read its prompt, and wrote. Those that run come first, then those that wait, then the newest that ended."),
+    html("p", {}, "All requests on one clock: how long each waited, read its prompt, and wrote. Those that run come first, then those that wait, then the newest that ended. Each is named by the end of its prompt; press it to read all of it."),
     html("div", { class: "controls" }, clock, shown, html("span", { class: "screen" }, save)),
     html("div", { class: "figure wide" }, nothing, table),
   );
@@ -45,7 +47,7 @@ export function build(section, app) {
   });
 
   function line(row) {
-    const cells = { name: html("span"), text: html("small"), bar: html("td", { class: "bar" }) };
+    const cells = { name: html("span"), open: html("button", { type: "button", class: "plain", "aria-expanded": "false" }), text: html("small"), bar: html("td", { class: "bar" }) };
     for (const name of ["prompt", "cached", "written"]) cells[name] = html("td", { class: "optional" });
     for (const name of ["first", "each", "end"]) cells[name] = html("td", { class: name });
     const stop = html("button", { type: "button", "aria-label": `Abort ${row.request_id}` }, "Abort");
@@ -53,8 +55,33 @@ export function build(section, app) {
       stop.disabled = true;
       await ask(`/v1/requests/${encodeURIComponent(row.request_id)}`, { method: "DELETE" }).catch((error) => (stop.title = error.message));
     });
-    const element = html("tr", { "data-key": row.key }, html("td", { class: "what" }, cells.name, cells.text), cells.bar, cells.prompt, cells.cached, cells.written, cells.first, cells.each, cells.end);
-    return { element, cells, stop };
+    cells.open.append(cells.name);
+    cells.open.addEventListener("click", () => (more ? shut() : read()));
+    const element = html("tr", { "data-key": row.key }, html("td", { class: "what" }, cells.open, cells.text), cells.bar, cells.prompt, cells.cached, cells.written, cells.first, cells.each, cells.end);
+    let more; // the row below, with the whole prompt
+
+    function shut() {
+      more.remove();
+      more = undefined;
+      cells.open.ariaExpanded = "false";
+    }
+
+    async function read() {
+      const words = html("p", { class: "run", tabindex: 0 });
+      const head = html("p", { class: "note" }, "…");
+      more = html("tr", { class: "more" }, html("td", { colspan: heads.length }, head, words));
+      cells.open.ariaExpanded = "true";
+      element.after(more);
+      try {
+        const told = await json(`/v1/requests/${encodeURIComponent(row.request_id)}`);
+        head.textContent = `The whole prompt, ${counted(told.num_prompt_tokens, "token")}, of ${row.request_id}`;
+        words.textContent = told.prompt;
+      } catch (error) {
+        head.textContent = error.message;
+      }
+    }
+
+    return { element, cells, stop, rows: () => (more ? [element, more] : [element]) };
   }
 
   function draw() {
@@ -77,9 +104,13 @@ export function build(section, app) {
       const known = lines.get(row.key) ?? line(row);
       lines.set(row.key, known);
       fill(known, row, (at_s) => (WIDTH * (at_s - first_s)) / (end_s - first_s), end_s, grid);
-      return known.element;
-    });
-    if (wanted.length !== body.children.length || wanted.some((element, at) => body.children[at] !== element)) body.replaceChildren(...wanted);
+      return known.rows();
+    }).flat();
+    if (wanted.length !== body.children.length || wanted.some((element, at) => body.children[at] !== element)) {
+      const focused = document.activeElement;
+      body.replaceChildren(...wanted);
+      if (body.contains(focused)) focused.focus({ preventScroll: true });
+    }
     for (const each of lines.keys()) if (!model.requests.has(each)) lines.delete(each);
     clearTimeout(timer);
     if (isBusy && !section.hidden) timer = setTimeout(draw, 250); // the clock goes on between messages
@@ -88,9 +119,12 @@ export function build(section, app) {
   function fill({ element, cells, stop }, row, x, end_s, grid) {
     const branch = row.choice ? ` (choice ${row.choice + 1})` : "";
     const id = `…${row.request_id.slice(-ID_DIGITS)}${branch}`;
-    cells.name.textContent = row.prompt?.trim() || id;
-    cells.text.textContent = row.prompt?.trim() ? id : "";
-    element.firstChild.title = `${row.request_id}${branch}`;
+    const end = row.prompt?.trim();
+    cells.name.textContent = end ? lastWords(row.prompt, row.num_prompt_tokens > TOLD_TOKENS) : id;
+    cells.text.textContent = end ? id : "";
+    cells.open.disabled = !end;
+    const part = row.num_prompt_tokens > TOLD_TOKENS ? `, of whose prompt these are the last ${TOLD_TOKENS} tokens` : "";
+    element.firstChild.title = `${row.request_id}${branch}${end ? part : ""}`;
     const last_s = row.phase === "done" ? row.last_token_s ?? row.begun_s ?? row.submitted_s : end_s;
     const parts = [
       ["line", row.submitted_s, row.begun_s ?? last_s],
@@ -112,6 +146,13 @@ export function build(section, app) {
   }
 
   return { draw, hide: () => clearTimeout(timer) };
+}
+
+// The last line of a prompt that is neither a control token nor the name of a role.
+function lastWords(prompt, isCut) {
+  const lines = prompt.split(/<[^<>\s]{1,40}>|\[\/?[A-Z_]{2,20}\]|\n/).map((line) => line.trim()).filter(Boolean);
+  const at = lines.findLastIndex((line) => !ROLES.has(line.toLowerCase()));
+  return `${isCut || at > 0 ? "… " : ""}${lines[at] ?? prompt.trim()}`;
 }
 
 // Where the clock's ticks are, as parts of its span, and what they say.
