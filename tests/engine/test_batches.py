@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence as SequenceOf
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
+from crowds import ARRANGEMENTS, PARAMS, add_all, assert_same, run_batch, run_together
 from kvik.config import EngineConfig, KVDType, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine
@@ -19,7 +19,6 @@ from kvik.models.loader import LoadedModel
 from models import FloatArray, Run, assert_idle, random_prompt, run, shuffle_free_blocks, with_ops
 from sequences import new_sequence
 
-PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 LENGTHS = (5, 33, 64, 1, 90, 31, 32, 130, 7, 65, 12, 200, 40, 3, 96, 58)
 VOCAB = 320
 
@@ -27,39 +26,6 @@ VOCAB = 320
 def alone(model: LoadedModel, prompt: list[int], params: SamplingParams = PARAMS, **options: Any) -> Run:
     """Nothing is kept, nobody else is there: what every arrangement is compared with."""
     return run(Engine(model, EngineConfig(**options)), prompt, params, use_cache=False)
-
-
-def add_all(engine: Engine, prompts: SequenceOf[list[int]], params: SequenceOf[SamplingParams]) -> list[Sequence]:
-    sequences = [new_sequence(engine, prompt, each) for prompt, each in zip(prompts, params, strict=True)]
-    for sequence in sequences:
-        engine.add(sequence)
-    return sequences
-
-
-def run_together(engine: Engine, sequences: SequenceOf[Sequence]) -> list[Run]:
-    """Step to the end of all, proving the accounts after each step."""
-    rows: dict[Sequence, list[FloatArray]] = {sequence: [] for sequence in sequences}
-    while any(sequence.finish_reason is None for sequence in sequences):
-        result = engine.step()
-        engine.scheduler.check()
-        assert result is not None
-        assert len(result.sequences) == len(result.logits)
-        for sequence, row in zip(result.sequences, result.logits, strict=True):
-            rows[sequence].append(row)
-    for sequence in sequences:
-        assert sequence.error is None, sequence.error
-    assert_idle(engine)
-    return [Run(sequence, sequence.completion_ids, np.stack(rows[sequence])) for sequence in sequences]
-
-
-def run_batch(engine: Engine, prompts: SequenceOf[list[int]], params: SamplingParams = PARAMS) -> list[Run]:
-    return run_together(engine, add_all(engine, prompts, [params] * len(prompts)))
-
-
-def assert_same(found: SequenceOf[Run], wanted: SequenceOf[Run], message: object = "") -> None:
-    for index, (mine, other) in enumerate(zip(found, wanted, strict=True)):
-        assert mine.token_ids == other.token_ids, (index, message)
-        np.testing.assert_array_equal(mine.logits.view(np.uint32), other.logits.view(np.uint32), f"{index}: {message}")
 
 
 def prompts_of(model: LoadedModel, count: int) -> list[list[int]]:
@@ -325,15 +291,6 @@ def trained_prompts(trained: LoadedModel) -> list[list[int]]:
 def trained_wanted(trained: LoadedModel, trained_prompts: list[list[int]]) -> list[Run]:
     engine = Engine(trained, EngineConfig(prefix_cache=False))
     return [run(engine, prompt) for prompt in trained_prompts]
-
-
-ARRANGEMENTS: list[dict[str, Any]] = [
-    {},
-    {"token_budget": 7},
-    {"token_budget": 33, "max_running": 2},
-    {"kv_memory": "small", "max_tokens": 60},
-    {"speculate": "ngram"},
-]
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS, ids=str)
