@@ -14,7 +14,7 @@ from template_families import FAMILIES
 
 LINE = re.compile(
     r"^prompt (?P<prompt>[\d,]+) · cached (?P<cached>[\d,]+) \(\d+ %\) · TTFT [\d,.]+ m?s · ([\d,.]+|-) tok/s"
-    r" · KV [\d.]+ [KM]iB(?P<rest>.*)$",
+    r" · KV [\d.]+ [kM]B(?P<rest>.*)$",
     re.MULTILINE,
 )
 ENDLESS = ("--ignore-eos", "--max-tokens", "100000")

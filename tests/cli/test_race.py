@@ -102,7 +102,7 @@ def test_the_result_is_on_stdout(kvik: Kvik) -> None:
     heading, without, with_cache = table
     assert heading.split("  ")[0] == "lane"
     assert re.match(r"without the cache +30 +\d+\.\d\d s +\S+ +\S+ m?s +[\d,]+ +0 B$", without)
-    assert re.match(r"with the cache +30 +\d+\.\d\d s +\S+ +\S+ m?s +\d+ +[\d.]+ KiB$", with_cache)
+    assert re.match(r"with the cache +30 +\d+\.\d\d s +\S+ +\S+ m?s +\d+ +[\d.]+ kB$", with_cache)
     assert len(heading) == len(without) == len(with_cache)
     assert [line.split()[0] for line in curve[2:-1]] == ["1", "2", "4", "8", "16", "30"]
     assert curve[-1].startswith("without the cache, ")

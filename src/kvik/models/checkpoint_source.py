@@ -28,7 +28,7 @@ _BITS = {"F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q4_1": 5.0}
 # Of a number in its bits: where all of the exponent's are set, it is infinite or NaN.
 _EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 
-ROWS_TOGETHER = 8
+ROWS_TOGETHER = 16
 FEWEST_VALUES, MAX_VALUES = 1 << 16, 1 << 21  # of a chunk, which grows with the model, as what may lie beside it does
 
 _TABLES = ("token_embd.weight", "output.weight")
