@@ -17,7 +17,7 @@ from kvik.cli.options import store_folder
 from kvik.cli.terminal import columns, note, seconds, write
 from kvik.config import parse_bytes
 from kvik.errors import InvalidInput
-from kvik.hub.progress import megabytes
+from kvik.units import amount
 
 if TYPE_CHECKING:
     from kvik.store.inventory import ScopeView
@@ -40,7 +40,7 @@ def list_stored(folder: Folder = None, as_json: AsJson = False) -> None:
     for view in views:
         age = "-" if view.last_used_s is None else f"{seconds(max(0.0, time.time() - view.last_used_s))} ago"
         kv_dtype = str(view.about.get("kv_dtype", "-"))[:8]
-        counts = (f"{view.num_blocks:,}", megabytes(view.num_bytes), f"{view.num_sessions:,}")
+        counts = (f"{view.num_blocks:,}", amount(view.num_bytes), f"{view.num_sessions:,}")
         rows.append((view.scope[:8], view.model[:60], kv_dtype, *counts, age))
     write("".join(f"{line}\n" for line in columns(rows, left=3)))
 
@@ -63,7 +63,7 @@ def stats(folder: Folder = None, as_json: AsJson = False) -> None:
         _write_json(report)
         return
     write(
-        f"{root}\n{report['num_blocks']:,} blocks of {len(views):,} models, {megabytes(report['num_bytes'])};"  # type: ignore[arg-type]
+        f"{root}\n{report['num_blocks']:,} blocks of {len(views):,} models, {amount(report['num_bytes'])};"  # type: ignore[arg-type]
         f" {report['num_sessions']:,} saved sessions; {report['num_quarantined']:,} files put aside as damaged\n"
     )
 
@@ -111,7 +111,7 @@ def verify(
         _write_json(report)
     else:
         write(
-            f"{report['num_blocks']:,} blocks, {megabytes(num_bytes)} in {seconds(verify_s)}"
+            f"{report['num_blocks']:,} blocks, {amount(num_bytes)} in {seconds(verify_s)}"
             f" ({report['bytes_per_s'] / 1e6:,.0f} MB/s): {sum(faults.values()):,} bad"
             + (f", {foreign:,} sealed with another secret" if foreign else "")
             + "".join(f"\n  {count:,}: {fault}" for fault, count in faults.items())
@@ -146,7 +146,7 @@ def collect(
     if as_json:
         _write_json(asdict(swept))
         return
-    write(f"{swept.num_removed:,} files removed, {megabytes(swept.removed_bytes)} freed\n")
+    write(f"{swept.num_removed:,} files removed, {amount(swept.removed_bytes)} freed\n")
 
 
 @app.command("rm")
@@ -171,7 +171,7 @@ def remove(
         )
     for view in chosen:
         remove_scope(root, view.scope)
-        note(f"{view.scope[:8]} ({view.model}): {view.num_blocks:,} blocks removed, {megabytes(view.num_bytes)} freed")
+        note(f"{view.scope[:8]} ({view.model}): {view.num_blocks:,} blocks removed, {amount(view.num_bytes)} freed")
 
 
 def _recompute(
