@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from kvik_runs import NotAvailable, first_byte_s
 
@@ -15,8 +15,11 @@ FlashAttention = Literal["on", "off"]
 POLL_S = 0.02
 
 
-class LlamaCppRuns:
-    """The programs in `folder`/bin, as bench/peers/build_llama_cpp.sh leaves them."""
+class Programs:
+    """Programs in `folder`/bin, as a script in bench/peers leaves them; they use so many threads."""
+
+    script: ClassVar[str]
+    version_file: ClassVar[str]
 
     def __init__(self, folder: Path, threads: int) -> None:
         self.folder = folder
@@ -26,9 +29,23 @@ class LlamaCppRuns:
     def version(self) -> str:
         """What was built, and how."""
         try:
-            return ", ".join((self.folder / "version.txt").read_text().splitlines())
+            return ", ".join((self.folder / self.version_file).read_text().splitlines())
         except OSError:
             return "not built"
+
+    def program(self, name: str) -> str:
+        """The path of one of them. Raises `NotAvailable`."""
+        path = self.folder / "bin" / name
+        if not path.exists():
+            raise NotAvailable(f"{path} is missing; bench/peers/{self.script} makes it")
+        return str(path)
+
+
+class LlamaCppRuns(Programs):
+    """llama.cpp's."""
+
+    script = "build_llama_cpp.sh"
+    version_file = "version.txt"
 
     def prefill(self, model: Path, num_tokens: int, flash: FlashAttention) -> float:
         """Tokens a second of a prompt."""
@@ -53,7 +70,7 @@ class LlamaCppRuns:
         """What llama-batched-bench says of such a run: t_pp and t_tg in seconds, speed_tg in tokens a second."""
         context = num_sequences * (num_prompt_tokens + num_tokens)
         counts = ["-npp", num_prompt_tokens, "-ntg", num_tokens, "-npl", num_sequences, "-c", context]
-        command = [self._program("llama-batched-bench"), "-m", str(model), *map(str, counts)]
+        command = [self.program("llama-batched-bench"), "-m", str(model), *map(str, counts)]
         command += ["-t", str(self.threads), "-tb", str(self.threads), "-fa", flash, "--output-format", "jsonl"]
         return _last_json(_run(command))
 
@@ -71,7 +88,7 @@ class LlamaCppRuns:
 
     def cold_start(self, model: Path, prompt: str) -> float:
         """Seconds from the start of the program to its first token."""
-        command = [self._program("llama-completion"), "-m", str(model), "-p", prompt, "-n", "1", "-no-cnv"]
+        command = [self.program("llama-completion"), "-m", str(model), "-p", prompt, "-n", "1", "-no-cnv"]
         options = ["--no-display-prompt", "--no-warmup", "-c", "512", "--temp", "0", "-t", str(self.threads)]
         return first_byte_s([*command, *options])
 
@@ -87,7 +104,7 @@ class LlamaCppRuns:
     def quantize(self, source: Path, path: Path, kind: str) -> None:
         """Write the model to `path` in a weight format, whole or not at all."""
         partial = path.with_suffix(".partial")
-        command = [self._program("llama-quantize"), "--allow-requantize", str(source), str(partial), kind]
+        command = [self.program("llama-quantize"), "--allow-requantize", str(source), str(partial), kind]
         _run([*command, str(self.threads)])
         partial.rename(path)
 
@@ -95,31 +112,19 @@ class LlamaCppRuns:
         return float(_last_json(_run([*self._llama_bench(model, flash), *options, "-r", "1"]))["avg_ts"])
 
     def _llama_bench(self, model: Path, flash: FlashAttention) -> list[str]:
-        command = [self._program("llama-bench"), "-m", str(model), "-t", str(self.threads)]
+        command = [self.program("llama-bench"), "-m", str(model), "-t", str(self.threads)]
         return [*command, "-fa", flash, "-o", "jsonl"]
 
-    def _program(self, name: str) -> str:
-        return program(self.folder, name, "build_llama_cpp.sh")
 
-
-class IkLlamaCppRuns:
-    """The programs in `folder`/bin, as bench/peers/build_ik_llama_cpp.sh leaves them.
+class IkLlamaCppRuns(Programs):
+    """Those of ik_llama.cpp.
 
     `options` are those of its programs, by their names: rtr repacks weights as they are loaded, mqkv joins three
     projections, thp asks for huge pages. Gate and up in one, and graphs that are used again, it has unasked.
     """
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        self.folder = folder
-        self.threads = threads
-
-    @property
-    def version(self) -> str:
-        """What was built, and how."""
-        try:
-            return ", ".join((self.folder / "ik_version.txt").read_text().splitlines())
-        except OSError:
-            return "not built"
+    script = "build_ik_llama_cpp.sh"
+    version_file = "ik_version.txt"
 
     def prefill(self, model: Path, num_tokens: int, flash: FlashAttention, options: Sequence[str] = ()) -> float:
         """Tokens a second of a prompt."""
@@ -151,7 +156,7 @@ class IkLlamaCppRuns:
         """Tokens a second of all sequences together."""
         context = num_sequences * (num_prompt_tokens + num_tokens)
         counts = ["-npp", num_prompt_tokens, "-ntg", num_tokens, "-npl", num_sequences, "-c", context]
-        command = [program(self.folder, "ik-llama-batched-bench", IK_SCRIPT), "-m", str(model), *map(str, counts)]
+        command = [self.program("ik-llama-batched-bench"), "-m", str(model), *map(str, counts)]
         threads = ["-t", str(self.threads), "-tb", str(self.threads)]
         command += [*threads, "-fa", flash, *(f"-{option}" for option in options)]
         # It writes a log into the folder where it runs, and its table to stderr.
@@ -160,21 +165,10 @@ class IkLlamaCppRuns:
         return float(rows[-1][8])  # PP, TG, B, N_KV, T_PP, S_PP, T_TG, S_TG
 
     def _bench(self, model: Path, flash: FlashAttention, options: Sequence[str], *what: str) -> float:
-        command = [program(self.folder, "ik-llama-bench", IK_SCRIPT), "-m", str(model), "-t", str(self.threads)]
+        command = [self.program("ik-llama-bench"), "-m", str(model), "-t", str(self.threads)]
         switches = [text for option in options for text in (f"-{option}", "1")]
         found = json.loads(_run([*command, "-fa", str(int(flash == "on")), *switches, *what, "-r", "1", "-o", "json"]))
         return float(found[-1]["avg_ts"])
-
-
-IK_SCRIPT = "build_ik_llama_cpp.sh"
-
-
-def program(folder: Path, name: str, script: str) -> str:
-    """The path of a program that a script in bench/peers builds. Raises `NotAvailable`."""
-    path = folder / "bin" / name
-    if not path.exists():
-        raise NotAvailable(f"{path} is missing; bench/peers/{script} makes it")
-    return str(path)
 
 
 def _run(

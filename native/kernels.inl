@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "simd_dots.h"
 #include "simd_doubles.h"
 #include "simd_math.h"
 #include "simd_quads.h"

@@ -63,7 +63,7 @@ def gemma_path() -> Path:
     try:
         return find("gemma3-270m")
     except ModelNotFound as error:
-        pytest.skip(f"{error.message}, its terms were not accepted: {error.hint}")
+        pytest.skip(f"{error.message}; `kvik models pull gemma3-270m` fetches it, once its terms are accepted")
 
 
 @pytest.fixture(autouse=True)

@@ -110,15 +110,37 @@ class GatedRunner(ModelRunner):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.num_left = -1  # steps until the gate closes by itself; never where negative
+        self._gate = threading.Event()
+        self._gate.set()
+        self._lock = threading.Lock()
+        self._num_left: int | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        return not self._gate.is_set()
+
+    def close_after(self, num_steps: int) -> None:
+        """Let so many steps pass, and stop the next one; `open()` before that step calls the closing off."""
+        with self._lock:
+            self._num_left = num_steps
+
+    def close(self) -> None:
+        self._gate.clear()
+
+    def open(self) -> None:
+        """Let all steps pass, also those that a closing was waiting for."""
+        with self._lock:
+            self._num_left = None
+            self._gate.set()
 
     def run(self, batch: ScheduledBatch) -> StepOutput:
-        if self.num_left == 0:
-            self.gate.clear()
-        self.num_left -= 1
-        assert self.gate.wait(PATIENCE_S)
+        with self._lock:
+            if self._num_left == 0:
+                self._num_left = None
+                self._gate.clear()
+            elif self._num_left is not None:
+                self._num_left -= 1
+        assert self._gate.wait(PATIENCE_S)
         return super().run(batch)
 
 

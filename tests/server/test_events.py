@@ -236,17 +236,21 @@ def test_a_server_that_drains_ends_the_stream(server: KeptServer) -> None:
 def test_one_request_is_aborted_and_its_blocks_are_free(tiny_llm: LLM) -> None:
     llm, runner = gated(tiny_llm, kv_memory="1MiB")
     with KeptServer(llm) as server, watching(server) as watch:
-        runner.num_left = 20
+        runner.close_after(20)
         sent = threading.Thread(target=lambda: server.caller().ask("POST", "/v1/completions", body))
         body = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True}
         sent.start()
         watch.read_until(lambda: any(row["phase"] == "decode" for row in watch.requests.values()))
+        wait_until(lambda: runner.is_closed)
         (row,) = watch.requests.values()
         assert row["blocks"][0]
         assert watch.states[0][row["blocks"][0][0]] == 2, "held by one, and open"
         ended = threading.Thread(target=lambda: server.caller().ask("DELETE", f"/v1/requests/{row['request_id']}"))
+        inbox = next(iter(server.state.models)).async_llm._inbox
+        num_waiting = inbox.qsize()
         ended.start()
-        runner.gate.set()
+        wait_until(lambda: inbox.qsize() > num_waiting)
+        runner.open()
         for thread in (ended, sent):
             thread.join(PATIENCE_S)
         watch.read_until(lambda: watch.num_done == 1)
@@ -282,13 +286,13 @@ def test_tenants_see_their_own(tiny_llm: LLM) -> None:
 def test_nobody_aborts_what_is_not_his_own(tiny_llm: LLM) -> None:
     llm, runner = gated(tiny_llm)
     with KeptServer(llm, api_keys=KEYS, shared_cache=True) as server, watching(server, "key-of-anna") as own:
-        runner.num_left = 5
+        runner.close_after(5)
         sent = threading.Thread(target=lambda: write(server, [5, 6, 7], 9, "key-of-anna"))
         sent.start()
         own.read_until(lambda: bool(own.requests))
         (row,) = own.requests.values()
         server.caller("key-of-bert").ask("DELETE", f"/v1/requests/{row['request_id']}", status=404)
-        runner.gate.set()
+        runner.open()
         sent.join(PATIENCE_S)
         own.read_until(lambda: own.num_done == 1)
         assert [row["finish_reason"] for row in own.requests.values()] == ["length"]

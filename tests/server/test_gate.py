@@ -342,7 +342,7 @@ def server(tiny: LLM) -> Iterator[LiveServer]:
     llm, runner = gated(tiny, max_running=1, max_waiting=1)
     with live({"tiny": llm}, max_body_bytes=100_000) as server:
         yield server
-        runner.gate.set()
+        runner.open()
 
 
 def test_a_chunked_body_is_refused_in_the_middle(server: LiveServer) -> None:
@@ -365,14 +365,14 @@ def test_a_chunked_body_is_refused_in_the_middle(server: LiveServer) -> None:
 
 def test_a_full_queue_is_429_and_says_when_to_come_again(server: LiveServer) -> None:
     engine = server.served.llm.engine
-    engine.runner.gate.clear()  # type: ignore[attr-defined]
+    engine.runner.close()  # type: ignore[attr-defined]
     body = {"prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True}
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(server.ask, "POST", "/v1/completions", body)]
         wait_until(lambda: len(engine.scheduler.running) == 1)
         asked += [pool.submit(server.ask, "POST", "/v1/completions", body) for _ in range(2)]
         wait_until(lambda: server.served.async_llm._inbox.qsize() == 2)
-        engine.runner.gate.set()  # type: ignore[attr-defined]
+        engine.runner.open()  # type: ignore[attr-defined]
         answers = [each.result() for each in asked]
     assert sorted(answer.status for answer in answers) == [200, 200, 429]
     (refused,) = [answer for answer in answers if answer.status == 429]

@@ -32,7 +32,7 @@ def runner_and_server(tiny: LLM) -> Iterator[tuple[GatedRunner, LiveServer]]:
     llm, runner = gated(tiny)
     with live({"tiny": llm}, hang_s=HANG_S, ping_s=0.05) as server:
         yield runner, server
-        runner.gate.set()
+        runner.open()
 
 
 def statuses(server: LiveServer) -> list[int]:
@@ -53,7 +53,7 @@ def test_a_hung_engine_is_told_and_its_streams_end_with_an_error(
     runner_and_server: tuple[GatedRunner, LiveServer],
 ) -> None:
     runner, server = runner_and_server
-    runner.num_left = 3
+    runner.close_after(3)
     body = {"prompt": [1, 2, 3], "max_tokens": 500, "ignore_eos": True, "stream": True}
     with server.asking("POST", "/v1/completions", body) as response:
         events = [line[6:] for line in response if line.startswith(b"data: ")]
@@ -66,7 +66,7 @@ def test_a_hung_engine_is_told_and_its_streams_end_with_an_error(
     late = server.ask("POST", "/v1/completions", {"prompt": [1, 2], "max_tokens": 2})
     assert (late.status, late.body["error"]["code"]) == (503, "engine_hung")
     assert "retry-after" in late.headers
-    runner.gate.set()
+    runner.open()
     wait_until(lambda: statuses(server) == [200, 200, 200])
     wait_until(lambda: not server.served.llm.engine.scheduler.has_work)
     assert server.ask("POST", "/v1/completions", {"prompt": [1, 2], "max_tokens": 2}).status == 200
@@ -116,7 +116,7 @@ def test_a_full_queue_is_alive_and_not_ready(tiny: LLM) -> None:
 
     def stops_when_full(batch: ScheduledBatch) -> StepOutput:
         if scheduler.is_full and not is_told.is_set():
-            runner.gate.clear()
+            runner.close()
         time.sleep(0 if is_told.is_set() else 0.002)  # so that the first is not whole before the second comes
         return run(batch)
 
@@ -127,7 +127,7 @@ def test_a_full_queue_is_alive_and_not_ready(tiny: LLM) -> None:
         wait_until(lambda: bool(scheduler.running))
         assert server.ask("GET", "/ready").status == 200
         asked.append(pool.submit(server.ask, "POST", "/v1/completions", body))
-        wait_until(lambda: not runner.gate.is_set())
+        wait_until(lambda: runner.is_closed)
         ready = server.ask("GET", "/ready")
         assert (ready.status, ready.body) == (503, {"status": "full", "models": {"busy": "full", "idle": "ok"}})
         assert int(ready.headers["retry-after"]) > 0
@@ -138,7 +138,7 @@ def test_a_full_queue_is_alive_and_not_ready(tiny: LLM) -> None:
         assert server.ask("GET", "/ready").body["status"] == "draining"
         server.state.is_draining = False
         is_told.set()
-        runner.gate.set()
+        runner.open()
         wait_until(lambda: server.ask("GET", "/ready").status == 200)
         assert [each.result().status for each in asked] == [200, 200]
 
