@@ -48,7 +48,7 @@ def ask(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "load_model_s": loaded_s - started_s,
         "first_token_s": stats.time_to_first_token_s,
-        "start_to_first_token_s": loaded_s - started_s + stats.time_to_first_token_s,
+        "start_to_first_token_s": loaded_s - arguments.begun_s + stats.time_to_first_token_s,
         "num_stored_tokens": stats.num_stored_tokens,
         "load_blocks_s": stats.load_s,
         "token_ids": completion.token_ids,
@@ -182,6 +182,7 @@ PARTS = {"ask": ask, "verify": verify, "overhead": overhead, "slots": slots}
 def run(part: str, arguments: argparse.Namespace, store: Path | None, prompt: str = "0") -> dict[str, Any]:
     """A part in a process of its own."""
     command = [sys.executable, __file__, "--part", part, "--model", arguments.model, "--prompt", prompt]
+    command += ["--begun-s", str(time.perf_counter())]  # a clock that processes share
     command += [] if store is None else ["--store", str(store)]
     for name in ("rounds", "threads", "requests", "new_prompt", "answer", "peers"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--store", type=Path)
     parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--begun-s", type=float)
     arguments = parser.parse_args()
     if arguments.part:
         print(json.dumps(PARTS[arguments.part](arguments)))
