@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from played_page import PROGRAM, Answers, Play, change, feed, request, state
+from played_page import COUNTERS, PROGRAM, Answers, Play, change, feed, request, state
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium here: install Debian's package chromium")
 
@@ -130,6 +130,40 @@ def test_cells_are_light_on_paper(play: Play) -> None:
     page.wait_for_function(f"String({pixel}) === '0,114,178,255'")
     page.emulate_media(media="screen")
     page.wait_for_function(f"String({pixel}) === '86,180,233,255'")
+
+
+def test_blocks_that_are_on_disk_are_marked(play: Play) -> None:
+    page = play("blocks", {"/v1/cache/blocks": (200, ON_DISK)}, color_scheme="light")
+    feed(page, "state", state(counters=COUNTERS | {"disk_blocks": 7}))
+    counts = page.locator("#blocks .counts")
+    expect(counts).to_contain_text("0 also on disk, of 7 there")
+    pixels = """() => {
+        const canvas = document.querySelector("#blocks canvas");
+        const { data, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width, 40);
+        const end = [...Array(40).keys()].find((at) => !data[4 * at + 3]) - 1;
+        return [3, end].map((at) => data.slice(4 * (at * width + at), 4 * (at * width + at) + 4).join());
+    }"""
+    feed(page, "change", change(counters=COUNTERS | {"disk_blocks": 7}, blocks=[[[0, 1], [1, 0x81]]]))
+    expect(counts).to_contain_text("2 reusable")
+    expect(counts).to_contain_text("1 also on disk, of 7 there")
+    assert page.evaluate(pixels) == ["116,174,219,255", "116,174,219,255"]
+    feed(page, "change", change(counters=COUNTERS | {"disk_blocks": 7}, blocks=[[[0], [0x83]]]))
+    expect(counts).to_contain_text("2 also on disk")
+    expect(counts).to_contain_text("1 held")
+    assert page.evaluate(pixels) == ["86,96,110,255", "0,0,0,0"], "its own colour, and a corner less"
+    page.locator("#blocks canvas").focus()
+    expect(page.locator("#blocks .detail")).to_contain_text("held by 1, sealed, also on disk")
+
+
+ON_DISK = {
+    "state": "held",
+    "num_holders": 1,
+    "is_sealed": True,
+    "first_token": 0,
+    "num_tokens": 1,
+    "num_evicted_before": None,
+    "tokens": ["sky"],
+}
 
 
 def test_the_past_ends_after_five_minutes(play: Play) -> None:
