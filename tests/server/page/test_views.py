@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from playwright.sync_api import expect
 
+from kvik.cache import MissReason
 from played_page import ADDRESS, COUNTERS, PLAN, PROGRAM, Answers, Play, change, feed, request, state
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium here: install Debian's package chromium")
@@ -97,6 +100,80 @@ def test_numbers_have_gaps_where_the_server_stood_still_and_no_prompt_came(play:
     assert [line.count("M") for line in (*speed, *memory)] == [2, 2, 2, 2]
     assert hits[0].count("M") == 1, "no prompt came after the gap"
     expect(page.locator("#numbers .figure", has_text="Memory of blocks").locator("text").nth(1)).to_contain_text("kB")
+
+
+def test_why_matches_ended_is_drawn_over_time(play: Play) -> None:
+    """A column for each moment, as high as the prompts that came in it; colours are those of the table's rows."""
+    page = play("numbers")
+    counters = COUNTERS | {"miss_differs": 0, "miss_all": 0, "miss_window": 0}
+    now_s = page.evaluate("performance.now() / 1000 + 1000")
+    differs, whole = "miss_differs", "miss_all"
+    grown = {5: {differs: 6}, 20: {differs: 2, whole: 4}, 400: {whole: 3}, 835: {differs: 1}}
+    first_s = now_s // 30 * 30 - 840  # where a column begins
+    rows = []
+    for at_s in range(int(now_s - first_s) + 1):
+        for name, number in grown.get(at_s, {}).items():
+            counters[name] += number
+        rows.append([first_s + at_s, *counters.values()])
+    feed(page, "state", state(counters=counters, history={"names": ["at_s", *counters], "rows": rows}))
+    figure = page.locator("#numbers .figure", has_text="Why matches ended")
+    expect(figure.locator("tbody tr")).to_have_text(
+        [re.compile("the tokens differ.*9$"), re.compile("all but the last.*7$")], use_inner_text=False
+    )
+    expect(figure.locator(".note").last).to_have_text("Prompts in each 30 s.")
+    heights = figure.locator("path[data-name]").evaluate_all(
+        """paths => Object.fromEntries(paths.map((path) => [path.dataset.name, path.getAttribute("d").split("z")
+            .filter(Boolean).map((part) => part.match(/[0-9.]+/g).map(Number)).map(([, base, to]) => base - to)]))"""
+    )
+    unit = heights["differs"][-1]
+    assert [round(each / unit) for each in heights["differs"]] == [8, 1]
+    assert [round(each / unit) for each in heights["all"]] == [4, 3]
+    colours = [
+        figure.locator(f"path[data-name={name}]").evaluate("path => getComputedStyle(path).fill") for name in heights
+    ]
+    assert colours == figure.locator("tbody i").evaluate_all(
+        "keys => keys.map((key) => getComputedStyle(key).backgroundColor)"
+    )
+    assert "in 15 minutes: the tokens differ from what is cached 9" in (
+        figure.locator("svg").get_attribute("aria-label") or ""
+    )
+
+
+def test_every_reason_has_words_and_a_colour(play: Play) -> None:
+    page = play("numbers")
+    found = page.evaluate(
+        """async (names) => {
+            const { colourOf, inShort, reasonOf } = await import("/page/reasons.js");
+            const isKnown = (name) => reasonOf(name) && inShort(name) !== name && colourOf(name) !== colourOf("?");
+            return names.filter((name) => !isKnown(name));
+        }""",
+        [reason.name.lower() for reason in MissReason],
+    )
+    assert found == ["off"], "whose grey is that of what is unknown"
+
+
+def test_runs_that_begin_alike_are_named_by_what_is_their_own(play: Play) -> None:
+    run = {"first_token": 0, "num_tokens": 64, "num_blocks": 2, "num_holders": 0, "num_children": 0}
+    texts = ["<|im_start|>user\nWhy is the sky blue?", "<|im_start|>user\nWhy is the sea salty?", "def main():"]
+    rows = [{**run, "level": 0, "last_block": at, "text": text} for at, text in enumerate(texts)]
+    tree = {"data": rows, "has_more": False, "has_deeper": False, "max_level": 64, "above": None}
+    page = play("prefixes", {"/v1/cache/tree": (200, tree)})
+    feed(page, "state", state())
+    expect(page.locator("#prefixes .tree span")).to_have_text(["… sky blue?", "… sea salty?", "def main():"])
+
+
+def test_a_long_line_is_named_by_its_end(play: Play) -> None:
+    page = play("requests")
+    long = (
+        "You are a gardener who keeps a diary of the weather, and answers in one sentence. Which flowers bloom in May?"
+    )
+    rows = [
+        request(1, prompt=long, num_prompt_tokens=24),
+        request(2, prompt="word " * 30 + "end", num_prompt_tokens=31),
+    ]
+    feed(page, "state", state(requests=rows))
+    expect(page.locator("[data-key='1'] .what button")).to_have_text("… Which flowers bloom in May?")
+    expect(page.locator("[data-key='2'] .what button")).to_have_text(re.compile("^… (word ){6}end$"))
 
 
 def test_a_part_of_the_tree_has_its_own_address(play: Play) -> None:
