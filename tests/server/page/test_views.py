@@ -156,10 +156,13 @@ def test_runs_that_begin_alike_are_named_by_what_is_their_own(play: Play) -> Non
     run = {"first_token": 0, "num_tokens": 64, "num_blocks": 2, "num_holders": 0, "num_children": 0}
     texts = ["<|im_start|>user\nWhy is the sky blue?", "<|im_start|>user\nWhy is the sea salty?", "def main():"]
     rows = [{**run, "level": 0, "last_block": at, "text": text} for at, text in enumerate(texts)]
+    rows.append({**run, "level": 0, "last_block": 3})  # of somebody else
     tree = {"data": rows, "has_more": False, "has_deeper": False, "max_level": 64, "above": None}
     page = play("prefixes", {"/v1/cache/tree": (200, tree)})
     feed(page, "state", state())
-    expect(page.locator("#prefixes .tree span")).to_have_text(["… sky blue?", "… sea salty?", "def main():"])
+    expect(page.locator("#prefixes .tree span")).to_have_text(
+        ["… the sky blue?", "… the sea salty?", "def main():", "64 tokens"]
+    )
 
 
 def test_a_long_line_is_named_by_its_end(play: Play) -> None:

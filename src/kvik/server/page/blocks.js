@@ -102,7 +102,7 @@ export function build(section, app) {
     const cells = new Cells(number, `Blocks of ${nameOf(group)}; the arrow keys choose one`);
     const { canvas } = cells;
     const ring = html("i", { class: "ring", hidden: true });
-    const element = html("div", { class: "figure" }, html("h3", {}, nameOf(group), html("span", { class: "note" }, ` · ${counted(number, "block")} of ${bytes(group.block_bytes)}`)), html("div", { class: "cells" }, canvas, ring));
+    const element = html("div", { class: "figure" }, html("h2", {}, nameOf(group), html("span", { class: "note" }, ` · ${counted(number, "block")} of ${bytes(group.block_bytes)}`)), html("div", { class: "cells" }, canvas, ring));
     const looks = new Uint8Array(number);
     const counts = noCounts();
     const replay = new Replay(looks);

@@ -10,6 +10,7 @@ const MOST_ROWS = 300;
 const MOST_LEVEL = 64; // which is drawn; one can go deeper from there
 const LETTERS = 140;
 const LEAST_SHARED = 16; // letters, from which on a run is named by what follows
+const LEAST_OWN = 12; // letters, that a name has at least
 const LEAST_WIDTH = 15; // percent, of a bar that has its text within
 
 export function build(section, app) {
@@ -137,8 +138,8 @@ export function build(section, app) {
     list.replaceChildren(...rows.map((row) => {
       const [from, width] = [(100 * (row.first_token - first)) / longest, (100 * row.num_tokens) / longest];
       const start = starts.get(row) ?? 0;
-      const words = row.text === undefined ? "not yours to see" : `${start ? "… " : ""}${row.text.slice(start).trim().slice(0, LETTERS)}`;
-      const label = `${counted(row.num_tokens, "token")} from ${count(row.first_token)}, ${row.num_holders ? `held by ${row.num_holders}` : "reusable"}: ${words}`;
+      const words = row.text === undefined ? counted(row.num_tokens, "token") : `${start ? "… " : ""}${row.text.slice(start).trim().slice(0, LETTERS)}`;
+      const label = `${counted(row.num_tokens, "token")} from ${count(row.first_token)}, ${row.num_holders ? `held by ${row.num_holders}` : "reusable"}: ${row.text === undefined ? "not yours to see" : words}`;
       const button = html("button", { type: "button", "aria-label": label, "data-block": row.last_block, "aria-pressed": String(row.last_block === chosen) },
         html("i", { class: row.num_holders ? "held" : "", style: `left:${from}%;width:${width}%` }),
         html("span", { class: row.text === undefined ? "muted" : "", style: placeOf(from, width) }, words));
@@ -199,7 +200,7 @@ function ownStarts(rows) {
     const shared = found.slice(1).map((row, at) => sharedLetters(row.text, found[at].text));
     found.forEach(({ text }, at) => {
       const letters = Math.max(shared[at - 1] ?? 0, shared[at] ?? 0);
-      const start = text.slice(0, letters).search(/\S*$/); // not within a word
+      const start = text.slice(0, Math.max(0, Math.min(letters, text.length - LEAST_OWN))).search(/\S*$/); // not within a word
       if (start >= LEAST_SHARED && text.slice(start).trim()) starts.set(found[at], start);
     });
   }

@@ -23,10 +23,10 @@ export function build(section, app) {
   const clock = html("p", { class: "legend" });
   const body = html("tbody");
   const axis = html("div", { class: "axis" });
-  const heads = [["what", "request"], ["bar", axis], ["figure-cell optional", "prompt"], ["figure-cell optional", "cached"], ["figure-cell optional", "written"], ["figure-cell", "first token"], ["figure-cell", "a token"], ["end", ""]];
+  const heads = [["what", "request"], ["bar", axis], ["figure-cell optional", "prompt"], ["figure-cell optional", "cached"], ["figure-cell optional", "written"], ["figure-cell", "first token"], ["figure-cell", "a token"], ["end", "end"]];
   const table = html("table", { class: "requests" }, html("thead", {}, html("tr", {}, heads.map(([kind, name]) => html("th", { scope: "col", class: kind }, name)))), body);
   const shown = html("p", { class: "note", role: "status" });
-  const nothing = html("p", { class: "empty-note" }, "No request came since somebody looks. Before that this server counts, and keeps no request and no text.");
+  const nothing = html("p", { class: "empty-note" }, "No request has come since somebody looks here. Until then the server counts, and keeps neither requests nor their text.");
   section.append(
     html("h1", { class: "view" }, "Requests"),
     html("p", {}, "The requests that came since somebody looks, on one clock: how long each waited, read its prompt, and wrote. Those that run come first, then those that wait, then the newest that ended. Each is named by the end of its prompt; press it to read all of it."),
