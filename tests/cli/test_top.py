@@ -19,8 +19,9 @@ from rich.console import Console
 
 from command_line import CTRL_C, Kvik, Terminal
 from fake_server import FakeServer
+from kvik.cache import MissReason
 from kvik.cli.top_screen import told_once
-from kvik.cli.top_view import Place, frame, map_cells
+from kvik.cli.top_view import WHY, Place, frame, map_cells
 from kvik.client.completions import Server as Asked
 from kvik.client.http import parse_url
 from kvik.client.live import FREE, HELD, REUSABLE, SHARED
@@ -422,6 +423,20 @@ def test_nothing_that_a_server_says_steers_the_terminal(width: int) -> None:
     for line in frame(found, found.models[evil], Place(width, 30, True, "u", "c", lost=evil)):
         assert not re.search(r"[\x00-\x1f\x7f-\x9f]", line.plain)
         assert line.cell_len <= width
+
+
+def test_stored_blocks_are_told_where_there_are_any() -> None:
+    stored = {"disk_blocks": 1234, "miss_damaged": 2}
+    found = told(model(bytes([0x81, 0x83, 0x84, 0]), [], counters=stored))
+    lines = [each.plain for each in frame(found, found.models["smol"], Place(120, 24, False, "u", "c"))]
+    assert "on disk 1,234" in line_with(lines, "evicted 0")
+    assert line_with(lines, "2 the stored block is damaged")
+    assert "H 2 held" in line_with(lines, "1 reusable"), "what is on disk looks like what is not"
+    assert not [line for line in drawn(width=120, height=24) if "on disk" in line]
+
+
+def test_every_reason_has_words() -> None:
+    assert WHY.keys() == {reason.name.lower() for reason in MissReason}
 
 
 def test_nothing_has_come_yet() -> None:

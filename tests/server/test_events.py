@@ -21,7 +21,7 @@ from kvik.engine.llm import LLM
 from kvik.server.live import watcher as watching_module
 from kvik.server.live.history import MAX_SAMPLES, History
 from kvik.server.live.hub import INTERVAL_S, MAX_SHARE, Viewer, Watcher, smoothed
-from kvik.server.live.watcher import MAX_ENDED, ModelWatch, state_of
+from kvik.server.live.watcher import MAX_ENDED, STORED, ModelWatch, state_of
 from kvik.server.served import ServedModel
 from live_server import gated
 from server_process import PATIENCE_S, wait_until, with_engine
@@ -151,6 +151,25 @@ def test_groups_of_layers_with_windows(tmp_path: Path) -> None:
         block = server.caller().get(f"/v1/cache/blocks/{sealed}?group=1")
         assert block["state"] == "reusable"
         assert block["num_tokens"] == 32
+
+
+def test_what_is_on_disk_is_told_once_it_is(tiny_llm: LLM, tmp_path: Path) -> None:
+    llm = with_engine(tiny_llm, kv_memory="1MiB", store=str(tmp_path / "store"))
+    with KeptServer(llm) as server:
+        write(server, list(range(3, 70)))
+        assert server.engine.flush_store(PATIENCE_S)
+        with watching(server) as watch:
+            watch.read_until(lambda: watch.num_states == 1)
+            stored = [at for at, state in enumerate(watch.states[0]) if state == STORED | 1]
+            assert len(stored) == 2
+            write(server, list(range(100, 170)))  # and while somebody looks
+            watch.read_until(lambda: sum(state == STORED | 1 for state in watch.states[0]) == 4)
+            server.engine.clear_cache()
+            watch.read_until(lambda: not any(watch.states[0]))
+        tier = server.engine.tier
+        assert tier is not None
+        wait_until(lambda: tier.newly_stored is None)  # nobody asks any more
+    llm.close()
 
 
 def test_nothing_is_done_for_nobody(server: KeptServer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from http.client import HTTPResponse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
 from kvik.measure.lanes import make_lanes, run_race
 from kvik.server.live.explained import MAX_KEPT
-from server_process import wait_until, with_engine
+from server_process import PATIENCE_S, wait_until, with_engine
 
 PATH = "/v1/race"
 
@@ -47,6 +48,26 @@ def test_the_lanes_are_those_of_kvik_race(server: KeptServer) -> None:
         assert found["num_computed_tokens"] == sum(work.num_tokens for work in works)
         assert found["multiply_adds"] == sum(work.multiply_adds for work in works)
         assert found["read_bytes"] == sum(work.read_bytes for work in works)
+
+
+def test_what_is_stored_is_neither_read_nor_written(tiny_llm: LLM, tmp_path: Path) -> None:
+    llm = with_engine(tiny_llm, store=str(tmp_path / "store"))
+    prompt = list(range(3, 100))
+    with KeptServer(llm) as server:
+        server.caller().post("/v1/completions", {"prompt": prompt, "max_tokens": 2})
+        assert server.engine.flush_store(PATIENCE_S)
+        text = llm.model.tokenizer.decode(prompt)
+        num_prompt = len(llm.encode(text))
+        assert server.engine.tier is not None
+        num_kept = server.engine.tier.store.stats.num_kept
+        with server.caller().open("POST", PATH, {"prompt": text, "max_tokens": 40}) as response:
+            *_, (name, told) = messages_of(response)
+        assert (name, told["is_same"]) == ("verdict", True)
+        assert told["lanes"][1]["num_computed_tokens"] == num_prompt + 39, "both lanes begin with nothing"
+        made = server.caller().post("/v1/explain", {"prompt": "hello", "max_tokens": 3})
+        assert made["bytes"] > 0
+        assert server.engine.tier.store.stats.num_kept == num_kept
+    llm.close()
 
 
 def test_a_race_ends_with_its_reader_and_runs_alone(server: KeptServer) -> None:

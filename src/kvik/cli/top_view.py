@@ -32,6 +32,7 @@ WHY = {
     "other_salt": "cached under another key or salt",
     "other_format": "cached in another number format",
     "window": "a window reaches back to blocks that were given up",
+    "damaged": "the stored block is damaged",
     "off": "the prefix cache is off",
 }
 
@@ -106,6 +107,8 @@ def _head(state: LiveState, model: LiveModel, place: Place) -> list[Text]:
         "pinned": "pinned_blocks",
         "preempted": "preemptions",
     }
+    if counters.get("disk_blocks"):
+        named["on disk"] = "disk_blocks"
     counts = [f"{what} {int(counters.get(counter, 0)):,}" for what, counter in named.items()]
     return [*lines, *_flow([f"cache {memory}", *counts], place.width)]
 

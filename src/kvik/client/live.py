@@ -17,7 +17,8 @@ MISS = "miss_"
 """Begins the names of counters by miss reason."""
 
 FREE, REUSABLE, HELD, SHARED = range(4)
-_LOOKS = bytes(SHARED if state >= 4 else HELD if state >= 2 else REUSABLE if state else FREE for state in range(256))
+STORED = 0x80
+_LOOKS = bytes(SHARED if each >= 4 else HELD if each >= 2 else REUSABLE if each else FREE for each in range(STORED)) * 2
 
 Counters = dict[str, int | float]
 
@@ -155,7 +156,7 @@ class LiveModel:
 
     def __init__(self, description: Description, states: list[bytearray]) -> None:
         self.description = description
-        self.states = states  # of each group, a byte a block: its holds, twice, and 1 if its content is kept
+        self.states = states  # of each group, as `/v1/events` tells them
         self.requests: dict[int, Request] = {}  # by their keys
         self.counters: Counters = {}
         self._samples: deque[tuple[float, Counters]] = deque()

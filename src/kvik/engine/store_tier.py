@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -91,6 +92,7 @@ class StoreTier:
     ) -> None:
         self.store = store
         self.stats = TierStats()
+        self.newly_stored: deque[int] | None = None  # blocks that were written, where somebody wants to know
         self._cache = cache
         self._runner = runner
         self._policy = policy
@@ -335,6 +337,8 @@ class StoreTier:
         def done(is_stored: bool) -> None:
             if is_stored:
                 self._known[digest] = None
+                if (asked := self.newly_stored) is not None:
+                    asked.append(block_id)
             else:
                 self._retry_s = time.monotonic() + RETRY_S
 

@@ -65,7 +65,7 @@ def follow_up(llm: LLM, known_ids: list[int], title: str, token_ids: list[int]) 
     warm: list[_FirstToken] = []
     for _ in range(ROUNDS):
         for found, prefix_cache in ((cold, False), (warm, True)):
-            engine = llm.new_engine(prefix_cache=prefix_cache)
+            engine = llm.new_engine(prefix_cache=prefix_cache, store=None)
             _first_token(engine, known_ids)  # in both: memory that was touched before is quicker
             found.append(_first_token(engine, token_ids))
     first = warm[0]

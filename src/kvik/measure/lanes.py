@@ -118,13 +118,13 @@ class Verdict:
 def make_lanes(llm: LLM, prompt_ids: list[int], params: SamplingParams, **changes: Any) -> tuple[RaceLane, RaceLane]:
     """Two lanes at the start, without and with the cache, each with an engine of its own; they draw with one seed.
 
-    `changes` are those of `LLM.new_engine`.
+    Neither reads or writes stored blocks: both begin with nothing. `changes` are those of `LLM.new_engine`.
     """
     if params.seed is None:
         params = replace(params, seed=int.from_bytes(os.urandom(8)))
     lanes = []
     for name, use_cache in (("without the cache", False), ("with the cache", True)):
-        engine = llm.new_engine(**changes)
+        engine = llm.new_engine(store=None, **changes)
         request = engine.new_request(prompt_ids, params, use_cache=use_cache, hold=True)
         sequence = engine.new_sequence(request)
         _warm_up(engine, prompt_ids[:1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
@@ -15,6 +16,7 @@ from kvik.cache.tables import packed
 from kvik.engine.engine import Engine
 from kvik.engine.events import StepEvent
 from kvik.engine.sequence import Sequence
+from kvik.engine.store_tier import StoreTier
 
 if TYPE_CHECKING:
     from kvik.server.served import ServedModel
@@ -28,7 +30,7 @@ MAX_FLASHES = 1024
 MAX_PROMPT_TOKENS = 1 << 21
 """Of all requests that are told of, kept so that a whole prompt can be asked for; the oldest go first."""
 
-MAX_REF_COUNT = 127
+MAX_REF_COUNT, STORED = 63, 0x80
 TEXT_TOKENS, TEXT_LETTERS = 48, 160
 
 _keys = itertools.count(1)
@@ -56,7 +58,7 @@ class Told:
 class Change:
     """What has changed in an engine since the change before."""
 
-    blocks: list[dict[int, int]]  # of each group, the new state of each block: its holds, twice, and 1 if it is named
+    blocks: list[dict[int, int]]  # of each group, the new state of each block
     hits: dict[int, int] = field(default_factory=dict)  # requests that blocks were read back for, where others came
     rows: list[tuple[Told, Row]] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)  # keys of requests that are not told of any more
@@ -69,7 +71,7 @@ def _nobody() -> None:
 
 
 def state_of(pool: BlockPool, block_id: int) -> int:
-    """A block in one byte: its holds, twice, and 1 if its content is kept without any."""
+    """A block in one byte: its holds, twice, and 1 if its content is kept without any; `STORED` where it is on disk."""
     return min(pool.ref_count(block_id), MAX_REF_COUNT) << 1 | pool.is_named(block_id)
 
 
@@ -88,6 +90,7 @@ class ModelWatch:
         self._key_of: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()
         self._lock = Lock()
         self._pools: list[BlockPool] = []
+        self._tier: StoreTier | None = None
         self._fresh = Change([])
         self._touched: dict[Sequence, None] = {}
         self._num_prompt_bytes = 0
@@ -111,7 +114,9 @@ class ModelWatch:
         with self.engine.lock:
             for pool in self._pools:
                 pool.changed = None
-        self._pools, self.states, self.told, self._touched = [], [], {}, {}
+            if self._tier is not None:
+                self._tier.newly_stored = None
+        self._tier, self._pools, self.states, self.told, self._touched = None, [], [], {}, {}
         self._key_of.clear()
         self._num_prompt_bytes = 0
 
@@ -142,8 +147,10 @@ class ModelWatch:
         self._pools = cache.twins.pools
         for pool in self._pools:
             pool.changed = set()
-        states = [{at: state_of(pool, at) for at in range(pool.num_blocks)} for pool in self._pools]
-        self._fresh = Change(states)
+        self._tier = self.engine.tier
+        if self._tier is not None:
+            self._tier.newly_stored = deque()
+        self._fresh = Change([{at: self._state(pool, at) for at in range(pool.num_blocks)} for pool in self._pools])
 
     def _note_blocks(self) -> None:
         if self._pools and self._pools[0] is not self.engine.cache.pool:  # it was reset, and has new ones
@@ -152,8 +159,19 @@ class ModelWatch:
             self._fresh.hits = hits
         for pool, states in zip(self._pools, self._fresh.blocks, strict=True):
             if pool.changed:
-                states.update((block_id, state_of(pool, block_id)) for block_id in pool.changed)
+                states.update((block_id, self._state(pool, block_id)) for block_id in pool.changed)
                 pool.changed.clear()
+        while self._tier is not None and self._tier.newly_stored:  # it grows meanwhile, in the writer's thread
+            block_id = self._tier.newly_stored.popleft()
+            self._fresh.blocks[0][block_id] = self._state(self._pools[0], block_id)
+
+    def _state(self, pool: BlockPool, block_id: int) -> int:
+        """That of a block; the first group's also has whether it is stored, as far as the tier knows."""
+        state = state_of(pool, block_id)
+        if self._tier is None or pool is not self._pools[0]:
+            return state
+        digest = self.engine.cache.tree.digest_of(block_id)
+        return state if digest is None or not self._tier.is_stored(digest) else state | STORED
 
     def take(self) -> Change:
         """What is new since the last time, for the event loop; `states` and `told` are then as new."""

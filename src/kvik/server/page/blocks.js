@@ -14,6 +14,7 @@ const LEAST_RING = 8;
 
 // What a cell looks like: a number each, so that the past is kept in bytes.
 const [FREE, REUSABLE, KEPT, SHARED, FIRST_COLOUR] = [0, 1, 2, 3, 4];
+const STORED = 64; // in addition
 const COLOURS = ["#e69f00", "#cc79a7", "#009e73", "#d55e00", "#8d6fd1", "#b8a500", "#56b4e9", "#a0522d"];
 const SPEEDS = [1, 5, 20];
 const CALM_STEP_S = 1; // of a replay, for those who want little to move
@@ -101,9 +102,9 @@ export function build(section, app) {
     const cells = new Cells(number, `Blocks of ${nameOf(group)}; the arrow keys choose one`);
     const { canvas } = cells;
     const ring = html("i", { class: "ring", hidden: true });
-    const element = html("div", { class: "figure" }, html("h3", {}, nameOf(group), html("span", { class: "note" }, ` · ${counted(number, "block")} of ${bytes(group.block_bytes)}`)), html("div", { class: "cells" }, canvas, ring));
+    const element = html("div", { class: "figure" }, html("h2", {}, nameOf(group), html("span", { class: "note" }, ` · ${counted(number, "block")} of ${bytes(group.block_bytes)}`)), html("div", { class: "cells" }, canvas, ring));
     const looks = new Uint8Array(number);
-    const counts = new Int32Array(FIRST_COLOUR + COLOURS.length).fill(0); // of blocks, by their looks
+    const counts = noCounts();
     const replay = new Replay(looks);
     const owners = new Float64Array(number); // the key of a request that holds it
     const tables = new Map(); // blocks by the keys of requests
@@ -113,17 +114,18 @@ export function build(section, app) {
     counts[FREE] = number;
 
     const look = (block) => {
-      const { count: holders, name } = stateOf(model.groups[at].states[block]);
-      if (name !== "held") return name === "free" ? FREE : REUSABLE;
-      if (holders > 1) return SHARED;
-      return owners[block] ? FIRST_COLOUR + (owners[block] % COLOURS.length) : KEPT;
+      const { count: holders, name, isStored } = stateOf(model.groups[at].states[block]);
+      const stored = isStored ? STORED : 0;
+      if (name !== "held") return name === "free" ? FREE : REUSABLE | stored;
+      if (holders > 1) return SHARED | stored;
+      return (owners[block] ? FIRST_COLOUR + (owners[block] % COLOURS.length) : KEPT) | stored;
     };
 
     const update = (block, at_s) => {
       const [before, after] = [looks[block], look(block)];
       if (before === after) return;
-      counts[before] -= 1;
-      counts[after] += 1;
+      tally(counts, before, -1);
+      tally(counts, after, 1);
       replay.set(block, after, at_s);
       dirty.add(block);
     };
@@ -174,7 +176,10 @@ export function build(section, app) {
       made.drawAll();
     };
 
-    const paint = (block, shown) => cells.paint(block, coloursNow().looks[shown], shown === FREE);
+    const paint = (block, shown, flash) => {
+      const colour = coloursNow().looks[shown & ~STORED];
+      cells.paint(block, flash?.(colour) ?? colour, shown === FREE && !flash, (shown & STORED) !== 0);
+    };
 
     made.drawAll = () => {
       if (!cells.image) return;
@@ -206,7 +211,7 @@ export function build(section, app) {
       for (const [block, { since, colour }] of flashes) {
         const part = 1 - (performance.now() - since) / FLASH_MS;
         const look = made.shown[block];
-        if (part > 0) cells.paint(block, mixed(colours[colour], colours.looks[look], isCalm.matches ? 1 : part));
+        if (part > 0) paint(block, look, (before) => mixed(colours[colour], before, isCalm.matches ? 1 : part));
         else {
           paint(block, look);
           flashes.delete(block);
@@ -276,7 +281,7 @@ export function build(section, app) {
   function tellPast({ grid, block }) {
     const look = grid.replay.at(past_s)[block];
     detail.replaceChildren(
-      html("p", {}, `Block ${count(block)}, ${secondsAgo()} s ago: ${IN_WORDS[look] ?? "held by a request"}`),
+      html("p", {}, `Block ${count(block)}, ${secondsAgo()} s ago: ${IN_WORDS[look & ~STORED] ?? "held by a request"}${look & STORED ? ", also on disk" : ""}`),
       html("p", { class: "note" }, "Only the newest tokens of a block are kept."),
     );
   }
@@ -285,9 +290,9 @@ export function build(section, app) {
     const holders = [...model.requests.values()].filter((row) => row.blocks?.[grid.at]?.includes(block));
     const changed = grid.replay.changedAt(block);
     const facts = [
-      `Block ${count(block)}: ${found.state}${found.num_holders ? ` by ${found.num_holders}` : ""}${found.is_sealed ? ", sealed" : found.num_holders ? ", open" : ""}`,
+      `Block ${count(block)}: ${found.state}${found.num_holders ? ` by ${found.num_holders}` : ""}${found.is_sealed ? ", sealed" : found.num_holders ? ", open" : ""}${stateOf(model.groups[grid.at].states[block]).isStored ? ", also on disk" : ""}`,
       found.first_token !== null && found.num_tokens && `tokens ${count(found.first_token)} to ${count(found.first_token + found.num_tokens - 1)}`,
-      changed && `as it is for ${Math.max(0, Math.round(live.now() - changed))} s`,
+      changed && `unchanged for ${Math.max(0, Math.round(live.now() - changed))} s`,
       found.num_evicted_before !== null && (found.num_evicted_before ? `${counted(found.num_evicted_before, "block")} would be evicted before it` : "the next to be evicted"),
       holders.length && `requests ${holders.map((row) => row.request_id).join(", ")}`,
     ];
@@ -360,7 +365,8 @@ export function build(section, app) {
     }
     isTurned = false;
     tellMoment();
-    legend.draw(isPast() ? countsOf(grids[0].shown) : grids[0].counts);
+    if (isPast()) legend.draw(countsOf(grids[0].shown));
+    else legend.draw(grids[0].counts, model.counters.disk_blocks);
     if (flashes || played) frame ??= requestAnimationFrame(drawFrame);
   }
 
@@ -373,9 +379,17 @@ export function build(section, app) {
 }
 
 function countsOf(looks) {
-  const counts = new Int32Array(FIRST_COLOUR + COLOURS.length);
-  for (const look of looks) counts[look] += 1;
+  const counts = noCounts();
+  for (const look of looks) tally(counts, look, 1);
   return counts;
+}
+
+// Of blocks, by what they look like; those on disk are counted in addition.
+const noCounts = () => new Int32Array(STORED + 1);
+
+function tally(counts, look, by) {
+  counts[look & ~STORED] += by;
+  if (look & STORED) counts[STORED] += by;
 }
 
 const nameOf = ({ kind, layers, window }) =>
@@ -390,18 +404,22 @@ function makeLegend() {
   const [evicted, copied] = [["--again", "flashes: evicted"], ["--first", "flashes: copied"]].map(([colour, text]) => html("li", { class: "note screen" }, html("i", { style: `background:var(${colour})` }), text));
   const [shared, kept, reusable] = ["--kept", "--muted", "--reusable"].map((colour) => row(`background:var(${colour})`));
   const free = row("box-shadow:inset 0 0 0 1px var(--muted);opacity:0.6");
+  const stored = row("background:var(--reusable);clip-path:polygon(0 0,100% 0,100% 45%,45% 100%,0 100%)");
   const write = ({ words }, text) => words.data !== text && (words.data = text);
 
-  function draw(counts) {
-    write(held, `${count(counts.slice(KEPT).reduce((sum, each) => sum + each, 0))} held`);
+  // Of those on disk there may be more than in memory: `numStored` now, which the past does not know.
+  function draw(counts, numStored) {
+    write(held, `${count(counts.slice(KEPT, STORED).reduce((sum, each) => sum + each, 0))} held`);
     write(shared, `${count(counts[SHARED])} of them shared`);
     write(kept, `${count(counts[KEPT])} by a session, a pin, or others`);
     kept.element.hidden = !counts[KEPT];
     write(reusable, `${count(counts[REUSABLE])} reusable`);
     write(free, `${count(counts[FREE])} free`);
+    write(stored, `${count(counts[STORED])} also on disk${numStored > counts[STORED] ? `, of ${count(numStored)} there` : ""}`);
+    stored.element.hidden = !counts[STORED] && !numStored;
   }
 
-  return { element: html("ul", { class: "counts" }, [held, shared, kept, reusable, free].map(({ element }) => element), evicted, copied), draw };
+  return { element: html("ul", { class: "counts" }, [held, shared, kept, reusable, free, stored].map(({ element }) => element), evicted, copied), draw };
 }
 
 // The scheme's colours as pixels; on paper those that hold in any scheme unless another rule says otherwise.

@@ -3,6 +3,7 @@
 const SIDE = { least: 3, usual: 26, most: 36 };
 const MOST_HEIGHT = 460;
 const ROW = 8; // cells that lie together
+const CUT = 2.2; // times a cut corner's side is a cell's
 const OUTLINED = 5; // pixels, from which on a cell can have an outline
 
 export class Cells {
@@ -36,7 +37,7 @@ export class Cells {
   }
 
   // Paint one; it is seen after `show`. What is only outlined is filled where it is too small for that.
-  paint(block, colour, isOutline = false) {
+  paint(block, colour, isOutline = false, isCut = false) {
     const { step, size, columns, pixels } = this;
     const width = this.image.width;
     const y = Math.floor(block / columns) * step;
@@ -48,8 +49,17 @@ export class Cells {
         pixels[at + column] = isHollow && !isEdge && column > 0 && column < size - 1 ? 0 : colour;
       }
     }
+    if (isCut) this.cutCorner(y * width + (block % columns) * step);
     if (y < this.top) this.top = y;
     if (y + step > this.bottom) this.bottom = y + step;
+  }
+
+  cutCorner(first) {
+    const part = Math.max(1, Math.floor(this.size / CUT));
+    for (let row = 0; row < part; row++) {
+      const end = first + (this.size - 1 - row) * this.image.width + this.size;
+      this.pixels.fill(0, end - part + row, end);
+    }
   }
 
   show() {

@@ -6,6 +6,7 @@ const MAX_SAMPLES = 900;
 const SAMPLE_S = 1;
 const AGAIN_MS = 1500;
 const GONE = "The server is gone; trying again";
+const STORED = 0x80;
 const FINAL = [401, 403]; // what no later try would change
 
 export const live = {
@@ -104,7 +105,10 @@ function change({ id, counters, blocks, requests, hits, gone, evicted, copied })
 }
 
 // A block's state in words; `count` are those who hold it.
-export const stateOf = (byte) => ({ count: byte >> 1, isNamed: (byte & 1) === 1, name: byte >> 1 ? "held" : byte & 1 ? "reusable" : "free" });
+export const stateOf = (byte) => {
+  const count = (byte & ~STORED) >> 1;
+  return { count, name: count ? "held" : byte & 1 ? "reusable" : "free", isStored: (byte & STORED) !== 0 };
+};
 
 // A request as it is now, by the id that its answer has.
 export const requestOf = (id) => [...live.models.values()].flatMap((model) => [...model.requests.values()]).find((row) => row.request_id === id);

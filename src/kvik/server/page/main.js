@@ -75,7 +75,7 @@ function askForKey(error) {
   setKey("");
   element("main").hidden = true;
   element("key").hidden = false;
-  element("key-error").textContent = error;
+  element("key-error").textContent = error.replace(/ \(hint: .*\)$/, ""); // which is for programs
   element("key-text").focus();
 }
 

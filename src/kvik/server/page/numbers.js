@@ -1,14 +1,17 @@
 // Numbers: what the engine did in the last 15 minutes, and since it began.
 
-import { chart } from "./chart.js";
+import { chart, columns } from "./chart.js";
 import { html } from "./draw.js";
-import { bytes, count, percent } from "./figures.js";
+import { bytes, count, counted, percent } from "./figures.js";
 import { live } from "./live.js";
+import { colourOf, inShort } from "./reasons.js";
 
 const MINUTES = 15;
 const GAP_S = 6; // between two samples, from which on the server stood still
 const AGAIN_MS = 900; // after which charts are drawn anew: there is a sample a second
 const STEPS_S = [60, 180, 300, 60 * MINUTES];
+const COLUMNS = 30; // of a chart
+const MISS = "miss_"; // begins the names of counters by reason
 
 export function build(section, app) {
   const tiles = html("div", { class: "tiles" });
@@ -18,12 +21,16 @@ export function build(section, app) {
     memory: chart("Memory of blocks"),
     load: chart("Requests"),
   };
-  const misses = html("div", { class: "figure all" });
+  const heads = ["of prompts", "in 15 minutes", "in all"].map((name) => html("th", { scope: "col" }, name));
+  const misses = { nothing: html("p", { class: "note" }, "No prompt has come yet."), note: html("p", { class: "note" }), place: html("div"), sums: html("tbody") };
+  misses.chart = html("div", {}, misses.note, misses.place);
+  misses.table = html("table", {}, html("thead", {}, html("tr", {}, heads)), misses.sums);
+  const why = html("div", { class: "figure all" }, html("h2", {}, "Why matches ended"), misses.nothing, html("div", { class: "reasons" }, misses.chart, misses.table));
   section.append(
     html("h1", { class: "view" }, "Numbers"),
     html("p", {}, "The last 15 minutes, sampled every second since the server began, whoever looked. They are the counters of /metrics."),
     tiles,
-    html("div", { class: "charts" }, Object.values(charts).map(({ element }) => element), misses),
+    html("div", { class: "charts" }, Object.values(charts).map(({ element }) => element), why),
   );
 
   let drawn_ms = -Infinity; // when the charts were
@@ -49,15 +56,16 @@ export function build(section, app) {
       told.push(["disk_blocks", count(now.disk_blocks), `blocks on disk, ${bytes(now.disk_bytes)}; ${bytes(now.store_written_bytes)} written`]);
     }
     tiles.replaceChildren(...told.map(([name, figure, what]) => html("div", { class: "tile", "data-name": name, "data-value": now[name] }, html("b", {}, figure), html("span", {}, what))));
+    drawSums(now, model.history);
     if (performance.now() - drawn_ms > AGAIN_MS) {
       drawn_ms = performance.now();
-      drawCharts(model.history, model.groups[0].block_bytes);
+      drawCharts(now, model.history, model.groups[0].block_bytes);
     }
-    drawMisses(now, model.history);
   }
 
   // Where the server stood still, or no prompt came, there is nothing to draw.
-  function drawCharts({ names, rows }, blockBytes) {
+  function drawCharts(now, history, blockBytes) {
+    const { names, rows } = history;
     const end_s = live.now();
     const age_s = rows.length ? end_s - rows[0][0] : 0;
     const span_s = STEPS_S.find((each) => each >= age_s) ?? STEPS_S.at(-1);
@@ -85,31 +93,43 @@ export function build(section, app) {
     charts.load.draw({ ...common, write: whole, series: [
       { name: "running", colour: "--written", values: column("running") },
       { name: "waiting", colour: "--muted", values: column("waiting"), dashes: "5 3" }] });
+    drawColumns(now, history, end_s, span_s);
   }
 
-  // In the last 15 minutes, and since the server began.
-  function drawMisses(now, { names, rows }) {
+  // Why matches ended: in the last 15 minutes, and since the server began.
+  function drawSums(now, { names, rows }) {
     const first = rows.find((row) => row[0] > live.now() - 60 * MINUTES);
     const before = (name) => (first ? first[names.indexOf(name)] : now[name]);
-    const found = Object.entries(now).filter(([name, value]) => name.startsWith("miss_") && value).sort((a, b) => b[1] - a[1]);
-    const cells = found.map(([name, value]) => html("tr", {}, html("td", {}, WHY[name.slice(5)] ?? name), html("td", {}, count(value - before(name))), html("td", {}, count(value))));
-    const heads = ["of prompts", "in 15 minutes", "in all"].map((name) => html("th", { scope: "col" }, name));
-    misses.replaceChildren(html("h2", {}, "Why matches ended"), found.length
-      ? html("table", {}, html("thead", {}, html("tr", {}, heads)), html("tbody", {}, cells))
-      : html("p", { class: "note" }, "No prompt has come yet."));
+    const found = reasonsOf(now);
+    misses.nothing.hidden = found.length > 0;
+    misses.chart.hidden = misses.table.hidden = !found.length;
+    misses.sums.replaceChildren(...found.map((name) => {
+      const reason = name.slice(MISS.length);
+      const key = html("i", { style: `background:${colourOf(reason)}` });
+      return html("tr", {}, html("td", {}, key, inShort(reason)), html("td", {}, count(now[name] - before(name))), html("td", {}, count(now[name])));
+    }));
+  }
+
+  // The same by the moments when they ended.
+  function drawColumns(now, { names, rows }, end_s, span_s) {
+    const step_s = span_s / COLUMNS;
+    const first = Math.floor((end_s - span_s) / step_s); // columns stand still while time goes on
+    const series = reasonsOf(now).map((name) => {
+      const [column, reason, values] = [names.indexOf(name), name.slice(MISS.length), new Array(COLUMNS + 1).fill(0)];
+      for (let at = 1; at < rows.length; at++) {
+        const place = Math.min(COLUMNS, Math.floor(rows[at][0] / step_s) - first);
+        if (place >= 0) values[place] += rows[at][column] - rows[at - 1][column];
+      }
+      return { name: reason, colour: colourOf(reason), values };
+    });
+    const sums = series.map(({ name, values }) => `${inShort(name)} ${count(values.reduce((sum, value) => sum + value, 0))}`);
+    const label = `Why matches ended, in ${counted(span_s / 60, "minute")}: ${sums.join(", ")}`;
+    misses.note.textContent = `Prompts in each ${step_s} s.`;
+    misses.place.replaceChildren(columns(misses.place, { series, first_s: first * step_s, step_s, end_s, span_s, label }));
   }
 
   return { draw, note };
 }
 
-const WHY = {
-  all: "all but the last token was there",
-  short: "less than a block was left",
-  differs: "the tokens differ from what is cached",
-  unseen: "nothing cached goes on from there",
-  evicted: "the next block was evicted",
-  other_salt: "cached under another key or salt",
-  other_format: "cached in another number format",
-  window: "a window reaches back to blocks that were given up",
-  off: "the prefix cache is off",
-};
+// The counters of those reasons that matches have ended for, the commonest first.
+const reasonsOf = (counters) => Object.keys(counters).filter((name) => name.startsWith(MISS) && counters[name]).sort((a, b) => counters[b] - counters[a]);

@@ -28,7 +28,7 @@ export function build(section, app) {
     html("p", {}, "What a model needs for so many users and so long a context, in the memory that this server's model has now: its weights, its pool and its tables."),
     html("div", { class: "planner" },
       html("div", {}, field("Model", null, model), field("Context ", told.context, context), field("Users at once ", told.users, users), kinds),
-      html("div", {}, html("div", { class: "figure", style: "margin:0" }, verdict, bar, legend), tiles, pool, html("div", { class: "figure" }, html("h3", {}, "What follows"), advice))),
+      html("div", {}, html("div", { class: "figure", style: "margin:0" }, verdict, bar, legend), tiles, pool, html("div", { class: "figure" }, html("h2", {}, "What follows"), advice))),
   );
   let found; // the newest plan
   let picked; // the type of keys and values, where one was

@@ -9,6 +9,8 @@ const AGAIN_MS = 2000;
 const MOST_ROWS = 300;
 const MOST_LEVEL = 64; // which is drawn; one can go deeper from there
 const LETTERS = 140;
+const LEAST_SHARED = 16; // letters, from which on a run is named by what follows
+const LEAST_OWN = 12; // letters, that a name has at least
 const LEAST_WIDTH = 15; // percent, of a bar that has its text within
 
 export function build(section, app) {
@@ -132,10 +134,12 @@ export function build(section, app) {
     const focused = list.contains(document.activeElement) ? document.activeElement.dataset.block : undefined;
     const first = Math.min(...rows.map((row) => row.first_token));
     const longest = Math.max(1, ...rows.map((row) => row.first_token + row.num_tokens - first));
+    const starts = ownStarts(rows);
     list.replaceChildren(...rows.map((row) => {
       const [from, width] = [(100 * (row.first_token - first)) / longest, (100 * row.num_tokens) / longest];
-      const words = row.text === undefined ? "not yours to see" : row.text.trim().slice(0, LETTERS);
-      const label = `${counted(row.num_tokens, "token")} from ${count(row.first_token)}, ${row.num_holders ? `held by ${row.num_holders}` : "reusable"}: ${words}`;
+      const start = starts.get(row) ?? 0;
+      const words = row.text === undefined ? counted(row.num_tokens, "token") : `${start ? "… " : ""}${row.text.slice(start).trim().slice(0, LETTERS)}`;
+      const label = `${counted(row.num_tokens, "token")} from ${count(row.first_token)}, ${row.num_holders ? `held by ${row.num_holders}` : "reusable"}: ${row.text === undefined ? "not yours to see" : words}`;
       const button = html("button", { type: "button", "aria-label": label, "data-block": row.last_block, "aria-pressed": String(row.last_block === chosen) },
         html("i", { class: row.num_holders ? "held" : "", style: `left:${from}%;width:${width}%` }),
         html("span", { class: row.text === undefined ? "muted" : "", style: placeOf(from, width) }, words));
@@ -179,6 +183,34 @@ export function build(section, app) {
   }
 
   return { draw, note, show, hide: () => clearTimeout(timer) };
+}
+
+// Where the text of runs that go on from one place, and begin alike as a chat's template does, begins to be their own.
+function ownStarts(rows) {
+  const above = []; // by level
+  const beside = new Map();
+  for (const row of rows) {
+    above[row.level] = row;
+    const parent = above[row.level - 1];
+    if (row.text !== undefined) beside.set(parent, [...(beside.get(parent) ?? []), row]);
+  }
+  const starts = new Map();
+  for (const found of beside.values()) {
+    found.sort((one, other) => (one.text < other.text ? -1 : 1));
+    const shared = found.slice(1).map((row, at) => sharedLetters(row.text, found[at].text));
+    found.forEach(({ text }, at) => {
+      const letters = Math.max(shared[at - 1] ?? 0, shared[at] ?? 0);
+      const start = text.slice(0, Math.max(0, Math.min(letters, text.length - LEAST_OWN))).search(/\S*$/); // not within a word
+      if (start >= LEAST_SHARED && text.slice(start).trim()) starts.set(found[at], start);
+    });
+  }
+  return starts;
+}
+
+function sharedLetters(one, other) {
+  let at = 0;
+  while (at < one.length && one[at] === other[at]) at++;
+  return at;
 }
 
 // A run's text is within its bar; where that is too narrow, it stands beside it.

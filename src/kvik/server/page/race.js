@@ -86,7 +86,7 @@ export function build(section, app) {
       const bars = picture(width, 18, `${what}: ${values.map(write).join(" and ")}`, values.map((value, at) => box(0, 10 * at, (width * value) / largest, 8, lanes[at].colour, { rx: 2 })));
       return html("tr", {}, html("td", {}, what), ...cells, html("td", { class: "bars" }, bars));
     });
-    const heads = ["", ...LANES.map(([name]) => name), ""].map((name) => html("th", { scope: "col" }, name));
+    const heads = [html("span", { class: "unseen" }, "of"), ...LANES.map(([name]) => name), html("span", { class: "unseen" }, "as bars")].map((name) => html("th", { scope: "col" }, name));
     table.replaceChildren(html("table", {}, html("thead", {}, html("tr", {}, heads)), html("tbody", {}, rows)));
   }
 

@@ -14,6 +14,7 @@ const ID_DIGITS = 6;
 const TICKS_S = [1, 2, 5, 10, 20, 30];
 const MOST_TICKS = 6;
 const TOLD_TOKENS = 48; // of a prompt, its last
+const NAME_LETTERS = 36;
 const ROLES = new Set(["system", "user", "assistant", "model", "tool"]);
 const ORDER = { prefill: 0, decode: 0, queued: 1, done: 2 };
 
@@ -22,13 +23,13 @@ export function build(section, app) {
   const clock = html("p", { class: "legend" });
   const body = html("tbody");
   const axis = html("div", { class: "axis" });
-  const heads = [["what", "request"], ["bar", axis], ["figure-cell optional", "prompt"], ["figure-cell optional", "cached"], ["figure-cell optional", "written"], ["figure-cell", "first token"], ["figure-cell", "a token"], ["end", ""]];
+  const heads = [["what", "request"], ["bar", axis], ["figure-cell optional", "prompt"], ["figure-cell optional", "cached"], ["figure-cell optional", "written"], ["figure-cell", "first token"], ["figure-cell", "a token"], ["end", "end"]];
   const table = html("table", { class: "requests" }, html("thead", {}, html("tr", {}, heads.map(([kind, name]) => html("th", { scope: "col", class: kind }, name)))), body);
   const shown = html("p", { class: "note", role: "status" });
-  const nothing = html("p", { class: "empty-note" }, "No request came since this page was opened.");
+  const nothing = html("p", { class: "empty-note" }, "No request has come since somebody looks here. Until then the server counts, and keeps neither requests nor their text.");
   section.append(
     html("h1", { class: "view" }, "Requests"),
-    html("p", {}, "All requests on one clock: how long each waited, read its prompt, and wrote. Those that run come first, then those that wait, then the newest that ended. Each is named by the end of its prompt; press it to read all of it."),
+    html("p", {}, "The requests that came since somebody looks, on one clock: how long each waited, read its prompt, and wrote. Those that run come first, then those that wait, then the newest that ended. Each is named by the end of its prompt; press it to read all of it."),
     html("div", { class: "controls" }, clock, shown, html("span", { class: "screen" }, save)),
     html("div", { class: "figure wide" }, nothing, table),
   );
@@ -148,11 +149,14 @@ export function build(section, app) {
   return { draw, hide: () => clearTimeout(timer) };
 }
 
-// The last line of a prompt that is neither a control token nor the name of a role.
+// The end of a prompt's last line that is neither a control token nor the name of a role.
 function lastWords(prompt, isCut) {
   const lines = prompt.split(/<[^<>\s]{1,40}>|\[\/?[A-Z_]{2,20}\]|\n/).map((line) => line.trim()).filter(Boolean);
   const at = lines.findLastIndex((line) => !ROLES.has(line.toLowerCase()));
-  return `${isCut || at > 0 ? "… " : ""}${lines[at] ?? prompt.trim()}`;
+  const line = lines[at] ?? prompt.trim();
+  const sentence = line.length > NAME_LETTERS ? line.split(/(?<=[.!?])\s+/).at(-1) : line;
+  const end = sentence.length > NAME_LETTERS ? sentence.slice(-NAME_LETTERS).replace(/^\S*\s+/, "") : sentence;
+  return `${isCut || at > 0 || end.length < line.length ? "… " : ""}${end}`;
 }
 
 // Where the clock's ticks are, as parts of its span, and what they say.
