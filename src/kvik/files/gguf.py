@@ -166,7 +166,11 @@ class GGUFFile:
             if default is None:
                 raise ModelError(f"{self.path}: the metadata has no key {key!r}", hint=_CONVERT)
             return default
-        value = self.metadata[key]
+        value: Any = self.metadata[key]
+        if kind in (int, float, bool) and type(value) is list and value and value.count(value[0]) == len(value):
+            value = value[0]  # one number for each layer, all the same
+        if kind is float and type(value) is int:
+            value = float(value)
         if type(value) is not kind:  # not isinstance: a bool is no int here
             raise self._unfit(key, f"of type {kind.__name__}")
         return value
