@@ -19,6 +19,7 @@ from kvik.models.gguf_spec import read_spec
 from kvik.models.loader import LoadedModel, load_model
 from kvik.models.spec import RopeSpec
 from kvik.ops.native import NativeOps
+from kvik.text.chat_prompt import encode_chat
 from models import FloatArray, Tensor, altered, random_prompt, run
 
 F32 = GGMLQuantizationType.F32
@@ -306,3 +307,20 @@ def test_a_model_without_a_chat_template(tiny_path: Path, tmp_path: Path) -> Non
     for change in ({"without": ["tokenizer.chat_template"]}, {"metadata": {"tokenizer.chat_template": ""}}):
         options: dict[str, Any] = dict(change)
         assert load(altered(tiny_path, tmp_path / "plain.gguf", **options)).chat_template is None
+
+
+def test_a_conversation_begins_as_the_file_says_even_where_its_template_forgot_it(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "the"}]
+    prompts = []
+    for adds in (True, False):
+        extra = {"tokenizer.ggml.add_bos_token": adds, "tokenizer.ggml.bos_token_id": 0}
+        model = load(tiny_llama(tmp_path / f"{adds}.gguf", extra_metadata=extra))
+        assert model.chat_template is not None
+        prompts.append(encode_chat(model.chat_template, model.tokenizer, chat))
+    assert prompts[0] == [0, *prompts[1]]
+    assert prompts[1][0] != 0
+    template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    extra = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 0}
+    model = load(tiny_llama(tmp_path / "w.gguf", extra_metadata=extra | {"tokenizer.chat_template": template}))
+    assert model.chat_template is not None
+    assert encode_chat(model.chat_template, model.tokenizer, chat)[:2].count(0) == 1

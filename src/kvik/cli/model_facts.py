@@ -96,7 +96,7 @@ def _template_notes(file: GGUFFile, add_bos: bool, bos_token_id: int | None) -> 
         return ["no chat template: chats need --template or a model that has one"]
     text = "" if bos_token_id is None else file.get_list("tokenizer.ggml.tokens", str)[bos_token_id]
     if add_bos and "bos_token" not in template and (not text or text not in template):
-        return [f"texts begin with {text!r}, which the chat template does not write"]
+        return [f"texts begin with {text!r}, which the chat template does not write: kvik puts it there"]
     return []
 
 

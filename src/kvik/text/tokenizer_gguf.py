@@ -277,6 +277,7 @@ class GGUFTokenizer(Tokenizer):
         if self._add_eos and self._eos_token_id is None:
             raise fields.error("tokenizer.ggml.add_eos_token is set, but there is no eos_token_id")
         self.add_bos = fields.get("add_bos_token", bool, self._bos_by_default) and self.bos_token_id is not None
+        self.chat_bos_token_id = self.bos_token_id if self.add_bos else None  # as llama.cpp does
 
     def _set_up_byte_level(self, fields: _Metadata, texts: list[str]) -> None:
         rule_name = fields.get("pre", str)
