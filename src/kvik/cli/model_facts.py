@@ -77,7 +77,11 @@ def _of_gguf(path: Path, notes: list[str]) -> dict[str, Any]:
 
     file = read_gguf(path)
     types = Counter(tensor.type.name for tensor in file.tensors.values())
-    facts: dict[str, Any] = {"architecture": file.get_str("general.architecture"), "tensor_types": dict(types)}
+    facts: dict[str, Any] = {
+        "size_bytes": file.file_bytes,
+        "architecture": file.get_str("general.architecture"),
+        "tensor_types": dict(types),
+    }
     try:
         tokenizer = GGUFTokenizer(file.metadata, path.name)
     except ModelError as error:

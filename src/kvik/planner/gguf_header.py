@@ -22,7 +22,7 @@ def read_header(path: Path, name: str) -> ModelShape:
         types = {tensor: found.type.name for tensor, found in find_tensors(file, spec).items()}
     except ModelError:  # kvik would not run it, but its keys and tensors may tell its shape
         return _shape_of_keys(file, name)
-    return held_shape(spec, types, name=name, origin="gguf", path=path, file_bytes=path.stat().st_size)
+    return held_shape(spec, types, name=name, origin="gguf", path=path, file_bytes=file.file_bytes)
 
 
 def _shape_of_keys(file: GGUFFile, name: str) -> ModelShape:
@@ -55,7 +55,7 @@ def _shape_of_keys(file: GGUFFile, name: str) -> ModelShape:
             format=main,
             held_bytes=held,
             step_bytes=int(rest + (held - rest) * part) - looked_up,
-            file_bytes=file.path.stat().st_size,
+            file_bytes=file.file_bytes,
             quantized=main not in ("f32", "f16", "bf16"),
         ),
         shared_layers=cache.shared,
