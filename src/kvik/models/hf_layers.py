@@ -94,7 +94,7 @@ def read_layers(
     head_dim = head_dim_of(config, model_type, hidden_size, num_heads, max_head_dim) if has_heads else 1
     max_context = config.count("max_position_embeddings", _CONTEXTS.get(model_type), maximum=MAX_CONTEXT)
     layers = [_layer(config, model_type, kind, num_kv_heads, head_dim, max_context) for kind in kinds]
-    if config.optional("kv_lora_rank") and model_type not in _LATENT_UNUSED:
+    if config.optional("kv_lora_rank"):
         layers, head_dim = _latent(config, model_type, layers)
     return KeptLayers(
         model_type,
@@ -115,7 +115,6 @@ _CONTEXTS = {  # of classes that have no bound of their own: what their makers t
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "xlstm", "recurrent_gemma", "dbrx", "mpt"), 8192),
     **dict.fromkeys(("bloom", "cpmant", "xlnet", "rwkv"), 2048),
 }
-_LATENT_UNUSED: tuple[str, ...] = ()
 _REFUSED: Mapping[str, str] = {
     "deepseek_v4": "keeps compressed tokens",
     "qwen4_exp_text": "keeps compressed keys of an index",
