@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from checkpoints import tiny_checkpoint
 from command_line import Kvik
+from gguf_files import tiny_llama
 from kvik.cli.models import app
 from kvik.errors import DownloadError, InvalidInput, ModelNotFound, TermsNotAccepted
+from kvik.files.gguf import read_gguf
 from kvik.hub import store
 from kvik.hub.fetch import Terms, Wheel, WheelModel
 from kvik.hub.progress import Progress, terminal_progress
+from kvik.planner.sources import find_shape
 
 PAYLOAD = b"GGUF" * 500_000
 
@@ -173,3 +177,27 @@ def test_a_command_tells_of_a_download_where_there_is_no_terminal(
     result = kvik("run", "-m", "org/name", "--max-tokens", "1", "hello")
     assert result.exit_code == 0
     assert result.stderr.startswith("org/name: downloading (1.0 MB)\norg/name: done in ")
+
+
+def test_show_tells_what_is_in_a_file(tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path / "tiny.gguf", num_layers=3)
+    facts = json.loads(run("show", str(path), "--json")[0])
+    assert (facts["runs"], facts["why_not"], facts["num_layers"]) == (True, None, 3)
+    (group,) = facts["cache"]["groups"]
+    assert (group["kind"], group["layers"]) == ("full", [0, 1, 2])
+    assert facts["cache"]["token_bytes"] == group["token_bytes"] == find_shape(str(path)).token_bytes("f16")
+    assert sum(facts["tensor_types"].values()) == len(read_gguf(path).tensors)
+    out, _ = run("show", str(path))
+    assert "kvik runs it" in out
+    assert "  3 layers full: " in out
+    assert "tokenizer: gpt2" in out
+
+
+def test_show_says_why_a_model_is_not_run_and_what_is_not_known(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "novel"}))
+    out, _ = run("show", str(folder))
+    assert "kvik does not run it: " in out
+    assert "model_type 'novel' is not one that kvik runs" in out
+    assert "note: model_type 'novel' is not known: unknown layers" in out

@@ -61,6 +61,15 @@ def test_longrope_under_its_first_names(name: str) -> None:
     assert read_hf_spec(config, PATH) == read_hf_spec(CASES["phi3-long"], PATH)
 
 
+def test_a_part_that_rotates_is_ignored_where_transformers_does() -> None:
+    for name, part in (("llama", 1.0), ("qwen3", 1.0), ("gemma", 1.0), ("phi", 0.5), ("phi3", 0.5)):
+        spec = read_hf_spec(changed(name, partial_rotary_factor=0.5), PATH)
+        assert {rope.num_dims for rope in spec.ropes} == {int(part * spec.head_dim)}, name
+    stretched = changed("llama", partial_rotary_factor=0.5, rope_scaling={"type": "linear", "factor": 2.0})
+    spec = read_hf_spec(stretched, PATH)
+    assert {rope.num_dims for rope in spec.ropes} == {spec.head_dim // 2}
+
+
 def test_longrope_takes_the_factors_of_its_whole_context() -> None:
     scaling = CASES["phi3-long"]["rope_scaling"]
     for original, key in ((CONTEXT, "short_factor"), (CONTEXT - 1, "long_factor")):

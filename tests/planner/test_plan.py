@@ -121,6 +121,8 @@ def test_what_is_said_to_fit_fits_and_no_more_does(
         return dataclasses.replace(load, **changes).num_bytes <= found.memory_bytes  # type: ignore[arg-type]
 
     assert found.fits == fits()
+    assert found.most_users is not None
+    assert found.largest_context is not None
     assert found.spare_bytes == found.memory_bytes - load.num_bytes
     if found.most_users:
         assert fits(users=found.most_users)

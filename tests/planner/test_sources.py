@@ -39,6 +39,11 @@ def same_memory(one: ModelShape, name: str) -> bool:
     return (one.groups, one.num_heads, one.head_dim) == (other.groups, other.num_heads, other.head_dim)
 
 
+def without_places(shape: ModelShape) -> list[tuple[object, ...]]:
+    """The groups without the indices of their layers, which the catalogue does not know."""
+    return sorted((one.kind, one.num_layers, one.num_kv_heads, one.vector_bytes, one.window) for one in shape.groups)
+
+
 def test_a_config_gives_the_catalogues_shape(tmp_path: Path) -> None:
     shape = find_shape(str(config(tmp_path)))
     assert same_memory(shape, "llama-3-8b")
@@ -106,7 +111,7 @@ def test_families_say_it_in_their_own_ways(tmp_path: Path, name: str, changes: d
     shape = find_shape(str(config(tmp_path, **changes)))
     known = find_model(name)
     assert known is not None
-    assert set(shape.groups) == set(known.groups)
+    assert without_places(shape) == without_places(known)
     assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (
         known.num_heads,
         known.num_kv_heads,

@@ -473,6 +473,7 @@ class TestGetters:
         assert file.get_str("general.architecture") == "llama"
         assert file.get_bool("yes") is True
         assert file.get_list("ints", int) == [1, -2, 3]
+        assert file.get_float("uint8") == 255.0
         assert file.get_list("texts", str, length=4) == ["a", "", "Ġthe", "🫐"]
         assert file.get_list("bools", bool) == [True, False, True]
         assert file.get_list("doubles", float) == [0.1, 1e300]
@@ -498,7 +499,7 @@ class TestGetters:
             (lambda file: file.get_list("none", str), ["no key 'none'"]),
             (lambda file: file.get_int("yes"), ["'yes'", "the bool True", "type int"]),
             (lambda file: file.get_bool("uint8"), ["'uint8'", "the int 255", "type bool"]),
-            (lambda file: file.get_float("uint8"), ["'uint8'", "the int 255", "type float"]),
+            (lambda file: file.get_float("yes"), ["'yes'", "the bool True", "type float"]),
             (lambda file: file.get_int("float32"), ["'float32'", "type int"]),
             (lambda file: file.get_str("ints"), ["'ints'", "the list [1, -2, 3]", "type str"]),
             (lambda file: file.get_int("text", 4), ["'text'", "the str 'blåbærgrød 🫐\\n", "type int"]),
@@ -594,3 +595,11 @@ def test_pages_of_a_tensor_can_be_dropped_and_come_back(tmp_path: Path) -> None:
     file.drop_pages(tensor)
     assert resident_bytes() <= before - tensor.num_bytes + 2 * os.sysconf("SC_PAGE_SIZE")
     assert tensor.data.sum(dtype=np.int64) == wanted
+
+
+def test_a_list_of_one_value_is_taken_for_it(tmp_path: Path) -> None:
+    """As converters write a number for each layer where all are alike."""
+    file = read_gguf(write_gguf(tmp_path / "m.gguf", {"same": [4, 4, 4], "other": [4, 4, 5]}, {}))
+    assert (file.get_int("same"), file.get_float("same"), file.get_list("same", int)) == (4, 4.0, [4, 4, 4])
+    with pytest.raises(ModelError, match="other"):
+        file.get_int("other")

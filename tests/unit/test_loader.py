@@ -10,15 +10,19 @@ import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType
 
-from gguf_files import WEIGHT_TYPES, random_blocks, tiny_llama
+from gguf_files import WEIGHT_TYPES, random_blocks, tiny_llama, write_gguf
 from kvik.engine.engine import Engine
 from kvik.errors import ModelError
 from kvik.files.gguf import read_gguf
+from kvik.files.texts import Texts
 from kvik.models.gguf_source import PLAIN_TYPES, QUANTIZED_TYPES
 from kvik.models.gguf_spec import read_spec
 from kvik.models.loader import LoadedModel, load_model
+from kvik.models.numerics import weight_files
 from kvik.models.spec import RopeSpec
 from kvik.ops.native import NativeOps
+from kvik.planner.sources import find_shape
+from kvik.text.chat_prompt import encode_chat
 from models import FloatArray, Tensor, altered, random_prompt, run
 
 F32 = GGMLQuantizationType.F32
@@ -71,7 +75,7 @@ BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({f"{LLAMA}feed_forward_length": 97}, "ffn_gate.weight"),
     ({f"{LLAMA}attention.head_count": 0}, "llama.attention.head_count"),
     ({f"{LLAMA}attention.head_count": 65}, "llama.attention.head_count"),
-    ({f"{LLAMA}attention.head_count": [4, 4]}, "llama.attention.head_count"),
+    ({f"{LLAMA}attention.head_count": [4, 2]}, "llama.attention.head_count"),
     ({f"{LLAMA}attention.head_count_kv": 0}, "llama.attention.head_count_kv"),
     ({f"{LLAMA}attention.head_count_kv": 5}, "llama.attention.head_count_kv"),
     ({f"{LLAMA}attention.head_count_kv": 3}, "4 query heads do not divide among 3 KV heads"),
@@ -306,3 +310,69 @@ def test_a_model_without_a_chat_template(tiny_path: Path, tmp_path: Path) -> Non
     for change in ({"without": ["tokenizer.chat_template"]}, {"metadata": {"tokenizer.chat_template": ""}}):
         options: dict[str, Any] = dict(change)
         assert load(altered(tiny_path, tmp_path / "plain.gguf", **options)).chat_template is None
+
+
+def test_a_conversation_begins_as_the_file_says_even_where_its_template_forgot_it(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "the"}]
+    prompts = []
+    for adds in (True, False):
+        extra = {"tokenizer.ggml.add_bos_token": adds, "tokenizer.ggml.bos_token_id": 0}
+        model = load(tiny_llama(tmp_path / f"{adds}.gguf", extra_metadata=extra))
+        assert model.chat_template is not None
+        prompts.append(encode_chat(model.chat_template, model.tokenizer, chat))
+    assert prompts[0] == [0, *prompts[1]]
+    assert prompts[1][0] != 0
+    template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    extra = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 0}
+    model = load(tiny_llama(tmp_path / "w.gguf", extra_metadata=extra | {"tokenizer.chat_template": template}))
+    assert model.chat_template is not None
+    assert encode_chat(model.chat_template, model.tokenizer, chat)[:2].count(0) == 1
+
+
+def split_of(path: Path, folder: Path, count: int = 3) -> list[Path]:
+    """The file as llama.cpp's gguf-split cuts it: all metadata in the first part, some tensors in each."""
+    folder.mkdir()
+    whole, paths = read_gguf(path), []
+    metadata = {key: list(value) if isinstance(value, Texts) else value for key, value in whole.metadata.items()}
+    tensors = [
+        (name, (np.array(one.data).reshape(*one.shape[:-1], -1), GGMLQuantizationType(one.type)))
+        for name, one in whole.tensors.items()
+    ]
+    for number in range(count):
+        own = {"split.no": number, "split.count": count, "split.tensors.count": len(tensors)}
+        paths.append(folder / f"m-{number + 1:05}-of-{count:05}.gguf")
+        write_gguf(paths[-1], own | (metadata if number == 0 else {}), dict(tensors[number::count]))
+    return paths
+
+
+def test_a_split_model_is_loaded_as_one_by_any_of_its_parts(tmp_path: Path, tiny_path: Path) -> None:
+    parts = split_of(tiny_path, tmp_path / "m")
+    whole = logits_of(load(tiny_path))
+    for path in parts:
+        assert np.array_equal(logits_of(load(path)), whole)
+        assert weight_files(path) == parts
+        shape = find_shape(str(path))
+        assert shape.tensors is not None
+        assert shape.tensors.file_bytes == sum(one.stat().st_size for one in parts)
+    assert weight_files(tiny_path) == [tiny_path]
+
+
+def test_a_part_alone_says_which_others_are_missing(tmp_path: Path, tiny_path: Path) -> None:
+    first, second, third = split_of(tiny_path, tmp_path / "m")
+    second.unlink()
+    with pytest.raises(ModelError, match=r"part 3 of 3 of a model that was split; parts missing beside it: 2"):
+        load(third)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ModelError, match=r"m-00002-of-00003\.gguf: is not part 2 of 3, as its name says"):
+        load(third)
+
+
+def test_parts_of_other_models_are_refused(tmp_path: Path, tiny_path: Path) -> None:
+    parts = split_of(tiny_path, tmp_path / "m")
+    tensors = read_gguf(parts[0]).tensors
+    name = next(iter(read_gguf(tiny_path).tensors))  # it lies in the first part
+    assert name in tensors
+    for own, said in (({name: plain(3, 32)}, "is in m-00001-of-00003.gguf too"), ({}, "the parts have")):
+        write_gguf(parts[2], {"split.no": 2, "split.count": 3}, own)
+        with pytest.raises(ModelError, match=said):
+            load(parts[0])

@@ -403,7 +403,6 @@ def without(metadata: dict[str, Any], key: str) -> dict[str, Any]:
         (byte_level() | {"tokenizer.ggml.model": 5}, "int"),
         (byte_level(pre="bloom"), "'bloom'"),
         (without(byte_level(), "tokens"), "tokens"),
-        (without(byte_level(), "token_type"), "token_type"),
         (without(byte_level(), "merges"), "merges"),
         (byte_level(merges=[]), "merges"),
         (byte_level(merges=["a b", "ab"]), r"merges\[1\]"),
@@ -415,8 +414,6 @@ def without(metadata: dict[str, Any], key: str) -> dict[str, Any]:
         (byte_level() | {"tokenizer.ggml.tokens": ["\ud800"], "tokenizer.ggml.token_type": [1]}, "Unicode"),
         (byte_level() | {"tokenizer.ggml.token_type": [1, 2]}, "2 entries"),
         (byte_level() | {"tokenizer.ggml.token_type": [9] * len(byte_level()["tokenizer.ggml.tokens"])}, "1 to 6"),
-        (byte_level() | {"tokenizer.ggml.bos_token_id": 10**6}, "bos_token_id is 1000000"),
-        (byte_level() | {"tokenizer.ggml.eos_token_id": -1}, "eos_token_id is -1"),
         (byte_level(eot_token_id="2"), "eot_token_id"),
         (byte_level(add_bos_token=1), "add_bos_token"),
         (byte_level(add_space_prefix=True), "add_space_prefix"),
@@ -481,3 +478,22 @@ def test_no_metadata_raises_anything_but_a_model_error(metadata: dict[str, Any],
     except ModelError:
         return
     tokenizer.decode(tokenizer.encode("the quick <tool> 12"))
+
+
+def test_optional_keys_may_be_missing_or_out_of_place() -> None:
+    whole = build(byte_level())
+    assert not whole.notes
+    metadata = without(byte_level(), "token_type")
+    bare = build(metadata)
+    assert any("token_type is missing" in note for note in bare.notes)
+    assert bare.encode("the end") == whole.encode("the end")
+    assert {whole.bos_token_id, *whole.eos_token_ids} - {None} <= bare.special_token_ids
+    assert any("pre is missing" in note for note in build(without(byte_level(), "pre")).notes)
+    for key in ("bos", "eos", "eot"):
+        tokenizer = build(byte_level() | {f"tokenizer.ggml.{key}_token_id": 10**6})
+        assert tokenizer.notes == (
+            f"tokenizer.ggml.{key}_token_id is 1000000, outside the vocabulary of {tokenizer.vocab_size:,}: ignored",
+        )
+    several = build(byte_level() | {"tokenizer.ggml.eos_token_ids": [1, 2, 10**6]})
+    assert several.eos_token_ids >= {1, 2}
+    assert "eos_token_ids has 1000000" in several.notes[0]

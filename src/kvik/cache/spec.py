@@ -73,6 +73,7 @@ class GroupSpec:
     key: VectorFormat
     value: VectorFormat | None = None  # None: a state has none; of a latent it is not stored
     window: int | None = None  # tokens that a token sees, its own the last; or of a chunk
+    index: VectorFormat | None = None  # of a latent: one more key, by which tokens are chosen (DeepSeek-V3.2)
 
     def __post_init__(self) -> None:
         assert (self.window is not None) == self.slides, f"a group of kind {self.kind} with window {self.window}"
@@ -117,7 +118,8 @@ class GroupSpec:
     def vector_bytes(self) -> int:
         """Bytes of one key with its value."""
         is_stored = self.value is not None and self.kind != "latent"
-        return self.key.num_bytes + (self.value.num_bytes if is_stored and self.value is not None else 0)
+        chooser = 0 if self.index is None else self.index.num_bytes
+        return self.key.num_bytes + chooser + (self.value.num_bytes if is_stored and self.value is not None else 0)
 
     @property
     def token_bytes(self) -> int:

@@ -85,6 +85,15 @@ def remove(name: Name) -> None:
     note(f"{name}: deleted, {megabytes(freed_bytes)} freed")
 
 
+@app.command("show")
+def show(name: Name, as_json: AsJson = False) -> None:
+    """Show what is in a model's file, what kvik makes of it and what its cache is like; no weights are read."""
+    from kvik.cli.model_facts import fact_lines, model_facts
+
+    facts = model_facts(name, store.find(name))
+    write((json.dumps(facts, indent=2) if as_json else "\n".join(fact_lines(facts))) + "\n")
+
+
 @app.command("path")
 def show_path(name: Name, as_json: AsJson = False) -> None:
     """Print the path of a model that is on this machine; nothing is downloaded."""

@@ -94,6 +94,7 @@ def model_report(shape: ModelShape) -> dict[str, Any]:
                 "latent_dims": [group.key.num_items - group.key.num_rotary, group.key.num_rotary]
                 if group.kind == "latent"
                 else None,
+                "index_dims": group.index and group.index.num_items,
             }
             for group in shape.groups
         ],

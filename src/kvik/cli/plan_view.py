@@ -131,6 +131,8 @@ def _fit_note(plan: Plan) -> str:
     where = f"{fit.where} ({amount(fit.memory_bytes)})"
     if plan.device and plan.device.uncertain:
         where += " ?"
+    if fit.fits is None:
+        return f"not known whether it fits into {where}: the weights are not"
     if fit.fits:
         return f"fits into {where}, {amount(fit.spare_bytes)} left"
     return f"does not fit into {where}: {amount(-fit.spare_bytes)} too much"
@@ -225,7 +227,7 @@ def _needs_comparison(plans: Sequence[Plan]) -> Iterator[str]:
         row = [_marked(plan.model), amount(plan.weights.held_bytes) if plan.weights else "unknown"]
         row.append(amount(plan.needed_bytes) if plan.weights else "-")
         if has_fit:
-            row.append("yes" if plan.fit and plan.fit.fits else "no")
+            row.append({True: "yes", False: "no", None: "?"}[plan.fit.fits if plan.fit else None])
         if has_speed and plan.speeds is not None:
             decode, prefill = plan.speeds
             row += [

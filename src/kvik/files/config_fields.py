@@ -16,7 +16,7 @@ MAX_WIDTH = 1 << 24  # of any width or count: far above every published model
 MAX_CONTEXT = 1 << 31
 
 _HINT = "it must be the config.json of a decoder, as transformers writes it"
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
     "hidden_size": ("n_embd", "d_model", "n_embed"),
     "num_attention_heads": ("n_head", "n_heads"),
@@ -43,7 +43,7 @@ class ConfigFields:
     def find(self, key: str) -> Any:
         """The value under this name or one that other families use; `None`: there is none."""
         return next(
-            (self.fields[one] for one in (key, *_OTHER_NAMES.get(key, ())) if self.fields.get(one) is not None), None
+            (self.fields[one] for one in (key, *OTHER_NAMES.get(key, ())) if self.fields.get(one) is not None), None
         )
 
     def count(self, key: str, default: int | None = None, *, maximum: int = MAX_WIDTH) -> int:

@@ -15,7 +15,7 @@ import math
 import reprlib
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar, cast
@@ -107,11 +107,19 @@ class GGUFFile:
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, GGUFTensor]  # in the order of their data
     mapped: MappedFile | None = None  # the file, where it was mapped
+    homes: Mapping[str, MappedFile] = field(default_factory=dict)  # of a split model: the part that a tensor lies in
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file, or of all parts of a split model."""
+        files = {one.path: len(one.data) for one in (*self.homes.values(), *([self.mapped] if self.mapped else []))}
+        return sum(files.values())
 
     def drop_pages(self, tensor: GGUFTensor) -> None:
         """Give back the memory through which a tensor was read; reading it once more brings it back from the file."""
-        if self.mapped is not None:
-            self.mapped.drop_pages(tensor.offset, tensor.num_bytes)
+        home = self.homes.get(tensor.name, self.mapped)
+        if home is not None:
+            home.drop_pages(tensor.offset, tensor.num_bytes)
 
     def tensor(self, name: str) -> GGUFTensor:
         """Return the tensor of that name, which must be there."""
@@ -166,7 +174,11 @@ class GGUFFile:
             if default is None:
                 raise ModelError(f"{self.path}: the metadata has no key {key!r}", hint=_CONVERT)
             return default
-        value = self.metadata[key]
+        value: Any = self.metadata[key]
+        if kind in (int, float, bool) and type(value) is list and value and value.count(value[0]) == len(value):
+            value = value[0]  # one number for each layer, all the same
+        if kind is float and type(value) is int:
+            value = float(value)
         if type(value) is not kind:  # not isinstance: a bool is no int here
             raise self._unfit(key, f"of type {kind.__name__}")
         return value
@@ -187,9 +199,47 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Map the GGUF file at `path` and read its header; ModelNotFound where no file is, ModelError where it is unfit."""
+    """Map the GGUF file at `path` and read its header; ModelNotFound where no file is, ModelError where it is unfit.
+
+    Any part of a split model stands for all of them, which lie beside it.
+    """
     mapped = map_file(path, hint="give the path of a .gguf file")
+    part = Part.of(path.name)
+    if part is not None and _Header(mapped.data, path).split_count() == part.count:
+        return _read_parts(path, part)
     return replace(parse_gguf(mapped.data, path), mapped=mapped)
+
+
+def _read_parts(path: Path, part: Part) -> GGUFFile:
+    """One file of all parts: the metadata of the first, the tensors of each."""
+    paths = part.paths(path)
+    missing = [number for number, one in enumerate(paths, 1) if not one.is_file()]
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ModelError(
+            f"{path}: part {part.number:,} of {part.count:,} of a model that was split;"
+            f" parts missing beside it: {shown}",
+            hint="put all parts into one folder",
+        )
+    tensors: dict[str, GGUFTensor] = {}
+    homes: dict[str, MappedFile] = {}
+    metadata: dict[str, MetadataValue] = {}
+    for index, one in enumerate(paths):
+        mapped = map_file(one, hint="give the path of a .gguf file")
+        header = _Header(mapped.data, one)
+        num_tensors, num_keys = header.read_start()
+        found = header.read_metadata(num_keys)
+        if (found.get("split.no"), found.get("split.count")) != (index, part.count):
+            raise header.error(f"is not part {index + 1:,} of {part.count:,}, as its name says")
+        metadata = metadata or found
+        for name, tensor in header.read_tensors(num_tensors).items():
+            if name in tensors:
+                raise header.error(f"tensor {_SHORT.repr(name)} is in {homes[name].path.name} too")
+            tensors[name], homes[name] = tensor, mapped
+    promised = metadata.get("split.tensors.count", len(tensors))
+    if promised != len(tensors):
+        raise ModelError(f"{paths[0]}: the parts have {len(tensors):,} tensors, not {promised}", hint=_DOWNLOAD)
+    return GGUFFile(paths[0], MappingProxyType(metadata), MappingProxyType(tensors), None, MappingProxyType(homes))
 
 
 def parse_gguf(data: npt.NDArray[np.uint8], path: Path) -> GGUFFile:
@@ -340,6 +390,11 @@ class _Header:
             raise self.error(f"truncated or damaged: {count:,} {what}, but the rest of the file has room for {room:,}")
         if count > max_count:
             raise self.error(f"{count:,} {what}; up to {max_count:,} are accepted")
+
+    def split_count(self) -> int:
+        """Parts of the model, as the metadata says; 0: it does not."""
+        count = self.read_metadata(self.read_start()[1]).get("split.count")
+        return count if isinstance(count, int) else 0
 
     # The three parts of a header.
 

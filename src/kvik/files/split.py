@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvik.errors import ModelError
 
@@ -25,6 +26,12 @@ class Part:
         if found is None or int(found["count"]) < 2:
             return None
         return cls(found["base"], int(found["number"]), int(found["count"]))
+
+    def paths(self, path: Path) -> list[Path]:
+        """The files of all parts, in order, where `path` is that of this one."""
+        name = path.name[: -len("-00001-of-00001.gguf")]
+        ending = path.name[-len(".gguf") :]
+        return [path.with_name(f"{name}-{number:05}-of-{self.count:05}{ending}") for number in range(1, self.count + 1)]
 
     @property
     def merge_command(self) -> str:

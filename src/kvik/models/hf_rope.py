@@ -25,6 +25,7 @@ class Rotary:
     partial: float = 1.0  # of a head's dimensions
     theta_key: str = "rope_theta"
     partial_key: str = "partial_rotary_factor"
+    rotates_part: bool = False  # whether the class looks at the part where the embedding is not stretched
     windows_plain: bool = False  # layers with a window are not stretched
     windows_theta: float | None = None  # of layers with a window; None: the same
 
@@ -41,16 +42,24 @@ def read_ropes(
     old, new = config.object("rope_scaling"), config.object("rope_parameters")
     given = old if old and old.fields else new or ConfigFields({}, config.path)
     inner = [given.object(kind) for kind in ("full_attention", "sliding_attention")]
-    everywhere = _rope(config, inner[0] or given, theta, partial, head_dim, context, used)
+    span = (head_dim, context, used)
+    everywhere = _rope(config, rotary, inner[0] or given, theta, partial, *span)
     if inner[1] is None and not rotary.windows_plain:
         return everywhere, everywhere
     windows_theta = config.number("rope_local_base_freq", rotary.windows_theta or theta, above=1.0)
     in_windows = inner[1] or ConfigFields({}, config.path)
-    return everywhere, _rope(config, in_windows, windows_theta, partial, head_dim, context, used)
+    return everywhere, _rope(config, rotary, in_windows, windows_theta, partial, *span)
 
 
 def _rope(
-    config: ConfigFields, given: ConfigFields, theta: float, partial: float, head_dim: int, context: int, used: int
+    config: ConfigFields,
+    rotary: Rotary,
+    given: ConfigFields,
+    theta: float,
+    partial: float,
+    head_dim: int,
+    context: int,
+    used: int,
 ) -> RopeSpec:
     """One rotary embedding; `theta` and `partial` hold where its own fields do not say."""
     kind = given.text("rope_type", given.text("type", "default"))
@@ -59,7 +68,8 @@ def _rope(
     if kind not in _SCALINGS:
         raise config.error(f"rope_type {kind!r:.60} is not one that kvik runs", f"kvik runs {', '.join(_SCALINGS)}")
     theta = given.number("rope_theta", theta, above=1.0)
-    num_dims = int(head_dim * given.number("partial_rotary_factor", partial, maximum=1.0))
+    partial = given.number("partial_rotary_factor", partial, maximum=1.0)
+    num_dims = int(head_dim * partial) if rotary.rotates_part or kind != "default" else head_dim
     original = config.optional("original_max_position_embeddings") or given.count(
         "original_max_position_embeddings", context, maximum=MAX_CONTEXT
     )

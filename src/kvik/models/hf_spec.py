@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kvik.files.config_fields import MAX_CONTEXT, MAX_WIDTH, ConfigFields
+from kvik.models.config_classes import text_part, with_defaults
+from kvik.models.hf_layers import KeptLayers, layers_with_rope, read_layers
 from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes
 from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec
 from kvik.ops.base import Nonlinearity
@@ -36,14 +38,7 @@ class Family:
     fields: Callable[[ConfigFields], Fields]  # of `DecoderSpec`, besides those that all families have
     rotary: Rotary | None = PLAIN_ROTARY
     tied: bool = False  # where the config does not say
-    kv_heads: Callable[[ConfigFields, int], int] = lambda config, heads: config.count(
-        "num_key_value_heads", heads, maximum=heads
-    )
-    head_dim: int | None = None  # where the config does not say; None: hidden_size / num_attention_heads
     inner: int | None = None  # intermediate_size by hidden_size, where the config does not say
-    windows: Literal["none", "all", "asked"] = "none"  # layers with a window: all, or those that `layer_types` asks for
-    window: int | None = None  # where the config does not say
-    pattern: int | None = None  # each so-many-th layer sees all, where the config has no layer_types
     defaults: Fields = field(default_factory=dict)  # fields that published configs leave out
 
 
@@ -181,12 +176,6 @@ def _falcon(config: ConfigFields) -> Fields:
     return _layer_norm(config, "layer_norm_epsilon", "activation", "gelu", bias=bias) | {"parallel": parallel}
 
 
-def _falcon_kv_heads(config: ConfigFields, num_heads: int) -> int:
-    if config.flag("new_decoder_architecture", False):
-        return config.count("num_kv_heads", config.count("n_head_kv", num_heads, maximum=num_heads), maximum=num_heads)
-    return 1 if config.flag("multi_query", True) else num_heads
-
-
 def _opt(config: ConfigFields) -> Fields:
     refuse_if(config, "do_layer_norm_before", False)
     refuse_if(config, "layer_norm_elementwise_affine", False)
@@ -205,54 +194,28 @@ def _starcoder2(config: ConfigFields) -> Fields:
     return _layer_norm(config, "norm_epsilon", "hidden_act", "gelu_pytorch_tanh", bias=bias)
 
 
-def _multi_query(config: ConfigFields, num_heads: int) -> int:
-    return 1 if config.flag("multi_query", True) else num_heads
-
-
-def _all_heads(config: ConfigFields, num_heads: int) -> int:
-    return num_heads
-
-
-_GEMMA3_DEFAULTS: Fields = {  # of the text decoder of a multimodal model
-    "vocab_size": 262_208,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 131_072,
-}
-
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(_llama),
-    "mistral": Family(_llama, windows="all", window=4096),
-    "ministral": Family(_llama, windows="all", window=4096),
-    "qwen2": Family(_qwen2, windows="asked", window=4096),
-    "qwen3": Family(_qwen3, windows="asked", window=4096, head_dim=128),
-    "phi3": Family(_phi3, windows="all", defaults={"original_max_position_embeddings": 4096}),
-    "phi": Family(_phi, Rotary(partial=0.5)),
+    "mistral": Family(_llama),
+    "ministral": Family(_llama),
+    "qwen2": Family(_qwen2),
+    "qwen3": Family(_qwen3),
+    "phi3": Family(_phi3, Rotary(rotates_part=True), defaults={"original_max_position_embeddings": 4096}),
+    "phi": Family(_phi, Rotary(partial=0.5, rotates_part=True)),
     "granite": Family(_granite),
-    "smollm3": Family(_llama, Rotary(2_000_000.0), tied=True, windows="asked"),
+    "smollm3": Family(_llama, Rotary(2_000_000.0), tied=True),
     "olmo2": Family(_olmo2),
-    "olmo3": Family(_olmo2, Rotary(500_000.0, windows_plain=True), windows="asked", window=4096, pattern=4),
-    "gemma": Family(_gemma, tied=True, head_dim=256),
-    "gemma2": Family(_gemma2, tied=True, head_dim=256, windows="asked", window=4096, pattern=2),
-    "gemma3_text": Family(
-        _gemma3,
-        Rotary(1_000_000.0, windows_plain=True, windows_theta=10_000.0),
-        tied=True,
-        head_dim=256,
-        windows="asked",
-        window=4096,
-        pattern=6,
-        defaults=_GEMMA3_DEFAULTS,
-    ),
-    "starcoder2": Family(_starcoder2, tied=True, windows="all"),
-    "gpt2": Family(_gpt2, None, tied=True, kv_heads=_all_heads, inner=4),
-    "nanogpt": Family(_nanogpt, None, tied=True, kv_heads=_all_heads, inner=4),
-    "gpt_bigcode": Family(_gpt_bigcode, None, tied=True, kv_heads=_multi_query, inner=4),
-    "gpt_neox": Family(_gpt_neox, Rotary(10_000.0, 0.25, "rotary_emb_base", "rotary_pct"), kv_heads=_all_heads),
-    "falcon": Family(
-        _falcon, tied=True, kv_heads=_falcon_kv_heads, inner=4, defaults={"max_position_embeddings": 2048}
-    ),
-    "opt": Family(_opt, None, tied=True, kv_heads=_all_heads),
+    "olmo3": Family(_olmo2, Rotary(500_000.0, windows_plain=True)),
+    "gemma": Family(_gemma, tied=True),
+    "gemma2": Family(_gemma2, tied=True),
+    "gemma3_text": Family(_gemma3, Rotary(1_000_000.0, windows_plain=True, windows_theta=10_000.0), tied=True),
+    "starcoder2": Family(_starcoder2, tied=True),
+    "gpt2": Family(_gpt2, None, tied=True, inner=4),
+    "nanogpt": Family(_nanogpt, None, tied=True, inner=4),
+    "gpt_bigcode": Family(_gpt_bigcode, None, tied=True, inner=4),
+    "gpt_neox": Family(_gpt_neox, Rotary(10_000.0, 0.25, "rotary_emb_base", "rotary_pct", rotates_part=True)),
+    "falcon": Family(_falcon, tied=True, inner=4),
+    "opt": Family(_opt, None, tied=True),
 }
 
 
@@ -267,9 +230,8 @@ def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
     """
     fields = ConfigFields(config, path)
     name = fields.text("model_type")
-    inner = fields.object("text_config") if name in _MULTIMODAL else None
-    if inner is not None:
-        fields = ConfigFields({**config, "model_type": _MULTIMODAL[name], **inner.fields}, path)
+    if name in _MULTIMODAL:
+        fields = text_part(config, path)
         name = fields.text("model_type")
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if fields.optional(key):
@@ -279,7 +241,7 @@ def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
             f"model_type {name!r:.60} is not one that kvik runs", f"kvik runs {', '.join(sorted(FAMILIES))}"
         )
     silent = {key: value for key, value in FAMILIES[name].defaults.items() if fields.find(key) is None}
-    return ConfigFields({**fields.fields, **silent}, path)
+    return with_defaults(ConfigFields({**fields.fields, **silent}, path))
 
 
 def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = None) -> DecoderSpec:
@@ -290,35 +252,32 @@ def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = No
     fields = text_config(config, path)
     model_type = fields.text("model_type")
     family = FAMILIES[model_type]
-    hidden_size = fields.count("hidden_size")
-    num_heads = fields.count("num_attention_heads", maximum=hidden_size)
-    head_dim = _head_dim(fields, family, hidden_size, num_heads)
-    context_length = fields.count("max_position_embeddings", maximum=MAX_CONTEXT)
+    for one in fields.list("layer_types", fields.count("num_hidden_layers", maximum=MAX_LAYERS), (str,)) or ():
+        if one not in ("full_attention", "sliding_attention"):
+            raise fields.error(f"layer_types has {one!r:.60} in it, which kvik does not run", OTHER_MODEL)
+    kept = read_layers(fields, MAX_LAYERS, MAX_HEAD_DIM)
+    if kept.num_heads * kept.head_dim > MAX_WIDTH:
+        heads = f"{kept.num_heads:,} heads of {kept.head_dim:,} dimensions"
+        raise fields.error(f"{heads} are more than {MAX_WIDTH:,} together")
+    for layer in kept.layers:
+        if layer.kind not in ("full", "window"):
+            raise fields.error(f"has layers of kind {layer.kind}, which kvik does not run", OTHER_MODEL)
     spec = DecoderSpec(
         architecture=model_type,
-        hidden_size=hidden_size,
-        intermediate_size=fields.count("intermediate_size", family.inner and family.inner * hidden_size),
-        num_heads=num_heads,
-        num_kv_heads=family.kv_heads(fields, num_heads),
-        head_dim=head_dim,
-        vocab_size=fields.count("vocab_size"),
-        context_length=context_length,
-        layers=_layers(fields, family, head_dim, context_length, context or context_length),
+        hidden_size=kept.hidden_size,
+        intermediate_size=fields.count("intermediate_size", family.inner and family.inner * kept.hidden_size),
+        num_heads=kept.num_heads,
+        num_kv_heads=kept.num_kv_heads,
+        head_dim=kept.head_dim,
+        vocab_size=kept.vocab_size,
+        context_length=kept.max_context,
+        layers=_layers(fields, family, kept, context or kept.max_context),
         tied_head=fields.flag("tie_word_embeddings", family.tied),
         **family.fields(fields),
     )
     if problem := spec.problem():
         raise fields.error(problem, OTHER_MODEL)
     return spec
-
-
-def _head_dim(config: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:
-    if config.find("head_dim") is None and family.head_dim is None and hidden_size % num_heads:
-        raise config.error(f"hidden_size {hidden_size:,} does not divide among {num_heads:,} heads")
-    head_dim = config.count("head_dim", family.head_dim or hidden_size // num_heads, maximum=MAX_HEAD_DIM)
-    if num_heads * head_dim > MAX_WIDTH:
-        raise config.error(f"{num_heads:,} heads of {head_dim:,} dimensions are more than {MAX_WIDTH:,} together")
-    return head_dim
 
 
 def refuse_if(config: ConfigFields, key: str, value: bool) -> None:
@@ -335,53 +294,20 @@ def nonlinearity_of(config: ConfigFields, key: str, default: str) -> Nonlinearit
     return _NONLINEARITIES[name]
 
 
-def _layers(config: ConfigFields, family: Family, head_dim: int, context: int, used: int) -> tuple[LayerSpec, ...]:
-    num_layers = config.count("num_hidden_layers", maximum=MAX_LAYERS)
-    has_rope = _layers_with_rope(config, num_layers)
-    windows = _windows(config, family, has_rope, context)
-    if family.rotary is None:
-        return tuple(LayerSpec(None, window) for window in windows)
-    everywhere, in_windows = read_ropes(config, family.rotary, head_dim, context, used)
+def _layers(config: ConfigFields, family: Family, kept: KeptLayers, used: int) -> tuple[LayerSpec, ...]:
+    has_rope = [family.rotary is not None] * len(kept.layers)
+    if kept.model_type == "smollm3":
+        has_rope = layers_with_rope(config, len(kept.layers))
+    everywhere = in_windows = None
+    if family.rotary is not None:
+        everywhere, in_windows = read_ropes(config, family.rotary, kept.head_dim, kept.max_context, used)
     return tuple(
-        LayerSpec(None if not rope else everywhere if window is None else in_windows, window)
-        for rope, window in zip(has_rope, windows, strict=True)
+        LayerSpec(
+            rope=None if not rope else everywhere if layer.window is None else in_windows,
+            window=layer.window,
+            num_kv_heads=None if layer.num_kv_heads == kept.num_kv_heads else layer.num_kv_heads,
+            head_dim=None if layer.key_dim == kept.head_dim else layer.key_dim,
+            kv_from=layer.kv_from,
+        )
+        for rope, layer in zip(has_rope, kept.layers, strict=True)
     )
-
-
-def _layers_with_rope(config: ConfigFields, num_layers: int) -> list[bool]:
-    """Whether each layer has RoPE: SmolLM3 has NoPE layers."""
-    if config.text("model_type") != "smollm3":
-        return [True] * num_layers
-    flags = config.list("no_rope_layers", num_layers, (int, bool))  # 1 where there is RoPE
-    every = config.count("no_rope_layer_interval", 4)
-    return [bool(flags[index] if flags else (index + 1) % every) for index in range(num_layers)]
-
-
-def _windows(config: ConfigFields, family: Family, has_rope: list[bool], context: int) -> list[int | None]:
-    """Of each layer; a window as long as the context is none."""
-    num_layers = len(has_rope)
-    types = config.list("layer_types", num_layers, (str,))
-    for one in types or ():
-        if one not in ("full_attention", "sliding_attention"):
-            raise config.error(f"layer_types has {one!r:.60} in it, which kvik does not run", OTHER_MODEL)
-    window = config.optional("sliding_window") if "sliding_window" in config.fields else family.window
-    asked = family.pattern is not None or config.flag("use_sliding_window", False)
-    if family.windows == "none" or window is None or (family.windows == "asked" and not asked):
-        if types and "sliding_attention" in types:
-            raise config.error("layer_types asks for sliding_attention, but no sliding_window is in use")
-        return [None] * num_layers
-    if types is not None:
-        slides = [one == "sliding_attention" for one in types]
-    elif family.windows == "all":
-        slides = [True] * num_layers
-    elif family.pattern is not None:
-        every = config.count("sliding_window_pattern", family.pattern)
-        slides = [(index + 1) % every != 0 for index in range(num_layers)]
-    elif not all(has_rope):
-        slides = [not rope for rope in has_rope]
-    else:
-        first = config.fields.get("max_window_layers", 28)
-        if type(first) is not int:
-            raise config.error(f"max_window_layers is {first!r:.60}; it must be a whole number")
-        slides = [index >= first for index in range(num_layers)]
-    return [window if slide and window < context else None for slide in slides]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvik.config import EngineConfig
+from kvik.files.split import Part
 
 if TYPE_CHECKING:
     from kvik.models.loader import LoadedModel
@@ -30,5 +31,7 @@ def numerics_of(model: LoadedModel, config: EngineConfig) -> str:
 def weight_files(path: Path) -> list[Path]:
     """The files that decide a model's weights and shape, in an order of their own."""
     if not path.is_dir():
-        return [path]
+        part = Part.of(path.name)
+        parts = [path] if part is None else part.paths(path)
+        return parts if all(one.is_file() for one in parts) else [path]
     return [*sorted(path.glob("*.safetensors")), path / "config.json"]

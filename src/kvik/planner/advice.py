@@ -30,6 +30,12 @@ def _fitting(plan: Plan) -> Iterator[str]:
             each = f"{amount(plan.kv.sequence_bytes)} at {plan.context:,} tokens"
             yield f"Users: each takes {each}; `--memory` or `--device` tells how many fit."
         return
+    if fit.fits is None:
+        yield (
+            f"Whether it fits is not known, as the number of weights is not: without them {amount(fit.spare_bytes)} are"
+            " left. A folder with its safetensors, or a GGUF file, tells it."
+        )
+        return
     if not fit.fits:
         missing = f"{amount(-fit.spare_bytes)} are missing"
         if fit.change is None:
@@ -43,7 +49,7 @@ def _fitting(plan: Plan) -> Iterator[str]:
         f"Users: {fit.most_users:,} at {plan.context:,} tokens each fit; another one takes {amount(share)},"
         f" and {amount(fit.spare_bytes)} are left."
     )
-    if fit.largest_context < plan.model.max_context:
+    if fit.largest_context is not None and fit.largest_context < plan.model.max_context:
         yield f"Context: {count(plan.users, 'user')} can have {fit.largest_context:,} tokens each."
 
 

@@ -58,18 +58,21 @@ class Fit:
     where: str
     memory_bytes: int
     needed_bytes: int
-    largest_context: int  # for as many users; 0: none
-    most_users: int  # of the same context; 0: none
+    largest_context: int | None  # for as many users; 0: none; None: not known, as the weights are not
+    most_users: int | None  # of the same context; likewise
     change: Change | None  # the cheapest that makes it fit; None: it fits, or nothing would do
+    weights_known: bool = True
 
     @property
-    def fits(self) -> bool:
-        """Whether all of it fits."""
-        return self.needed_bytes <= self.memory_bytes
+    def fits(self) -> bool | None:
+        """Whether all of it fits; `None` where that hangs on the weights, and it is not known how many they are."""
+        if self.needed_bytes > self.memory_bytes:
+            return False
+        return True if self.weights_known else None
 
     @property
     def spare_bytes(self) -> int:
-        """What is left; below 0, what is missing."""
+        """What is left, without the weights where they are not known; below 0, what is missing at least."""
         return self.memory_bytes - self.needed_bytes
 
 
@@ -82,16 +85,17 @@ def fit(load: Load, where: str, memory_bytes: int) -> Fit:
     def shorter(context: int) -> Load:
         return replace(load, context=context, prefix=min(load.prefix, max(0, context - 1)))
 
-    change = None
-    if not fits(load):
+    known, change = weight_memory(load.shape, load.weights) is not None, None
+    if known and not fits(load):
         change = next((one for one in _changes(load, memory_bytes) if one.num_bytes <= memory_bytes), None)
     return Fit(
         where=where,
         memory_bytes=memory_bytes,
         needed_bytes=load.num_bytes,
-        largest_context=_largest(lambda context: fits(shorter(context)), load.shape.max_context),
-        most_users=_largest(lambda users: fits(replace(load, users=users)), MAX_USERS),
+        largest_context=_largest(lambda context: fits(shorter(context)), load.shape.max_context) if known else None,
+        most_users=_largest(lambda users: fits(replace(load, users=users)), MAX_USERS) if known else None,
         change=change,
+        weights_known=known,
     )
 
 

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
-from kvik.files.gguf import read_gguf
+from kvik.errors import ModelError
+from kvik.files.gguf import GGUFFile, read_gguf
+from kvik.models.gguf_layers import active_part, num_values, read_gguf_layers
 from kvik.models.gguf_source import find_tensors
 from kvik.models.gguf_spec import read_spec
 from kvik.planner.held import held_shape
-from kvik.planner.shape import ModelShape
+from kvik.planner.shape import ModelShape, WeightTensors
 
 
 def read_header(path: Path, name: str) -> ModelShape:
     """The shape that a GGUF file's header describes; weights are not read. Raises `ModelError`."""
     file = read_gguf(path)
-    spec = read_spec(file)
-    types = {tensor: found.type.name for tensor, found in find_tensors(file, spec).items()}
-    return held_shape(spec, types, name=name, origin="gguf", path=path, file_bytes=path.stat().st_size)
+    try:
+        spec = read_spec(file)
+        types = {tensor: found.type.name for tensor, found in find_tensors(file, spec).items()}
+    except ModelError:  # kvik would not run it, but its keys and tensors may tell its shape
+        return _shape_of_keys(file, name)
+    return held_shape(spec, types, name=name, origin="gguf", path=path, file_bytes=file.file_bytes)
+
+
+def _shape_of_keys(file: GGUFFile, name: str) -> ModelShape:
+    kept = read_gguf_layers(file)
+    cache, (total, active, table) = kept.cache, num_values(file)
+    by_format: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        by_format[tensor.type.name.lower()] += tensor.num_bytes
+    held, part = sum(by_format.values()), active_part(file)
+    rest = sum(one.num_bytes for one in file.tensors.values() if "_exps." not in one.name)
+    looked_up = file.tensors["token_embd.weight"].num_bytes if table else 0
+    main = by_format.most_common(1)[0][0]
+    return ModelShape(
+        name=name,
+        origin="gguf",
+        source=str(file.path),
+        num_layers=len(kept.layers),
+        hidden_size=kept.hidden_size,
+        num_heads=kept.num_heads,
+        num_kv_heads=kept.num_kv_heads,
+        head_dim=kept.head_dim,
+        groups=cache.groups,
+        max_context=kept.max_context,
+        vocab_size=kept.vocab_size,
+        num_params=total,
+        is_mixture=part < 1.0,
+        num_active_params=active if part < 1.0 else None,
+        num_table_params=table,
+        tensors=WeightTensors(
+            format=main,
+            held_bytes=held,
+            step_bytes=int(rest + (held - rest) * part) - looked_up,
+            file_bytes=file.file_bytes,
+            quantized=main not in ("f32", "f16", "bf16"),
+        ),
+        shared_layers=cache.shared,
+        note=kept.note,
+    )

@@ -72,7 +72,7 @@ def _least_seconds(work: StepWork, limits: MachineLimits, quantized: bool) -> fl
 def _format_of(load: Load) -> WeightFormat:
     weights = weight_memory(load.shape, load.weights)
     assert weights is not None
-    return FORMATS[weights.format]
+    return FORMATS.get(weights.format, FORMATS["q8_0"])  # what kvik does not hold is read like eight bits
 
 
 class _Probe:

@@ -37,7 +37,8 @@ class WeightTensors:
 
     format: str  # of most of the matrices' bytes
     held_bytes: int  # as kvik packs them, norms included
-    step_bytes: int  # of these, what one step reads: all, but only rows of an embedding table that is not the head too
+    # Of these, what one step reads: all, but only rows of an embedding table that is not the head too; None: not known.
+    step_bytes: int | None
     file_bytes: int
     quantized: bool  # whether the matrices are multiplied in integers
 

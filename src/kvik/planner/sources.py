@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from kvik.errors import DownloadError, ModelError, ModelNotFound
+from kvik.errors import DownloadError, ModelNotFound
 from kvik.hub.folder import is_path
 from kvik.planner.catalogue import find_model, near_models
 from kvik.planner.shape import ModelShape
@@ -72,10 +72,7 @@ def _read_folder(folder: Path, name: str) -> ModelShape:
     if config.is_file():
         from kvik.planner.checkpoint_header import read_folder
 
-        try:
-            return read_folder(folder, name)
-        except ModelError:  # kvik would not run it, but its config may tell its shape
-            return _read_file(config, name)
+        return read_folder(folder, name)
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
         return _read_file(files[0], name)

@@ -131,14 +131,15 @@ class _Prompt:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, or of a beginning of it."""
-        # The template writes the beginning-of-text token itself where the model wants one.
+        # The template writes the beginning-of-text token itself where the model wants one, or should.
         token_ids: list[int] = []
         for at, part in enumerate(re.split(f"{self._mark}(\\d+){self._mark}", text)):
             if at % 2:
                 token_ids += self._tokenizer.encode(self._names[int(part)], add_special=False, parse_special=False)
             elif part:
                 token_ids += self._tokenizer.encode(part, add_special=False)
-        return token_ids
+        bos = self._tokenizer.chat_bos_token_id
+        return token_ids if bos is None or token_ids[:1] in ([], [bos]) else [bos, *token_ids]
 
 
 @lru_cache(maxsize=16)

@@ -37,6 +37,7 @@ class Tokenizer(ABC):
     vocab_size: int  # every token's id is below it
     bos_token_id: int | None
     eos_token_ids: frozenset[int]  # every token that ends a turn or a text
+    chat_bos_token_id: int | None = None  # that a conversation begins with even where its template forgot it
     special_token_ids: frozenset[int]  # control and unknown tokens: no text of their own
 
     @abstractmethod

@@ -155,12 +155,17 @@ _WORD_RULES = {
 }
 
 
+_BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
+_SPECIAL_IDS = tuple(f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding"))
+
+
 class _Metadata:
     """The `tokenizer.ggml.*` values of one file, checked for type, length and range as they are read."""
 
     def __init__(self, metadata: Mapping[str, Any], name: str) -> None:
         self._metadata = metadata
         self._name = name
+        self.notes: list[str] = []  # what was missing or out of place, and what was made of it
 
     def error(
         self, what: str, hint: str = "the file is damaged or badly converted; fetch or convert it again"
@@ -197,8 +202,32 @@ class _Metadata:
     def token_id(self, key: str, vocab_size: int) -> int | None:
         value: int | None = self.get(key, int)
         if value is not None and not 0 <= value < vocab_size:
-            raise self.error(f"tokenizer.ggml.{key} is {value}, outside the vocabulary of {vocab_size}")
+            self.notes.append(f"tokenizer.ggml.{key} is {value}, outside the vocabulary of {vocab_size:,}: ignored")
+            return None
         return value
+
+    def token_ids(self, key: str, vocab_size: int) -> list[int]:
+        """A list of tokens, which may be missing."""
+        if f"tokenizer.ggml.{key}" not in self._metadata:
+            return []
+        found: list[int] = self.items(key, {int})
+        strange = [one for one in found if not 0 <= one < vocab_size]
+        if strange:
+            self.notes.append(
+                f"tokenizer.ggml.{key} has {strange[0]}, outside the vocabulary of {vocab_size:,}: ignored"
+            )
+        return [one for one in found if 0 <= one < vocab_size]
+
+    def token_types(self, tokens: Texts) -> list[int]:
+        """Of each token what it is for; where the file does not say, special ids are control tokens."""
+        if "tokenizer.ggml.token_type" in self._metadata:
+            return self.items("token_type", {int}, len(tokens))
+        self.notes.append("tokenizer.ggml.token_type is missing: tokens named as special are control tokens")
+        types = [int(TokenType.BYTE if _BYTE_NAME.fullmatch(one) else TokenType.NORMAL) for one in tokens]
+        for key in _SPECIAL_IDS:
+            if (found := self.token_id(key, len(tokens))) is not None:
+                types[found] = int(TokenType.UNKNOWN if key == "unknown_token_id" else TokenType.CONTROL)
+        return types
 
 
 class GGUFTokenizer(Tokenizer):
@@ -208,6 +237,7 @@ class GGUFTokenizer(Tokenizer):
     """
 
     add_bos: bool
+    notes: tuple[str, ...]  # on keys that are missing or out of place
     add_space_prefix: bool  # SentencePiece: each stretch of text starts with a space that decoding takes off again
 
     def __init__(self, metadata: Mapping[str, Any], name: str) -> None:
@@ -217,7 +247,7 @@ class GGUFTokenizer(Tokenizer):
             raise fields.error(f"tokenizer.ggml.model is {model!r}", hint="kvik reads the models 'gpt2' and 'llama'")
         self._tokens = fields.texts("tokens")
         self.vocab_size = len(self._tokens)
-        types = fields.items("token_type", {int}, self.vocab_size)
+        types = fields.token_types(self._tokens)
         if not set(types) <= set(TokenType):
             raise fields.error("tokenizer.ggml.token_type has values outside 1 to 6")
         self._types = bytes(types)
@@ -233,18 +263,27 @@ class GGUFTokenizer(Tokenizer):
 
         self.bos_token_id = fields.token_id("bos_token_id", self.vocab_size)
         self._eos_token_id = fields.token_id("eos_token_id", self.vocab_size)
-        given = [self._eos_token_id, *(fields.token_id(f"{key}_token_id", self.vocab_size) for key in ("eot", "eom"))]
+        given = [
+            self._eos_token_id,
+            *fields.token_ids("eos_token_ids", self.vocab_size),
+            *(fields.token_id(f"{key}_token_id", self.vocab_size) for key in ("eot", "eom")),
+        ]
         special = {self._tokens[token_id]: token_id for token_id in self.special_token_ids}
         self.eos_token_ids = all_ends([token_id for token_id in given if token_id is not None], special)
         self._add_eos: bool = fields.get("add_eos_token", bool, False)
+        self.notes = tuple(dict.fromkeys(fields.notes))
         if fields.get("add_bos_token", bool, False) and self.bos_token_id is None:
             raise fields.error("tokenizer.ggml.add_bos_token is set, but there is no bos_token_id")
         if self._add_eos and self._eos_token_id is None:
             raise fields.error("tokenizer.ggml.add_eos_token is set, but there is no eos_token_id")
         self.add_bos = fields.get("add_bos_token", bool, self._bos_by_default) and self.bos_token_id is not None
+        self.chat_bos_token_id = self.bos_token_id if self.add_bos else None  # as llama.cpp does
 
     def _set_up_byte_level(self, fields: _Metadata, texts: list[str]) -> None:
-        rule_name = fields.get("pre", str, "default")
+        rule_name = fields.get("pre", str)
+        if rule_name is None:
+            rule_name = "default"
+            fields.notes.append("tokenizer.ggml.pre is missing: text is cut into words by the rule 'default'")
         rule = _WORD_RULES.get(rule_name)
         if rule is None:
             known = ", ".join(sorted(_WORD_RULES))

@@ -69,7 +69,7 @@ def _told(
             "needed": found.needed_bytes,
             "memory": memory_bytes,
         },
-        "fits": fit.fits,
+        "fits": fit.fits is True,  # a served model's weights are known
         "most_users": fit.most_users,
         "largest_context": fit.largest_context,
         "doubled": _doubled(found),

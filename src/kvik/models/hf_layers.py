@@ -1,0 +1,547 @@
+"""What each layer of a decoder remembers, by its config.json: one reading, from which engine and planner both start.
+
+Source: configuration and attention classes of transformers 5.23 (field names, defaults, which layer has which cache).
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from kvik.cache import GroupSpec, KVCacheSpec, VectorFormat
+from kvik.files.config_fields import MAX_CONTEXT, MAX_WIDTH, ConfigFields
+from kvik.models.config_classes import has_field, is_encoder_decoder, is_known
+
+MAX_PLANNED_LAYERS = 1 << 14
+MAX_PLANNED_HEAD_DIM = 1 << 12
+
+Kind = Literal["full", "window", "chunk", "latent", "state"]
+
+_KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys(("full_attention", "attention", "hybrid", "indexed_attention"), "full"),
+    **dict.fromkeys(("sliding_attention", "hybrid_sliding"), "window"),
+    **dict.fromkeys(("deepseek_sparse_attention",), "full"),
+    "chunked_attention": "chunk",
+    **dict.fromkeys(("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"), "state"),
+}
+"""Names of layer types; those of a state group may keep nothing at all. A hybrid has a state beside its keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLayer:
+    """What one layer keeps of a token."""
+
+    kind: Kind
+    window: int | None = None  # or the chunk
+    num_kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    num_rotary: int = 0  # of a latent key
+    index_dim: int = 0  # of one more key, by which tokens are chosen (sparse attention)
+    kv_from: int | None = None  # the layer whose keys and values it reads
+
+    def group(self, index: int) -> GroupSpec:
+        """The layer as a group of its own, in f16."""
+        key, layers = VectorFormat(self.key_dim, "f16", self.num_rotary), (index,)
+        if self.kind == "state":
+            return GroupSpec("state", layers, 0, VectorFormat(0, "f32"))
+        value, chosen = VectorFormat(self.value_dim, "f16"), self.index_dim
+        chooser = VectorFormat(chosen, "f16") if chosen else None
+        return GroupSpec(self.kind, layers, self.num_kv_heads, key, value, self.window, chooser)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLayers:
+    """The figures of a config that decide memory, checked."""
+
+    model_type: str
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # of queries and keys, in most layers
+    vocab_size: int
+    max_context: int
+    layers: tuple[KeptLayer, ...]
+    note: str = ""  # what is not known
+
+    @property
+    def cache(self) -> KVCacheSpec:
+        """What a cache of it holds, in f16."""
+        own = [layer.group(index) for index, layer in enumerate(self.layers) if layer.kv_from is None]
+        shared = [(index, layer.kv_from) for index, layer in enumerate(self.layers) if layer.kv_from is not None]
+        return KVCacheSpec.of_layers(own, shared=shared)
+
+
+def read_layers(
+    config: ConfigFields, max_layers: int = MAX_PLANNED_LAYERS, max_head_dim: int = MAX_PLANNED_HEAD_DIM
+) -> KeptLayers:
+    """The layers of a text config that has its class's defaults. Raises `ModelError`, which names the field."""
+    model_type = config.text("model_type", "")
+    if why := _REFUSED.get(model_type):
+        raise config.error(f"model_type {model_type!r:.60} {why}, which kvik cannot plan")
+    if is_encoder_decoder(model_type) or config.find("is_encoder_decoder") is True:
+        raise config.error(f"model_type {model_type!r:.60} has an encoder whose keys its decoder keeps too", _DECODERS)
+    num_layers = _num_layers(config, model_type, max_layers)
+    hidden_size = config.count("hidden_size")
+    kinds = _kinds(config, model_type, num_layers)
+    has_heads = model_type not in _HEADLESS
+    num_heads = _num_heads(config, model_type) if has_heads else 1
+    num_kv_heads = kv_heads_of(config, model_type, num_heads) if has_heads else 1
+    if num_heads % num_kv_heads:
+        raise config.error(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
+    head_dim = head_dim_of(config, model_type, hidden_size, num_heads, max_head_dim) if has_heads else 1
+    max_context = config.count("max_position_embeddings", _CONTEXTS.get(model_type), maximum=MAX_CONTEXT)
+    layers = [_layer(config, model_type, kind, num_kv_heads, head_dim, max_context) for kind in kinds]
+    if config.optional("kv_lora_rank"):
+        layers, head_dim = _latent(config, model_type, layers)
+    return KeptLayers(
+        model_type,
+        hidden_size,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        config.count("vocab_size"),
+        max_context,
+        tuple(_shared(config, layers)),
+        _note(config, model_type),
+    )
+
+
+_DECODERS = "kvik plans decoders: models that have no encoder"
+_HEADLESS = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+_CONTEXTS = {  # of classes that have no bound of their own: what their makers trained on, or a round figure
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "xlstm", "recurrent_gemma", "dbrx", "mpt"), 8192),
+    **dict.fromkeys(("bloom", "cpmant", "xlnet", "rwkv"), 2048),
+}
+_REFUSED: Mapping[str, str] = {
+    "deepseek_v4": "keeps compressed tokens",
+    "qwen4_exp_text": "keeps compressed keys of an index",
+    "dots3_note_text": "has latents in windows",
+    "blt": "is of several decoders",
+    "reformer": "keeps hashed hidden states",
+    "xlnet": "keeps hidden states",
+    "xlm": "keeps no cache of one kind",
+    "mllama": "keeps keys of pictures",
+    "mllama_text_model": "keeps keys of pictures",
+    "gemma4_assistant": "reads another model's keys and values",
+    "gemma4_unified_assistant": "reads another model's keys and values",
+    "moshi": "has a second decoder",
+    "musicgen": "has an encoder",
+    "musicgen_melody": "has an encoder",
+}
+"""Classes whose caches are of a kind that nothing here can describe. docs/planning.md lists them."""
+
+
+def _note(config: ConfigFields, model_type: str) -> str:
+    """What is said of a class that is not known. Raises where not even an upper bound follows from the fields."""
+    if is_known(model_type) or model_type in ("nanogpt", "phi3small"):
+        return ""
+    strange = [
+        key
+        for key, value in config.fields.items()
+        if key not in _HEAD_FIELDS and value and any(part in key for part in ("head_dim", "kv_head", "key_value_head"))
+    ]
+    if strange:
+        raise config.error(
+            f"model_type {model_type!r:.60} is not known, and {strange[0]:.60} may make its keys and values larger"
+        )
+    return (
+        f"model_type {model_type!r:.40} is not known: unknown layers, the figure for keys and values is an upper bound"
+    )
+
+
+_HEAD_FIELDS = (
+    *("head_dim", "num_key_value_heads", "num_kv_heads", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+    *("linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim"),
+)
+
+
+# Numbers of layers and heads.
+
+
+def _num_layers(config: ConfigFields, model_type: str, maximum: int) -> int:
+    if model_type == "longcat_flash":  # two attentions a layer
+        return 2 * config.count("num_layers", config.find("num_hidden_layers"), maximum=maximum // 2)
+    if model_type == "nemotron_h":
+        if (types := _stored_types(config)) is not None:
+            return len(types)
+        pattern = config.text("hybrid_override_pattern", "ME*-")
+        if not 0 < len(pattern) <= maximum:
+            raise config.error(f"hybrid_override_pattern has {len(pattern):,} letters; it must have 1 to {maximum:,}")
+        return len(pattern)
+    number = config.count("num_hidden_layers", maximum=maximum)
+    if model_type == "hrm_text" and config.find("num_layers_per_stack") is None:
+        return number * config.count("H_cycles", maximum=64) * (config.count("L_cycles", maximum=64) + 1)
+    return number
+
+
+def _num_heads(config: ConfigFields, model_type: str) -> int:
+    if model_type == "jetmoe":  # each chosen expert has queries of its own
+        return config.count("num_key_value_heads") * config.count("num_experts_per_tok", maximum=64)
+    return config.count("num_attention_heads", maximum=MAX_WIDTH)
+
+
+def kv_heads_of(config: ConfigFields, model_type: str, num_heads: int) -> int:
+    """Heads of keys and values; some families say it in their own ways."""
+    if model_type == "falcon":
+        if config.flag("new_decoder_architecture", False):
+            other = config.count("n_head_kv", num_heads, maximum=num_heads)
+            return config.count("num_kv_heads", other, maximum=num_heads)
+        return 1 if config.flag("multi_query", True) else num_heads
+    if model_type == "gpt_bigcode":
+        return 1 if config.flag("multi_query", True) else num_heads
+    if model_type in ("dbrx", "mpt"):
+        inner = config.object("attn_config") or ConfigFields({}, config.path)
+        return inner.count("kv_n_heads", 1 if model_type == "dbrx" else num_heads, maximum=num_heads)
+    if model_type in _ALL_HEADS:
+        return num_heads
+    if config.find("num_key_value_heads") is None and not is_known(model_type):
+        if config.find("multi_query") is True:
+            return 1
+        return config.count("num_kv_heads", num_heads, maximum=num_heads)
+    return config.count("num_key_value_heads", num_heads, maximum=num_heads)
+
+
+_ALL_HEADS = ("gpt2", "nanogpt", "gpt_neox", "opt", "gptj", "gpt_neo", "codegen", "bloom")
+
+
+def head_dim_of(config: ConfigFields, model_type: str, hidden_size: int, num_heads: int, maximum: int) -> int:
+    """Dimensions of a head of queries and keys."""
+    if config.find("head_dim") is None and config.find("kv_lora_rank") is not None:
+        return 1  # it follows from the parts of a latent's key
+    if model_type in ("zamba", "zamba2"):
+        return config.count("attention_head_dim", 2 * hidden_size // num_heads, maximum=maximum)
+    if config.find("head_dim") is None and hidden_size % num_heads:
+        raise config.error(f"hidden_size {hidden_size:,} does not divide among {num_heads:,} heads")
+    return config.count("head_dim", max(1, hidden_size // num_heads), maximum=maximum)
+
+
+# One layer.
+
+
+def _layer(
+    config: ConfigFields, model_type: str, kind: Kind, num_kv_heads: int, head_dim: int, context: int
+) -> KeptLayer:
+    value_dim = head_dim
+    if kind == "state":
+        return KeptLayer("state")
+    if model_type.startswith("gemma4") and kind == "full":
+        head_dim = value_dim = config.count("global_head_dim", 512, maximum=MAX_PLANNED_HEAD_DIM)
+        if config.flag("attention_k_eq_v", False):
+            num_kv_heads = config.count("num_global_key_value_heads", num_kv_heads, maximum=MAX_WIDTH)
+    if model_type.startswith("inkling") and kind == "window":
+        num_kv_heads = config.count("swa_num_key_value_heads", maximum=MAX_WIDTH)
+        head_dim = value_dim = config.count("swa_head_dim", maximum=MAX_PLANNED_HEAD_DIM)
+    if model_type == "mimo_v2_flash":
+        value_dim = config.count("v_head_dim", 128, maximum=MAX_PLANNED_HEAD_DIM)
+        num_kv_heads *= 2 if kind == "window" else 1
+    window = window_of(config, model_type, kind)
+    if window is not None and window >= context:
+        kind, window = "full", None
+    return KeptLayer(kind, window, num_kv_heads, head_dim, value_dim)
+
+
+def window_of(config: ConfigFields, model_type: str, kind: Kind) -> int | None:
+    """The tokens that a layer of that kind sees, its own among them; `None`: all."""
+    if kind == "chunk":
+        return config.count("attention_chunk_size", maximum=MAX_CONTEXT)
+    if kind != "window":
+        return None
+    if model_type == "modernbert-decoder":
+        return config.count("local_attention") // 2
+    if model_type == "mimo_v2_flash" and config.find("sliding_window_size") is not None:
+        return config.count("sliding_window_size", maximum=MAX_CONTEXT) + 1
+    return config.count("sliding_window", maximum=MAX_CONTEXT)
+
+
+def _latent(config: ConfigFields, model_type: str, layers: list[KeptLayer]) -> tuple[list[KeptLayer], int]:
+    """Layers of multi-head latent attention (DeepSeek-V2), and the width of a head's keys once they are unfolded."""
+    rank = config.count("kv_lora_rank")
+    rotary, plain = (
+        config.count(key, maximum=MAX_PLANNED_HEAD_DIM) for key in ("qk_rope_head_dim", "qk_nope_head_dim")
+    )
+    chosen = [0] * len(layers)
+    if config.optional("index_head_dim"):
+        index_dim = config.count("index_head_dim", maximum=MAX_PLANNED_HEAD_DIM)
+        chosen = [index_dim if own else 0 for own in _own_index(config, model_type, len(layers))]
+    made = []
+    for layer, index_dim in zip(layers, chosen, strict=True):
+        if layer.kind in ("window", "chunk"):
+            raise config.error("has latents (kv_lora_rank) in layers with a window, which kvik cannot plan")
+        latent = KeptLayer("latent", None, 1, rank + rotary, rank, rotary, index_dim)
+        made.append(latent if layer.kind == "full" else layer)
+    return made, rotary + plain
+
+
+def _own_index(config: ConfigFields, model_type: str, num_layers: int) -> list[bool]:
+    """Which layers have an index of their own; the others reuse what the one before has chosen."""
+    types = config.list("indexer_types", num_layers, (str,))
+    if types is not None:
+        return [one == "full" for one in types]
+    if model_type == "hy_v4":
+        return [index == 0 or (index - 1) % 4 == 0 for index in range(num_layers)]
+    if model_type == "glm_moe_dsa" and (every := config.optional("index_topk_freq")) is not None:
+        offset = config.optional("index_skip_topk_offset") or 2
+        return [max(index - offset + 1, 0) % every == 0 for index in range(num_layers)]
+    return [True] * num_layers
+
+
+def _shared(config: ConfigFields, layers: list[KeptLayer]) -> list[KeptLayer]:
+    """The last layers read the keys and values of the last own layer of their kind (Gemma 3n and 4)."""
+    count = config.optional("num_kv_shared_layers") or 0
+    first = len(layers) - count
+    if count and first < 1:
+        raise config.error(f"num_kv_shared_layers is {count} of {len(layers)} layers")
+    for index in range(first, len(layers)):
+        alike = [at for at in range(first) if layers[at] == layers[index]]
+        if not alike:
+            raise config.error(
+                f"layer {index} shares the keys of a layer of its kind, but there is none before {first}"
+            )
+        layers[index] = replace(layers[index], kv_from=alike[-1])
+    return layers
+
+
+# Which layer is of which kind.
+
+
+def _stored_types(config: ConfigFields) -> Sequence[str] | None:
+    found = next((one for key in ("layer_types", "layers_block_type") if (one := config.find(key)) is not None), None)
+    if found is not None and (not isinstance(found, list) or not 0 < len(found) <= MAX_PLANNED_LAYERS):
+        raise config.error("layer_types must be a list of names")
+    return found
+
+
+def _kinds(config: ConfigFields, model_type: str, num_layers: int) -> list[Kind]:
+    if model_type == "jamba":
+        period, offset = config.count("attn_layer_period"), config.fields.get("attn_layer_offset", 4)
+        return ["full" if index % period == offset else "state" for index in range(num_layers)]
+    types = _stored_types(config)
+    if types is None:
+        return _SCHEMES.get(model_type, _plain)(config, num_layers)
+    if len(types) != num_layers:
+        raise config.error(f"layer_types must be a list of {num_layers:,} names")
+    for one in types:
+        if not isinstance(one, str) or one not in _KINDS:
+            raise config.error(f"layer_types has {reprlib.repr(one)} in it, a kind that kvik does not know")
+    kinds = [_KINDS[one] for one in types]
+    if "window" in kinds and not _slides(config, model_type):
+        raise config.error("layer_types asks for sliding_attention, but has no sliding_window in use")
+    if model_type.startswith("gemma4"):
+        kinds[-1] = "full"
+    return kinds
+
+
+def _slides(config: ConfigFields, model_type: str) -> bool:
+    """Whether windows are switched on."""
+    if model_type in _SWITCHED and not config.flag("use_sliding_window", False):
+        return False
+    windows = [config.optional(key) for key in ("sliding_window", "sliding_window_size", "local_attention")]
+    if not has_field(model_type, "sliding_window") and is_known(model_type) and model_type != "modernbert-decoder":
+        return False  # a stray field, at which the class never looks
+    return any(windows)
+
+
+_SWITCHED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
+
+Scheme = Callable[[ConfigFields, int], list[Kind]]
+
+
+def _plain(config: ConfigFields, num_layers: int) -> list[Kind]:
+    """All alike."""
+    if _slides(config, config.text("model_type", "")):
+        return ["window"] * num_layers
+    return ["chunk" if config.optional("attention_chunk_size") else "full"] * num_layers
+
+
+def _all_full(config: ConfigFields, num_layers: int) -> list[Kind]:
+    return ["full"] * num_layers
+
+
+def _all_states(config: ConfigFields, num_layers: int) -> list[Kind]:
+    return ["state"] * num_layers
+
+
+def _last_of(every: int, other: Kind = "window", key: str = "", *, last_full: bool = False) -> Scheme:
+    """Each so-many-th layer sees all; `key` may tell how many."""
+
+    def kinds(config: ConfigFields, num_layers: int) -> list[Kind]:
+        if other == "window" and not _slides(config, config.text("model_type", "")):
+            return ["full"] * num_layers
+        period = _period(config, key, every) if key else every
+        made: list[Kind] = [other if (index + 1) % period else "full" for index in range(num_layers)]
+        return [*made[:-1], "full"] if last_full else made
+
+    return kinds
+
+
+def _period(config: ConfigFields, key: str, every: int) -> int:
+    """A number of layers; EXAONE 4 writes it as LLLG."""
+    found = config.find(key)
+    return len(found) if isinstance(found, str) and 0 < len(found) < 64 else config.count(key, every)
+
+
+def _first_of(every: int, key: str = "") -> Scheme:
+    def kinds(config: ConfigFields, num_layers: int) -> list[Kind]:
+        if not _slides(config, config.text("model_type", "")):
+            return ["full"] * num_layers
+        period = config.count(key, every) if key else every
+        return ["window" if index % period else "full" for index in range(num_layers)]
+
+    return kinds
+
+
+def _where(is_full: Callable[[int, int], bool], other: Kind = "window") -> Scheme:
+    """By a rule over the layer's index and the number of layers."""
+    return lambda config, num_layers: ["full" if is_full(index, num_layers) else other for index in range(num_layers)]
+
+
+def _from_max_window_layers(config: ConfigFields, num_layers: int) -> list[Kind]:
+    """Qwen 2 and 3: the first so many layers see all."""
+    if not _slides(config, config.text("model_type", "")):
+        return ["full"] * num_layers
+    first = config.fields.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise config.error(f"max_window_layers is {first!r:.60}; it must be a whole number")
+    return ["window" if index >= first else "full" for index in range(num_layers)]
+
+
+def _smollm3(config: ConfigFields, num_layers: int) -> list[Kind]:
+    if not _slides(config, "smollm3"):
+        return ["full"] * num_layers
+    return ["full" if rope else "window" for rope in layers_with_rope(config, num_layers)]
+
+
+def layers_with_rope(config: ConfigFields, num_layers: int) -> list[bool]:
+    """Of SmolLM3 and Llama 4: whether each layer has RoPE."""
+    flags = config.list("no_rope_layers", num_layers, (int, bool)) if config.find("no_rope_layers") else None
+    every = config.count("no_rope_layer_interval", 4)
+    return [bool(flags[index] if flags else (index + 1) % every) for index in range(num_layers)]
+
+
+def _llama4(config: ConfigFields, num_layers: int) -> list[Kind]:
+    return ["chunk" if rope else "full" for rope in layers_with_rope(config, num_layers)]
+
+
+def _listed(key: str, other: Kind, *, absent: Kind) -> Scheme:
+    """A field that has the indices of the layers that see all."""
+
+    def kinds(config: ConfigFields, num_layers: int) -> list[Kind]:
+        found = config.find(key)
+        if found is None:
+            return [absent] * num_layers
+        if not isinstance(found, list) or any(type(one) is not int or not 0 <= one < num_layers for one in found):
+            raise config.error(f"{key} is {reprlib.repr(found)}; it must be a list of layers' indices")
+        listed = set(found)
+        return ["full" if index in listed else other for index in range(num_layers)]
+
+    return kinds
+
+
+def _inkling(config: ConfigFields, num_layers: int) -> list[Kind]:
+    if (local := config.find("local_layer_ids")) is not None:
+        inner = ConfigFields({**config.fields, "local_layer_ids": local}, config.path)
+        others = _listed("local_layer_ids", "window", absent="window")(inner, num_layers)
+        return ["window" if kind == "full" else "full" for kind in others]
+    return _last_of(6)(config, num_layers)
+
+
+def _kimi(config: ConfigFields, num_layers: int) -> list[Kind]:
+    inner = config.object("linear_attn_config")
+    full = None if inner is None else inner.find("full_attn_layers")
+    if full is None:
+        return ["full" if index and index % 4 == 0 else "state" for index in range(num_layers)]
+    if not isinstance(full, list) or any(type(one) is not int or not 1 <= one <= num_layers for one in full):
+        raise config.error("linear_attn_config.full_attn_layers must be a list of layers' numbers, from 1")
+    listed = set(full)
+    return ["full" if index + 1 in listed else "state" for index in range(num_layers)]
+
+
+def _nemotron_h(config: ConfigFields, num_layers: int) -> list[Kind]:
+    """A letter a layer: M Mamba, * attention, - MLP, E experts."""
+    pattern = config.text("hybrid_override_pattern", "ME*-")
+    if strange := set(pattern) - set("M*-E"):
+        raise config.error(f"hybrid_override_pattern has {min(strange)!r} in it; it must be of M, *, - and E")
+    return ["full" if letter == "*" else "state" for letter in pattern]
+
+
+def _recurrent_gemma(config: ConfigFields, num_layers: int) -> list[Kind]:
+    types = config.find("block_types")
+    if not isinstance(types, list) or not types or not set(map(str, types)) <= {"recurrent", "attention"}:
+        raise config.error(f"block_types is {reprlib.repr(types)}; it must be a list of recurrent and attention")
+    return ["window" if types[index % len(types)] == "attention" else "state" for index in range(num_layers)]
+
+
+def _zamba(config: ConfigFields, num_layers: int) -> list[Kind]:
+    period, offset = config.count("attn_layer_period"), config.fields.get("attn_layer_offset", 4)
+    rest: list[Kind] = ["full" if index % period == offset else "state" for index in range(max(0, num_layers - 3))]
+    first: list[Kind] = ["state", "state", "full"]
+    return [*first[:num_layers], *rest]
+
+
+def _zamba2(config: ConfigFields, num_layers: int) -> list[Kind]:
+    if num_layers != 54:
+        raise config.error(f"has no layers_block_type for its {num_layers:,} layers")
+    return ["full" if index in (6, 12, 18, 24, 30, 36, 42, 47, 51) else "state" for index in range(54)]
+
+
+def _cohere2_moe(config: ConfigFields, num_layers: int) -> list[Kind]:
+    dense = min(config.optional("first_k_dense_replace") or 0, num_layers)
+    inner = ConfigFields(
+        {**config.fields, "sliding_window_pattern": config.find("prefix_dense_sliding_window_pattern")}, config.path
+    )
+    scheme = _last_of(4, key="sliding_window_pattern")
+    return [
+        *(_last_of(1, key="sliding_window_pattern")(inner, dense) if dense else []),
+        *scheme(config, num_layers - dense),
+    ]
+
+
+_LINEAR = _last_of(4, "state", "full_attention_interval")
+
+_SCHEMES: Mapping[str, Scheme] = {
+    "afmoe": _last_of(4, key="global_attn_every_n_layers"),
+    "beam": _last_of(6, last_full=True),
+    "bailing_hybrid": _last_of(6, "state", "layer_group_size"),
+    "bamba": _listed("attn_layer_indices", "state", absent="state"),
+    "cohere2": _last_of(4, key="sliding_window_pattern"),
+    "cohere2_moe": _cohere2_moe,
+    "cohere_compass_text": _all_full,
+    "cwm": _first_of(4),
+    **dict.fromkeys(("dots1", "qwen2", "qwen2_moe", "qwen3"), _from_max_window_layers),
+    **dict.fromkeys(("exaone4", "exaone_moe"), _last_of(4, key="sliding_window_pattern")),
+    **dict.fromkeys(("falcon_h1", "zaya", "laguna", "mellum"), _all_full),
+    **dict.fromkeys(_HEADLESS, _all_states),
+    "flint": _where(lambda index, number: index < 2 or index % 4 == 1 or index == number - 1),
+    **dict.fromkeys(("gemma2", "vaultgemma"), _last_of(2, key="sliding_window_pattern")),
+    "gemma3_text": _last_of(6, key="sliding_window_pattern"),
+    "gemma3n_text": _last_of(5),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _last_of(6, last_full=True)),
+    "gpt_neo": _all_full,
+    "gpt_oss": _last_of(2),
+    **dict.fromkeys(("granite_swa", "granitemoe_swa"), _first_of(4)),
+    "granitemoehybrid": _all_states,
+    "inkling_text": _inkling,
+    "inkling2_text": _last_of(6),
+    "kimi_linear": _kimi,
+    "kolibri1": _last_of(5),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), _listed("full_attn_idxs", "state", absent="full")),
+    "lfm3": lambda config, number: [
+        "full" if index % 4 == 2 else "window" if index and index % 4 == 0 else "state" for index in range(number)
+    ],
+    **dict.fromkeys(("llama4", "llama4_text"), _llama4),
+    "mimo_v2_flash": _where(lambda index, number: index == 0 or (index + 1) % 6 == 0),
+    "minimax": _where(lambda index, number: bool((index + 1) % 2), "state"),
+    "modernbert-decoder": _first_of(3, "global_attn_every_n_layers"),
+    "nemotron_h": _nemotron_h,
+    "olmo3": _last_of(4, key="sliding_window_pattern"),
+    "olmo_hybrid": _last_of(4, "state"),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), _LINEAR),
+    "recurrent_gemma": _recurrent_gemma,
+    "smollm3": _smollm3,
+    "zamba": _zamba,
+    "zamba2": _zamba2,
+}
+"""By model_type: which layer is of which kind, where the config has no list of them."""
