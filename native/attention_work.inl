@@ -83,7 +83,7 @@ inline Work work_of(const AttendArgs &args, const SegmentTask &task) {
 }
 
 template <int bytes> inline void prefetch_bytes(const uint8_t *p) {
-  for (int i = 0; i < bytes; i += 64) prefetch(p + i);
+  for (int i = 0; i < bytes; i += 64) prefetch_to_l2(p + i);
 }
 
 // The tiles that a thread reads next, in order. A core drops what it is asked for faster than memory brings it, so each
@@ -110,7 +110,7 @@ struct Ahead {
 
   void fetch(int64_t count) {
     for (; count > 0 && tile < num_tiles; --count) {
-      prefetch(tiles[tile] + line * 64);
+      prefetch_to_l2(tiles[tile] + line * 64);
       if (++line == lines) ++tile, line = 0;
     }
   }
