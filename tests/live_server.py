@@ -7,6 +7,7 @@ import copy
 import http.client
 import json
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from kvik.engine.engine import Engine
 from kvik.engine.llm import LLM
 from kvik.engine.runner import ModelRunner, StepOutput
 from kvik.server.listening import bind
+from kvik.server.run import Server as RunningServer
 from kvik.server.run import new_server, run, stop
 from kvik.server.served import Models, ServedModel
 from kvik.server.settings import ServerConfig
@@ -44,9 +46,10 @@ class Answer:
 class LiveServer:
     """What a test sees of a running server."""
 
-    def __init__(self, state: ServerState, port: int) -> None:
+    def __init__(self, state: ServerState, port: int, server: RunningServer | None = None) -> None:
         self.state = state
         self.port = port
+        self._server = server
 
     @property
     def served(self) -> ServedModel:
@@ -73,6 +76,19 @@ class LiveServer:
         finally:
             connection.close()
 
+    def stand_still(self, seconds: float) -> None:
+        """Hold up its event loop for so long."""
+        is_over = threading.Event()
+
+        def hold_up() -> None:
+            time.sleep(seconds)
+            is_over.set()
+
+        assert self._server is not None
+        assert self._server.loop is not None
+        self._server.loop.call_soon_threadsafe(hold_up)
+        assert is_over.wait(PATIENCE_S)
+
     def samples(self) -> dict[str, float]:
         """What `/metrics` says, by name and labels as they stand there."""
         answer = self.ask("GET", "/metrics")
@@ -91,7 +107,7 @@ def live(models: Mapping[str, Any], **config: Any) -> Iterator[LiveServer]:
     thread.start()
     try:
         assert is_ready.wait(PATIENCE_S)
-        yield LiveServer(state, listening.getsockname()[1])
+        yield LiveServer(state, listening.getsockname()[1], server)
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)

@@ -72,6 +72,20 @@ def test_a_hung_engine_is_told_and_its_streams_end_with_an_error(
     assert server.ask("POST", "/v1/completions", {"prompt": [1, 2], "max_tokens": 2}).status == 200
 
 
+def test_a_process_that_stood_still_has_no_hung_engine(tiny: LLM) -> None:
+    """While a server is paused its steps do not end either; the event loop stands still here, as all would."""
+    llm, runner = gated(tiny)
+    with live({"tiny": llm}, hang_s=3.0) as server, ThreadPoolExecutor() as pool:
+        runner.close_after(3)
+        body = {"prompt": [1, 2, 3], "max_tokens": 9, "ignore_eos": True}
+        asked = pool.submit(server.ask, "POST", "/v1/completions", body)
+        wait_until(lambda: runner.is_closed)
+        server.stand_still(3.5)
+        time.sleep(0.9)  # so that engines are looked after once
+        runner.open()
+        assert asked.result().status == 200
+
+
 def test_a_prompt_of_many_steps_is_no_hang(tiny: LLM) -> None:
     llm, runner = gated(tiny, token_budget=16)
     seen: list[list[int]] = []

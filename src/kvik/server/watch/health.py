@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from typing import Literal, get_args
 
@@ -84,12 +85,23 @@ def _answer(status: Condition, models: dict[str, Condition]) -> Response:
 
 
 async def watch(state: ServerState) -> None:
-    """For ever: end the streams of an engine that hangs, and say so once."""
+    """For ever: end the streams of an engine that hangs, and say so once.
+
+    Where this wakes far too late, the whole process stood still (a container that was paused, a laptop that slept), and
+    its steps could not end either: their time begins again.
+    """
     told: set[str] = set()
+    interval_s = min(WATCH_S, state.config.hang_s / 4)
+    looked_s, resumed_s = time.monotonic(), -math.inf
     while True:
-        await asyncio.sleep(min(WATCH_S, state.config.hang_s / 4))
+        await asyncio.sleep(interval_s)
+        now_s = time.monotonic()
+        if now_s - looked_s > 3 * interval_s:
+            resumed_s = now_s
+        looked_s = now_s
         for served in state.models:
-            if condition_of(served, state.config.hang_s) != "hung":
+            is_excused = now_s - resumed_s < hang_limit_s(served, state.config.hang_s)
+            if is_excused or condition_of(served, state.config.hang_s) != "hung":
                 told.discard(served.id)
                 continue
             silent_s = served.async_llm.silent_s
