@@ -6,6 +6,7 @@
 // sections of Intel's manual (volume 2), and stops the program where the processor would raise an exception.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -42,27 +43,27 @@ public:
   template <int tile> void load(const void *from, int64_t stride) {
     zero<tile>(); // what lies beyond the configured rows and bytes
     for (int row = 0; row < rows(tile); ++row)
-      std::memcpy(tiles_[tile][row], static_cast<const uint8_t *>(from) + row * stride, bytes(tile));
+      std::memcpy(tiles_[tile][row], static_cast<const uint8_t *>(from) + row * stride, row_size(tile));
   }
 
   template <int tile> void store(void *to, int64_t stride) const {
     must(rows(tile) > 0);
     for (int row = 0; row < rows(tile); ++row)
-      std::memcpy(static_cast<uint8_t *>(to) + row * stride, tiles_[tile][row], bytes(tile));
+      std::memcpy(static_cast<uint8_t *>(to) + row * stride, tiles_[tile][row], row_size(tile));
   }
 
   // tdpbssd: signed by signed bytes.
   template <int sums, int a, int b> void multiply() {
     static_assert(sums != a && sums != b && a != b);
     must(rows(sums) > 0 && rows(a) > 0 && rows(b) > 0);
-    must(bytes(sums) % 4 == 0 && bytes(a) % 4 == 0 && bytes(b) % 4 == 0);
-    must(bytes(sums) == bytes(b) && bytes(a) / 4 == rows(b) && rows(sums) == rows(a));
+    must(bytes(sums) == 4 * quads(sums) && bytes(a) == 4 * quads(a) && bytes(b) == 4 * quads(b));
+    must(quads(sums) == quads(b) && quads(a) == rows(b) && rows(sums) == rows(a));
     for (int m = 0; m < rows(sums); ++m) {
       int32_t row[kTileRowBytes / 4] = {};
-      std::memcpy(row, tiles_[sums][m], bytes(sums));
-      for (int k = 0; k < bytes(a) / 4; ++k)
-        for (int n = 0; n < bytes(b) / 4; ++n) row[n] = add(row[n], tiles_[a][m] + 4 * k, tiles_[b][k] + 4 * n);
-      std::memcpy(tiles_[sums][m], row, bytes(sums));
+      std::memcpy(row, tiles_[sums][m], row_size(sums));
+      for (int k = 0; k < quads(a); ++k)
+        for (int n = 0; n < quads(b); ++n) row[n] = add(row[n], tiles_[a][m] + 4 * k, tiles_[b][k] + 4 * n);
+      std::memcpy(tiles_[sums][m], row, row_size(sums));
     }
   }
 
@@ -77,7 +78,9 @@ private:
     return static_cast<int32_t>(total);
   }
   int rows(int tile) const { return config_.rows[tile]; }
-  std::size_t bytes(int tile) const { return config_.row_bytes[tile]; }
+  int bytes(int tile) const { return config_.row_bytes[tile]; }
+  std::size_t row_size(int tile) const { return config_.row_bytes[tile]; }
+  int quads(int tile) const { return bytes(tile) / 4; }
 
   TileConfig config_;
   alignas(64) uint8_t tiles_[kNumTiles][kTileRows][kTileRowBytes] = {};

@@ -30,8 +30,11 @@ def function(name: str, *instructions: str, start: int = 0x1000) -> str:
 
 DOT = "vpdpbusd (%rdx){1to16},%zmm3,%zmm17"
 SPILL = "vmovdqa64 %zmm17,0x40(%rsp)"
-OTHERS = function("QuantizedTile<1>::run", DOT, "jne    2000 <x>", start=0x2000) + function(
-    "FloatTile<float>::run", "vfmadd231ps %ymm2,%ymm1,%ymm0", "jne    3000 <x>", start=0x3000
+FMA = "vfmadd231ps %ymm2,%ymm1,%ymm0"
+OTHERS = (
+    function("QuantizedTile<1>::run", DOT, "jne    2000 <x>", start=0x2000)
+    + function("FloatTile<float>::run", FMA, "jne    3000 <x>", start=0x3000)
+    + function("ScaledProducts<1>::run", FMA, "jne    4000 <x>", start=0x4000)
 )
 
 
