@@ -167,9 +167,9 @@ constexpr Loops kAvx512Loops = {{read_avx512<true>, read_avx512<false>},
                                 kChains * 16};
 
 #if KVIK_AMX
-// One product of whole tiles a round, four sums in turns.
+// One product of tiles a round, four sums in turns: of 32 columns, as many as share a scale at most.
 uint64_t multiply_integers_amx(int64_t rounds) {
-  AmxTiles tiles(products_config(kTileRows, kTileRows));
+  AmxTiles tiles(products_config(kTileRows, kQuadsOfPart));
   alignas(64) int8_t bytes[kTileRows * kTileRowBytes];
   std::memset(bytes, 3, sizeof bytes);
   tiles.load<0>(bytes, kTileRowBytes);
@@ -186,7 +186,7 @@ uint64_t multiply_integers_amx(int64_t rounds) {
 constexpr Loops kAmxLoops = {{read_avx512<true>, read_avx512<false>},
                              multiply_integers_amx,
                              multiply_floats_avx512,
-                             kTileRows * kTileRows * kTileRowBytes,
+                             kTileRows * kRowBlock * kGroup,
                              kChains * 16};
 #endif
 
