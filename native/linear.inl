@@ -36,8 +36,9 @@ inline Wide add_group(Wide y, Wide scale, Wide minima, WideInt dot, float activa
 // One token: weights go from memory into products. sums is (row blocks, kRowBlock).
 template <BlockFormat format, bool int16_activations>
 [[gnu::noinline]] void multiply_one_token(const LinearArgs &args, int64_t first, int64_t last, float *sums) {
-  // Row blocks one by one make a single stream, which memory serves best.
-  constexpr int64_t kPrefetchAhead = 2048; // bytes
+  // Row blocks one by one make a single stream, which memory serves best. What the L1 cache is asked for holds one of
+  // its few fill buffers until memory answers, and the core waits once all are taken; the L2 cache has more of them.
+  constexpr int64_t kAheadInL1 = 2048, kAheadInL2 = 8192; // bytes
   constexpr int kGroups = format.scale_groups(), kQuadsOfGroup = kQuadsOfPart / kGroups;
   using Sum = Dot<largest_weight(format)>;
   const QuantizedRows &a = args.quantized;
@@ -51,8 +52,11 @@ template <BlockFormat format, bool int16_activations>
       const int64_t first_group = a.group_at(of_part / a.kGroups, args.first_token) + of_part % a.kGroups;
       unrolled<format.parts()>([&](auto part) KVIK_INLINE {
         constexpr int kLines = (format.block_bytes() / format.parts() + 63) / 64;
-        for (int line = 0; line < kLines; ++line)
-          prefetch(block + kPrefetchAhead + part.value * (format.block_bytes() / format.parts()) + 64 * line);
+        for (int line = 0; line < kLines; ++line) {
+          const uint8_t *here = block + part.value * (format.block_bytes() / format.parts()) + 64 * line;
+          prefetch(here + kAheadInL1);
+          prefetch_to_l2(here + kAheadInL2);
+        }
         const int64_t group = first_group + part.value, start = group * kGroup;
         unrolled<kGroups>([&](auto scale_group) KVIK_INLINE {
           constexpr int kIndex = part.value * kGroups + scale_group.value,

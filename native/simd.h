@@ -157,6 +157,7 @@ inline F32x8 pinned(F32x8 a) {
 // Ask for the cache line at p; reading past the end of an array is harmless here.
 // Not the intrinsic, which gcc 12 drops from a loop that it has inlined into another.
 inline void prefetch(const void *p) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char *>(p))); }
+inline void prefetch_to_l2(const void *p) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char *>(p))); }
 
 #else
 
@@ -333,6 +334,7 @@ inline void pin(Int16x16 &) {}
 inline void pin(Int32x8 &) {}
 inline F32x8 pinned(F32x8 a) { return a; }
 inline void prefetch(const void *) {}
+inline void prefetch_to_l2(const void *) {}
 
 #endif
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from command_line import Kvik
 from gguf_files import tiny_llama
 from kvik.cli.cache import app
+from kvik.cli.options import StoreCommand
 from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
 from kvik.engine.session import Session
@@ -138,7 +140,77 @@ def test_run_stores_and_says_what_it_read(kvik: Kvik, tmp_path: Path, tiny: Path
     assert f"stored {second['stats']['num_stored_tokens']} tokens in " in line
 
 
-def test_options_of_a_store_need_one(kvik: Kvik, tiny: Path) -> None:
-    result = kvik("run", "-m", str(tiny), "--store-key", "file", "Hello")
+@pytest.mark.parametrize("option", ["--store-key", "--store-quota", "--store-policy"])
+def test_options_of_a_store_need_one(kvik: Kvik, tiny: Path, option: str) -> None:
+    result = kvik("run", "-m", str(tiny), option, "end" if option == "--store-policy" else "9GB", "Hello")
     assert result.exit_code == 2
-    assert "--store-key without --store" in result.stderr
+    assert f"{option} without --store" in result.stderr
+
+
+def options_of(*words: str) -> tuple[str | None, list[str]]:
+    """The store's folder and the arguments that a command line has, read as `kvik run` reads it."""
+    found: dict[str, Any] = {}
+    typed = typer.Typer()
+
+    @typed.command(cls=StoreCommand)
+    def command(
+        words: Annotated[list[str] | None, typer.Argument()] = None,
+        store: str | None = None,
+        system: str | None = None,
+        raw: Annotated[bool, typer.Option("--raw")] = False,
+    ) -> None:
+        found.update(store=store, words=words)
+
+    result = CliRunner().invoke(typed, list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return found["store"], found["words"] or []
+
+
+@pytest.mark.tiny
+def test_store_alone_is_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVIK_HOME", str(tmp_path))
+    folder, file = str(tmp_path / "store"), tmp_path / "model.gguf"
+    file.touch()
+    assert options_of() == (None, [])
+    for words, rest in (
+        (["--store"], []),
+        (["--store", "--raw"], []),
+        (["--store", "Hello"], ["Hello"]),
+        (["Hello", "--store"], ["Hello"]),
+        (["--store", "--", "/tmp"], ["/tmp"]),
+        (["--store", str(file)], [str(file)]),
+    ):
+        assert options_of(*words) == (folder, rest)
+    for named in ("/a/b", "./a", "../a", "~/a", ".", ".."):
+        assert options_of("--store", named, "Hello") == (named, ["Hello"])
+        assert options_of(f"--store={named}") == (named, [])
+    assert options_of("--store=a", "b") == ("a", ["b"])
+    assert options_of("--system", "--store") == (None, []), "it is the value of another option"
+    assert options_of("--", "--store") == (None, ["--store"])
+
+
+@pytest.mark.parametrize("name", ["ls", "stats", "verify", "gc", "rm"])
+def test_each_command_takes_store_without_a_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Path
+) -> None:
+    monkeypatch.setenv("KVIK_HOME", str(store.parent))
+    result = CliRunner().invoke(app, [name, "--store", *(["--all"] if name == "rm" else [])], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+def test_run_and_serve_take_store_without_a_folder(
+    kvik: Kvik, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVIK_HOME", str(tmp_path))
+    prompt = "Once upon a time there was a fox who lived in the woods behind the hill, and he was old."
+    result = kvik("run", "-m", str(tiny), "--raw", "--max-tokens", "3", "--store", "--store-quota", "1MB", prompt)
+    assert result.exit_code == 0, result.stderr
+    assert len(blocks(tmp_path / "store")) == json.loads(kvik("cache", "stats", "--json").stdout)["num_blocks"] > 0
+    result = kvik("serve", "--port", "0", "--store", "no-such-model")
+    assert result.exit_code == 2
+    assert "no-such-model" in result.stderr, "it is the model, and no folder"
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").touch()
+    result = kvik("serve", "--store", str(tmp_path / "checkpoint"))
+    assert result.exit_code == 2
+    assert "a model" in result.stderr

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,15 +143,15 @@ def test_about_says_what_is_there(tmp_path: Path, tiny_path: Path) -> None:
     assert about.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
-@pytest.mark.parametrize("error", ERRORS)
-def test_with_a_disk_that_fails_service_goes_on(
+def check_faults(
     tmp_path: Path,
     tiny_path: Path,
-    error: int,
-    always: bool,
+    fails: Callable[[int, int, str], int | None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    *,
+    every: int,
+    most: int,
 ) -> None:
     """Whichever call of the system fails while requests are served: the same tokens, and no more than a warning."""
     prompts = [[number, *range(130)] for number in range(2)]
@@ -162,18 +162,49 @@ def test_with_a_disk_that_fails_service_goes_on(
         caplog.clear()
         llm = LLM(tiny_path, threads=1, store=tmp_path / str(number % 5))
         with monkeypatch.context() as patch:
-            faulty = inject(patch, partial(failure, number, always, error))
+            faulty = inject(patch, partial(fails, number))
             for prompt, wanted in zip(prompts, expected, strict=True):
                 (completion,) = llm.generate(prompt, PARAMS)
                 assert same_answer(completion, wanted)
                 assert llm.engine.flush_store(10)
                 llm.engine.clear_cache()
-            num_calls = max(num_calls, min(faulty.num_calls, 40))
+            num_calls = max(num_calls, min(faulty.num_calls, most))
         llm.close()
         warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert len(warnings) <= 2, "one for what cannot be written, one for what cannot be read"
-        number += 3
+        number += every
     assert num_calls > 20
+
+
+def failing(error: int, always: bool) -> Callable[[int, int, str], int | None]:
+    return lambda first, at, name: failure(first, always, error, at, name)
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_with_a_disk_that_fails_service_goes_on(
+    tmp_path: Path,
+    tiny_path: Path,
+    error: int,
+    always: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    check_faults(tmp_path, tiny_path, failing(error, always), monkeypatch, caplog, every=3, most=40)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_with_a_disk_that_fails_at_any_call_service_goes_on(
+    tmp_path: Path,
+    tiny_path: Path,
+    error: int,
+    always: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    check_faults(tmp_path, tiny_path, failing(error, always), monkeypatch, caplog, every=1, most=1000)
 
 
 KILLED = """

@@ -372,6 +372,26 @@ def test_blocks_are_copied_within_the_share_of_a_step() -> None:
     engine.close_store()
 
 
+def test_what_the_writer_takes_counts_too() -> None:
+    """Its thread's processor time keeps blocks from being copied, as long as steps have not made up for it."""
+    engine = an_engine(DictStore())
+    tier = engine.tier
+    assert tier is not None
+    tier.after_step = lambda step_s, save_when_idle: None  # type: ignore[method-assign]
+    run(engine, new(engine))
+    del tier.after_step
+    tier.after_step(0.0, None)
+    assert (len(tier._pending), tier._saved_s) == (NUM_BLOCKS, 0.0)
+    tier._writer.work_s += 0.05
+    tier.after_step(1.0, None)
+    assert len(tier._pending) == NUM_BLOCKS
+    assert tier._saved_s == pytest.approx(0.02 - 0.05)
+    for _ in range(2):
+        tier.after_step(1.0, None)
+    assert len(tier._pending) < NUM_BLOCKS
+    engine.close_store()
+
+
 def test_a_full_store_costs_no_copies_for_a_while() -> None:
     store = DictStore()
     store.is_full = True

@@ -279,9 +279,12 @@ def test_the_profile_names_each_op_and_counts_each_weight_once(pair: tuple[Loade
     assert all(op.seconds > 0 for op in profile)
     matrices = [op for op in profile if op.name in ("norm_qkv", "linear", "norm_gated", "norm_linear")]
     norms = 4 * decoder.spec.hidden_size * (2 * decoder.spec.num_layers + 1)
-    assert sum(op.bytes for op in matrices) + norms == decoder.weights.step_bytes(with_logits=True)
+    kv_spec, weights = decoder.spec.kv_spec("f16"), decoder.weights
+    assert sum(op.bytes for op in matrices) + norms == decoder.step_bytes(kv_spec, with_logits=True)
+    layers = sum(layer.num_bytes for layer in weights.layers)
+    assert decoder.step_bytes(kv_spec, with_logits=False) == layers
+    assert decoder.step_bytes(kv_spec, with_logits=True) == layers + weights.norm.num_bytes + weights.lm_head.num_bytes
     attends = [op for op in profile if op.name == "attend"]
-    kv_spec = decoder.spec.kv_spec("f16")
     assert sum(op.bytes for op in attends) == 10 * kv_spec.token_bytes
     width = decoder.spec.num_heads * decoder.spec.head_dim
     assert attends[0].operations == 4 * sum(range(1, 11)) * width

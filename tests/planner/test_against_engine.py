@@ -100,11 +100,10 @@ def test_a_memory_holds_as_many_tokens_as_the_engine_makes_of_it(
 def test_the_default_model_from_its_header(default_model_path: Path) -> None:
     planned = plan("smollm2", context=1000)
     llm = LLM("smollm2", context=1000, kv_memory=planned.kv.num_bytes)
-    weights = llm.model.decoder.weights
     assert planned.model.origin == "gguf"
     assert planned.model.source == str(default_model_path)
     assert planned.weights is not None
-    assert planned.weights.held_bytes == weights.step_bytes(with_logits=True)
+    assert planned.weights.held_bytes == llm.engine.runner.step_bytes(with_logits=True)
     assert planned.kv.num_bytes == llm.cache.num_bytes == 32 * llm.engine.kv_spec.block_bytes
 
 

@@ -20,11 +20,11 @@ from kvik.planner.sources import find_shape
 def test_the_headers_are_what_is_held(tmp_path: Path, dtype: str, tied: bool) -> None:
     folder = tiny_checkpoint(tmp_path / "m", dtype=dtype, num_shards=2, tie_word_embeddings=tied)
     shape = find_shape(str(folder))
-    weights = load_model(folder, NativeOps(threads=1)).decoder.weights
+    decoder = load_model(folder, NativeOps(threads=1)).decoder
     assert shape.tensors is not None
-    step_bytes = weights.step_bytes(with_logits=True)
+    step_bytes = decoder.step_bytes(decoder.spec.kv_spec("f16"), with_logits=True)
     assert shape.tensors.step_bytes == step_bytes
-    assert shape.tensors.held_bytes == step_bytes + (0 if tied else weights.embedding.num_bytes)
+    assert shape.tensors.held_bytes == step_bytes + (0 if tied else decoder.weights.embedding.num_bytes)
     assert shape.tensors.file_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert (shape.origin, shape.source, shape.runs) == ("checkpoint", str(folder), True)
     assert shape.tensors.format == dtype.lower()

@@ -47,12 +47,12 @@ def test_a_header_tells_what_the_loaded_model_holds(tmp_path: Path, kind: GGMLQu
         num_heads=4, num_kv_heads=2, head_dim=64, intermediate_size=512, vocab_size=323, tied=tied, weight_type=kind,
     )  # fmt: skip
     tensors = find_shape(str(path)).tensors
-    weights = LLM(str(path), threads=1).model.decoder.weights
+    decoder = LLM(str(path), threads=1).model.decoder
     assert tensors is not None
     assert tensors.format == kind.name.lower()
     assert tensors.file_bytes == path.stat().st_size
-    assert tensors.step_bytes == weights.step_bytes(with_logits=True)
-    assert tensors.held_bytes == tensors.step_bytes + (0 if tied else weights.embedding.num_bytes)
+    assert tensors.step_bytes == decoder.step_bytes(decoder.spec.kv_spec("f16"), with_logits=True)
+    assert tensors.held_bytes == tensors.step_bytes + (0 if tied else decoder.weights.embedding.num_bytes)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "q4_K_M", " bf16 "])

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ class Faulty:
 
     def __init__(self, fails: Callable[[int, str], int | None]) -> None:
         self._fails = fails
+        self._numbers = count()  # threads share it
         self.num_calls = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -27,7 +29,8 @@ class Faulty:
             return real
 
         def call(*arguments: Any, **options: Any) -> Any:
-            number, self.num_calls = self.num_calls, self.num_calls + 1
+            number = next(self._numbers)
+            self.num_calls = number + 1
             error = self._fails(number, name)
             if error == signal.SIGKILL:
                 if name == "write":

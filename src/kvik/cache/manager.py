@@ -8,8 +8,8 @@ from itertools import chain
 from weakref import WeakSet
 
 from kvik.cache.block_pool import BlockPool
+from kvik.cache.claims import Claims
 from kvik.cache.digest import Digest, Identity
-from kvik.cache.digest import chain as chain_of
 from kvik.cache.radix import Match, MissReason, Namespace, RadixTree
 from kvik.cache.spec import KVCacheSpec, PoolSize
 from kvik.cache.tables import (
@@ -63,7 +63,7 @@ class CacheManager:
         self.twins = Twins(self.spec, self.size, self.pool)
         self.tree = RadixTree(self.spec.block_size, self.identity)
         self.holds: dict[Hold, None] = {}  # the oldest first
-        self._claimed: dict[Digest, BlockTable] = {}
+        self._claims = Claims()
         # Sources, each at the end of its path: held until the copies are made.
         self._being_copied: list[BlockTable] = []
         self._pin_counts: Counter[int] = Counter()  # of each pinned block
@@ -99,7 +99,7 @@ class CacheManager:
         tokens = packed(token_ids[:-1])
         found = Match(namespace, [], MissReason.OFF, 0, None, None)
         if self.prefix_cache:
-            found = self._within_twins(self.tree.match(tokens, namespace))
+            found = self.twins.within(self.tree.match(tokens, namespace))
         held = self._held_match(hold, tokens, namespace) if hold is not None else None
         if held is not None and held.num_cached_tokens > found.num_cached_tokens:
             return held
@@ -112,23 +112,9 @@ class CacheManager:
         found = held_match(hold, tokens, self.spec.block_size)
         return found if found is not None and self.can_go_back(hold.table, found.num_cached_tokens) else None
 
-    def _within_twins(self, match: Match) -> Match:
-        """As much of the match as every group can go on from: those that slide need the twins that are seen from it."""
-        if not self.twins.groups:
-            return match
-        block_ids = _ids_of(match)
-        if self.twins.usable(block_ids, match.num_cached_tokens) == len(block_ids):
-            return match
-        block_ids = match.block_ids
-        while (count := self.twins.usable(block_ids, len(block_ids) * self.spec.block_size)) < len(block_ids):
-            block_ids = block_ids[:count]
-        # Who computes the next block again is not waited for: it is in the tree already.
-        num_tokens = len(block_ids) * self.spec.block_size
-        return Match(match.namespace, block_ids, MissReason.WINDOW, num_tokens, None, None)
-
     def is_being_computed(self, match: Match) -> bool:
         """Whether a sequence is about to seal the very block at which the match stopped."""
-        return match.next_digest in self._claimed
+        return match.next_digest in self._claims
 
     def adopt(self, table: BlockTable, token_ids: Sequence[int], match: Match) -> int:
         """Give an empty table the blocks of a match of just now; returns how many of the tokens need no computing.
@@ -145,12 +131,12 @@ class CacheManager:
             table.block_ids, table.num_sealed, table.twins = held.block_ids, held.num_sealed, held.twins
             held.block_ids, held.twins = [], self.twins.new()
             return match.num_cached_tokens
-        table.block_ids = _ids_of(match)
+        table.block_ids = match.held_ids
         table.num_sealed = len(match.block_ids)
         self.pool.hold(table.block_ids)
         self.twins.adopt(table, match.num_cached_tokens)
         if self.prefix_cache:
-            self._claim(table, token_ids, match)
+            self._claims.make(table, token_ids, match, self.spec.block_size)
         return match.num_cached_tokens
 
     def num_missing(self, table: BlockTable, num_tokens: int) -> int:
@@ -214,8 +200,7 @@ class CacheManager:
                 table.block_ids[index] = sealed
             self.twins.seal(table, index, sealed)
             table.num_sealed += 1
-            if table.claims:
-                self._unclaim(table, table.claims.pop())
+            self._claims.keep_next(table)
 
     def keep_end(self, table: BlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         """Put the block in which a sequence ends into the tree, where it is not full: the next turn begins there."""
@@ -250,18 +235,11 @@ class CacheManager:
 
     def places_of(self, block_id: int) -> list[tuple[int, int]] | None:
         """Where a sealed block is in each group of layers: (group, block); None where one has given its twin up."""
-        places = [(group, block_id) for group in self.spec.full_groups]
-        for sliding in self.twins.groups:
-            twin = sliding.twin_of(block_id)
-            if twin is None:
-                return None
-            places.append((sliding.index, twin))
-        return places
+        return self.twins.places_of(block_id)
 
     def last_places(self, table: BlockTable) -> list[tuple[int, int]]:
         """The same of a table's last block."""
-        places = [(group, table.block_ids[-1]) for group in self.spec.full_groups]
-        return places + [(group, twins.block_ids[-1]) for group, twins in table.twins.items()]
+        return self.twins.last_places(table)
 
     def fork(self, table: BlockTable, num_computed_tokens: int) -> BlockTable:
         """Another table over the same blocks; whichever writes into the last one first gets a copy of it.
@@ -284,8 +262,7 @@ class CacheManager:
 
     def withdraw_claims(self, table: BlockTable) -> None:
         """The table will not seal what it said it would."""
-        while table.claims:
-            self._unclaim(table, table.claims.pop())
+        self._claims.withdraw(table)
 
     # Beside sequences.
 
@@ -389,8 +366,7 @@ class CacheManager:
         check_accounts(self.pool, self.tree, self.twins, live, self._being_copied)
         pinned = Counter(chain.from_iterable(pin.table.block_ids for pin in self._pins))
         assert self._pin_counts == pinned, "pins miscounted"
-        claimed = {claim: table for table in live for claim in table.claims if self._claimed.get(claim) is table}
-        assert claimed.keys() == self._claimed.keys(), "a claim of a table that is gone"
+        self._claims.check(live)
 
     def _is_writable(self, block_id: int) -> bool:
         return self.pool.ref_count(block_id) == 1 and not self.pool.is_named(block_id)
@@ -448,21 +424,3 @@ class CacheManager:
     def _forget(self, block_id: int) -> None:
         self.twins.forget(block_id)
         self.pool.forget(block_id)
-
-    def _claim(self, table: BlockTable, token_ids: Sequence[int], match: Match) -> None:
-        size, first = self.spec.block_size, match.next_digest
-        if first is None:
-            return
-        claims = [first, *chain_of(first, packed(token_ids[match.num_tokens + size :]), 4 * size)]
-        for claim in claims:
-            self._claimed.setdefault(claim, table)
-        table.claims = claims[::-1]
-
-    def _unclaim(self, table: BlockTable, claim: Digest) -> None:
-        if self._claimed.get(claim) is table:
-            del self._claimed[claim]
-
-
-def _ids_of(match: Match) -> list[int]:
-    """The blocks of a match, that of its tail too."""
-    return [*match.block_ids, *([match.tail[0]] if match.tail else [])]

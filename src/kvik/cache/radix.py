@@ -54,6 +54,11 @@ class Match:
         """Tokens that need not be computed, those of the tail among them: where it differs, the first that does."""
         return self.num_tokens + (self.tail[1] if self.tail else 0)
 
+    @property
+    def held_ids(self) -> list[int]:
+        """The blocks that a sequence holds to go on from here, that of the tail too."""
+        return [*self.block_ids, *([self.tail[0]] if self.tail else [])]
+
 
 class _Node:
     """An edge: a run of whole blocks, and what follows its end; or one open block, which nothing follows."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from kvik.cache.block_pool import BlockPool
-from kvik.cache.radix import RadixTree
+from kvik.cache.radix import Match, MissReason, RadixTree
 from kvik.cache.spec import BLOCKS_PER_SUPERBLOCK, KVCacheSpec, PoolSize
 from kvik.cache.tables import BlockCopy, BlockTable, TwinTable
 
@@ -155,6 +155,20 @@ class Twins:
         """How many of these blocks a sequence of `num_tokens` tokens can go on from as far as the groups can tell."""
         return min((group.usable(block_ids, num_tokens) for group in self.groups), default=len(block_ids))
 
+    def within(self, match: Match) -> Match:
+        """As much of the match as every group can go on from: those that slide need the twins that are seen from it."""
+        if not self.groups:
+            return match
+        block_ids = match.held_ids
+        if self.usable(block_ids, match.num_cached_tokens) == len(block_ids):
+            return match
+        block_ids = match.block_ids
+        while (count := self.usable(block_ids, len(block_ids) * self._spec.block_size)) < len(block_ids):
+            block_ids = block_ids[:count]
+        # Who computes the next block again is not waited for: it is in the tree already.
+        num_tokens = len(block_ids) * self._spec.block_size
+        return Match(match.namespace, block_ids, MissReason.WINDOW, num_tokens, None, None)
+
     def adopt(self, table: BlockTable, num_tokens: int) -> None:
         """Hold what a sequence of so many tokens needs of the table's blocks."""
         table.twins = {group.index: group.adopt(table.block_ids, num_tokens) for group in self.groups}
@@ -221,6 +235,21 @@ class Twins:
             else group.hold(table.twins[group.index], num_tokens // self._spec.block_size)
             for group in self.groups
         }
+
+    def places_of(self, block_id: int) -> list[tuple[int, int]] | None:
+        """Where a sealed block is in each group of layers: (group, block); None where one has given its twin up."""
+        places = [(group, block_id) for group in self._spec.full_groups]
+        for sliding in self.groups:
+            twin = sliding.twin_of(block_id)
+            if twin is None:
+                return None
+            places.append((sliding.index, twin))
+        return places
+
+    def last_places(self, table: BlockTable) -> list[tuple[int, int]]:
+        """The same of a table's last block."""
+        places = [(group, table.block_ids[-1]) for group in self._spec.full_groups]
+        return places + [(group, twins.block_ids[-1]) for group, twins in table.twins.items()]
 
     def held_bytes(self, table: BlockTable) -> int:
         """Bytes that a table holds in the groups that slide."""

@@ -19,6 +19,7 @@ from kvik import __version__
 from kvik.cli import cache, models
 from kvik.cli.bench import bench
 from kvik.cli.explain import explain
+from kvik.cli.options import StoreCommand
 from kvik.cli.plan import plan
 from kvik.cli.pool_heads import pool_heads
 from kvik.cli.race import race
@@ -110,10 +111,10 @@ def root(
     """An LLM inference engine whose heart is the KV cache: exact, fast, and it shows its work."""
 
 
-app.command()(run)
+app.command(cls=StoreCommand)(run)
 app.command()(race)
 app.command()(bench)
-app.command()(serve)
+app.command(cls=StoreCommand)(serve)
 app.command()(top)
 app.command()(plan)
 app.command()(explain)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvik.cli.options import store_folder
+from kvik.cli.options import StoreCommand, store_folder
 from kvik.cli.terminal import columns, note, seconds, write
 from kvik.config import parse_bytes
 from kvik.errors import InvalidInput
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="See, check and remove what --store keeps between runs.")
 
-Folder = Annotated[str | None, typer.Option("--store", metavar="DIR", help="The folder; else kvik's cache folder.")]
+Folder = Annotated[str | None, typer.Option("--store", metavar="[DIR]", help="The folder; else kvik's cache folder.")]
 Key = Annotated[str | None, typer.Option("--store-key", metavar="FILE", help="The secret that blocks are sealed with.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command("ls")
+@app.command("ls", cls=StoreCommand)
 def list_stored(folder: Folder = None, as_json: AsJson = False) -> None:
     """List the models of which blocks are stored."""
     views = _scopes(_root(folder))
@@ -45,7 +45,7 @@ def list_stored(folder: Folder = None, as_json: AsJson = False) -> None:
     write("".join(f"{line}\n" for line in columns(rows, left=3)))
 
 
-@app.command()
+@app.command(cls=StoreCommand)
 def stats(folder: Folder = None, as_json: AsJson = False) -> None:
     """Count what is stored, over all models."""
     root = _root(folder)
@@ -68,7 +68,7 @@ def stats(folder: Folder = None, as_json: AsJson = False) -> None:
     )
 
 
-@app.command()
+@app.command(cls=StoreCommand)
 def verify(
     folder: Folder = None,
     key: Key = None,
@@ -126,7 +126,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command("gc")
+@app.command("gc", cls=StoreCommand)
 def collect(
     folder: Folder = None,
     quota: Annotated[str, typer.Option(metavar="SIZE", help="Keep so much, what was wanted last.")] = "2GB",
@@ -149,7 +149,7 @@ def collect(
     write(f"{swept.num_removed:,} files removed, {amount(swept.removed_bytes)} freed\n")
 
 
-@app.command("rm")
+@app.command("rm", cls=StoreCommand)
 def remove(
     scope: Annotated[
         str | None, typer.Argument(metavar="SCOPE", help="As `kvik cache ls` shows it; its beginning is enough.")
@@ -229,9 +229,7 @@ def _scopes(root: Path) -> list[ScopeView]:
 
 
 def _nothing(root: Path) -> InvalidInput:
-    return InvalidInput(
-        f"nothing is stored in {root}", hint="`kvik run --store auto` and `kvik serve --store auto` store blocks"
-    )
+    return InvalidInput(f"nothing is stored in {root}", hint="`kvik run --store` and `kvik serve --store` store blocks")
 
 
 def _told(view: ScopeView) -> dict[str, Any]:

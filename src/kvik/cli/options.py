@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from kvik.cli.terminal import note
 from kvik.config import ActivationDType, SamplingParams, Speculation, StorePolicy, WeightFormat
@@ -35,7 +36,9 @@ STORE = "Cache that outlives the process"
 MAX_KV_HEADS = 1 << 16
 
 
-def value(panel: str, metavar: str, help_text: str, *names: str, show_default: bool = False, **others: Any) -> Any:
+def value(
+    panel: str, metavar: str, help_text: str, *names: str, show_default: bool | str = False, **others: Any
+) -> Any:
     """An option that takes a value."""
     return typer.Option(
         *names, help=help_text, metavar=metavar, show_default=show_default, rich_help_panel=panel, **others
@@ -152,30 +155,65 @@ class StoreOptions:
 
     store: Annotated[
         str | None,
-        value(STORE, "DIR", "Keep computed blocks in this folder, for the next time; auto: kvik's cache folder."),
+        value(
+            STORE,
+            "[DIR]",
+            "Keep computed blocks for the next time, in kvik's cache folder or this one: --store=DIR, or a path that"
+            " begins with / . or ~.",
+        ),
     ] = None
-    store_quota: Annotated[str, value(STORE, "SIZE", "For the files there.", show_default=True)] = "2GB"
+    store_quota: Annotated[str | None, value(STORE, "SIZE", "For the files there.", show_default="2GB")] = None
     store_policy: Annotated[
-        StorePolicy,
-        value(STORE, "end|reuse", "Store what a request computed, or what is used a second time.", show_default=True),
-    ] = "end"
+        StorePolicy | None,
+        value(STORE, "end|reuse", "Store what a request computed, or what is used a second time.", show_default="end"),
+    ] = None
     store_key: Annotated[
         str | None, value(STORE, "FILE", "A secret that seals stored blocks, so that nobody can exchange them.")
     ] = None
 
     def settings(self) -> dict[str, Any]:
         """The fields of an `EngineConfig`. Raises `InvalidInput` for what has no meaning without a store."""
-        if self.store is None:
-            if self.store_key is not None:
-                raise InvalidInput("--store-key without --store", hint="add --store auto, or leave it out")
-            return {}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"store": str(store_folder()) if self.store == "auto" else self.store}
+        given = {name: each for name, each in values.items() if each is not None}
+        if given and self.store is None:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InvalidInput(f"{names} without --store", hint="add --store, or leave it out")
+        if self.store and (Path(self.store).expanduser() / "config.json").is_file():
+            raise InvalidInput(
+                f"--store is {self.store}, a model", hint="name the model first; --store=DIR is a folder for blocks"
+            )
+        return given
 
 
 def store_folder() -> Path:
     """Where blocks are stored unless the caller says otherwise."""
     return user_folder() / "store"
+
+
+class StoreCommand(TyperCommand):
+    """A command whose `--store` may stand alone: then it is kvik's cache folder.
+
+    A word behind it is its folder where it is written as a path, and else a prompt or a model; `--store=DIR` is any.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The command line with the folder put in."""
+        takes_value = {name for each in self.params if not getattr(each, "is_flag", True) for name in each.opts}
+        words, found = list(args), []
+        while words and words[0] != "--":
+            word = words.pop(0)
+            if word == "--store":
+                folder = words.pop(0) if words and _is_folder(words[0]) else str(store_folder())
+                word = f"--store={folder}"
+            found.append(word)
+            if word in takes_value and words:
+                found.append(words.pop(0))
+        return super().parse_args(ctx, found + words)
+
+
+def _is_folder(word: str) -> bool:
+    """Whether a word is written as a path, and names no file."""
+    return (word.startswith(("/", "./", "../", "~")) and not Path(word).expanduser().is_file()) or word in (".", "..")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

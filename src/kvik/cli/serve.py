@@ -128,6 +128,7 @@ def serve(
     from kvik.server.listening import bind
     from kvik.server.settings import ServerConfig
 
+    store = store_options.settings()
     config = ServerConfig(
         host=host,
         port=port,
@@ -166,7 +167,7 @@ def serve(
         "max_running": max_running,
         "max_waiting": max_waiting,
         **({} if token_budget is None else {"token_budget": token_budget}),
-        **store_options.settings(),
+        **store,
     }
     try:
         import msgspec  # noqa: F401

@@ -14,7 +14,6 @@ from typing import TypeAlias, Unpack
 from weakref import ref
 
 import numpy as np
-import numpy.typing as npt
 
 from kvik.cache import BlockEvents, CacheManager, Digest, Hold, Identity, KVCacheSpec, PoolSize
 from kvik.cache.sizing import choose_pool_size
@@ -24,15 +23,14 @@ from kvik.engine.batch import ScheduledBatch
 from kvik.engine.events import Observer, StepClock, StepEvent, StepResult
 from kvik.engine.interrupts import OwnedLock, is_uninterrupted, uninterrupted
 from kvik.engine.lease import Lease
-from kvik.engine.mask_feed import MaskFeed, compute_beside
 from kvik.engine.output import Completion, TextStream
 from kvik.engine.request import HeldOptions, Request
-from kvik.engine.runner import ModelRunner, Runner, StepOutput
-from kvik.engine.sampler import SampleRow, sample_rows
+from kvik.engine.runner import ModelRunner, Runner
 from kvik.engine.scheduler import Scheduler
 from kvik.engine.sequence import Sequence
+from kvik.engine.step_computing import StepComputing
 from kvik.engine.store_tier import StoreTier, payload_bytes
-from kvik.errors import CacheTooSmall, EngineDead, InvalidInput, KvikError, ModelError, StepFailed
+from kvik.errors import CacheTooSmall, EngineDead, InvalidInput, KvikError, StepFailed
 from kvik.models.loader import LoadedModel
 from kvik.store import Store
 
@@ -97,6 +95,7 @@ class Engine:
             identity=identity,
         )
         self.runner = make_runner(model, self.kv_spec, size)
+        self._computing = StepComputing(self.runner, model.path.name)
         self.scheduler = Scheduler(self.cache, config, partial(Lease, ref(self)))
         self.admission = Admission(model, self.cache, self.scheduler.max_running)
         self.tier = None if open_store is None else self._new_tier(open_store)
@@ -162,9 +161,7 @@ class Engine:
 
     def step(self) -> StepResult | None:
         """Advance by one step; `None` when nothing is to do, or not yet. Raises `EngineDead`."""
-        tier = self.tier
-        if tier is not None and self._only_loads:
-            tier.wait(LOAD_WAIT_S)
+        self._wait_for_loads()
         with self._exclusive():
             self._check_alive()
             clock = StepClock()
@@ -173,9 +170,7 @@ class Engine:
                 clock.lap()
                 result = None if batch is None else self._advance(batch, clock)
                 self._trim()
-                if self.tier is not None:
-                    self._only_loads = batch is None and self.tier.is_loading
-                    self.tier.after_step(clock.so_far_s(), None if self.scheduler.has_work else self._save_when_idle)
+                self._store_behind(batch, clock)
             self._tell(clock, batch, result)
             return result
 
@@ -233,6 +228,18 @@ class Engine:
             with self._exclusive(), self._changing():
                 tier.close()
                 self.tier = self.scheduler.tier = None
+
+    def _wait_for_loads(self) -> None:
+        """Where the last step had nothing else to do; without the lock."""
+        tier = self.tier
+        if tier is not None and self._only_loads:
+            tier.wait(LOAD_WAIT_S)
+
+    def _store_behind(self, batch: ScheduledBatch | None, clock: StepClock) -> None:
+        """Copy some of what is to be stored, or have it copied while nothing runs."""
+        if self.tier is not None:
+            self._only_loads = batch is None and self.tier.is_loading
+            self.tier.after_step(clock.so_far_s(), None if self.scheduler.has_work else self._save_when_idle)
 
     def _new_tier(self, open_store: OpenStore) -> StoreTier:
         store = open_store(self.cache.scope, sum(payload_bytes(self.cache, self.runner).values()))
@@ -321,11 +328,12 @@ class Engine:
     def _advance(self, batch: ScheduledBatch, clock: StepClock) -> StepResult:
         """Run the model, sample, commit; a step that fails ends its own sequences."""
         try:
-            output = self._run(batch)
+            output = self._computing.run(batch)
             clock.lap()
+            self._note_prefill(batch, clock.last_s)
             if len(output.hidden):
-                self._pool(batch, output.hidden)
-            result = self._sample(batch, output.logits)
+                self._computing.pool(batch, output.hidden)
+            result = self._computing.sample(batch, output.logits)
             clock.lap()
         except Exception as error:  # noqa: BLE001  # whatever it was, the sequences of this step get it
             return self._fail(batch, error)
@@ -333,90 +341,11 @@ class Engine:
         self._num_failed_steps = 0
         return result
 
-    def _run(self, batch: ScheduledBatch) -> StepOutput:
-        for group, copies in batch.copies.items():
-            self.runner.copy_blocks(copies, group)
-        started_s = time.perf_counter()
-        masks = compute_beside(_feeds(batch))
-        try:
-            output = self.runner.run(batch)
-        finally:
-            if masks is not None:
-                masks.result()
+    def _note_prefill(self, batch: ScheduledBatch, run_s: float) -> None:
         if any(item.num_tokens >= LONG_CHUNK for item in batch.items):
-            self.prefill_token_s = (time.perf_counter() - started_s) / len(batch.arrays.token_ids)
+            self.prefill_token_s = run_s / len(batch.arrays.token_ids)
             if self.tier is not None:
                 self.tier.note_prefill(self.prefill_token_s)
-        return output
-
-    def _pool(self, batch: ScheduledBatch, hidden: npt.NDArray[np.float32]) -> None:
-        """Add what is computed to the embeddings; one whose prompt is whole ends."""
-        first = 0
-        for item in batch.items:
-            sequence, rows = item.sequence, hidden[first : first + item.num_hidden]
-            first += item.num_hidden
-            if sequence.hidden is None or not len(rows):
-                continue
-            sequence.hidden.add(sequence.num_computed_tokens + item.num_tokens - len(rows), rows)
-            if not np.isfinite(rows).all():
-                sequence.finish("abort", self._not_finite(sequence, "hidden states"))
-            elif item.closes_gap:
-                sequence.finish_embedding()
-
-    def _sample(self, batch: ScheduledBatch, logits: npt.NDArray[np.float32]) -> StepResult:
-        """Choose tokens, a draft's successor only where the draft was chosen itself."""
-        asked: list[SampleRow] = []
-        askers: list[tuple[Sequence, int | None]] = []  # whose token it is, and the draft that it must equal
-        first = 0
-        for item in batch.items:
-            sequence, end = item.sequence, first + item.num_logits
-            if item.num_logits and sequence.request.wants_prompt_logprobs:
-                self._note_prompt(sequence, logits[first:end])
-            if item.closes_gap and sequence.hidden is None:
-                for each in (*sequence.branches, sequence):
-                    each.prompt_logprobs = sequence.prompt_logprobs
-                    found = _rows_of(each, end - 1 - len(sequence.draft_ids))
-                    asked += found
-                    askers += [(each, draft_id) for draft_id, _ in zip((*each.draft_ids, None), found, strict=False)]
-            first = end
-        chosen: list[Sequence] = []
-        rows: list[int] = []
-        rejected: Sequence | None = None  # what follows a draft that was not chosen counts no more
-        for (sequence, draft_id), row, sampled in zip(askers, asked, self.runner.sample(logits, asked), strict=True):
-            if sequence is rejected or sequence.finish_reason is not None:
-                continue
-            if sampled.token_id < 0:
-                sequence.finish("abort", self._not_finite(sequence))
-                continue
-            try:
-                if sampled.logprobs is not None:
-                    sequence.logprobs.append(sampled.logprobs)
-                sequence.accept(sampled.token_id)
-            except Exception as error:  # noqa: BLE001  # whatever it was, it is this request's alone
-                sequence.finish("abort", error)
-                continue
-            chosen.append(sequence)
-            rows.append(row.row)
-            if sampled.token_id != draft_id:
-                rejected = sequence
-        for sequence in chosen:
-            if sequence.matcher is not None:
-                sequence.matcher.ask_ahead()
-        return StepResult(chosen, rows, logits)
-
-    def _note_prompt(self, sequence: Sequence, rows: npt.NDArray[np.float32]) -> None:
-        """Append prompt logprobs for these rows, skipping those already known from before a preemption."""
-        start = sequence.num_computed_tokens
-        skipped = max(0, len(sequence.prompt_logprobs) - start)
-        num_rows = max(0, len(rows) - skipped)
-        next_ids = sequence.token_ids[start + skipped + 1 : sequence.num_prompt_tokens][:num_rows]
-        num_top = sequence.params.logprobs
-        assert num_top is not None
-        if next_ids:
-            found = self.runner.prompt_logprobs(rows[skipped : skipped + len(next_ids)], next_ids, num_top)
-            if any(math.isnan(each.logprob) for each in found):
-                sequence.finish("abort", self._not_finite(sequence))
-            sequence.prompt_logprobs += found
 
     def _fail(self, batch: ScheduledBatch, error: Exception) -> StepResult:
         """End the step's sequences; after several such steps, the engine."""
@@ -547,30 +476,6 @@ class Engine:
         )
         error.__cause__ = self.death
         return error
-
-    def _not_finite(self, sequence: Sequence, what: str = "logits") -> ModelError:
-        return ModelError(
-            f"{self.model.path.name}: the {what} after {sequence.num_tokens:,} tokens are not finite",
-            hint="the file's weights are damaged; download it again",
-        )
-
-
-def _rows_of(sequence: Sequence, first: int) -> list[SampleRow]:
-    """The rows of `sample_rows`; none where the sequence's grammar fails, which ends that sequence alone."""
-    try:
-        return sample_rows(sequence, first)
-    except Exception as error:  # noqa: BLE001  # whatever it was, it is this request's alone
-        sequence.finish("abort", error)
-        return []
-
-
-def _feeds(batch: ScheduledBatch) -> Iterator[tuple[MaskFeed, list[int]]]:
-    """Whose masks a step needs, and the drafts."""
-    for item in batch.items:
-        if item.closes_gap and item.sequence.hidden is None:
-            for each in (*item.sequence.branches, item.sequence):
-                if each.matcher is not None:
-                    yield each.matcher, each.draft_ids
 
 
 def _failure(message: str, cause: BaseException | None) -> StepFailed:

@@ -62,6 +62,11 @@ class StepClock:
         """Another part has ended."""
         self.times_s.append(time.perf_counter())
 
+    @property
+    def last_s(self) -> float:
+        """Seconds of the part that has ended."""
+        return self.times_s[-1] - self.times_s[-2]
+
     def so_far_s(self) -> float:
         """Seconds since the beginning."""
         return time.perf_counter() - self.times_s[0]

@@ -100,7 +100,7 @@ class ModelRunner:
 
     def step_bytes(self, *, with_logits: bool) -> int:
         """Bytes of weights; see `Runner`."""
-        return self.decoder.weights.step_bytes(with_logits=with_logits)
+        return self.decoder.step_bytes(self.kv_spec, with_logits=with_logits)
 
     def profile(self, batch: ScheduledBatch) -> list[OpProfile]:
         """Run a batch that has run before once more, with a clock beside each op; it writes what is there already."""

@@ -20,8 +20,9 @@ from kvik.store.background import BlockReader, BlockWriter, Load
 
 log = logging.getLogger(__name__)
 
-STEP_SHARE = 0.03
-"""Of a step's time, what copying blocks to be written may take."""
+STEP_SHARE = 0.02
+"""Of a step's time, what copying blocks and writing them may take: where threads compute on all processors, the
+writer's time on one of them is time that all of them lose."""
 
 MAX_SAVED_S = 0.02
 """Unused time for copies that is kept for later steps."""
@@ -102,6 +103,8 @@ class StoreTier:
         self._writer = BlockWriter(store)
         finalize(self, _end_threads, self._reader, self._writer).atexit = False
         self._saved_s = 0.0  # time for copies that steps have left
+        self._work_s = 0.0  # of the writer, as far as it is accounted for
+        self._was_idle = True  # since the last step
         self._retry_s = 0.0
         self._load_byte_s: float | None = None  # moving averages
         self._compute_token_s: float | None = None
@@ -260,22 +263,25 @@ class StoreTier:
 
         It holds `save_when_idle`, and with it the engine, until that is done.
         """
+        work_s, self._work_s = self._writer.work_s - self._work_s, self._writer.work_s
+        spent_s = 0.0 if self._was_idle else work_s
+        self._was_idle = save_when_idle is not None
+        self._saved_s = min(MAX_SAVED_S, self._saved_s + STEP_SHARE * step_s - spent_s)
         if not self._pending:
             return
-        self._saved_s = min(MAX_SAVED_S, self._saved_s + STEP_SHARE * step_s)
         if save_when_idle is None:
-            self.save(self._saved_s)
+            self._saved_s -= self.save(self._saved_s)
         else:
             self._writer.when_idle(save_when_idle)
 
-    def save(self, max_s: float) -> None:
-        """Copy blocks to be written for so long at most."""
+    def save(self, max_s: float) -> float:
+        """Copy blocks to be written for so long at most; the seconds that it took."""
         started_s = now_s = time.perf_counter()
         while self._pending and now_s - started_s < max_s and self._writer.has_room:
             digest = next(iter(self._pending))
             self._save(digest, self._pending.pop(digest))
             now_s = time.perf_counter()
-        self._saved_s -= now_s - started_s
+        return now_s - started_s
 
     def flush(self, seconds: float) -> bool:
         """Wait until all that was copied is written; called without the lock."""

@@ -36,9 +36,10 @@ class LayerWeights:
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """All norms."""
+        """All norms; one that attention and the MLP share once."""
         own = (self.attn_norm, self.post_attn_norm, self.mlp_norm, self.post_mlp_norm)
-        return tuple(norm for norm in (*own, self.qkv.query_norm, self.qkv.key_norm) if norm is not None)
+        found = {id(norm): norm for norm in (*own, self.qkv.query_norm, self.qkv.key_norm) if norm is not None}
+        return tuple(found.values())
 
     @property
     def num_bytes(self) -> int:
@@ -56,22 +57,13 @@ class DecoderWeights:
     lm_head: Linear  # (vocab_size, hidden_size)
     positions: Weight | None = None  # (num_learned_positions, hidden_size)
 
-    def step_bytes(self, *, with_logits: bool) -> int:
-        """Bytes that one pass over the layers reads, and over the head where logits are wanted."""
-        layers = sum(layer.num_bytes for layer in self.layers)
-        return layers + (self.norm.num_bytes + self.lm_head.num_bytes if with_logits else 0)
-
     @property
     def num_bytes(self) -> int:
         """Bytes of all of them; what is tied once."""
         others = [self.embedding] if self.lm_head.matrix is not self.embedding else []
         tables = [*others, *([] if self.positions is None else [self.positions])]
-        return self.step_bytes(with_logits=True) + sum(table.num_bytes for table in tables)
-
-    @property
-    def layer_multiply_adds(self) -> int:
-        """Multiply-adds of one token with the matrices of all layers."""
-        return sum(linear.rows * linear.matrix.columns for layer in self.layers for linear in layer.linears)
+        layers, head = sum(layer.num_bytes for layer in self.layers), self.norm.num_bytes + self.lm_head.num_bytes
+        return layers + head + sum(table.num_bytes for table in tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +103,11 @@ class Decoder:
                 (OPS[call.name].cost(*call.arguments), any(value.of_logits for value in call.results)) for call in calls
             )
         return found
+
+    def step_bytes(self, kv_spec: KVCacheSpec, *, with_logits: bool) -> int:
+        """Bytes of weights that a step reads: those of the head only where logits are wanted."""
+        costs = self.costs(kv_spec)
+        return sum(cost.weight_bytes for cost, of_logits in costs if with_logits or not of_logits)
 
     def capture(self, kv_cache: Sequence[LayerKV]) -> Step:
         """The forward pass over these KV arrays as one function of the batch, its ops noted where the backend can.

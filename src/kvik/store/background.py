@@ -40,6 +40,7 @@ class BlockWriter:
         self._num_queued_bytes = 0
         self._is_working = False
         self._is_closing = False
+        self.work_s = 0.0  # processor time of its thread
         self._idle: Callable[[], bool] | None = None
         self._thread: threading.Thread | None = None
 
@@ -136,6 +137,7 @@ class BlockWriter:
                 del job  # it may hold a block, or be the last that holds an engine
                 with self._changed:
                     self._is_working = False
+                    self.work_s = time.thread_time()
                     self._changed.notify_all()
 
 
