@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "bind.h"
 #include "float_mode.h"
 #include "kv_arrays.h"
@@ -56,32 +57,39 @@ void check_block_tables(const BlockTables &tables, const TokenPlaces &tokens, in
 namespace {
 
 struct InstructionSet {
-  const char *needs;
   const Kernels *kernels;
-  bool usable;
+  std::string obstacle; // why it cannot be used here, or nothing
 };
 
-// The best set first.
+// The best set first. Behind them the emulation of AMX, which is for tests.
 std::vector<InstructionSet> instruction_sets() {
-  return {
+  std::vector<InstructionSet> sets;
+  const Kernels *emulated = &kGenericEmulatedTiles;
 #if KVIK_AVX512
-      {"AVX-512 F, BW, VL, DQ and VNNI", &kAvx512Kernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")},
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  const std::string no_avx512 = avx512 ? "" : "the processor lacks AVX-512 F, BW, VL, DQ or VNNI";
+  if (avx512) emulated = &kAvx512EmulatedTiles;
+#if KVIK_AMX
+  sets.push_back({&kAmxKernels, avx512 ? amx_obstacle() : no_avx512});
+#endif
+  sets.push_back({&kAvx512Kernels, no_avx512});
 #endif
 #if KVIK_X86
-      {"AVX2, FMA and F16C", &kAvx2Kernels,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  sets.push_back({&kAvx2Kernels, avx2 ? "" : "the processor lacks AVX2, FMA or F16C"});
 #endif
-      {"nothing", &kGenericKernels, true},
-  };
+  sets.push_back({&kGenericKernels, ""});
+  sets.push_back({emulated, ""});
+  return sets;
 }
 
 // The sets that this processor has.
 std::vector<std::string> usable_instruction_sets() {
   std::vector<std::string> names;
   for (const InstructionSet &set : instruction_sets())
-    if (set.usable) names.push_back(set.kernels->isa);
+    if (set.obstacle.empty()) names.push_back(set.kernels->isa);
   return names;
 }
 
@@ -91,11 +99,11 @@ const Kernels *choose_kernels() {
   const std::string name = asked ? asked : "";
   std::string known;
   for (const InstructionSet &set : instruction_sets()) {
-    if (name.empty() ? set.usable : name == set.kernels->isa) {
-      if (set.usable) return set.kernels;
-      throw nb::import_error(("KVIK_ISA=" + name + " needs a processor with " + set.needs).c_str());
+    if (name.empty() ? set.obstacle.empty() : name == set.kernels->isa) {
+      if (set.obstacle.empty()) return set.kernels;
+      throw nb::import_error(("KVIK_ISA=" + name + " cannot be used: " + set.obstacle).c_str());
     }
-    known = set.kernels->isa + (known.empty() ? "" : ", " + known);
+    known += (known.empty() ? "" : ", ") + std::string(set.kernels->isa);
   }
   throw nb::import_error(("KVIK_ISA=" + name + " is not one of: " + known).c_str());
 }
@@ -259,7 +267,11 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);
   m.doc() = "kvik's native core: packed weights, thread pool and kernels.";
   m.attr("isa") = kernels->isa;
-  m.def("usable_isas", &usable_instruction_sets, "Names of the instruction sets that this processor has, best first.");
+  m.def("usable_isas", &usable_instruction_sets,
+        "Names of the instruction sets that can be used here: the best first, an emulation that tests use last.");
+  m.def(
+      "amx_obstacle", [] { return amx_obstacle(); },
+      "Why AMX's tile instructions cannot be used here; empty where they can.");
   m.def("compiler", &compiler, "What compiled this module.");
   m.attr("BLOCK_SIZE") = kBlockSize;
   m.attr("SEGMENT") = kSegment;

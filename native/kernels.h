@@ -123,7 +123,7 @@ struct Highest {
 constexpr int64_t kSummed = 256; // neighbouring tokens whose weights are summed as one
 
 struct Kernels {
-  const char *isa;
+  const char *isa, *vectors; // the set's name, and that of the set whose vector instructions it uses
   LinearKernel quantized_linear[kNumBlockFormats][2]; // [format][int8, int16 activations]
   LinearKernel float_linear[kNumFloatFormats];
   void (*quantize)(const float *x, int64_t columns, const QuantizedRows &out, int64_t row);
@@ -151,12 +151,15 @@ struct Kernels {
   void (*keep_allowed)(float *x, int64_t count, const uint8_t *allowed); // the others become -infinity
 };
 
-extern const Kernels kGenericKernels;
+extern const Kernels kGenericKernels, kGenericEmulatedTiles;
 #if KVIK_X86
 extern const Kernels kAvx2Kernels;
 #endif
 #if KVIK_AVX512
-extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Kernels, kAvx512EmulatedTiles;
+#if KVIK_AMX
+extern const Kernels kAmxKernels;
+#endif
 #endif
 
 } // namespace kvik

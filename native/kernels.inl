@@ -1,4 +1,5 @@
-// All kernels, compiled once by each isa_*.cpp, which sets KVIK_KERNELS (the table's name) and KVIK_ISA_NAME.
+// All kernels, compiled once by each isa_*.cpp, which sets KVIK_KERNELS (the table's name) and KVIK_ISA_NAME. Where it
+// sets KVIK_EMULATED_TILES, the name of a second table, matrix products by emulated tiles are there too.
 #include <math.h>
 
 #include <cstdint>
@@ -24,6 +25,10 @@
 #include "quantized_rows.inl"
 #include "packed_weights.inl"
 #include "linear.inl"
+#ifdef KVIK_EMULATED_TILES
+#include "amx_tiles.h"
+#include "amx_linear.inl"
+#endif
 // clang-format on
 #include "sample.inl"
 
@@ -32,6 +37,7 @@ namespace {
 template <std::size_t... format> constexpr kvik::Kernels all_kernels(std::index_sequence<format...>) {
   return {
       .isa = KVIK_ISA_NAME,
+      .vectors = KVIK_ISA_NAME,
       .quantized_linear = {{quantized_linear<format, false>, quantized_linear<format, true>}...},
       .float_linear = {float_linear<Half>, float_linear<BFloat16>, float_linear<float>},
       .quantize = quantize_row,
@@ -51,8 +57,29 @@ template <std::size_t... format> constexpr kvik::Kernels all_kernels(std::index_
   };
 }
 
+#ifdef KVIK_EMULATED_TILES
+// The same but for quantised weights and several tokens.
+template <class Tiles, std::size_t... format>
+constexpr kvik::Kernels tiled_kernels(const char *isa, std::index_sequence<format...> formats) {
+  kvik::Kernels kernels = all_kernels(formats);
+  kernels.isa = isa;
+  ((kernels.quantized_linear[format][0] = tiled_linear<Tiles, format, false>,
+    kernels.quantized_linear[format][1] = tiled_linear<Tiles, format, true>),
+   ...);
+  return kernels;
+}
+#endif
+
+using Formats = std::make_index_sequence<kvik::kNumBlockFormats>;
+
 } // namespace
 
 namespace kvik {
-const Kernels KVIK_KERNELS = all_kernels(std::make_index_sequence<kNumBlockFormats>{});
+const Kernels KVIK_KERNELS = all_kernels(Formats{});
+#ifdef KVIK_EMULATED_TILES
+const Kernels KVIK_EMULATED_TILES = tiled_kernels<EmulatedTiles>("amx-emulated", Formats{});
+#endif
+#if KVIK_AMX && KVIK_SIMD_AVX512
+const Kernels kAmxKernels = tiled_kernels<AmxTiles>("amx", Formats{});
+#endif
 } // namespace kvik

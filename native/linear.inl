@@ -186,9 +186,11 @@ template <TileKind kind, bool int16_activations> struct QuantizedTile {
   }
 };
 
-// Several tokens, `wides` wide vectors of rows from one row block on.
-template <BlockFormat format, bool int16_activations, int wides>
-void multiply_panels(const LinearArgs &args, int64_t row_block, int64_t first_token, int64_t count) {
+// Several tokens, `wides` wide vectors of rows from one row block on; `multiply` is what takes a panel, as
+// QuantizedTile::cover does.
+template <int wides, class Multiply> void multiply_panels(const BlockFormat &format, Unpack<wides> unpack,
+                                                          const Multiply &multiply, const LinearArgs &args,
+                                                          int64_t row_block, int64_t first_token, int64_t count) {
   const QuantizedRows &a = args.quantized;
   const int64_t row_block_bytes = args.columns / format.columns * format.block_bytes();
   const uint8_t *block = args.weight + row_block * row_block_bytes;
@@ -197,9 +199,8 @@ void multiply_panels(const LinearArgs &args, int64_t row_block, int64_t first_to
   Panel<wides> panel;
   for (int64_t index = 0; index < a.panels(args.columns); ++index) {
     const int parts = static_cast<int>(smaller(args.columns / kGroup - index * a.kGroups, a.kGroups));
-    unpack<format, wides>(block, row_block_bytes, parts, panel);
-    QuantizedTile<tile_kind(format), int16_activations>::template cover<wides>(
-        panel, parts, format.zero, a, a.group_at(index, args.first_token + first_token), count, sums);
+    unpack(block, row_block_bytes, parts, panel);
+    multiply(panel, parts, format.zero, a, a.group_at(index, args.first_token + first_token), count, sums);
     block += parts / format.parts() * format.block_bytes();
   }
   constexpr int kBlocks = wides / kWidesOfBlock;
@@ -223,12 +224,16 @@ void quantized_linear(const LinearArgs &args, int64_t first, int64_t last) {
     return;
   }
 #endif
+  using Tile = QuantizedTile<tile_kind(kFormat), int16_activations>;
   for (int64_t token = 0; token < args.num_tokens; token += kChunk) {
     const int64_t count = smaller(kChunk, args.num_tokens - token);
     int64_t block = first;
     for (; block + kTileBlocks <= last; block += kTileBlocks)
-      multiply_panels<kFormat, int16_activations, kTileWides>(args, block, token, count);
-    if (block < last) multiply_panels<kFormat, int16_activations, kWidesOfBlock>(args, block, token, count);
+      multiply_panels<kTileWides>(kFormat, unpack<kFormat, kTileWides>, Tile::template cover<kTileWides>, args, block,
+                                  token, count);
+    if (block < last)
+      multiply_panels<kWidesOfBlock>(kFormat, unpack<kFormat, kWidesOfBlock>, Tile::template cover<kWidesOfBlock>, args,
+                                     block, token, count);
   }
 }
 

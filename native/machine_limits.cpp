@@ -10,6 +10,7 @@
 #include <new>
 #include <string_view>
 
+#include "amx_tiles.h"
 #include "ops.h"
 
 #if KVIK_X86
@@ -165,14 +166,41 @@ constexpr Loops kAvx512Loops = {{read_avx512<true>, read_avx512<false>},
                                 kChains * 64,
                                 kChains * 16};
 
+#if KVIK_AMX
+// One product of tiles a round, four sums in turns: of 32 columns, as many as share a scale at most.
+uint64_t multiply_integers_amx(int64_t rounds) {
+  AmxTiles tiles(products_config(kTileRows, kQuadsOfPart));
+  alignas(64) int8_t bytes[kTileRows * kTileRowBytes];
+  std::memset(bytes, 3, sizeof bytes);
+  tiles.load<0>(bytes, kTileRowBytes);
+  tiles.load<2>(bytes, kTileRowBytes);
+  tiles.zero<4>(), tiles.zero<5>(), tiles.zero<6>(), tiles.zero<7>();
+  for (int64_t i = 0; i < rounds; i += 4)
+    tiles.multiply<4, 0, 2>(), tiles.multiply<5, 0, 2>(), tiles.multiply<6, 0, 2>(), tiles.multiply<7, 0, 2>();
+  uint32_t lanes[4][kTileRows * kTileRowBytes / 4];
+  tiles.store<4>(lanes[0], kTileRowBytes), tiles.store<5>(lanes[1], kTileRowBytes);
+  tiles.store<6>(lanes[2], kTileRowBytes), tiles.store<7>(lanes[3], kTileRowBytes);
+  return total(lanes[0], 4 * kTileRows * kTileRowBytes / 4);
+}
+
+constexpr Loops kAmxLoops = {{read_avx512<true>, read_avx512<false>},
+                             multiply_integers_amx,
+                             multiply_floats_avx512,
+                             kTileRows * kRowBlock * kGroup,
+                             kChains * 16};
+#endif
+
 #endif
 
 // The loops of the instruction set that the kernels use.
 const Loops &loops() {
 #if KVIK_X86
-  const std::string_view isa = kernels->isa;
-  if (isa == "avx512") return kAvx512Loops;
-  if (isa == "avx2") return kAvx2Loops;
+#if KVIK_AMX
+  if (std::string_view(kernels->isa) == "amx") return kAmxLoops;
+#endif
+  const std::string_view vectors = kernels->vectors;
+  if (vectors == "avx512") return kAvx512Loops;
+  if (vectors == "avx2") return kAvx2Loops;
 #endif
   return kPlainLoops;
 }

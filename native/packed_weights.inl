@@ -109,9 +109,12 @@ template <int wides> struct Panel {
   float scales[2 * kParts][wides][kWideLanes], minima[2 * kParts][wides][kWideLanes]; // of scale groups
 };
 
+template <int wides>
+using Unpack = void (*)(const uint8_t *first_block, int64_t row_block_bytes, int parts, Panel<wides> &panel);
+
 // Fills `parts` parts from packed blocks that follow each other; the next row block's are row_block_bytes behind.
 template <BlockFormat format, int wides>
-inline void unpack(const uint8_t *first_block, int64_t row_block_bytes, int parts, Panel<wides> &panel) {
+void unpack(const uint8_t *first_block, int64_t row_block_bytes, int parts, Panel<wides> &panel) {
   constexpr int64_t kAhead = kParts / format.parts() * format.block_bytes(); // the next panel
   for (int start = 0; start < parts; start += format.parts(), first_block += format.block_bytes()) {
     for (int w = 0; w < wides; ++w) {

@@ -22,6 +22,10 @@ template <int largest> struct Dot {
   WideInt total(int32_t) const { return {sum}; }
 };
 
+// For products by tiles.
+inline WideInt wide_load(const int32_t *p) { return {_mm512_loadu_si512(p)}; }
+inline WideBytes subtract(WideBytes a, int x) { return {_mm512_sub_epi8(a.v, _mm512_set1_epi8(static_cast<char>(x)))}; }
+
 #else
 
 // The sum of products, and of a number to start from. Weights up to `largest` are unsigned, and as many products are
@@ -61,6 +65,17 @@ template <> struct Dot<255> {
   }
   WideInt total(int32_t) const { return sum; }
 };
+
+inline WideInt wide_load(const int32_t *p) {
+  WideInt out;
+  std::memcpy(&out.v, p, sizeof out.v);
+  return out;
+}
+#if !KVIK_SIMD_AVX2
+inline WideBytes subtract(WideBytes a, int x) {
+  return each_byte([&](int i) { return a.v[i] - x; });
+}
+#endif
 
 #endif
 

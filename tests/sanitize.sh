@@ -85,6 +85,8 @@ for kind in "${kinds[@]}"; do
     say "The same kernels in plain C++, meanwhile"
     KVIK_ISA=generic run address asan tests/ops/test_bits.py tests/ops/test_program.py tests/ops/test_packing.py \
       tests/ops/test_shared_prefix.py tests/ops/test_blocks.py tests/ops/test_garbage.py tests/ops/test_bad_arguments.py tests/ops/test_sampler.py
+    say "Products by emulated tiles of AMX"
+    KVIK_ISA=amx-emulated run address asan tests/ops/test_bits.py -k test_project
     wait $ops || { cat "$root/ops.log"; exit 1; }
     cat "$root/ops.log"
     ;;

@@ -9,7 +9,12 @@ from numpy.typing import NDArray
 isa: str = "generic"
 
 def usable_isas() -> list[str]:
-    """Names of the instruction sets that this processor has, best first."""
+    """
+    Names of the instruction sets that can be used here: the best first, an emulation that tests use last.
+    """
+
+def amx_obstacle() -> str:
+    """Why AMX's tile instructions cannot be used here; empty where they can."""
 
 def compiler() -> str:
     """What compiled this module."""

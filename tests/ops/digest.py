@@ -1,16 +1,19 @@
 """A bundle of op outputs as one number, to be compared between instruction sets and processes.
 
-Run as a program, it prints the number.
+Run as a program, it prints the number; with the word products, that of `products`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from typing import get_args
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES
 
+from gguf_files import FLOAT_TYPES
 from kvik.config import ActivationDType, KVDType
 from kvik.engine.sampler import make_sampler
 from kvik.models.spec import RopeSpec
@@ -81,13 +84,37 @@ def sampled(threads: int) -> Iterator[FloatArray]:
             yield np.frombuffer(repr(results).encode(), np.uint8).astype(np.float32)  # each bit shows in a float's repr
 
 
+def products(threads: int = 2) -> Iterator[FloatArray]:
+    """Quantised weights and few tokens to many: tiles that are full, not full, or begin before their first token.
+
+    Tiles are 6 or 16 tokens, chunks 60; 53 rows are a tile and an odd row block for each of two threads or less.
+    """
+    rng = np.random.default_rng(22)
+    both: tuple[ActivationDType, ...] = ("int8", "int16")
+    for activations in both:
+        ops = NativeOps(activations, threads=threads)
+        for kind in TESTED_TYPES:
+            if kind in FLOAT_TYPES:
+                continue
+            columns = 256 + (96 if GGML_QUANT_SIZES[kind][0] == 32 else 256)
+            weight = random_weights(kind, 53, columns, rng).linear(ops)
+            x = (rng.normal(0, 1, (131, columns)) * 10.0 ** rng.integers(-20, 6, (131, 1))).astype(np.float32)
+            for num_tokens in (1, 2, 3, 4, 5, 15, 16, 17, 31, 60, 61, 66, 131):
+                yield ops.linear(x[-num_tokens:], weight)
+            yield ops.norm_gated(x, None, weight, weight, "silu")  # 60 tokens at a time, of all rows' panels
+
+
 def digest(threads: int = 2) -> str:
+    return digest_of(outputs(threads))
+
+
+def digest_of(arrays: Iterable[FloatArray]) -> str:
     total = hashlib.sha256()
-    for array in outputs(threads):
+    for array in arrays:
         assert np.isfinite(array).all()
         total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()
 
 
 if __name__ == "__main__":
-    print(digest())  # noqa: T201
+    print(digest_of(products()) if "products" in sys.argv else digest())  # noqa: T201

@@ -15,7 +15,7 @@ from kvik.ops.base import Norm
 from kvik.ops.native import NativeOps
 from looped import looped
 from ops.arrangement import KV_DTYPES, FloatArray, Heads, History, random_history, random_weights
-from ops.digest import digest
+from ops.digest import digest, digest_of, products
 from subprocesses import python
 from tiers import TESTED_TYPES, examples
 
@@ -262,6 +262,29 @@ def test_a_batch_is_its_tokens_one_by_one() -> None:
         same_bits(history.attend(ops, kv, [(sequence, position, position + 1)])[0], out)
 
 
+NO_AMX = _native.amx_obstacle()
+ISAS = [
+    *_native.usable_isas(),
+    *([pytest.param("amx", marks=pytest.mark.skip(reason=f"no AMX: {NO_AMX}"))] if NO_AMX else []),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets_give_the_same_products(isa: str) -> None:
+    """Tiles of every size too, by AMX where this machine has it and by its emulation on every machine."""
+    other = python("-m", "ops.digest", "products", KVIK_ISA=isa)
+    assert other.returncode == 0, other.stderr
+    assert other.stdout.strip() == digest_of(products())
+
+
+def test_amx_is_used_or_the_reason_is_told() -> None:
+    assert ("amx" in _native.usable_isas()) == (NO_AMX == "")
+    if NO_AMX:
+        result = python("-c", "import kvik._native", KVIK_ISA="amx")
+        assert result.returncode == 1
+        assert f"cannot be used: {NO_AMX}" in result.stderr or "is not one of" in result.stderr
+
+
 @pytest.mark.parametrize("isa", _native.usable_isas())
 def test_instruction_sets_give_the_same_bits(isa: str) -> None:
     other = python("-m", "ops.digest", KVIK_ISA=isa)
@@ -276,7 +299,8 @@ def test_the_digest_of_every_thread_count_is_the_same() -> None:
 def test_an_unknown_instruction_set_is_refused_with_the_choices() -> None:
     result = python("-c", "import kvik._native", KVIK_ISA="nonsense")
     assert result.returncode == 1
-    assert "ImportError: KVIK_ISA=nonsense is not one of: generic" in result.stderr
+    assert "ImportError: KVIK_ISA=nonsense is not one of: " in result.stderr
+    assert "generic, amx-emulated" in result.stderr
 
 
 @pytest.mark.parametrize("isa", [*_native.usable_isas(), ""])

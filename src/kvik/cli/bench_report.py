@@ -62,6 +62,7 @@ def bench_report(
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": f"{platform.system()} {platform.release()}",
             "kernels": _native.isa,
+            "no_amx": _native.amx_obstacle(),
             "compiler": _native.compiler(),
             "python": platform.python_version(),
             "kvik": __version__,
@@ -125,9 +126,10 @@ def table_lines(report: Report, *, markdown: bool = False, by_heads: bool = Fals
         rows = [(*more, *cells) for more, cells in zip(first, rows, strict=True)]
         heading = rows[0]
     machine = report["machine"]
+    no_amx = f" (no AMX: {machine['no_amx']})" if machine.get("no_amx") else ""
     title = (
         f"{report['model']['name']}, {report['engine']['activations']} activations, {machine['processor']},"
-        f" {machine['kernels']} kernels, kvik {machine['kvik']}, medians of {report['rounds']:,}"
+        f" {machine['kernels']} kernels{no_amx}, kvik {machine['kvik']}, medians of {report['rounds']:,}"
     )
     if markdown:
         table = ["| " + " | ".join(cells) + " |" for cells in rows]
