@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvik.engine.llm import LLM
 
 STOP_HELP = r"End before this text; \n, \t, \r, \\, \xNN and \uNNNN are characters. May be repeated."
+PACKED_HELP = "Keep packed weights in this folder, for a faster next start; auto: kvik's cache folder."
 KV_DTYPE_HELP = "Keys and values in the cache: f16, f32, int8, or k=int8,v=f16."
 ESCAPE = re.compile(r"\\(?:(?P<letter>[ntr\\])|x(?P<byte>[0-9a-fA-F]{2})|u(?P<code>[0-9a-fA-F]{4})|.?)", re.DOTALL)
 LETTERS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -119,6 +120,7 @@ class ModelOptions:
     weights: Annotated[
         WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")
     ] = None
+    packed_cache: Annotated[str | None, value(ENGINE, "DIR", PACKED_HELP)] = None
     context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None
     kv_memory: Annotated[str, value(ENGINE, "SIZE", "For keys and values, like 512MiB or 2GiB.", show_default=True)] = (
         "auto"
@@ -132,6 +134,7 @@ class ModelOptions:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         with terminal_progress() as report:
             path = store.resolve(values.pop("model"), check_config=check_config_of, progress=report)
+        values["packed_cache"] = chosen_packed_folder(self.packed_cache)
         llm = LLM(path.absolute(), **values, **others)
         if llm.model.quantization is not None:
             note(str(llm.model.quantization))
@@ -176,6 +179,16 @@ class StoreOptions:
 def store_folder() -> Path:
     """Where blocks are stored unless the caller says otherwise."""
     return user_folder() / "store"
+
+
+def packed_folder() -> Path:
+    """Where packed weights are kept unless the caller says otherwise."""
+    return user_folder() / "packed"
+
+
+def chosen_packed_folder(given: str | None) -> str | None:
+    """The folder that `--packed-cache` means."""
+    return str(packed_folder()) if given == "auto" else given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,14 @@ class MappedFile:
     data: npt.NDArray[np.uint8]
     mapping: mmap.mmap | None = None  # None: nothing can be mapped of an empty file
 
+    def ask_for(self, start: int, num_bytes: int) -> None:
+        """Have the system begin to read these bytes, as far as the file has them."""
+        num_bytes = min(num_bytes, len(self.data) - start)
+        if self.mapping is None or not hasattr(mmap, "MADV_WILLNEED") or num_bytes <= 0:
+            return
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self.mapping.madvise(mmap.MADV_WILLNEED, first, start + num_bytes - first)
+
     def drop_pages(self, start: int, num_bytes: int) -> None:
         """Give back the memory through which these bytes were read; reading them once more brings it back."""
         if self.mapping is None or not hasattr(mmap, "MADV_DONTNEED") or num_bytes <= 0:
