@@ -160,60 +160,86 @@ void interleave_halves(const uint8_t *const (&rows)[kRowBlock], int64_t bytes, u
     for (int r = 0; r < kRowBlock; ++r) std::memcpy(out + 2 * r, rows[r] + at, 2);
 }
 
-// Q4_K and Q5_K: eight 6-bit scales and minima in twelve bytes.
-void read_scales_k(const uint8_t *packed, uint8_t (&scales)[kParts], uint8_t (&minima)[kParts]) {
-  for (int j = 0; j < kParts; ++j) {
-    const bool low = j < 4;
-    scales[j] = static_cast<uint8_t>(low ? packed[j] & 63 : (packed[j + 4] & 15) | (packed[j - 4] >> 6) << 4);
-    minima[j] = static_cast<uint8_t>(low ? packed[j + 4] & 63 : packed[j + 4] >> 4 | (packed[j] >> 6) << 4);
-  }
+// Q4_K and Q5_K: eight 6-bit scales, then as many minima, in twelve bytes.
+void read_scales_k(const uint8_t *packed, uint8_t *scales) {
+  uint32_t a, b, c;
+  std::memcpy(&a, packed, 4);
+  std::memcpy(&b, packed + 4, 4);
+  std::memcpy(&c, packed + 8, 4);
+  constexpr uint32_t kSix = 0x3f3f3f3f, kFour = 0x0f0f0f0f, kTwo = 0x03030303;
+  const uint32_t words[] = {a & kSix, (c & kFour) | (a >> 6 & kTwo) << 4, b & kSix,
+                            (c >> 4 & kFour) | (b >> 6 & kTwo) << 4};
+  std::memcpy(scales, words, 16);
 }
 
-// One row's scales: `out` is its first byte of the arrays that Scales names.
-void pack_scales(const GgufType &type, const uint8_t *block, int row, uint8_t *out) {
+// The first bytes of all rows, the second ones ...: `count` of them, of rows of 16 bytes.
+void transpose_bytes(const uint8_t *const (&rows)[kRowBlock], int count, uint8_t *out) {
+  using Bytes = uint8_t __attribute__((vector_size(16)));
+  Bytes from[kRowBlock], to[kRowBlock];
+  for (int r = 0; r < kRowBlock; ++r) from[r] = load16<Bytes>(rows[r]);
+  for (int round = 0; round < 4; ++round) { // each deals the second half of the rows in between the first
+    for (int r = 0; r < 8; ++r) {
+      to[2 * r] = __builtin_shufflevector(from[r], from[r + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      to[2 * r + 1] =
+          __builtin_shufflevector(from[r], from[r + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    std::memcpy(from, to, sizeof(to));
+  }
+  std::memcpy(out, from, static_cast<std::size_t>(count) * kRowBlock);
+}
+
+// The arrays that Scales names, of one packed block.
+void pack_scales(const GgufType &type, const uint8_t *const (&blocks)[kRowBlock], uint8_t *out) {
   constexpr int kHalves = 2 * kRowBlock;
   const BlockFormat &format = kBlockFormats[type.block_format];
-  const auto half = [&](int index, int at) { std::memcpy(out + kHalves * index + 2 * row, block + at, 2); };
-  uint8_t *bytes = out + kHalves * (format.minimum ? 2 : 1) + row;
+  const auto halves = [&](int index, int at) {
+    for (int r = 0; r < kRowBlock; ++r) std::memcpy(out + kHalves * index + 2 * r, blocks[r] + at, 2);
+  };
+  uint8_t space[kRowBlock][16];
+  const uint8_t *rows[kRowBlock];
+  const auto bytes = [&](int count, const auto &of_block) {
+    for (int r = 0; r < kRowBlock; ++r) rows[r] = of_block(blocks[r], space[r]);
+    transpose_bytes(rows, count, out + kHalves * (format.minimum ? 2 : 1));
+  };
   switch (static_cast<Format>(type.block_format)) {
   case Format::mxfp4:
-    out[row] = block[0];
+    for (int r = 0; r < kRowBlock; ++r) out[r] = blocks[r][0];
     return;
   case Format::q2_k:
-    half(0, 80);
-    half(1, 82);
-    for (int i = 0; i < 16; ++i) bytes[kRowBlock * i] = block[i];
-    return;
+    halves(0, 80);
+    halves(1, 82);
+    return bytes(16, [](const uint8_t *block, uint8_t *) { return block; });
   case Format::q3_k:
-    half(0, 108);
-    for (int i = 0; i < 12; ++i) bytes[kRowBlock * i] = block[96 + i];
-    return;
+    halves(0, 108);
+    return bytes(12, [](const uint8_t *block, uint8_t *made) -> const uint8_t * {
+      std::memcpy(made, block + 96, 12);
+      std::memset(made + 12, 0, 4);
+      return made;
+    });
   case Format::q4_k:
-  case Format::q5_k: {
-    half(0, 0);
-    half(1, 2);
-    uint8_t scales[kParts], minima[kParts];
-    read_scales_k(block + 4, scales, minima);
-    for (int i = 0; i < kParts; ++i) {
-      bytes[kRowBlock * i] = scales[i];
-      bytes[kRowBlock * (kParts + i)] = minima[i];
-    }
-    return;
-  }
+  case Format::q5_k:
+    halves(0, 0);
+    halves(1, 2);
+    return bytes(16, [](const uint8_t *block, uint8_t *made) -> const uint8_t * {
+      read_scales_k(block + 4, made);
+      return made;
+    });
   case Format::q6_k:
-    half(0, 208);
-    for (int i = 0; i < 16; ++i) bytes[kRowBlock * i] = block[192 + i];
-    return;
+    halves(0, 208);
+    return bytes(16, [](const uint8_t *block, uint8_t *) { return block + 192; });
   case Format::iq4_xs:
-    half(0, 0);
-    for (int i = 0; i < kParts; ++i) {
-      const int low4 = block[4 + i / 2] >> (4 * (i % 2)) & 15, high2 = block[2 + i / 4] >> (2 * (i % 4)) & 3;
-      bytes[kRowBlock * i] = static_cast<uint8_t>((low4 | high2 << 4) - 32);
-    }
-    return;
+    halves(0, 0);
+    return bytes(8, [](const uint8_t *block, uint8_t *made) -> const uint8_t * {
+      std::memset(made, 0, 16);
+      for (int i = 0; i < kParts; ++i) {
+        const int low4 = block[4 + i / 2] >> (4 * (i % 2)) & 15, high2 = block[2 + i / 4] >> (2 * (i % 4)) & 3;
+        made[i] = static_cast<uint8_t>((low4 | high2 << 4) - 32);
+      }
+      return made;
+    });
   default:
-    half(0, 0);
-    if (format.minimum) half(1, 2);
+    halves(0, 0);
+    if (format.minimum) halves(1, 2);
   }
 }
 
@@ -233,7 +259,7 @@ void pack_quantized_rows(const GgufType &type, const uint8_t *source, int64_t ro
       for (int r = 0; r < kRowBlock; ++r) planes[r] = high_plane(type, blocks[r], space[r]);
       interleave_plane(planes, format.columns * format.high_bits / 8, out + format.low_bytes());
     }
-    for (int r = 0; r < kRowBlock; ++r) pack_scales(type, blocks[r], r, out + format.quant_bytes());
+    pack_scales(type, blocks, out + format.quant_bytes());
   }
 }
 

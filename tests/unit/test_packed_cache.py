@@ -372,9 +372,10 @@ before = len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 try:
     load()
 except KeyboardInterrupt:
-    gc.collect()
-    after = len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
-    print("interrupted", before == after or (before, after), [thread.name for thread in threading.enumerate()])
+    print("interrupted", end=" ")
+gc.collect()
+after = len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+print(before == after or (before, after), [thread.name for thread in threading.enumerate()])
 """
 
 
