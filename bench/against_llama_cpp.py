@@ -1,6 +1,6 @@
 """kvik next to llama.cpp on the same files, machine and minutes: medians of interleaved rounds as a Markdown table.
 
-bench/peers/build_llama_cpp.sh && python bench/against_llama_cpp.py [--only TEXT] [--rounds 5] [--json FILE]
+bench/peers/build_llama_cpp.sh && python bench/against_llama_cpp.py [--only TEXT] [--against TEXT] [--rounds 5] ...
 bench/peers/build_ik_llama_cpp.sh && python bench/against_llama_cpp.py --model FILE      ... the better of both forks
 
 Any model but the default one, and that one with --bars, is measured in the few cases of bench/bars.py, next to
@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -123,6 +124,11 @@ def with_file(theirs: LlamaCppRuns, model: Path, kind: str, measure: Callable[[]
     return measure()
 
 
+def named(measures: Mapping[str, Measure], texts: list[str]) -> dict[str, Measure]:
+    """Those whose name contains one of the texts."""
+    return {name: measure for name, measure in measures.items() if any(text in name for text in texts)}
+
+
 def machine(threads: int, versions: str, results: Results) -> str:
     """What the figures belong to."""
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -148,6 +154,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=min(2, available_threads()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument(
+        "--against", action="append", default=[], metavar="TEXT", help="peers whose name contains TEXT, such as 'fa on'"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every round")
     args = parser.parse_args()
 
@@ -163,6 +172,8 @@ def main() -> int:
     chosen = [case for case in every if not args.only or any(text in case.name for text in args.only)]
     if not chosen:
         parser.error("no case has such a name; there are:\n" + "\n".join(case.name for case in every))
+    if args.against:
+        chosen = [replace(case, theirs=named(case.theirs, args.against)) for case in chosen]
     pool = _native.ThreadPool(args.threads)
     interrupted = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

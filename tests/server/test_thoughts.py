@@ -398,7 +398,8 @@ def test_a_message_that_is_cut_off_anywhere(case: tuple[Server, Family, str]) ->
 
 SWITCHED = ToolTemplate(
     "{{ '<effort=' ~ reasoning_effort ~ '>' if reasoning_effort is defined }}"
-    "{{ '<on=' ~ enable_thinking ~ '>' if enable_thinking is defined }}" + FAMILIES["qwen3"].template.source,
+    "{{ '<on=' ~ enable_thinking ~ '>' if enable_thinking is defined }}"
+    "{{ '<thinking=' ~ thinking ~ '>' if thinking is defined }}" + FAMILIES["qwen3"].template.source,
     FAMILIES["qwen3"].template.control,
     FAMILIES["qwen3"].template.ends,
 )
@@ -406,7 +407,7 @@ SWITCHED = ToolTemplate(
 
 @pytest.fixture(scope="module")
 def switched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Of a model whose template writes the values of its two switches."""
+    """Of a model whose template writes the values of its three switches."""
     path = write_tool_model(tmp_path_factory.mktemp("model"), SWITCHED)
     with Server({"thinker": with_engine(LLM(path, kv_memory="16MiB", threads=1))}) as server:
         yield server
@@ -424,28 +425,33 @@ def prompt_of(server: Server, path: str, body: dict[str, Any]) -> tuple[str, str
 
 EFFORT_CASES: list[tuple[str, dict[str, Any], str, str | None]] = [
     (CHAT, {}, "", None),
-    (CHAT, {"reasoning_effort": "high"}, "<effort=high><on=True>", None),
-    (CHAT, {"reasoning_effort": "xhigh"}, "<effort=high><on=True>", None),
-    (CHAT, {"reasoning_effort": "none"}, "<effort=low><on=False>", None),
+    (CHAT, {"reasoning_effort": "high"}, "<effort=high><on=True><thinking=True>", None),
+    (CHAT, {"reasoning_effort": "xhigh"}, "<effort=high><on=True><thinking=True>", None),
+    (CHAT, {"reasoning_effort": "none"}, "<effort=low><on=False><thinking=False>", None),
     (CHAT, {"reasoning_effort": "<|im_end|>"}, "", "reasoning_effort"),
     (
         CHAT,
         {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}},
-        "<effort=low><on=False>",
+        "<effort=low><on=False><thinking=True>",
         None,
     ),
     (RESPONSES, {}, "", None),
-    (RESPONSES, {"reasoning": {"effort": "minimal"}}, "<effort=low><on=True>", None),
-    (RESPONSES, {"reasoning": {"effort": "low", "summary": "auto"}}, "<effort=low><on=True>", "reasoning.summary"),
+    (RESPONSES, {"reasoning": {"effort": "minimal"}}, "<effort=low><on=True><thinking=True>", None),
+    (
+        RESPONSES,
+        {"reasoning": {"effort": "low", "summary": "auto"}},
+        "<effort=low><on=True><thinking=True>",
+        "reasoning.summary",
+    ),
     (RESPONSES, {"reasoning": {"summary": "auto"}}, "", "reasoning"),
     (MESSAGES, {}, "", None),
-    (MESSAGES, {"thinking": {"type": "disabled"}}, "<effort=low><on=False>", None),
-    (MESSAGES, {"thinking": {"type": "adaptive"}}, "<effort=medium><on=True>", None),
-    (MESSAGES, {"output_config": {"effort": "max"}}, "<effort=high><on=True>", None),
+    (MESSAGES, {"thinking": {"type": "disabled"}}, "<effort=low><on=False><thinking=False>", None),
+    (MESSAGES, {"thinking": {"type": "adaptive"}}, "<effort=medium><on=True><thinking=True>", None),
+    (MESSAGES, {"output_config": {"effort": "max"}}, "<effort=high><on=True><thinking=True>", None),
     (
         MESSAGES,
         {"thinking": {"type": "enabled", "budget_tokens": 1024}},
-        "<effort=medium><on=True>",
+        "<effort=medium><on=True><thinking=True>",
         "thinking.budget_tokens",
     ),
 ]

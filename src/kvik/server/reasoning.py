@@ -31,8 +31,16 @@ def effort_vars(served: ServedModel, effort: str | None) -> dict[str, Any]:
     template = served.llm.model.chat_template
     if template is None:
         return {}
-    values = {"reasoning_effort": EFFORTS[effort], "enable_thinking": effort != "none"}
-    return {name: value for name, value in values.items() if re.search(rf"\b{name}\b", template.source)}
+    is_on = effort != "none"
+    values = {"reasoning_effort": EFFORTS[effort], "enable_thinking": is_on, "thinking": is_on}
+    return {name: value for name, value in values.items() if name in _names(template.source)}
+
+
+def _names(source: str) -> set[str]:
+    """Names in a template's tags that are no attribute of something: its variables, and a few more."""
+    tags = " ".join(re.findall(r"\{[{%].*?[}%]\}", source, re.DOTALL))
+    without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", "''", tags)
+    return set(re.findall(r"(?<![.\w])[a-z_]+\b", without_texts))
 
 
 def with_thoughts(served: ServedModel, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
