@@ -19,6 +19,7 @@ from kvik import __version__
 from kvik.cli import cache, models
 from kvik.cli.bench import bench
 from kvik.cli.explain import explain
+from kvik.cli.packed import packed
 from kvik.cli.plan import plan
 from kvik.cli.pool_heads import pool_heads
 from kvik.cli.race import race
@@ -118,6 +119,7 @@ app.command()(top)
 app.command()(plan)
 app.command()(explain)
 app.command("pool-heads")(pool_heads)
+cache.app.command("packed")(packed)
 app.add_typer(cache.app, name="cache")
 app.add_typer(models.app, name="models")
 

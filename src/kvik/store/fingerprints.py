@@ -22,7 +22,7 @@ CHUNK_BYTES = 1 << 20
 
 
 SETTLED_S = 2.0
-"""A file that was changed a shorter time ago may change again and keep its times: they are that coarse on some disks."""
+"""A file changed a shorter time ago may change again and keep its times: some disks keep them that coarsely."""
 
 Advance = Callable[[int], None]
 
