@@ -13,6 +13,7 @@ from typing import Any
 
 from kvik.config import WeightFormat
 from kvik.errors import InvalidInput
+from kvik.files.mapped import ASK_BYTES
 from kvik.hub.progress import Progress, silent
 from kvik.models.numerics import NUMERICS_VERSION, weight_files
 from kvik.models.weights import Kinds
@@ -133,8 +134,8 @@ class PackedCache:
         for each, offset in zip(header.matrices, offsets, strict=True):
             weight = mapped.weight(each.kind, each.rows, each.columns, offset)
             while asked < min(offset + weight.num_bytes + AHEAD_BYTES, num_bytes):
-                os.posix_fadvise(file, asked, PIECE_BYTES, os.POSIX_FADV_WILLNEED)
-                asked += PIECE_BYTES
+                os.posix_fadvise(file, asked, ASK_BYTES, os.POSIX_FADV_WILLNEED)
+                asked += ASK_BYTES
             if self.ops.checksums(weight) != each.checksums:
                 raise BadEntry(Fault.TAG)
             found[each.name] = weight
