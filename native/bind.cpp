@@ -5,6 +5,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <cmath>
@@ -157,7 +158,9 @@ std::vector<uint64_t> weight_checksums(const PackedWeight &weight, ThreadPool &p
 }
 
 PackedFile *map_packed_file(int file, int64_t num_bytes) {
-  require(num_bytes > 0, "PackedFile: num_bytes must be positive");
+  struct stat found;
+  require(fstat(file, &found) == 0 && S_ISREG(found.st_mode), "PackedFile: no descriptor of a regular file");
+  require(num_bytes > 0 && num_bytes <= found.st_size, "PackedFile: num_bytes must be in 1 ... the file's bytes");
   return new PackedFile(file, num_bytes);
 }
 
