@@ -5,6 +5,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <cmath>
@@ -22,6 +23,7 @@
 #include "float_mode.h"
 #include "kv_arrays.h"
 #include "machine_limits.h"
+#include "packed_file.h"
 
 namespace kvik {
 
@@ -144,6 +146,39 @@ PackedWeight pack_tensor(std::string_view type_name, Array<const uint8_t, 1> sou
   WeightPacker packer(type, rows, columns, arena);
   packer.add(source.data(), rows, pool);
   return packer.weight();
+}
+
+int64_t checked_packed_bytes(std::string_view type_name, int64_t rows, int64_t columns) {
+  return unpacked_weight(checked_type(type_name, rows, columns), rows, columns).num_bytes;
+}
+
+nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>> packed_data(const PackedWeight &weight) {
+  auto kept = std::make_unique<std::shared_ptr<uint8_t>>(weight.data);
+  const std::size_t shape[] = {static_cast<std::size_t>(weight.num_bytes)};
+  const nb::capsule owner(kept.get(),
+                          [](void *data) noexcept { delete static_cast<std::shared_ptr<uint8_t> *>(data); });
+  (void)kept.release();
+  return {weight.data.get(), 1, shape, owner};
+}
+
+std::vector<uint64_t> weight_checksums(const PackedWeight &weight, ThreadPool &pool) {
+  return region_checksums(weight.data.get(), weight.num_bytes, pool);
+}
+
+PackedFile *map_packed_file(int file, int64_t num_bytes) {
+  struct stat found;
+  require(fstat(file, &found) == 0 && S_ISREG(found.st_mode), "PackedFile: no descriptor of a regular file");
+  require(num_bytes > 0 && num_bytes <= found.st_size, "PackedFile: num_bytes must be in 1 ... the file's bytes");
+  return new PackedFile(file, num_bytes);
+}
+
+PackedWeight checked_mapped_weight(const PackedFile &file, std::string_view type_name, int64_t rows, int64_t columns,
+                                   int64_t offset) {
+  const GgufType &type = checked_type(type_name, rows, columns);
+  require(offset >= 0 && offset % WeightArena::kLine == 0, "PackedFile: offset must be a multiple of 64");
+  require(offset <= file.num_bytes() && unpacked_weight(type, rows, columns).num_bytes <= file.num_bytes() - offset,
+          "PackedFile: the matrix ends behind the file");
+  return file.weight(type, rows, columns, offset);
 }
 
 NormWeights make_norm(Floats<1> weight, float eps, std::optional<Floats<1>> bias, bool layer) {
@@ -275,6 +310,9 @@ NB_MODULE(_native, m) {
   m.def("compiler", &compiler, "What compiled this module.");
   m.attr("BLOCK_SIZE") = kBlockSize;
   m.attr("SEGMENT") = kSegment;
+  m.attr("PACKED_VERSION") = kPackedVersion;
+  m.attr("PACKED_ALIGNMENT") = WeightArena::kLine;
+  m.attr("PACKED_REGION_BYTES") = kRegionBytes;
 
   using Unlocked = nb::call_guard<nb::gil_scoped_release, FloatMode>;
   nb::class_<ThreadPool>(m, "ThreadPool", "Threads that share the work of one op at a time.")
@@ -285,11 +323,18 @@ NB_MODULE(_native, m) {
       .def_ro("rows", &PackedWeight::rows)
       .def_ro("columns", &PackedWeight::columns)
       .def_ro("num_bytes", &PackedWeight::num_bytes)
-      .def_prop_ro("quantized", &PackedWeight::quantized, "Whether activations are quantised for it.");
+      .def_prop_ro("quantized", &PackedWeight::quantized, "Whether activations are quantised for it.")
+      .def_prop_ro("data", &packed_data, nb::rv_policy::reference, "The packed bytes, read-only.")
+      .def("checksums", &weight_checksums, Unlocked(), "pool"_a,
+           "One for each PACKED_REGION_BYTES of the packed bytes.");
+  nb::class_<PackedFile>(m, "PackedFile", "A file with packed weights, mapped read-only.")
+      .def(nb::new_(&map_packed_file), "file"_a, "num_bytes"_a)
+      .def("weight", &checked_mapped_weight, "type"_a, "rows"_a, "columns"_a, "offset"_a,
+           "The matrix whose packed bytes begin there, as they are.");
   nb::class_<WeightPacker>(m, "WeightPacker", "Packs a GGUF tensor's rows without loss, as they come.")
       .def(nb::new_(&make_packer), "type"_a, "rows"_a, "columns"_a, "arena"_a)
       .def("add", &checked_add_rows, Unlocked(), "source"_a.noconvert(), "pool"_a,
-           "Takes more whole rows: a multiple of 8 of them, or all that are missing.")
+           "Takes more whole rows: a multiple of 16 of them, or all that are missing.")
       .def("finish", &finished, "The matrix, once no rows are missing.");
   nb::class_<NormWeights>(m, "Norm", "RMS norm, or layer norm where `layer`.")
       .def(nb::new_(&make_norm), "weight"_a.noconvert(), "eps"_a, "bias"_a.noconvert().none(), "layer"_a);
@@ -310,6 +355,7 @@ NB_MODULE(_native, m) {
   // noconvert: a quiet copy of an input would cost, and of an output lose, what the caller meant.
   m.def("pack", &pack_tensor, Unlocked(), "type"_a, "source"_a.noconvert(), "rows"_a, "columns"_a, "arena"_a, "pool"_a,
         "Packs a GGUF tensor's bytes without loss.");
+  m.def("packed_bytes", &checked_packed_bytes, "type"_a, "rows"_a, "columns"_a, "Bytes that such a matrix packs to.");
   m.def("copy_blocks", &checked_copy_blocks, Unlocked(), "pool"_a, "arrays"_a, "copies"_a,
         "Copies keys and values of all layers from block to block: (source, target) pairs, in order.");
   m.def("discard_superblocks", &checked_discard_superblocks, Unlocked(), "arrays"_a, "superblocks"_a,

@@ -30,7 +30,11 @@ struct PackedWeight {
 
   bool quantized() const { return block_format >= 0; }
   int64_t row_blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
+  int64_t row_block_bytes() const { return num_bytes / row_blocks(); }
 };
+
+// What a matrix is once it is packed, without its data. Throws std::bad_alloc where its bytes do not fit 64 bits.
+PackedWeight unpacked_weight(const GgufType &type, int64_t rows, int64_t columns);
 
 // The float32 values of a row of a quantised matrix.
 void dequantize_row(const PackedWeight &weight, int64_t row, float *out);
@@ -50,7 +54,7 @@ public:
 private:
   const GgufType &type_;
   PackedWeight weight_;
-  int64_t row_block_bytes_, filled_rows_ = 0;
+  int64_t filled_rows_ = 0;
 };
 
 } // namespace kvik

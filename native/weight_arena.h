@@ -17,6 +17,8 @@ namespace kvik {
 // processor spends a tenth of it on looking up addresses. Memory goes back when the last matrix of a chunk does.
 class WeightArena {
 public:
+  static constexpr int64_t kLine = 64; // that every matrix begins at, wherever it lies
+
   // Not cleared, aligned to a cache line. Throws std::bad_alloc.
   std::shared_ptr<uint8_t> allocate(int64_t num_bytes) {
     const int64_t size = (num_bytes + kLine - 1) / kLine * kLine;
@@ -38,7 +40,6 @@ public:
   }
 
 private:
-  static constexpr int64_t kLine = 64;
   static constexpr int64_t kChunk = int64_t{1} << 30; // of address space; memory comes page by page, when written
 
   struct Chunk {

@@ -23,6 +23,12 @@ BLOCK_SIZE: int = 32
 
 SEGMENT: int = 256
 
+PACKED_VERSION: int = 1
+
+PACKED_ALIGNMENT: int = 64
+
+PACKED_REGION_BYTES: int = 262144
+
 class ThreadPool:
     """Threads that share the work of one op at a time."""
 
@@ -48,6 +54,20 @@ class PackedWeight:
     def quantized(self) -> bool:
         """Whether activations are quantised for it."""
 
+    @property
+    def data(self) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), writable=False)]:
+        """The packed bytes, read-only."""
+
+    def checksums(self, pool: ThreadPool) -> list[int]:
+        """One for each PACKED_REGION_BYTES of the packed bytes."""
+
+class PackedFile:
+    """A file with packed weights, mapped read-only."""
+
+    def __init__(self, file: int, num_bytes: int) -> None: ...
+    def weight(self, type: str, rows: int, columns: int, offset: int) -> PackedWeight:
+        """The matrix whose packed bytes begin there, as they are."""
+
 class WeightPacker:
     """Packs a GGUF tensor's rows without loss, as they come."""
 
@@ -58,7 +78,7 @@ class WeightPacker:
         pool: ThreadPool,
     ) -> None:
         """
-        Takes more whole rows: a multiple of 8 of them, or all that are missing.
+        Takes more whole rows: a multiple of 16 of them, or all that are missing.
         """
 
     def finish(self) -> PackedWeight:
@@ -137,6 +157,9 @@ def pack(
     pool: ThreadPool,
 ) -> PackedWeight:
     """Packs a GGUF tensor's bytes without loss."""
+
+def packed_bytes(type: str, rows: int, columns: int) -> int:
+    """Bytes that such a matrix packs to."""
 
 def copy_blocks(pool: ThreadPool, arrays: KVArrays, copies: Sequence[tuple[int, int]]) -> None:
     """

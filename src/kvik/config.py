@@ -158,6 +158,7 @@ class EngineConfig:
     store_quota: int | str = "2GB"  # for the files there, as `kv_memory` takes it
     store_policy: StorePolicy = "end"  # store what a request has computed when it ends, or what is used a second time
     store_key: str | None = None  # a file with the secret that stored blocks are sealed with; None: a checksum alone
+    packed_cache: str | None = None  # a folder for packed weights, which the next start maps; None: pack at each start
     backend: Backend = "native"
 
     def __post_init__(self) -> None:
@@ -177,7 +178,7 @@ class EngineConfig:
         _keep_bool(self, "prefix_cache")
         _keep_int(self, "max_running", 1, 4096)
         _keep_int(self, "max_waiting", 1, 1 << 20)
-        for name in ("store", "store_key"):
+        for name in ("store", "store_key", "packed_cache"):
             if getattr(self, name) is not None:
                 _keep_path(self, name)
         _keep(self, "store_quota", parse_bytes("store_quota", self.store_quota))

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from command_line import Kvik
 from gguf_files import tiny_llama
 from kvik.cli.cache import app
-from kvik.cli.options import StoreCommand
+from kvik.cli.options import FolderCommand
 from kvik.config import SamplingParams
 from kvik.engine.llm import LLM
 from kvik.engine.session import Session
@@ -152,7 +152,7 @@ def options_of(*words: str) -> tuple[str | None, list[str]]:
     found: dict[str, Any] = {}
     typed = typer.Typer()
 
-    @typed.command(cls=StoreCommand)
+    @typed.command(cls=FolderCommand)
     def command(
         words: Annotated[list[str] | None, typer.Argument()] = None,
         store: str | None = None,

@@ -98,6 +98,7 @@ def test_json_is_complete(kvik: Kvik, tiny: Path) -> None:
         "store_quota",
         "store_policy",
         "store_key",
+        "packed_cache",
     }
     assert values["engine"]["context"] == 1 << 17
     assert set(values["prompt"]) == {"text", "token_ids", "raw", "system", "tools", "template_vars"}
@@ -191,7 +192,7 @@ def test_every_sampling_option_arrives(kvik: Kvik) -> None:
     config = {"activations": "int16", "kv_dtype": "f32", "context": 300, "threads": 1, "kv_memory": 512 << 20}
     config |= {"token_budget": TOKEN_BUDGET, "mixed_budget": MIXED_BUDGET, "backend": "native", "prefix_cache": True}
     config |= {"max_running": 64, "max_waiting": 1024}
-    config |= {"store": None, "store_quota": 2 * 10**9, "store_policy": "end", "store_key": None}
+    config |= {"store": None, "store_quota": 2 * 10**9, "store_policy": "end", "store_key": None, "packed_cache": None}
     config["weights"] = None
     assert values["engine"] == config
     assert values["use_cache"] is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy as np
 from kvik import _native
 
 POOL, ARENA = _native.ThreadPool(2), _native.WeightArena()
+PACKED = _native.pack("F32", np.zeros(8 * 32 * 4, np.uint8), 8, 32, ARENA, POOL)
+FILE = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as tests run
+FILE.truncate(8192)
 BLOCKS, KV_HEADS, HEADS, HEAD_DIM = 4, 2, 4, 16
 TYPES = (
     "F32",
@@ -388,6 +392,28 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "WeightPacker.add": (
         lambda **arguments: _native.WeightPacker("Q8_0", 20, 64, ARENA).add(**arguments),
         {"source": array_of(np.uint8, (8 * 68,), (16 * 68,), (20 * 68,), (4 * 68,), (0,)), "pool": pool},
+    ),
+    "packed_bytes": (
+        _native.packed_bytes,
+        {
+            "type": one_of(*TYPES, "", "Q9_9", "\0", "x" * 10_000),
+            "rows": one_of(8, *INTEGERS),
+            "columns": one_of(256, 32, *INTEGERS),
+        },
+    ),
+    "PackedWeight.checksums": (lambda pool: PACKED.checksums(pool), {"pool": one_of(POOL, None, 1)}),
+    "PackedFile": (
+        _native.PackedFile,
+        {"file": one_of(FILE.fileno(), -1, *INTEGERS), "num_bytes": one_of(1, 8192, 8193, *INTEGERS)},
+    ),
+    "PackedFile.weight": (
+        lambda **arguments: _native.PackedFile(FILE.fileno(), 8192).weight(**arguments),
+        {
+            "type": one_of(*TYPES, "", "Q9_9"),
+            "rows": one_of(8, 8, *INTEGERS),
+            "columns": one_of(256, 32, *INTEGERS),
+            "offset": one_of(0, 64, 4096, *INTEGERS),
+        },
     ),
     "WeightPacker.finish": (lambda: _native.WeightPacker("Q8_0", 20, 64, ARENA).finish(), {}),
     "Norm": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from hashlib import sha256
 
 import numpy as np
 import numpy.typing as npt
@@ -190,3 +191,33 @@ def test_matrices_outlive_their_arena_and_each_other() -> None:
     out = np.empty((9, 64), np.float32)
     one_op.embed_rows(kept, np.arange(9, dtype=np.int32), 1.0, out)
     np.testing.assert_array_equal(out, wanted.reshape(9, 64))
+
+
+LAYOUT = "bb87b029237f4177886346716e926438d9abf021eb4fff3c5154fed2805fd0b4"
+"""Of all types' packed bytes, in version 1 of the layout."""
+
+
+def test_packed_bytes_are_those_of_their_version() -> None:
+    """Where this fails, raise kPackedVersion (native/packed_file.h): files of packed weights outlive the process."""
+    digest = sha256()
+    for kind in WEIGHT_TYPES:
+        block_columns, block_bytes = GGML_QUANT_SIZES[kind]
+        source = np.random.default_rng(5).integers(0, 256, 17 * 512 // block_columns * block_bytes, np.uint8)
+        weight = _native.pack(kind.name, source, 17, 512, _native.WeightArena(), _native.ThreadPool(2))
+        assert weight.num_bytes == len(weight.data) == _native.packed_bytes(kind.name, 17, 512)
+        digest.update(weight.data.data)
+    assert (_native.PACKED_VERSION, digest.hexdigest()) == (1, LAYOUT)
+
+
+def test_checksums_are_of_regions_and_know_their_bytes() -> None:
+    pool, arena = _native.ThreadPool(2), _native.WeightArena()
+    rows = 3 * _native.PACKED_REGION_BYTES // 2 // 64 // 16 * 16
+    values = np.random.default_rng(3).integers(0, 256, rows * 64, np.uint8)
+    sums = _native.pack("F32", values, rows, 16, arena, pool).checksums(pool)
+    assert len(set(sums)) == len(sums) == 2
+    assert sums == _native.pack("F32", values, rows, 16, arena, _native.ThreadPool(1)).checksums(pool)
+    for bit in (0, 7, 64 * 8, values.size * 8 - 1):
+        changed = values.copy()
+        changed[bit // 8] ^= 1 << bit % 8
+        others = _native.pack("F32", changed, rows, 16, arena, pool).checksums(pool)
+        assert sum(a != b for a, b in zip(sums, others, strict=True)) == 1

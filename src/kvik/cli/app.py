@@ -19,7 +19,8 @@ from kvik import __version__
 from kvik.cli import cache, models
 from kvik.cli.bench import bench
 from kvik.cli.explain import explain
-from kvik.cli.options import StoreCommand
+from kvik.cli.options import FolderCommand
+from kvik.cli.packed import packed
 from kvik.cli.plan import plan
 from kvik.cli.pool_heads import pool_heads
 from kvik.cli.race import race
@@ -111,14 +112,15 @@ def root(
     """An LLM inference engine whose heart is the KV cache: exact, fast, and it shows its work."""
 
 
-app.command(cls=StoreCommand)(run)
-app.command()(race)
-app.command()(bench)
-app.command(cls=StoreCommand)(serve)
+app.command(cls=FolderCommand)(run)
+app.command(cls=FolderCommand)(race)
+app.command(cls=FolderCommand)(bench)
+app.command(cls=FolderCommand)(serve)
 app.command()(top)
 app.command()(plan)
-app.command()(explain)
+app.command(cls=FolderCommand)(explain)
 app.command("pool-heads")(pool_heads)
+cache.app.command("packed", cls=FolderCommand)(packed)
 app.add_typer(cache.app, name="cache")
 app.add_typer(models.app, name="models")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvik.cli.options import StoreCommand, store_folder
+from kvik.cli.options import FolderCommand, store_folder
 from kvik.cli.terminal import columns, note, seconds, write
 from kvik.config import parse_bytes
 from kvik.errors import InvalidInput
@@ -29,7 +29,7 @@ Key = Annotated[str | None, typer.Option("--store-key", metavar="FILE", help="Th
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command("ls", cls=StoreCommand)
+@app.command("ls", cls=FolderCommand)
 def list_stored(folder: Folder = None, as_json: AsJson = False) -> None:
     """List the models of which blocks are stored."""
     views = _scopes(_root(folder))
@@ -45,7 +45,7 @@ def list_stored(folder: Folder = None, as_json: AsJson = False) -> None:
     write("".join(f"{line}\n" for line in columns(rows, left=3)))
 
 
-@app.command(cls=StoreCommand)
+@app.command(cls=FolderCommand)
 def stats(folder: Folder = None, as_json: AsJson = False) -> None:
     """Count what is stored, over all models."""
     root = _root(folder)
@@ -68,7 +68,7 @@ def stats(folder: Folder = None, as_json: AsJson = False) -> None:
     )
 
 
-@app.command(cls=StoreCommand)
+@app.command(cls=FolderCommand)
 def verify(
     folder: Folder = None,
     key: Key = None,
@@ -126,7 +126,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command("gc", cls=StoreCommand)
+@app.command("gc", cls=FolderCommand)
 def collect(
     folder: Folder = None,
     quota: Annotated[str, typer.Option(metavar="SIZE", help="Keep so much, what was wanted last.")] = "2GB",
@@ -149,7 +149,7 @@ def collect(
     write(f"{swept.num_removed:,} files removed, {amount(swept.removed_bytes)} freed\n")
 
 
-@app.command("rm", cls=StoreCommand)
+@app.command("rm", cls=FolderCommand)
 def remove(
     scope: Annotated[
         str | None, typer.Argument(metavar="SCOPE", help="As `kvik cache ls` shows it; its beginning is enough.")

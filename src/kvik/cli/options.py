@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvik.engine.llm import LLM
 
 STOP_HELP = r"End before this text; \n, \t, \r, \\, \xNN and \uNNNN are characters. May be repeated."
+PACKED_HELP = "Keep packed weights in this folder, for a faster next start; alone: kvik's cache folder."
 KV_DTYPE_HELP = "Keys and values in the cache: f16, f32, int8, or k=int8,v=f16."
 ESCAPE = re.compile(r"\\(?:(?P<letter>[ntr\\])|x(?P<byte>[0-9a-fA-F]{2})|u(?P<code>[0-9a-fA-F]{4})|.?)", re.DOTALL)
 LETTERS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -122,6 +123,7 @@ class ModelOptions:
     weights: Annotated[
         WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")
     ] = None
+    packed_cache: Annotated[str | None, value(ENGINE, "DIR", PACKED_HELP)] = None
     context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None
     kv_memory: Annotated[str, value(ENGINE, "SIZE", "For keys and values, like 512MiB or 2GiB.", show_default=True)] = (
         "auto"
@@ -190,10 +192,19 @@ def store_folder() -> Path:
     return user_folder() / "store"
 
 
-class StoreCommand(TyperCommand):
-    """A command whose `--store` may stand alone: then it is kvik's cache folder.
+def packed_folder() -> Path:
+    """Where packed weights are kept unless the caller says otherwise."""
+    return user_folder() / "packed"
 
-    A word behind it is its folder where it is written as a path, and else a prompt or a model; `--store=DIR` is any.
+
+FOLDERS: Mapping[str, Callable[[], Path]] = {"--store": store_folder, "--packed-cache": packed_folder}
+"""What these options mean where they stand alone."""
+
+
+class FolderCommand(TyperCommand):
+    """A command whose `--store` and `--packed-cache` may stand alone: then they are in kvik's own cache folder.
+
+    A word behind one is its folder where it is written as a path, and else a prompt or a model; `--store=DIR` is any.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -202,9 +213,9 @@ class StoreCommand(TyperCommand):
         words, found = list(args), []
         while words and words[0] != "--":
             word = words.pop(0)
-            if word == "--store":
-                folder = words.pop(0) if words and _is_folder(words[0]) else str(store_folder())
-                word = f"--store={folder}"
+            if (default := FOLDERS.get(word)) is not None:
+                folder = words.pop(0) if words and _is_folder(words[0]) else str(default())
+                word = f"{word}={folder}"
             found.append(word)
             if word in takes_value and words:
                 found.append(words.pop(0))

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvik.cli.options import ENGINE, KV_DTYPE_HELP, StoreOptions, check_utf8, spell_out, value
+from kvik.cli.options import (
+    ENGINE,
+    KV_DTYPE_HELP,
+    PACKED_HELP,
+    StoreOptions,
+    check_utf8,
+    spell_out,
+    value,
+)
 from kvik.cli.terminal import note
 from kvik.config import ActivationDType, WeightFormat
 from kvik.errors import InvalidInput
@@ -117,6 +125,7 @@ def serve(
     weights: Annotated[
         WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")
     ] = None,
+    packed_cache: Annotated[str | None, value(ENGINE, "DIR", PACKED_HELP)] = None,
     store_options: StoreOptions,
 ) -> None:
     """Serve models over HTTP: OpenAI's API, Anthropic's, and kvik's own.
@@ -164,6 +173,7 @@ def serve(
         "kv_dtype": kv_dtype,
         "activations": activations,
         "weights": weights,
+        "packed_cache": packed_cache,
         "max_running": max_running,
         "max_waiting": max_waiting,
         **({} if token_budget is None else {"token_budget": token_budget}),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, Unpack
 
 from kvik.cache.sizing import choose_pool_size
@@ -73,6 +74,7 @@ class LLM:
                 weights=self.config.weights,
                 approve=self._check_memory,
                 progress=report,
+                packed_cache=None if self.config.packed_cache is None else Path(self.config.packed_cache),
             )
         give_back_memory()  # return the memory freed after building the tokenizer
         self.engine = self.new_engine()

@@ -12,6 +12,9 @@ import numpy.typing as npt
 
 from kvik.errors import ModelError, ModelNotFound
 
+ASK_BYTES = 1 << 18
+"""That the system is asked for at once: of more, Linux reads no more than a disk takes in one go."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MappedFile:
@@ -20,6 +23,14 @@ class MappedFile:
     path: Path
     data: npt.NDArray[np.uint8]
     mapping: mmap.mmap | None = None  # None: nothing can be mapped of an empty file
+
+    def ask_for(self, start: int, num_bytes: int) -> None:
+        """Have the system begin to read these bytes, as far as the file has them."""
+        num_bytes = min(num_bytes, len(self.data) - start)
+        if self.mapping is None or not hasattr(mmap, "MADV_WILLNEED") or num_bytes <= 0:
+            return
+        for at in range(start // mmap.PAGESIZE * mmap.PAGESIZE, start + num_bytes, ASK_BYTES):
+            self.mapping.madvise(mmap.MADV_WILLNEED, at, min(ASK_BYTES, start + num_bytes - at))
 
     def drop_pages(self, start: int, num_bytes: int) -> None:
         """Give back the memory through which these bytes were read; reading them once more brings it back."""

@@ -17,6 +17,7 @@ from kvik.models.hf_parts import is_tied_head
 from kvik.models.parts import Part
 from kvik.models.quantize import SCALE_GROUP, TYPES, Quantization, Quantizer
 from kvik.models.spec import DecoderSpec
+from kvik.models.weights import Kinds
 from kvik.ops.base import Ops, Vector, Weight
 
 FloatArray = npt.NDArray[np.float32]
@@ -72,6 +73,14 @@ class CheckpointSource:
     def quantization(self) -> Quantization | None:
         """What quantising did to what was loaded so far."""
         return None if self.quantizer is None else self.quantizer.report()
+
+    def kinds(self) -> Kinds:
+        """All matrices, in the order of their files."""
+        names = [name for name, shape in self.shapes.items() if len(shape) == 2]
+        files = list(dict.fromkeys(str(tensor.file.path) for tensor in self.checkpoint.tensors.values()))
+        places = {name: (files.index(str(self._tensor(name).file.path)), self._tensor(name).start) for name in names}
+        in_order = sorted(names, key=places.__getitem__)
+        return {name: (self._type_of(name), self.shapes[name][0], self.shapes[name][1]) for name in in_order}
 
     def matrix(self, name: str) -> Weight:
         """A matrix, packed."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from kvik.errors import ModelError
 from kvik.files.gguf import GGUFFile, GGUFTensor, dequantize
+from kvik.hub.progress import Progress, silent
 from kvik.models.parts import Part, Parts
 from kvik.models.spec import DecoderSpec
+from kvik.models.weights import Kinds
 from kvik.ops.base import Ops, Vector, Weight
 
 PLAIN_TYPES = ("F32", "F16", "BF16")
@@ -78,25 +80,64 @@ def read_divisors(file: GGUFFile, num_pairs: int, *, beyond_original: bool) -> n
     return dequantize(chosen).astype(np.float64)
 
 
+MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 18, 1 << 23
+"""Of the file, mapped at a time while it is packed: a hundredth of it within these bounds."""
+
+AHEAD_BYTES = 1 << 26
+"""Of the file, that the system is asked for before they are packed."""
+
+ROWS_TOGETHER = 16
+
+
 class GGUFSource:
     """The tensors of a GGUF file, by the names of `DecoderSpec.tensors()`."""
 
-    def __init__(self, file: GGUFFile, spec: DecoderSpec, ops: Ops) -> None:
+    def __init__(self, file: GGUFFile, spec: DecoderSpec, ops: Ops, progress: Progress = silent) -> None:
         self.file = file
         self.ops = ops
         self.tensors = find_tensors(file, spec)
+        self._progress = progress
+        self._total_bytes = sum(tensor.num_bytes for tensor in self.tensors.values() if len(tensor.shape) == 2)
+        self._piece_bytes = min(max(self._total_bytes // 128, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
+        self._done_bytes = 0
+        self._asked_bytes = 0  # of the file
+
+    def kinds(self) -> Kinds:
+        """All matrices, in the order of the file."""
+        matrices = [(name, tensor) for name, tensor in self.tensors.items() if len(tensor.shape) == 2]
+        matrices.sort(key=lambda item: item[1].offset)
+        return {name: (tensor.type.name, tensor.shape[0], tensor.shape[1]) for name, tensor in matrices}
 
     def matrix(self, name: str) -> Weight:
-        """A matrix, packed; the file's own pages are dropped."""
+        """A matrix, packed."""
         tensor = self.tensors[name]
         rows, columns = tensor.shape
-        weight = self.ops.load_weight(tensor.type.name, tensor.data, rows, columns)
-        self.file.drop_pages(tensor)  # packed, it lies in memory twice
-        return weight
+        return self.ops.load_rows(tensor.type.name, self._pieces(tensor), rows, columns)
 
     def vector(self, name: str) -> Vector:
         """A vector, float32."""
-        return np.array(dequantize(self.tensors[name]))  # a view would keep the file mapped, pages for each vector
+        values = np.array(dequantize(self.tensors[name]))  # a view would keep the file mapped
+        self.file.drop_pages(self.tensors[name])
+        return values
+
+    def _pieces(self, tensor: GGUFTensor) -> Iterator[npt.NDArray[np.uint8]]:
+        """All of a matrix's rows, some at a time; the pages of each piece are given back when it was used."""
+        num_rows = tensor.shape[0]
+        row_bytes = tensor.num_bytes // num_rows
+        step = self._piece_bytes // row_bytes // ROWS_TOGETHER * ROWS_TOGETHER or ROWS_TOGETHER
+        for start in range(0, num_rows, step):
+            piece = rows_of(tensor, start, min(start + step, num_rows))
+            self._ask_for(piece.offset + piece.num_bytes + AHEAD_BYTES)
+            yield piece.data
+            self.file.drop_pages(piece)
+            self._done_bytes += piece.num_bytes
+            self._progress(f"{self.file.path.name}: loading", self._done_bytes, self._total_bytes)
+
+    def _ask_for(self, end: int) -> None:
+        """Have the system read the file up to there, while others are packed."""
+        if self.file.mapped is not None and end > self._asked_bytes + AHEAD_BYTES // 4:
+            self.file.mapped.ask_for(self._asked_bytes, end - self._asked_bytes)
+            self._asked_bytes = end
 
 
 def find_tensors(file: GGUFFile, spec: DecoderSpec) -> Mapping[str, GGUFTensor]:
@@ -134,11 +175,15 @@ def _checked(file: GGUFFile, part: Part) -> GGUFTensor:
 
 
 def _rows(tensor: GGUFTensor, rows: slice | npt.NDArray[np.int64] | None) -> GGUFTensor:
-    """Some rows as a tensor of their own: rows are whole blocks, one after the other, in every type."""
     if rows is None:
         return tensor
     assert isinstance(rows, slice)
     start, stop, _ = rows.indices(tensor.shape[0])
+    return rows_of(tensor, start, stop)
+
+
+def rows_of(tensor: GGUFTensor, start: int, stop: int) -> GGUFTensor:
+    """Some rows as a tensor of their own: rows are whole blocks, one after the other, in every type."""
     row_bytes = tensor.num_bytes // tensor.shape[0]
     return dataclasses.replace(
         tensor,

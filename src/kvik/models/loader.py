@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +17,15 @@ from kvik.models.decoder import Decoder
 from kvik.models.gguf_source import GGUFSource
 from kvik.models.gguf_spec import read_spec
 from kvik.models.spec import DecoderSpec
-from kvik.models.weights import read_weights
-from kvik.ops.base import Ops
+from kvik.models.weights import FileSource, LoadedMatrices, read_matrices, read_weights
+from kvik.ops.base import Ops, Weight
 from kvik.text.chat_template import ChatTemplate
 from kvik.text.tokenizer import Tokenizer
 from kvik.text.tokenizer_gguf import GGUFTokenizer
 from kvik.units import amount
 
 if TYPE_CHECKING:
+    from kvik.models.packed_cache import PackedCache
     from kvik.models.quantize import Quantization
 
 
@@ -60,13 +61,16 @@ def load_model(
     weights: WeightFormat | None = None,
     approve: Approve = lambda spec, context: None,
     progress: Progress = silent,
+    packed_cache: Path | None = None,
 ) -> LoadedModel:
     """Read, check and pack a GGUF file or a checkpoint folder; `context` None means the model's own.
 
-    `weights` quantises those of a folder. Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
+    `weights` quantises those of a folder; in `packed_cache`, a folder, what was packed is kept for the next time.
+    Raises `ModelError`, `InvalidInput`, `NotEnoughMemory`.
     """
+    cache = None if packed_cache is None else _open_cache(packed_cache, path, ops, weights, progress)
     if path.is_dir():
-        return _load_folder(path, ops, context, weights, approve, progress)
+        return _load_folder(path, ops, context, weights, approve, progress, cache)
     if weights is not None:
         raise InvalidInput(
             f"weights is {weights!r}, but {path.name} is a GGUF file, whose weights stay as they are",
@@ -82,17 +86,30 @@ def load_model(
             f"{path}: the vocabulary has {tokenizer.vocab_size:,} tokens, the embedding {spec.vocab_size:,} rows",
             hint="the file's parts do not belong together; take another GGUF of this model",
         )
-    decoder = Decoder(spec, read_weights(spec, GGUFSource(file, spec, ops)), ops, context)
+    source = GGUFSource(file, spec, ops, progress)
+    matrices = _cached_matrices(source, cache)
+    if matrices is None:
+        matrices = read_matrices(source)
+        if cache is not None:
+            cache.write(matrices, source.kinds())
+    decoder = Decoder(spec, read_weights(spec, LoadedMatrices(matrices, source)), ops, context)
     return LoadedModel(path, decoder, tokenizer, _gguf_template(file, tokenizer), context)
 
 
 def _load_folder(
-    folder: Path, ops: Ops, context: int | None, weights: WeightFormat | None, approve: Approve, progress: Progress
+    folder: Path,
+    ops: Ops,
+    context: int | None,
+    weights: WeightFormat | None,
+    approve: Approve,
+    progress: Progress,
+    cache: PackedCache | None,
 ) -> LoadedModel:
     # What a GGUF file, as most models are, does not need to wait for.
     from kvik.models.checkpoint import read_checkpoint
     from kvik.models.checkpoint_source import CheckpointSource
     from kvik.models.hf_spec import read_hf_spec
+    from kvik.models.quantize import noted_quantization
     from kvik.text.tokenizer_config import chat_template_of
     from kvik.text.tokenizer_json import FolderTokenizer
 
@@ -103,15 +120,32 @@ def _load_folder(
     tokenizer = FolderTokenizer(folder, spec.vocab_size)
     source = CheckpointSource(checkpoint, spec, ops, weights=weights, progress=progress)
     _require_memory(folder, source.num_bytes)
-    decoder = Decoder(spec, read_weights(spec, source), ops, context)
+    matrices = _cached_matrices(source, cache)
+    quantization = None if matrices is None or cache is None else noted_quantization(cache.notes)
+    if matrices is None or (quantization is None) != (weights is None):
+        matrices = read_matrices(source)
+        quantization = source.quantization
+        if cache is not None:
+            cache.write(matrices, source.kinds(), None if quantization is None else asdict(quantization))
+    decoder = Decoder(spec, read_weights(spec, LoadedMatrices(matrices, source)), ops, context)
     return LoadedModel(
         path=folder,
         decoder=decoder,
         tokenizer=tokenizer,
         chat_template=chat_template_of(folder),
         context=context,
-        quantization=source.quantization,
+        quantization=quantization,
     )
+
+
+def _open_cache(folder: Path, model: Path, ops: Ops, weights: WeightFormat | None, progress: Progress) -> PackedCache:
+    from kvik.models.packed_cache import PackedCache
+
+    return PackedCache(folder.expanduser(), model, ops, weights, progress)
+
+
+def _cached_matrices(source: FileSource, cache: PackedCache | None) -> dict[str, Weight] | None:
+    return None if cache is None else cache.read(source.kinds())
 
 
 def _require_memory(folder: Path, num_bytes: int) -> None:

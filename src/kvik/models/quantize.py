@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,19 @@ class Quantization:
             some = ", ".join(self.kept[:2]) + (f" and {len(self.kept) - 2} more" if len(self.kept) > 2 else "")
             line += f"; not quantised, as their columns do not divide by {SCALE_GROUP}: {some}"
         return line
+
+
+def noted_quantization(notes: Mapping[str, Any] | None) -> Quantization | None:
+    """What was written down of a `Quantization`; None where it is none, or not as it was written."""
+    if notes is None or notes.keys() != {field.name for field in fields(Quantization)}:
+        return None
+    values = Quantization(**notes)
+    kept = values.kept
+    is_text = isinstance(values.worst_tensor, str) and isinstance(kept, list) and all(isinstance(n, str) for n in kept)
+    are_errors = all(type(error) is float and math.isfinite(error) for error in (values.error, values.worst_error))
+    if not (is_text and are_errors and values.weights in TYPES and type(values.num_tensors) is int):
+        return None
+    return replace(values, kept=tuple(kept))
 
 
 @dataclass(slots=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeAlias
 
 from kvik.models.decoder import DecoderWeights, LayerWeights
 from kvik.models.spec import DecoderSpec, LayerSpec
 from kvik.ops.base import Linear, Norm, QKVWeights, Vector, Weight
+
+Kinds: TypeAlias = Mapping[str, tuple[str, int, int]]
+"""Of matrices by name: GGUF type, rows and columns."""
 
 
 class TensorSource(Protocol):
@@ -22,6 +25,34 @@ class TensorSource(Protocol):
 
     def vector(self, name: str) -> Vector:
         """A vector, float32."""
+
+
+class FileSource(TensorSource, Protocol):
+    """Tensors of which it is known where they lie."""
+
+    def kinds(self) -> Kinds:
+        """All matrices, in the order of their files."""
+
+
+class LoadedMatrices:
+    """A source whose matrices are loaded; each is given once."""
+
+    def __init__(self, matrices: Mapping[str, Weight], vectors: TensorSource) -> None:
+        self._matrices = dict(matrices)
+        self._vectors = vectors
+
+    def matrix(self, name: str) -> Weight:
+        """A matrix, packed."""
+        return self._matrices.pop(name)
+
+    def vector(self, name: str) -> Vector:
+        """A vector, float32."""
+        return self._vectors.vector(name)
+
+
+def read_matrices(source: FileSource) -> dict[str, Weight]:
+    """All matrices, read as they lie: a disk is fastest that way, and may be asked for what comes next."""
+    return {name: source.matrix(name) for name in source.kinds()}
 
 
 def read_weights(
@@ -40,7 +71,6 @@ class _Reader:
     def read(self, on_layer: Callable[[int], None]) -> DecoderWeights:
         spec = self.spec
         embedding = self.source.matrix("token_embd.weight")
-        # What is large comes first: while a matrix is packed it is in memory twice.
         head = embedding if spec.tied_head else self.source.matrix("output.weight")
         positions = self.source.matrix("position_embd.weight") if spec.num_learned_positions else None
         layers = []

@@ -12,11 +12,23 @@ from kvik import _native
 from kvik.cache import GroupSpec, KVCacheSpec
 from kvik.config import ActivationDType
 from kvik.machine import available_threads
-from kvik.ops.base import Forward, Ops
+from kvik.ops.base import Forward, Ops, Weight
 from kvik.ops.layers import blocks_of_groups, by_layer
 from kvik.ops.program import CapturedStep, MachineLimits, run_once
 
 FloatArray = npt.NDArray[np.float32]
+
+PACKED_VERSION = _native.PACKED_VERSION
+"""Of the layout of packed weights: those of another one are of no use."""
+
+PACKED_ALIGNMENT = _native.PACKED_ALIGNMENT
+"""Bytes that a packed matrix begins at a multiple of."""
+
+
+def packed_data(weight: Weight) -> memoryview:
+    """The packed bytes, not copied."""
+    assert isinstance(weight, _native.PackedWeight)
+    return weight.data.data
 
 
 class NativeKVCache(list[_native.LayerKV]):
@@ -68,6 +80,19 @@ class NativeOps(Ops):
         for part in parts:
             packer.add(part, self._pool)
         return packer.finish()
+
+    def packed_bytes(self, type_name: str, rows: int, columns: int) -> int:
+        """What such a matrix packs to."""
+        return _native.packed_bytes(type_name, rows, columns)
+
+    def checksums(self, weight: Weight) -> list[int]:
+        """One for each 256 KiB of the packed bytes; they tell accidents, not forgeries."""
+        assert isinstance(weight, _native.PackedWeight)
+        return weight.checksums(self._pool)
+
+    def map_packed(self, file: int, num_bytes: int) -> _native.PackedFile:
+        """A file of so many bytes with packed matrices in it; its descriptor may be closed."""
+        return _native.PackedFile(file, num_bytes)
 
     def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> NativeKVCache:
         assert spec.block_size == _native.BLOCK_SIZE

@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def make_private(folder: Path) -> None:
         )
 
 
-def write_whole(path: str, parts: Sequence[bytes | memoryview]) -> None:
+def write_whole(path: str, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file; whoever reads meanwhile finds what was there before. Raises `OSError`."""
     folder, name = os.path.split(path)
     partial = os.path.join(folder, f"{PARTIAL}{name}.{os.getpid()}.{next(_numbers)}")
@@ -56,8 +56,8 @@ def write_whole(path: str, parts: Sequence[bytes | memoryview]) -> None:
         raise
 
 
-def read_whole(path: str, min_bytes: int, max_bytes: int) -> bytes:
-    """A copy of a file of so many bytes. Raises `OSError`, `BadEntry`."""
+def open_regular(path: str) -> int:
+    """A descriptor of a regular file, to read from. Raises `OSError`, `BadEntry`."""
     # Without O_NONBLOCK, opening a named pipe that somebody put there would never end.
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -65,13 +65,20 @@ def read_whole(path: str, min_bytes: int, max_bytes: int) -> bytes:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
             raise BadEntry(Fault.NO_FILE) from None
         raise
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise BadEntry(Fault.NO_FILE)
+    return file
+
+
+def read_whole(path: str, min_bytes: int, max_bytes: int) -> bytes:
+    """A copy of a file of so many bytes. Raises `OSError`, `BadEntry`."""
+    file = open_regular(path)
     try:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode):
-            raise BadEntry(Fault.NO_FILE)
-        if not min_bytes <= found.st_size <= max_bytes:
+        num_missing = os.fstat(file).st_size
+        if not min_bytes <= num_missing <= max_bytes:
             raise BadEntry(Fault.SIZE)
-        parts, num_missing = [], found.st_size
+        parts = []
         while num_missing and (part := os.read(file, num_missing)):
             parts.append(part)
             num_missing -= len(part)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -20,38 +21,73 @@ MAX_REMEMBERED = 1000
 CHUNK_BYTES = 1 << 20
 
 
-def fingerprint_of(files: Sequence[Path], version_folder: Path) -> bytes:
+SETTLED_S = 2.0
+"""A file changed a shorter time ago may change again and keep its times: some disks keep them that coarsely."""
+
+Advance = Callable[[int], None]
+
+
+def states_of(files: Sequence[Path]) -> list[str]:
+    """What tells that files are as they were, unread: place, size, times and inode of each. Raises `OSError`."""
+    states = []
+    for path in files:
+        found = path.stat()
+        times = f"{found.st_mtime_ns}|{found.st_ctime_ns}"
+        states.append(f"{os.path.realpath(path)}|{found.st_size}|{times}|{found.st_ino}|{found.st_dev}")
+    return states
+
+
+def are_settled(files: Sequence[Path]) -> bool:
+    """Whether all of them have been as they are for a while. Raises `OSError`."""
+    newest_s = max(max(found.st_mtime, found.st_ctime) for found in map(os.stat, files))
+    return time.time() - newest_s >= SETTLED_S
+
+
+def remembered_fingerprint(states: Sequence[str], folder: Path) -> bytes | None:
+    """The digest of files in these states; None where one of them is not remembered."""
+    remembered = _remembered(folder)
+    return _joined([remembered[state] for state in states]) if all(state in remembered for state in states) else None
+
+
+def fingerprint_of(files: Sequence[Path], folder: Path, advance: Advance = lambda num_bytes: None) -> bytes:
     """The digest of these files' bytes, in this order. Raises `ModelError`.
 
     Reading gigabytes at each start would cost what a store saves: a file of the same place, size and times is taken for
-    the one that it was.
+    the one that it was. `advance` is told of bytes as they are read.
     """
-    remembered = _remembered(version_folder)
+    remembered = _remembered(folder)
     before = dict(remembered)
-    state = sha256()
+    digests = []
     for path in files:
         try:
-            found = path.stat()
-            place = os.path.realpath(path)
-            key = f"{place}|{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}|{found.st_ino}|{found.st_dev}"
-            digest = remembered.get(key)
+            (state,) = states_of([path])
+            digest = remembered.get(state) or _of_this_process.get(state)
             if digest is None:
-                digest = remembered[key] = _sha256_of(path)
+                digest = _of_this_process[state] = _sha256_of(path, advance)
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}", hint="make the file readable") from None
-        state.update(bytes.fromhex(digest))
+        remembered[state] = digest
+        digests.append(digest)
     if remembered != before:
         kept = dict(list(remembered.items())[-MAX_REMEMBERED:])
         with suppress(OSError):
-            disk.write_whole(str(version_folder / MEMORY), [json.dumps(kept).encode()])
-    return state.digest()
+            disk.write_whole(str(folder / MEMORY), [json.dumps(kept).encode()])
+    return _joined(digests)
 
 
-def _sha256_of(path: Path) -> str:
+_of_this_process: dict[str, str] = {}  # what packed weights have read need not be read once more for the store
+
+
+def _joined(digests: Sequence[str]) -> bytes:
+    return sha256(b"".join(map(bytes.fromhex, digests))).digest()
+
+
+def _sha256_of(path: Path, advance: Advance) -> str:
     state = sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             state.update(chunk)
+            advance(len(chunk))
     return state.hexdigest()
 
 
