@@ -161,10 +161,8 @@ FAULTS = (
     Fault(
         "rows past a matrix's last one are read",
         "native/packing.cpp",
-        "  for (int r = 0; r < kRowBlock && row_block * kRowBlock + r < rows; ++r) {\n"
-        "    const uint8_t *row = source + (row_block * kRowBlock + r) * columns * size;",
-        "  for (int r = 0; r < kRowBlock; ++r) {\n"
-        "    const uint8_t *row = source + (row_block * kRowBlock + r) * columns * size;",
+        "blocks[r] = r < count ? source + (first + r) * source_row + at : kZeros;",
+        "blocks[r] = source + (first + r) * source_row + at;",
     ),
     Fault(
         "of equally likely tokens another is taken than the first",

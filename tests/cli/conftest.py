@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def kvik(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Kvik:
+def logs_as_before() -> Iterator[None]:
+    """`kvik serve` has loggers write to its stderr, which a test's command line does not outlive."""
+    loggers = [logging.getLogger(name) for name in ("kvik", "uvicorn")]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def kvik(tiny: Path, monkeypatch: pytest.MonkeyPatch, logs_as_before: None) -> Kvik:
     """Run a command line in this process; the model is the tiny one unless -m names another."""
     monkeypatch.setenv("KVIK_MODEL", str(tiny))
 

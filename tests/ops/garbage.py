@@ -581,6 +581,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "integer_throughput": (_native.integer_throughput, {"pool": one_of(None, 1, "")}),
     "float_throughput": (_native.float_throughput, {"pool": one_of(None, 1, "")}),
     "usable_isas": (_native.usable_isas, {}),
+    "amx_obstacle": (_native.amx_obstacle, {}),
     "compiler": (_native.compiler, {}),
 }
 
