@@ -33,3 +33,10 @@ def test_alone_it_is_kviks_cache_folder(kvik: Kvik, tmp_path: Path, monkeypatch:
     kvik("run", "--raw", "--max-tokens", "1", "--packed-cache", "Hello")
     (shown,) = json.loads(kvik("cache", "packed", "--json").stdout)
     assert Path(shown["path"]).parent == tmp_path / "packed"
+
+
+def test_what_the_log_warns_of_is_a_note(kvik: Kvik, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "SETTLED_S", 1e9)
+    result = kvik("run", "--raw", "--max-tokens", "1", "--packed-cache", str(tmp_path / "packed"), "Hello")
+    assert "tiny.gguf: was changed a moment ago, so its packed weights are not kept yet" in result.stderr
+    assert result.exit_code == 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from kvik.cli.terminal import note
+from kvik.cli.terminal import note, tell_warnings
 from kvik.config import ActivationDType, SamplingParams, Speculation, StorePolicy, WeightFormat
 from kvik.errors import InvalidInput
 from kvik.hub import store
@@ -134,6 +134,7 @@ class ModelOptions:
         from kvik.engine.llm import LLM
         from kvik.models.loader import check_config_of
 
+        tell_warnings()
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         with terminal_progress() as report:
             path = store.resolve(values.pop("model"), check_config=check_config_of, progress=report)

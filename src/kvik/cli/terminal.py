@@ -87,6 +87,19 @@ def note(text: str) -> None:
     say(f"\x1b[90m{text}\x1b[0m\n" if colours else f"{text}\n")
 
 
+def tell_warnings() -> None:
+    """From now on show what kvik warns of in its log, such as a store that cannot be written, as notes."""
+    import logging
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(f"warning: {record.getMessage()}")
+
+    notes = Notes()
+    notes.addFilter(lambda record: record.levelno == logging.WARNING)  # errors end the command, and are shown there
+    logging.getLogger("kvik").handlers = [notes]
+
+
 def show_error(error: KvikError, *, hint: str | None = None) -> None:
     """Show what went wrong, and what to do about it, in a line each."""
     show_problem(type(error).__name__, error.message, error.hint if hint is None else hint)
