@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from kvik.errors import InvalidInput, ModelError
 from kvik.text import tokenizer_gguf
+from kvik.text.tokenizer import encode_prompt
 from kvik.text.tokenizer_gguf import GGUFTokenizer, TokenType
 from tiers import examples
 
@@ -311,6 +312,15 @@ def test_merges_that_would_make_a_control_token_are_left_out() -> None:
 def test_bos_and_eos_come_as_the_file_says(fields: dict[str, Any], add_special: bool, expected: list[int]) -> None:
     tokenizer = build(byte_level("llama-bpe", **fields))
     assert tokenizer.encode("", add_special=add_special) == expected
+
+
+def test_a_prompt_that_writes_bos_itself_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = build(byte_level("llama-bpe"))
+    bos = tokenizer.token_bytes(0, skip_special=False).decode()
+    assert encode_prompt(tokenizer, "") == encode_prompt(tokenizer, bos, add_special=False) == [0]
+    assert caplog.messages == []
+    assert encode_prompt(tokenizer, bos) == [0, 0]
+    assert [f"begins with {bos} twice" in message for message in caplog.messages] == [True]
 
 
 def test_bos_by_default_is_the_familys_custom() -> None:

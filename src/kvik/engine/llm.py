@@ -41,6 +41,7 @@ from kvik.text.chat_prompt import encode_chat
 from kvik.text.constraint import Constraint
 from kvik.text.grammar import Grammar
 from kvik.text.grammar_compiler import GrammarCompiler
+from kvik.text.tokenizer import encode_prompt
 from kvik.units import amount
 
 Prompt: TypeAlias = str | SequenceOf[int]
@@ -169,7 +170,7 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ids pass unchanged."""
         if isinstance(prompt, str):
-            return self.model.tokenizer.encode(prompt)
+            return encode_prompt(self.model.tokenizer, prompt)
         return check_token_id_list(prompt)
 
     def render_chat(self, messages: SequenceOf[Message], **options: Unpack[TemplateOptions]) -> list[int]:

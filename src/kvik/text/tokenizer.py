@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
 from kvik.errors import InvalidInput
+
+log = logging.getLogger(__name__)
 
 # Text is found to end with one of these, if it is a control token, whether or not the files say so.
 END_NAMES = frozenset(
@@ -130,3 +133,13 @@ def byte_of(text: str) -> bytes | None:
 def missing_bytes(characters: set[str]) -> bytes:
     """The bytes that UTF-8 may hold and that none of a byte-level vocabulary's single characters stands for."""
     return bytes({byte for character, byte in BYTE_OF.items() if character not in characters} - NEVER_IN_UTF8)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, add_special: bool = True) -> list[int]:
+    """Token ids of a prompt; the log warns where it begins with two BOS tokens, which no model was trained on."""
+    token_ids = tokenizer.encode(text, add_special=add_special)
+    bos = tokenizer.bos_token_id
+    if bos is not None and token_ids[:2] == [bos, bos]:
+        name = tokenizer.token_bytes(bos, skip_special=False).decode(errors="replace")
+        log.warning("the prompt begins with %s twice: the model's file puts one there; leave it out of the text", name)
+    return token_ids

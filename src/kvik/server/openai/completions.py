@@ -28,6 +28,7 @@ from kvik.server.served import ServedModel
 from kvik.server.sse import encode
 from kvik.server.state import ServerState, tenant_of
 from kvik.text.detokenizer import Detokenizer
+from kvik.text.tokenizer import encode_prompt
 
 DEFAULT_MAX_TOKENS = 16
 MAX_LOGPROBS = 5
@@ -131,7 +132,7 @@ def prompts_of(
 
     def encode_text(text: str) -> list[int]:
         check_texts(served, [text], name)
-        return served.llm.model.tokenizer.encode(text, add_special=add_special)
+        return encode_prompt(served.llm.model.tokenizer, text, add_special=add_special)
 
     if isinstance(prompt, str):
         return [encode_text(prompt)]
