@@ -234,6 +234,25 @@ def test_bytes_that_the_vocabulary_lacks_are_refused_rather_than_dropped(tmp_pat
             tokenizer.encode(text)
 
 
+@pytest.mark.parametrize(("text", "config"), [("[PAD]", {}), ("<fill>", {"pad_token": "<fill>"})])
+def test_a_padding_token_behind_the_embedding_is_text_like_any_other(
+    tmp_path: Path, text: str, config: dict[str, Any]
+) -> None:
+    values = file_of(GPT2)
+    (tmp_path / "plain").mkdir()
+    plain = FolderTokenizer(write(tmp_path / "plain", values), 1000)
+    added = {"id": 1000, "content": text, "special": True, "normalized": False}
+    values["added_tokens"].append(added | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+    write(tmp_path, config, "tokenizer_config.json")
+    padded = FolderTokenizer(write(tmp_path, values), 1000)
+    assert padded.encode(f"a {text} b") == plain.encode(f"a {text} b")
+    assert padded.vocab_size == plain.vocab_size
+    assert padded.special_token_ids == plain.special_token_ids
+    values["added_tokens"][-1]["content"] = "[OTHER]"
+    with pytest.raises(ModelError, match="token 1,000, the embedding 1,000 rows"):
+        FolderTokenizer(write(tmp_path, values), 1000)
+
+
 # folders that are wrong
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,8 +51,11 @@ class FolderTokenizer(Tokenizer):
         text = read_text(path, MAX_TOKENIZER_BYTES)
         if text is None:
             raise _no_tokenizer(folder)
-        file = _TokenizerFile(parse_object(text, path), path, num_rows)
         config = TokenizerConfig(folder)
+        values = parse_object(text, path)
+        if _drop_padding(values, num_rows, {"[PAD]", config.names.get("pad_token")}):
+            text = json.dumps(values)
+        file = _TokenizerFile(values, path, num_rows)
         self._path = path
         self._num_rows = num_rows
         self._decoding = file.decoding
@@ -178,6 +181,26 @@ def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
     pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
     model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+
+
+def _drop_padding(values: dict[str, Any], num_rows: int, names: Collection[str | None]) -> bool:
+    """Take off padding tokens without a row in the embedding, which a model that was trained further may have.
+
+    Nothing is ever padded here, and a text that has such a name in it is read as any other text.
+    """
+    added = values.get("added_tokens")
+    if not isinstance(added, list):
+        return False
+    kept = [
+        token
+        for token in added
+        if not isinstance(token, dict)
+        or token.get("content") not in names
+        or not isinstance(token.get("id"), int)
+        or token["id"] < num_rows
+    ]
+    values["added_tokens"] = kept
+    return len(kept) < len(added)
 
 
 class _TokenizerFile:
