@@ -23,9 +23,12 @@ from kvik.models.hf_params import count_params, num_experts
 NUM_TOKENS = 3
 PATH = Path("config.json")
 
+ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")
+"""Refused, whatever they assist; transformers 5.23 does not build the text part of the first from its defaults."""
+
 REFUSED = {
     *("glm4_moe", "musicgen", "musicgen_melody"),  # 96 heads of a 96th of 4,096 dimensions; encoders
-    *("blt", "deepseek_v4", "dots3_note", "dots3_note_text", "gemma4_assistant", "gemma4_unified_assistant", "mllama"),
+    *("blt", "deepseek_v4", "dots3_note", "dots3_note_text", *ASSISTANTS, "mllama"),
     *("moshi", "qwen4_exp", "qwen4_exp_text", "reformer", "xlm", "xlnet"),
 }
 """docs/planning.md says why. Those that have an encoder are refused too."""
@@ -126,7 +129,7 @@ def without_long_windows(kept: list[Kept], context: int) -> list[Kept]:
 def test_the_cache_of_a_class_with_its_defaults(name: str) -> None:
     if name in REFUSED or is_encoder_decoder(name):
         with pytest.raises(ModelError, match=r"model_type|does not divide"):
-            planned(minimal(name))
+            planned({"model_type": name} if name in ASSISTANTS else minimal(name))
         return
     kept = planned(minimal(name))
     if name in NOT_BUILT:
