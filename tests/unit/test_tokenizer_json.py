@@ -309,6 +309,7 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
         (changed(GPT2, "added_tokens", to=[7]), r"added_tokens\[0\]"),
         (changed(GPT2, "added_tokens", 0, "id", to=2000), "token 2,000"),
         (changed(GPT2, "added_tokens", 0, "id", to="0"), r"added_tokens\[0\]"),
+        (changed(GPT2, "added_tokens", 0, "content", to=["a"]), r"added_tokens\[0\]"),
         (changed(GPT2, "added_tokens", 0, "content", to="other"), r"added_tokens\[0\] has the id"),
         (changed(GPT2, "added_tokens", 0, "content", to=""), r"added_tokens\[0\]"),
         (changed("olmo2", "added_tokens", 1, "id", to=900), "behind ids without a token"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +53,7 @@ class FolderTokenizer(Tokenizer):
             raise _no_tokenizer(folder)
         config = TokenizerConfig(folder)
         values = parse_object(text, path)
-        if _drop_padding(values, num_rows, {"[PAD]", config.names.get("pad_token")}):
+        if _drop_padding(values, num_rows, ("[PAD]", config.names.get("pad_token"))):
             text = json.dumps(values)
         file = _TokenizerFile(values, path, num_rows)
         self._path = path
@@ -183,7 +183,7 @@ def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
     model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
 
 
-def _drop_padding(values: dict[str, Any], num_rows: int, names: Collection[str | None]) -> bool:
+def _drop_padding(values: dict[str, Any], num_rows: int, names: Sequence[str | None]) -> bool:
     """Take off padding tokens without a row in the embedding, which a model that was trained further may have.
 
     Nothing is ever padded here, and a text that has such a name in it is read as any other text.
