@@ -259,6 +259,8 @@ def fill(client: OpenAI, server: Server) -> list[Any]:
 def test_a_full_queue(guarded: Server, guarded_client: OpenAI) -> None:
     """It is a RateLimitError; a client that retries comes again after the time it was told, and is served."""
     running, thread, waiting = fill(guarded_client, guarded)
+    responses, refused = guarded.state.http.responses, ("POST", "/v1/completions", 429)
+    before = responses[refused]
     with pytest.raises(openai.RateLimitError) as raised:
         guarded_client.completions.create(model="tiny", prompt="x", max_tokens=1)
     assert raised.value.code == "rate_limit_exceeded"
@@ -271,9 +273,8 @@ def test_a_full_queue(guarded: Server, guarded_client: OpenAI) -> None:
             )
         )
     )
-    refused = guarded.state.http.responses["POST", "/v1/completions", 429]
     patient.start()
-    wait_until(lambda: guarded.state.http.responses["POST", "/v1/completions", 429] > refused)  # its first try
+    wait_until(lambda: responses[refused] >= before + 2)  # that from above, counted once it is sent, and its first try
     running.close()
     thread.join()
     waiting[-1].close()
