@@ -182,29 +182,20 @@ def failing(error: int, always: bool) -> Callable[[int, int, str], int | None]:
 
 @pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
 @pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(
+    ("every", "most"), [(3, 40), pytest.param(1, 1000, marks=pytest.mark.full)], ids=["some calls", "any call"]
+)
 def test_with_a_disk_that_fails_service_goes_on(
     tmp_path: Path,
     tiny_path: Path,
+    every: int,
+    most: int,
     error: int,
     always: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    check_faults(tmp_path, tiny_path, failing(error, always), monkeypatch, caplog, every=3, most=40)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
-@pytest.mark.parametrize("error", ERRORS)
-def test_with_a_disk_that_fails_at_any_call_service_goes_on(
-    tmp_path: Path,
-    tiny_path: Path,
-    error: int,
-    always: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    check_faults(tmp_path, tiny_path, failing(error, always), monkeypatch, caplog, every=1, most=1000)
+    check_faults(tmp_path, tiny_path, failing(error, always), monkeypatch, caplog, every=every, most=most)
 
 
 KILLED = """

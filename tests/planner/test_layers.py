@@ -92,6 +92,8 @@ def test_a_class_that_is_not_known_is_bounded_from_above_or_refused(tmp_path: Pa
         ({"model_type": "gemma3n_text", "num_kv_shared_layers": 9, "sliding_window": 9}, "there is none before 3"),
         ({"model_type": "zamba2"}, "has no layers_block_type for its 12 layers"),
         ({"model_type": "recurrent_gemma", "block_types": ["magic"]}, "block_types is ['magic']"),
+        ({"model_type": "jamba", "attn_layer_period": 4, "attn_layer_offset": "1"}, "attn_layer_offset is '1'"),
+        ({"model_type": "jamba", "attn_layer_period": 4, "attn_layer_offset": 4}, "attn_layer_offset is 4, not in 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_refused_by_name(tmp_path: Path, fields: dict[str, Any], said: str) -> None:

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from kvik.errors import ModelError
 from kvik.files.gguf import GGUFFile
-from kvik.models.hf_layers import MAX_PLANNED_HEAD_DIM, MAX_PLANNED_LAYERS, KeptLayer, KeptLayers, Kind
+from kvik.models.hf_layer_kinds import MAX_PLANNED_LAYERS, Kind
+from kvik.models.hf_layers import MAX_PLANNED_HEAD_DIM, KeptLayer, KeptLayers
 
 _PATTERNS: Mapping[str, int] = {
     **dict.fromkeys(("gemma2", "gpt-oss"), 2),

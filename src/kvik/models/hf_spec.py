@@ -13,7 +13,8 @@ from typing import Any
 
 from kvik.files.config_fields import MAX_CONTEXT, MAX_WIDTH, ConfigFields
 from kvik.models.config_classes import text_part, with_defaults
-from kvik.models.hf_layers import KeptLayers, layers_with_rope, read_layers
+from kvik.models.hf_layer_kinds import layers_with_rope
+from kvik.models.hf_layers import KeptLayers, read_layers
 from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes
 from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec
 from kvik.ops.base import Nonlinearity
