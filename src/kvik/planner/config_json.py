@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from kvik.files.config_fields import read_json_object
 from kvik.models.config_classes import text_part, with_defaults
 from kvik.models.hf_layers import read_layers
 from kvik.models.hf_params import count_params, num_experts
-from kvik.planner.shape import ModelShape
+from kvik.planner.shape import ModelShape, shape_of_layers
 
 
 def read_config(path: Path, name: str) -> ModelShape:
@@ -22,25 +23,12 @@ def shape_of_config(config: Mapping[str, Any], path: Path, name: str) -> ModelSh
     """The same of a config that was read from `path`."""
     fields = with_defaults(text_part(config, path))
     kept = read_layers(fields)
-    cache, params = kept.cache, count_params(fields, kept)
+    params = count_params(fields, kept)
     width = fields.find("intermediate_size")
-    return ModelShape(
-        name=name,
-        origin="config.json",
-        source=str(path),
-        num_layers=len(kept.layers),
-        hidden_size=kept.hidden_size,
-        num_heads=kept.num_heads,
-        num_kv_heads=kept.num_kv_heads,
-        head_dim=kept.head_dim,
-        groups=cache.groups,
-        max_context=kept.max_context,
-        vocab_size=kept.vocab_size,
-        num_params=params.total if params else None,
+    return replace(
+        shape_of_layers(kept, name, "config.json", path, params.total if params else None),
         is_mixture=bool(num_experts(fields)),
         num_active_params=params.active if params else None,
         num_table_params=params.table if params else 0,
         intermediate_size=None if width is None or isinstance(width, list) else fields.count("intermediate_size"),
-        shared_layers=cache.shared,
-        note=kept.note,
     )

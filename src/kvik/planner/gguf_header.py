@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from kvik.errors import ModelError
@@ -11,7 +12,7 @@ from kvik.models.gguf_layers import active_part, num_values, read_gguf_layers
 from kvik.models.gguf_source import find_tensors
 from kvik.models.gguf_spec import read_spec
 from kvik.planner.held import held_shape
-from kvik.planner.shape import ModelShape, WeightTensors
+from kvik.planner.shape import ModelShape, WeightTensors, shape_of_layers
 
 
 def read_header(path: Path, name: str) -> ModelShape:
@@ -27,7 +28,7 @@ def read_header(path: Path, name: str) -> ModelShape:
 
 def _shape_of_keys(file: GGUFFile, name: str) -> ModelShape:
     kept = read_gguf_layers(file)
-    cache, (total, active, table) = kept.cache, num_values(file)
+    total, active, table = num_values(file)
     by_format: Counter[str] = Counter()
     for tensor in file.tensors.values():
         by_format[tensor.type.name.lower()] += tensor.num_bytes
@@ -35,19 +36,8 @@ def _shape_of_keys(file: GGUFFile, name: str) -> ModelShape:
     rest = sum(one.num_bytes for one in file.tensors.values() if "_exps." not in one.name)
     looked_up = file.tensors["token_embd.weight"].num_bytes if table else 0
     main = by_format.most_common(1)[0][0]
-    return ModelShape(
-        name=name,
-        origin="gguf",
-        source=str(file.path),
-        num_layers=len(kept.layers),
-        hidden_size=kept.hidden_size,
-        num_heads=kept.num_heads,
-        num_kv_heads=kept.num_kv_heads,
-        head_dim=kept.head_dim,
-        groups=cache.groups,
-        max_context=kept.max_context,
-        vocab_size=kept.vocab_size,
-        num_params=total,
+    return replace(
+        shape_of_layers(kept, name, "gguf", file.path, total),
         is_mixture=part < 1.0,
         num_active_params=active if part < 1.0 else None,
         num_table_params=table,
@@ -58,6 +48,4 @@ def _shape_of_keys(file: GGUFFile, name: str) -> ModelShape:
             file_bytes=file.file_bytes,
             quantized=main not in ("f32", "f16", "bf16"),
         ),
-        shared_layers=cache.shared,
-        note=kept.note,
     )

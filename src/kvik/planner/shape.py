@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from kvik.cache import GroupSpec, KVCacheSpec, VectorFormat
 from kvik.config import KVDType
+from kvik.models.hf_layers import KeptLayers
 
 KV_DTYPES: tuple[KVDType, ...] = ("f32", "f16", "int8")
 
@@ -121,3 +123,26 @@ class ModelShape:
 
         groups = tuple(map(changed, self.groups))
         return replace(self, num_kv_heads=num_kv_heads, groups=groups, tensors=None, runs=False)
+
+
+def shape_of_layers(
+    kept: KeptLayers, name: str, origin: Literal["config.json", "gguf"], source: Path, num_params: int | None
+) -> ModelShape:
+    """A model of these layers, of whose weights only the number of parameters is told."""
+    cache = kept.cache
+    return ModelShape(
+        name=name,
+        origin=origin,
+        source=str(source),
+        num_layers=len(kept.layers),
+        hidden_size=kept.hidden_size,
+        num_heads=kept.num_heads,
+        num_kv_heads=kept.num_kv_heads,
+        head_dim=kept.head_dim,
+        groups=cache.groups,
+        max_context=kept.max_context,
+        vocab_size=kept.vocab_size,
+        num_params=num_params,
+        shared_layers=cache.shared,
+        note=kept.note,
+    )
