@@ -68,7 +68,7 @@ class StandInRunner:
     def write_blocks(self, block_ids: SequenceOf[int], data: bytes | memoryview, group: int) -> None:
         """There is no memory."""
 
-    def step_bytes(self, *, with_logits: bool) -> int:
+    def step_bytes(self, num_tokens: int, num_logits: int) -> int:
         """Of no weights."""
         return 0
 

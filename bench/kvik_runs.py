@@ -127,7 +127,7 @@ class KvikRuns:
     ) -> float:
         """Bytes of weights and of keys and values that a decode step reads."""
         engine = self.llm(model, activations, kv).engine
-        weights = engine.runner.step_bytes(with_logits=True)
+        weights = engine.runner.step_bytes(num_sequences, num_sequences)
         return weights + num_sequences * context * engine.kv_spec.token_bytes
 
     def peak_memory(self, model: Path) -> float:

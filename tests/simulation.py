@@ -108,7 +108,7 @@ class SimulatedRunner:
             for array, part in zip(self.slots[group].arrays(), parts, strict=True):
                 array[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE] = part
 
-    def step_bytes(self, *, with_logits: bool) -> int:
+    def step_bytes(self, num_tokens: int, num_logits: int) -> int:
         return 1
 
     def sample(self, logits: npt.NDArray[np.float32], rows: SequenceOf[SampleRow]) -> list[Sampled]:

@@ -128,7 +128,7 @@ def test_counts_with_the_cache(tiny: LoadedModel, length: int, count: int, token
     assert stats.num_computed_tokens == computed
     assert stats.kv_bytes == -(-computed // 32) * engine.kv_spec.block_bytes
     chunks = -(-length // token_budget)
-    without, with_logits = (engine.runner.step_bytes(with_logits=wanted) for wanted in (False, True))
+    without, with_logits = (engine.runner.step_bytes(1, num_logits) for num_logits in (0, 1))
     assert without < with_logits
     assert stats.weight_bytes == (chunks - 1) * without + count * with_logits
     assert stats.time_to_first_token_s > 0
@@ -145,7 +145,7 @@ def test_counts_without_the_cache(tiny: LoadedModel, length: int, count: int, to
     stats = engine.completion(run_sequence(engine, sequence).sequence).stats
     assert stats.num_computed_tokens == count * length + count * (count - 1) // 2
     steps = sum(-(-(length + done) // token_budget) for done in range(count))
-    without, with_logits = (engine.runner.step_bytes(with_logits=wanted) for wanted in (False, True))
+    without, with_logits = (engine.runner.step_bytes(1, num_logits) for num_logits in (0, 1))
     assert stats.weight_bytes == steps * without + count * (with_logits - without)
     assert_idle(engine)
     assert engine.cache.pool.num_reusable == 0, "nobody finds what was to be forgotten"

@@ -280,10 +280,10 @@ def test_the_profile_names_each_op_and_counts_each_weight_once(pair: tuple[Loade
     matrices = [op for op in profile if op.name in ("norm_qkv", "linear", "norm_gated", "norm_linear")]
     norms = 4 * decoder.spec.hidden_size * (2 * decoder.spec.num_layers + 1)
     kv_spec, weights = decoder.spec.kv_spec("f16"), decoder.weights
-    assert sum(op.bytes for op in matrices) + norms == decoder.step_bytes(kv_spec, with_logits=True)
+    assert sum(op.bytes for op in matrices) + norms == decoder.step_bytes(kv_spec, 1, 1)
     layers = sum(layer.num_bytes for layer in weights.layers)
-    assert decoder.step_bytes(kv_spec, with_logits=False) == layers
-    assert decoder.step_bytes(kv_spec, with_logits=True) == layers + weights.norm.num_bytes + weights.lm_head.num_bytes
+    assert decoder.step_bytes(kv_spec, 1, 0) == layers
+    assert decoder.step_bytes(kv_spec, 1, 1) == layers + weights.norm.num_bytes + weights.lm_head.num_bytes
     attends = [op for op in profile if op.name == "attend"]
     assert sum(op.bytes for op in attends) == 10 * kv_spec.token_bytes
     width = decoder.spec.num_heads * decoder.spec.head_dim

@@ -103,7 +103,7 @@ def test_the_default_model_from_its_header(default_model_path: Path) -> None:
     assert planned.model.origin == "gguf"
     assert planned.model.source == str(default_model_path)
     assert planned.weights is not None
-    assert planned.weights.held_bytes == llm.engine.runner.step_bytes(with_logits=True)
+    assert planned.weights.held_bytes == llm.engine.runner.step_bytes(1, 1)
     assert planned.kv.num_bytes == llm.cache.num_bytes == 32 * llm.engine.kv_spec.block_bytes
 
 

@@ -25,7 +25,7 @@ def test_the_header_is_what_is_held(name: str, tmp_path: Path) -> None:
     assert tensors is not None
     norms = [layer.attn_norm for layer in weights.layers if layer.attn_norm is layer.mlp_norm]
     shared_norms = sum(norm.num_bytes for norm in norms if norm is not None)  # read twice, and held once
-    assert tensors.step_bytes == decoder.step_bytes(spec.kv_spec("f16"), with_logits=True) - shared_norms
+    assert tensors.step_bytes == decoder.step_bytes(spec.kv_spec("f16"), 1, 1) - shared_norms
     positions = 0 if weights.positions is None else weights.positions.num_bytes
     looked_up = positions + (0 if spec.tied_head else weights.embedding.num_bytes)
     assert tensors.held_bytes == tensors.step_bytes + looked_up

@@ -51,7 +51,7 @@ def test_a_header_tells_what_the_loaded_model_holds(tmp_path: Path, kind: GGMLQu
     assert tensors is not None
     assert tensors.format == kind.name.lower()
     assert tensors.file_bytes == path.stat().st_size
-    assert tensors.step_bytes == decoder.step_bytes(decoder.spec.kv_spec("f16"), with_logits=True)
+    assert tensors.step_bytes == decoder.step_bytes(decoder.spec.kv_spec("f16"), 1, 1)
     assert tensors.held_bytes == tensors.step_bytes + (0 if tied else decoder.weights.embedding.num_bytes)
 
 

@@ -161,7 +161,7 @@ def test_a_big_model_may_take_longer_for_a_step(runner_and_server: tuple[GatedRu
     _, server = runner_and_server
     engine = server.served.llm.engine
     assert hang_limit_s(server.served, 10.0) == 10.0
-    engine.runner.step_bytes = lambda *, with_logits: 5 << 30  # type: ignore[method-assign]
+    engine.runner.step_bytes = lambda num_tokens, num_logits: 5 << 30  # type: ignore[method-assign]
     unmeasured_s = hang_limit_s(server.served, 10.0)
     assert unmeasured_s > 60
     engine.prefill_token_s = 0.02

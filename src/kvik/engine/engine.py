@@ -109,7 +109,6 @@ class Engine:
         self._num_failed_steps = 0  # in a row
         self._is_torn = False  # something is being changed, or was when it was interrupted
         self._is_telling = False  # observers are being called
-        self._step_bytes = {wanted: self.runner.step_bytes(with_logits=wanted) for wanted in (False, True)}
         for observer in observers:
             self.add_observer(observer)
 
@@ -337,7 +336,8 @@ class Engine:
             clock.lap()
         except Exception as error:  # noqa: BLE001  # whatever it was, the sequences of this step get it
             return self._fail(batch, error)
-        self.scheduler.commit(batch, weight_bytes=self._step_bytes[len(output.logits) > 0])
+        weight_bytes = self.runner.step_bytes(len(batch.arrays.token_ids), len(output.logits))
+        self.scheduler.commit(batch, weight_bytes=weight_bytes)
         self._num_failed_steps = 0
         return result
 

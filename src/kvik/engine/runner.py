@@ -51,8 +51,8 @@ class Runner(Protocol):
     def write_blocks(self, block_ids: SequenceOf[int], data: bytes | memoryview, group: int) -> None:
         """Put bytes that `read_blocks` gave into blocks; raises ValueError where they are not as many."""
 
-    def step_bytes(self, *, with_logits: bool) -> int:
-        """Bytes of the weights that a step reads."""
+    def step_bytes(self, num_tokens: int, num_logits: int) -> int:
+        """Bytes of the weights that a step of so many tokens and logit rows reads."""
 
 
 class ModelRunner:
@@ -98,9 +98,9 @@ class ModelRunner:
         """Put bytes into blocks; see `Runner`."""
         self.decoder.ops.write_blocks(self.kv_arrays, block_ids, data, group)
 
-    def step_bytes(self, *, with_logits: bool) -> int:
+    def step_bytes(self, num_tokens: int, num_logits: int) -> int:
         """Bytes of weights; see `Runner`."""
-        return self.decoder.step_bytes(self.kv_spec, with_logits=with_logits)
+        return self.decoder.step_bytes(self.kv_spec, num_tokens, num_logits)
 
     def profile(self, batch: ScheduledBatch) -> list[OpProfile]:
         """Run a batch that has run before once more, with a clock beside each op; it writes what is there already."""

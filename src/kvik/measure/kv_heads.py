@@ -23,7 +23,7 @@ def variants(llm: LLM, counts: Sequence[int]) -> dict[int | None, LLM]:
     weights = llm.model.decoder.weights
     layer = weights.layers[0]
     types = {"token_embd.weight": _type_of(weights.embedding), "output.weight": _type_of(weights.lm_head.matrix)}
-    default = _type_of(layer.down_proj.matrix)
+    default = _type_of(layer.linears[-1].matrix)
     decoder = llm.model.decoder
     return {count: llm.with_decoder(random_decoder(decoder, count, types, default)) for count in counts}
 

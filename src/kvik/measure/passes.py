@@ -94,7 +94,7 @@ def _profile_next(engine: Engine, title: str, rounds: int) -> StepProfile:
     finally:
         engine.remove_observer(profile)
     merged, counts = _by_kind(_median_profile(profiles))
-    num_bytes = runner.step_bytes(with_logits=True)
+    num_bytes = runner.step_bytes(1, 1)
     found = StepProfile(title, merged, counts, ops.limits(num_bytes))
     if found.exceeds(found.limits):
         found = replace(found, limits=found.limits.or_better(ops.limits(num_bytes)))

@@ -78,7 +78,10 @@ class CheckpointSource:
         """All matrices, in the order of their files."""
         names = [name for name, shape in self.shapes.items() if len(shape) == 2]
         files = list(dict.fromkeys(str(tensor.file.path) for tensor in self.checkpoint.tensors.values()))
-        places = {name: (files.index(str(self._tensor(name).file.path)), self._tensor(name).start) for name in names}
+        places = {
+            name: (files.index(str(self._tensor(name).file.path)), self._tensor(name).start, self.parts[name].item or 0)
+            for name in names
+        }
         in_order = sorted(names, key=places.__getitem__)
         return {name: (self._type_of(name), self.shapes[name][0], self.shapes[name][1]) for name in in_order}
 
@@ -120,34 +123,35 @@ class CheckpointSource:
         """All rows of a tensor of the decoder, some at a time, as they are stored; each is used before the next."""
         part, shape = self.parts[name], self.shapes[name]
         tensor = self.checkpoint.tensors[part.stored]
-        values = _view(tensor)
+        values = _view(tensor, part.item)
         step = self._most_values // math.prod(shape[1:]) // ROWS_TOGETHER * ROWS_TOGETHER or ROWS_TOGETHER
         for start in range(0, shape[0], step):
             stop = min(start + step, shape[0])
             rows = _rows(part, start, stop)
-            chunk = self._transposed(tensor, values, rows, stop - start) if part.transposed else values[rows]
+            chunk = self._transposed(part, values, rows, stop - start) if part.transposed else values[rows]
             self._check_finite(tensor, chunk)
             yield chunk
             if not part.transposed:
-                self._drop(tensor, values, rows)
+                self._drop(part, values, rows)
             self._done_bytes += chunk.nbytes
             self._progress(f"{self.checkpoint.folder.name}: loading", self._done_bytes, self._total_bytes)
 
-    def _transposed(self, tensor: StoredTensor, values: Raw, columns: slice | npt.NDArray[np.int64], count: int) -> Raw:
+    def _transposed(self, part: Part, values: Raw, columns: slice | npt.NDArray[np.int64], count: int) -> Raw:
         """Some columns as rows. All of the tensor's pages are touched, but never held at once."""
         transposed = np.empty((count, len(values)), values.dtype)
         step = max(1, self._most_values // values.shape[1])
         for start in range(0, len(values), step):
             rows = slice(start, min(start + step, len(values)))
             transposed[:, rows] = values[rows, columns].T
-            self._drop(tensor, values, rows)
+            self._drop(part, values, rows)
         return transposed
 
-    def _drop(self, tensor: StoredTensor, values: Raw, rows: slice | npt.NDArray[np.int64]) -> None:
+    def _drop(self, part: Part, values: Raw, rows: slice | npt.NDArray[np.int64]) -> None:
         """Give back the pages of rows that were read."""
+        tensor = self.checkpoint.tensors[part.stored]
         first, last = (rows.start, rows.stop) if isinstance(rows, slice) else (int(rows.min()), int(rows.max()) + 1)
-        row_bytes = values[:1].nbytes
-        tensor.file.drop_pages(tensor.start + first * row_bytes, (last - first) * row_bytes)
+        row_bytes, start = values[:1].nbytes, tensor.start + (part.item or 0) * values.nbytes
+        tensor.file.drop_pages(start + first * row_bytes, (last - first) * row_bytes)
 
     # What is checked.
 
@@ -185,15 +189,20 @@ class CheckpointSource:
         return self.checkpoint.tensors[self.parts[name].stored]
 
     def _type_of(self, name: str) -> str:
-        """The GGUF type that a matrix becomes. A table of positions is added, not multiplied: it stays as it is."""
-        if self.quantizer is None or self.shapes[name][1] % SCALE_GROUP or name == "position_embd.weight":
+        """The GGUF type that a matrix becomes.
+
+        A table of positions is added, not multiplied, and a router's rounding would choose other experts: both stay.
+        """
+        stays = name == "position_embd.weight" or name.endswith(".ffn_gate_inp.weight")
+        if self.quantizer is None or self.shapes[name][1] % SCALE_GROUP or stays:
             return self._tensor(name).dtype
         return TYPES["q8" if name in _TABLES else self.quantizer.weights]
 
 
-def _view(tensor: StoredTensor) -> Raw:
-    """The values, of bfloat16 the bits."""
-    return tensor.data.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+def _view(tensor: StoredTensor, item: int | None) -> Raw:
+    """The values of the tensor, or of one item of its first axis; of bfloat16 the bits."""
+    values = tensor.data.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return values if item is None else values[item]
 
 
 def _rows(part: Part, start: int, stop: int) -> slice | npt.NDArray[np.int64]:

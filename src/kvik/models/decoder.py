@@ -7,7 +7,20 @@ from dataclasses import dataclass
 
 from kvik.cache import KVCacheSpec
 from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
-from kvik.ops.base import Array, AttentionRule, Batch, LayerKV, Linear, Norm, Ops, QKVWeights, RopeTable, Step, Weight
+from kvik.ops.base import (
+    Array,
+    AttentionRule,
+    Batch,
+    ExpertsWeights,
+    LayerKV,
+    Linear,
+    Norm,
+    Ops,
+    QKVWeights,
+    RopeTable,
+    Step,
+    Weight,
+)
 from kvik.ops.capture import record
 from kvik.ops.table import OPS, Cost, add_up
 
@@ -18,9 +31,13 @@ class LayerWeights:
 
     qkv: QKVWeights
     o_proj: Linear  # (hidden_size, num_heads * head_dim)
+    # The MLP, or the shared experts beside those that are chosen.
     gate_proj: Linear | None  # (intermediate_size, hidden_size)
-    up_proj: Linear  # (intermediate_size, hidden_size)
-    down_proj: Linear  # (hidden_size, intermediate_size)
+    up_proj: Linear | None  # (intermediate_size, hidden_size)
+    down_proj: Linear | None  # (hidden_size, intermediate_size)
+    router: Linear | None = None  # (num_experts, hidden_size)
+    experts: ExpertsWeights | None = None
+    shared_gate: Linear | None = None  # (1, hidden_size) of what the shared experts add
     attn_norm: Norm | None = None
     post_attn_norm: Norm | None = None
     mlp_norm: Norm | None = None
@@ -29,10 +46,9 @@ class LayerWeights:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All that a token is multiplied with."""
-        mlp = (
-            (self.up_proj, self.down_proj) if self.gate_proj is None else (self.gate_proj, self.up_proj, self.down_proj)
-        )
-        return (*self.qkv.linears, self.o_proj, *mlp)
+        others = (self.gate_proj, self.up_proj, self.down_proj, self.router, self.shared_gate)
+        chosen = () if self.experts is None else self.experts.linears
+        return (*self.qkv.linears, self.o_proj, *(linear for linear in others if linear is not None), *chosen)
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -44,7 +60,8 @@ class LayerWeights:
     @property
     def num_bytes(self) -> int:
         """Bytes of the matrices, biases and norms."""
-        return sum(linear.num_bytes for linear in self.linears) + sum(norm.num_bytes for norm in self.norms)
+        vectors = 0 if self.experts is None else self.experts.vector_bytes
+        return vectors + sum(one.num_bytes for one in self.linears) + sum(norm.num_bytes for norm in self.norms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +121,10 @@ class Decoder:
             )
         return found
 
-    def step_bytes(self, kv_spec: KVCacheSpec, *, with_logits: bool) -> int:
-        """Bytes of weights that a step reads: those of the head only where logits are wanted."""
+    def step_bytes(self, kv_spec: KVCacheSpec, num_tokens: int, num_logits: int) -> int:
+        """Bytes of weights that a step of so many tokens and logit rows reads; of experts as many as are expected."""
         costs = self.costs(kv_spec)
-        return sum(cost.weight_bytes for cost, of_logits in costs if with_logits or not of_logits)
+        return sum(cost.weight_bytes_for(num_logits if of_logits else num_tokens) for cost, of_logits in costs)
 
     def capture(self, kv_cache: Sequence[LayerKV]) -> Step:
         """The forward pass over these KV arrays as one function of the batch, its ops noted where the backend can.
@@ -138,8 +155,7 @@ class Decoder:
                 ops.write_kv(kv, k, v, batch.groups[kv.kv_group].slot_mapping)  # remember these tokens
             attended = ops.merge_heads(ops.attend(q, kv, batch, self.rule(layer)))  # look back over all of them
             after = _add(ops, x, attended, w.o_proj, w.post_attn_norm)
-            hidden = self._mlp_hidden(ops, w, after if spec.parallel == "none" else x)
-            x = _add(ops, after, hidden, w.down_proj, w.post_mlp_norm)
+            x = self._feed_forward(ops, w, after, after if spec.parallel == "none" else x)
         return x
 
     def _heads(
@@ -171,8 +187,22 @@ class Decoder:
         """How this layer's scores become weights."""
         return AttentionRule(self.spec.attention_scale, layer.window, self.spec.attention_soft_cap)
 
-    def _mlp_hidden(self, ops: Ops, w: LayerWeights, x: Array) -> Array:
+    def _feed_forward(self, ops: Ops, w: LayerWeights, residual: Array, x: Array) -> Array:
+        """The residual and what the MLP, or the experts, make of x."""
         normed = _normed(ops, x, w.mlp_norm)
+        if w.experts is None:
+            assert w.down_proj is not None
+            return _add(ops, residual, self._mlp_hidden(ops, w, normed), w.down_proj, w.post_mlp_norm)
+        assert w.router is not None
+        added = ops.experts(normed, ops.linear(normed, w.router), w.experts, self.spec.activation)
+        if w.down_proj is not None:
+            shared = ops.linear(self._mlp_hidden(ops, w, normed), w.down_proj)
+            gates = None if w.shared_gate is None else ops.linear(normed, w.shared_gate)
+            added = ops.add(added, shared if gates is None else ops.gate(shared, gates))
+        return ops.add(residual, _normed(ops, added, w.post_mlp_norm))
+
+    def _mlp_hidden(self, ops: Ops, w: LayerWeights, normed: Array) -> Array:
+        assert w.up_proj is not None
         if w.gate_proj is None:
             return ops.activate(ops.linear(normed, w.up_proj), self.spec.activation)
         gate, up = ops.project(normed, (w.gate_proj, w.up_proj))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kvik.errors import ModelError
 from kvik.files.gguf import GGUFFile, GGUFTensor, dequantize
 from kvik.hub.progress import Progress, silent
-from kvik.models.parts import Part, Parts
+from kvik.models.parts import Part, Parts, TensorName
 from kvik.models.spec import DecoderSpec
 from kvik.models.weights import Kinds
 from kvik.ops.base import Ops, Vector, Weight
@@ -43,13 +43,16 @@ def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
     starts = {"attn_q": 0, "attn_k": queries, "attn_v": queries + keys}
     two_norms = spec.architecture == "falcon" and spec.parallel == "two_norms"
     for canonical, shape in shapes.items():
-        *layer, name, kind = canonical.split(".")
-        prefix = "".join(f"{part}." for part in layer)
+        parsed = TensorName.parse(canonical)
+        name, kind = parsed.name, parsed.kind
+        prefix = "" if parsed.layer is None else f"blk.{parsed.layer}."
         fused = f"{prefix}attn_qkv.{kind}"
         alone = canonical in file.tensors or spec.architecture not in _FUSED_QKV
         if name in starts and (fused in file.tensors or not alone):
             rows = slice(starts[name], starts[name] + shape[0])
             parts[canonical] = Part(fused, (queries + 2 * keys, *shape[1:]), rows)
+        elif parsed.expert is not None:
+            parts[canonical] = _part_of_expert(file, spec, prefix, parsed, shape)
         elif name in ("ffn_gate", "ffn_up") and spec.architecture in _FUSED_MLP:
             rows = slice(0, shape[0]) if name == "ffn_gate" else slice(shape[0], None)
             parts[canonical] = Part(f"{prefix}ffn_up.{kind}", (2 * shape[0], *shape[1:]), rows)
@@ -57,6 +60,20 @@ def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
             stored = _FALCON_NORMS.get(name, name) if two_norms else name
             parts[canonical] = Part(f"{prefix}{stored}.{kind}", shape)
     return parts
+
+
+def _part_of_expert(file: GGUFFile, spec: DecoderSpec, prefix: str, name: TensorName, shape: tuple[int, ...]) -> Part:
+    """All experts of a layer lie in one tensor, gates and ups in one or in two; in files of early 2024 each alone."""
+    assert spec.experts is not None
+    expert, count = name.expert, spec.experts.num_experts
+    alone = f"{prefix}{name.name.removesuffix('_exps')}.{expert}.{name.kind}"
+    both = f"{prefix}ffn_gate_up_exps.{name.kind}"
+    if alone in file.tensors:
+        return Part(alone, shape)
+    if name.name != "ffn_down_exps" and both in file.tensors:
+        rows = slice(0, shape[0]) if name.name == "ffn_gate_exps" else slice(shape[0], None)
+        return Part(both, (count, 2 * shape[0], *shape[1:]), rows, item=expert)
+    return Part(f"{prefix}{name.name}.{name.kind}", (count, *shape), item=expert)
 
 
 def read_divisors(file: GGUFFile, num_pairs: int, *, beyond_original: bool) -> npt.NDArray[np.float64] | None:
@@ -155,7 +172,7 @@ def find_tensors(file: GGUFFile, spec: DecoderSpec) -> Mapping[str, GGUFTensor]:
                 f" of {spec.num_layers} layers",
                 hint="the model has a part that kvik does not run yet; take another model",
             )
-    return {canonical: _rows(_checked(file, part), part.rows) for canonical, part in parts.items()}
+    return {canonical: _rows(_item(_checked(file, part), part.item), part.rows) for canonical, part in parts.items()}
 
 
 def _checked(file: GGUFFile, part: Part) -> GGUFTensor:
@@ -165,13 +182,21 @@ def _checked(file: GGUFFile, part: Part) -> GGUFTensor:
             f"{file.path}: tensor {tensor.name!r} has shape {tensor.shape}, the metadata asks for {part.shape}",
             hint="the file's parts do not belong together; take another GGUF of this model",
         )
-    allowed = PLAIN_TYPES + QUANTIZED_TYPES if len(part.shape) == 2 else PLAIN_TYPES
+    allowed = PLAIN_TYPES + QUANTIZED_TYPES if part.is_matrix else PLAIN_TYPES
     if tensor.type.name not in allowed:
         raise ModelError(
             f"{file.path}: tensor {tensor.name!r} is of type {tensor.type.name}, which kvik does not run",
             hint=f"take a file of one of these types: {', '.join(allowed)}",
         )
     return tensor
+
+
+def _item(tensor: GGUFTensor, item: int | None) -> GGUFTensor:
+    """One item of the first axis as a tensor of its own."""
+    if item is None:
+        return tensor
+    found = rows_of(tensor, item, item + 1)
+    return dataclasses.replace(found, shape=found.shape[1:])
 
 
 def _rows(tensor: GGUFTensor, rows: slice | npt.NDArray[np.int64] | None) -> GGUFTensor:

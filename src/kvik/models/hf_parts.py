@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvik.models.parts import Part, Parts
+from kvik.models.parts import Part, Parts, TensorName
 from kvik.models.spec import DecoderSpec
 
 Names = dict[str, str]
@@ -134,7 +134,6 @@ _PLAIN = Layout()
 
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 _OTHER_SENSES = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
-_CANONICAL = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+)\.(?P<kind>weight|bias)")
 
 
 def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
@@ -146,13 +145,12 @@ def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
     parts, shapes = {}, spec.tensors()
     cuts = _cuts(spec, layout, shapes)
     for canonical, shape in shapes.items():
-        match = _CANONICAL.fullmatch(canonical)
-        assert match is not None
-        name, kind = match["name"], match["kind"]
+        parsed = TensorName.parse(canonical)
+        name, kind = parsed.name, parsed.kind
         if name == "output":
             parts[canonical] = Part(f"{wide}{layout.head}.{kind}", shape)
             continue
-        layer = f"{layout.layers}.{match['layer']}." if match["layer"] else ""
+        layer = "" if parsed.layer is None else f"{layout.layers}.{parsed.layer}."
         where = f"{prefix}{layer}{layout.names[name]}.{kind}"
         parts[canonical] = _part(layout, name, where, shape, cuts.get(name))
     return parts

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvik.cache import GroupSpec, KVCacheSpec, VectorFormat
 from kvik.config import parse_kv_dtype
-from kvik.ops.base import Nonlinearity, RopeTable
+from kvik.ops.base import Nonlinearity, RopeTable, Routing
 
 MAX_LAYERS = 1 << 12
 MAX_HEAD_DIM = 1024
@@ -56,6 +56,36 @@ class LayerSpec:
     num_kv_heads: int | None = None  # None: the decoder's; more or fewer in some layers (Gemma 4)
     head_dim: int | None = None  # None: the decoder's
     kv_from: int | None = None  # the layer whose keys and values it reads, having none of its own (Gemma 3n and 4)
+    sparse: bool = False  # it has the decoder's experts in place of an MLP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsSpec:
+    """The experts of a decoder's sparse layers."""
+
+    num_experts: int
+    intermediate_size: int  # of each
+    routing: Routing
+    router_bias: bool = False
+    choice_bias: bool = False  # added to the scores to choose by, and not to the weights
+    scales: bool = False  # each expert's weight is multiplied with a learned one
+    bias: bool = False  # of the experts' projections
+    shared_size: int = 0  # intermediate_size of the shared experts that every token goes through; 0: there are none
+    shared_gate: bool = False  # what they add is multiplied with the sigmoid of a projection to one value
+
+    def problem(self) -> str | None:
+        """Why there can be no such experts; `None`: there can."""
+        routing = self.routing
+        if not 0 < routing.num_chosen <= self.num_experts:
+            return f"{routing.num_chosen} of {self.num_experts} experts cannot be chosen"
+        if self.num_experts % routing.num_groups:
+            return f"{self.num_experts} experts do not divide into {routing.num_groups} groups"
+        if routing.num_groups > 1 and self.num_experts // routing.num_groups < 2:
+            return f"groups of {self.num_experts // routing.num_groups} expert have no second one"
+        reachable = self.num_experts // routing.num_groups * routing.num_chosen_groups
+        if not 0 < routing.num_chosen_groups <= routing.num_groups or reachable < routing.num_chosen:
+            return f"{routing.num_chosen_groups} of {routing.num_groups} groups have no {routing.num_chosen} experts"
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +116,8 @@ class DecoderSpec:
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_soft_cap: float | None = None
     activation: Nonlinearity = "silu"
-    gated: bool = True  # activation(gate(x)) * up(x), else activation(up(x))
+    gated: bool = True  # activation(gate(x)) * up(x), else activation(up(x)); of experts too
+    experts: ExpertsSpec | None = None  # of the sparse layers
     parallel: Literal["none", "one_norm", "two_norms"] = "none"  # attention and MLP read the same x, and both add to it
     # Beginning and end.
     num_learned_positions: int = 0  # rows of a table that is added to the embedding; 0: no such table
@@ -120,6 +151,8 @@ class DecoderSpec:
 
     def problem(self) -> str | None:
         """Why no decoder can have this shape; `None`: one can."""
+        if self.experts is not None and (problem := self.experts.problem()):
+            return problem
         for index, layer in enumerate(self.layers):
             num_kv_heads, head_dim, rope = self.num_kv_heads_of(layer), self.head_dim_of(layer), layer.rope
             if self.num_heads % num_kv_heads:
@@ -153,7 +186,10 @@ class DecoderSpec:
         return KVCacheSpec.of_layers(own, shared=shared)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all weights; the names are those of GGUF files, where each projection has its own."""
+        """Names and shapes of all weights; the names are those of GGUF files, where each projection has its own.
+
+        Those of an expert have its id before the last part: `blk.0.ffn_up_exps.5.weight`.
+        """
         hidden, inner = self.hidden_size, self.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {}
 
@@ -161,6 +197,12 @@ class DecoderSpec:
             shapes[f"{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{name}.bias"] = (rows,)
+
+        def mlp(layer: str, size: int, suffix: str, *, bias: bool) -> None:
+            if self.gated:
+                linear(f"{layer}.ffn_gate{suffix}", size, hidden, bias=bias)
+            linear(f"{layer}.ffn_up{suffix}", size, hidden, bias=bias)
+            linear(f"{layer}.ffn_down{suffix}", hidden, size, bias=bias)
 
         def norm(name: str, size: int = hidden, *, bias: bool = self.norm_bias) -> None:
             shapes[f"{name}.weight"] = (size,)
@@ -187,10 +229,22 @@ class DecoderSpec:
                 norm(f"{layer}.post_attention_norm")
             if self.norm_places != "after" and self.parallel != "one_norm":
                 norm(f"{layer}.ffn_norm")
-            if self.gated:
-                linear(f"{layer}.ffn_gate", inner, hidden, bias=self.mlp_bias)
-            linear(f"{layer}.ffn_up", inner, hidden, bias=self.mlp_bias)
-            linear(f"{layer}.ffn_down", hidden, inner, bias=self.mlp_bias)
+            if not spec.sparse:
+                mlp(layer, inner, "", bias=self.mlp_bias)
+            else:
+                experts = self.experts
+                assert experts is not None
+                linear(f"{layer}.ffn_gate_inp", experts.num_experts, hidden, bias=experts.router_bias)
+                if experts.choice_bias:
+                    shapes[f"{layer}.exp_probs_b.bias"] = (experts.num_experts,)
+                if experts.scales:
+                    shapes[f"{layer}.ffn_down_exps.scale"] = (experts.num_experts,)
+                for expert_id in range(experts.num_experts):
+                    mlp(layer, experts.intermediate_size, f"_exps.{expert_id}", bias=experts.bias)
+                if experts.shared_size:
+                    mlp(layer, experts.shared_size, "_shexp", bias=False)
+                if experts.shared_gate:
+                    linear(f"{layer}.ffn_gate_inp_shexp", 1, hidden, bias=False)
             if self.norm_places != "before":
                 norm(f"{layer}.post_ffw_norm")
         norm("output_norm")

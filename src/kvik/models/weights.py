@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias
 
 from kvik.models.decoder import DecoderWeights, LayerWeights
 from kvik.models.spec import DecoderSpec, LayerSpec
-from kvik.ops.base import Linear, Norm, QKVWeights, Vector, Weight
+from kvik.ops.base import Expert, ExpertsWeights, Linear, Norm, QKVWeights, Vector, Weight
 
 Kinds: TypeAlias = Mapping[str, tuple[str, int, int]]
 """Of matrices by name: GGUF type, rows and columns."""
@@ -83,13 +83,13 @@ class _Reader:
             embedding=embedding,
             layers=layers,
             norm=norm,
-            lm_head=Linear(head, self.bias("output"), spec.logit_scale),
+            lm_head=Linear(head, self.optional_vector("output.bias"), spec.logit_scale),
             positions=positions,
         )
 
     def layer(self, layer: str, of_layer: LayerSpec) -> LayerWeights:
         spec = self.spec
-        attn_norm = self.norm(f"{layer}.attn_norm")
+        attn_norm, shared = self.norm(f"{layer}.attn_norm"), "_shexp" * of_layer.sparse
         return LayerWeights(
             qkv=QKVWeights(
                 query=self.linear(f"{layer}.attn_q"),
@@ -100,23 +100,46 @@ class _Reader:
                 key_norm=self.norm(f"{layer}.attn_k_norm"),
             ),
             o_proj=self.linear(f"{layer}.attn_output", spec.residual_scale),
-            gate_proj=self.linear(f"{layer}.ffn_gate") if spec.gated else None,
-            up_proj=self.linear(f"{layer}.ffn_up"),
-            down_proj=self.linear(f"{layer}.ffn_down", spec.residual_scale),
+            gate_proj=self.optional_linear(f"{layer}.ffn_gate{shared}"),
+            up_proj=self.optional_linear(f"{layer}.ffn_up{shared}"),
+            down_proj=self.optional_linear(f"{layer}.ffn_down{shared}", spec.residual_scale),
+            router=self.optional_linear(f"{layer}.ffn_gate_inp"),
+            experts=self.experts(layer) if of_layer.sparse else None,
+            shared_gate=self.optional_linear(f"{layer}.ffn_gate_inp_shexp"),
             attn_norm=attn_norm,
             post_attn_norm=self.norm(f"{layer}.post_attention_norm"),
             mlp_norm=attn_norm if spec.parallel == "one_norm" else self.norm(f"{layer}.ffn_norm"),
             post_mlp_norm=self.norm(f"{layer}.post_ffw_norm"),
         )
 
+    def experts(self, layer: str) -> ExpertsWeights:
+        assert self.spec.experts is not None
+
+        def expert(number: int) -> Expert:
+            return Expert(
+                gate=self.optional_linear(f"{layer}.ffn_gate_exps.{number}"),
+                up=self.linear(f"{layer}.ffn_up_exps.{number}"),
+                down=self.linear(f"{layer}.ffn_down_exps.{number}", self.spec.residual_scale),
+            )
+
+        return ExpertsWeights(
+            routing=self.spec.experts.routing,
+            experts=tuple(map(expert, range(self.spec.experts.num_experts))),
+            choice_bias=self.optional_vector(f"{layer}.exp_probs_b.bias"),
+            scales=self.optional_vector(f"{layer}.ffn_down_exps.scale"),
+        )
+
+    def optional_linear(self, name: str, scale: float = 1.0) -> Linear | None:
+        return self.linear(name, scale) if f"{name}.weight" in self.names else None
+
+    def optional_vector(self, name: str) -> Vector | None:
+        return self.source.vector(name) if name in self.names else None
+
     def linear(self, name: str, scale: float = 1.0) -> Linear:
-        return Linear(self.source.matrix(f"{name}.weight"), self.bias(name), scale)
+        return Linear(self.source.matrix(f"{name}.weight"), self.optional_vector(f"{name}.bias"), scale)
 
     def norm(self, name: str) -> Norm | None:
         if f"{name}.weight" not in self.names:
             return None
         weight = self.source.vector(f"{name}.weight")
-        return Norm(weight, self.spec.norm_eps, self.bias(name), self.spec.norm)
-
-    def bias(self, name: str) -> Vector | None:
-        return self.source.vector(f"{name}.bias") if f"{name}.bias" in self.names else None
+        return Norm(weight, self.spec.norm_eps, self.optional_vector(f"{name}.bias"), self.spec.norm)

@@ -18,7 +18,7 @@ class StepWork:
     num_tokens: int = 0  # computed
     weight_multiply_adds: int = 0
     attention_multiply_adds: int = 0  # a query with a key, and a weight with a value
-    weight_bytes: int = 0  # read: each matrix once a step
+    weight_bytes: int = 0  # read: each matrix once a step, and of experts those that are chosen, as expected
     kv_bytes: int = 0  # read: what a sequence's newest token sees, once a step for all of its tokens
 
     @property
@@ -52,7 +52,7 @@ def count_work(decoder: Decoder, kv_spec: KVCacheSpec, batch: Batch) -> StepWork
         work += StepWork(
             weight_multiply_adds=cost.multiply_adds * rows,
             attention_multiply_adds=0 if kv is None else kv.key_multiply_adds * keys_seen(batch, kv.window),
-            weight_bytes=cost.weight_bytes if rows else 0,
+            weight_bytes=cost.weight_bytes_for(rows),
             kv_bytes=0 if kv is None else kv.key_bytes * keys_read(batch, kv.kv_group, kv.window),
         )
     return work

@@ -18,6 +18,7 @@ from kvik.cache import BLOCK_SIZE, KVCacheSpec
 from kvik.cache.spec import attention_multiply_adds
 from kvik.ops.table import (
     Cost,
+    ExpertsRead,
     KVRead,
     Value,
     elementwise,
@@ -203,6 +204,59 @@ PLAIN = AttentionRule()
 """All positions before, scores / sqrt(head_dim)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a router's logits choose experts for a token, and what each expert's result is multiplied with.
+
+    Scores are the softmax over all logits, or the sigmoid of each, or the logits themselves, in float32. The highest
+    ones are chosen, of equal ones the lower ids. Weights are the scores of the chosen; of logits, their softmax over
+    the chosen alone (Shazeer et al., 2017). With groups, experts are chosen from the best groups alone, each judged by
+    the sum of its highest two scores (DeepSeek-AI, 2024).
+    """
+
+    num_chosen: int
+    scores: Literal["softmax", "sigmoid", "logits"] = "softmax"
+    renormalize: bool = False  # divide the weights by their sum
+    min_sum: float = 0.0  # added to that sum
+    scale: float = 1.0  # of the weights, at last
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One expert: down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
+
+    up: Linear  # (intermediate_size, hidden_size)
+    down: Linear  # (hidden_size, intermediate_size)
+    gate: Linear | None = None  # (intermediate_size, hidden_size)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The projections, in the order in which they are read."""
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsWeights:
+    """The experts of a layer, by their ids, and how some of them are chosen for a token."""
+
+    routing: Routing
+    experts: tuple[Expert, ...]
+    choice_bias: Vector | None = None  # (num_experts,) added to the scores to choose by, not to the weights
+    scales: Vector | None = None  # (num_experts,) what each expert's weight is multiplied with
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The projections of all experts."""
+        return tuple(linear for expert in self.experts for linear in expert.linears)
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of what is no projection."""
+        return sum(vector.nbytes for vector in (self.choice_bias, self.scales) if vector is not None)
+
+
 class RowSampler(Protocol):
     """A backend's own sampling over many rows in one call; `engine/sampler_native.py` packs what it reads."""
 
@@ -266,6 +320,12 @@ def _attend_cost(q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule) -> Co
     num_heads, head_dim = q.shape
     multiply_adds = attention_multiply_adds(num_heads, head_dim, head_dim)
     return Cost(kv=KVRead(kv.kv_group, rule.window, kv.token_bytes, multiply_adds))
+
+
+def _experts_cost(x: Value, logits: Value, weights: ExpertsWeights, activation: Nonlinearity) -> Cost:
+    one = products(*weights.experts[0].linears)
+    reads = ExpertsRead(len(weights.experts), weights.routing.num_chosen, one.weight_bytes)
+    return Cost(multiply_adds=reads.num_chosen * one.multiply_adds, experts=reads)
 
 
 def _query_shape(
@@ -387,6 +447,19 @@ class Ops(ABC):
         approximation x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))). relu: max(x, 0).
         """
         return self.run("activate", x, activation, up)
+
+    @op(like_first, _experts_cost)
+    def experts(self, x: Array, logits: Array, weights: ExpertsWeights, activation: Nonlinearity) -> Array:
+        """What the chosen experts make of each row of x (T, hidden_size), weighted and added up by ascending id.
+
+        `logits` (T, num_experts) are the router's. A row's result does not depend on the other rows.
+        """
+        return self.run("experts", x, logits, weights, activation)
+
+    @op(like_first, elementwise(2, 20))
+    def gate(self, x: Array, gates: Array) -> Array:
+        """x * sigmoid(gates): x (T, width), and gates of the same shape or one for each row, (T, 1)."""
+        return self.run("gate", x, gates)
 
     @op(like_first, elementwise(2, 20))
     def soft_cap(self, x: Array, cap: float) -> Array:

@@ -14,7 +14,19 @@ from gguf.quants import dequantize
 
 from kvik.cache import BLOCKS_PER_SUPERBLOCK, GroupSpec, KVCacheSpec
 from kvik.config import ActivationDType, KVDType
-from kvik.ops.base import PLAIN, AttentionRule, Batch, IntArray, Linear, Nonlinearity, Norm, Ops, RopeTable, Weight
+from kvik.ops.base import (
+    PLAIN,
+    AttentionRule,
+    Batch,
+    ExpertsWeights,
+    IntArray,
+    Linear,
+    Nonlinearity,
+    Norm,
+    Ops,
+    RopeTable,
+    Weight,
+)
 from kvik.ops.layers import blocks_of_groups, by_layer
 
 FloatArray = npt.NDArray[np.float32]
@@ -241,6 +253,25 @@ class ReferenceOps(Ops):
                     wide = np.maximum(wide, 0)
         return np.asarray(wide if up is None else wide * up, np.float32)
 
+    def experts(
+        self, x: FloatArray, logits: FloatArray, weights: ExpertsWeights, activation: Nonlinearity
+    ) -> FloatArray:
+        out = np.zeros(x.shape, np.float64)
+        for token, (row, row_logits) in enumerate(zip(x, logits, strict=True)):
+            for expert_id, weight in sorted(choose_experts(row_logits, weights).items()):
+                expert = weights.experts[expert_id]
+                hidden = self.linear(row[None], expert.up)
+                if expert.gate is None:
+                    hidden = self.activate(hidden, activation)
+                else:
+                    hidden = self.activate(self.linear(row[None], expert.gate), activation, hidden)
+                out[token] += np.float64(weight) * self.linear(hidden, expert.down)[0]
+        return out.astype(np.float32)
+
+    def gate(self, x: FloatArray, gates: FloatArray) -> FloatArray:
+        with np.errstate(over="ignore"):
+            return np.asarray(x / (1 + np.exp(-gates.astype(np.float64))), np.float32)
+
     def soft_cap(self, x: FloatArray, cap: float) -> FloatArray:
         return np.asarray(cap * np.tanh(x.astype(np.float64) / cap), np.float32)
 
@@ -252,6 +283,36 @@ class ReferenceOps(Ops):
 
     def to_numpy(self, x: FloatArray) -> FloatArray:
         return x
+
+
+def choose_experts(logits: FloatArray, weights: ExpertsWeights) -> dict[int, np.float32]:
+    """The experts that a token's logits (num_experts,) choose, and their weights; see `Routing`."""
+    routing, wide = weights.routing, logits.astype(np.float64)
+    with np.errstate(over="ignore"):
+        scores = {"softmax": _softmax(wide), "sigmoid": 1 / (1 + np.exp(-wide)), "logits": wide}[routing.scores]
+    scores = scores.astype(np.float32)
+    to_choose_by = scores if weights.choice_bias is None else scores + weights.choice_bias
+    if routing.num_groups > 1:
+        groups = to_choose_by.reshape(routing.num_groups, -1)
+        best = np.sort(groups, axis=1)[:, -2:].sum(axis=1)
+        is_left_out = np.ones(routing.num_groups, bool)
+        is_left_out[np.argsort(-best, kind="stable")[: routing.num_chosen_groups]] = False
+        to_choose_by = np.where(is_left_out[:, None], -np.inf, groups).reshape(-1)
+    chosen = np.argsort(-to_choose_by, kind="stable")[: routing.num_chosen]
+    values = scores[chosen].astype(np.float64)
+    if routing.scores == "logits":
+        values = _softmax(values)
+    if routing.renormalize:
+        values = values / (values.sum() + routing.min_sum)
+    values = values * routing.scale
+    if weights.scales is not None:
+        values = values * weights.scales[chosen]
+    return dict(zip(chosen.tolist(), values.astype(np.float32), strict=True))
+
+
+def _softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    exponentials = np.exp(x - x.max())
+    return np.asarray(exponentials / exponentials.sum())
 
 
 def _values(weight: Weight) -> FloatArray:

@@ -48,6 +48,19 @@ class KVRead:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsRead:
+    """What a layer of experts reads: of `num_experts` those that some row chose, each row `num_chosen` of them."""
+
+    num_experts: int
+    num_chosen: int
+    expert_bytes: int  # of one
+
+    def bytes_for(self, rows: int) -> float:
+        """Bytes of the experts that so many rows choose, expected where any choice is as likely; exact for one row."""
+        return self.expert_bytes * self.num_experts * (1.0 - (1.0 - self.num_chosen / self.num_experts) ** rows)
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """What an op moves and computes at least, by what a step has; a multiply-add is two operations."""
 
@@ -56,11 +69,17 @@ class Cost:
     row_bytes: float = 0  # for each row
     row_operations: float = 0  # beside the multiply-adds
     kv: KVRead | None = None
+    experts: ExpertsRead | None = None
+
+    def weight_bytes_for(self, rows: int) -> int:
+        """Bytes of weights that so many rows read."""
+        chosen = 0.0 if self.experts is None else self.experts.bytes_for(rows)
+        return self.weight_bytes + round(chosen) if rows else 0
 
     def at(self, batch: Batch, *, of_logits: bool) -> tuple[float, float]:
         """Bytes and operations in a step, where its rows are tokens or logit rows."""
         rows = len(batch.logit_rows) if of_logits else len(batch.token_ids)
-        num_bytes = self.row_bytes * rows + (self.weight_bytes if rows else 0)
+        num_bytes = self.row_bytes * rows + self.weight_bytes_for(rows)
         operations = (2 * self.multiply_adds + self.row_operations) * rows
         if self.kv is not None:
             num_bytes += self.kv.key_bytes * keys_read(batch, self.kv.kv_group, self.kv.window)
@@ -146,12 +165,13 @@ def keys_read(batch: Batch, kv_group: int, window: int | None) -> int:
 
 
 def add_up(costs: Iterable[tuple[Cost, bool]]) -> tuple[tuple[Cost, bool], ...]:
-    """Costs of ops, each with whether its rows are logit rows: one for each kind of rows and kind of attention."""
-    together: dict[tuple[bool, tuple[int, int | None] | None], list[Cost]] = {}
+    """Costs of ops, each with whether its rows are logit rows: one for each kind of rows, attention, experts."""
+    together: dict[tuple[bool, tuple[int, int | None] | None, tuple[int, int] | None], list[Cost]] = {}
     for cost, of_logits in costs:
         kv = None if cost.kv is None else (cost.kv.kv_group, cost.kv.window)
-        together.setdefault((of_logits, kv), []).append(cost)
-    return tuple((_sum_of(alike), of_logits) for (of_logits, _), alike in together.items())
+        experts = None if cost.experts is None else (cost.experts.num_experts, cost.experts.num_chosen)
+        together.setdefault((of_logits, kv, experts), []).append(cost)
+    return tuple((_sum_of(alike), of_logits) for (of_logits, *_), alike in together.items())
 
 
 def _sum_of(costs: Sequence[Cost]) -> Cost:
@@ -160,10 +180,13 @@ def _sum_of(costs: Sequence[Cost]) -> Cost:
     if reads:
         key_bytes, multiply_adds = (sum(one.key_bytes for one in reads), sum(one.key_multiply_adds for one in reads))
         kv = replace(reads[0], key_bytes=key_bytes, key_multiply_adds=multiply_adds)
+    chosen = [cost.experts for cost in costs if cost.experts is not None]
+    experts = replace(chosen[0], expert_bytes=sum(one.expert_bytes for one in chosen)) if chosen else None
     return Cost(
         weight_bytes=sum(cost.weight_bytes for cost in costs),
         multiply_adds=sum(cost.multiply_adds for cost in costs),
         row_bytes=sum(cost.row_bytes for cost in costs),
         row_operations=sum(cost.row_operations for cost in costs),
         kv=kv,
+        experts=experts,
     )

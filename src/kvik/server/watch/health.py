@@ -31,7 +31,7 @@ SLOWEST = 15e9
 def hang_limit_s(served: ServedModel, hang_s: float) -> float:
     """How long one step may take: a step is bounded by the token budget, and so is its time on this machine."""
     engine = served.llm.engine
-    token_s = engine.runner.step_bytes(with_logits=True) / SLOWEST
+    token_s = engine.runner.step_bytes(1, 1) / SLOWEST
     if engine.prefill_token_s is not None:
         token_s = 4 * engine.prefill_token_s
     return max(hang_s, token_s * engine.config.token_budget)
