@@ -80,8 +80,8 @@ def test_longrope_takes_the_factors_of_its_whole_context() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": (changed("llama", model_type="mamba"), r"model_type 'mamba' is not one that kvik runs"),
     "seeing": (changed("llama", model_type="llava", text_config=CASES["llama"]), "model_type 'llava'"),
-    "experts": (changed("mistral", model_type="mixtral", num_local_experts=8), r"num_local_experts is 8: a mixture"),
-    "experts-2": (changed("qwen2", model_type="qwen2_moe", num_experts=60), r"num_experts is 60: a mixture"),
+    "experts": (changed("mistral", num_local_experts=8), r"num_local_experts is 8: a mixture"),
+    "experts-2": (changed("qwen2", num_experts=60), r"num_experts is 60: a mixture"),
     "falcon-rw": (changed("falcon-serial", alibi=True), "alibi is true"),
     "falcon-residual": (
         changed("falcon-7b", apply_residual_connection_post_layernorm=True),

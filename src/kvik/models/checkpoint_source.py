@@ -191,9 +191,10 @@ class CheckpointSource:
     def _type_of(self, name: str) -> str:
         """The GGUF type that a matrix becomes.
 
-        A table of positions is added, not multiplied, and a router's rounding would choose other experts: both stay.
+        A table of positions is added, not multiplied, and a router's rounding would choose other experts: both stay,
+        and so does the gate of shared experts, one row.
         """
-        stays = name == "position_embd.weight" or name.endswith(".ffn_gate_inp.weight")
+        stays = name == "position_embd.weight" or ".ffn_gate_inp" in name
         if self.quantizer is None or self.shapes[name][1] % SCALE_GROUP or stays:
             return self._tensor(name).dtype
         return TYPES["q8" if name in _TABLES else self.quantizer.weights]
@@ -210,8 +211,8 @@ def _rows(part: Part, start: int, stop: int) -> slice | npt.NDArray[np.int64]:
     if part.rows is None:
         return slice(start, stop)
     if isinstance(part.rows, slice):
-        first = part.rows.start or 0
-        return slice(first + start, first + stop)
+        first, step = part.rows.start or 0, part.rows.step or 1
+        return slice(first + start * step, first + (stop - 1) * step + 1, step)
     return part.rows[start:stop]
 
 

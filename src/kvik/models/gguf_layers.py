@@ -31,12 +31,18 @@ def read_gguf_layers(file: GGUFFile) -> KeptLayers:
     return _Reader(file, file.get_str("general.architecture")).read()
 
 
-def active_part(file: GGUFFile) -> float:
-    """The part of an expert tensor's weights that one token goes through; 1.0: there are none."""
+def num_experts(file: GGUFFile) -> tuple[int, int]:
+    """Experts of a layer that has some, and those that one token goes through; 0 of 0: there are none."""
     architecture = file.get_str("general.architecture")
     count = file.get_int(f"{architecture}.expert_count", 0, minimum=0, maximum=1 << 20)
     used = file.get_int(f"{architecture}.expert_used_count", 0, minimum=0, maximum=1 << 20)
-    return min(used, count) / count if count and used else 1.0
+    return (count, min(used, count)) if count and used else (0, 0)
+
+
+def active_part(file: GGUFFile) -> float:
+    """The part of an expert tensor's weights that one token goes through; 1.0: there are none."""
+    count, used = num_experts(file)
+    return used / count if count else 1.0
 
 
 class _Reader:

@@ -47,8 +47,8 @@ def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
         name, kind = parsed.name, parsed.kind
         prefix = "" if parsed.layer is None else f"blk.{parsed.layer}."
         fused = f"{prefix}attn_qkv.{kind}"
-        alone = canonical in file.tensors or spec.architecture not in _FUSED_QKV
-        if name in starts and (fused in file.tensors or not alone):
+        is_apart = canonical in file.tensors or spec.architecture not in _FUSED_QKV
+        if name in starts and (fused in file.tensors or not is_apart):
             rows = slice(starts[name], starts[name] + shape[0])
             parts[canonical] = Part(fused, (queries + 2 * keys, *shape[1:]), rows)
         elif parsed.expert is not None:
@@ -58,7 +58,9 @@ def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
             parts[canonical] = Part(f"{prefix}ffn_up.{kind}", (2 * shape[0], *shape[1:]), rows)
         else:
             stored = _FALCON_NORMS.get(name, name) if two_norms else name
-            parts[canonical] = Part(f"{prefix}{stored}.{kind}", shape)
+            alone = file.tensors.get(f"{prefix}{stored}.{kind}")
+            is_vector = alone is not None and len(alone.shape) == 1  # as a matrix of one row may be stored
+            parts[canonical] = Part(f"{prefix}{stored}.{kind}", shape[-1:] if shape[0] == 1 and is_vector else shape)
     return parts
 
 
@@ -172,7 +174,9 @@ def find_tensors(file: GGUFFile, spec: DecoderSpec) -> Mapping[str, GGUFTensor]:
                 f" of {spec.num_layers} layers",
                 hint="the model has a part that kvik does not run yet; take another model",
             )
-    return {canonical: _rows(_item(_checked(file, part), part.item), part.rows) for canonical, part in parts.items()}
+    shapes = spec.tensors()
+    found = {name: _rows(_item(_checked(file, part), part.item), part.rows) for name, part in parts.items()}
+    return {name: dataclasses.replace(tensor, shape=shapes[name]) for name, tensor in found.items()}
 
 
 def _checked(file: GGUFFile, part: Part) -> GGUFTensor:

@@ -5,10 +5,10 @@ Source: the modules of transformers 5.23; tests/oracle/test_config_classes.py co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvik.files.config_fields import ConfigFields
+from kvik.models.hf_experts import expert_width, num_chosen, num_experts, shared_width, sparse_layers
 from kvik.models.hf_layers import KeptLayers
 
 _GATED = (
@@ -52,15 +52,6 @@ class Params:
     table: int  # of an embedding table that is only looked up
 
 
-def num_experts(config: ConfigFields) -> int:
-    """Experts of a layer that has some; 0: a model without."""
-    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    found = next((number for key in keys if (number := config.optional(key))), 0)
-    if not found and (inner := config.object("ffn_config")) is not None:
-        found = inner.optional("moe_num_experts") or 0
-    return found if found > 1 else 0
-
-
 def count_params(config: ConfigFields, kept: KeptLayers) -> Params | None:
     """All weights, and the active ones; `None` where the family's matrices do not follow from the config."""
     model_type, experts = kept.model_type, num_experts(config)
@@ -76,7 +67,7 @@ def count_params(config: ConfigFields, kept: KeptLayers) -> Params | None:
     attention = _attention(config, kept)
     dense = (2 if model_type in _TWO else 3) * kept.hidden_size * width
     total = active = attention + (1 if tied else 2) * table
-    sparse = set(_sparse_layers(config, kept)) if experts else set()
+    sparse = sparse_layers(config, model_type, len(kept.layers)) if experts else ()
     for layer in range(len(kept.layers)):
         if layer not in sparse:
             plain = dense
@@ -84,10 +75,12 @@ def count_params(config: ConfigFields, kept: KeptLayers) -> Params | None:
                 plain = 3 * kept.hidden_size * config.count("intermediate_size_mlp", width)
             total, active = total + plain, active + plain
             continue
-        one = 3 * kept.hidden_size * _expert_width(config, model_type, width)
-        shared = kept.hidden_size * experts + _shared_experts(config, model_type, kept.hidden_size, width, one)
+        of_one = expert_width(config, width)
+        one = 3 * kept.hidden_size * of_one
+        router = kept.hidden_size * (experts + (model_type == "qwen2_moe"))  # and the gate of its shared experts
+        shared = router + 3 * kept.hidden_size * shared_width(config, model_type, of_one)
         total += shared + experts * one
-        active += shared + min(_chosen(config), experts) * one
+        active += shared + min(num_chosen(config), experts) * one
     return Params(total, active, 0 if tied else table)
 
 
@@ -107,52 +100,3 @@ def _attention(config: ConfigFields, kept: KeptLayers) -> int:
             own = layer.num_kv_heads * (layer.key_dim + layer.value_dim) if layer.kv_from is None else 0
             total += hidden * (2 * heads * kept.head_dim + own)
     return total
-
-
-def _sparse_layers(config: ConfigFields, kept: KeptLayers) -> Iterable[int]:
-    """Layers that have experts; the others have one MLP."""
-    number = len(kept.layers)
-    types = config.list("mlp_layer_types", number, (str,))
-    if types is not None:
-        return [index for index, one in enumerate(types) if one == "sparse"]
-    only_dense = config.find("mlp_only_layers") or []
-    if kept.model_type == "llama4_text":
-        listed = config.find("moe_layers")
-        step = config.count("interleave_moe_layer_step", 1)
-        return listed if isinstance(listed, list) else range(step - 1, number, step)
-    if kept.model_type == "ernie4_5_moe":
-        start, last = config.fields.get("moe_layer_start_index", 1), config.fields.get("moe_layer_end_index", -1)
-        every = config.count("moe_layer_interval", 1)
-        last = number - 1 if last == -1 else last
-        return [index for index in range(number) if (index + 1) % every == 0 and start <= index <= last]
-    step = config.count("decoder_sparse_step", 1)
-    first = config.optional("first_k_dense_replace") or (1 if kept.model_type in _ONE_DENSE else 0)
-    return [index for index in range(first, number) if index not in only_dense and (index + 1) % step == 0]
-
-
-_ONE_DENSE = ("glm4_moe_lite", "axk1", "hy_v3")
-
-
-def _expert_width(config: ConfigFields, model_type: str, width: int) -> int:
-    """Of one expert."""
-    found = config.find("moe_intermediate_size")
-    if isinstance(found, list):
-        found = found[0] if found and type(found[0]) is int else None
-    return config.count("moe_intermediate_size") if found is not None and type(found) is int else width
-
-
-def _chosen(config: ConfigFields) -> int:
-    """Experts that a token goes through."""
-    keys = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
-    return next((number for key in keys if (number := config.optional(key))), 2)
-
-
-def _shared_experts(config: ConfigFields, model_type: str, hidden: int, width: int, one: int) -> int:
-    """Weights of what every token goes through beside its experts."""
-    if model_type == "llama4_text":
-        return one
-    for key in ("shared_expert_intermediate_size", "shared_intermediate_size"):
-        if own := config.optional(key):
-            return 3 * hidden * own + (hidden if model_type == "qwen2_moe" else 0)
-    keys = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
-    return next((number for key in keys if (number := config.optional(key))), 0) * one

@@ -18,6 +18,12 @@ from kvik.models.parts import Part, Parts, TensorName
 from kvik.models.spec import DecoderSpec
 
 Names = dict[str, str]
+"""By the decoder's names, a layer's without its number and an expert's without its id: those of the checkpoint.
+
+To a name comes `.weight` or `.bias`, unless the decoder's name has it too: a parameter of its own, in no module, has
+none. With `{}` in it, it is that of one expert; without, an expert is one item of a tensor that has the layer's.
+"""
+
 Rows: TypeAlias = slice | npt.NDArray[np.int64]
 
 _LLAMA: Names = {
@@ -84,6 +90,33 @@ _OPT: Names = _LLAMA | {
 }
 
 
+_EXPERTS: Names = _LLAMA | {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+}
+_MIXTRAL: Names = _LLAMA | {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+_GRANITE_MOE: Names = _LLAMA | {
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_gate_exps": "block_sparse_moe.input_linear",
+    "ffn_up_exps": "block_sparse_moe.input_linear",
+    "ffn_down_exps": "block_sparse_moe.output_linear",
+    "ffn_gate_shexp": "shared_mlp.input_linear",
+    "ffn_up_shexp": "shared_mlp.input_linear",
+    "ffn_down_shexp": "shared_mlp.output_linear",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The names of one family, and what it does to its tensors."""
@@ -117,6 +150,12 @@ _LAYOUTS: Mapping[str, Layout] = {
             "ffn_down": "mlp.fc2",
         }
     ),
+    "qwen2_moe": Layout(_EXPERTS),
+    "qwen3_moe": Layout(_EXPERTS),
+    "olmoe": Layout(_EXPERTS),
+    "mixtral": Layout(_MIXTRAL),
+    "granitemoe": Layout(_GRANITE_MOE),
+    "granitemoeshared": Layout(_GRANITE_MOE),
     "olmo2": Layout(_LLAMA | _NORMS_AROUND),
     "olmo3": Layout(_LLAMA | _NORMS_AROUND),
     "gemma": _GEMMA,
@@ -142,17 +181,20 @@ def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
     first = layout.names["token_embd"]
     prefix = next((one for one in layout.prefixes if f"{one}{first}.weight" in stored), layout.prefixes[0])
     wide = "_orig_mod." if prefix.startswith("_orig_mod.") else ""
-    parts, shapes = {}, spec.tensors()
-    cuts = _cuts(spec, layout, shapes)
-    for canonical, shape in shapes.items():
-        parsed = TensorName.parse(canonical)
-        name, kind = parsed.name, parsed.kind
-        if name == "output":
-            parts[canonical] = Part(f"{wide}{layout.head}.{kind}", shape)
+    parts: dict[str, Part] = {}
+    named = [(canonical, TensorName.parse(canonical), shape) for canonical, shape in spec.tensors().items()]
+    cuts = _cuts(spec, layout, named)
+    for canonical, parsed, shape in named:
+        if parsed.name == "output":
+            parts[canonical] = Part(f"{wide}{layout.head}.{parsed.kind}", shape)
             continue
         layer = "" if parsed.layer is None else f"{layout.layers}.{parsed.layer}."
-        where = f"{prefix}{layer}{layout.names[name]}.{kind}"
-        parts[canonical] = _part(layout, name, where, shape, cuts.get(name))
+        of_layer = _stored(layout, parsed.name, parsed.kind)
+        where = f"{prefix}{layer}{of_layer}".replace("{}", str(parsed.expert))
+        part = _part(layout, parsed.name, where, shape, cuts.get(parsed.name))
+        if spec.experts is not None and parsed.expert is not None and "{}" not in of_layer:
+            part = replace(part, shape=(spec.experts.num_experts, *part.shape), item=parsed.expert)
+        parts[canonical] = part
     return parts
 
 
@@ -182,19 +224,36 @@ class _Cut:
     num_rows: int  # of all of them
 
 
-def _cuts(spec: DecoderSpec, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Cut]:
+_SIBLINGS = (
+    ("attn_q", "attn_k", "attn_v"),
+    *((f"ffn_gate{of}", f"ffn_up{of}") for of in ("", "_exps", "_shexp")),
+)
+"""Projections of the same rows, which may be stored as one."""
+
+
+def _cuts(
+    spec: DecoderSpec, layout: Layout, named: Sequence[tuple[str, TensorName, tuple[int, ...]]]
+) -> dict[str, _Cut]:
     """Made once for all layers."""
+    num_rows: dict[str, int] = {}
+    for _, parsed, shape in named:
+        num_rows.setdefault(parsed.name, shape[0])
     cuts: dict[str, _Cut] = {}
-    for siblings in (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")):
-        if f"blk.0.{siblings[0]}.weight" not in shapes or len({layout.names[name] for name in siblings}) > 1:
+    for siblings in _SIBLINGS:
+        if siblings[0] not in num_rows or len({_stored(layout, name, "weight") for name in siblings}) > 1:
             continue
-        sizes = [shapes[f"blk.0.{name}.weight"][0] for name in siblings]
+        sizes = [num_rows[name] for name in siblings]
         ends = list(itertools.accumulate(sizes))
         rows: Sequence[Rows] = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         if layout.fused == "grouped":
             rows = _grouped_rows(spec)
         cuts |= {name: _Cut(cut_rows, ends[-1]) for name, cut_rows in zip(siblings, rows, strict=True)}
     return cuts
+
+
+def _stored(layout: Layout, name: str, kind: str) -> str:
+    """The stored name of a tensor of the decoder, without prefix and layer."""
+    return layout.names.get(f"{name}.{kind}") or f"{layout.names[name]}.{kind}"
 
 
 def _part(layout: Layout, name: str, where: str, shape: tuple[int, ...], cut: _Cut | None) -> Part:

@@ -6,13 +6,14 @@ Source: the configuration and modeling classes of transformers 5 (field names, d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvik.files.config_fields import MAX_CONTEXT, MAX_WIDTH, ConfigFields
 from kvik.models.config_classes import text_part, with_defaults
+from kvik.models.hf_experts import read_experts, refuse_experts
 from kvik.models.hf_layer_kinds import layers_with_rope
 from kvik.models.hf_layers import KeptLayers, read_layers
 from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes
@@ -234,9 +235,7 @@ def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
     if name in _MULTIMODAL:
         fields = text_part(config, path)
         name = fields.text("model_type")
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if fields.optional(key):
-            raise fields.error(f"{key} is {fields.optional(key)}: a mixture of experts, which kvik does not run yet")
+    refuse_experts(fields, name)
     if name not in FAMILIES:
         raise fields.error(
             f"model_type {name!r:.60} is not one that kvik runs", f"kvik runs {', '.join(sorted(FAMILIES))}"
@@ -263,16 +262,19 @@ def read_hf_spec(config: Mapping[str, Any], path: Path, context: int | None = No
     for layer in kept.layers:
         if layer.kind not in ("full", "window"):
             raise fields.error(f"has layers of kind {layer.kind}, which kvik does not run", OTHER_MODEL)
+    width = fields.count("intermediate_size", family.inner and family.inner * kept.hidden_size)
+    experts, sparse = read_experts(fields, model_type, len(kept.layers), width)
     spec = DecoderSpec(
         architecture=model_type,
         hidden_size=kept.hidden_size,
-        intermediate_size=fields.count("intermediate_size", family.inner and family.inner * kept.hidden_size),
+        intermediate_size=width,
         num_heads=kept.num_heads,
         num_kv_heads=kept.num_kv_heads,
         head_dim=kept.head_dim,
         vocab_size=kept.vocab_size,
         context_length=kept.max_context,
-        layers=_layers(fields, family, kept, context or kept.max_context),
+        layers=_layers(fields, family, kept, sparse, context or kept.max_context),
+        experts=experts,
         tied_head=fields.flag("tie_word_embeddings", family.tied),
         **family.fields(fields),
     )
@@ -295,7 +297,9 @@ def nonlinearity_of(config: ConfigFields, key: str, default: str) -> Nonlinearit
     return _NONLINEARITIES[name]
 
 
-def _layers(config: ConfigFields, family: Family, kept: KeptLayers, used: int) -> tuple[LayerSpec, ...]:
+def _layers(
+    config: ConfigFields, family: Family, kept: KeptLayers, sparse: Collection[int], used: int
+) -> tuple[LayerSpec, ...]:
     has_rope = [family.rotary is not None] * len(kept.layers)
     if kept.model_type == "smollm3":
         has_rope = layers_with_rope(config, len(kept.layers))
@@ -309,6 +313,7 @@ def _layers(config: ConfigFields, family: Family, kept: KeptLayers, used: int) -
             num_kv_heads=None if layer.num_kv_heads == kept.num_kv_heads else layer.num_kv_heads,
             head_dim=None if layer.key_dim == kept.head_dim else layer.key_dim,
             kv_from=layer.kv_from,
+            sparse=index in sparse,
         )
-        for rope, layer in zip(has_rope, kept.layers, strict=True)
+        for index, (rope, layer) in enumerate(zip(has_rope, kept.layers, strict=True))
     )

@@ -95,7 +95,7 @@ class Quantizer:
             worst_tensor=worst,
             worst_error=self.error(worst) if worst else 0.0,
             num_tensors=len(self._sums),
-            kept=tuple(self.kept),
+            kept=tuple(dict.fromkeys(self.kept)),
         )
 
 

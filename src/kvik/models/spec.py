@@ -13,6 +13,8 @@ from kvik.ops.base import Nonlinearity, RopeTable, Routing
 
 MAX_LAYERS = 1 << 12
 MAX_HEAD_DIM = 1024
+MAX_EXPERTS = 1 << 12  # of a layer
+MAX_EXPERTS_OF_ALL = 1 << 16  # of all layers
 """Far above every published model."""
 
 OTHER_MODEL = "take a model that kvik runs: docs/models.md lists them"
@@ -76,6 +78,8 @@ class ExpertsSpec:
     def problem(self) -> str | None:
         """Why there can be no such experts; `None`: there can."""
         routing = self.routing
+        if self.num_experts > MAX_EXPERTS:
+            return f"{self.num_experts:,} experts are more than {MAX_EXPERTS:,}"
         if not 0 < routing.num_chosen <= self.num_experts:
             return f"{routing.num_chosen} of {self.num_experts} experts cannot be chosen"
         if self.num_experts % routing.num_groups:
@@ -149,10 +153,22 @@ class DecoderSpec:
         """Bytes of one position's cosines and sines in all tables."""
         return sum(rope.token_bytes for rope in self.ropes)
 
+    @property
+    def token_intermediate_size(self) -> int:
+        """Items between up and down that a token has, in the layer where it has most."""
+        sizes = {self.intermediate_size for layer in self.layers if not layer.sparse}
+        if self.experts is not None:
+            sizes.add(self.experts.routing.num_chosen * self.experts.intermediate_size + self.experts.shared_size)
+        return max(sizes)
+
     def problem(self) -> str | None:
         """Why no decoder can have this shape; `None`: one can."""
-        if self.experts is not None and (problem := self.experts.problem()):
-            return problem
+        if self.experts is not None:
+            if problem := self.experts.problem():
+                return problem
+            number = self.experts.num_experts * sum(layer.sparse for layer in self.layers)
+            if number > MAX_EXPERTS_OF_ALL:
+                return f"{number:,} experts in all layers are more than {MAX_EXPERTS_OF_ALL:,}"
         for index, layer in enumerate(self.layers):
             num_kv_heads, head_dim, rope = self.num_kv_heads_of(layer), self.head_dim_of(layer), layer.rope
             if self.num_heads % num_kv_heads:

@@ -12,6 +12,7 @@ from kvik.errors import ModelError
 from kvik.hub.folder import CONFIG, model_bytes
 from kvik.models.checkpoint import decoder_parts, read_checkpoint, read_tensors
 from kvik.models.hf_spec import read_hf_spec
+from kvik.ops.table import ExpertsRead
 from kvik.planner.config_json import read_config
 from kvik.planner.held import held_shape
 from kvik.planner.shape import ModelShape, WeightTensors
@@ -44,5 +45,9 @@ def _with_stored_weights(shape: ModelShape, folder: Path) -> ModelShape:
     step: int | None = total
     if shape.is_mixture:
         step = int(total * shape.num_active_params / params) if shape.num_active_params and params else None
-    stored = WeightTensors(main, total, step, model_bytes(folder), quantized=not plain)
+    experts = None
+    if step is not None and step < total and shape.num_experts > shape.num_chosen_experts:
+        left_out = shape.num_experts - shape.num_chosen_experts
+        experts = ExpertsRead(shape.num_experts, shape.num_chosen_experts, (total - step) // left_out)
+    stored = WeightTensors(main, total, step, model_bytes(folder), not plain, experts)
     return replace(shape, num_params=params, tensors=stored)

@@ -9,8 +9,9 @@ from typing import Any
 
 from kvik.files.config_fields import read_json_object
 from kvik.models.config_classes import text_part, with_defaults
+from kvik.models.hf_experts import num_chosen, num_experts, token_intermediate_size
 from kvik.models.hf_layers import read_layers
-from kvik.models.hf_params import count_params, num_experts
+from kvik.models.hf_params import count_params
 from kvik.planner.shape import ModelShape, shape_of_layers
 
 
@@ -24,11 +25,17 @@ def shape_of_config(config: Mapping[str, Any], path: Path, name: str) -> ModelSh
     fields = with_defaults(text_part(config, path))
     kept = read_layers(fields)
     params = count_params(fields, kept)
-    width = fields.find("intermediate_size")
+    width = None
+    if not isinstance(fields.find("intermediate_size"), list | None):
+        dense = fields.count("intermediate_size")
+        width = token_intermediate_size(fields, kept.model_type, len(kept.layers), dense)
+    experts = num_experts(fields)
     return replace(
         shape_of_layers(kept, name, "config.json", path, params.total if params else None),
-        is_mixture=bool(num_experts(fields)),
+        is_mixture=experts > 0,
         num_active_params=params.active if params else None,
+        num_experts=experts,
+        num_chosen_experts=num_chosen(fields) if experts else 0,
         num_table_params=params.table if params else 0,
-        intermediate_size=None if width is None or isinstance(width, list) else fields.count("intermediate_size"),
+        intermediate_size=width,
     )

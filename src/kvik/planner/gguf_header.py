@@ -8,9 +8,10 @@ from pathlib import Path
 
 from kvik.errors import ModelError
 from kvik.files.gguf import GGUFFile, read_gguf
-from kvik.models.gguf_layers import active_part, num_values, read_gguf_layers
+from kvik.models.gguf_layers import active_part, num_experts, num_values, read_gguf_layers
 from kvik.models.gguf_source import find_tensors
 from kvik.models.gguf_spec import read_spec
+from kvik.ops.table import ExpertsRead
 from kvik.planner.held import held_shape
 from kvik.planner.shape import ModelShape, WeightTensors, shape_of_layers
 
@@ -36,10 +37,14 @@ def _shape_of_keys(file: GGUFFile, name: str) -> ModelShape:
     rest = sum(one.num_bytes for one in file.tensors.values() if "_exps." not in one.name)
     looked_up = file.tensors["token_embd.weight"].num_bytes if table else 0
     main = by_format.most_common(1)[0][0]
+    number, chosen = num_experts(file)
+    experts = ExpertsRead(number, chosen, (held - rest) // number) if part < 1.0 else None
     return replace(
         shape_of_layers(kept, name, "gguf", file.path, total),
         is_mixture=part < 1.0,
         num_active_params=active if part < 1.0 else None,
+        num_experts=number,
+        num_chosen_experts=chosen,
         num_table_params=table,
         tensors=WeightTensors(
             format=main,
@@ -47,5 +52,6 @@ def _shape_of_keys(file: GGUFFile, name: str) -> ModelShape:
             step_bytes=int(rest + (held - rest) * part) - looked_up,
             file_bytes=file.file_bytes,
             quantized=main not in ("f32", "f16", "bf16"),
+            experts=experts,
         ),
     )

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from kvik.models.parts import TensorName
 from kvik.models.spec import DecoderSpec
+from kvik.ops.table import ExpertsRead
 from kvik.planner.shape import ModelShape, WeightTensors
 from kvik.planner.weights import FORMATS, packed_matrix_bytes
 
@@ -41,6 +43,15 @@ def held_shape(
         return packed_matrix_bytes(rows, columns, FORMATS[types[tensor].lower()])
 
     all_bytes = sum(map(held_bytes, shapes))
+    read_bytes = all_bytes - sum(map(held_bytes, looked_up))
+    num_params = num_active_params = sum(num_values[tensor] for tensor in matrices)
+    read = None
+    if experts := spec.experts:
+        number, chosen = experts.num_experts, experts.routing.num_chosen
+        of_one = [tensor for tensor in matrices if TensorName.parse(tensor).expert == 0]
+        read = ExpertsRead(number, chosen, sum(map(held_bytes, of_one)))
+        read_bytes -= (number - chosen) * read.expert_bytes
+        num_active_params -= (number - chosen) * sum(num_values[tensor] for tensor in of_one)
     cache = spec.kv_spec("f16")
     main = by_format.most_common(1)[0][0]
     return ModelShape(
@@ -55,13 +66,18 @@ def held_shape(
         groups=cache.groups,
         max_context=spec.context_length,
         vocab_size=spec.vocab_size,
-        num_params=sum(num_values[tensor] for tensor in matrices),
+        num_params=num_params,
+        is_mixture=experts is not None,
+        num_active_params=None if experts is None else num_active_params,
+        num_experts=read.num_experts if read else 0,
+        num_chosen_experts=read.num_chosen if read else 0,
         num_table_params=sum(num_values[tensor] for tensor in looked_up),
-        intermediate_size=spec.intermediate_size,
+        intermediate_size=spec.token_intermediate_size,
         tensors=WeightTensors(
             format=main,
             held_bytes=all_bytes,
-            step_bytes=all_bytes - sum(map(held_bytes, looked_up)),
+            step_bytes=read_bytes,
+            experts=read,
             file_bytes=file_bytes,
             quantized=FORMATS[main].quantized,
         ),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvik.cache.spec import BLOCK_SIZE, MIN_SEQUENCES, GroupKind, whole_superblocks
 from kvik.config import TOKEN_BUDGET, EngineConfig
+from kvik.ops.table import ExpertsRead
 from kvik.planner.shape import ModelShape
 from kvik.planner.weights import WeightFormat, file_bytes, held_bytes
 
@@ -59,6 +60,13 @@ class WeightMemory:
     held_bytes: int  # as kvik holds them
     file_bytes: int
     step_bytes: int | None  # of these, what a decode step of one sequence reads; None: not known
+    experts: ExpertsRead | None = None  # of all layers, where it is known how many are chosen of how many
+
+    def bytes_for(self, num_tokens: int) -> int | None:
+        """What a step of so many tokens reads; `None`: not known."""
+        if self.step_bytes is None or self.experts is None:
+            return self.step_bytes
+        return self.step_bytes + round(self.experts.bytes_for(num_tokens) - self.experts.bytes_for(1))
 
 
 def kv_memory(shape: ModelShape, dtype: str, context: int, *, users: int = 1, prefix: int = 0) -> KVMemory:
@@ -109,7 +117,7 @@ def weight_memory(shape: ModelShape, form: WeightFormat | None) -> WeightMemory 
     """The weights in a format, or (None) as the model's file has them; `None` where their number is not known."""
     tensors = shape.tensors
     if form is None and tensors is not None:
-        return WeightMemory(tensors.format, tensors.held_bytes, tensors.file_bytes, tensors.step_bytes)
+        return WeightMemory(tensors.format, tensors.held_bytes, tensors.file_bytes, tensors.step_bytes, tensors.experts)
     if form is None or shape.num_params is None:
         return None
     active = shape.active_params
@@ -118,7 +126,16 @@ def weight_memory(shape: ModelShape, form: WeightFormat | None) -> WeightMemory 
         held_bytes=held_bytes(shape.num_params, form),
         file_bytes=file_bytes(shape.num_params, form),
         step_bytes=None if active is None else held_bytes(active, form),
+        experts=_experts(shape, form),
     )
+
+
+def _experts(shape: ModelShape, form: WeightFormat) -> ExpertsRead | None:
+    """Of all layers together, from what one token leaves out."""
+    number, chosen, active = shape.num_experts, shape.num_chosen_experts, shape.num_active_params
+    if active is None or shape.num_params is None or chosen >= number:
+        return None
+    return ExpertsRead(number, chosen, held_bytes((shape.num_params - active) // (number - chosen), form))
 
 
 def activation_bytes(shape: ModelShape, context: int, users: int) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 from kvik.cache import GroupSpec, KVCacheSpec, VectorFormat
 from kvik.config import KVDType
 from kvik.models.hf_layers import KeptLayers
+from kvik.ops.table import ExpertsRead
 
 KV_DTYPES: tuple[KVDType, ...] = ("f32", "f16", "int8")
 
@@ -39,10 +40,12 @@ class WeightTensors:
 
     format: str  # of most of the matrices' bytes
     held_bytes: int  # as kvik packs them, norms included
-    # Of these, what one step reads: all, but only rows of an embedding table that is not the head too; None: not known.
+    # Of these, what a step of one token reads: all, but only rows of an embedding table that is not the head too, and
+    # of a mixture the experts that it goes through; None: not known.
     step_bytes: int | None
     file_bytes: int
     quantized: bool  # whether the matrices are multiplied in integers
+    experts: ExpertsRead | None = None  # those of all layers, as `step_bytes` has them of one token
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,10 @@ class ModelShape:
     num_params: int | None  # None: not known
     is_mixture: bool = False  # of experts
     num_active_params: int | None = None  # that one token uses; None: not known
+    num_experts: int = 0  # of a layer that has some; 0: a dense model, or not known
+    num_chosen_experts: int = 0  # that one token goes through
     num_table_params: int = 0  # of an embedding table that is only looked up, where that is known
-    intermediate_size: int | None = None
+    intermediate_size: int | None = None  # of what one token goes through in a layer
     uncertain: tuple[str, ...] = ()  # names of doubtful figures
     note: str = ""
     often_quoted_as_mha: bool = False

@@ -76,11 +76,14 @@ def speeds(load: Load, roofline: Roofline) -> tuple[PhaseSpeed, PhaseSpeed] | No
     """
     shape, params = load.shape, load.shape.active_params
     weights = weight_memory(shape, load.weights)
-    if params is None or weights is None or weights.step_bytes is None:
+    if params is None or weights is None or (step_bytes := weights.step_bytes) is None:
         return None
-    # Of a mixture each sequence may choose other experts: at most all of them.
-    chosen = load.users if shape.is_mixture else 1
-    weight_bytes = min(weights.held_bytes, weights.step_bytes * chosen)
+
+    def read_of_weights(num_tokens: int) -> int:
+        """Of a mixture whose experts are not counted, each token may choose others: at most all of them."""
+        if shape.is_mixture and weights.experts is None:
+            return min(weights.held_bytes, step_bytes * num_tokens)
+        return weights.bytes_for(num_tokens) or step_bytes
 
     def speed(
         phase: Literal["decode", "prefill"], tokens: int, read: int, on_weights: int, attention: int
@@ -96,7 +99,7 @@ def speeds(load: Load, roofline: Roofline) -> tuple[PhaseSpeed, PhaseSpeed] | No
     decode = speed(
         "decode",
         load.users,
-        weight_bytes + _kv_read_bytes(load),
+        read_of_weights(load.users) + _kv_read_bytes(load),
         2 * params * load.users,
         load.users * attention_operations(shape, load.context),
     )
@@ -104,7 +107,7 @@ def speeds(load: Load, roofline: Roofline) -> tuple[PhaseSpeed, PhaseSpeed] | No
     prefill = speed(
         "prefill",
         prompt,
-        weights.held_bytes,
+        read_of_weights(prompt),
         2 * params * prompt,
         sum(_prompt_operations(shape, group, prompt) for group in shape.groups),
     )
