@@ -43,5 +43,7 @@ template <class Run> int append(Program &program, std::string name, std::vector<
 
 // The ops that work row by row.
 void bind_elementwise(nb::class_<Program> &program);
+// Mixtures of experts.
+void bind_experts(nb::module_ &m, nb::class_<Program> &program);
 
 } // namespace kvik

@@ -276,6 +276,7 @@ void bind_program(nb::module_ &m) {
   nb::class_<Program> program(m, "Program",
                               "A captured step: ops are appended, each giving the id of its value, then run.");
   bind_elementwise(program);
+  bind_experts(m, program);
   program.def(nb::init<ThreadPool &, bool>(), nb::keep_alive<1, 2>(), "pool"_a, "int16_activations"_a)
       .def("project", &capture_project, "x"_a, "linears"_a)
       .def("linear", &capture_linear, Keep(), "x"_a, "linear"_a, "residual"_a.none())

@@ -108,6 +108,25 @@ int activate(Program &program, int x, std::string_view name, std::optional<int> 
   });
 }
 
+// x * sigmoid(gates), with as many gates as items, or one for a row.
+int gate(Program &program, int x, int gates) {
+  const Program::Value in = checked_value(program, x), other = checked_value(program, gates);
+  require(in.of_logits == other.of_logits && (other.width == in.width || other.width == 1),
+          "gate: gates are one for each item of x, or one for each row");
+  return append(program, "gate", {x, gates}, in.width, in.of_logits, [=](const Frame &frame, int out) {
+    const float *from = frame[x], *by = frame[gates];
+    float *to = frame[out];
+    for_items(frame, x, in.width, [&](int64_t at, int64_t count) {
+      if (other.width == in.width) return kernels->activate(Nonlinearity::sigmoid, by + at, from + at, count, to + at);
+      for (int64_t row = at / in.width; row < (at + count) / in.width; ++row) {
+        float factor;
+        kernels->activate(Nonlinearity::sigmoid, by + row, nullptr, 1, &factor);
+        for (int64_t i = row * in.width; i < (row + 1) * in.width; ++i) to[i] = factor * from[i];
+      }
+    });
+  });
+}
+
 int soft_cap(Program &program, int x, float cap) {
   const Program::Value in = checked_value(program, x);
   require(cap > 0, "soft_cap: the cap must be above 0");
@@ -151,6 +170,7 @@ void bind_elementwise(nb::class_<Program> &program) {
       .def("norm", &norm, nb::keep_alive<1, 3>(), "x"_a, "norm"_a)
       .def("rope", &rope, nb::keep_alive<1, 4>(), "x"_a, "positions"_a, "rope"_a, "head_dim"_a)
       .def("activate", &activate, "x"_a, "activation"_a, "up"_a.none())
+      .def("gate", &gate, "x"_a, "gates"_a)
       .def("soft_cap", &soft_cap, "x"_a, "cap"_a)
       .def("add", &add, "x"_a, "y"_a)
       .def("take_rows", &take_rows, "x"_a, "rows"_a);

@@ -53,6 +53,8 @@ inline F32x8 gelu(F32x8 x) {
   return max(zero8(), x) - size * tail;
 }
 
+inline F32x8 sigmoid(F32x8 x) { return broadcast(1.0f) / (broadcast(1.0f) + exponential(zero8() - x)); }
+
 inline F32x8 relu(F32x8 x) { return max(zero8(), x); } // in this order NaN stays NaN
 
 // Calls function(x, up) for eight items at a time; `up` is ones where there is none. The last vector may be partial.
@@ -79,11 +81,17 @@ void activate(kvik::Nonlinearity activation, const float *x, const float *up, in
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return gelu_tanh(a) * b; });
   case kvik::Nonlinearity::relu:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return relu(a) * b; });
+  case kvik::Nonlinearity::sigmoid:
+    return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return sigmoid(a) * b; });
   }
 }
 
 void soft_cap(const float *x, float cap, int64_t count, float *out) {
   for_eights(x, nullptr, count, out, [cap](F32x8 a, F32x8) { return soft_capped(a, cap); });
+}
+
+void exponentials(const float *x, float shift, int64_t count, float *out) {
+  for_eights(x, nullptr, count, out, [shift](F32x8 a, F32x8) { return exponential(a - broadcast(shift)); });
 }
 
 template <bool adjacent> inline void rope_pairs(float *x, const float *cos_sin, int64_t pairs) {

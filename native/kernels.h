@@ -44,7 +44,7 @@ struct Norm {
   bool layer;
 };
 
-enum class Nonlinearity : uint8_t { silu, gelu, gelu_tanh, relu };
+enum class Nonlinearity : uint8_t { silu, gelu, gelu_tanh, relu, sigmoid };
 
 // Computes y for row blocks [first, last).
 using LinearKernel = void (*)(const LinearArgs &, int64_t first, int64_t last);
@@ -131,6 +131,7 @@ struct Kernels {
   // out = activation(x), times `up` where that is not null.
   void (*activate)(Nonlinearity, const float *x, const float *up, int64_t count, float *out);
   void (*soft_cap)(const float *x, float cap, int64_t count, float *out);
+  void (*exponentials)(const float *x, float shift, int64_t count, float *out); // of x - shift
   // Rotates the pairs of one head in place by cos_sin (pairs, 2).
   void (*rope)(float *x, const float *cos_sin, int64_t pairs, bool adjacent_pairs);
   void (*write_kv)(const LayerKV &, const float *k, const float *v, int64_t slot); // one token, all heads

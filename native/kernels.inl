@@ -44,6 +44,7 @@ template <std::size_t... format> constexpr kvik::Kernels all_kernels(std::index_
       .norm = norm,
       .activate = activate,
       .soft_cap = soft_cap,
+      .exponentials = exponentials,
       .rope = rope,
       .write_kv = write_kv,
       .attend_segment = attend_segment,

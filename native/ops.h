@@ -55,6 +55,27 @@ std::span<const uint8_t> first_weights(const ThreadPool &pool, std::span<const P
 void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const Linear &gate, const Linear &up,
                    Nonlinearity activation, float *out, bool int16_activations);
 
+// How a router's logits choose experts for a row; ops/base.py says what each field means.
+enum class ExpertScores : uint8_t { softmax, sigmoid, logits };
+struct Routing {
+  int64_t num_experts, num_chosen;
+  ExpertScores scores;
+  bool renormalize;
+  float min_sum, scale;
+  int64_t num_groups, num_chosen_groups;
+  const float *choice_bias, *scales; // (num_experts,), or null
+};
+constexpr int64_t kMaxExperts = 1024;
+
+struct Expert {
+  Linear gate, up, down; // the gate's matrix is null where there is none
+};
+
+// out (T, columns): what the experts that logits (T, num_experts) choose make of each row, weighted and added up by
+// ascending id. All experts are of one shape.
+void run_experts(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const float *logits, const Routing &routing,
+                 std::span<const Expert> experts, Nonlinearity activation, float *out, bool int16_activations);
+
 // Queries (T, heads * head_dim) of the rows, normed and rotated; their keys and values go to their slots.
 struct QueryKeyValue {
   Linear query, key, value;

@@ -3,73 +3,13 @@
 #include <cstddef>
 
 #include "ops.h"
+#include "prepared_rows.h"
 
 namespace kvik {
 namespace {
 
 constexpr int64_t kRowGrain = 2;     // row blocks: a tile of the widest vectors, two cache lines of outputs
-constexpr int64_t kTokenGrain = 8;   // tokens that are worth another thread's while
 constexpr int64_t kGatedTokens = 60; // whose two halves are computed before they meet, while they are in cache
-
-// The rows as the kernels read them: as floats, and quantised where a weight asks for it.
-class PreparedRows {
-public:
-  PreparedRows(ThreadPool &pool, Workspace &workspace, const RowsIn &in, bool quantize, bool int16_activations)
-      : num_tokens_(in.num_tokens), columns_(in.columns), int16_activations_(int16_activations), x_(in.x) {
-    const int64_t size = num_tokens_ * columns_;
-    const int64_t groups = QuantizedRows::panels(columns_) * num_tokens_ * QuantizedRows::kGroups;
-    if (quantize)
-      quantized_ = {workspace.high.get<int8_t>(groups * kGroup),
-                    int16_activations ? workspace.low.get<int8_t>(groups * kGroup) : nullptr,
-                    workspace.scale.get<float>(groups),
-                    workspace.totals.get<int32_t>(3 * groups),
-                    workspace.sums.get<float>(3 * groups),
-                    num_tokens_};
-    float *normed = in.norm.weight ? workspace.normed.get<float>(size) : nullptr;
-    if (normed) x_ = normed;
-    if (!quantize && !normed) return;
-    pool.for_ranges(num_tokens_, kTokenGrain, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t at = i * columns_;
-        if (normed) kernels->norm(in.norm, in.x + at, normed + at);
-        if (quantize) kernels->quantize(x_ + at, columns_, quantized_, i);
-      }
-    });
-  }
-
-  // Row blocks [first, last) of one projection.
-  void multiply(const Projection &projection, int64_t first, int64_t last) const {
-    multiply(projection, first, last, 0, num_tokens_);
-  }
-
-  // The same for `count` tokens from one on, of which alone y and the residual have rows.
-  void multiply(const Projection &projection, int64_t first, int64_t last, int64_t token, int64_t count) const {
-    const auto &[linear, y, residual] = projection;
-    const PackedWeight &weight = *linear.matrix;
-    const LinearKernel kernel = weight.quantized() ? kernels->quantized_linear[weight.block_format][int16_activations_]
-                                                   : kernels->float_linear[static_cast<int>(weight.float_format)];
-    kernel({weight.data.get(), weight.rows, columns_, quantized_, token, x_ + token * columns_, count, y,
-            linear.plain() ? residual : nullptr},
-           first, last);
-    if (linear.plain()) return;
-    const int64_t begin = first * kRowBlock, end = std::min(last * kRowBlock, weight.rows);
-    for (int64_t i = 0; i < count; ++i) {
-      float *row = y + i * weight.rows;
-      if (linear.bias)
-        for (int64_t k = begin; k < end; ++k) row[k] += linear.bias[k];
-      if (linear.scale != 1)
-        for (int64_t k = begin; k < end; ++k) row[k] *= linear.scale;
-      if (residual)
-        for (int64_t k = begin; k < end; ++k) row[k] += residual[i * weight.rows + k];
-    }
-  }
-
-private:
-  int64_t num_tokens_, columns_;
-  bool int16_activations_;
-  const float *x_;
-  QuantizedRows quantized_{};
-};
 
 } // namespace
 
@@ -82,7 +22,7 @@ void project(ThreadPool &pool, Workspace &workspace, const RowsIn &in, std::span
     quantize = quantize || projection.linear.matrix->quantized();
     row_blocks += projection.linear.matrix->row_blocks();
   }
-  const PreparedRows rows(pool, workspace, in, quantize, int16_activations);
+  const PreparedRows rows(pool, workspace.rows, in, quantize, int16_activations);
   // The row blocks of all weights in a row, cut evenly.
   pool.for_ranges(row_blocks, kRowGrain, [&](int64_t first, int64_t last) {
     for (const Projection &projection : projections) {
@@ -112,7 +52,8 @@ void project_gated(ThreadPool &pool, Workspace &workspace, const RowsIn &in, con
                    Nonlinearity activation, float *out, bool int16_activations) {
   if (in.num_tokens == 0) return;
   const int64_t width = gate.matrix->rows;
-  const PreparedRows rows(pool, workspace, in, gate.matrix->quantized() || up.matrix->quantized(), int16_activations);
+  const PreparedRows rows(pool, workspace.rows, in, gate.matrix->quantized() || up.matrix->quantized(),
+                          int16_activations);
   // Threads have columns of it for themselves.
   float *other = workspace.up.get<float>(std::min(in.num_tokens, kGatedTokens) * width);
   pool.for_ranges(gate.matrix->row_blocks(), kRowGrain, [&](int64_t first, int64_t last) {

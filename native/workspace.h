@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attend_plan.h"
+#include "kernels.h"
 
 namespace kvik {
 
@@ -57,12 +58,33 @@ struct AttentionSpace {
   Buffer scratch, totals, slots;
 };
 
+// Rows as the kernels of matrix products read them.
+struct RowsSpace {
+  QuantizedRows quantized(int64_t num_rows, int64_t columns, bool int16_activations) {
+    const int64_t groups = QuantizedRows::panels(columns) * num_rows * QuantizedRows::kGroups;
+    return {high.get<int8_t>(groups * kGroup), int16_activations ? low.get<int8_t>(groups * kGroup) : nullptr,
+            scale.get<float>(groups),          totals.get<int32_t>(3 * groups),
+            sums.get<float>(3 * groups),       num_rows};
+  }
+
+  Buffer high, low, scale, totals, sums; // quantised
+  Buffer floats;                         // after their norm, for float weights
+};
+
+// Which experts the rows of a step chose, and what these make of them.
+struct ExpertsSpace {
+  Buffer scores, chosen, weights; // by token
+  Buffer tokens, factors;         // of rows that are grouped by expert
+  RowsSpace grouped;
+  Buffer hidden, added;
+};
+
 // One op at a time; a captured step keeps one for all of its ops.
 struct Workspace {
-  Buffer high, low, scale, totals, sums; // quantised activations
-  Buffer normed;                         // rows after their norm, for float weights
-  Buffer up;                             // the other half of a gated projection
-  Buffer keys, values;                   // before they go to their slots
+  RowsSpace rows;
+  Buffer up;           // the other half of a gated projection
+  Buffer keys, values; // before they go to their slots
+  ExpertsSpace experts;
   AttentionSpace attention;
 };
 

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from typing import get_args
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gguf_files import FLOAT_TYPES
 from kvik.config import ActivationDType, KVDType
 from kvik.engine.sampler import make_sampler
 from kvik.models.spec import RopeSpec
-from kvik.ops.base import Linear, Nonlinearity, Norm
+from kvik.ops.base import Expert, ExpertsWeights, Linear, Nonlinearity, Norm, RouterScores, Routing
 from kvik.ops.native import NativeOps
 from ops.arrangement import KV_DTYPES, FloatArray, Heads, random_history, random_weights
 from ops.sampling import KINDS, random_logits, random_rows
@@ -25,6 +25,7 @@ from ops.sharing import filled, random_sharers
 from tiers import TESTED_TYPES
 
 NONLINEARITIES: tuple[Nonlinearity, ...] = get_args(Nonlinearity)
+SCORES: tuple[RouterScores, ...] = get_args(RouterScores)
 
 
 def outputs(threads: int = 2) -> Iterator[FloatArray]:
@@ -46,6 +47,9 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
         yield ops.activate(10 * x, activation, y)
         yield ops.activate(x, activation)
     yield ops.soft_cap(10 * x, 30.0)
+    yield ops.gate(x, y)
+    yield ops.gate(x, y[:, :1].copy())
+    yield from mixtures(threads)
     heads = rng.normal(0, 1, (9, 3, 24)).astype(np.float32)
     positions = rng.integers(0, 50, 9, dtype=np.int32)
     for adjacent_pairs in (True, False):
@@ -72,6 +76,23 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
             sharers = random_sharers(Heads(2 * group, 2, head_dim), 9, 4, rng)
             yield sharers.together(ops, filled(ops, sharers.heads, dtype, sharers.num_blocks, rng))
     yield from sampled(threads)
+
+
+def mixtures(threads: int) -> Iterator[FloatArray]:
+    """Rows through experts, by all ways to choose them."""
+    rng = np.random.default_rng(24)
+    ops = NativeOps(threads=threads)
+    for kind in (GGMLQuantizationType.Q4_K, GGMLQuantizationType.MXFP4, GGMLQuantizationType.BF16):
+        up, gate, down = (
+            random_weights(kind, *shape, rng, std=0.1).linear(ops) for shape in ((256, 512), (256, 512), (512, 256))
+        )
+        experts = tuple(Expert(up, down, gate) for _ in range(8))
+        scales = rng.normal(1, 0.2, 8).astype(np.float32)  # what tells one from the other
+        x, logits = (rng.normal(0, 1, (37, width)).astype(np.float32) for width in (512, 8))
+        for scores in SCORES:
+            routing = Routing(3, scores, renormalize=True, num_groups=4, num_chosen_groups=2)
+            for count in (1, 2, 37):
+                yield ops.experts(x[:count], logits[:count], ExpertsWeights(routing, experts, scales, scales), "silu")
 
 
 def sampled(threads: int) -> Iterator[FloatArray]:

@@ -225,6 +225,19 @@ def rows_program() -> _native.Program:
     return program
 
 
+def routed_program() -> _native.Program:
+    """With value 1, the logits of four experts."""
+    program = new_program()
+    program.linear(0, linear_of(q8_0(4, WIDTH)), None)
+    return program
+
+
+UP, DOWN = (linear_of(q8_0(*shape)) for shape in ((32, WIDTH), (WIDTH, 32)))
+EXPERTS = _native.Experts(
+    gates=[UP] * 4, ups=[UP] * 4, downs=[DOWN] * 4, num_chosen=2, scores="sigmoid", renormalize=True, min_sum=0.0,
+    scale=1.0, num_groups=2, num_chosen_groups=1, choice_bias=None, scales=None,
+)  # fmt: skip
+
 value = one_of(0, 0, 0, 1, -1, 5, *INTEGERS)
 
 
@@ -271,6 +284,11 @@ def with_bias(matrix: Any, chance: random.Random) -> Any:
 def fitting(*shapes: tuple[int, int]) -> Maker:
     """A projection that often fits."""
     return lambda chance: with_bias(q8_0(*chance.choice(shapes)) if chance.random() < 0.8 else weight(chance), chance)
+
+
+def linears_of(shape: tuple[int, int]) -> Maker:
+    """Four projections that fit as a rule."""
+    return lambda chance: [fitting(shape)(chance) for _ in range(4 if chance.random() < 0.9 else chance.choice((0, 3)))]
 
 
 SAMPLER = _native.Sampler(POOL)
@@ -526,6 +544,33 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         on_program("activate"),
         {"x": value, "activation": activation, "up": one_of(None, 0, *INTEGERS)},
     ),
+    "Experts": (
+        _native.Experts,
+        {
+            "gates": linears_of((32, WIDTH)),
+            "ups": linears_of((32, WIDTH)),
+            "downs": linears_of((WIDTH, 32)),
+            "num_chosen": one_of(1, 2, *INTEGERS),
+            "scores": one_of("softmax", "sigmoid", "logits", "", "\0"),
+            "renormalize": one_of(True, False),
+            "min_sum": one_of(*FLOATS),
+            "scale": one_of(*FLOATS),
+            "num_groups": one_of(1, 1, 2, *INTEGERS),
+            "num_chosen_groups": one_of(1, 1, 2, *INTEGERS),
+            "choice_bias": lambda chance: None if chance.random() < 0.5 else numbers((4,), np.float32, chance),
+            "scales": lambda chance: None if chance.random() < 0.5 else numbers((4,), np.float32, chance),
+        },
+    ),
+    "Program.experts": (
+        lambda **arguments: routed_program().experts(**arguments),
+        {
+            "x": one_of(0, 0, 0, 1, *INTEGERS),
+            "logits": one_of(1, 1, 1, 0, *INTEGERS),
+            "experts": lambda chance: EXPERTS,
+            "activation": activation,
+        },
+    ),
+    "Program.gate": (on_program("gate"), {"x": value, "gates": value}),
     "Program.soft_cap": (on_program("soft_cap"), {"x": value, "cap": one_of(30.0, *FLOATS)}),
     "Program.add": (on_program("add"), {"x": value, "y": value}),
     "Program.take_rows": (on_program("take_rows"), {"x": value, "rows": one_of("logit_rows", "logit_rows", "")}),

@@ -70,6 +70,14 @@ def activate(pool: Any, activation: Any, x: Any, up: Any, out: Any) -> None:
     run(pool, lambda program, *ids: program.activate(ids[0], activation, (*ids, None)[1]), inputs, out)
 
 
+def experts(pool: Any, x: Any, logits: Any, weights: Any, activation: Any, out: Any) -> None:
+    run(pool, lambda program, *ids: program.experts(*ids, weights, activation), [x, logits], out)
+
+
+def gate(pool: Any, x: Any, gates: Any, out: Any) -> None:
+    run(pool, lambda program, *ids: program.gate(*ids), [x, gates], out)
+
+
 def soft_cap(pool: Any, x: Any, cap: Any, out: Any) -> None:
     run(pool, lambda program, at: program.soft_cap(at, cap), [x], out)
 

@@ -45,6 +45,15 @@ def norm() -> _native.Norm:
     return _native.Norm(floats(COLUMNS), 1e-5, floats(COLUMNS), True)
 
 
+def linear_of(rows: int, columns: int) -> _native.Linear:
+    matrix = _native.pack("F32", np.zeros(rows * columns * 4, np.uint8), rows, columns, ARENA, POOL)
+    return _native.Linear(matrix, None, 1.0)
+
+
+def experts() -> _native.Experts:
+    return _native.Experts(**{key: make() for key, make in GOOD["Experts"][1].items()})
+
+
 def layer(dtype: str = "f32") -> _native.LayerKV:
     return _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, dtype, dtype).layer(0)
 
@@ -120,6 +129,43 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "activation": lambda: "gelu",
             "x": lambda: floats(TOKENS, COLUMNS),
             "up": lambda: floats(TOKENS, COLUMNS),
+            "out": lambda: floats(TOKENS, COLUMNS),
+        },
+    ),
+    "Experts": (
+        _native.Experts,
+        {
+            "gates": lambda: [linear_of(ROWS, COLUMNS)] * 4,
+            "ups": lambda: [linear_of(ROWS, COLUMNS)] * 4,
+            "downs": lambda: [linear_of(COLUMNS, ROWS)] * 4,
+            "num_chosen": lambda: 2,
+            "scores": lambda: "sigmoid",
+            "renormalize": lambda: True,
+            "min_sum": lambda: 1e-6,
+            "scale": lambda: 1.5,
+            "num_groups": lambda: 2,
+            "num_chosen_groups": lambda: 1,
+            "choice_bias": lambda: floats(4),
+            "scales": lambda: floats(4),
+        },
+    ),
+    "experts": (
+        one_op.experts,
+        {
+            "pool": lambda: POOL,
+            "x": lambda: floats(TOKENS, COLUMNS),
+            "logits": lambda: floats(TOKENS, 4),
+            "weights": experts,
+            "activation": lambda: "silu",
+            "out": lambda: floats(TOKENS, COLUMNS),
+        },
+    ),
+    "gate": (
+        one_op.gate,
+        {
+            "pool": lambda: POOL,
+            "x": lambda: floats(TOKENS, COLUMNS),
+            "gates": lambda: floats(TOKENS, COLUMNS),
             "out": lambda: floats(TOKENS, COLUMNS),
         },
     ),
@@ -247,6 +293,29 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "up": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
         "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
     },
+    "Experts": {
+        "gates": [[linear_of(ROWS, COLUMNS)], [linear_of(COLUMNS, ROWS)] * 4, [weight()] * 4, linear()],
+        "ups": [[], [linear_of(ROWS, COLUMNS)] * 1025, [linear_of(COLUMNS, ROWS)] * 4],
+        "downs": [[], [linear_of(COLUMNS, ROWS)] * 5, [linear_of(ROWS, COLUMNS)] * 4],
+        "num_chosen": [*HUGE, 3],
+        "scores": ["", "best", "softmax\0"],
+        "num_groups": [*HUGE, 3, 4],
+        "num_chosen_groups": [*HUGE, 3],
+        "choice_bias": [floats(3), floats(5)],
+        "scales": [floats(0), floats(5)],
+    },
+    "experts": {
+        "x": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS)],
+        "logits": [floats(TOKENS, 3), floats(TOKENS + 1, 4)],
+        "weights": [linear(), [linear()]],
+        "activation": ["", "swish"],
+        "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
+    },
+    "gate": {
+        "x": [floats(TOKENS, COLUMNS - 1)[:-1], floats(TOKENS + 1, COLUMNS)],
+        "gates": [floats(TOKENS, 2), floats(TOKENS, COLUMNS - 1)],
+        "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
+    },
     "soft_cap": {
         "x": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS)],
         "cap": [0.0, -1.0, float("nan")],
@@ -326,6 +395,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
     "ThreadPool": {"num_threads": [2**31, 2**70, -(2**40)]},
 }
 
+MAY_BE_NONE = ("window", "bias", "up", "choice_bias", "scales")
 WRONG_KINDS: list[Any] = [None, object(), "text", b"bytes", 1.5, [1.0, 2.0], {}, np.zeros(3, complex)]
 
 
@@ -363,7 +433,7 @@ def wrong_kinds() -> list[tuple[str, str, Any]]:
             values = variants(value)
             if not isinstance(value, (bool, float)):  # those are read from any number
                 kinds = [kind for kind in WRONG_KINDS if not (isinstance(kind, str) and isinstance(value, str))]
-                values += kinds[1:] if argument in ("window", "bias", "up") else kinds  # none of these is None
+                values += kinds[1:] if argument in MAY_BE_NONE else kinds
             found += [(name, argument, bad) for bad in values]
     return found
 

@@ -33,6 +33,7 @@ LayerKV: TypeAlias = Any
 IntArray: TypeAlias = npt.NDArray[np.int32]
 Vector: TypeAlias = npt.NDArray[np.float32]
 Nonlinearity: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
+RouterScores: TypeAlias = Literal["softmax", "sigmoid", "logits"]
 
 
 class Weight(Protocol):
@@ -215,7 +216,7 @@ class Routing:
     """
 
     num_chosen: int
-    scores: Literal["softmax", "sigmoid", "logits"] = "softmax"
+    scores: RouterScores = "softmax"
     renormalize: bool = False  # divide the weights by their sum
     min_sum: float = 0.0  # added to that sum
     scale: float = 1.0  # of the weights, at last

@@ -14,6 +14,7 @@ from kvik import _native
 from kvik.ops.base import (
     AttentionRule,
     Batch,
+    ExpertsWeights,
     Forward,
     IntArray,
     KVIndex,
@@ -153,9 +154,9 @@ def _profile(call: Call, seconds: float, batch: Batch) -> OpProfile:
 
 
 def _is_integer(call: Call) -> bool:
-    """Whether a matrix among the arguments is quantised; projections stand alone, in tuples, or in `QKVWeights`."""
+    """Whether a matrix among the arguments is quantised; projections stand alone, in tuples, or in what has some."""
     for argument in call.arguments:
-        linears = argument.linears if isinstance(argument, QKVWeights) else argument
+        linears = argument.linears if isinstance(argument, QKVWeights | ExpertsWeights) else argument
         for linear in linears if isinstance(linears, tuple) else (linears,):
             matrix = linear.matrix if isinstance(linear, Linear) else None
             if isinstance(matrix, _native.PackedWeight) and matrix.quantized:
@@ -236,6 +237,25 @@ def native_linear(linear: Linear) -> _native.Linear:
     return _native.Linear(linear.matrix, linear.bias, linear.scale)
 
 
+def native_experts(weights: ExpertsWeights) -> _native.Experts:
+    """The experts for the native core."""
+    routing, experts = weights.routing, weights.experts
+    return _native.Experts(
+        gates=[native_linear(expert.gate) for expert in experts if expert.gate is not None],
+        ups=[native_linear(expert.up) for expert in experts],
+        downs=[native_linear(expert.down) for expert in experts],
+        num_chosen=routing.num_chosen,
+        scores=routing.scores,
+        renormalize=routing.renormalize,
+        min_sum=routing.min_sum,
+        scale=routing.scale,
+        num_groups=routing.num_groups,
+        num_chosen_groups=routing.num_chosen_groups,
+        choice_bias=weights.choice_bias,
+        scales=weights.scales,
+    )
+
+
 def _native_forms(argument: Any, ids: Mapping[int, int]) -> tuple[Any, ...]:
     """What a program's method takes for an argument of an op."""
     match argument:
@@ -254,6 +274,8 @@ def _native_forms(argument: Any, ids: Mapping[int, int]) -> tuple[Any, ...]:
         case QKVWeights():
             parts = (*argument.linears, argument.query_norm, argument.key_norm)
             return tuple(form for part in parts for form in _native_forms(part, ids))
+        case ExpertsWeights():
+            return (native_experts(argument),)
         case AttentionRule():
             return argument.scale, argument.soft_cap or 0.0, argument.window
         case tuple():
