@@ -119,8 +119,36 @@ const GgufType &checked_type(std::string_view name, int64_t rows, int64_t column
   return *type;
 }
 
-WeightPacker *make_packer(std::string_view type_name, int64_t rows, int64_t columns, WeightArena &arena) {
-  return new WeightPacker(checked_type(type_name, rows, columns), rows, columns, arena);
+// Room for one matrix; who fills it owns it.
+struct WeightPlace {
+  std::shared_ptr<uint8_t> memory;
+  int64_t num_bytes;
+};
+
+// Room for matrices of so many bytes, one behind the other, the first at a page's beginning.
+std::vector<WeightPlace> places_together(WeightArena &arena, const std::vector<int64_t> &sizes) {
+  std::vector<int64_t> offsets;
+  int64_t end = 0;
+  for (const int64_t size : sizes) {
+    require(size > 0, "WeightArena: a matrix has 1 byte or more");
+    offsets.push_back(end);
+    if (size > INT64_MAX / 2 - end) throw std::bad_alloc();
+    end += (size + WeightArena::kLine - 1) / WeightArena::kLine * WeightArena::kLine;
+  }
+  const std::shared_ptr<uint8_t> memory = sizes.empty() ? nullptr : arena.allocate(end, WeightArena::kPage);
+  std::vector<WeightPlace> places;
+  for (std::size_t i = 0; i < sizes.size(); ++i)
+    places.push_back({std::shared_ptr<uint8_t>(memory, memory.get() + offsets[i]), sizes[i]});
+  return places;
+}
+
+WeightPacker *make_packer(std::string_view type_name, int64_t rows, int64_t columns, WeightArena &arena,
+                          WeightPlace *place) {
+  const GgufType &type = checked_type(type_name, rows, columns);
+  if (!place) return new WeightPacker(type, rows, columns, arena);
+  require(place->memory != nullptr, "pack: the place has a matrix already");
+  require(place->num_bytes == unpacked_weight(type, rows, columns).num_bytes, "pack: the place is of another size");
+  return new WeightPacker(type, rows, columns, std::exchange(place->memory, nullptr));
 }
 
 void checked_add_rows(WeightPacker &packer, Array<const uint8_t, 1> source, ThreadPool &pool) {
@@ -165,11 +193,11 @@ std::vector<uint64_t> weight_checksums(const PackedWeight &weight, ThreadPool &p
   return region_checksums(weight.data.get(), weight.num_bytes, pool);
 }
 
-PackedFile *map_packed_file(int file, int64_t num_bytes) {
+PackedFile *map_packed_file(int file, int64_t num_bytes, bool on_demand) {
   struct stat found;
   require(fstat(file, &found) == 0 && S_ISREG(found.st_mode), "PackedFile: no descriptor of a regular file");
   require(num_bytes > 0 && num_bytes <= found.st_size, "PackedFile: num_bytes must be in 1 ... the file's bytes");
-  return new PackedFile(file, num_bytes);
+  return new PackedFile(file, num_bytes, on_demand);
 }
 
 PackedWeight checked_mapped_weight(const PackedFile &file, std::string_view type_name, int64_t rows, int64_t columns,
@@ -318,7 +346,11 @@ NB_MODULE(_native, m) {
   nb::class_<ThreadPool>(m, "ThreadPool", "Threads that share the work of one op at a time.")
       .def(nb::init<int>(), "num_threads"_a)
       .def_prop_ro("num_threads", &ThreadPool::num_threads);
-  nb::class_<WeightArena>(m, "WeightArena", "Memory for packed weights, in large pages.").def(nb::init<>());
+  nb::class_<WeightPlace>(m, "WeightPlace", "Room for one matrix.");
+  nb::class_<WeightArena>(m, "WeightArena", "Memory for packed weights, in large pages.")
+      .def(nb::init<>())
+      .def("places_together", &places_together, "sizes"_a,
+           "Room for matrices of so many packed bytes, one behind the other, the first at a page's beginning.");
   nb::class_<PackedWeight>(m, "PackedWeight", "A weight matrix (rows, columns) in kvik's packed layout.")
       .def_ro("rows", &PackedWeight::rows)
       .def_ro("columns", &PackedWeight::columns)
@@ -328,11 +360,11 @@ NB_MODULE(_native, m) {
       .def("checksums", &weight_checksums, Unlocked(), "pool"_a,
            "One for each PACKED_REGION_BYTES of the packed bytes.");
   nb::class_<PackedFile>(m, "PackedFile", "A file with packed weights, mapped read-only.")
-      .def(nb::new_(&map_packed_file), "file"_a, "num_bytes"_a)
+      .def(nb::new_(&map_packed_file), "file"_a, "num_bytes"_a, "on_demand"_a)
       .def("weight", &checked_mapped_weight, "type"_a, "rows"_a, "columns"_a, "offset"_a,
            "The matrix whose packed bytes begin there, as they are.");
   nb::class_<WeightPacker>(m, "WeightPacker", "Packs a GGUF tensor's rows without loss, as they come.")
-      .def(nb::new_(&make_packer), "type"_a, "rows"_a, "columns"_a, "arena"_a)
+      .def(nb::new_(&make_packer), "type"_a, "rows"_a, "columns"_a, "arena"_a, "place"_a.none() = nb::none())
       .def("add", &checked_add_rows, Unlocked(), "source"_a.noconvert(), "pool"_a,
            "Takes more whole rows: a multiple of 16 of them, or all that are missing.")
       .def("finish", &finished, "The matrix, once no rows are missing.");

@@ -94,13 +94,15 @@ int capture_experts(Program &program, int x, int logits, const ExpertsWeights &w
   require(in.width == weights.columns(), "experts: x has another number of columns than the matrices");
   require(of_router.width == weights.routing.num_experts && of_router.of_logits == in.of_logits,
           "experts: the logits have another shape than a row of x has experts");
-  const Nonlinearity activation = nonlinearity_of(activation_name);
-  return append(program, "experts", {x, logits}, in.width, in.of_logits,
-                [=, experts = weights.experts(), &routing = weights.routing,
-                 int16_activations = program.int16_activations()](const Frame &frame, int out) {
-                  run_experts(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width}, frame[logits],
-                              routing, experts, activation, frame[out], int16_activations);
-                });
+  const Mixture mixture{weights.routing, {}, nonlinearity_of(activation_name), program.num_mixtures++};
+  return append(
+      program, "experts", {x, logits}, in.width, in.of_logits,
+      [=, experts = weights.experts(), int16_activations = program.int16_activations()](const Frame &frame, int out) {
+        Mixture now = mixture;
+        now.experts = experts;
+        run_experts(frame.pool(), frame.workspace(), {frame[x], frame.rows(x), in.width}, frame[logits], now,
+                    frame[out], int16_activations);
+      });
 }
 
 } // namespace

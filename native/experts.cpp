@@ -1,4 +1,6 @@
 // Mixtures of experts: rows are grouped by the experts that they chose, and each expert's are one product.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <bitset>
 #include <cstddef>
@@ -154,13 +156,37 @@ Grouped group_rows(ThreadPool &pool, ExpertsSpace &space, int64_t num_tokens, co
   return grouped;
 }
 
+// Has the system read an expert's pages while others are computed.
+void ask_for(const Expert &expert) {
+  for (const Linear &linear : {expert.gate, expert.up, expert.down}) {
+    if (!linear.matrix) continue;
+    const auto start = reinterpret_cast<std::uintptr_t>(linear.matrix->data.get());
+    const auto page = start & ~std::uintptr_t{WeightArena::kPage - 1};
+    madvise(reinterpret_cast<void *>(page), start - page + static_cast<std::size_t>(linear.matrix->num_bytes),
+            MADV_WILLNEED);
+  }
+}
+
+// Those that are chosen; and of the next layer those that it chose last, as neighbouring tokens often choose alike.
+void ask_for_pages(ExpertsSpace &space, const Grouped &grouped, int layer) {
+  const auto at = static_cast<std::size_t>(layer);
+  if (at >= space.last_chosen.size()) space.last_chosen.resize(at + 1);
+  std::vector<const Expert *> &chosen = space.last_chosen[at];
+  chosen.clear();
+  for (const ExpertRows &rows : grouped.experts) chosen.push_back(rows.expert);
+  for (const Expert *expert : chosen) ask_for(*expert);
+  for (const Expert *expert : space.last_chosen[(at + 1) % space.last_chosen.size()]) ask_for(*expert);
+}
+
 } // namespace
 
-void run_experts(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const float *logits, const Routing &routing,
-                 std::span<const Expert> experts, Nonlinearity activation, float *out, bool int16_activations) {
+void run_experts(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const float *logits, const Mixture &mixture,
+                 float *out, bool int16_activations) {
   if (in.num_tokens == 0) return;
+  const std::span<const Expert> experts = mixture.experts;
   ExpertsSpace &space = workspace.experts;
-  const Grouped grouped = group_rows(pool, space, in.num_tokens, logits, routing, experts);
+  const Grouped grouped = group_rows(pool, space, in.num_tokens, logits, mixture.routing, experts);
+  if (experts[0].up.matrix->on_demand) ask_for_pages(space, grouped, mixture.layer);
   bool quantizes_x = false, quantizes_hidden = false, floats = false;
   for (const auto &[expert, first, count] : grouped.experts) {
     for (const Linear &linear : {expert->gate, expert->up}) {
@@ -187,7 +213,7 @@ void run_experts(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const
       rows.multiply({expert->up, expert->gate.matrix ? other : to}, first, last, row, count);
       if (expert->gate.matrix) rows.multiply({expert->gate, to}, first, last, row, count);
       for (int64_t i = start; i < start + count * width; i += width)
-        kernels->activate(activation, to + i, expert->gate.matrix ? other + i : nullptr, columns, to + i);
+        kernels->activate(mixture.activation, to + i, expert->gate.matrix ? other + i : nullptr, columns, to + i);
       begin += last - first;
     }
   });

@@ -71,10 +71,18 @@ struct Expert {
   Linear gate, up, down; // the gate's matrix is null where there is none
 };
 
+// All of one shape; `layer` counts those of a program.
+struct Mixture {
+  Routing routing;
+  std::span<const Expert> experts;
+  Nonlinearity activation;
+  int layer;
+};
+
 // out (T, columns): what the experts that logits (T, num_experts) choose make of each row, weighted and added up by
-// ascending id. All experts are of one shape.
-void run_experts(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const float *logits, const Routing &routing,
-                 std::span<const Expert> experts, Nonlinearity activation, float *out, bool int16_activations);
+// ascending id.
+void run_experts(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const float *logits, const Mixture &mixture,
+                 float *out, bool int16_activations);
 
 // Queries (T, heads * head_dim) of the rows, normed and rotated; their keys and values go to their slots.
 struct QueryKeyValue {

@@ -52,7 +52,7 @@ std::vector<uint64_t> region_checksums(const uint8_t *data, int64_t num_bytes, T
   return sums;
 }
 
-PackedFile::PackedFile(int file, int64_t num_bytes) : num_bytes_(num_bytes) {
+PackedFile::PackedFile(int file, int64_t num_bytes, bool on_demand) : num_bytes_(num_bytes), on_demand_(on_demand) {
   const auto size = static_cast<std::size_t>(num_bytes);
   void *memory = mmap(nullptr, size, PROT_READ, MAP_SHARED, file, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -62,6 +62,7 @@ PackedFile::PackedFile(int file, int64_t num_bytes) : num_bytes_(num_bytes) {
 PackedWeight PackedFile::weight(const GgufType &type, int64_t rows, int64_t columns, int64_t offset) const {
   PackedWeight made = unpacked_weight(type, rows, columns);
   made.data = std::shared_ptr<uint8_t>(data_, data_.get() + offset);
+  made.on_demand = on_demand_;
   return made;
 }
 

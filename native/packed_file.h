@@ -24,7 +24,8 @@ std::vector<uint64_t> region_checksums(const uint8_t *data, int64_t num_bytes, T
 // A file, mapped read-only; matrices in it keep the mapping alive.
 class PackedFile {
 public:
-  PackedFile(int file, int64_t num_bytes); // throws std::bad_alloc
+  // `on_demand`: memory will not hold all of it. Throws std::bad_alloc.
+  PackedFile(int file, int64_t num_bytes, bool on_demand);
 
   int64_t num_bytes() const { return num_bytes_; }
 
@@ -33,6 +34,7 @@ public:
 
 private:
   int64_t num_bytes_;
+  bool on_demand_;
   std::shared_ptr<uint8_t> data_;
 };
 

@@ -297,8 +297,11 @@ PackedWeight unpacked_weight(const GgufType &type, int64_t rows, int64_t columns
 }
 
 WeightPacker::WeightPacker(const GgufType &type, int64_t rows, int64_t columns, WeightArena &arena)
+    : WeightPacker(type, rows, columns, arena.allocate(unpacked_weight(type, rows, columns).num_bytes)) {}
+
+WeightPacker::WeightPacker(const GgufType &type, int64_t rows, int64_t columns, std::shared_ptr<uint8_t> memory)
     : type_(type), weight_(unpacked_weight(type, rows, columns)) {
-  weight_.data = arena.allocate(weight_.num_bytes);
+  weight_.data = std::move(memory);
 }
 
 void WeightPacker::add(const uint8_t *source, int64_t count, ThreadPool &pool) {

@@ -27,6 +27,7 @@ struct PackedWeight {
   FloatFormat float_format; // where block_format is -1
   int64_t num_bytes;
   std::shared_ptr<uint8_t> data;
+  bool on_demand = false; // its pages come from a file as they are read, and memory will not hold those of all matrices
 
   bool quantized() const { return block_format >= 0; }
   int64_t row_blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
@@ -43,6 +44,8 @@ void dequantize_row(const PackedWeight &weight, int64_t row, float *out);
 class WeightPacker {
 public:
   WeightPacker(const GgufType &type, int64_t rows, int64_t columns, WeightArena &arena); // throws std::bad_alloc
+  // The same into memory that has room for it.
+  WeightPacker(const GgufType &type, int64_t rows, int64_t columns, std::shared_ptr<uint8_t> memory);
 
   // `count` more rows of row_bytes(type, columns) bytes each: a multiple of kRowBlock of them, or all that are missing.
   void add(const uint8_t *source, int64_t count, ThreadPool &pool);

@@ -111,6 +111,7 @@ public:
   int output() const { return output_; }
 
   Limits limits;
+  int num_mixtures = 0; // of experts, among the ops
 
 private:
   friend class Frame;

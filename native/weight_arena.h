@@ -17,18 +17,21 @@ namespace kvik {
 // processor spends a tenth of it on looking up addresses. Memory goes back when the last matrix of a chunk does.
 class WeightArena {
 public:
-  static constexpr int64_t kLine = 64; // that every matrix begins at, wherever it lies
+  static constexpr int64_t kLine = 64;   // that every matrix begins at, wherever it lies
+  static constexpr int64_t kPage = 4096; // that matrices begin at which are wanted together
 
-  // Not cleared, aligned to a cache line. Throws std::bad_alloc.
-  std::shared_ptr<uint8_t> allocate(int64_t num_bytes) {
+  // Not cleared; `alignment` is kLine or kPage. Throws std::bad_alloc.
+  std::shared_ptr<uint8_t> allocate(int64_t num_bytes, int64_t alignment = kLine) {
     const int64_t size = (num_bytes + kLine - 1) / kLine * kLine;
 #if defined(__SANITIZE_ADDRESS__) // which sees an access past the end only where each matrix is an allocation of its
                                   // own
-    void *data = std::aligned_alloc(kLine, static_cast<std::size_t>(size));
+    void *data = std::aligned_alloc(static_cast<std::size_t>(alignment),
+                                    static_cast<std::size_t>((size + alignment - 1) / alignment * alignment));
     if (!data) throw std::bad_alloc();
     return std::shared_ptr<uint8_t>(static_cast<uint8_t *>(data), std::free);
 #else
     const std::lock_guard lock(mutex_);
+    used_ = (used_ + alignment - 1) / alignment * alignment;
     if (!chunk_ || used_ + size > chunk_->size) {
       chunk_ = std::make_shared<Chunk>(std::max(size, kChunk));
       used_ = 0;

@@ -71,12 +71,15 @@ struct RowsSpace {
   Buffer floats;                         // after their norm, for float weights
 };
 
+struct Expert;
+
 // Which experts the rows of a step chose, and what these make of them.
 struct ExpertsSpace {
   Buffer scores, chosen, weights; // by token
   Buffer tokens, factors;         // of rows that are grouped by expert
   RowsSpace grouped;
   Buffer hidden, added;
+  std::vector<std::vector<const Expert *>> last_chosen; // by layer, of those that lie in a file
 };
 
 // One op at a time; a captured step keeps one for all of its ops.

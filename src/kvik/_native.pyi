@@ -36,10 +36,17 @@ class ThreadPool:
     @property
     def num_threads(self) -> int: ...
 
+class WeightPlace:
+    """Room for one matrix."""
+
 class WeightArena:
     """Memory for packed weights, in large pages."""
 
     def __init__(self) -> None: ...
+    def places_together(self, sizes: Sequence[int]) -> list[WeightPlace]:
+        """
+        Room for matrices of so many packed bytes, one behind the other, the first at a page's beginning.
+        """
 
 class PackedWeight:
     """A weight matrix (rows, columns) in kvik's packed layout."""
@@ -64,14 +71,16 @@ class PackedWeight:
 class PackedFile:
     """A file with packed weights, mapped read-only."""
 
-    def __init__(self, file: int, num_bytes: int) -> None: ...
+    def __init__(self, file: int, num_bytes: int, on_demand: bool) -> None: ...
     def weight(self, type: str, rows: int, columns: int, offset: int) -> PackedWeight:
         """The matrix whose packed bytes begin there, as they are."""
 
 class WeightPacker:
     """Packs a GGUF tensor's rows without loss, as they come."""
 
-    def __init__(self, type: str, rows: int, columns: int, arena: WeightArena) -> None: ...
+    def __init__(
+        self, type: str, rows: int, columns: int, arena: WeightArena, place: WeightPlace | None = None
+    ) -> None: ...
     def add(
         self,
         source: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)],

@@ -405,6 +405,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "rows": one_of(8, 8, *INTEGERS),
             "columns": one_of(256, 256, 32, *INTEGERS),
             "arena": one_of(ARENA),
+            "place": lambda chance: None if chance.random() < 0.5 else ARENA.places_together([544])[0],
         },
     ),
     "WeightPacker.add": (
@@ -422,10 +423,14 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "PackedWeight.checksums": (lambda pool: PACKED.checksums(pool), {"pool": one_of(POOL, None, 1)}),
     "PackedFile": (
         _native.PackedFile,
-        {"file": one_of(FILE.fileno(), -1, *INTEGERS), "num_bytes": one_of(1, 8192, 8193, *INTEGERS)},
+        {
+            "file": one_of(FILE.fileno(), -1, *INTEGERS),
+            "num_bytes": one_of(1, 8192, 8193, *INTEGERS),
+            "on_demand": one_of(True, False),
+        },
     ),
     "PackedFile.weight": (
-        lambda **arguments: _native.PackedFile(FILE.fileno(), 8192).weight(**arguments),
+        lambda **arguments: _native.PackedFile(FILE.fileno(), 8192, False).weight(**arguments),
         {
             "type": one_of(*TYPES, "", "Q9_9"),
             "rows": one_of(8, 8, *INTEGERS),
@@ -478,6 +483,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         },
     ),
     "WeightArena": (_native.WeightArena, {}),
+    "WeightArena.places_together": (
+        lambda sizes: _native.WeightArena().places_together(sizes),
+        {"sizes": list_of(one_of(1, 64, 4097, *INTEGERS))},
+    ),
     "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "int16_activations": one_of(True, False, None, 2)}),
     "Program.embed": (
         on_program("embed"),
@@ -630,4 +639,4 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "compiler": (_native.compiler, {}),
 }
 
-NOT_MADE_OUTSIDE = {"PackedWeight", "LayerKV"}
+NOT_MADE_OUTSIDE = {"PackedWeight", "LayerKV", "WeightPlace"}

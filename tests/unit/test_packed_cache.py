@@ -93,10 +93,11 @@ class Kept:
     def __init__(self, model: Path, folder: Path) -> None:
         self.model, self.folder = model, folder
         self.ops = NativeOps(threads=2)
-        self.kinds: Kinds = source_of(model).kinds()
-        matrices = read_matrices(source_of(model))
+        self.source = source_of(model)
+        self.kinds: Kinds = self.source.kinds()
+        matrices = read_matrices(self.source)
         self.bytes = bytes_of(matrices)
-        self.cache().write(matrices, self.kinds)
+        self.cache().write(matrices, self.source)
         self.path = the_file(folder)
         self.whole = self.path.read_bytes()
 
@@ -270,7 +271,7 @@ def test_a_model_that_changes_while_it_is_loaded_is_not_kept(
     source = source_of(model_path)
     matrices = read_matrices(source)
     os.utime(model_path)
-    cache.write(matrices, source.kinds())
+    cache.write(matrices, source)
     assert packed_files(folder) == []
     assert "changed while it was loaded" in caplog.text
 
@@ -379,7 +380,16 @@ print(before == after or (before, after), [thread.name for thread in threading.e
 """
 
 
-@pytest.mark.parametrize("stage", ["loading", "hashing", "keeping packed weights", "checking packed weights"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "loading",
+        "hashing",
+        "adding up packed weights",
+        "keeping packed weights",
+        "checking packed weights",
+    ],
+)
 def test_ctrl_c_leaves_no_thread_and_no_file(model_path: Path, folder: Path, stage: str) -> None:
     if stage.startswith("checking"):
         load(model_path, folder)
@@ -468,7 +478,13 @@ def test_progress_is_told_of_each_piece(model_path: Path, folder: Path) -> None:
 
     load(model_path, folder, progress=report)
     load(model_path, folder, progress=report)
-    assert list(told) == ["loading", "hashing", "keeping packed weights", "checking packed weights"]
+    assert list(told) == [
+        "loading",
+        "hashing",
+        "adding up packed weights",
+        "keeping packed weights",
+        "checking packed weights",
+    ]
     for stage in ("loading", "hashing"):
         assert told[stage][-1][0] == told[stage][-1][1], stage
         assert told[stage] == sorted(told[stage])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kvik.cache import KVCacheSpec
 from kvik.models.decoder import Decoder
-from kvik.ops.base import Array, LayerKV, Ops
+from kvik.ops.base import Array, LayerKV, Ops, WeightPlace
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -92,7 +92,14 @@ class TracingOps(Ops):
     def merge_heads(self, x: Array) -> Array:
         return self._inner.merge_heads(x)
 
-    def load_rows(self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int) -> NoReturn:
+    def load_rows(
+        self,
+        type_name: str,
+        parts: Iterable[npt.NDArray[np.uint8]],
+        rows: int,
+        columns: int,
+        place: WeightPlace | None = None,
+    ) -> NoReturn:
         raise AssertionError("weights are loaded before a step is watched")
 
     def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> NoReturn:

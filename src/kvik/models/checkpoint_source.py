@@ -18,7 +18,7 @@ from kvik.models.parts import Part
 from kvik.models.quantize import SCALE_GROUP, TYPES, Quantization, Quantizer
 from kvik.models.spec import DecoderSpec
 from kvik.models.weights import Kinds
-from kvik.ops.base import Ops, Vector, Weight
+from kvik.ops.base import Ops, Vector, Weight, WeightPlace
 
 FloatArray = npt.NDArray[np.float32]
 Raw = npt.NDArray[Any]  # float32, float16, or uint16 for bfloat16
@@ -85,15 +85,15 @@ class CheckpointSource:
         in_order = sorted(names, key=places.__getitem__)
         return {name: (self._type_of(name), self.shapes[name][0], self.shapes[name][1]) for name in in_order}
 
-    def matrix(self, name: str) -> Weight:
+    def matrix(self, name: str, place: WeightPlace | None = None) -> Weight:
         """A matrix, packed."""
         rows, columns = self.shapes[name]
         kind = self._type_of(name)
         if self.quantizer is not None and kind not in FLOATS:
-            return self.ops.load_rows(kind, self._quantized_rows(name, kind, self.quantizer), rows, columns)
+            return self.ops.load_rows(kind, self._quantized_rows(name, kind, self.quantizer), rows, columns, place)
         if self.quantizer is not None and columns % SCALE_GROUP:
             self.quantizer.kept.append(self.parts[name].stored)
-        return self.ops.load_rows(kind, self._stored_rows(name), rows, columns)
+        return self.ops.load_rows(kind, self._stored_rows(name), rows, columns, place)
 
     def vector(self, name: str) -> Vector:
         """A vector, float32."""

@@ -14,7 +14,7 @@ from kvik.hub.progress import Progress, silent
 from kvik.models.parts import Part, Parts, TensorName
 from kvik.models.spec import DecoderSpec
 from kvik.models.weights import Kinds
-from kvik.ops.base import Ops, Vector, Weight
+from kvik.ops.base import Ops, Vector, Weight, WeightPlace
 
 PLAIN_TYPES = ("F32", "F16", "BF16")
 QUANTIZED_TYPES = (
@@ -121,17 +121,28 @@ class GGUFSource:
         self._done_bytes = 0
         self._asked_bytes = 0  # of the file
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the native backend holds when all is loaded, but for what fills up last rows."""
+        vectors = sum(4 * tensor.shape[0] for tensor in self.tensors.values() if len(tensor.shape) == 1)
+        return self._total_bytes + vectors
+
+    @property
+    def quantization(self) -> None:
+        """A file's weights stay as they are."""
+        return None
+
     def kinds(self) -> Kinds:
         """All matrices, in the order of the file."""
         matrices = [(name, tensor) for name, tensor in self.tensors.items() if len(tensor.shape) == 2]
         matrices.sort(key=lambda item: item[1].offset)
         return {name: (tensor.type.name, tensor.shape[0], tensor.shape[1]) for name, tensor in matrices}
 
-    def matrix(self, name: str) -> Weight:
+    def matrix(self, name: str, place: WeightPlace | None = None) -> Weight:
         """A matrix, packed."""
         tensor = self.tensors[name]
         rows, columns = tensor.shape
-        return self.ops.load_rows(tensor.type.name, self._pieces(tensor), rows, columns)
+        return self.ops.load_rows(tensor.type.name, self._pieces(tensor), rows, columns, place)
 
     def vector(self, name: str) -> Vector:
         """A vector, float32."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from kvik.models.decoder import Decoder
 from kvik.models.gguf_source import GGUFSource
 from kvik.models.gguf_spec import read_spec
 from kvik.models.spec import DecoderSpec
-from kvik.models.weights import FileSource, LoadedMatrices, read_matrices, read_weights
+from kvik.models.weights import FileSource, LoadedMatrices, OneByOne, read_matrices, read_weights
 from kvik.ops.base import Ops, Weight
 from kvik.text.chat_template import ChatTemplate
 from kvik.text.tokenizer import Tokenizer
@@ -27,6 +28,9 @@ from kvik.units import amount
 if TYPE_CHECKING:
     from kvik.models.packed_cache import PackedCache
     from kvik.models.quantize import Quantization
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +91,7 @@ def load_model(
             hint="the file's parts do not belong together; take another GGUF of this model",
         )
     source = GGUFSource(file, spec, ops, progress)
-    matrices = _cached_matrices(source, cache)
-    if matrices is None:
-        matrices = read_matrices(source)
-        if cache is not None:
-            cache.write(matrices, source.kinds())
+    matrices = _load_matrices(path, source, cache)
     decoder = Decoder(spec, read_weights(spec, LoadedMatrices(matrices, source)), ops, context)
     return LoadedModel(path, decoder, tokenizer, _gguf_template(file, tokenizer), context)
 
@@ -109,7 +109,6 @@ def _load_folder(
     from kvik.models.checkpoint import read_checkpoint
     from kvik.models.checkpoint_source import CheckpointSource
     from kvik.models.hf_spec import read_hf_spec
-    from kvik.models.quantize import noted_quantization
     from kvik.text.tokenizer_config import chat_template_of
     from kvik.text.tokenizer_json import FolderTokenizer
 
@@ -119,14 +118,8 @@ def _load_folder(
     approve(spec, context)
     tokenizer = FolderTokenizer(folder, spec.vocab_size)
     source = CheckpointSource(checkpoint, spec, ops, weights=weights, progress=progress)
-    _require_memory(folder, source.num_bytes)
-    matrices = _cached_matrices(source, cache)
-    quantization = None if matrices is None or cache is None else noted_quantization(cache.notes)
-    if matrices is None or (quantization is None) != (weights is None):
-        matrices = read_matrices(source)
-        quantization = source.quantization
-        if cache is not None:
-            cache.write(matrices, source.kinds(), None if quantization is None else asdict(quantization))
+    matrices = _load_matrices(folder, source, cache)
+    quantization = source.quantization if cache is None or cache.quantization is None else cache.quantization
     decoder = Decoder(spec, read_weights(spec, LoadedMatrices(matrices, source)), ops, context)
     return LoadedModel(
         path=folder,
@@ -144,17 +137,31 @@ def _open_cache(folder: Path, model: Path, ops: Ops, weights: WeightFormat | Non
     return PackedCache(folder.expanduser(), model, ops, weights, progress)
 
 
-def _cached_matrices(source: FileSource, cache: PackedCache | None) -> dict[str, Weight] | None:
-    return None if cache is None else cache.read(source.kinds())
-
-
-def _require_memory(folder: Path, num_bytes: int) -> None:
-    available = available_memory_bytes()
-    if num_bytes > available:
+def _load_matrices(path: Path, source: FileSource, cache: PackedCache | None) -> dict[str, Weight]:
+    """All matrices: packed, or mapped from the cache, where those stay that memory does not hold."""
+    kinds, available = source.kinds(), available_memory_bytes()
+    too_large = f"{path}: the weights take {amount(source.num_bytes)}, the machine has {amount(available)} available"
+    if source.num_bytes <= available:
+        matrices = None if cache is None else cache.read(kinds)
+        if matrices is None:
+            matrices = read_matrices(source)
+            if cache is not None:
+                cache.write(matrices, source)
+        return matrices
+    if cache is None:
         raise NotEnoughMemory(
-            f"{folder}: the weights take {amount(num_bytes)}, the machine has {amount(available)} available",
-            hint="quantise them as they are loaded (`--weights q8` or q4), or take a smaller model",
+            too_large,
+            hint="keep them packed in a file, where they are read as they are needed, which is slower"
+            " (`--packed-cache`); or take fewer bits (a folder's `--weights q4`, a GGUF of such a type)",
         )
+    log.warning("%s: they stay in %s and are read as they are needed, which is slower", too_large, cache.folder)
+    matrices = cache.read(kinds, on_demand=True)
+    if matrices is None:
+        cache.write(OneByOne(source), source)
+        matrices = cache.read(kinds, on_demand=True)
+    if matrices is None:
+        raise NotEnoughMemory(too_large, hint="see what the log says of the packed cache, or take a smaller model")
+    return matrices
 
 
 def _chosen_context(path: Path, spec: DecoderSpec, context: int | None) -> int:

@@ -7,16 +7,17 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from kvik.config import WeightFormat
 from kvik.errors import InvalidInput
 from kvik.files.mapped import ASK_BYTES
 from kvik.hub.progress import Progress, silent
 from kvik.models.numerics import NUMERICS_VERSION, weight_files
-from kvik.models.weights import Kinds
+from kvik.models.quantize import Quantization, noted_quantization
+from kvik.models.weights import FileSource, Kinds, wanted_together
 from kvik.ops.base import Ops, Weight
 from kvik.ops.native import PACKED_ALIGNMENT, PACKED_VERSION, NativeOps, packed_data
 from kvik.store import disk
@@ -24,6 +25,7 @@ from kvik.store.base import Fault
 from kvik.store.entry import BadEntry
 from kvik.store.fingerprints import are_settled, fingerprint_of, remembered_fingerprint, states_of
 from kvik.store.packed import (
+    PAGE_BYTES,
     PackedHeader,
     PackedMatrix,
     encode_header,
@@ -58,7 +60,7 @@ class PackedCache:
         self.model = model
         self.ops = ops
         self.weights = weights
-        self.notes: Mapping[str, Any] | None = None  # what was written beside the weights that were read
+        self.quantization: Quantization | None = None  # what quantising did to the weights that were read
         self._progress = progress
         self._files = weight_files(model)
         self._states: list[str] | None = None
@@ -66,10 +68,10 @@ class PackedCache:
         with suppress(OSError):  # the loader says what is wrong with the model's files
             self._states, self._is_settled = states_of(self._files), are_settled(self._files)
 
-    def read(self, kinds: Kinds) -> dict[str, Weight] | None:
+    def read(self, kinds: Kinds, *, on_demand: bool = False) -> dict[str, Weight] | None:
         """The matrices of these kinds, every byte checked; None where they must be packed, which the log explains.
 
-        A file that is not as it should be is removed.
+        A file that is not as it should be is removed. With `on_demand`, memory will not hold all of them at once.
         """
         fingerprint = None if self._states is None else remembered_fingerprint(self._states, self.folder)
         if fingerprint is None:
@@ -85,7 +87,7 @@ class PackedCache:
             self._refuse(path, error)
             return None
         try:
-            found = self._checked(file, path, kinds)
+            found = self._checked(file, path, kinds, on_demand=on_demand)
         except (OSError, BadEntry) as error:
             self._refuse(path, error)
             return None
@@ -98,8 +100,8 @@ class PackedCache:
             os.utime(path)  # when it was last wanted
         return found
 
-    def write(self, matrices: Mapping[str, Weight], kinds: Kinds, notes: Mapping[str, Any] | None = None) -> None:
-        """Keep the matrices for the next time; where that cannot be done, the log says why."""
+    def write(self, matrices: Mapping[str, Weight], source: FileSource) -> None:
+        """Keep the matrices of a source for the next time; where that cannot be done, the log says why."""
         if not self._is_settled:
             log.warning("%s: was changed a moment ago, so its packed weights are not kept yet", self.model)
             return
@@ -112,35 +114,40 @@ class PackedCache:
             path = self._path_of(fingerprint)
             sweep_packed(self.folder, PACKED_VERSION)
             if not os.path.lexists(path):
-                disk.write_whole(str(path), self._parts(matrices, kinds, notes, fingerprint))
+                disk.write_whole(str(path), self._parts(matrices, source, fingerprint))
         except OSError as error:
             log.warning("%s: packed weights are not kept: %s", self.folder, error.strerror)
 
     # Reading.
 
-    def _checked(self, file: int, path: Path, kinds: Kinds) -> dict[str, Weight]:
+    def _checked(self, file: int, path: Path, kinds: Kinds, *, on_demand: bool) -> dict[str, Weight]:
         header, start, num_bytes = read_header(file, PACKED_VERSION)
         if name_of(header.key, PACKED_VERSION) != path.name:
             raise BadEntry(Fault.SCOPE)
-        if [(each.name, (each.kind, each.rows, each.columns)) for each in header.matrices] != list(kinds.items()):
+        places = _places(self.ops, kinds, start)
+        if [(each.name, each.kind, each.rows, each.columns) for each in header.matrices] != [
+            (place.name, *kinds[place.name]) for place in places
+        ]:
             raise BadEntry(Fault.FIELDS)
-        offsets = list(_offsets(self.ops, kinds, start))
-        if offsets.pop() != num_bytes:
+        quantization = noted_quantization(header.notes)
+        if (quantization is None) != (self.weights is None):
+            raise BadEntry(Fault.FIELDS)
+        if places[-1].end != num_bytes:
             raise BadEntry(Fault.SIZE)
-        mapped = self.ops.map_packed(file, num_bytes)
+        mapped = self.ops.map_packed(file, num_bytes, on_demand=on_demand)
         advance = self._advance(f"{self.model.name}: checking packed weights", num_bytes - start)
         asked = start
         found: dict[str, Weight] = {}
-        for each, offset in zip(header.matrices, offsets, strict=True):
-            weight = mapped.weight(each.kind, each.rows, each.columns, offset)
-            while asked < min(offset + weight.num_bytes + AHEAD_BYTES, num_bytes):
+        for each, place in zip(header.matrices, places, strict=True):
+            weight = mapped.weight(each.kind, each.rows, each.columns, place.start)
+            while asked < min(place.start + weight.num_bytes + AHEAD_BYTES, num_bytes):
                 os.posix_fadvise(file, asked, ASK_BYTES, os.POSIX_FADV_WILLNEED)
                 asked += ASK_BYTES
             if self.ops.checksums(weight) != each.checksums:
                 raise BadEntry(Fault.TAG)
             found[each.name] = weight
             advance(weight.num_bytes)
-        self.notes = header.notes
+        self.quantization = quantization
         return found
 
     def _refuse(self, path: Path, error: OSError | BadEntry) -> None:
@@ -153,24 +160,29 @@ class PackedCache:
     # Writing.
 
     def _parts(
-        self, matrices: Mapping[str, Weight], kinds: Kinds, notes: Mapping[str, Any] | None, fingerprint: bytes
+        self, matrices: Mapping[str, Weight], source: FileSource, fingerprint: bytes
     ) -> Iterator[bytes | memoryview]:
-        packed = []
-        for name, (kind, rows, columns) in kinds.items():
-            packed.append(PackedMatrix(name, kind, rows, columns, self.ops.checksums(matrices[name])))
-        *_, data_bytes = _offsets(self.ops, kinds, 0)
+        kinds = source.kinds()
+        places = _places(self.ops, kinds, 0)
+        packed, data_bytes = [], places[-1].end
+        advance = self._advance(f"{self.model.name}: adding up packed weights", data_bytes)
+        for place in places:
+            packed.append(PackedMatrix(place.name, *kinds[place.name], self.ops.checksums(matrices[place.name])))
+            advance(place.num_bytes)
         free_bytes = shutil.disk_usage(self.folder).free
         if free_bytes < data_bytes:
             raise OSError(0, f"they take {amount(data_bytes)}, the disk has {amount(free_bytes)}")
+        quantization = source.quantization
+        notes = None if quantization is None else asdict(quantization)
         header = PackedHeader(self._key(fingerprint), str(self.model.absolute()), notes, packed)
         yield encode_header(header, PACKED_VERSION, data_bytes)
         advance = self._advance(f"{self.model.name}: keeping packed weights", data_bytes)
-        for name in kinds:
-            data = packed_data(matrices[name])
+        for place, end in zip(places, [*(each.start for each in places[1:]), data_bytes], strict=True):
+            data = packed_data(matrices[place.name])
             for at in range(0, len(data), PIECE_BYTES):
                 yield data[at : at + PIECE_BYTES]
                 advance(len(data[at : at + PIECE_BYTES]))
-            yield bytes(-len(data) % PACKED_ALIGNMENT)
+            yield bytes(end - place.start - len(data))
 
     # Both.
 
@@ -209,10 +221,26 @@ class _Advance:
         self.progress(self.what, self.done_bytes, self.total_bytes)
 
 
-def _offsets(ops: NativeOps, kinds: Kinds, start: int) -> Iterator[int]:
-    """Where each matrix begins, and where the last one ends."""
-    at = start
-    for kind, rows, columns in kinds.values():
-        yield at
-        at += -(-ops.packed_bytes(kind, rows, columns) // PACKED_ALIGNMENT) * PACKED_ALIGNMENT
-    yield at
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a matrix lies in the data."""
+
+    name: str
+    start: int
+    num_bytes: int
+
+    @property
+    def end(self) -> int:
+        return -(-(self.start + self.num_bytes) // PACKED_ALIGNMENT) * PACKED_ALIGNMENT
+
+
+def _places(ops: NativeOps, kinds: Kinds, start: int) -> list[_Place]:
+    """The matrices in the order of their data; those of one expert together, and from a page's beginning."""
+    places: list[_Place] = []
+    for names in wanted_together(kinds):
+        if len(names) > 1:
+            start = -(-start // PAGE_BYTES) * PAGE_BYTES
+        for name in names:
+            places.append(_Place(name, start, ops.packed_bytes(*kinds[name])))
+            start = places[-1].end
+    return places

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from kvik.models.decoder import DecoderWeights, LayerWeights
+from kvik.models.parts import TensorName
 from kvik.models.spec import DecoderSpec, LayerSpec
-from kvik.ops.base import Expert, ExpertsWeights, Linear, Norm, QKVWeights, Vector, Weight
+from kvik.ops.base import Expert, ExpertsWeights, Linear, Norm, Ops, QKVWeights, Vector, Weight, WeightPlace
+
+if TYPE_CHECKING:
+    from kvik.models.quantize import Quantization
 
 Kinds: TypeAlias = Mapping[str, tuple[str, int, int]]
 """Of matrices by name: GGUF type, rows and columns."""
@@ -27,17 +31,69 @@ class TensorSource(Protocol):
         """A vector, float32."""
 
 
-class FileSource(TensorSource, Protocol):
-    """Tensors of which it is known where they lie."""
+class FileSource(Protocol):
+    """A `TensorSource` of which it is known where its tensors lie."""
+
+    @property
+    def ops(self) -> Ops:
+        """What packs the matrices."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the native backend holds when all is loaded, but for what fills up last rows."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What quantising did to what was loaded so far."""
 
     def kinds(self) -> Kinds:
         """All matrices, in the order of their files."""
+
+    def matrix(self, name: str, place: WeightPlace | None = None) -> Weight:
+        """A matrix, packed into a place of `ops`."""
+
+    def vector(self, name: str) -> Vector:
+        """A vector, float32."""
+
+
+class OneByOne(Mapping[str, Weight]):
+    """The matrices of a source, each packed whenever it is asked for: memory need not hold two of them."""
+
+    def __init__(self, source: FileSource) -> None:
+        self._source = source
+        self._kinds = source.kinds()
+
+    def __getitem__(self, name: str) -> Weight:
+        return self._source.matrix(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+
+def wanted_together(kinds: Kinds) -> list[list[str]]:
+    """The names of matrices, those of one expert together, behind all others; in the order that memory has them."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    alone: list[list[str]] = []
+    for name in kinds:
+        parsed = TensorName.parse(name)
+        if parsed.expert is None or parsed.layer is None:
+            alone.append([name])
+        else:
+            groups.setdefault((parsed.layer, parsed.expert), []).append(name)
+    return [*alone, *(sorted(groups[key], key=_as_they_are_read) for key in sorted(groups))]
+
+
+def _as_they_are_read(name: str) -> int:
+    return ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps").index(TensorName.parse(name).name)
 
 
 class LoadedMatrices:
     """A source whose matrices are loaded; each is given once."""
 
-    def __init__(self, matrices: Mapping[str, Weight], vectors: TensorSource) -> None:
+    def __init__(self, matrices: Mapping[str, Weight], vectors: FileSource) -> None:
         self._matrices = dict(matrices)
         self._vectors = vectors
 
@@ -52,7 +108,11 @@ class LoadedMatrices:
 
 def read_matrices(source: FileSource) -> dict[str, Weight]:
     """All matrices, read as they lie: a disk is fastest that way, and may be asked for what comes next."""
-    return {name: source.matrix(name) for name in source.kinds()}
+    kinds, places = source.kinds(), dict[str, WeightPlace | None]()
+    for names in wanted_together(kinds):
+        if len(names) > 1:
+            places |= zip(names, source.ops.places_together([kinds[name] for name in names]), strict=True)
+    return {name: source.matrix(name, places.get(name)) for name in kinds}
 
 
 def read_weights(

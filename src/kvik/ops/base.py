@@ -30,6 +30,7 @@ from kvik.ops.table import (
 
 Array: TypeAlias = Any
 LayerKV: TypeAlias = Any
+WeightPlace: TypeAlias = Any
 IntArray: TypeAlias = npt.NDArray[np.int32]
 Vector: TypeAlias = npt.NDArray[np.float32]
 Nonlinearity: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -349,8 +350,19 @@ class Ops(ABC):
         return self.load_rows(type_name, (data,), rows, columns)
 
     @abstractmethod
-    def load_rows(self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int) -> Weight:
+    def load_rows(
+        self,
+        type_name: str,
+        parts: Iterable[npt.NDArray[np.uint8]],
+        rows: int,
+        columns: int,
+        place: WeightPlace | None = None,
+    ) -> Weight:
         """The same from parts, one held at a time: whole rows, in each part but the last a multiple of 16."""
+
+    def places_together(self, kinds: Sequence[tuple[str, int, int]]) -> Sequence[WeightPlace | None]:
+        """Places for matrices of these types, rows and columns that are wanted together, if the backend cares."""
+        return [None] * len(kinds)
 
     @abstractmethod
     def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> Sequence[LayerKV]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvik.cache import KVCacheSpec
-from kvik.ops.base import Array, Batch, Forward, IntArray, KVIndex, LayerKV, Ops
+from kvik.ops.base import Array, Batch, Forward, IntArray, KVIndex, LayerKV, Ops, WeightPlace
 from kvik.ops.fusion import Call, fuse
 from kvik.ops.table import OPS, Value
 
@@ -78,7 +78,14 @@ class _Recording(Ops):
     def merge_heads(self, x: Value) -> Value:
         return Value(x.id, (x.width,), x.of_logits)
 
-    def load_rows(self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int) -> NoReturn:
+    def load_rows(
+        self,
+        type_name: str,
+        parts: Iterable[npt.NDArray[np.uint8]],
+        rows: int,
+        columns: int,
+        place: WeightPlace | None = None,
+    ) -> NoReturn:
         raise AssertionError("weights are loaded before a step is captured")
 
     def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> NoReturn:

@@ -73,10 +73,18 @@ class NativeOps(Ops):
     def load_weight(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> _native.PackedWeight:
         return _native.pack(type_name, data, rows, columns, self._arena, self._pool)
 
+    def places_together(self, kinds: Sequence[tuple[str, int, int]]) -> list[_native.WeightPlace]:
+        return self._arena.places_together([self.packed_bytes(*kind) for kind in kinds])
+
     def load_rows(
-        self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int
+        self,
+        type_name: str,
+        parts: Iterable[npt.NDArray[np.uint8]],
+        rows: int,
+        columns: int,
+        place: _native.WeightPlace | None = None,
     ) -> _native.PackedWeight:
-        packer = _native.WeightPacker(type_name, rows, columns, self._arena)
+        packer = _native.WeightPacker(type_name, rows, columns, self._arena, place)
         for part in parts:
             packer.add(part, self._pool)
         return packer.finish()
@@ -90,9 +98,12 @@ class NativeOps(Ops):
         assert isinstance(weight, _native.PackedWeight)
         return weight.checksums(self._pool)
 
-    def map_packed(self, file: int, num_bytes: int) -> _native.PackedFile:
-        """A file of so many bytes with packed matrices in it; its descriptor may be closed."""
-        return _native.PackedFile(file, num_bytes)
+    def map_packed(self, file: int, num_bytes: int, *, on_demand: bool = False) -> _native.PackedFile:
+        """A file of so many bytes with packed matrices in it; its descriptor may be closed.
+
+        With `on_demand`, of which memory cannot hold all: the system is asked for experts as they are chosen.
+        """
+        return _native.PackedFile(file, num_bytes, on_demand)
 
     def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> NativeKVCache:
         assert spec.block_size == _native.BLOCK_SIZE

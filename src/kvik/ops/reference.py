@@ -26,6 +26,7 @@ from kvik.ops.base import (
     Ops,
     RopeTable,
     Weight,
+    WeightPlace,
 )
 from kvik.ops.layers import blocks_of_groups, by_layer
 
@@ -108,7 +109,12 @@ class ReferenceOps(Ops):
         self.activations: ActivationDType = activations
 
     def load_rows(
-        self, type_name: str, parts: Iterable[npt.NDArray[np.uint8]], rows: int, columns: int
+        self,
+        type_name: str,
+        parts: Iterable[npt.NDArray[np.uint8]],
+        rows: int,
+        columns: int,
+        place: WeightPlace | None = None,
     ) -> ReferenceWeight:
         kind = GGMLQuantizationType[type_name]
         plain = {"F32": np.float32, "F16": np.float16}.get(type_name)
