@@ -61,7 +61,8 @@ class Mixture:
     def matrix(self, name: str, place: WeightPlace | None = None) -> Weight:
         self.num_read += 1
         one = self.matrices[name]
-        return self.ops.load_rows(one.kind.name, [one.blocks.reshape(-1)], *one.values.shape, place)
+        rows, columns = one.values.shape
+        return self.ops.load_rows(one.kind.name, [one.blocks.reshape(-1)], rows, columns, place)
 
     def vector(self, name: str) -> Vector:
         raise AssertionError(name)
