@@ -55,9 +55,9 @@ def cgroup_quotas(root: Path = Path("/")) -> list[float]:
 def available_memory_bytes(root: Path = Path("/")) -> int:
     """Memory that can be had without swapping, where the system tells; else all of the machine's.
 
-    Nor more than this process's control group and each one above it leave: limit less usage, of which file pages that
-    were not used lately do not count, as the kernel takes them back. Source: the kernel's cgroup-v2 document and, for
-    version 1, memory.rst.
+    Nor more than this process's control group and each one above it leave: limit less usage, of which file pages do
+    not count, as they do not for the machine: the kernel takes them back. Source: the kernel's cgroup-v2 document and,
+    for version 1, memory.rst.
     """
     num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if (available := _value_of("MemAvailable:", _read(root / "proc/meminfo"))) is not None:
@@ -66,9 +66,9 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
         limit, usage = (_read(folder / name).strip() for name in names)
         if limit.isdigit() and usage.isdigit():
-            reclaimable = "total_inactive_file" if version == 1 else "inactive_file"
-            unused = _value_of(reclaimable, _read(folder / "memory.stat")) or 0
-            num_bytes = min(num_bytes, int(limit) - max(0, int(usage) - unused))
+            prefix, stat = "total_" if version == 1 else "", _read(folder / "memory.stat")
+            of_files = sum(_value_of(f"{prefix}{kind}_file", stat) or 0 for kind in ("active", "inactive"))
+            num_bytes = min(num_bytes, int(limit) - max(0, int(usage) - of_files))
     return max(0, num_bytes)
 
 

@@ -84,7 +84,7 @@ MACHINE = 2000 * 1024
                 "sys/fs/cgroup/user/app/memory.current": "600000\n",
                 "sys/fs/cgroup/user/app/memory.stat": "anon 5\nactive_file 70000\ninactive_file 50000\nslab 3\n",
             },
-            350_000,
+            420_000,
         ),
         (
             {
@@ -128,13 +128,13 @@ MACHINE = 2000 * 1024
                 "proc/self/cgroup": "5:memory:/job\n3:cpu,cpuacct:/x\n",
                 "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "800000\n",
                 "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "500000\n",
-                "sys/fs/cgroup/memory/job/memory.stat": "inactive_file 9\ntotal_inactive_file 100000\n",
+                "sys/fs/cgroup/memory/job/memory.stat": "inactive_file 9\ntotal_inactive_file 100000\nactive_file 8\ntotal_active_file 30000\n",
                 "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
                 "sys/fs/cgroup/memory/memory.usage_in_bytes": "900000\n",
                 "sys/fs/cgroup/cpu/x/memory.limit_in_bytes": "1\n",
                 "sys/fs/cgroup/cpu/x/memory.usage_in_bytes": "1\n",
             },
-            400_000,
+            430_000,
         ),
     ],
 )
