@@ -128,7 +128,8 @@ MACHINE = 2000 * 1024
                 "proc/self/cgroup": "5:memory:/job\n3:cpu,cpuacct:/x\n",
                 "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "800000\n",
                 "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "500000\n",
-                "sys/fs/cgroup/memory/job/memory.stat": "inactive_file 9\ntotal_inactive_file 100000\nactive_file 8\ntotal_active_file 30000\n",
+                "sys/fs/cgroup/memory/job/memory.stat": "inactive_file 9\ntotal_inactive_file 100000\n"
+                "active_file 8\ntotal_active_file 30000\n",
                 "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
                 "sys/fs/cgroup/memory/memory.usage_in_bytes": "900000\n",
                 "sys/fs/cgroup/cpu/x/memory.limit_in_bytes": "1\n",
