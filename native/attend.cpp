@@ -75,13 +75,21 @@ private:
         }
       } else {
         const Tile &tile = tile_at(unit.first_tile);
-        const bool direct = task.segment == tile.first_segment && task.num_tokens == tile.num_tokens;
+        const bool direct = !args_.sinks && task.segment == tile.first_segment && task.num_tokens == tile.num_tokens;
         const Partial rows = thread_rows(thread, direct ? 0 : 1);
         kernels->attend_segment(args_, task, next_task, scratch, rows);
         if (!direct) fold(thread, tile, task.segment, task.first_token, task.first_token + task.num_tokens, rows);
         if (!next || next->first_tile != unit.first_tile) write_output(thread, tile);
       }
     }
+  }
+
+  // What a token's sums are before its first segment: a sink is a key of weight 1 whose value is nothing.
+  void begin_with_sinks(const Tile &tile, int64_t rows, const Partial &total) const {
+    const float *sinks = args_.sinks + tile.kv_head * queries_per_kv_;
+    for (int64_t row = 0; row < rows; ++row) total.max[row] = sinks[row % queries_per_kv_];
+    std::fill_n(total.sum, rows, 1.0f);
+    std::fill_n(total.value, rows * head_dim_, 0.0f);
   }
 
   // Adds rows of tokens [token, end) at a segment to the thread's sums; a token's first segment begins them.
@@ -94,7 +102,8 @@ private:
       const Partial total = thread_rows(thread, 0, token - tile.first_token);
       const int64_t skipped = (token - first) * queries_per_kv_, count = (stop - token) * queries_per_kv_;
       const Partial next{rows.max + skipped, rows.sum + skipped, rows.value + skipped * head_dim_};
-      if (begins) {
+      if (begins && args_.sinks) begin_with_sinks(tile, count, total);
+      if (begins && !args_.sinks) {
         std::copy_n(next.max, count, total.max);
         std::copy_n(next.sum, count, total.sum);
         std::copy_n(next.value, count * head_dim_, total.value);

@@ -33,8 +33,9 @@ Nonlinearity nonlinearity_of(std::string_view name) {
   if (name == "silu") return Nonlinearity::silu;
   if (name == "gelu") return Nonlinearity::gelu;
   if (name == "gelu_tanh") return Nonlinearity::gelu_tanh;
-  require(name == "relu", "activate: the activation must be silu, gelu, gelu_tanh or relu");
-  return Nonlinearity::relu;
+  if (name == "relu") return Nonlinearity::relu;
+  require(name == "clamped_silu", "activate: the activation must be silu, gelu, gelu_tanh, relu or clamped_silu");
+  return Nonlinearity::clamped_silu;
 }
 
 // Of block tables only what some token sees is looked at: behind a window a block may have gone to someone else.

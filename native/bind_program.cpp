@@ -170,12 +170,18 @@ AttendArgs attend_args(const Step &step, const LayerKV &kv, int64_t query_width,
 }
 
 int capture_attend(Program &program, int q, const LayerKV &kv, std::optional<double> given_scale, float soft_cap,
-                   std::optional<int64_t> given_window) {
+                   std::optional<int64_t> given_window, const std::optional<Floats<1>> &given_sinks) {
   const Program::Value in = checked_value(program, q);
   check_tokens(in, "attend: q must have a row a token");
   require(in.width % (kv.num_kv_heads * kv.head_dim) == 0, "attend: query heads must be a multiple of KV heads");
   require(!given_window || *given_window > 0, "attend: the window must be 1 or more");
   require(soft_cap >= 0, "attend: the soft cap must be 0, for none, or more");
+  std::vector<float> sinks;
+  if (given_sinks) {
+    require_aligned(*given_sinks, "attend", "the array of sinks");
+    require(size(*given_sinks, 0) == in.width / kv.head_dim, "attend: a sink for each query head");
+    sinks.assign(given_sinks->data(), given_sinks->data() + given_sinks->size());
+  }
   const auto scale = static_cast<float>(given_scale.value_or(1.0 / std::sqrt(static_cast<double>(kv.head_dim))));
   const int64_t window = std::min(given_window.value_or(kNoWindow), kNoWindow);
   Program::KVGroupLimits &limits = limit_blocks(program, kv);
@@ -185,6 +191,7 @@ int capture_attend(Program &program, int q, const LayerKV &kv, std::optional<dou
     args.q = frame[q];
     args.scale = scale;
     args.soft_cap = soft_cap;
+    args.sinks = sinks.empty() ? nullptr : sinks.data();
     args.out = frame[out];
     attend(frame.pool(), frame.workspace(), args);
   });
@@ -288,7 +295,8 @@ void bind_program(nb::module_ &m) {
            nb::keep_alive<1, 10>(), "x"_a, "norm"_a.none(), "query"_a, "key"_a, "value"_a, "query_norm"_a.none(),
            "key_norm"_a.none(), "rope"_a.none(), "kv"_a)
       .def("write_kv", &capture_write_kv, nb::keep_alive<1, 2>(), "kv"_a, "k"_a, "v"_a, "slots"_a)
-      .def("attend", &capture_attend, Keep(), "q"_a, "kv"_a, "scale"_a.none(), "soft_cap"_a, "window"_a.none())
+      .def("attend", &capture_attend, Keep(), "q"_a, "kv"_a, "scale"_a.none(), "soft_cap"_a, "window"_a.none(),
+           "sinks"_a.noconvert().none())
       .def("input", &input, "width"_a, "A value that each run is given, with a row for each token.")
       .def("finish", &finish, "output"_a.none(), "kept"_a = std::vector<int>(),
            "No op can follow; the memory of values that are kept is not reused within a step.")

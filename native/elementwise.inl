@@ -57,17 +57,25 @@ inline F32x8 sigmoid(F32x8 x) { return broadcast(1.0f) / (broadcast(1.0f) + expo
 
 inline F32x8 relu(F32x8 x) { return max(zero8(), x); } // in this order NaN stays NaN
 
-// Calls function(x, up) for eight items at a time; `up` is ones where there is none. The last vector may be partial.
-template <class Function>
-inline void for_eights(const float *x, const float *up, int64_t count, float *out, const Function &function) {
+// Of gpt-oss: x at most 7, `up` between -7 and 7 and one more. NaN is each bound's right operand, and so it stays.
+inline F32x8 clamped_silu(F32x8 x, F32x8 up) {
+  const F32x8 limit = broadcast(7.0f), one = broadcast(1.0f);
+  const F32x8 gate = min(limit, x), raised = max(zero8() - limit, min(limit, up)) + one;
+  return gate / (one + exponential(gate * broadcast(-1.702f))) * raised;
+}
+
+// Calls function(x, up) for eight items at a time, with `missing` in place of no `up`. The last vector may be partial.
+template <class Function> inline void for_eights(const float *x, const float *up, int64_t count, float *out,
+                                                 const Function &function, float missing = 1.0f) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(out + i, function(load(x + i), up ? load(up + i) : broadcast(1.0f)));
+  for (; i + kLanes <= count; i += kLanes)
+    store(out + i, function(load(x + i), up ? load(up + i) : broadcast(missing)));
   if (i == count) return;
   const std::size_t bytes = static_cast<std::size_t>(count - i) * sizeof(float);
   float lanes[2][kLanes] = {};
   std::memcpy(lanes[0], x + i, bytes);
   if (up) std::memcpy(lanes[1], up + i, bytes);
-  store(lanes[0], function(load(lanes[0]), up ? load(lanes[1]) : broadcast(1.0f)));
+  store(lanes[0], function(load(lanes[0]), up ? load(lanes[1]) : broadcast(missing)));
   std::memcpy(out + i, lanes[0], bytes);
 }
 
@@ -83,6 +91,8 @@ void activate(kvik::Nonlinearity activation, const float *x, const float *up, in
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return relu(a) * b; });
   case kvik::Nonlinearity::sigmoid:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return sigmoid(a) * b; });
+  case kvik::Nonlinearity::clamped_silu:
+    return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return clamped_silu(a, b); }, 0.0f);
   }
 }
 

@@ -44,7 +44,7 @@ struct Norm {
   bool layer;
 };
 
-enum class Nonlinearity : uint8_t { silu, gelu, gelu_tanh, relu, sigmoid };
+enum class Nonlinearity : uint8_t { silu, gelu, gelu_tanh, relu, sigmoid, clamped_silu };
 
 // Computes y for row blocks [first, last).
 using LinearKernel = void (*)(const LinearArgs &, int64_t first, int64_t last);
@@ -91,7 +91,9 @@ struct AttendArgs {
   float scale;    // of the scores
   float soft_cap; // scores become cap * tanh(score / cap); 0: they stay
   int64_t window; // places that a token sees, its own the last
-  float *out;     // (T, num_heads, head_dim)
+  // A score of each query head that joins its softmax and brings no value: (num_heads,), or null.
+  const float *sinks;
+  float *out; // (T, num_heads, head_dim)
 
   // Of a token: the first place that it sees.
   int64_t first_seen(int64_t token) const {

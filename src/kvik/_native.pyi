@@ -235,7 +235,15 @@ class Program:
         kv: LayerKV,
     ) -> int: ...
     def write_kv(self, kv: LayerKV, k: int, v: int, slots: str) -> None: ...
-    def attend(self, q: int, kv: LayerKV, scale: float | None, soft_cap: float, window: int | None) -> int: ...
+    def attend(
+        self,
+        q: int,
+        kv: LayerKV,
+        scale: float | None,
+        soft_cap: float,
+        window: int | None,
+        sinks: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)] | None,
+    ) -> int: ...
     def input(self, width: int) -> int:
         """A value that each run is given, with a row for each token."""
 

@@ -90,8 +90,16 @@ class History:
         k, v = (gather(stored, chunks) for stored in (self.k, self.v))
         ops.write_kv(kv, k, v, self.batch(chunks).groups[0].slot_mapping)
 
-    def attend(self, ops: Ops, kv: LayerKV, chunks: Sequence[Chunk], window: int | None = None) -> FloatArray:
-        return ops.to_numpy(ops.attend(gather(self.q, chunks), kv, self.batch(chunks), AttentionRule(window=window)))
+    def attend(
+        self,
+        ops: Ops,
+        kv: LayerKV,
+        chunks: Sequence[Chunk],
+        window: int | None = None,
+        sinks: FloatArray | None = None,
+    ) -> FloatArray:
+        rule = AttentionRule(window=window, sinks=sinks)
+        return ops.to_numpy(ops.attend(gather(self.q, chunks), kv, self.batch(chunks), rule))
 
     @property
     def everything(self) -> list[Chunk]:

@@ -71,6 +71,8 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
             history.write(ops, kv, history.everything)
             yield history.attend(ops, kv, [(0, 490, 530), (1, 0, 40)], window)
             yield history.attend(ops, kv, [(0, 529, 530)], window)
+            sinks = rng.normal(0, 2, 2 * group).astype(np.float32)
+            yield history.attend(ops, kv, [(0, 490, 530), (1, 0, 40)], window, sinks)
     for dtype in KV_DTYPES:  # segments that several sequences share
         for group, head_dim in ((1, 8), (3, 64), (8, 40)):
             sharers = random_sharers(Heads(2 * group, 2, head_dim), 9, 4, rng)

@@ -187,7 +187,7 @@ def whole_program() -> _native.Program:
     query, key = (linear_of(q8_0(rows, WIDTH)) for rows in (WIDTH, KV_HEADS * HEAD_DIM))
     kv = _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, "f16", "f16").layer(0)
     q = program.norm_qkv(0, NORM, query, key, key, None, None, ROPE, kv)
-    attended = program.attend(q, kv, 0.25, 0.0, None)
+    attended = program.attend(q, kv, 0.25, 0.0, None, None)
     program.finish(program.norm_linear(program.take_rows(attended, "logit_rows"), NORM, linear_of(q8_0(20, WIDTH))))
     return program
 
@@ -246,7 +246,7 @@ def rope_of(chance: random.Random) -> Any:
     return _native.Rope(np.zeros((chance.choice((8, 96)), pairs, 2), np.float32), chance.random() < 0.5)
 
 
-activation = one_of("silu", "gelu", "gelu_tanh", "relu", "", "swish", "\0")
+activation = one_of("silu", "gelu", "gelu_tanh", "relu", "clamped_silu", "", "swish", "\0")
 
 
 def norm_of(*widths: int) -> Maker:
@@ -547,6 +547,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "scale": one_of(None, *FLOATS),
             "soft_cap": one_of(0.0, *FLOATS),
             "window": one_of(None, 1, *INTEGERS),
+            "sinks": lambda chance: None if chance.random() < 0.3 else array_of(np.float32, (HEADS,))(chance),
         },
     ),
     "Program.activate": (

@@ -98,6 +98,6 @@ def attend(
     soft_cap: Any, out: Any, window: Any = None,
 ) -> None:  # fmt: skip
     run(
-        pool, lambda program, at: program.attend(at, kv, scale, soft_cap, window), [q], out,
+        pool, lambda program, at: program.attend(at, kv, scale, soft_cap, window, None), [q], out,
         block_tables=block_tables, sequence_index=sequence_index, kv_index=kv_index, kv_bounds=kv_bounds,
     )  # fmt: skip

@@ -41,21 +41,21 @@ class Sharers:
     tables: IntArray
     chunks: list[Chunk]
     q: FloatArray  # (T, num_heads, head_dim)
+    sinks: FloatArray | None = None  # (num_heads,)
 
     @property
     def batch(self) -> Batch:
         return batch_of(self.tables, self.chunks)
 
     def together(self, ops: Ops, kv: LayerKV, window: int | None = None) -> FloatArray:
-        return ops.to_numpy(ops.attend(self.q, kv, self.batch, AttentionRule(window=window)))
+        return ops.to_numpy(ops.attend(self.q, kv, self.batch, AttentionRule(window=window, sinks=self.sinks)))
 
     def one_by_one(self, ops: Ops, kv: LayerKV, window: int | None = None) -> FloatArray:
         """Each token in a batch of its own."""
         tokens = [(sequence, at, at + 1) for sequence, start, stop in self.chunks for at in range(start, stop)]
+        rule = AttentionRule(window=window, sinks=self.sinks)
         outs = [
-            ops.to_numpy(
-                ops.attend(self.q[i : i + 1], kv, batch_of(self.tables, [token]), AttentionRule(window=window))
-            )
+            ops.to_numpy(ops.attend(self.q[i : i + 1], kv, batch_of(self.tables, [token]), rule))
             for i, token in enumerate(tokens)
         ]
         return np.concatenate(outs)

@@ -50,7 +50,12 @@ def scale_of(x: FloatArray) -> WideArray:
 
 
 def expected(
-    history: History, dtype: str, sequence: int, position: int, window: int | None = None
+    history: History,
+    dtype: str,
+    sequence: int,
+    position: int,
+    window: int | None = None,
+    sinks: FloatArray | None = None,
 ) -> tuple[WideArray, WideArray]:
     """One token's attention (num_heads, head_dim) in float64, and how far float32 arithmetic may be from it.
 
@@ -68,19 +73,22 @@ def expected(
     q = history.q[sequence][position].astype(np.float64)
     scale = 1 / np.sqrt(history.heads.head_dim)
     scores = np.einsum("hd,thd->ht", q, keys) * scale
+    score_error = (history.heads.head_dim + 4) * UNIT * np.einsum("hd,thd->ht", abs(q), abs(keys)) * scale
+    half_step = 0.5 / 32639 * 1.001
+    if key_dtype == "int8":
+        score_error += half_step * abs(q).max(axis=1)[:, None] * abs(keys).sum(axis=2).T * scale
+    if sinks is not None:  # a token more, whose score is exact and whose value is nothing
+        scores, score_error = np.column_stack([scores, sinks]), np.column_stack([score_error, 0 * sinks])
+        values = np.concatenate([values, np.zeros_like(values[:1])])
     below_top = scores.max(axis=1, keepdims=True) - scores
     weights = np.exp(-below_top)
     weights /= weights.sum(axis=1, keepdims=True)
     out = np.einsum("ht,thd->hd", weights, values)
-
-    half_step = 0.5 / 32639 * 1.001
-    score_error = (history.heads.head_dim + 4) * UNIT * np.einsum("hd,thd->ht", abs(q), abs(keys)) * scale
-    if key_dtype == "int8":
-        score_error += half_step * abs(q).max(axis=1)[:, None] * abs(keys).sum(axis=2).T * scale
     slack = score_error + score_error.max(axis=1, keepdims=True) + (below_top + 8) * UNIT
     bound = np.einsum("ht,thd->hd", weights * slack, abs(values - out))
     bound += (position + 32) * UNIT * np.einsum("ht,thd->hd", weights, abs(values))
     if value_dtype == "int8":
+        weights, values = weights[:, : len(seen)], values[: len(seen)]
         scales = scale_of(v).repeat(group, axis=1)  # (tokens seen, num_heads)
         steps = abs(values) / np.maximum(scales, 1e-300)[..., None]
         for segment in np.unique(seen // 256):
@@ -90,13 +98,21 @@ def expected(
     return out, bound
 
 
-def check(ops: Ops, history: History, dtype: str, tokens: list[tuple[int, int]], window: int | None = None) -> None:
+def check(
+    ops: Ops,
+    history: History,
+    dtype: str,
+    tokens: list[tuple[int, int]],
+    window: int | None = None,
+    sinks: FloatArray | None = None,
+) -> None:
     """Attend at (sequence, position) pairs, all in one batch, and compare each."""
     kv = history.allocate(ops, dtype)
     history.write(ops, kv, history.everything)
-    outs = history.attend(ops, kv, [(sequence, position, position + 1) for sequence, position in tokens], window)
+    chunks = [(sequence, position, position + 1) for sequence, position in tokens]
+    outs = history.attend(ops, kv, chunks, window, sinks)
     for out, (sequence, position) in zip(outs, tokens, strict=True):
-        wanted, bound = expected(history, dtype, sequence, position, window)
+        wanted, bound = expected(history, dtype, sequence, position, window, sinks)
         assert (abs(out - wanted) <= bound).all(), f"sequence {sequence}, position {position}"
         # The bound is of use only where it is far below the values themselves.
         assert bound.max() < 0.02 * abs(wanted).max()
@@ -216,6 +232,26 @@ def test_a_window_of_any_size(ops: Ops, window: int | None, dtype: str) -> None:
     history = random_history(Heads(3, 1, 24), [541, 541], np.random.default_rng(14), sharpness=2.0)
     in_a_row = [(1, position) for position in (*range(250, 261), *range(505, 541))]
     check(ops, history, dtype, [*((0, position) for position in POSITIONS), *in_a_row], window)
+
+
+@every_kv_type
+@looped("window", WINDOWS)
+def test_a_sink_takes_its_share_and_gives_nothing(ops: Ops, window: int | None, dtype: str) -> None:
+    """Of sinks below all scores, among them and above: the last takes nearly all, the first nothing that shows."""
+    history = random_history(Heads(6, 2, 24), [541, 541], np.random.default_rng(22), sharpness=2.0)
+    in_a_row = [(1, position) for position in (*range(250, 261), *range(505, 541))]
+    sinks = np.asarray([-50, 0, 3, 1.5, -1, 8], np.float32)
+    check(ops, history, dtype, [*((0, position) for position in POSITIONS), *in_a_row], window, sinks)
+
+
+def test_a_sink_far_above_all_scores_leaves_nothing_and_one_far_below_changes_nothing(ops: Ops) -> None:
+    history = random_history(Heads(2, 1, 16), [300], np.random.default_rng(23))
+    kv = history.allocate(ops, "f32")
+    history.write(ops, kv, history.everything)
+    plain = history.attend(ops, kv, [(0, 250, 300)])
+    out = history.attend(ops, kv, [(0, 250, 300)], sinks=np.asarray([1e4, -1e4], np.float32))
+    assert abs(out[:, 0]).max() < 1e-30
+    np.testing.assert_allclose(out[:, 1], plain[:, 1], rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 40), marks=pytest.mark.full)], ids=str)

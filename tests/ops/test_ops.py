@@ -143,6 +143,30 @@ def test_gelu_and_relu(ops: Ops, shape: tuple[int, int], size: float) -> None:
         )
 
 
+@looped("size", [1e-3, 1.0, 30.0, 1e4])
+@looped("shape", SHAPES)
+def test_clamped_silu(ops: Ops, shape: tuple[int, int], size: float) -> None:
+    """Of gpt-oss: the gate no larger than 7, `up` between -7 and 7 and one more; without `up` the gate's part alone."""
+    rng = np.random.default_rng(shape[1] + 4)
+    gate, up = normal(rng, *shape, size=size), normal(rng, *shape, size=size)
+    wide = np.minimum(gate.astype(np.float64), 7)
+    with np.errstate(over="ignore"):
+        gated = wide / (1 + np.exp(-1.702 * wide))
+    raised = np.clip(up.astype(np.float64), -7, 7) + 1
+    slack = (2 * abs(wide) + 14) * UNIT * abs(gated) + np.where(wide < -50, abs(wide) * 1e-37, 0) + TINIEST
+    both, alone = ops.to_numpy(ops.activate(gate, "clamped_silu", up)), ops.to_numpy(ops.activate(gate, "clamped_silu"))
+    assert both.shape == alone.shape == shape
+    assert (abs(alone - gated) <= slack).all()
+    assert (abs(both - gated * raised) <= 2 * slack * abs(raised) + abs(gated) * 8 * UNIT + TINIEST).all()
+
+
+@looped("activation", NONLINEARITIES)
+def test_what_is_no_number_in_up_stays_so(ops: Ops, activation: Nonlinearity) -> None:
+    up = np.asarray([[np.nan, 1.0, 2.0, 3.0, np.nan, 4.0, 5.0, 6.0, 7.0, np.nan]], np.float32)
+    out = ops.to_numpy(ops.activate(np.ones_like(up), activation, up))
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(up))
+
+
 @looped("activation", NONLINEARITIES)
 def test_activations_keep_what_is_no_number(ops: Ops, activation: Nonlinearity) -> None:
     x = np.asarray([[np.nan, 1.0, np.nan, 2.0, 3.0, 4.0, 5.0, 6.0, np.nan]], np.float32)

@@ -122,7 +122,7 @@ class LayerOfOtherFamilies(Layer):
     """Biases, scales, layer norms, norms of heads, a soft cap, another activation, a score scale."""
 
     activation = "gelu"
-    rule = AttentionRule(scale=0.3, soft_cap=2.0)
+    rule = AttentionRule(scale=0.3, soft_cap=2.0, sinks=np.linspace(-2, 2, 6, dtype=np.float32))
 
     def __init__(self, ops: Ops, kv_dtype: str, *, rows_normed: bool = False, plain: bool = False) -> None:
         super().__init__(ops, kv_dtype)
@@ -338,8 +338,9 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
         ("x and up differ", lambda: program.activate(x, "relu", projected)),
         ("must be silu", lambda: program.activate(x, "", None)),
         ("must be above 0", lambda: program.soft_cap(x, 0.0)),
-        ("the soft cap must be 0", lambda: program.attend(x, layer.kv, 1.0, -1.0, None)),
-        ("query heads must be a multiple", lambda: program.attend(projected, layer.kv, 1.0, 0.0, None)),
+        ("the soft cap must be 0", lambda: program.attend(x, layer.kv, 1.0, -1.0, None, None)),
+        ("query heads must be a multiple", lambda: program.attend(projected, layer.kv, 1.0, 0.0, None, None)),
+        ("a sink for each query head", lambda: program.attend(x, layer.kv, 1.0, 0.0, None, np.zeros(3, np.float32))),
         ("k or v has a wrong shape", lambda: program.write_kv(layer.kv, x, x, "slot_mapping")),
         ("the table does not fit", lambda: program.rope(x, "positions", rope, 8)),
         ("it takes the batch's logit_rows", lambda: program.take_rows(x, "hidden_rows")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import get_args
 
@@ -38,6 +39,8 @@ def test_any_sharing_gives_the_bits_of_each_token_alone(seed: int, dtype: KVDTyp
     num_kv_heads, queries_per_kv = int(rng.integers(1, 4)), int(rng.choice(QUERIES_PER_KV))
     heads = Heads(queries_per_kv * num_kv_heads, num_kv_heads, 8 * int(rng.integers(1, 10)))
     sharers = random_sharers(heads, int(rng.integers(2, 14)), int(rng.choice([1, 4, 40])), rng)
+    if seed % 2:
+        sharers = dataclasses.replace(sharers, sinks=rng.normal(0, 2, heads.num_heads).astype(np.float32))
     window = WINDOWS[int(rng.integers(len(WINDOWS)))]
     alone = NativeOps(threads=1)
     kv = filled(alone, heads, dtype, sharers.num_blocks, rng)

@@ -140,7 +140,7 @@ def _layer(run: TracedRun, index: int) -> dict[str, Any]:
     """Queries, and keys and values as the cache keeps them, of the heads that are drawn."""
     decoder, tracer, selection = run.llm.model.decoder, run.with_cache.tracer, run.selection
     layer = selection.layers[index]
-    rule = decoder.rule(decoder.spec.layers[layer])
+    rule = decoder.rule(decoder.spec.layers[layer], decoder.weights.layers[layer])
     heads, kv_heads = selection.query_heads(decoder.spec), list(selection.kv_heads)
     kv, num_tokens = kept_kv(run.llm, tracer, layer), tracer.keys.num_rows
     keys, values = (kept.reshape(-1, *kept.shape[2:])[:num_tokens, kv_heads] for kept in (kv.keys, kv.values))
@@ -151,6 +151,7 @@ def _layer(run: TracedRun, index: int) -> dict[str, Any]:
         "scale": rule.scale_for(decoder.spec.head_dim),
         "window": rule.window,
         "soft_cap": rule.soft_cap,
+        "sinks": None if rule.sinks is None else rule.sinks[heads].tolist(),
         "queries": _array(tracer.queries[index][:, heads]),
         "keys": _array(keys),
         "values": _array(values),

@@ -161,7 +161,8 @@ def _attention_difference(llm: LLM, tracer: Tracer, selection: Selection) -> flo
     for index, layer in enumerate(selection.layers):
         queries, kv = tracer.queries[index], kept_kv(llm, tracer, layer)
         batch = _one_sequence(len(queries), len(kv.keys))
-        wanted = ReferenceOps().attend(queries, kv, batch, decoder.rule(decoder.spec.layers[layer]))
+        rule = decoder.rule(decoder.spec.layers[layer], decoder.weights.layers[layer])
+        wanted = ReferenceOps().attend(queries, kv, batch, rule)
         largest = max(largest, float(np.abs(wanted - tracer.attended[index])[:, heads].max()))
     return largest
 

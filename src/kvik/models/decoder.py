@@ -19,6 +19,7 @@ from kvik.ops.base import (
     QKVWeights,
     RopeTable,
     Step,
+    Vector,
     Weight,
 )
 from kvik.ops.capture import record
@@ -42,6 +43,7 @@ class LayerWeights:
     post_attn_norm: Norm | None = None
     mlp_norm: Norm | None = None
     post_mlp_norm: Norm | None = None
+    sinks: Vector | None = None  # (num_heads,)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -60,7 +62,8 @@ class LayerWeights:
     @property
     def num_bytes(self) -> int:
         """Bytes of the matrices, biases and norms."""
-        vectors = 0 if self.experts is None else self.experts.vector_bytes
+        sinks = 0 if self.sinks is None else self.sinks.nbytes
+        vectors = sinks + (0 if self.experts is None else self.experts.vector_bytes)
         return vectors + sum(one.num_bytes for one in self.linears) + sum(norm.num_bytes for norm in self.norms)
 
 
@@ -153,7 +156,7 @@ class Decoder:
             q, k, v = self._heads(ops, layer, w, x, batch)
             if layer.kv_from is None:
                 ops.write_kv(kv, k, v, batch.groups[kv.kv_group].slot_mapping)  # remember these tokens
-            attended = ops.merge_heads(ops.attend(q, kv, batch, self.rule(layer)))  # look back over all of them
+            attended = ops.merge_heads(ops.attend(q, kv, batch, self.rule(layer, w)))  # look back over all of them
             after = _add(ops, x, attended, w.o_proj, w.post_attn_norm)
             x = self._feed_forward(ops, w, after, after if spec.parallel == "none" else x)
         return x
@@ -183,9 +186,9 @@ class Decoder:
         """Rows of hidden states (H, hidden_size) as the head sees them, behind the last norm."""
         return self.ops.norm(hidden, self.weights.norm)
 
-    def rule(self, layer: LayerSpec) -> AttentionRule:
+    def rule(self, layer: LayerSpec, w: LayerWeights) -> AttentionRule:
         """How this layer's scores become weights."""
-        return AttentionRule(self.spec.attention_scale, layer.window, self.spec.attention_soft_cap)
+        return AttentionRule(self.spec.attention_scale, layer.window, self.spec.attention_soft_cap, w.sinks)
 
     def _feed_forward(self, ops: Ops, w: LayerWeights, residual: Array, x: Array) -> Array:
         """The residual and what the MLP, or the experts, make of x."""

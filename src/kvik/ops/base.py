@@ -33,7 +33,7 @@ LayerKV: TypeAlias = Any
 WeightPlace: TypeAlias = Any
 IntArray: TypeAlias = npt.NDArray[np.int32]
 Vector: TypeAlias = npt.NDArray[np.float32]
-Nonlinearity: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Nonlinearity: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_silu"]
 RouterScores: TypeAlias = Literal["softmax", "sigmoid", "logits"]
 
 
@@ -196,6 +196,7 @@ class AttentionRule:
     scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     window: int | None = None  # position p sees max(0, p - window + 1) ... p; None: all before it
     soft_cap: float | None = None  # scores become cap * tanh(score / cap) (Gemma 2)
+    sinks: Vector | None = None  # (num_heads,) scores that join the softmax and bring no value (gpt-oss)
 
     def scale_for(self, head_dim: int) -> float:
         """What scores of heads of this size are multiplied with."""
@@ -321,7 +322,8 @@ def _norm_cost(x: Value, norm: Norm) -> Cost:
 def _attend_cost(q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule) -> Cost:
     num_heads, head_dim = q.shape
     multiply_adds = attention_multiply_adds(num_heads, head_dim, head_dim)
-    return Cost(kv=KVRead(kv.kv_group, rule.window, kv.token_bytes, multiply_adds))
+    weight_bytes = 0 if rule.sinks is None else rule.sinks.nbytes
+    return Cost(weight_bytes, kv=KVRead(kv.kv_group, rule.window, kv.token_bytes, multiply_adds))
 
 
 def _experts_cost(x: Value, logits: Value, weights: ExpertsWeights, activation: Nonlinearity) -> Cost:
@@ -457,7 +459,8 @@ class Ops(ABC):
         """activation(x), times `up` where there is one (Shazeer, 2020), element by element.
 
         silu: x * sigmoid(x). gelu: x * Phi(x), the normal distribution's (Hendrycks and Gimpel, 2016); gelu_tanh: their
-        approximation x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))). relu: max(x, 0).
+        approximation x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))). relu: max(x, 0). clamped_silu (gpt-oss):
+        g * sigmoid(1.702 * g) with g = min(x, 7), times 1 + max(-7, min(up, 7)).
         """
         return self.run("activate", x, activation, up)
 

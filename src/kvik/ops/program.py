@@ -277,7 +277,7 @@ def _native_forms(argument: Any, ids: Mapping[int, int]) -> tuple[Any, ...]:
         case ExpertsWeights():
             return (native_experts(argument),)
         case AttentionRule():
-            return argument.scale, argument.soft_cap or 0.0, argument.window
+            return argument.scale, argument.soft_cap or 0.0, argument.window, argument.sinks
         case tuple():
             return ([native_linear(linear) for linear in argument],)
     return (argument,)

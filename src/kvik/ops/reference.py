@@ -240,9 +240,11 @@ class ReferenceOps(Ops):
             scores = np.einsum("hd,thd->ht", q[token].astype(np.float64), keys) * rule.scale_for(head_dim)
             if rule.soft_cap is not None:
                 scores = rule.soft_cap * np.tanh(scores / rule.soft_cap)
+            if rule.sinks is not None:
+                scores = np.column_stack([scores, rule.sinks])
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
-            out[token] = np.einsum("ht,thd->hd", weights, values)
+            out[token] = np.einsum("ht,thd->hd", weights[:, : len(seen)], values)
         return out
 
     def activate(self, x: FloatArray, activation: Nonlinearity, up: FloatArray | None = None) -> FloatArray:
@@ -257,6 +259,10 @@ class ReferenceOps(Ops):
                     wide = wide / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
                 case "relu":
                     wide = np.maximum(wide, 0)
+                case "clamped_silu":
+                    wide = np.minimum(wide, 7)
+                    wide = wide / (1 + np.exp(-1.702 * wide))
+                    up = None if up is None else np.clip(up, -7, 7) + np.float32(1)
         return np.asarray(wide if up is None else wide * up, np.float32)
 
     def experts(

@@ -1,4 +1,5 @@
-// The arithmetic of one head, as the page shows it: softmax(q K^T scale) V for one query.
+// The arithmetic of one head, as the page shows it: softmax(q K^T scale) V for one query. A sink is one more score, which
+// brings no value.
 
 export function attend(layer, headIndex, position) {
   const group = layer.heads.length / layer.kv_heads.length;
@@ -13,12 +14,13 @@ export function attend(layer, headIndex, position) {
   }
   const products = keys.map((k) => dot(q, k));
   const scores = products.map((product) => capped(product * layer.scale, layer.soft_cap));
-  const largest = Math.max(...scores);
+  const sink = layer.sinks === null ? -Infinity : layer.sinks[headIndex];
+  const largest = Math.max(sink, ...scores);
   const powers = scores.map((score) => Math.exp(score - largest));
-  const sum = powers.reduce((total, power) => total + power, 0);
+  const sum = powers.reduce((total, power) => total + power, Math.exp(sink - largest));
   const weights = powers.map((power) => power / sum);
   const output = Array.from(q, (_, d) => weights.reduce((total, weight, at) => total + weight * values[at][d], 0));
-  return { first, q, keys, values, products, scores, largest, powers, sum, weights, output };
+  return { first, q, keys, values, products, scores, sink, largest, powers, sum, weights, output };
 }
 
 const dot = (a, b) => a.reduce((total, value, i) => total + value * b[i], 0);

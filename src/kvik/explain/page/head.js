@@ -173,7 +173,7 @@ export function build(figure, trace) {
   }
 
   function arithmetic(column, row, d) {
-    const { q, keys, values, products, scores, powers, sum, weights, output, layer, first, largest } = now;
+    const { q, keys, values, products, scores, sink, powers, sum, weights, output, layer, first, largest } = now;
     const name = quoted(tokens[first + row]);
     const by = isPlain(layer, q.length) ? `/ √${q.length}` : `× ${real(layer.scale, 4)}`;
     const scaled = `q·k ${by} = ${real(products[row])} ${by}`;
@@ -183,6 +183,12 @@ export function build(figure, trace) {
       .sort((a, b) => b[0] - a[0])
       .slice(0, 4)
       .map(([part, value]) => `${real(part)} × ${real(value)}`);
+    const whole =
+      layer.sinks !== null
+        ? `with the sink's, ${real(Math.exp(sink - largest) / sum, 4)}, the weights add up to 1`
+        : weights.length === 1
+          ? "it is the only one"
+          : `all ${weights.length} weights add up to 1`;
     return {
       q: () => `q[${d}] = ${real(q[d])}: dimension ${d} of what ${quoted(tokens[now.position])} looks for`,
       k: () => `q[${d}] × k[${d}] of ${name} = ${real(q[d])} × ${real(keys[row][d])} = ${real(q[d] * keys[row][d])}; all ${q.length} such products add up to q·k = ${real(products[row])}`,
@@ -190,7 +196,7 @@ export function build(figure, trace) {
         layer.soft_cap === null
           ? `score of ${name}: ${scaled} = ${real(scores[row])}`
           : `score of ${name}: ${real(layer.soft_cap, 0)} × tanh(${scaled} / ${real(layer.soft_cap, 0)}) = ${real(scores[row])}`,
-      weight: () => `weight of ${name}: exp(${real(scores[row])} − ${signed(largest)}) / Σ exp = ${real(powers[row])} / ${real(sum)} = ${real(weights[row], 4)}; ${weights.length === 1 ? "it is the only one" : `all ${weights.length} weights add up to 1`}`,
+      weight: () => `weight of ${name}: exp(${real(scores[row])} − ${signed(largest)}) / Σ exp = ${real(powers[row])} / ${real(sum)} = ${real(weights[row], 4)}; ${whole}`,
       v: () => `weight × v[${d}] of ${name} = ${real(weights[row], 4)} × ${real(values[row][d])} = ${real(weights[row] * values[row][d], 4)}; over all tokens these add up to ${real(output[d])}`,
       sum: () => `output[${d}] = ${terms.join(" + ")}${weights.length > terms.length ? ` + ${weights.length - terms.length} smaller` : ""} = ${real(output[d])}`,
     }[column]();
@@ -225,6 +231,7 @@ function formulaOf(layer, dimensions) {
     : [[letter("s"), " · ", ...product], [`s = ${real(layer.scale, 4)}, this model's own scale`]];
   const inside = layer.soft_cap === null ? scaled : [letter("c"), " · tanh(", ...scaled, " / ", letter("c"), ")"];
   if (layer.soft_cap !== null) where.push(`c = ${count(layer.soft_cap)}, which no score passes`);
+  if (layer.sinks !== null) where.push("the softmax has one more score, this head's sink, which brings no value");
   return ["softmax(", ...inside, ") ", letter("V"), html("small", {}, where.join("; "))];
 }
 
