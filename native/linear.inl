@@ -9,7 +9,8 @@ using kvik::QuantizedRows;
 
 constexpr int kTileWides = 2; // of a tile of several tokens
 constexpr int kTileBlocks = kTileWides / kWidesOfBlock;
-constexpr int64_t kChunk = 60; // tokens whose activations stay in the L2 cache while the weights stream by
+constexpr int64_t kPanelsAhead = 4; // that are fetched into the L2 cache while one is multiplied
+constexpr int64_t kChunk = 60;      // tokens whose activations stay in the L2 cache while the weights stream by
 
 // Lanes of a row block's rows for one token, the residual added.
 inline void store_rows(const LinearArgs &args, int64_t row_block, int64_t token, const float *sums) {
@@ -197,13 +198,17 @@ template <int wides, class Multiply> void multiply_panels(const BlockFormat &for
   alignas(64) float sums[kChunk * wides * kWideLanes];
   std::memset(sums, 0, static_cast<std::size_t>(count) * wides * kWideLanes * sizeof(float));
   Panel<wides> panel;
-  for (int64_t index = 0; index < a.panels(args.columns); ++index) {
+  constexpr int kBlocks = wides / kWidesOfBlock;
+  const int64_t num_panels = a.panels(args.columns), panel_bytes = kParts / format.parts() * format.block_bytes();
+  for (int64_t index = 0; index < num_panels; ++index) {
     const int parts = static_cast<int>(smaller(args.columns / kGroup - index * a.kGroups, a.kGroups));
-    unpack(block, row_block_bytes, parts, panel);
+    const int64_t later = index + kPanelsAhead;
+    const uint8_t *later_block =
+        args.weight + (row_block + later / num_panels * kBlocks) * row_block_bytes + later % num_panels * panel_bytes;
+    unpack(block, later_block, row_block_bytes, parts, panel);
     multiply(panel, parts, format.zero, a, a.group_at(index, args.first_token + first_token), count, sums);
     block += parts / format.parts() * format.block_bytes();
   }
-  constexpr int kBlocks = wides / kWidesOfBlock;
   for (int64_t t = 0; t < count; ++t)
     for (int b = 0; b < kBlocks; ++b)
       store_rows(args, row_block + b, first_token + t, sums + (t * kBlocks + b) * kRowBlock);

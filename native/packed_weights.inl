@@ -109,19 +109,24 @@ template <int wides> struct Panel {
   float scales[2 * kParts][wides][kWideLanes], minima[2 * kParts][wides][kWideLanes]; // of scale groups
 };
 
-template <int wides>
-using Unpack = void (*)(const uint8_t *first_block, int64_t row_block_bytes, int parts, Panel<wides> &panel);
+template <int wides> using Unpack = void (*)(const uint8_t *first_block, const uint8_t *later_block,
+                                             int64_t row_block_bytes, int parts, Panel<wides> &panel);
 
-// Fills `parts` parts from packed blocks that follow each other; the next row block's are row_block_bytes behind.
-template <BlockFormat format, int wides>
-void unpack(const uint8_t *first_block, int64_t row_block_bytes, int parts, Panel<wides> &panel) {
+// Fills `parts` parts from packed blocks that follow each other; the next row block's are row_block_bytes behind. A
+// later panel, of which the first block is given, is fetched into the L2 cache meanwhile.
+template <BlockFormat format, int wides> void unpack(const uint8_t *first_block, const uint8_t *later_block,
+                                                     int64_t row_block_bytes, int parts, Panel<wides> &panel) {
   constexpr int64_t kAhead = kParts / format.parts() * format.block_bytes(); // the next panel
-  for (int start = 0; start < parts; start += format.parts(), first_block += format.block_bytes()) {
+  for (int start = 0; start < parts;
+       start += format.parts(), first_block += format.block_bytes(), later_block += format.block_bytes()) {
     for (int w = 0; w < wides; ++w) {
       const uint8_t *block = first_block + w / kWidesOfBlock * row_block_bytes;
+      const uint8_t *later = later_block + w / kWidesOfBlock * row_block_bytes;
       const int half = w % kWidesOfBlock;
-      for (int64_t line = half * 64; line < format.block_bytes(); line += kWidesOfBlock * 64)
+      for (int64_t line = half * 64; line < format.block_bytes(); line += kWidesOfBlock * 64) {
         prefetch(block + kAhead + line);
+        prefetch_to_l2(later + line);
+      }
       unrolled<format.parts()>([&](auto part) KVIK_INLINE {
         unrolled<kQuadsOfPart>([&](auto quad) KVIK_INLINE {
           store_bytes(panel.quants[start + part.value][quad.value][w],
