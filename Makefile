@@ -27,7 +27,7 @@ help:
 	@echo "make goldens      what transformers makes of the small checkpoints in tests/families, kept for the tests without torch"
 	@echo "make sanitize     the native core's tests under ASan and UBSan, and under TSan"
 	@echo "make bench        tokens per second of prefill and decode on this machine, and where the time goes"
-	@echo "make benchmarks   what docs/benchmarks.md shows of kvik race and kvik bench, measured again"
+	@echo "make benchmarks   what docs/benchmarks.md shows of kvik race and kvik bench, and docs/scaling.md of routing, measured again"
 	@echo "make bench-engine what batches, shared prefixes and prompts seen before bring, and the prefix cache's own speed"
 	@echo "make docs         the sample page of kvik explain, docs/explain.html, and the README's picture of it"
 	@echo "make serve-soak   30 minutes of 300 clients of kvik serve, a fifth of whom leave"
@@ -197,7 +197,7 @@ sanitize-whole: $(VENV)/.tests-installed
 benchmarks: $(VENV)/.tests-installed
 	$(call say,Fetch the default model once)
 	$(VENV)/bin/kvik models pull smollm2
-	$(call say,kvik race and kvik bench$(,) as docs/benchmarks.md shows them (half an hour))
+	$(call say,kvik race and kvik bench$(,) as docs/benchmarks.md shows them$(,) and simulated routing (40 minutes))
 	$(VENV)/bin/python bench/write_benchmarks.py
 
 format: $(VENV)/.check-installed

@@ -1,6 +1,6 @@
-"""Measures what docs/benchmarks.md shows of `kvik race` and `kvik bench`, and writes it there.
+"""Measures what docs/benchmarks.md shows of `kvik race` and `kvik bench`, and docs/scaling.md of routing.
 
-python bench/write_benchmarks.py [--only race|long|bench|deep]; bench/against_peers.py writes the comparison with others
+python bench/write_benchmarks.py [--only race|long|bench|deep|routing]; bench/against_peers.py compares with others
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from document import replace_part
 
-DOCUMENT = Path("docs/benchmarks.md")
+DOCUMENT, ROUTING_DOCUMENT = Path("docs/benchmarks.md"), Path("docs/scaling.md")
 PARTS = {
     "race": ["race", "--plot", "docs/race.svg"],
     "long": ["race", "--raw", "--max-tokens", "512", "--lengths", "none", "Once upon a time"],
@@ -27,10 +27,17 @@ PARTS = {
 def main() -> int:
     """Run each command as a user would, and put what it prints into its part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=PARTS, help="this part; may be repeated")
+    parser.add_argument("--only", action="append", choices=[*PARTS, "routing"], help="this part; may be repeated")
     args = parser.parse_args()
     Path("build").mkdir(exist_ok=True)
-    for name in args.only or PARTS:
+    for name in args.only or [*PARTS, "routing"]:
+        if name == "routing":
+            done = subprocess.run([sys.executable, "bench/routing.py"], stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                print("routing: its part stays as it was", file=sys.stderr)
+                return done.returncode
+            replace_part(ROUTING_DOCUMENT, name, done.stdout)
+            continue
         arguments = PARTS[name]
         shown = "kvik " + " ".join(f'"{one}"' if " " in one else one for one in arguments)
         print(f"{name}: {shown}", file=sys.stderr)
