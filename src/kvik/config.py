@@ -31,6 +31,9 @@ MAX_SEED = 2**64 - 1
 MAX_TOKENS = 2**31 - 1
 MAX_SIZE_BYTES = 2**50
 
+DEFAULT_QUOTA = "2GB"
+"""For stored blocks in a folder."""
+
 _UNITS = {"": 1} | {
     letter + ending: base**power
     for power, letter in enumerate("kmgt", start=1)
@@ -154,8 +157,8 @@ class EngineConfig:
     prefix_cache: bool = True  # keep what was computed, for requests that begin alike
     max_running: int = 64  # sequences that run at once
     max_waiting: int = 1024  # requests that wait; more are refused
-    store: str | None = None  # a folder for blocks that outlive the process; None: they do not
-    store_quota: int | str = "2GB"  # for the files there, as `kv_memory` takes it
+    store: str | None = None  # a folder for blocks that outlive the process, or redis://…; None: they do not
+    store_quota: int | str = DEFAULT_QUOTA  # for the files there, as `kv_memory` takes it
     store_policy: StorePolicy = "end"  # store what a request has computed when it ends, or what is used a second time
     store_key: str | None = None  # a file with the secret that stored blocks are sealed with; None: a checksum alone
     packed_cache: str | None = None  # a folder for packed weights, which the next start maps; None: pack at each start
@@ -183,8 +186,29 @@ class EngineConfig:
                 _keep_path(self, name)
         _keep(self, "store_quota", parse_bytes("store_quota", self.store_quota))
         _keep_choice(self, "store_policy", get_args(StorePolicy))
+        if self.store is not None and "://" in self.store:
+            _check_shared(self)
         if self.store is not None and not self.prefix_cache:
             raise InvalidInput("store needs the prefix cache, which is off", hint="leave out one of the two")
+
+
+def is_shared(store: str) -> bool:
+    """Whether a store is a server's address and no folder."""
+    return store.startswith(("redis://", "rediss://"))
+
+
+def _check_shared(config: EngineConfig) -> None:
+    """Raise `InvalidInput` for a store on a server that is not to be had, or not like this."""
+    assert config.store is not None
+    if not is_shared(config.store):
+        scheme = config.store.partition("://")[0]
+        raise InvalidInput(f"store is at {scheme[:20]}://", hint="give a folder, redis://HOST or rediss://HOST")
+    if config.store_key is None:
+        raise InvalidInput(
+            "store is a server, where others could change what is stored", hint="add store_key, a file with a secret"
+        )
+    if config.store_quota != parse_bytes("store_quota", DEFAULT_QUOTA):
+        raise InvalidInput("store_quota is for folders", hint="set the server's maxmemory; leave store_quota out")
 
 
 def parse_kv_dtype(value: str, name: str = "kv_dtype") -> tuple[KVDType, KVDType]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from kvik.cache import Digest, Identity
 from kvik.cache.digest import next_digest
 from kvik.cache.tables import packed
 from kvik.store import Fault, StoredBlock, StoreStats
+from kvik.store.base import read_each
 from kvik.store.files import FileStore
 
 IDENTITY = Identity(b"weights", "native 1")
@@ -56,6 +57,9 @@ class DictStore:
         self.num_gets += 1
         return self.blocks.get(digest, Fault.MISSING)
 
+    def read(self, digests: Sequence[Digest], seconds: float | None) -> Generator[StoredBlock | Fault, None, None]:
+        return read_each(self, digests)
+
     def put(self, block: StoredBlock) -> bool:
         if not self.is_full:
             self.blocks.setdefault(block.digest, block)
@@ -75,3 +79,6 @@ class DictStore:
 
     def tidy(self) -> None:
         """Nor is anything to tidy."""
+
+    def close(self) -> None:
+        """Nor to close."""

@@ -15,7 +15,7 @@ import typer
 
 from kvik.cli.options import FolderCommand, store_folder
 from kvik.cli.terminal import columns, note, seconds, write
-from kvik.config import parse_bytes
+from kvik.config import is_shared, parse_bytes
 from kvik.errors import InvalidInput
 from kvik.units import amount
 
@@ -219,6 +219,8 @@ def _model_of(view: ScopeView, root: Path, key: str | None) -> Any:
 
 
 def _root(folder: str | None) -> Path:
+    if folder is not None and is_shared(folder):
+        raise InvalidInput("kvik cache shows folders, no servers", hint="ask the server itself: redis-cli INFO memory")
     return store_folder() if folder is None else Path(folder).expanduser()
 
 

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from kvik.cli.terminal import note, tell_warnings
-from kvik.config import ActivationDType, SamplingParams, Speculation, StorePolicy, WeightFormat
+from kvik.config import ActivationDType, SamplingParams, Speculation, StorePolicy, WeightFormat, is_shared
 from kvik.errors import InvalidInput
 from kvik.hub import store
 from kvik.hub.progress import terminal_progress
@@ -160,9 +160,9 @@ class StoreOptions:
         str | None,
         value(
             STORE,
-            "[DIR]",
+            "[DIR|URL]",
             "Keep computed blocks for the next time, in kvik's cache folder or this one: --store=DIR, or a path that"
-            " begins with / . or ~.",
+            " begins with / . or ~; or share them through redis://HOST.",
         ),
     ] = None
     store_quota: Annotated[str | None, value(STORE, "SIZE", "For the files there.", show_default="2GB")] = None
@@ -224,8 +224,12 @@ class FolderCommand(TyperCommand):
 
 
 def _is_folder(word: str) -> bool:
-    """Whether a word is written as a path, and names no file."""
-    return (word.startswith(("/", "./", "../", "~")) and not Path(word).expanduser().is_file()) or word in (".", "..")
+    """Whether a word is written as a path or as a server's address, and names no file."""
+    return (
+        is_shared(word)
+        or (word.startswith(("/", "./", "../", "~")) and not Path(word).expanduser().is_file())
+        or word in (".", "..")
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from kvik.cli.options import (
     value,
 )
 from kvik.cli.terminal import note
-from kvik.config import ActivationDType, WeightFormat
+from kvik.config import ActivationDType, WeightFormat, is_shared
 from kvik.errors import InvalidInput
 from kvik.units import amount
 
@@ -274,6 +274,8 @@ def read_keys(given: list[str] | None, environment: str) -> Mapping[str, str]:
 
 def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
     """One screen of 80 columns: where it is, what it serves, how it is watched and called."""
+    from kvik.store.resp import parse_address
+
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host if config.host not in ('0.0.0.0', '::') else '127.0.0.1'}:{port}"
     note(f"kvik serves at {url}/v1" + ("" if config.is_local else f" and listens on {host}"))
@@ -286,8 +288,9 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
             f" {amount(cache.num_bytes)} for {cache.num_blocks * model.llm.engine.kv_spec.block_size:,} tokens"
         )
         note(f"    grammars at most {amount(model.llm.max_grammar_bytes)} more, where requests have any")
-        if model.llm.config.store is not None:
-            note(f"    stores what it computes in {model.llm.config.store}: keys and values, which reveal prompts")
+        if (store := model.llm.config.store) is not None:
+            where = str(parse_address(store)) if is_shared(store) else store
+            note(f"    stores what it computes in {where}: keys and values, which reveal prompts")
     num_keys = len(config.api_keys)
     who = "with a key" if num_keys == 1 else f"with one of {num_keys} keys" if num_keys else "by anybody who reaches it"
     note(f"  Called {who}. All routes: {url}/docs")

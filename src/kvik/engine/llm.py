@@ -230,10 +230,10 @@ class LLM:
             model = replace(model, decoder=model.decoder.with_ops(_make_ops(config)))
         if config.store is None:
             return Engine(model, config)
-        from kvik.engine.open_store import identity_for, open_file_store
+        from kvik.engine.open_store import identity_for, open_store
 
         identity = identity_for(model, config)
-        return Engine(model, config, identity=identity, open_store=partial(open_file_store, model, config, identity))
+        return Engine(model, config, identity=identity, open_store=partial(open_store, model, config, identity))
 
     def close(self) -> None:
         """Write what is still to be stored, and use the store no more; without one it does nothing."""

@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvik.cache import BLOCK_SIZE, Digest, Identity
-from kvik.config import EngineConfig
+from kvik.config import EngineConfig, is_shared
 from kvik.errors import InvalidInput
+from kvik.machine import user_folder
 from kvik.models.loader import LoadedModel
 from kvik.models.numerics import numerics_of, weight_files
 from kvik.store import Store
@@ -16,6 +17,8 @@ from kvik.store.disk import make_private, read_whole, write_whole
 from kvik.store.entry import BadEntry
 from kvik.store.files import VERSION_FOLDER, FileStore
 from kvik.store.fingerprints import fingerprint_of
+from kvik.store.redis import RedisStore
+from kvik.store.resp import parse_address
 
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 16, 4096
 SALTS_BYTES = 32
@@ -40,7 +43,9 @@ def identity_for(model: LoadedModel, config: EngineConfig) -> Identity:
     """What names the blocks of a model that is run so. Raises `InvalidInput`, `ModelError`."""
     assert config.store is not None
     secret = b"" if config.store_key is None else read_secret(Path(config.store_key))
-    version_folder = Path(config.store).expanduser() / VERSION_FOLDER
+    # Of weights that a shared store knows, each machine remembers the fingerprint for itself.
+    root = user_folder() / "store" if is_shared(config.store) else Path(config.store).expanduser()
+    version_folder = root / VERSION_FOLDER
     make_private(version_folder)
     fingerprint = fingerprint_of(weight_files(model.path), version_folder)
     return Identity(fingerprint, numerics_of(model, config), secret)
@@ -64,12 +69,22 @@ def salts_secret(config: EngineConfig) -> str:
         raise InvalidInput(f"{path}: {error}", hint="remove it: what was stored for salts is then lost") from None
 
 
-def open_file_store(
+def open_store(
     model: LoadedModel, config: EngineConfig, identity: Identity, scope: Digest, payload_bytes: int
 ) -> Store:
-    """The store in the configured folder. Raises `InvalidInput`."""
+    """The store in the configured folder, or at the address that stands in its place. Raises `InvalidInput`."""
     assert config.store is not None
     assert isinstance(config.store_quota, int)
+    if is_shared(config.store):
+        shared = RedisStore(
+            parse_address(config.store),
+            scope,
+            num_tokens=BLOCK_SIZE,
+            payload_bytes=payload_bytes,
+            key=identity.key(b"tag"),
+        )
+        shared.greet()
+        return shared
     return FileStore(
         Path(config.store).expanduser(),
         scope,

@@ -197,7 +197,8 @@ def _files_of(llm: LLM) -> FileStore:
 
     tier = llm.engine.tier
     if tier is None or not isinstance(tier.store, FileStore):
-        raise InvalidInput("sessions are saved in the store, and there is none", hint="LLM(..., store=FOLDER)")
+        what = "there is none" if tier is None else "it is a server, where none are"
+        raise InvalidInput(f"sessions are saved in the store, and {what}", hint="LLM(..., store=FOLDER)")
     return tier.store
 
 

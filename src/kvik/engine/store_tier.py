@@ -40,6 +40,9 @@ PROBE_EVERY = 16
 RETRY_S = 5.0
 """After a block could not be stored, before others are copied for it."""
 
+LOAD_SHARE = 0.5
+"""Of the time that computing blocks would take, after which a store that is slow is not waited for any longer."""
+
 MAX_KNOWN = 1 << 16
 """Blocks that are known to be stored, so that they are not copied again."""
 
@@ -103,7 +106,7 @@ class StoreTier:
         self._known: dict[Digest, None] = {}  # stored, as far as is known; the oldest first
         self._reader = BlockReader(store)
         self._writer = BlockWriter(store)
-        finalize(self, _end_threads, self._reader, self._writer).atexit = False
+        finalize(self, _end, store, self._reader, self._writer).atexit = False
         self._saved_s = 0.0  # time for copies that steps have left
         self._work_s = 0.0  # of the writer, as far as it is accounted for
         self._was_idle = True  # since the last step
@@ -145,7 +148,9 @@ class StoreTier:
         table = self._cache.new_table(sequence.request.salt)
         self._cache.adopt(table, sequence.token_ids, replace(match, tail=None))
         digests = [first, *chain(first, rest, self._token_bytes)]
-        self._loads[sequence] = Loading(self._reader.load(digests), table, digests, 0, time.perf_counter())
+        token_s = self._compute_token_s
+        max_s = None if token_s is None else LOAD_SHARE * token_s * len(digests) * self._cache.spec.block_size
+        self._loads[sequence] = Loading(self._reader.load(digests, max_s), table, digests, 0, time.perf_counter())
         self.stats.num_loads += 1
         return True
 
@@ -301,10 +306,10 @@ class StoreTier:
         self._pending.clear()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and the store with them."""
         for sequence, loading in list(self._loads.items()):
             self._end(sequence, loading)
-        _end_threads(self._reader, self._writer)
+        _end(self.store, self._reader, self._writer)
 
     def _keep_all(self, block_ids: Iterable[int]) -> list[Digest]:
         while len(self._known) > MAX_KNOWN:
@@ -345,9 +350,10 @@ class StoreTier:
         self._writer.put(StoredBlock(digest, parent, first_position, tokens, payload), done)
 
 
-def _end_threads(reader: BlockReader, writer: BlockWriter) -> None:
+def _end(store: Store, reader: BlockReader, writer: BlockWriter) -> None:
     reader.close()
     writer.close()
+    store.close()
 
 
 def payload_bytes(cache: CacheManager, runner: BlockBytes) -> dict[int, int]:

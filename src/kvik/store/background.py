@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from kvik.cache.digest import Digest
 from kvik.store.base import Fault, Store, StoredBlock
@@ -144,8 +145,11 @@ class BlockWriter:
 class Load:
     """A path of blocks that is being read: `take` gives what has come, in order, until `is_over`."""
 
-    def __init__(self, digests: Sequence[Digest], progress: threading.Condition, max_bytes: int) -> None:
+    def __init__(
+        self, digests: Sequence[Digest], progress: threading.Condition, max_bytes: int, seconds: float | None
+    ) -> None:
         self._digests = digests
+        self._seconds = seconds
         self._progress = progress
         self._max_bytes = max_bytes
         self._ready: deque[StoredBlock] = deque()
@@ -185,23 +189,26 @@ class Load:
 
     def run(self, store: Store) -> None:
         """Read block after block until one is missing; waits while too much is ready."""
-        for digest in self._digests:
-            with self._progress:
-                while self._num_ready_bytes >= self._max_bytes and not self._is_cancelled:
-                    self._progress.wait()
-                if self._is_cancelled:
+        with closing(store.read(self._digests, self._seconds)) as blocks:
+            while True:
+                with self._progress:
+                    while self._num_ready_bytes >= self._max_bytes and not self._is_cancelled:
+                        self._progress.wait()
+                    if self._is_cancelled:
+                        break
+                started_s = time.perf_counter()
+                block = next(blocks, None)
+                self.read_s += time.perf_counter() - started_s
+                if block is None:
                     break
-            started_s = time.perf_counter()
-            block = store.get(digest)
-            self.read_s += time.perf_counter() - started_s
-            if isinstance(block, Fault):
-                self.fault = block
-                break
-            with self._progress:
-                self.num_bytes += len(block.payload)
-                self._num_ready_bytes += len(block.payload)
-                self._ready.append(block)
-                self._progress.notify_all()
+                if isinstance(block, Fault):
+                    self.fault = block
+                    break
+                with self._progress:
+                    self.num_bytes += len(block.payload)
+                    self._num_ready_bytes += len(block.payload)
+                    self._ready.append(block)
+                    self._progress.notify_all()
         self.end()
 
     def end(self) -> None:
@@ -221,9 +228,9 @@ class BlockReader:
         self._num_threads = 0
         self.progress = threading.Condition()  # told when something was read
 
-    def load(self, digests: Sequence[Digest]) -> Load:
-        """Begin to read a path from its beginning."""
-        load = Load(digests, self.progress, self._max_ready_bytes)
+    def load(self, digests: Sequence[Digest], seconds: float | None = None) -> Load:
+        """Begin to read a path from its beginning; `seconds` as `Store.read` has it."""
+        load = Load(digests, self.progress, self._max_ready_bytes, seconds)
         if self._num_threads < NUM_READERS:
             self._num_threads += 1
             threading.Thread(target=self._main, name="kvik-store-reader", daemon=True).start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -64,14 +64,20 @@ class Store(Protocol):
     def get(self, digest: Digest) -> StoredBlock | Fault:
         """A block, or why there is none."""
 
+    def read(self, digests: Sequence[Digest], seconds: float | None) -> Generator[StoredBlock | Fault, None, None]:
+        """Blocks of a path in order; where one cannot be given, its fault, and that is the last.
+
+        A store that may be slow spends so many seconds at most; None: nobody knows how long would be too long.
+        """
+
     def put(self, block: StoredBlock) -> bool:
         """Keep a block; False where the store cannot now. One that is there already is left as it is."""
 
     def exists(self, digest: Digest) -> bool:
-        """Whether something goes by this name; `get` says whether it is any good."""
+        """Whether something may go by this name, as far as can be known at once; `get` says whether it is any good."""
 
     def exists_many(self, digests: Sequence[Digest]) -> int:
-        """How many of them exist, up to the first that does not."""
+        """How many of them exist, up to the first that does not; where the store must be asked, this waits."""
 
     def delete(self, digest: Digest) -> bool:
         """Forget a block; False where there is none."""
@@ -81,3 +87,15 @@ class Store(Protocol):
 
     def used(self, digests: Sequence[Digest]) -> None:
         """These blocks, a path from its beginning, were wanted: they are evicted later, the last of them first."""
+
+    def close(self) -> None:
+        """Nothing more will be asked of it but what is under way."""
+
+
+def read_each(store: Store, digests: Sequence[Digest]) -> Generator[StoredBlock | Fault, None, None]:
+    """`Store.read` of a store that is never slow."""
+    for digest in digests:
+        found = store.get(digest)
+        yield found
+        if isinstance(found, Fault):
+            return

@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from kvik.cache.digest import Digest
 from kvik.store import disk
-from kvik.store.base import Fault, StoredBlock, StoreStats
+from kvik.store.base import Fault, StoredBlock, StoreStats, read_each
 from kvik.store.entry import BadEntry, decode, encode, entry_bytes
 from kvik.store.sweep import sweep
 
@@ -91,6 +91,10 @@ class FileStore:
         self.stats.read_bytes += len(data)
         return block
 
+    def read(self, digests: Sequence[Digest], seconds: float | None) -> Generator[StoredBlock | Fault, None, None]:
+        """One after the other; see `Store`."""
+        return read_each(self, digests)
+
     def put(self, block: StoredBlock) -> bool:
         """Keep a block; see `Store`. After an error nothing is written for `PAUSE_S`."""
         if self.is_paused and time.monotonic() < self._resumes_s:
@@ -155,6 +159,9 @@ class FileStore:
                 stats.num_evicted += swept.num_removed
                 stats.num_kept = swept.num_files - swept.num_removed
                 stats.kept_bytes = swept.num_bytes - swept.removed_bytes
+
+    def close(self) -> None:
+        """Nothing is open; see `Store`."""
 
     def path_of(self, digest: Digest) -> str:
         """Where a block's file is."""

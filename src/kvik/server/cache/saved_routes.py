@@ -130,8 +130,15 @@ def _asked(request: Request) -> tuple[ServedModel, Digest]:
 
 def _store_of(served: ServedModel) -> FileStore:
     tier = served.llm.engine.tier
-    if tier is None or not isinstance(tier.store, FileStore):
+    if tier is None:
         raise ApiError(409, f"{served.id} stores nothing (hint: the operator can, kvik serve --store)", code="no_store")
+    if not isinstance(tier.store, FileStore):
+        raise ApiError(
+            409,
+            f"{served.id} shares its blocks through a server, where no sessions are saved (hint: the operator can give"
+            " --store=DIR instead)",
+            code="no_store",
+        )
     return tier.store
 
 
