@@ -12,7 +12,7 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle test-clients sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp bench-bars soak serve-soak docs goldens format stubs clean
+.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle test-clients sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp bench-bars bench-experts soak serve-soak docs goldens format stubs clean
 
 help:
 	@echo "make demo         build, fetch the default model, answer one prompt with the KV cache and without it"
@@ -35,6 +35,7 @@ help:
 	@echo "make bench-peers  the same file through llama-cpp-python, transformers and OpenVINO GenAI (half an hour)"
 	@echo "make bench-llama-cpp  build llama.cpp and compare with its own benchmark programs (an hour)"
 	@echo "make bench-bars   build ik_llama.cpp too, make a model of 1.1 B random weights, and compare with the better of both"
+	@echo "make bench-experts  three mixtures of experts of random weights next to llama.cpp (10 GB of disk)"
 	@echo "make format       reformat Python and C++; make stubs rewrites the native module's stub"
 
 demo: $(VENV)/.installed
@@ -166,14 +167,24 @@ bench-llama-cpp: $(VENV)/.installed
 	$(VENV)/bin/python bench/against_llama_cpp.py --json build/peers/llama_cpp.json
 
 BARS ?= llama-1.1b
+MODELS ?= build/peers/models
 bench-bars: $(VENV)/.installed
 	$(call say,Build llama.cpp and ik_llama.cpp)
 	PYTHON=$(VENV)/bin/python bench/peers/build_llama_cpp.sh
 	PYTHON=$(VENV)/bin/python bench/peers/build_ik_llama_cpp.sh
 	$(call say,Make $(BARS).Q4_K_M.gguf of random weights; BARS names another config of bench/shapes)
-	$(VENV)/bin/python bench/random_model.py bench/shapes/$(BARS).json
+	$(VENV)/bin/python bench/random_model.py bench/shapes/$(BARS).json --out $(MODELS)
 	$(call say,Compare)
-	$(VENV)/bin/python bench/against_llama_cpp.py --model build/peers/models/$(BARS).Q4_K_M.gguf --rounds 3 --json build/peers/$(BARS).json
+	$(VENV)/bin/python bench/against_llama_cpp.py --model $(MODELS)/$(BARS).Q4_K_M.gguf --rounds 3 --json build/peers/$(BARS).json
+
+EXPERTS ?= olmoe-1b-7b.Q4_K_M qwen3-30b-a3b-8l.Q4_K_M gpt-oss-20b-8l.MXFP4_MOE
+bench-experts: $(VENV)/.installed
+	$(call say,Build llama.cpp)
+	PYTHON=$(VENV)/bin/python bench/peers/build_llama_cpp.sh
+	$(call say,Make $(EXPERTS) of random weights; MODELS names another folder than build/peers/models)
+	for model in $(EXPERTS); do $(VENV)/bin/python bench/random_model.py bench/shapes/$${model%.*}.json --types $${model##*.} --out $(MODELS) || exit; done
+	$(call say,Compare: decode$(,) prefill 512$(,) 8 sequences)
+	for model in $(EXPERTS); do $(VENV)/bin/python bench/against_llama_cpp.py --model $(MODELS)/$$model.gguf --rounds 3 --json build/peers/$$model.json || exit; done
 
 bench-peers: $(VENV)/.installed
 	$(call say,Make a virtual environment for each of the others)

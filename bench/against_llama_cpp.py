@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import kvik
-from bars import CONTEXT, bar_cases
+from bars import bar_cases, context_of
 from comparison import MEMORY, SECONDS, Case, Measure, Results, table
 from kvik import _native
 from kvik.config import ActivationDType
@@ -166,7 +166,7 @@ def main() -> int:
     if args.bars or args.model != DEFAULT_MODEL:
         ik = IkLlamaCppRuns(theirs.folder, args.threads)
         peers, versions = "the others", f"{versions}; ik_llama.cpp: {ik.version}"
-        every = list(bar_cases(KvikRuns(args.threads, context=CONTEXT), theirs, ik, model))
+        every = list(bar_cases(KvikRuns(args.threads, context=context_of(model)), theirs, ik, model))
     else:
         every = list(cases(KvikRuns(args.threads), theirs, model))
     chosen = [case for case in every if not args.only or any(text in case.name for text in args.only)]

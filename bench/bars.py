@@ -9,7 +9,6 @@ from pathlib import Path
 
 from comparison import Case, Measure
 from kvik.files.gguf import read_gguf
-from kvik.models.gguf_spec import read_spec
 from kvik_runs import KvikRuns
 from llama_cpp_runs import FlashAttention, IkLlamaCppRuns, LlamaCppRuns
 
@@ -36,6 +35,10 @@ class Bars:
     prefill: float | None = None
     batch: float | None = None
     has_depth: bool = True  # whether it is measured at depth: a large model takes many minutes to get there
+    has_ik: bool = True  # whether the better of both counts, or llama.cpp alone
+
+
+EXPERTS = Bars(decode=1.0, prefill=1.5, batch=1.5, has_depth=False, has_ik=False)
 
 
 BARS: dict[tuple[str, int, int], Bars] = {
@@ -44,6 +47,9 @@ BARS: dict[tuple[str, int, int], Bars] = {
     ("qwen3", 4096, 36): Bars(1.05, 0.9, None, None, 1.8, 2.0, has_depth=False),
     ("gemma3", 640, 18): Bars(1.2, None, 1.5, 1.5, 1.8, 2.0),
     ("llama", 576, 30): Bars(1.4, None, 2.5, 2.0, 1.6, 2.5),
+    ("olmoe", 2048, 16): EXPERTS,
+    ("qwen3moe", 2048, 8): EXPERTS,
+    ("gpt-oss", 2880, 8): EXPERTS,
 }
 """By architecture, hidden size and layers, for the formats that most files have."""
 
@@ -53,16 +59,24 @@ OTHER_FORMATS = Bars(decode=1.0, prefill=1.5, has_depth=False)
 
 def bars_of(model: Path) -> Bars:
     """The bars of a file's shape and format; where there are none, everything is measured and nothing asked for."""
-    spec = read_spec(read_gguf(model))
-    shape = (spec.architecture, spec.hidden_size, spec.num_layers)
+    file = read_gguf(model)
+    name = file.get_str("general.architecture")
+    shape = (name, file.get_int(f"{name}.embedding_length"), file.get_int(f"{name}.block_count"))
     if shape == ("llama", 2048, 16) and "Q4_K_M" not in model.name:
         return OTHER_FORMATS
     return BARS.get(shape, Bars())
 
 
+def context_of(model: Path) -> int:
+    """`CONTEXT`, or as many tokens as the model was made for."""
+    file = read_gguf(model)
+    return min(CONTEXT, file.get_int(f"{file.get_str('general.architecture')}.context_length"))
+
+
 def bar_cases(ours: KvikRuns, theirs: LlamaCppRuns, ik: IkLlamaCppRuns, model: Path) -> Iterator[Case]:
     """All rows of the table."""
     bars = bars_of(model)
+    ik_options = IK_OPTIONS if bars.has_ik else {}
 
     def decode(count: int, depth: int = 0, kv_type: str = "f16", label: str = "") -> dict[str, Measure]:
         flash = FLASH if kv_type == "f16" else ("on",)
@@ -72,7 +86,7 @@ def bar_cases(ours: KvikRuns, theirs: LlamaCppRuns, ik: IkLlamaCppRuns, model: P
         }
         found |= {
             f"ik_llama.cpp{label}, {name}": partial(ik.decode, model, count, *flags, depth=depth, kv_type=kv_type)
-            for name, flags in IK_OPTIONS.items()
+            for name, flags in ik_options.items()
             if flags[0] in flash
         }
         return found
@@ -102,7 +116,7 @@ def bar_cases(ours: KvikRuns, theirs: LlamaCppRuns, ik: IkLlamaCppRuns, model: P
         "prefill 512",
         partial(ours.prefill, model, 512),
         {f"llama.cpp, fa {on}": partial(theirs.prefill, model, 512, on) for on in FLASH}
-        | {f"ik_llama.cpp, {name}": partial(ik.prefill, model, 512, *flags) for name, flags in IK_OPTIONS.items()},
+        | {f"ik_llama.cpp, {name}": partial(ik.prefill, model, 512, *flags) for name, flags in ik_options.items()},
         target=bars.prefill,
     )
     yield Case(
@@ -111,7 +125,7 @@ def bar_cases(ours: KvikRuns, theirs: LlamaCppRuns, ik: IkLlamaCppRuns, model: P
         {f"llama.cpp, fa {on}": partial(theirs.batched_decode, model, 8, 128, 64, on) for on in FLASH}
         | {
             f"ik_llama.cpp, {name}": partial(ik.batched_decode, model, 8, 128, 64, *flags)
-            for name, flags in IK_OPTIONS.items()
+            for name, flags in ik_options.items()
         },
         target=bars.batch,
         step_bytes=partial(ours.step_bytes, model, 128 + 32, 8),

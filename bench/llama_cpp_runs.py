@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from kvik_runs import NotAvailable, first_byte_s
 
 FlashAttention = Literal["on", "off"]
 POLL_S = 0.02
+TENSOR = re.compile(r"^\[ *\d+/ *\d+\] (\S+) +- \[.*\], type = +(\w+), size = [^(\n]*(?:\((\w+)\))?$", re.MULTILINE)
+"""A line of llama-quantize's dry run: a tensor's name, its weight format, and the one that it gets, if another."""
 
 
 class Programs:
@@ -107,6 +110,11 @@ class LlamaCppRuns(Programs):
         command = [self.program("llama-quantize"), "--allow-requantize", str(source), str(partial), kind]
         _run([*command, str(self.threads)])
         partial.rename(path)
+
+    def tensor_types(self, source: Path, kind: str) -> dict[str, str]:
+        """The weight formats that the tensors have in a file of such a kind, which is not written."""
+        said = _run([self.program("llama-quantize"), "--dry-run", str(source), kind], stderr=subprocess.STDOUT)
+        return {found[1]: found[3] or found[2] for found in TENSOR.finditer(said)}
 
     def _bench(self, model: Path, flash: FlashAttention, *options: str) -> float:
         return float(_last_json(_run([*self._llama_bench(model, flash), *options, "-r", "1"]))["avg_ts"])
