@@ -21,7 +21,7 @@ from kvik.explain.tracing_ops import TracingOps
 from kvik.ops.reference import quantize_kv
 
 # Windows and a soft cap; biases, no rope and no gate; norms behind; parallel; norms of queries and keys.
-FAMILIES = ("gemma2", "gemma3", "gpt2", "olmo2", "falcon-7b", "qwen3", "smollm3")
+FAMILIES = ("gemma2", "gemma3", "gpt2", "olmo2", "falcon-7b", "qwen3", "smollm3", "qwen2_moe-mixed", "granitemoeshared")
 
 
 def test_what_is_watched_is_what_is_written_without_watching(llm: LLM, run: TracedRun) -> None:
@@ -95,6 +95,22 @@ def test_ops_come_in_order_with_the_names_of_their_weights(run: TracedRun) -> No
     assert calls[-1].shapes == ((1, 320),)
     starts = [call.started_s for call in calls]
     assert starts == sorted(starts)
+
+
+def test_experts_have_names(tmp_path: Path) -> None:
+    run = traced(LLM(str(golden_of("qwen2_moe").write_folder(tmp_path))), list(range(3, 9)), 1)
+    calls = [(call.name, call.weights) for call in run.with_cache.tracer.steps[0].calls if call.place == "layer 2"]
+    assert calls[-11:-2] == [
+        ("norm", "mlp_norm"),
+        ("project", "router"),
+        ("experts", "experts"),
+        ("project", "shared_gate_proj, shared_up_proj"),
+        ("activate", ""),
+        ("project", "shared_down_proj"),
+        ("project", "shared_gate"),
+        ("gate", ""),
+        ("add", ""),
+    ]
 
 
 def test_a_tied_head_has_its_own_name(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ The names come from the `gguf` library; which keys, and which rows change places
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,37 @@ ARCHITECTURES = {
     "phi3": "phi3",
     "smollm3": "smollm3",
     "granite": "granite",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe",
+    "mixtral": "llama",
+    "granitemoe": "granitemoe",
+    "granitemoeshared": "granitemoe",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
     "starcoder2": "starcoder2",
 }
 """What the converter calls each model_type."""
 
-_PERMUTED = ("llama", "smollm3", "granite")
+_PERMUTED = ("llama", "smollm3", "granite", "granitemoe")
 _FLOATS = ("rope.freq_base", "rope.scaling.factor", "rope.scaling.yarn_")
 """Numbers that a config.json may have without a point."""
 _SHIFTED = ("gemma", "gemma2", "gemma3")
 
 
-def gguf_of(path: Path, config: Config, tensors: Mapping[str, FloatArray], extra: Config | None = None) -> Path:
-    """Write the file and return its path; `extra` are keys more, without the architecture's name."""
+def gguf_of(
+    path: Path,
+    config: Config,
+    tensors: Mapping[str, FloatArray],
+    extra: Config | None = None,
+    *,
+    stored: Callable[[dict[str, FloatArray]], Mapping[str, FloatArray]] = lambda tensors: tensors,
+) -> Path:
+    """Write the file and return its path.
+
+    `extra` are keys more, or (None) less, without the architecture's name; `stored` makes other tensors of those that
+    the converter would write.
+    """
     architecture = ARCHITECTURES[config["model_type"]]
     keys = {
         key: float(value) if key.startswith(_FLOATS) else value
@@ -56,9 +74,9 @@ def gguf_of(path: Path, config: Config, tensors: Mapping[str, FloatArray], extra
     }
     metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": one for key, one in keys.items()}
     vocabulary = tiny_vocabulary(config["vocab_size"])
-    stored = dict(_tensors(architecture, config, tensors)) | _rope_tensors(config)
+    written = stored(dict(_tensors(architecture, config, tensors)) | _rope_tensors(config))
     f32 = GGMLQuantizationType.F32
-    return write_gguf(path, metadata | vocabulary, {name: (values, f32) for name, values in stored.items()})
+    return write_gguf(path, metadata | vocabulary, {name: (values, f32) for name, values in written.items()})
 
 
 def _first(config: Config, *names: str) -> Any:
@@ -94,6 +112,12 @@ def _keys(config: Config) -> dict[str, Any]:
         if rms_eps
         else _first(config, "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
         "rope.freq_base": _first(config, "rope_theta", "rotary_emb_base"),
+        "expert_count": _first(config, "num_local_experts", "num_experts"),
+        "expert_used_count": config.get("num_experts_per_tok"),
+        "expert_feed_forward_length": config.get("moe_intermediate_size"),
+        "expert_shared_feed_forward_length": _first(
+            config, "shared_expert_intermediate_size", "shared_intermediate_size"
+        ),
     }
     partial = _first(config, "partial_rotary_factor", "rotary_pct")
     if partial is not None:
@@ -104,7 +128,7 @@ def _keys(config: Config) -> dict[str, Any]:
     match family:
         case "gpt_neox":
             keys["use_parallel_residual"] = config["use_parallel_residual"]
-        case "granite":
+        case "granite" | "granitemoe" | "granitemoeshared":
             keys["attention.scale"] = config["attention_multiplier"]
             keys["embedding_scale"] = config["embedding_multiplier"]
             keys["residual_scale"] = config["residual_multiplier"]
@@ -170,10 +194,31 @@ def _rope_tensors(config: Config) -> dict[str, FloatArray]:
 def _tensors(architecture: str, config: Config, tensors: Mapping[str, FloatArray]) -> Iterator[tuple[str, FloatArray]]:
     kind = next(one for one, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(MODEL_ARCH(kind), _first(config, "num_hidden_layers", "n_layer"))
-    for name, values in tensors.items():
+    for name, values in _experts_together(tensors):
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
         yield stored, np.ascontiguousarray(_values(architecture, config, name, values))
+
+
+_OF_EXPERT = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)\.weight")
+_OF_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_FUSED = {".block_sparse_moe.input_linear.": ".mlp.experts.{}.", ".shared_mlp.input_linear.": ".mlp.shared_expert.{}."}
+
+
+def _experts_together(tensors: Mapping[str, FloatArray]) -> Iterator[tuple[str, FloatArray]]:
+    """All experts of a layer become one tensor; gates and ups, where they are one, become two."""
+    together: dict[str, list[FloatArray]] = {}
+    for name, values in tensors.items():
+        fused = next((part for part in _FUSED if part in name), None)
+        if match := _OF_EXPERT.fullmatch(name):
+            stacked = f"{match[1]}.mlp.experts.{_OF_MIXTRAL.get(match[2], match[2])}.weight"
+            together.setdefault(stacked, []).append(values)
+        elif fused is not None:
+            for kind, half in zip(("gate_proj", "up_proj"), np.split(values, 2, axis=-2), strict=True):
+                yield name.replace(fused, _FUSED[fused].format(kind)), half
+        else:
+            yield name, values
+    yield from ((name, np.stack(values)) for name, values in together.items())
 
 
 def _values(architecture: str, config: Config, name: str, values: FloatArray) -> FloatArray:

@@ -20,12 +20,47 @@ from kvik.files.config_fields import read_json_object
 from kvik.models.hf_parts import hf_parts, is_unused
 from kvik.models.hf_spec import FAMILIES, read_hf_spec
 from kvik.models.spec import DecoderSpec
+from kvik.ops.base import Routing
 
 PATH = Path("folder/config.json")
 
 
 def changed(name: str, **changes: Any) -> dict[str, Any]:
     return CASES[name] | changes
+
+
+def mixture(model_type: str, **changes: Any) -> dict[str, Any]:
+    return changed("llama", model_type=model_type) | {"num_local_experts": 8} | changes
+
+
+def test_which_layers_are_sparse() -> None:
+    for changes, sparse in (
+        ({}, [True, True, True, True]),
+        ({"mlp_only_layers": [0, 2]}, [False, True, False, True]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": None}, [False, True, False, True]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [False, False, False, True]),
+    ):
+        spec = read_hf_spec(mixture("qwen2_moe", num_hidden_layers=4, **changes), PATH)
+        assert [layer.sparse for layer in spec.layers] == sparse
+    dense = read_hf_spec(mixture("qwen2_moe", mlp_only_layers=[0, 1, 2]), PATH)
+    assert dense.experts is None
+    assert not any(layer.sparse for layer in dense.layers)
+
+
+def test_how_experts_are_chosen() -> None:
+    for model_type, changes, routing in (
+        ("qwen3_moe", {"num_experts_per_tok": 3}, Routing(3)),
+        ("qwen3_moe", {"num_experts_per_tok": 3, "norm_topk_prob": True}, Routing(3, renormalize=True)),
+        ("olmoe", {}, Routing(8)),
+        ("mixtral", {"norm_topk_prob": False}, Routing(2, renormalize=True)),
+        ("granitemoe", {}, Routing(2, "logits")),
+    ):
+        experts = read_hf_spec(mixture(model_type, **changes), PATH).experts
+        assert experts is not None
+        assert (experts.routing, experts.shared_size, experts.shared_gate) == (routing, 0, False)
+    experts = read_hf_spec(mixture("qwen2_moe", moe_intermediate_size=24), PATH).experts
+    assert experts is not None
+    assert (experts.intermediate_size, experts.shared_size, experts.shared_gate) == (24, 5632, True)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -82,6 +117,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "seeing": (changed("llama", model_type="llava", text_config=CASES["llama"]), "model_type 'llava'"),
     "experts": (changed("mistral", num_local_experts=8), r"num_local_experts is 8: a mixture"),
     "experts-2": (changed("qwen2", num_experts=60), r"num_experts is 60: a mixture"),
+    "no-experts": (mixture("mixtral", num_local_experts=0), "has no number of experts"),
+    "chosen": (mixture("mixtral", num_experts_per_tok=9), "9 of 8 experts cannot be chosen"),
+    "many-experts": (mixture("qwen3_moe", num_local_experts=1025), "1,025 experts are more than 1,024"),
+    "experts-of-all": (
+        mixture("qwen3_moe", num_local_experts=1024, num_hidden_layers=65),
+        "66,560 experts in all layers are more than 65,536",
+    ),
+    "dense-layers": (mixture("qwen3_moe", mlp_only_layers=[0.5]), r"mlp_only_layers is \[0.5\]; it must be a list"),
+    "clipped": (mixture("olmoe", clip_qkv=8.0), "clip_qkv is set"),
     "falcon-rw": (changed("falcon-serial", alibi=True), "alibi is true"),
     "falcon-residual": (
         changed("falcon-7b", apply_residual_connection_post_layernorm=True),

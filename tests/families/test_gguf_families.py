@@ -24,7 +24,7 @@ from oracle.teacher_forcing import teacher_forced
 
 TOKENS = [int(token_id) for token_id in np.random.default_rng(7).integers(3, 255, NUM_TOKENS)]
 
-REORDERED = ("llama", "smollm3", "granite")
+REORDERED = ("llama", "smollm3", "granite", "granitemoe")
 """Rows of queries and keys lie in another order, and their products are summed in it."""
 ROUNDED = ("phi3-long", "phi3-short")
 """Divisors and magnitudes were rounded to float32."""

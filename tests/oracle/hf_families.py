@@ -30,6 +30,26 @@ class SavedModel:
         """Logits after each token, (T, vocab_size), in one pass."""
         return logits(self.model, token_ids)
 
+    def chosen_experts(self, token_ids: list[int]) -> list[tuple[list[list[int]], float]]:
+        """Of each sparse layer, the experts of each token, and how near an expert came to take another one's place.
+
+        That is the least difference of router logits between the last that is chosen and the first that is not.
+        """
+        found: list[tuple[list[list[int]], float]] = []
+
+        def keep(module: Any, arguments: Any, result: tuple[Any, Any, Any]) -> None:
+            router_logits, _, chosen = result
+            number, ordered = chosen.shape[-1], router_logits.sort(dim=-1, descending=True).values
+            gap = (ordered[:, number - 1] - ordered[:, number]).min() if ordered.shape[1] > number else float("inf")
+            found.append((chosen.sort(dim=-1).values.tolist(), float(gap)))
+
+        routers = [module for name, module in self.model.named_modules() if type(module).__name__.endswith("Router")]
+        hooks = [router.register_forward_hook(keep) for router in routers]
+        self.logits(token_ids)
+        for hook in hooks:
+            hook.remove()
+        return found
+
 
 def save_checkpoint(folder: Path, config: Mapping[str, Any]) -> SavedModel:
     """The model of a config.json: saved by transformers, given weights that follow from their names, loaded again."""
@@ -41,7 +61,8 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any]) -> SavedModel:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     saved_config = json.loads((saved / "config.json").read_text())
     write_folder(saved, saved_config, shapes)
-    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, attn_implementation="eager").eval()
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, **plain).eval()
     return SavedModel(saved, saved_config, shapes, model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ from families.goldens import ROWS, golden_of
 from kvik.config import EngineConfig, Pooling, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.stream import run_all
+from kvik.explain.tracing_ops import TracingOps, weight_names
+from kvik.models.decoder import Decoder
 from kvik.models.hf_spec import read_hf_spec
 from kvik.models.loader import load_model
+from kvik.ops.base import Batch
 from kvik.ops.native import NativeOps
-from kvik.ops.reference import ReferenceOps
+from kvik.ops.reference import ReferenceOps, choose_experts
 from models import run
 from oracle.conftest import Report
 from oracle.hf_families import SavedModel, random_ids, save_checkpoint
@@ -43,6 +47,46 @@ def test_logits(saved: SavedModel, report: Report) -> None:
         errors[ops.name] = max(float(np.abs(rows - expected).max()) for rows in found)
     report("largest difference of a logit: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
     assert max(errors.values()) < TOLERANCE
+
+
+class ChosenExperts(TracingOps):
+    """Notes which experts each token's router chose, layer by layer."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder.ops, weight_names(decoder))
+        self.chosen: list[list[list[int]]] = []
+
+    def run(self, name: str, *arguments: Any) -> Any:
+        """As `TracingOps`."""
+        if name == "experts":
+            _, router_logits, weights, _ = arguments
+            self.chosen.append([sorted(choose_experts(row, weights)) for row in self.to_numpy(router_logits)])
+        return super().run(name, *arguments)
+
+
+def test_the_same_experts_are_chosen(saved: SavedModel, report: Report) -> None:
+    """Of routers none of whose choices are near: where they are, any rounding may choose others."""
+    token_ids = random_ids(NUM_TOKENS)
+    decoder = load_model(saved.folder, NativeOps()).decoder
+    if decoder.spec.experts is None:
+        return
+    expected = saved.chosen_experts(token_ids)
+    assert len(expected) == sum(layer.sparse for layer in decoder.spec.layers)
+    nearest = min(gap for _, gap in expected)
+    report(f"nearest choice: router logits {nearest:.1e} apart")
+    assert nearest > TOLERANCE
+    spec, ops, positions = decoder.spec.kv_spec("f32"), ChosenExperts(decoder), np.arange(NUM_TOKENS, dtype=np.int32)
+    num_blocks = spec.pool_blocks_for(NUM_TOKENS)
+    batch = Batch.in_blocks(
+        token_ids=np.asarray(token_ids, np.int32),
+        positions=positions,
+        sequence_index=np.zeros(NUM_TOKENS, np.int32),
+        block_tables=np.arange(num_blocks, dtype=np.int32)[None],
+        logit_rows=positions[-1:],
+        num_groups=len(spec.groups),
+    )
+    decoder.forward(batch, decoder.ops.allocate_kv(spec, num_blocks), ops)
+    assert ops.chosen == [chosen for chosen, _ in expected]
 
 
 def test_embeddings(saved: SavedModel, report: Report) -> None:

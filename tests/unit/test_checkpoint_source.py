@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ from subprocesses import python
 GPT2 = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 40, "vocab_size": 75}
 NEOX = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 88, "vocab_size": 75}
 
+EXPERTS = {
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+    "shared_intermediate_size": 64,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": tiny_config(tie_word_embeddings=False),
     "gpt2": {"model_type": "gpt2", **GPT2},  # transposed, fused
@@ -40,6 +49,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": tiny_config(model_type="phi3"),  # fused, one behind the other
     "gemma": tiny_config(model_type="gemma", head_dim=16),  # norms less 1
     "opt": tiny_config(model_type="opt", ffn_dim=88, word_embed_proj_dim=64),  # positions from the second row on
+    "qwen2_moe": tiny_config(model_type="qwen2_moe", **EXPERTS),  # a tensor for each expert
+    "granitemoeshared": tiny_config(model_type="granitemoeshared", **EXPERTS),  # one for all of a layer, fused
 }
 
 
@@ -80,6 +91,7 @@ def test_each_tensor_is_what_its_part_says(
         for name, shape in source.spec.tensors().items():
             part = source.parts[name]
             values = stored[part.stored] if dtype == "F32" else as_bf16(stored[part.stored])
+            values = values if part.item is None else values[part.item]
             values = values.T if part.transposed else values
             wanted = (values if part.rows is None else values[part.rows]) + np.float32(part.offset)
             given = matrix_values(source, name) if len(shape) == 2 else source.vector(name)
@@ -93,7 +105,31 @@ def test_families_here_cut_turn_and_shift() -> None:
     for config in FAMILIES.values():
         for part in hf_parts(read_hf_spec(config, Path("config.json")), ()).values():
             kinds |= {type(part.rows), "turned" if part.transposed else "", "shifted" if part.offset else ""}
-    assert {slice, np.ndarray, "turned", "shifted"} <= kinds
+            kinds.add("" if part.item is None else "an item")
+    assert {slice, np.ndarray, "turned", "shifted", "an item"} <= kinds
+
+
+def test_every_second_column_of_a_turned_item_is_a_row(tmp_path: Path) -> None:
+    """As where gates and ups take turns."""
+    config = FAMILIES["granitemoeshared"]
+    stored = random_stored(config)
+    source, name = source_of(write_checkpoint(tmp_path / "m", config, stored)), "blk.1.ffn_up_exps.3.weight"
+    part = source.parts[name]
+    source.parts = {**source.parts, name: replace(part, rows=slice(1, None, 2), transposed=True)}
+    source.shapes[name] = (part.shape[2] // 2, part.shape[1])
+    np.testing.assert_array_equal(matrix_values(source, name), stored[part.stored][3].T[1::2])
+
+
+def test_routers_stay(tmp_path: Path) -> None:
+    config = FAMILIES["qwen2_moe"]
+    stored = random_stored(config)
+    source = source_of(write_checkpoint(tmp_path / "m", config, stored), "q4")
+    kinds = {name: kind for name, (kind, _, _) in source.kinds().items()}
+    assert {kinds[f"blk.0.{name}.weight"] for name in ("ffn_gate_inp", "ffn_gate_inp_shexp")} == {"F32"}
+    assert {kinds[f"blk.0.{name}.weight"] for name in ("ffn_up_exps.3", "ffn_down_shexp")} == {"Q4_1"}
+    read_weights(source.spec, source)
+    assert source.quantization is not None
+    assert source.quantization.kept == ()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])

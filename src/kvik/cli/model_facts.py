@@ -25,6 +25,8 @@ def model_facts(name: str, path: Path) -> dict[str, Any]:
         "num_layers": shape.num_layers,
         "num_params": shape.num_params,
         "num_active_params": shape.num_active_params if shape.is_mixture else shape.num_params,
+        "num_experts": shape.num_experts,
+        "num_chosen_experts": shape.num_chosen_experts,
         "context": shape.max_context,
         "vocab_size": shape.vocab_size,
         "cache": _cache(shape),
@@ -111,8 +113,13 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
         types = ", ".join(f"{count} {kind}" for kind, count in facts["tensor_types"].items())
         lines.append(f"architecture {facts['architecture']}, tensors: {types}")
     params = "an unknown number of" if facts["num_params"] is None else f"{facts['num_params']:,}"
+    active = ""
+    if facts["num_experts"] and facts["num_active_params"] is not None:
+        chosen = f"{facts['num_chosen_experts']} of {facts['num_experts']} experts"
+        active = f" ({facts['num_active_params']:,} of them for a token, {chosen})"
     lines.append(
-        f"{facts['num_layers']} layers, {params} weights, {facts['vocab_size']:,} tokens, context {facts['context']:,}"
+        f"{facts['num_layers']} layers, {params} weights{active}, {facts['vocab_size']:,} tokens,"
+        f" context {facts['context']:,}"
     )
     lines.append("kvik runs it" if facts["runs"] else f"kvik does not run it: {facts['why_not']}")
     lines.append(f"cache: {facts['cache']['token_bytes']:,} bytes a token in f16")

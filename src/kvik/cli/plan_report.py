@@ -103,6 +103,8 @@ def model_report(shape: ModelShape) -> dict[str, Any]:
         "num_params": shape.num_params,
         "is_mixture": shape.is_mixture,
         "num_active_params": shape.num_active_params if shape.is_mixture else shape.num_params,
+        "num_experts": shape.num_experts,
+        "num_chosen_experts": shape.num_chosen_experts,
         "uncertain": list(shape.uncertain),
         "note": shape.note,
     }

@@ -89,6 +89,8 @@ def _title(plan: Plan) -> Iterator[str]:
     weights = f"{params(model.num_params)} parameters"
     if model.is_mixture:
         weights += f", {params(model.num_active_params)} active"
+        if model.num_experts:
+            weights += f" ({model.num_chosen_experts} of {model.num_experts} experts)"
     yield from textwrap.wrap(f"{weights}, context {model.max_context:,}; from {_origin(model)}", WIDTH)
     if model.uncertain:
         what = "all figures" if "all" in model.uncertain else ", ".join(model.uncertain)

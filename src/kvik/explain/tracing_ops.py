@@ -140,7 +140,10 @@ def weight_names(decoder: Decoder) -> dict[int, tuple[str, str]]:
         qkv, place = layer.qkv, f"layer {index}"
         named += [(qkv.query, place, "q_proj"), (qkv.key, place, "k_proj"), (qkv.value, place, "v_proj")]
         named += [(qkv.query_norm, place, "query_norm"), (qkv.key_norm, place, "key_norm")]
-        named += [(getattr(layer, field.name), place, field.name) for field in fields(layer) if field.name != "qkv"]
+        names = {field.name: field.name for field in fields(layer) if field.name != "qkv"}
+        if layer.experts is not None:
+            names |= {name: f"shared_{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+        named += [(getattr(layer, name), place, shown) for name, shown in names.items()]
     return {id(weight): (place, name) for weight, place, name in reversed(named) if weight is not None}
 
 

@@ -6,9 +6,9 @@ Source: the hparams and graphs of each architecture in llama.cpp, and what its c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -16,10 +16,30 @@ from kvik.errors import ModelError
 from kvik.files.gguf import GGUFFile
 from kvik.models.gguf_source import read_divisors
 from kvik.models.rope_scaling import yarn_factors, yarn_magnitude
-from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec, RopeSpec
-from kvik.ops.base import Nonlinearity
+from kvik.models.spec import (
+    MAX_EXPERTS,
+    MAX_HEAD_DIM,
+    MAX_LAYERS,
+    OTHER_MODEL,
+    DecoderSpec,
+    ExpertsSpec,
+    LayerSpec,
+    RopeSpec,
+)
+from kvik.ops.base import Nonlinearity, Routing
 
 MAX_COUNT = 1 << 24  # of any one dimension or count: far above every published model
+
+
+Scores: TypeAlias = Literal["softmax", "sigmoid", "logits"]  # as in `Routing`
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """How files of one architecture choose experts, where no key tells."""
+
+    scores: Scores = "softmax"
+    renormalize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +63,22 @@ class Architecture:
     local_scaling: bool = True  # whether these layers' rotary embeddings are stretched with the others'
     nope_pattern: int = 0  # each so-many-th layer has no RoPE
     rope_switch: bool = False  # whether the key rope.scaling.finetuned can switch RoPE off
+    router: Router | None = None  # of its experts, where it may have some
 
 
 _GPT2 = Architecture(None, norm="layer", activation="gelu_tanh", gated=False)
 
 # Pythia and Falcon were trained with the exact GELU, which llama.cpp replaces by its approximation.
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("adjacent"),
+    "llama": Architecture("adjacent", router=Router(renormalize=True)),
     "smollm3": Architecture("adjacent", nope_pattern=4),
     "granite": Architecture("adjacent", rope_switch=True),
+    "granitemoe": Architecture("adjacent", router=Router("logits")),
     "qwen2": Architecture("halves"),
+    "qwen2moe": Architecture("halves", router=Router()),
     "qwen3": Architecture("halves", qk_norm="head"),
+    "qwen3moe": Architecture("halves", qk_norm="head", router=Router(renormalize=True)),
+    "olmoe": Architecture("halves", qk_norm="row", router=Router()),
     "phi3": Architecture("halves"),
     "olmo2": Architecture("halves", norm_places="after", qk_norm="row", window_pattern=4, local_scaling=False),
     "gemma": Architecture("halves", activation="gelu_tanh", scales_embedding=True),
@@ -87,8 +112,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi2": Architecture("halves", norm="layer", parallel="one_norm", activation="gelu_tanh", gated=False),
 }
 
+_GATING_FUNCTIONS: Mapping[int, Scores] = {1: "softmax", 2: "sigmoid", 3: "logits"}
+"""By the numbers that files have for them; the last is the softmax over the chosen experts' logits."""
+
 _REFUSED = {
-    "expert_count": "a mixture of experts",
     "attention.max_alibi_bias": "ALiBi",
     "attention.clamp_kqv": "clamped queries, keys and values",
     "nextn_predict_layers": "layers that predict several tokens",
@@ -96,10 +123,10 @@ _REFUSED = {
 """Keys that ask for something kvik does not run, where they are not 0."""
 
 _OWN_KEYS = {
-    "attention.scale": ("granite",),
-    "embedding_scale": ("granite",),
-    "residual_scale": ("granite",),
-    "logit_scale": ("granite",),  # which divides by it; others multiply
+    "attention.scale": ("granite", "granitemoe"),
+    "embedding_scale": ("granite", "granitemoe"),
+    "residual_scale": ("granite", "granitemoe"),
+    "logit_scale": ("granite", "granitemoe"),  # which divides by it; others multiply
     "attn_logit_softcapping": ("gemma2",),
     "final_logit_softcapping": ("gemma2", "gemma3"),
 }
@@ -137,6 +164,8 @@ class _Reader:
         context_length = self.count("context_length")
         num_layers = self.count("block_count", maximum=MAX_LAYERS)
         wide_scale = (hidden_size // num_heads) ** -0.5 if num_layers == facts.layers_of_wide_scale else None
+        experts, sparse = self.experts(num_layers)
+        layers = self.layers(num_layers, head_dim, context_length, context or context_length)
         spec = DecoderSpec(
             architecture=self.architecture,
             hidden_size=hidden_size,
@@ -146,7 +175,7 @@ class _Reader:
             head_dim=head_dim,
             vocab_size=file.tensor("token_embd.weight").shape[0],
             context_length=context_length,
-            layers=self.layers(num_layers, head_dim, context_length, context or context_length),
+            layers=tuple(replace(layer, sparse=index in sparse) for index, layer in enumerate(layers)),
             tied_head="output.weight" not in file.tensors,
             norm=facts.norm,
             norm_eps=self.number(f"attention.layer_norm{'_rms' * (facts.norm == 'rms')}_epsilon", maximum=1.0),
@@ -161,6 +190,7 @@ class _Reader:
             attention_soft_cap=self.number("attn_logit_softcapping", facts.attention_soft_cap) or None,
             activation=facts.activation,
             gated=facts.gated,
+            experts=experts,
             parallel=self.parallel(),
             num_learned_positions=context_length if facts.pairs is None else 0,
             embedding_scale=self.factor("embedding_scale", math.sqrt(hidden_size) if facts.scales_embedding else 1.0),
@@ -189,6 +219,47 @@ class _Reader:
         if self.facts.parallel == "none" or not self.file.get_bool(f"{self.architecture}.use_parallel_residual", True):
             return "none"
         return "two_norms" if "blk.0.attn_norm_2.weight" in self.file.tensors else self.facts.parallel
+
+    def experts(self, num_layers: int) -> tuple[ExpertsSpec | None, Collection[int]]:
+        """The experts, and the layers that have some: those that have a router."""
+        router, tensors = self.facts.router, self.file.tensors
+        number = self.file.get_int(f"{self.architecture}.expert_count", 0, minimum=0, maximum=MAX_EXPERTS)
+        if not number:
+            return None, ()
+        if router is None:
+            raise self.refuse(f"a mixture of experts ({self.architecture}.expert_count), which kvik does not run yet")
+        sparse = [index for index in range(num_layers) if f"blk.{index}.ffn_gate_inp.weight" in tensors]
+        if not sparse:
+            raise self.refuse(f"{number:,} experts, and no layer with a tensor 'ffn_gate_inp.weight'")
+        first = f"blk.{sparse[0]}"
+        names = (f"{first}.ffn_down_exps.weight", f"{first}.ffn_down.0.weight", f"{first}.ffn_down_shexp.weight")
+        alone, one_each, shared = (tensors[name].shape[-1] if name in tensors else None for name in names)
+        scores, gating = router.scores, self.file.get_int(f"{self.architecture}.expert_gating_func", 0)
+        if gating:
+            if gating not in _GATING_FUNCTIONS:
+                raise self.refuse(f"{self.architecture}.expert_gating_func {gating}, which kvik does not run")
+            scores = _GATING_FUNCTIONS[gating]
+        routing = Routing(
+            self.count("expert_used_count"),
+            scores,
+            renormalize=self.file.get_bool(f"{self.architecture}.expert_weights_norm", router.renormalize),
+            scale=self.number("expert_weights_scale", 0.0) or 1.0,
+            num_groups=self.count("expert_group_count", 1),
+            num_chosen_groups=self.count("expert_group_used_count", 1),
+        )
+        experts = ExpertsSpec(
+            num_experts=number,
+            intermediate_size=self.count("expert_feed_forward_length", alone or one_each),
+            routing=routing,
+            router_bias=f"{first}.ffn_gate_inp.bias" in tensors,
+            choice_bias=f"{first}.exp_probs_b.bias" in tensors,
+            bias=f"{first}.ffn_down_exps.bias" in tensors,
+            shared_size=self.file.get_int(
+                f"{self.architecture}.expert_shared_feed_forward_length", shared or 0, minimum=0, maximum=MAX_COUNT
+            ),
+            shared_gate=f"{first}.ffn_gate_inp_shexp.weight" in tensors,
+        )
+        return experts, sparse
 
     def layers(self, num_layers: int, head_dim: int, context_length: int, context: int) -> tuple[LayerSpec, ...]:
         facts = self.facts

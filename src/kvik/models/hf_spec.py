@@ -59,8 +59,22 @@ def _qwen2(config: ConfigFields) -> Fields:
     return _llama(config) | {"qkv_bias": True, "output_bias": False}
 
 
+def _qwen2_moe(config: ConfigFields) -> Fields:
+    return _qwen2(config) | {"qkv_bias": config.flag("qkv_bias", True)}
+
+
 def _qwen3(config: ConfigFields) -> Fields:
     return _llama(config) | {"qk_norm": "head"}
+
+
+def _olmoe(config: ConfigFields) -> Fields:
+    if config.find("clip_qkv") is not None:
+        raise config.error("clip_qkv is set: clamped queries, keys and values, which kvik does not run", OTHER_MODEL)
+    return _llama(config, 1e-5) | {"qk_norm": "row"}
+
+
+def _mixtral(config: ConfigFields) -> Fields:
+    return _llama(config, 1e-5)
 
 
 def _olmo2(config: ConfigFields) -> Fields:
@@ -201,10 +215,16 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(_llama),
     "ministral": Family(_llama),
     "qwen2": Family(_qwen2),
+    "qwen2_moe": Family(_qwen2_moe),
     "qwen3": Family(_qwen3),
+    "qwen3_moe": Family(_qwen3),
+    "olmoe": Family(_olmoe),
+    "mixtral": Family(_mixtral, Rotary(1_000_000.0)),
     "phi3": Family(_phi3, Rotary(rotates_part=True), defaults={"original_max_position_embeddings": 4096}),
     "phi": Family(_phi, Rotary(partial=0.5, rotates_part=True)),
     "granite": Family(_granite),
+    "granitemoe": Family(_granite),
+    "granitemoeshared": Family(_granite),
     "smollm3": Family(_llama, Rotary(2_000_000.0), tied=True),
     "olmo2": Family(_olmo2),
     "olmo3": Family(_olmo2, Rotary(500_000.0, windows_plain=True)),

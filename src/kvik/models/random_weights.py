@@ -16,7 +16,7 @@ from kvik.models.spec import DecoderSpec
 from kvik.models.weights import read_weights
 from kvik.ops.base import Ops, Vector, Weight
 
-SAMPLE_ROWS = 8  # that are drawn; the others repeat them, each in its own memory
+SAMPLE_ROWS = 8  # that are drawn; the others repeat them, each in its own memory, but for a router's
 
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 
@@ -37,7 +37,8 @@ class RandomWeights:
         kind = self._types.get(name, self._default)
         if kind not in _FLOATS and columns % 32:
             kind = "F16"
-        drawn = self._rng.normal(0.0, columns**-0.5, (SAMPLE_ROWS, columns)).astype(np.float32)
+        num_drawn = rows if ".ffn_gate_inp." in name else SAMPLE_ROWS  # equal rows would be chosen together
+        drawn = self._rng.normal(0.0, columns**-0.5, (num_drawn, columns)).astype(np.float32)
         sample: npt.NDArray[np.uint8]
         if kind in _FLOATS:
             sample = drawn.astype(_FLOATS[kind]).view(np.uint8)
@@ -46,8 +47,8 @@ class RandomWeights:
         return self._ops.load_weight(kind, np.resize(sample, (rows, sample.shape[1])).reshape(-1), rows, columns)
 
     def vector(self, name: str) -> Vector:
-        """Ones for norms, zeros for biases."""
-        return np.full(self._shapes[name], name.endswith(".weight"), np.float32)
+        """Ones for norms and scales, zeros for biases."""
+        return np.full(self._shapes[name], not name.endswith(".bias"), np.float32)
 
 
 def with_kv_heads(spec: DecoderSpec, num_kv_heads: int) -> DecoderSpec:

@@ -13,7 +13,7 @@ from kvik.ops.base import Nonlinearity, RopeTable, Routing
 
 MAX_LAYERS = 1 << 12
 MAX_HEAD_DIM = 1024
-MAX_EXPERTS = 1 << 12  # of a layer
+MAX_EXPERTS = 1 << 10  # of a layer
 MAX_EXPERTS_OF_ALL = 1 << 16  # of all layers
 """Far above every published model."""
 
