@@ -10,10 +10,10 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from kvik.config import ActivationDType
+from kvik.experts import ExpertsRead
 from kvik.ops.base import Expert, ExpertsWeights, Linear, Nonlinearity, Ops, RouterScores, Routing, Vector
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps, choose_experts
-from kvik.ops.table import ExpertsRead
 from looped import looped
 from ops.arrangement import FloatArray, random_weights
 

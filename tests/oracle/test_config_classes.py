@@ -17,7 +17,7 @@ from families.make_config_classes import text as table_text
 from kvik.errors import ModelError
 from kvik.models import config_classes
 from kvik.models.config_classes import is_encoder_decoder, text_part, with_defaults
-from kvik.models.hf_experts import num_experts
+from kvik.models.hf_expert_counts import num_experts
 from kvik.models.hf_layers import KeptLayer, KeptLayers, read_layers
 from kvik.models.hf_params import count_params
 

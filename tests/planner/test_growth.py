@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from families.gguf_cases import tensors_of
+from families.gguf_of import gguf_of
 from gguf_files import tiny_llama
+from kvik.planner.plan import plan
 from subprocesses import python
 
 pytestmark = [
@@ -75,6 +78,34 @@ def test_random_models_grow_as_planned(tmp_path: Path, warm: Path, seed: int, kv
     print(f"seed {seed}: {shape}, {widths}, {kv}, {users} users, context {context}")  # noqa: T201  # shown where it fails
     path = tiny_llama(tmp_path / "tiny.gguf", **shape, **widths, seed=seed)  # type: ignore[arg-type]
     check_growth(warm, str(path), kv, context, users)
+
+
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 300,
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "num_experts": 16,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 512,
+}
+
+
+def test_a_step_of_a_mixture_takes_about_what_is_planned(tmp_path: Path, warm: Path) -> None:
+    """Each token's row once for each of its experts, and both halves of their MLPs."""
+    path = gguf_of(tmp_path / "mixture.gguf", MIXTURE, tensors_of(MIXTURE))
+    done = python("-c", SCRIPT, str(warm), str(path), "f16", "600", "1")
+    assert done.returncode == 0, done.stderr
+    planned, grown, *_ = json.loads(done.stdout)
+    step = plan(str(path), context=600).activation_bytes
+    assert step > 11e6
+    assert abs(grown - planned) < step / 5
 
 
 def test_the_default_model_grows_as_planned(default_model_path: Path, warm: Path) -> None:

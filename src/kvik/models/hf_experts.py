@@ -1,105 +1,24 @@
-"""Experts as a config.json describes them: how many, how wide, in which layers, and how some are chosen for a token.
+"""The experts of a config.json that kvik runs: those that hf_expert_counts.py counts, and how some are chosen.
 
 Source: the configuration and modeling classes of transformers 5.23.
 """
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from kvik.files.config_fields import ConfigFields
+from kvik.models.hf_expert_counts import (
+    COUNTS,
+    expert_width,
+    num_chosen,
+    shared_width,
+    sparse_layers,
+    stated_experts,
+)
 from kvik.models.spec import ExpertsSpec
 from kvik.ops.base import Routing
-
-_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_ONE_DENSE = ("glm4_moe_lite", "axk1", "hy_v3")
-"""Classes whose first layer is dense where the config does not say how many are."""
-
-
-# What decides memory and speed, of any class.
-
-
-def num_experts(config: ConfigFields) -> int:
-    """Experts of a layer that has some; 0: a model without."""
-    found = _number(config)
-    return found if found > 1 else 0
-
-
-def _number(config: ConfigFields) -> int:
-    found = next((number for key in _COUNTS if (number := config.optional(key))), 0)
-    if not found and (inner := config.object("ffn_config")) is not None:
-        found = inner.optional("moe_num_experts") or 0
-    return found
-
-
-def num_chosen(config: ConfigFields) -> int:
-    """Experts that a token goes through."""
-    keys = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
-    return next((number for key in keys if (number := config.optional(key))), 2)
-
-
-def expert_width(config: ConfigFields, width: int) -> int:
-    """The intermediate size of one expert, where that of an MLP is `width`."""
-    found = config.find("moe_intermediate_size")
-    if isinstance(found, list):
-        found = found[0] if found and type(found[0]) is int else None
-        return width if found is None else ConfigFields({"0": found}, config.path).count("0")
-    return width if found is None else config.count("moe_intermediate_size")
-
-
-def shared_width(config: ConfigFields, model_type: str, of_one: int) -> int:
-    """The intermediate size of what every token goes through beside its experts; 0: nothing."""
-    if model_type == "llama4_text":
-        return of_one
-    for key in ("shared_expert_intermediate_size", "shared_intermediate_size"):
-        if own := config.optional(key):
-            return own
-    keys = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
-    return next((number for key in keys if (number := config.optional(key))), 0) * of_one
-
-
-def sparse_layers(config: ConfigFields, model_type: str, num_layers: int) -> Collection[int]:
-    """Layers that have experts; the others have one MLP."""
-    types = config.list("mlp_layer_types", num_layers, (str,))
-    if types is not None:
-        return {index for index, one in enumerate(types) if one == "sparse"}
-    if model_type == "llama4_text":
-        step = config.count("interleave_moe_layer_step", 1)
-        return _indices(config, "moe_layers", range(step - 1, num_layers, step))
-    if model_type == "ernie4_5_moe":
-        bounds = [config.fields.get(f"moe_layer_{end}_index", other) for end, other in (("start", 1), ("end", -1))]
-        if any(type(one) is not int for one in bounds):
-            raise config.error(f"moe_layer_start_index and moe_layer_end_index are {reprlib.repr(bounds)}, not indices")
-        start, last = bounds[0], num_layers - 1 if bounds[1] == -1 else bounds[1]
-        every = config.count("moe_layer_interval", 1)
-        return {index for index in range(num_layers) if (index + 1) % every == 0 and start <= index <= last}
-    only_dense = _indices(config, "mlp_only_layers", ())
-    step = config.count("decoder_sparse_step", 1)
-    first = config.optional("first_k_dense_replace") or (1 if model_type in _ONE_DENSE else 0)
-    return {index for index in range(first, num_layers) if index not in only_dense and (index + 1) % step == 0}
-
-
-def token_intermediate_size(config: ConfigFields, model_type: str, num_layers: int, width: int) -> int:
-    """Items between up and down that a token has in the layer where it has most, where an MLP is so wide."""
-    if not num_experts(config):
-        return width
-    of_one = expert_width(config, width)
-    sparse = num_chosen(config) * of_one + shared_width(config, model_type, of_one)
-    return max(sparse, width if len(sparse_layers(config, model_type, num_layers)) < num_layers else 0)
-
-
-def _indices(config: ConfigFields, key: str, default: Collection[int]) -> Collection[int]:
-    found = config.find(key)
-    if found is None:
-        return default
-    if not isinstance(found, list) or any(type(one) is not int for one in found):
-        raise config.error(f"{key} is {reprlib.repr(found)}; it must be a list of layers' indices")
-    return set(found)
-
-
-# What decides what is computed, of the classes that kvik runs.
 
 
 def _softmax(config: ConfigFields, chosen: int) -> dict[str, Any]:
@@ -134,7 +53,7 @@ def refuse_experts(config: ConfigFields, model_type: str) -> None:
     """Raise `ModelError` for experts in a family that kvik runs without."""
     if model_type in EXPERTS:
         return
-    for key in _COUNTS:
+    for key in COUNTS:
         if config.optional(key):
             raise config.error(f"{key} is {config.optional(key)}: a mixture of experts, which kvik does not run yet")
 
@@ -145,7 +64,7 @@ def read_experts(
     """The experts of a decoder whose MLPs are so wide, and the layers that have them. Raises `ModelError`."""
     if model_type not in EXPERTS:
         return None, ()
-    number = _number(config)
+    number = stated_experts(config)
     if not number:
         raise config.error("has no number of experts")
     sparse = sparse_layers(config, model_type, num_layers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvik.files.config_fields import ConfigFields
-from kvik.models.hf_experts import expert_width, num_chosen, num_experts, shared_width, sparse_layers
+from kvik.models.hf_expert_counts import expert_width, num_chosen, num_experts, shared_width, sparse_layers
 from kvik.models.hf_layers import KeptLayers
 
 _GATED = (

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
 from kvik.cache.spec import attention_multiply_adds
+from kvik.experts import ExpertsRead
 from kvik.ops.table import (
     Cost,
-    ExpertsRead,
     KVRead,
     Value,
     elementwise,

@@ -14,6 +14,7 @@ import numpy as np
 
 from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK
 from kvik.config import MAX_TOKENS
+from kvik.experts import ExpertsRead
 
 if TYPE_CHECKING:
     from kvik.ops.base import Batch, IntArray, Linear
@@ -45,19 +46,6 @@ class KVRead:
     window: int | None
     key_bytes: int  # of a key with its value, in all KV heads
     key_multiply_adds: int  # of a token with one key and its value, in all query heads
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertsRead:
-    """What a layer of experts reads: of `num_experts` those that some row chose, each row `num_chosen` of them."""
-
-    num_experts: int
-    num_chosen: int
-    expert_bytes: int  # of one
-
-    def bytes_for(self, rows: int) -> float:
-        """Bytes of the experts that so many rows choose, expected where any choice is as likely; exact for one row."""
-        return self.expert_bytes * self.num_experts * (1.0 - (1.0 - self.num_chosen / self.num_experts) ** rows)
 
 
 @dataclass(frozen=True, slots=True)

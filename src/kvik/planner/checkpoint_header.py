@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvik.errors import ModelError
+from kvik.experts import ExpertsRead
 from kvik.hub.folder import CONFIG, model_bytes
 from kvik.models.checkpoint import decoder_parts, read_checkpoint, read_tensors
 from kvik.models.hf_spec import read_hf_spec
-from kvik.ops.table import ExpertsRead
 from kvik.planner.config_json import read_config
 from kvik.planner.held import held_shape
 from kvik.planner.shape import ModelShape, WeightTensors

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvik.files.config_fields import read_json_object
 from kvik.models.config_classes import text_part, with_defaults
-from kvik.models.hf_experts import num_chosen, num_experts, token_intermediate_size
+from kvik.models.hf_expert_counts import num_chosen, num_experts, token_intermediate_size
 from kvik.models.hf_layers import read_layers
 from kvik.models.hf_params import count_params
 from kvik.planner.shape import ModelShape, shape_of_layers

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvik.errors import ModelError
+from kvik.experts import ExpertsRead
 from kvik.files.gguf import GGUFFile, read_gguf
 from kvik.models.gguf_layers import active_part, num_experts, num_values, read_gguf_layers
 from kvik.models.gguf_source import find_tensors
 from kvik.models.gguf_spec import read_spec
-from kvik.ops.table import ExpertsRead
 from kvik.planner.held import held_shape
 from kvik.planner.shape import ModelShape, WeightTensors, shape_of_layers
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from kvik.experts import ExpertsRead
 from kvik.models.parts import TensorName
 from kvik.models.spec import DecoderSpec
-from kvik.ops.table import ExpertsRead
 from kvik.planner.shape import ModelShape, WeightTensors
 from kvik.planner.weights import FORMATS, packed_matrix_bytes
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvik.cache.spec import BLOCK_SIZE, MIN_SEQUENCES, GroupKind, whole_superblocks
 from kvik.config import TOKEN_BUDGET, EngineConfig
-from kvik.ops.table import ExpertsRead
+from kvik.experts import ExpertsRead
 from kvik.planner.shape import ModelShape
 from kvik.planner.weights import WeightFormat, file_bytes, held_bytes
 
@@ -143,7 +143,8 @@ def activation_bytes(shape: ModelShape, context: int, users: int) -> int:
 
     Per token in float32: hidden states, queries, what was attended and its sums (native/program.cpp shares places of
     equal width), one half of the MLP, new keys and values; and the widest row once more in 8 bits with the scales and
-    sums of its groups of 32. The other half of the MLP is there for some tokens at a time.
+    sums of its groups of 32. The other half of the MLP is there for some tokens at a time, that of experts for all, and
+    each token's row once more for each expert that it chose (native/experts.cpp).
     An estimate, which tests/planner/test_growth.py checks against the engine's growth.
     """
     queries = shape.num_heads * shape.head_dim
@@ -152,8 +153,10 @@ def activation_bytes(shape: ModelShape, context: int, users: int) -> int:
     floats = rows + width + 2 * shape.num_kv_heads * shape.head_dim
     widest = max(shape.hidden_size, queries, width)
     num_tokens = max(min(TOKEN_BUDGET, context), users)
-    half = 4 * width * min(num_tokens, GATED_TOKENS)
-    return num_tokens * (4 * floats + widest + 28 * widest // 32) + half + 4 * users * shape.vocab_size
+    half = 4 * width * min(num_tokens, num_tokens if shape.is_mixture else GATED_TOKENS)
+    grouped = shape.num_chosen_experts * (shape.hidden_size + 28 * shape.hidden_size // 32) + 8 * shape.num_experts
+    results = num_tokens * (4 * floats + widest + 28 * widest // 32 + grouped)
+    return results + half + 4 * users * shape.vocab_size
 
 
 def table_bytes(shape: ModelShape, context: int) -> int:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from kvik.cache import GroupSpec, KVCacheSpec, VectorFormat
 from kvik.config import KVDType
+from kvik.experts import ExpertsRead
 from kvik.models.hf_layers import KeptLayers
-from kvik.ops.table import ExpertsRead
 
 KV_DTYPES: tuple[KVDType, ...] = ("f32", "f16", "int8")
 
