@@ -117,6 +117,34 @@ _GRANITE_MOE = {
     "logits_scaling": 0.7,
     "tie_word_embeddings": True,
 }
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 269,
+    "hidden_size": 124,
+    "intermediate_size": 70,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "hidden_act": "silu",
+    "attention_bias": True,
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": WINDOW,
+    "num_local_experts": 7,
+    "num_experts_per_tok": 3,
+    "swiglu_limit": 7.0,
+    "rope_theta": 150_000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 80,
+    },
+    "tie_word_embeddings": False,
+}
 
 CASES: Mapping[str, dict[str, Any]] = {
     "gpt2": {**_GPT2, "model_type": "gpt2", "activation_function": "gelu_new", "n_ctx": CONTEXT, "n_inner": None},
@@ -378,6 +406,24 @@ CASES: Mapping[str, dict[str, Any]] = {
         "attention_multiplier": 0.03,
         "logits_scaling": 0.7,
         "tie_word_embeddings": True,
+    },
+    "gpt_oss": _GPT_OSS,
+    "gpt_oss-mxfp4": {
+        **_GPT_OSS,
+        "hidden_size": 160,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "num_experts_per_tok": 4,
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
     },
     "olmo2": {**_WHOLE_HEADS, "model_type": "olmo2", "rms_norm_eps": 1e-6, "rope_theta": 500_000},
     "olmo3": {

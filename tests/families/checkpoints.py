@@ -19,21 +19,35 @@ FloatArray = npt.NDArray[np.float32]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+def _bits(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint64]:
+    """24 of each item."""
+    return np.random.PCG64(zlib.crc32(name.encode())).random_raw(int(np.prod(shape))) >> np.uint64(40)
+
+
 def weight(name: str, shape: tuple[int, ...]) -> FloatArray:
     """The tensor of that name: matrices such that numbers neither grow nor fade, norms about 1, biases about 0.
 
     Made of a bit generator's raw output, which no version of NumPy changes.
     """
-    bits = np.random.PCG64(zlib.crc32(name.encode())).random_raw(int(np.prod(shape))) >> np.uint64(40)
+    bits = _bits(name, shape)
     values = (bits.astype(np.float32) / np.float32(1 << 23) - np.float32(1)).reshape(shape)  # -1 ... 1, exactly
     if len(shape) == 1:
         return values * np.float32(0.5) + np.float32(name.endswith("weight"))
     return values * np.float32(2 / np.sqrt(max(shape)))
 
 
+def tensor(name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The same, or bytes: blocks of MXFP4, and scales such that their values are about as large."""
+    if name.endswith("_blocks"):
+        return _bits(name, shape).astype(np.uint8).reshape(shape)
+    if name.endswith("_scales"):
+        return (_bits(name, shape) % np.uint64(3) + np.uint64(121)).astype(np.uint8).reshape(shape)
+    return weight(name, shape)
+
+
 def write_weights(folder: Path, shapes: Shapes) -> None:
     """The folder's one file of tensors."""
-    tensors = {name: weight(name, shape) for name, shape in shapes.items()}
+    tensors = {name: tensor(name, shape) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from families.cases import CASES
-from families.checkpoints import FloatArray, weight
+from families.checkpoints import FloatArray, tensor
 from kvik.models.hf_parts import hf_parts
 from kvik.models.hf_spec import read_hf_spec
 
@@ -44,6 +44,8 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {"sliding_window": None},
     "granitemoe": {},
     "granitemoeshared": {"attention_bias": False},
+    "gpt_oss": {},
+    "gpt_oss-mxfp4": {"layer_types": None},
     "olmo2": {},
     "olmo3": {"num_hidden_layers": 5},
     "starcoder2": {"sliding_window": None},
@@ -57,4 +59,9 @@ GGUF_CASES: Mapping[str, Mapping[str, Any]] = {name: {**CASES[name], **changes} 
 def tensors_of(config: Mapping[str, Any]) -> dict[str, FloatArray]:
     """All tensors of the checkpoint."""
     spec = read_hf_spec(config, Path("config.json"))
-    return {part.stored: weight(part.stored, part.shape) for part in hf_parts(spec, ()).values()}
+    parts = hf_parts(spec, ()).values()
+    if "quantization_config" in config:
+        parts = hf_parts(spec, {f"{part.stored}_blocks" for part in parts if part.item is not None}).values()
+    shapes = {part.stored: part.shape for part in parts}
+    shapes |= {part.scales: part.shape[:-1] for part in parts if part.scales is not None}
+    return {name: tensor(name, shape) for name, shape in shapes.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 
 from families.checkpoints import FloatArray
@@ -41,6 +42,7 @@ ARCHITECTURES = {
     "mixtral": "llama",
     "granitemoe": "granitemoe",
     "granitemoeshared": "granitemoe",
+    "gpt_oss": "gpt-oss",
     "olmo2": "olmo2",
     "olmo3": "olmo2",
     "starcoder2": "starcoder2",
@@ -75,8 +77,9 @@ def gguf_of(
     metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": one for key, one in keys.items()}
     vocabulary = tiny_vocabulary(config["vocab_size"])
     written = stored(dict(_tensors(architecture, config, tensors)) | _rope_tensors(config))
-    f32 = GGMLQuantizationType.F32
-    return write_gguf(path, metadata | vocabulary, {name: (values, f32) for name, values in written.items()})
+    f32, mxfp4 = GGMLQuantizationType.F32, GGMLQuantizationType.MXFP4
+    typed = {name: (values, mxfp4 if values.dtype == np.uint8 else f32) for name, values in written.items()}
+    return write_gguf(path, metadata | vocabulary, typed)
 
 
 def _first(config: Config, *names: str) -> Any:
@@ -138,6 +141,9 @@ def _keys(config: Config) -> dict[str, Any]:
             keys["final_logit_softcapping"] = config.get("final_logit_softcapping")
             keys["attention.sliding_window"] = config["sliding_window"]
             keys["rope.freq_base_swa"] = config.get("rope_local_base_freq")
+        case "gpt_oss":
+            keys["attention.sliding_window"] = config["sliding_window"]
+            keys["expert_feed_forward_length"] = config["intermediate_size"]
         case "phi3":
             keys["attention.sliding_window"] = config.get("sliding_window") or 0
         case "olmo3":
@@ -194,7 +200,7 @@ def _rope_tensors(config: Config) -> dict[str, FloatArray]:
 def _tensors(architecture: str, config: Config, tensors: Mapping[str, FloatArray]) -> Iterator[tuple[str, FloatArray]]:
     kind = next(one for one, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(MODEL_ARCH(kind), _first(config, "num_hidden_layers", "n_layer"))
-    for name, values in _experts_together(tensors):
+    for name, values in _gpt_oss(tensors) if architecture == "gpt-oss" else _experts_together(tensors):
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
         yield stored, np.ascontiguousarray(_values(architecture, config, name, values))
@@ -219,6 +225,35 @@ def _experts_together(tensors: Mapping[str, FloatArray]) -> Iterator[tuple[str, 
         else:
             yield name, values
     yield from ((name, np.stack(values)) for name, values in together.items())
+
+
+def _gpt_oss(tensors: Mapping[str, FloatArray]) -> Iterator[tuple[str, FloatArray]]:
+    """Experts are turned, gates and ups, whose rows alternate, become two; sinks get a kind."""
+    for name, values in tensors.items():
+        base, _, part = name.partition(".mlp.experts.")
+        part, kind = (part.removesuffix("_bias"), "bias") if part.endswith("_bias") else (part, "weight")
+        rows = values
+        if part.endswith("_blocks"):
+            part = part.removesuffix("_blocks")
+            rows = _gguf_blocks(values, tensors[f"{base}.mlp.experts.{part}_scales"])
+        elif kind == "weight" and part:
+            rows = values.swapaxes(1, 2)
+        if part.endswith("_scales"):
+            continue
+        if part == "gate_up_proj":
+            yield f"{base}.mlp.experts.gate_proj.{kind}", rows[:, 0::2]
+            yield f"{base}.mlp.experts.up_proj.{kind}", rows[:, 1::2]
+        elif part:
+            yield f"{base}.mlp.experts.{part}.{kind}", rows
+        else:
+            yield f"{name}.weight" if name.endswith(".sinks") else name, values
+
+
+def _gguf_blocks(blocks: npt.NDArray[Any], scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(experts, rows, bytes): a scale, and 16 bytes of two values 16 apart, in place of neighbours."""
+    values = [(blocks[..., at // 2] >> (4 * (at % 2))) & 15 for at in range(32)]
+    packed = [values[at] | values[at + 16] << 4 for at in range(16)]
+    return np.stack([scales, *packed], axis=-1).reshape(*blocks.shape[:2], -1)
 
 
 def _values(architecture: str, config: Config, name: str, values: FloatArray) -> FloatArray:

@@ -255,8 +255,10 @@ def test_parts_use_every_stored_tensor(name: str) -> None:
     golden = golden_of(name)
     spec = read_hf_spec(golden.config, PATH)
     parts = hf_parts(spec, golden.shapes)
-    used = {part.stored for part in parts.values()}
-    assert {part.stored: part.shape for part in parts.values()} == {key: golden.shapes[key] for key in used}
+    shapes = {part.stored: part.shape for part in parts.values()}
+    shapes |= {part.scales: part.shape[:-1] for part in parts.values() if part.scales is not None}
+    used = shapes.keys()
+    assert shapes == {key: golden.shapes[key] for key in used}
     unused = golden.shapes.keys() - used
     assert all(is_unused(spec, key) for key in unused)
     assert not any(is_unused(spec, key) for key in used)

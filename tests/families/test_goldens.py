@@ -13,15 +13,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from families.cases import CASES
+from families.float_ops import FloatOps
 from families.goldens import FOLDER, ROWS, all_goldens, golden_of
 from kvik.files.config_fields import read_json_object
 from kvik.models.checkpoint import read_checkpoint
 from kvik.models.checkpoint_source import CheckpointSource
 from kvik.models.decoder import Decoder
 from kvik.models.hf_spec import FAMILIES, read_hf_spec
+from kvik.models.rope_scaling import yarn_factors
 from kvik.models.spec import DecoderSpec
 from kvik.models.weights import read_weights
-from kvik.ops.native import NativeOps
 from oracle.teacher_forcing import teacher_forced
 
 TOLERANCE = 1e-4
@@ -32,7 +33,7 @@ Change: TypeAlias = Callable[[DecoderSpec], DecoderSpec]
 def difference(folder: Path, name: str, change: Change = lambda spec: spec) -> float:
     """How far the logits of a folder are from a golden's, with a decoder that was changed a little."""
     golden, path = golden_of(name), folder / "config.json"
-    spec, ops = change(read_hf_spec(read_json_object(path), path)), NativeOps("int8", threads=1)
+    spec, ops = change(read_hf_spec(read_json_object(path), path)), FloatOps(threads=1)
     weights = read_weights(spec, CheckpointSource(read_checkpoint(folder), spec, ops))
     decoder = Decoder(spec, weights, ops, spec.context_length)
     found = teacher_forced(decoder, golden.token_ids, kv_dtype="f32", chunks=(150, 1, 64))
@@ -91,6 +92,13 @@ CHANGES: list[tuple[str, str, Change]] = [
     ("granite", "embedding scale", fields(embedding_scale=1.0)),
     ("granite", "residual scale", fields(residual_scale=1.0)),
     ("granite", "logit scale", fields(logit_scale=1.0)),
+    ("gpt_oss", "activation", fields(activation="silu")),
+    (
+        "gpt_oss",
+        "yarn's bounds",
+        partial(other_ropes, factors=yarn_factors(150_000.0, 40, factor=4.0, original_context=80)),
+    ),
+    ("gpt_oss", "window + 1", wider_windows),
 ]
 
 

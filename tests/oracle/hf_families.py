@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,24 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any]) -> SavedModel:
     with safe_open(saved / "model.safetensors", "np") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     saved_config = json.loads((saved / "config.json").read_text())
+    if "quantization_config" in config:  # of which a model made from a config alone knows nothing
+        saved_config["quantization_config"] = config["quantization_config"]
+        shapes = dict(in_blocks(shapes))
     write_folder(saved, saved_config, shapes)
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, **plain).eval()
     return SavedModel(saved, saved_config, shapes, model)
+
+
+def in_blocks(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tensors of a checkpoint of gpt-oss as they are in MXFP4: those of experts are two, without being transposed."""
+    for name, shape in shapes.items():
+        if name.endswith((".gate_up_proj", ".down_proj")):
+            num_experts, columns, rows = shape
+            yield f"{name}_blocks", (num_experts, rows, columns // 32, 16)
+            yield f"{name}_scales", (num_experts, rows, columns // 32)
+        else:
+            yield name, shape
 
 
 def random_ids(num_tokens: int, seed: int = 1) -> list[int]:

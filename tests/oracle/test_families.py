@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from families.cases import CASES, NUM_TOKENS
+from families.float_ops import FloatOps, FloatReference
 from families.goldens import ROWS, golden_of
 from kvik.config import EngineConfig, Pooling, SamplingParams
 from kvik.engine.engine import Engine
@@ -18,8 +19,7 @@ from kvik.models.decoder import Decoder
 from kvik.models.hf_spec import read_hf_spec
 from kvik.models.loader import load_model
 from kvik.ops.base import Batch
-from kvik.ops.native import NativeOps
-from kvik.ops.reference import ReferenceOps, choose_experts
+from kvik.ops.reference import choose_experts
 from models import run
 from oracle.conftest import Report
 from oracle.hf_families import SavedModel, random_ids, save_checkpoint
@@ -41,7 +41,7 @@ def test_logits(saved: SavedModel, report: Report) -> None:
     expected = saved.logits(token_ids)
     assert expected.std() > 0.5
     errors = {}
-    for ops in (NativeOps(), ReferenceOps()):
+    for ops in (FloatOps(), FloatReference()):
         decoder = load_model(saved.folder, ops).decoder
         found = [teacher_forced(decoder, token_ids, kv_dtype="f32", chunks=chunks) for chunks in CHUNKS]
         errors[ops.name] = max(float(np.abs(rows - expected).max()) for rows in found)
@@ -67,7 +67,7 @@ class ChosenExperts(TracingOps):
 def test_the_same_experts_are_chosen(saved: SavedModel, report: Report) -> None:
     """Of routers none of whose choices are near: where they are, any rounding may choose others."""
     token_ids = random_ids(NUM_TOKENS)
-    decoder = load_model(saved.folder, NativeOps()).decoder
+    decoder = load_model(saved.folder, FloatOps()).decoder
     if decoder.spec.experts is None:
         return
     expected = saved.chosen_experts(token_ids)
@@ -93,7 +93,7 @@ def test_embeddings(saved: SavedModel, report: Report) -> None:
     """transformers' last hidden states, those that its head sees."""
     token_ids = random_ids(100, seed=3)
     expected = hidden_states(saved.model, token_ids)
-    engine = Engine(load_model(saved.folder, NativeOps()), EngineConfig(kv_dtype="f32", token_budget=48))
+    engine = Engine(load_model(saved.folder, FloatOps()), EngineConfig(kv_dtype="f32", token_budget=48))
     poolings: dict[Pooling, FloatArray] = {"last": expected[-1], "mean": expected.mean(axis=0)}
     errors = {}
     for pooling, wanted in poolings.items():
@@ -110,7 +110,7 @@ def test_greedy_completions(saved: SavedModel) -> None:
     expected = continue_greedily(saved.model, prompt, NUM_NEW_TOKENS)
     params = SamplingParams(max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
     found = run(
-        Engine(load_model(saved.folder, NativeOps()), EngineConfig(kv_dtype="f32", token_budget=48)), prompt, params
+        Engine(load_model(saved.folder, FloatOps()), EngineConfig(kv_dtype="f32", token_budget=48)), prompt, params
     )
     clear = next((index for index, gap in enumerate(expected.gaps) if gap < 2 * TOLERANCE), NUM_NEW_TOKENS)
     assert clear > 4

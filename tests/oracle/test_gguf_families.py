@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from families.checkpoints import FloatArray
 from families.gguf_cases import GGUF_CASES, tensors_of
 from families.gguf_of import gguf_of
+from kvik.models import gguf_spec
 from kvik.models.hf_spec import read_hf_spec
 from kvik.models.loader import load_model
 from kvik.ops.native import NativeOps
@@ -28,7 +30,23 @@ TOLERANCE = 3e-4  # of logits whose standard deviation is about 1
 GELU_TOLERANCE = 5e-3
 """Of the root mean square difference: llama.cpp has one GELU for all, and looks it up in a table of float16."""
 
-GELU_CASES = [name for name, config in GGUF_CASES.items() if read_hf_spec(config, Path(name)).activation != "silu"]
+GELU_CASES = [
+    name for name, config in GGUF_CASES.items() if read_hf_spec(config, Path(name)).activation.startswith("gelu")
+]
+BLOCKS_TOLERANCE = 5e-2
+"""The same where weights lie in blocks: llama.cpp rounds the activations beside them to 8 bits, kvik here to 16."""
+
+
+@pytest.fixture(autouse=True)
+def rounded_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt-oss as llama.cpp computes it, which rounds the bounds of YaRN in all architectures.
+
+    gpt-oss was trained with bounds that are not rounded, and no key of its files says so: kvik takes them as they are,
+    as transformers does, and its logits are others than llama.cpp's (root mean square difference 0.07 of the small
+    model, which stretches a context of 80 tokens).
+    """
+    changed = {"gpt-oss": dataclasses.replace(gguf_spec.ARCHITECTURES["gpt-oss"], whole_yarn=True)}
+    monkeypatch.setattr(gguf_spec, "ARCHITECTURES", {**gguf_spec.ARCHITECTURES, **changed})
 
 
 def llama_logits(path: Path) -> FloatArray:
@@ -58,6 +76,8 @@ def test_logits_are_those_of_llama_cpp(name: str, tmp_path: Path, report: Report
     report(f"{name}: logits differ by {largest:.1e} at most, by {mean_square**0.5:.1e} in the mean")
     if name in GELU_CASES:
         assert mean_square**0.5 < GELU_TOLERANCE
+    elif "quantization_config" in GGUF_CASES[name]:
+        assert mean_square**0.5 < BLOCKS_TOLERANCE
     else:
         assert largest < TOLERANCE
 

@@ -198,7 +198,7 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda m: change_config(m, model_type="evil", auto_map={"AutoModel": "evil.Evil"}),
         r"model_type 'evil' is code that comes with the model \(auto_map\), which kvik never runs",
     ),
-    "unknown type": (lambda m: change_config(m, model_type="mixtral"), "'mixtral'"),
+    "unknown type": (lambda m: change_config(m, model_type="mamba"), "'mamba'"),
     "a link that leaves": (
         lambda m: move_out(m / "model.safetensors", "x.safetensors"),
         r"m/model\.safetensors is a link to .*/x\.safetensors, which is outside",

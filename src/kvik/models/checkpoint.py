@@ -14,11 +14,15 @@ from kvik.files.safetensors import StoredTensor, read_safetensors
 from kvik.hub.folder import ADAPTER, CONFIG, INDEX, adapter_error, no_weights, path_inside, weight_files
 from kvik.models.hf_parts import hf_parts, is_unused
 from kvik.models.hf_spec import FAMILIES
-from kvik.models.parts import Parts
+from kvik.models.mxfp4 import MXFP4_VALUES
+from kvik.models.parts import Part, Parts
 from kvik.models.spec import DecoderSpec
 
 FLOATS = ("F32", "F16", "BF16")
 """Types of tensors that kvik runs."""
+
+BYTES = ("U8",)
+"""The type of blocks of MXFP4, and of their scales."""
 
 _ORIGINAL = "take the original checkpoint, which kvik quantises as it loads (`--weights q4`), or a GGUF of the model"
 _NOT_ONE = "weights and config.json do not belong together, or the checkpoint is not whole; download it again"
@@ -36,6 +40,10 @@ class Checkpoint:
     def config_path(self) -> Path:
         """The file that the config is from."""
         return self.folder / CONFIG
+
+    def type_of(self, part: Part) -> str:
+        """The GGUF type of a part as it is stored."""
+        return self.tensors[part.stored].dtype if part.scales is None else "MXFP4"
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -61,13 +69,14 @@ def read_model_config(folder: Path) -> Mapping[str, Any]:
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:
     """Raise `ModelError` for weights that are quantised already, and for models that are code of their own."""
-    inner = config.get("text_config")
+    model_type, inner = config.get("model_type"), config.get("text_config")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     for fields in (config, inner if isinstance(inner, dict) else {}):
         for key in ("quantization_config", "compression_config"):
-            if fields.get(key):
+            # Which tensors hold blocks, their names tell: the list of modules that do not is of no use.
+            if fields.get(key) and not (family and family.quantized_by and _method(fields[key]) == family.quantized_by):
                 raise ModelError(f"{path}: the weights are quantised by {_method(fields[key])!r:.60}", hint=_ORIGINAL)
-    model_type = config.get("model_type")
-    if config.get("auto_map") and not (isinstance(model_type, str) and model_type in FAMILIES):
+    if config.get("auto_map") and family is None:
         raise ModelError(
             f"{path}: model_type {model_type!r:.60} is code that comes with the model (auto_map), which kvik"
             " never runs",
@@ -105,7 +114,7 @@ def decoder_parts(checkpoint: Checkpoint, spec: DecoderSpec) -> Parts:
     """
     tensors = checkpoint.tensors
     parts, shapes = hf_parts(spec, tensors.keys()), spec.tensors()
-    used = {part.stored for part in parts.values()}
+    used = {stored for part in parts.values() for stored in (part.stored, part.scales) if stored is not None}
     extra = sorted(name for name in tensors if name not in used and not is_unused(spec, name))
     missing = min(used - tensors.keys(), default=None)
     if missing is not None:
@@ -123,15 +132,25 @@ def decoder_parts(checkpoint: Checkpoint, spec: DecoderSpec) -> Parts:
         )
     for name, part in parts.items():
         assert not (part.offset and len(shapes[name]) == 2)  # only norms are stored less something
-        tensor = tensors[part.stored]
-        if tensor.shape != part.shape:
-            raise tensor.error(f"has the shape {tensor.shape}, config.json asks for {part.shape}", _NOT_ONE)
-        if tensor.dtype not in FLOATS:
-            raise tensor.error(
-                f"is of dtype {tensor.dtype}, which kvik does not run",
-                f"take one in {', '.join(FLOATS)}, or save it so: `model.to(torch.bfloat16).save_pretrained(NEW)`",
-            )
+        _check(tensors[part.stored], part.shape, FLOATS if part.scales is None else BYTES)
+        if part.scales is not None:
+            _check(tensors[part.scales], part.shape[:-1], BYTES)
+            if shapes[name][1] % MXFP4_VALUES:
+                raise tensors[part.stored].error(
+                    f"has blocks of {MXFP4_VALUES} values, which rows of {shapes[name][1]:,} do not divide into",
+                    _NOT_ONE,
+                )
     return parts
+
+
+def _check(tensor: StoredTensor, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    if tensor.shape != shape:
+        raise tensor.error(f"has the shape {tensor.shape}, config.json asks for {shape}", _NOT_ONE)
+    if tensor.dtype not in dtypes:
+        raise tensor.error(
+            f"is of dtype {tensor.dtype}, which kvik does not run",
+            f"take one in {', '.join(dtypes)}, or save it so: `model.to(torch.bfloat16).save_pretrained(NEW)`",
+        )
 
 
 def _method(quantization: Any) -> str:

@@ -14,6 +14,7 @@ from kvik.files.safetensors import StoredTensor
 from kvik.hub.progress import Progress, silent
 from kvik.models.checkpoint import FLOATS, Checkpoint, decoder_parts
 from kvik.models.hf_parts import is_tied_head
+from kvik.models.mxfp4 import MAX_SCALE, gguf_rows
 from kvik.models.parts import Part
 from kvik.models.quantize import SCALE_GROUP, TYPES, Quantization, Quantizer
 from kvik.models.spec import DecoderSpec
@@ -23,14 +24,21 @@ from kvik.ops.base import Ops, Vector, Weight, WeightPlace
 FloatArray = npt.NDArray[np.float32]
 Raw = npt.NDArray[Any]  # float32, float16, or uint16 for bfloat16
 
-_DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-_BITS = {"F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q4_1": 5.0}
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+}
+_BITS = {"F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q4_1": 5.0, "MXFP4": 4.25}
 
 # Of a number in its bits: where all of the exponent's are set, it is infinite or NaN.
 _EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 
 ROWS_TOGETHER = 16
 FEWEST_VALUES, MAX_VALUES = 1 << 16, 1 << 21  # of a chunk, which grows with the model, as what may lie beside it does
+
+_DAMAGED = "the file is damaged, or training failed; take another checkpoint"
 
 _TABLES = ("token_embd.weight", "output.weight")
 """In 8 bits where others get 4: what is lost here shows in the logits at once."""
@@ -58,7 +66,7 @@ class CheckpointSource:
         self._most_values = min(max(sum(num_values.values()) // 1024, FEWEST_VALUES), MAX_VALUES)
         self._progress = progress
         self._done_bytes = 0
-        self._total_bytes = sum(size * _DTYPES[self._tensor(name).dtype].itemsize for name, size in num_values.items())
+        self._total_bytes = sum(size * self._stored_bits(name) for name, size in num_values.items()) // 8
         self._check_tied_head()
 
     @property
@@ -89,6 +97,8 @@ class CheckpointSource:
         """A matrix, packed."""
         rows, columns = self.shapes[name]
         kind = self._type_of(name)
+        if self.parts[name].scales is not None:
+            return self.ops.load_rows(kind, self._block_rows(name), rows, columns, place)
         if self.quantizer is not None and kind not in FLOATS:
             return self.ops.load_rows(kind, self._quantized_rows(name, kind, self.quantizer), rows, columns, place)
         if self.quantizer is not None and columns % SCALE_GROUP:
@@ -119,6 +129,20 @@ class CheckpointSource:
                 )
             yield blocks.reshape(-1)
 
+    def _block_rows(self, name: str) -> Iterator[npt.NDArray[np.uint8]]:
+        """Blocks of MXFP4 in the order of GGUF's."""
+        part, num_done = self.parts[name], 0
+        assert part.scales is not None
+        tensor = self.checkpoint.tensors[part.scales]
+        stored, rows = _view(tensor, part.item), _rows(part, 0, self.shapes[name][0])
+        scales = stored[rows]
+        if (largest := int(scales.max(initial=0))) > MAX_SCALE:
+            raise tensor.error(f"has the scale {largest}, with which values are not finite", _DAMAGED)
+        for chunk in self._chunks(name):
+            yield gguf_rows(chunk, scales[num_done : num_done + len(chunk)]).reshape(-1)
+            num_done += len(chunk)
+        self._drop(tensor, part, stored, rows)
+
     def _chunks(self, name: str) -> Iterator[Raw]:
         """All rows of a tensor of the decoder, some at a time, as they are stored; each is used before the next."""
         part, shape = self.parts[name], self.shapes[name]
@@ -129,26 +153,27 @@ class CheckpointSource:
             stop = min(start + step, shape[0])
             rows = _rows(part, start, stop)
             chunk = self._transposed(part, values, rows, stop - start) if part.transposed else values[rows]
-            self._check_finite(tensor, chunk)
+            if tensor.dtype in FLOATS:
+                self._check_finite(tensor, chunk)
             yield chunk
             if not part.transposed:
-                self._drop(part, values, rows)
+                self._drop(tensor, part, values, rows)
             self._done_bytes += chunk.nbytes
             self._progress(f"{self.checkpoint.folder.name}: loading", self._done_bytes, self._total_bytes)
 
     def _transposed(self, part: Part, values: Raw, columns: slice | npt.NDArray[np.int64], count: int) -> Raw:
         """Some columns as rows. All of the tensor's pages are touched, but never held at once."""
+        tensor = self.checkpoint.tensors[part.stored]
         transposed = np.empty((count, len(values)), values.dtype)
         step = max(1, self._most_values // values.shape[1])
         for start in range(0, len(values), step):
             rows = slice(start, min(start + step, len(values)))
             transposed[:, rows] = values[rows, columns].T
-            self._drop(part, values, rows)
+            self._drop(tensor, part, values, rows)
         return transposed
 
-    def _drop(self, part: Part, values: Raw, rows: slice | npt.NDArray[np.int64]) -> None:
+    def _drop(self, tensor: StoredTensor, part: Part, values: Raw, rows: slice | npt.NDArray[np.int64]) -> None:
         """Give back the pages of rows that were read."""
-        tensor = self.checkpoint.tensors[part.stored]
         first, last = (rows.start, rows.stop) if isinstance(rows, slice) else (int(rows.min()), int(rows.max()) + 1)
         row_bytes, start = values[:1].nbytes, tensor.start + (part.item or 0) * values.nbytes
         tensor.file.drop_pages(start + first * row_bytes, (last - first) * row_bytes)
@@ -180,7 +205,7 @@ class CheckpointSource:
         bits = chunk.view(np.uint32 if chunk.itemsize == 4 else np.uint16)
         if bits.size and int((bits & np.asarray(mask, bits.dtype)).max()) == mask:
             what = "NaN" if np.isnan(_to_float32(chunk, tensor.dtype)).any() else "infinity"
-            raise tensor.error(f"holds {what}", "the file is damaged, or training failed; take another checkpoint")
+            raise tensor.error(f"holds {what}", _DAMAGED)
 
     # Small things.
 
@@ -188,15 +213,20 @@ class CheckpointSource:
         """The stored tensor that a tensor of the decoder is, or is part of."""
         return self.checkpoint.tensors[self.parts[name].stored]
 
+    def _stored_bits(self, name: str) -> int:
+        """Of each value, in the file."""
+        return 4 if self.parts[name].scales is not None else 8 * _DTYPES[self._tensor(name).dtype].itemsize
+
     def _type_of(self, name: str) -> str:
         """The GGUF type that a matrix becomes.
 
         A table of positions is added, not multiplied, and a router's rounding would choose other experts: both stay,
-        and so does the gate of shared experts, one row.
+        and so do the gate of shared experts, one row, and what is in blocks already.
         """
-        stays = name == "position_embd.weight" or ".ffn_gate_inp" in name
+        stored = self.checkpoint.type_of(self.parts[name])
+        stays = name == "position_embd.weight" or ".ffn_gate_inp" in name or stored not in FLOATS
         if self.quantizer is None or self.shapes[name][1] % SCALE_GROUP or stays:
-            return self._tensor(name).dtype
+            return stored
         return TYPES["q8" if name in _TABLES else self.quantizer.weights]
 
 

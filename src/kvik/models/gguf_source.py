@@ -30,6 +30,8 @@ _FUSED_QKV = ("gpt2", "starcoder", "gptneox", "falcon", "phi3")
 _FUSED_MLP = ("phi3",)
 _FALCON_NORMS = {"attn_norm": "attn_norm_2", "ffn_norm": "attn_norm"}
 """With a norm each for attention and MLP, Falcon's files name the MLP's as others name attention's."""
+_GPT_OSS_NORMS = {"ffn_norm": "post_attention_norm"}
+"""The norm before the experts, by the name that others have for one behind attention."""
 
 
 def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
@@ -41,7 +43,9 @@ def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
     parts: dict[str, Part] = {}
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     starts = {"attn_q": 0, "attn_k": queries, "attn_v": queries + keys}
-    two_norms = spec.architecture == "falcon" and spec.parallel == "two_norms"
+    renamed = _GPT_OSS_NORMS if spec.architecture == "gpt-oss" else {}
+    if spec.architecture == "falcon" and spec.parallel == "two_norms":
+        renamed = _FALCON_NORMS
     for canonical, shape in shapes.items():
         parsed = TensorName.parse(canonical)
         name, kind = parsed.name, parsed.kind
@@ -57,7 +61,7 @@ def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
             rows = slice(0, shape[0]) if name == "ffn_gate" else slice(shape[0], None)
             parts[canonical] = Part(f"{prefix}ffn_up.{kind}", (2 * shape[0], *shape[1:]), rows)
         else:
-            stored = _FALCON_NORMS.get(name, name) if two_norms else name
+            stored = renamed.get(name, name)
             alone = file.tensors.get(f"{prefix}{stored}.{kind}")
             is_vector = alone is not None and len(alone.shape) == 1  # as a matrix of one row may be stored
             parts[canonical] = Part(f"{prefix}{stored}.{kind}", shape[-1:] if shape[0] == 1 and is_vector else shape)

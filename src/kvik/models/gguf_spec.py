@@ -62,6 +62,7 @@ class Architecture:
     local_theta: float | None = None  # of layers with a window, where no key tells; None: as that of the others
     local_scaling: bool = True  # whether these layers' rotary embeddings are stretched with the others'
     nope_pattern: int = 0  # each so-many-th layer has no RoPE
+    whole_yarn: bool = True  # whether YaRN's bounds are whole pairs
     rope_switch: bool = False  # whether the key rope.scaling.finetuned can switch RoPE off
     router: Router | None = None  # of its experts, where it may have some
 
@@ -103,6 +104,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         window_pattern=6,
         local_theta=10_000.0,
         local_scaling=False,
+    ),
+    "gpt-oss": Architecture(
+        "halves", activation="clamped_silu", window_pattern=2, whole_yarn=False, router=Router("logits")
     ),
     "gpt2": _GPT2,
     "starcoder": _GPT2,
@@ -188,6 +192,7 @@ class _Reader:
             head_bias="output.bias" in file.tensors,
             attention_scale=self.number("attention.scale", 0.0) or wide_scale,
             attention_soft_cap=self.number("attn_logit_softcapping", facts.attention_soft_cap) or None,
+            sinks="blk.0.attn_sinks.weight" in file.tensors,
             activation=facts.activation,
             gated=facts.gated,
             experts=experts,
@@ -315,6 +320,7 @@ class _Reader:
                 original_context=original,
                 beta_fast=self.factor("rope.scaling.yarn_beta_fast", 32.0),
                 beta_slow=self.factor("rope.scaling.yarn_beta_slow", 1.0),
+                whole=self.facts.whole_yarn,
             )
         divisors = read_divisors(self.file, num_dims // 2, beyond_original=context > original)
         if divisors is not None:

@@ -37,6 +37,10 @@ def _granite(config: ConfigFields, chosen: int) -> dict[str, Any]:
     return {"routing": Routing(chosen, "logits")}
 
 
+def _gpt_oss(config: ConfigFields, chosen: int) -> dict[str, Any]:
+    return {"routing": Routing(chosen, "logits"), "router_bias": True, "bias": True}
+
+
 EXPERTS: Mapping[str, Callable[[ConfigFields, int], dict[str, Any]]] = {
     "qwen3_moe": _softmax,
     "qwen2_moe": _qwen2_moe,
@@ -44,6 +48,7 @@ EXPERTS: Mapping[str, Callable[[ConfigFields, int], dict[str, Any]]] = {
     "mixtral": _mixtral,
     "granitemoe": _granite,
     "granitemoeshared": _granite,
+    "gpt_oss": _gpt_oss,
 }
 """By model_type: fields of `ExpertsSpec`, besides those that all families have, of a config whose tokens choose so many
 experts."""

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvik.models.mxfp4 import MXFP4_BYTES, MXFP4_VALUES
 from kvik.models.parts import Part, Parts, TensorName
 from kvik.models.spec import DecoderSpec
 
@@ -117,6 +118,21 @@ _GRANITE_MOE: Names = _LLAMA | {
 }
 
 
+_GPT_OSS: Names = _LLAMA | {
+    "attn_sinks.weight": "self_attn.sinks",
+    "ffn_gate_inp": "mlp.router",
+    **{
+        f"{name}.{kind}": f"mlp.experts.{stored}{suffix}"
+        for name, stored in (
+            ("ffn_gate_exps", "gate_up_proj"),
+            ("ffn_up_exps", "gate_up_proj"),
+            ("ffn_down_exps", "down_proj"),
+        )
+        for kind, suffix in (("weight", ""), ("bias", "_bias"))
+    },
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The names of one family, and what it does to its tensors."""
@@ -126,8 +142,9 @@ class Layout:
     layers: str = "layers"
     head: str = "lm_head"
     # Rows of a fused projection: all queries, keys, values; or for each KV head its queries, its key, its value.
-    fused: Literal["stacked", "grouped"] = "stacked"
-    transposed: bool = False  # projections are stored as (columns, rows)
+    # The other kind, of gates and ups: in turn.
+    fused: Literal["stacked", "grouped", "in_turn"] = "stacked"
+    transposed: Literal["none", "all", "experts"] = "none"  # which projections are stored as (columns, rows)
     norm_offset: float = 0.0  # what norms are stored less than
     first_position: int = 0  # row of the table of positions that position 0 has
 
@@ -156,13 +173,14 @@ _LAYOUTS: Mapping[str, Layout] = {
     "mixtral": Layout(_MIXTRAL),
     "granitemoe": Layout(_GRANITE_MOE),
     "granitemoeshared": Layout(_GRANITE_MOE),
+    "gpt_oss": Layout(_GPT_OSS, fused="in_turn", transposed="experts"),
     "olmo2": Layout(_LLAMA | _NORMS_AROUND),
     "olmo3": Layout(_LLAMA | _NORMS_AROUND),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA, names=_LLAMA | _NORMS_AROUND),
     "gemma3_text": replace(_GEMMA, names=_LLAMA | _NORMS_AROUND, prefixes=_SEEING),
     "starcoder2": Layout(_LLAMA | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
-    "gpt2": Layout(_GPT2, ("transformer.", ""), "h", transposed=True),
+    "gpt2": Layout(_GPT2, ("transformer.", ""), "h", transposed="all"),
     "nanogpt": Layout(_GPT2, ("transformer.", "", "_orig_mod.transformer."), "h"),
     "gpt_bigcode": Layout(_GPT2, ("transformer.", ""), "h", fused="grouped"),
     "gpt_neox": Layout(_NEOX, ("gpt_neox.", ""), head="embed_out", fused="grouped"),
@@ -194,6 +212,8 @@ def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
         part = _part(layout, parsed.name, where, shape, cuts.get(parsed.name))
         if spec.experts is not None and parsed.expert is not None and "{}" not in of_layer:
             part = replace(part, shape=(spec.experts.num_experts, *part.shape), item=parsed.expert)
+            if part.transposed and f"{where}_blocks" in stored:
+                part = _in_blocks(part)
         parts[canonical] = part
     return parts
 
@@ -247,6 +267,8 @@ def _cuts(
         rows: Sequence[Rows] = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         if layout.fused == "grouped":
             rows = _grouped_rows(spec)
+        elif layout.fused == "in_turn":
+            rows = [slice(at, ends[-1], len(sizes)) for at in range(len(sizes))]
         cuts |= {name: _Cut(cut_rows, ends[-1]) for name, cut_rows in zip(siblings, rows, strict=True)}
     return cuts
 
@@ -263,8 +285,16 @@ def _part(layout: Layout, name: str, where: str, shape: tuple[int, ...], cut: _C
         return Part(where, shape, offset=layout.norm_offset)
     if cut is not None:
         shape = (cut.num_rows, *shape[1:])
-    transposed = layout.transposed and len(shape) == 2 and name not in ("token_embd", "position_embd")
+    turns = name.endswith("_exps") or (layout.transposed == "all" and name not in ("token_embd", "position_embd"))
+    transposed = layout.transposed != "none" and turns and len(shape) == 2
     return Part(where, shape[::-1] if transposed else shape, None if cut is None else cut.rows, transposed)
+
+
+def _in_blocks(part: Part) -> Part:
+    """The same as blocks of MXFP4, whose rows lie as they are multiplied: (items, rows, blocks of a row, bytes)."""
+    num_items, columns, rows = part.shape
+    shape = (num_items, rows, -(-columns // MXFP4_VALUES), MXFP4_BYTES)
+    return replace(part, stored=f"{part.stored}_blocks", scales=f"{part.stored}_scales", shape=shape, transposed=False)
 
 
 def _grouped_rows(spec: DecoderSpec) -> tuple[Rows, Rows, Rows]:

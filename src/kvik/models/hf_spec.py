@@ -42,6 +42,7 @@ class Family:
     tied: bool = False  # where the config does not say
     inner: int | None = None  # intermediate_size by hidden_size, where the config does not say
     defaults: Fields = field(default_factory=dict)  # fields that published configs leave out
+    quantized_by: str = ""  # the method by which checkpoints of this family may be quantised already
 
 
 def _llama(config: ConfigFields, norm_eps: float = 1e-6) -> Fields:
@@ -83,6 +84,19 @@ def _olmo2(config: ConfigFields) -> Fields:
 
 def _phi3(config: ConfigFields) -> Fields:
     return _llama(config, 1e-5)
+
+
+def _gpt_oss(config: ConfigFields) -> Fields:
+    for key, value in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
+        if config.number(key, value) != value:
+            raise config.error(f"{key} is {config.number(key):g}, where kvik runs {value:g} alone", OTHER_MODEL)
+    bias = config.flag("attention_bias", True)
+    return _llama(config, 1e-5) | {
+        "activation": "clamped_silu",
+        "sinks": True,
+        "qkv_bias": bias,
+        "output_bias": bias,
+    }
 
 
 def _granite(config: ConfigFields) -> Fields:
@@ -210,6 +224,8 @@ def _starcoder2(config: ConfigFields) -> Fields:
     return _layer_norm(config, "norm_epsilon", "hidden_act", "gelu_pytorch_tanh", bias=bias)
 
 
+_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(_llama),
     "mistral": Family(_llama),
@@ -231,6 +247,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma": Family(_gemma, tied=True),
     "gemma2": Family(_gemma2, tied=True),
     "gemma3_text": Family(_gemma3, Rotary(1_000_000.0, windows_plain=True, windows_theta=10_000.0), tied=True),
+    "gpt_oss": Family(_gpt_oss, Rotary(150_000.0), defaults={"rope_parameters": _GPT_OSS_ROPE}, quantized_by="mxfp4"),
     "starcoder2": Family(_starcoder2, tied=True),
     "gpt2": Family(_gpt2, None, tied=True, inner=4),
     "nanogpt": Family(_nanogpt, None, tied=True, inner=4),

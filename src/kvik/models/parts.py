@@ -21,6 +21,9 @@ class Part:
     transposed: bool = False  # stored as (columns, rows), so that `rows` counts its columns
     offset: float = 0.0  # added to every value: Gemma's norms are stored less 1
     item: int | None = None  # of the stored tensor's first axis, as an expert's id; None: it has no such axis
+    scales: str | None = (
+        None  # the tensor beside it that has a scale for each block of MXFP4, which the stored one holds
+    )
 
     @property
     def is_matrix(self) -> bool:

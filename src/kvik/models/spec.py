@@ -119,6 +119,7 @@ class DecoderSpec:
     head_bias: bool = False
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_soft_cap: float | None = None
+    sinks: bool = False  # a learned score of each query head joins its softmax and brings no value
     activation: Nonlinearity = "silu"
     gated: bool = True  # activation(gate(x)) * up(x), else activation(up(x)); of experts too
     experts: ExpertsSpec | None = None  # of the sparse layers
@@ -240,6 +241,8 @@ class DecoderSpec:
                 norm(f"{layer}.attn_q_norm", head_dim if self.qk_norm == "head" else queries, bias=False)
                 if spec.kv_from is None:
                     norm(f"{layer}.attn_k_norm", head_dim if self.qk_norm == "head" else keys, bias=False)
+            if self.sinks:
+                shapes[f"{layer}.attn_sinks.weight"] = (self.num_heads,)
             linear(f"{layer}.attn_output", hidden, queries, bias=self.output_bias)
             if self.norm_places != "before":
                 norm(f"{layer}.post_attention_norm")

@@ -170,6 +170,7 @@ class _Reader:
             post_attn_norm=self.norm(f"{layer}.post_attention_norm"),
             mlp_norm=attn_norm if spec.parallel == "one_norm" else self.norm(f"{layer}.ffn_norm"),
             post_mlp_norm=self.norm(f"{layer}.post_ffw_norm"),
+            sinks=self.optional_vector(f"{layer}.attn_sinks.weight"),
         )
 
     def experts(self, layer: str) -> ExpertsWeights:

@@ -29,7 +29,7 @@ def read_folder(folder: Path, name: str) -> ModelShape:
         with suppress(ModelError):  # a folder without weights
             return _with_stored_weights(shape, folder)
         return shape
-    types = {tensor: checkpoint.tensors[part.stored].dtype for tensor, part in parts.items()}
+    types = {tensor: checkpoint.type_of(part) for tensor, part in parts.items()}
     return held_shape(spec, types, name=name, origin="checkpoint", path=folder, file_bytes=model_bytes(folder))
 
 

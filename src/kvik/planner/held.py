@@ -48,10 +48,10 @@ def held_shape(
     read = None
     if experts := spec.experts:
         number, chosen = experts.num_experts, experts.routing.num_chosen
-        of_one = [tensor for tensor in matrices if TensorName.parse(tensor).expert == 0]
+        of_one = [tensor for tensor in shapes if TensorName.parse(tensor).expert == 0]
         read = ExpertsRead(number, chosen, sum(map(held_bytes, of_one)))
         read_bytes -= (number - chosen) * read.expert_bytes
-        num_active_params -= (number - chosen) * sum(num_values[tensor] for tensor in of_one)
+        num_active_params -= (number - chosen) * sum(num_values[tensor] for tensor in matrices if tensor in of_one)
     cache = spec.kv_spec("f16")
     main = by_format.most_common(1)[0][0]
     return ModelShape(
