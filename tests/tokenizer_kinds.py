@@ -43,6 +43,7 @@ class Kind:
     config: dict[str, Any]
     gguf: dict[str, Any] | None = None  # what GGUF metadata say beyond the vocabulary; None: there is no such kind
     scores: list[float] | None = None
+    model: str = "gpt2"  # in GGUF, where there are no scores
     tokenizer_class: str = "PreTrainedTokenizerFast"
     lossless: bool = True  # decoding gives back what was encoded
     generation: dict[str, Any] = field(default_factory=dict)
@@ -69,18 +70,19 @@ class Kind:
         """The vocabulary as the usual converter writes it."""
         assert self.gguf is not None
         added = self.library.get_added_tokens_decoder()
+        has_bytes = self.scores is not None or self.model == "gemma4"  # tokens for those of missing characters
         tokens = [self.library.id_to_token(token_id) or "" for token_id in range(self.num_tokens)]
         types = []
         for token_id, token in enumerate(tokens):
             kind = TokenType.NORMAL
             if token_id in added:
                 kind = TokenType.CONTROL if added[token_id].special else TokenType.USER_DEFINED
-            if token == "<unk>" and self.scores is not None:
+            if token == "<unk>" and has_bytes:
                 kind = TokenType.UNKNOWN
-            if token.startswith("<0x") and self.scores is not None:
+            if token.startswith("<0x") and has_bytes:
                 kind = TokenType.BYTE
             types.append(int(kind))
-        values: dict[str, Any] = {"model": "gpt2", "tokens": tokens, "token_type": types}
+        values: dict[str, Any] = {"model": self.model, "tokens": tokens, "token_type": types}
         if self.scores is None:
             pairs = json.loads(self.library.to_str())["model"]["merges"]
             values["merges"] = [" ".join(pair) for pair in pairs]
@@ -304,6 +306,18 @@ def gemma() -> Kind:
     return Kind(library, config, {"tokenizer.ggml.add_space_prefix": False}, scores, generation=ends)
 
 
+def gemma4() -> Kind:
+    marks = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", '<|"|>')
+    tags = [AddedToken(name, special=False, normalized=False) for name in (*marks, "\n\n\n")]
+    first = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>")
+    library, _ = sentencepiece(prefix="none", first=first, last=tags, bos="<bos>")
+    library.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    config = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    ends = {"eos_token_id": [library.token_to_id(name) for name in ("<eos>", "<turn|>", "<|tool_response>")]}
+    gguf = {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}  # which no one believes
+    return Kind(library, config, gguf, model="gemma4", generation=ends)
+
+
 def phi3() -> Kind:
     end = [AddedToken("</s>", special=False, normalized=False, rstrip=True), *special("<|endoftext|>")]
     roles = special("<|assistant|>", "<|end|>", "<|user|>", rstrip=True)
@@ -331,6 +345,6 @@ KINDS: dict[str, Callable[[], Kind]] = {
     kind.__name__: cache(kind)
     for kind in chain(
         (gpt2, smollm, granite, llama3, smollm3, qwen2, falcon, gpt_neox, opt, olmo2, tekken, phi4_mini),
-        (llama2, llama2_not_legacy, mistral, without_prefix, gemma, phi3, unigram),
+        (llama2, llama2_not_legacy, mistral, without_prefix, gemma, gemma4, phi3, unigram),
     )
 }

@@ -71,7 +71,8 @@ def test_text_has_the_librarys_tokens_and_tokens_its_text(
 def test_text_comes_back_as_it_was(tokenizer_of: TokenizerOf, name: str) -> None:
     tokenizer = tokenizer_of(name)
     for text in texts(KINDS[name]()):
-        expected = text.replace("\u2581", " ") if KINDS[name]().scores else text
+        marks = KINDS[name]().scores or KINDS[name]().model == "gemma4"  # which stand for spaces
+        expected = text.replace("\u2581", " ") if marks else text
         assert tokenizer.decode(tokenizer.encode(text, add_special=False, parse_special=False)) == expected
 
 

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 END_NAMES = frozenset(
     (
         *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
-        *("</s>", "<|end|>", "<end_of_turn>", "<EOT>"),
+        *("</s>", "<|end|>", "<end_of_turn>", "<EOT>", "<turn|>", "<|tool_response>"),
     )
 )
 HARMONY_ENDS = frozenset(("<|return|>", "<|call|>"))

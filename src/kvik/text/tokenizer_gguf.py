@@ -1,11 +1,12 @@
 """The tokenizer that a GGUF file's metadata describes.
 
-The keys are those of the GGUF specification (`tokenizer.ggml.*`). Two kinds of vocabulary are understood:
+The keys are those of the GGUF specification (`tokenizer.ggml.*`). Three kinds of vocabulary are understood:
 
     gpt2    byte-level BPE with a list of merges (Radford et al. 2019); `tokenizer.ggml.pre` names the rule that cuts
             text into words first, as each family's published tokenizer.json states it
     llama   SentencePiece BPE (Kudo and Richardson 2018): scores in place of merges, U+2581 for a space, bytes for
             characters that the vocabulary lacks
+    gemma4  both: a list of merges over whole stretches of text, U+2581 for a space, bytes for missing characters
 
 Control tokens are found in the text here and are no part of the BPE vocabulary, so ordinary text can never become one.
 """
@@ -243,8 +244,15 @@ class GGUFTokenizer(Tokenizer):
     def __init__(self, metadata: Mapping[str, Any], name: str) -> None:
         fields = _Metadata(metadata, name)
         model = fields.get("model", str, "")
-        if model not in ("gpt2", "llama"):
-            raise fields.error(f"tokenizer.ggml.model is {model!r}", hint="kvik reads the models 'gpt2' and 'llama'")
+        set_up = {
+            "gpt2": self._set_up_byte_level,
+            "llama": self._set_up_sentencepiece,
+            "gemma4": self._set_up_merges_of_characters,
+        }.get(model)
+        if set_up is None:
+            raise fields.error(
+                f"tokenizer.ggml.model is {model!r}", hint="kvik reads the models 'gpt2', 'llama' and 'gemma4'"
+            )
         self._tokens = fields.texts("tokens")
         self.vocab_size = len(self._tokens)
         types = fields.token_types(self._tokens)
@@ -256,10 +264,7 @@ class GGUFTokenizer(Tokenizer):
         )
         texts = list(self._tokens)
         self._takes_space = model == "llama" and metadata.get("general.architecture") == "phi3"
-        if model == "gpt2":
-            self._set_up_byte_level(fields, texts)
-        else:
-            self._set_up_sentencepiece(fields, texts)
+        set_up(fields, texts)
 
         self.bos_token_id = fields.token_id("bos_token_id", self.vocab_size)
         self._eos_token_id = fields.token_id("eos_token_id", self.vocab_size)
@@ -268,15 +273,24 @@ class GGUFTokenizer(Tokenizer):
             *fields.token_ids("eos_token_ids", self.vocab_size),
             *(fields.token_id(f"{key}_token_id", self.vocab_size) for key in ("eot", "eom")),
         ]
-        special = {self._tokens[token_id]: token_id for token_id in self.special_token_ids}
+        named = self.special_token_ids
+        if model == "gemma4":  # whose marks are shown, those that end a turn among them
+            named |= {token_id for token_id, kind in enumerate(self._types) if kind == TokenType.USER_DEFINED}
+        special = {self._tokens[token_id]: token_id for token_id in named}
         self.eos_token_ids = all_ends([token_id for token_id in given if token_id is not None], special)
         self._add_eos: bool = fields.get("add_eos_token", bool, False)
+        begins = fields.get("add_bos_token", bool, self._bos_by_default)
+        if model == "gemma4" and not begins:  # as the first files said, wrongly; llama.cpp does not believe them either
+            fields.notes.append(
+                "tokenizer.ggml.add_bos_token is false, but Gemma 4's texts begin with BOS all the same"
+            )
+            begins = True
         self.notes = tuple(dict.fromkeys(fields.notes))
         if fields.get("add_bos_token", bool, False) and self.bos_token_id is None:
             raise fields.error("tokenizer.ggml.add_bos_token is set, but there is no bos_token_id")
         if self._add_eos and self._eos_token_id is None:
             raise fields.error("tokenizer.ggml.add_eos_token is set, but there is no eos_token_id")
-        self.add_bos = fields.get("add_bos_token", bool, self._bos_by_default) and self.bos_token_id is not None
+        self.add_bos = begins and self.bos_token_id is not None
         self.chat_bos_token_id = self.bos_token_id if self.add_bos else None  # as llama.cpp does
 
     def _set_up_byte_level(self, fields: _Metadata, texts: list[str]) -> None:
@@ -294,7 +308,7 @@ class GGUFTokenizer(Tokenizer):
                 hint="kvik supports it for the model 'llama' only",
             )
         vocabulary = self._ordinary_tokens(texts)
-        self._bpe = tokenizers.Tokenizer(self._merging(fields, vocabulary, rule.whole_words))
+        self._bpe = tokenizers.Tokenizer(self._merging(fields, vocabulary, ignore_merges=rule.whole_words))
         self._bpe.pre_tokenizer = rule.pre_tokenizer()
         self._prepare: Callable[[str], str] = normalizers.NFC().normalize_str if rule.nfc else str
         self._byte_level = True
@@ -303,9 +317,7 @@ class GGUFTokenizer(Tokenizer):
         self._unencodable = missing_bytes(BYTE_OF.keys() & vocabulary.keys())
 
     def _set_up_sentencepiece(self, fields: _Metadata, texts: list[str]) -> None:
-        byte_ids = {texts[token_id]: token_id for token_id, kind in enumerate(self._types) if kind == TokenType.BYTE}
-        if byte_ids.keys() != {f"<0x{byte:02X}>" for byte in range(256)}:  # so the library asks for them
-            raise fields.error(f"the vocabulary has {len(byte_ids)} byte tokens that kvik can read, not 256")
+        byte_ids = self._byte_ids(fields, texts)
         longest = max(map(len, texts))
         if longest > _MAX_PIECE_CHARACTERS:
             raise fields.error(
@@ -317,11 +329,25 @@ class GGUFTokenizer(Tokenizer):
         vocabulary = self._ordinary_tokens(texts)
         pairs = _pairs_by_score(vocabulary, scores)
         self._bpe = tokenizers.Tokenizer(models.BPE(vocabulary | byte_ids, pairs, byte_fallback=True))
+        self._set_up_characters(add_space_prefix=fields.get("add_space_prefix", bool, True))
+
+    def _set_up_merges_of_characters(self, fields: _Metadata, texts: list[str]) -> None:
+        vocabulary = self._ordinary_tokens(texts) | self._byte_ids(fields, texts)
+        self._bpe = tokenizers.Tokenizer(self._merging(fields, vocabulary, byte_fallback=True))
+        self._set_up_characters(add_space_prefix=fields.get("add_space_prefix", bool, False))
+
+    def _set_up_characters(self, *, add_space_prefix: bool) -> None:
         self._prepare = self._mark_spaces
         self._byte_level = False
         self._bos_by_default = True
-        self.add_space_prefix = fields.get("add_space_prefix", bool, True)
+        self.add_space_prefix = add_space_prefix
         self._unencodable = b""
+
+    def _byte_ids(self, fields: _Metadata, texts: list[str]) -> dict[str, int]:
+        byte_ids = {texts[token_id]: token_id for token_id, kind in enumerate(self._types) if kind == TokenType.BYTE}
+        if byte_ids.keys() != {f"<0x{byte:02X}>" for byte in range(256)}:  # so the library asks for them
+            raise fields.error(f"the vocabulary has {len(byte_ids)} byte tokens that kvik can read, not 256")
+        return byte_ids
 
     def _ordinary_tokens(self, texts: list[str]) -> dict[str, int]:
         """What BPE may produce; of entries with the same text, the first."""
@@ -331,16 +357,16 @@ class GGUFTokenizer(Tokenizer):
             zip(compress(reversed(texts), chosen), compress(reversed(range(self.vocab_size)), chosen), strict=True)
         )
 
-    def _merging(self, fields: _Metadata, vocabulary: dict[str, int], whole_words: bool) -> models.BPE:
+    def _merging(self, fields: _Metadata, vocabulary: dict[str, int], **options: bool) -> models.BPE:
         merges = fields.texts("merges")
         try:
             pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-            return models.BPE(vocabulary, pairs, ignore_merges=whole_words)
+            return models.BPE(vocabulary, pairs, **options)
         except Exception:  # the library has no narrower one for a merge that is not made of the vocabulary
             pairs = self._some_merges(fields, list(merges), vocabulary)
             if len(pairs) == len(merges):
                 raise  # it was not the merges
-            return models.BPE(vocabulary, pairs, ignore_merges=whole_words)
+            return models.BPE(vocabulary, pairs, **options)
 
     def _some_merges(self, fields: _Metadata, merges: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
         """Of merges that are not all made of ordinary tokens, those that are."""
