@@ -210,6 +210,15 @@ PackedWeight checked_mapped_weight(const PackedFile &file, std::string_view type
   return file.weight(type, rows, columns, offset);
 }
 
+MappedTableWeights make_mapped_table(std::string_view type_name, Array<const uint8_t, 1> source, int64_t rows,
+                                     int64_t columns) {
+  const GgufType &type = checked_type(type_name, rows, columns);
+  const int64_t bytes = row_bytes(type, columns);
+  require(size(source, 0) % bytes == 0 && size(source, 0) / bytes == rows,
+          "MappedTable: source has the wrong number of bytes");
+  return {MappedTable(type, rows, columns, source.data()), source};
+}
+
 NormWeights make_norm(Floats<1> weight, float eps, std::optional<Floats<1>> bias, bool layer) {
   require_aligned(weight, "Norm", "the weight");
   require(size(weight, 0) > 0, "Norm: the weight is empty");
@@ -228,10 +237,12 @@ LinearWeights make_linear(const PackedWeight &matrix, std::optional<Floats<1>> b
   return {matrix, bias, scale};
 }
 
-RopeWeights make_rope(Floats<3> cos_sin, bool adjacent_pairs) {
+RopeWeights make_rope(Floats<3> cos_sin, int64_t half) {
   require_aligned(cos_sin, "Rope", "cos_sin");
   require(size(cos_sin, 2) == 2, "Rope: a cosine and a sine for each pair");
-  return {cos_sin, adjacent_pairs};
+  require(half == 0 || (half >= size(cos_sin, 1) && half < int64_t{1} << 31),
+          "Rope: half must be 0, for pairs of neighbours, or as many dimensions as there are pairs or more");
+  return {cos_sin, half};
 }
 
 constexpr int64_t kMaxKVGroups = 64; // of layers with block tables of their own
@@ -364,6 +375,11 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&map_packed_file), "file"_a, "num_bytes"_a, "on_demand"_a)
       .def("weight", &checked_mapped_weight, "type"_a, "rows"_a, "columns"_a, "offset"_a,
            "The matrix whose packed bytes begin there, as they are.");
+  nb::class_<MappedTableWeights>(m, "MappedTable", "A GGUF tensor's rows, looked up where they lie.")
+      .def(nb::new_(&make_mapped_table), "type"_a, "source"_a.noconvert(), "rows"_a, "columns"_a)
+      .def_prop_ro("rows", [](const MappedTableWeights &table) { return table.table.rows(); })
+      .def_prop_ro("columns", [](const MappedTableWeights &table) { return table.table.columns(); })
+      .def_prop_ro("num_bytes", [](const MappedTableWeights &table) { return table.table.num_bytes(); });
   nb::class_<WeightPacker>(m, "WeightPacker", "Packs a GGUF tensor's rows without loss, as they come.")
       .def(nb::new_(&make_packer), "type"_a, "rows"_a, "columns"_a, "arena"_a, "place"_a.none() = nb::none())
       .def("add", &checked_add_rows, Unlocked(), "source"_a.noconvert(), "pool"_a,
@@ -374,7 +390,7 @@ NB_MODULE(_native, m) {
   nb::class_<LinearWeights>(m, "Linear", "(x @ matrix.T + bias) * scale.")
       .def(nb::new_(&make_linear), "matrix"_a, "bias"_a.noconvert().none(), "scale"_a);
   nb::class_<RopeWeights>(m, "Rope", "Cosine and sine by position: (positions, pairs, 2).")
-      .def(nb::new_(&make_rope), "cos_sin"_a.noconvert(), "adjacent_pairs"_a);
+      .def(nb::new_(&make_rope), "cos_sin"_a.noconvert(), "half"_a);
   nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.")
       .def_ro("kv_group", &LayerKV::kv_group, "Which block tables of a step are its own.")
       .def_prop_ro("token_bytes", &LayerKV::token_bytes, "Bytes that one token's key and value take.");

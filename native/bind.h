@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -11,6 +12,7 @@
 #include <string_view>
 #include <vector>
 
+#include "mapped_table.h"
 #include "ops.h"
 
 namespace kvik {
@@ -42,13 +44,13 @@ inline int64_t size(const auto &array, std::size_t axis) { return static_cast<in
 // must not outlive them.
 struct RopeWeights {
   Floats<3> cos_sin; // of each pair of dimensions, by position: (positions, pairs, 2)
-  bool adjacent_pairs;
+  int64_t half;      // as in RopeArgs
 
-  operator RopeArgs() const { return {cos_sin.data(), size(cos_sin, 1), adjacent_pairs}; }
+  operator RopeArgs() const { return {cos_sin.data(), size(cos_sin, 1), half}; }
 };
 
 inline void check_rope(const RopeWeights &rope, int64_t head_dim) {
-  require(2 * size(rope.cos_sin, 1) <= head_dim, "rope: the table does not fit head_dim");
+  require(2 * std::max(size(rope.cos_sin, 1), rope.half) <= head_dim, "rope: the table does not fit head_dim");
 }
 
 struct NormWeights {
@@ -66,6 +68,12 @@ struct LinearWeights {
   float scale;
 
   operator Linear() const { return {&matrix, bias ? bias->data() : nullptr, scale}; }
+};
+
+// A table and the array that has its bytes.
+struct MappedTableWeights {
+  MappedTable table;
+  Array<const uint8_t, 1> source;
 };
 
 Nonlinearity nonlinearity_of(std::string_view name);

@@ -123,18 +123,24 @@ void capture_write_kv(Program &program, const LayerKV &kv, int k, int v, std::st
 }
 
 int capture_norm_qkv(Program &program, int x, const NormWeights *norm, const LinearWeights &query,
-                     const LinearWeights &key, const LinearWeights &value, const NormWeights *query_norm,
-                     const NormWeights *key_norm, const RopeWeights *given_rope, const LayerKV &kv) {
+                     const LinearWeights &key, const LinearWeights *value, const NormWeights *query_norm,
+                     const NormWeights *key_norm, const NormWeights *value_norm, const RopeWeights *given_rope,
+                     const LayerKV &kv) {
   const Program::Value in = checked_value(program, x);
   check_tokens(in, "norm_qkv: x must have a row a token");
   if (norm) check_norm(*norm, in.width);
   const int64_t width = kv.num_kv_heads * kv.head_dim;
-  for (const LinearWeights *linear : {&query, &key, &value})
-    require(linear->matrix.columns == in.width, "norm_qkv: x has another number of columns than a matrix");
-  require(key.matrix.rows == width && value.matrix.rows == width, "norm_qkv: keys or values do not fit the cache");
+  std::vector<const PackedWeight *> weights;
+  for (const LinearWeights *linear : {&query, &key, value})
+    if (linear) weights.push_back(&linear->matrix);
+  for (const PackedWeight *weight : weights)
+    require(weight->columns == in.width, "norm_qkv: x has another number of columns than a matrix");
+  require(key.matrix.rows == width && (!value || value->matrix.rows == width),
+          "norm_qkv: keys or values do not fit the cache");
   require(query.matrix.rows % width == 0, "norm_qkv: query heads must be a multiple of KV heads");
   check_head_norm(query_norm, query.matrix.rows, kv.head_dim);
   check_head_norm(key_norm, width, kv.head_dim);
+  check_head_norm(value_norm, width, kv.head_dim);
   RopeArgs rope{};
   if (given_rope) {
     check_rope(*given_rope, kv.head_dim);
@@ -142,10 +148,11 @@ int capture_norm_qkv(Program &program, int x, const NormWeights *norm, const Lin
     rope = *given_rope;
   }
   limit_blocks(program, kv);
-  const std::vector<const PackedWeight *> weights{&query.matrix, &key.matrix, &value.matrix};
   return append(
       program, "norm_qkv", {x}, query.matrix.rows, false,
-      [=, args = QueryKeyValue{query, key, value, norm_or_none(query_norm), norm_or_none(key_norm), rope, kv},
+      [=,
+       args = QueryKeyValue{query, key, value ? Linear(*value) : Linear{}, norm_or_none(query_norm),
+                            norm_or_none(key_norm), norm_or_none(value_norm), rope, kv},
        norm = norm_or_none(norm), int16_activations = program.int16_activations()](const Frame &frame, int out) {
         QueryKeyValue now = args;
         now.positions = frame.step.positions, now.slots = frame.step.groups[args.kv.kv_group].slots;
@@ -292,8 +299,8 @@ void bind_program(nb::module_ &m) {
            "norm"_a.none(), "gate"_a, "up"_a, "activation"_a)
       .def("norm_qkv", &capture_norm_qkv, Keep(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
            nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>(),
-           nb::keep_alive<1, 10>(), "x"_a, "norm"_a.none(), "query"_a, "key"_a, "value"_a, "query_norm"_a.none(),
-           "key_norm"_a.none(), "rope"_a.none(), "kv"_a)
+           nb::keep_alive<1, 10>(), nb::keep_alive<1, 11>(), "x"_a, "norm"_a.none(), "query"_a, "key"_a,
+           "value"_a.none(), "query_norm"_a.none(), "key_norm"_a.none(), "value_norm"_a.none(), "rope"_a.none(), "kv"_a)
       .def("write_kv", &capture_write_kv, nb::keep_alive<1, 2>(), "kv"_a, "k"_a, "v"_a, "slots"_a)
       .def("attend", &capture_attend, Keep(), "q"_a, "kv"_a, "scale"_a.none(), "soft_cap"_a, "window"_a.none(),
            "sinks"_a.noconvert().none())

@@ -8,46 +8,54 @@
 #include <string_view>
 
 #include "bind_ops.h"
-#include "half.h"
 
 namespace kvik {
 namespace {
 
 constexpr int64_t kGrain = 8; // rows that are worth another thread's while
 
-float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
-  const int64_t at = (row / kRowBlock * weight.columns + column) * kRowBlock + row % kRowBlock;
-  switch (weight.float_format) {
-  case FloatFormat::f16:
-    return to_float(reinterpret_cast<const Half *>(weight.data.get())[at]);
-  case FloatFormat::bf16:
-    return to_float(reinterpret_cast<const BFloat16 *>(weight.data.get())[at]);
-  default:
-    return reinterpret_cast<const float *>(weight.data.get())[at];
-  }
-}
-
-void embed_row(const PackedWeight &weight, int64_t row, float scale, float *out) {
-  if (weight.quantized()) {
-    dequantize_row(weight, row, out);
-  } else {
-    for (int64_t k = 0; k < weight.columns; ++k) out[k] = read_float(weight, row, k);
-  }
+void scale_row(float scale, int64_t count, float *row) {
   if (scale != 1)
-    for (int64_t k = 0; k < weight.columns; ++k) out[k] *= scale;
+    for (int64_t k = 0; k < count; ++k) row[k] *= scale;
 }
 
-// Rows of the weight, by token id or by position, times the scale.
-int embed(Program &program, const PackedWeight &table, std::string_view ids, float scale) {
+// Whether rows of a table are looked up by position, else by token id; the ids must be those of rows.
+bool by_position(Program &program, std::string_view ids, int64_t num_rows) {
   require(!program.finished(), "Program: it is finished");
   const bool of_positions = ids == "positions";
   require(of_positions || ids == "token_ids", "embed: the ids are token_ids or positions");
   int64_t &limit = of_positions ? program.limits.positions : program.limits.token_ids;
-  limit = std::min(limit, table.rows);
+  limit = std::min(limit, num_rows);
+  return of_positions;
+}
+
+// Rows of the weight, by token id or by position, times the scale.
+int embed(Program &program, const PackedWeight &table, std::string_view ids, float scale) {
+  const bool of_positions = by_position(program, ids, table.rows);
   return append(program, "embed", {}, table.columns, false, [=, &table](const Frame &frame, int out) {
     const int32_t *rows = of_positions ? frame.step.positions : frame.step.token_ids;
     float *to = frame[out];
-    for (int64_t i = 0; i < frame.step.num_tokens; ++i) embed_row(table, rows[i], scale, to + i * table.columns);
+    for (int64_t i = 0; i < frame.step.num_tokens; ++i, to += table.columns) {
+      read_row(table, rows[i], to);
+      scale_row(scale, table.columns, to);
+    }
+  });
+}
+
+// The same of a table that lies in a file; its rows are unpacked as they are needed.
+int embed_mapped(Program &program, const MappedTableWeights &weights, std::string_view ids, float scale) {
+  const MappedTable &table = weights.table;
+  const bool of_positions = by_position(program, ids, table.rows());
+  return append(program, "embed", {}, table.columns(), false, [=, &table](const Frame &frame, int out) {
+    const int32_t *rows = of_positions ? frame.step.positions : frame.step.token_ids;
+    float *to = frame[out];
+    for (int64_t i = 0; i < frame.step.num_tokens; ++i) table.ask_for(rows[i]);
+    const int64_t space_bytes = RowReader::space_bytes(table);
+    uint8_t *spaces = frame.workspace().packed.get<uint8_t>(frame.pool().num_threads() * space_bytes);
+    frame.pool().for_each(frame.step.num_tokens, [&](int thread, int64_t i) {
+      RowReader(table, spaces + thread * space_bytes).read(rows[i], to + i * table.columns());
+      scale_row(scale, table.columns(), to + i * table.columns());
+    });
   });
 }
 
@@ -79,7 +87,7 @@ int rope(Program &program, int x, std::string_view positions, const RopeWeights 
       for (int64_t i = first; i < last; ++i)
         for (int64_t at = 0; at < in.width; at += head_dim)
           kernels->rope(to + i * in.width + at, rope.cos_sin + frame.step.positions[i] * rope.pairs * 2, rope.pairs,
-                        rope.adjacent_pairs);
+                        rope.half);
     });
   });
 }
@@ -138,15 +146,29 @@ int soft_cap(Program &program, int x, float cap) {
   });
 }
 
-int add(Program &program, int x, int y) {
+int add(Program &program, int x, int y, float scale) {
   const Program::Value in = checked_value(program, x), other = checked_value(program, y);
   require(in.width == other.width && in.of_logits == other.of_logits, "add: x and y differ in shape");
   return append(program, "add", {x, y}, in.width, in.of_logits, [=](const Frame &frame, int out) {
     const float *one = frame[x], *two = frame[y];
     float *to = frame[out];
     for_items(frame, x, in.width, [&](int64_t at, int64_t count) {
-      for (int64_t i = at; i < at + count; ++i) to[i] = one[i] + two[i];
+      if (scale == 1)
+        for (int64_t i = at; i < at + count; ++i) to[i] = one[i] + two[i];
+      else
+        for (int64_t i = at; i < at + count; ++i) to[i] = (one[i] + two[i]) * scale;
     });
+  });
+}
+
+int take_columns(Program &program, int x, int64_t start, int64_t count) {
+  const Program::Value in = checked_value(program, x);
+  require(start >= 0 && count > 0 && start < in.width && count <= in.width - start,
+          "take_columns: x has no such columns");
+  return append(program, "take_columns", {x}, count, in.of_logits, [=](const Frame &frame, int out) {
+    const float *from = frame[x] + start;
+    float *to = frame[out];
+    for (int64_t i = 0; i < frame.rows(x); ++i) std::copy_n(from + i * in.width, count, to + i * count);
   });
 }
 
@@ -167,12 +189,14 @@ int take_rows(Program &program, int x, std::string_view rows) {
 void bind_elementwise(nb::class_<Program> &program) {
   // keep_alive: a program refers to the weights and tables that its ops use.
   program.def("embed", &embed, nb::keep_alive<1, 2>(), "table"_a, "ids"_a, "scale"_a)
+      .def("embed", &embed_mapped, nb::keep_alive<1, 2>(), "table"_a, "ids"_a, "scale"_a)
       .def("norm", &norm, nb::keep_alive<1, 3>(), "x"_a, "norm"_a)
       .def("rope", &rope, nb::keep_alive<1, 4>(), "x"_a, "positions"_a, "rope"_a, "head_dim"_a)
       .def("activate", &activate, "x"_a, "activation"_a, "up"_a.none())
       .def("gate", &gate, "x"_a, "gates"_a)
       .def("soft_cap", &soft_cap, "x"_a, "cap"_a)
-      .def("add", &add, "x"_a, "y"_a)
+      .def("add", &add, "x"_a, "y"_a, "scale"_a)
+      .def("take_columns", &take_columns, "x"_a, "start"_a, "count"_a)
       .def("take_rows", &take_rows, "x"_a, "rows"_a);
 }
 

@@ -104,8 +104,8 @@ void exponentials(const float *x, float shift, int64_t count, float *out) {
   for_eights(x, nullptr, count, out, [shift](F32x8 a, F32x8) { return exponential(a - broadcast(shift)); });
 }
 
-template <bool adjacent> inline void rope_pairs(float *x, const float *cos_sin, int64_t pairs) {
-  const int64_t step = adjacent ? 2 : 1, partner = adjacent ? 1 : pairs;
+template <bool adjacent> inline void rope_pairs(float *x, const float *cos_sin, int64_t pairs, int64_t half) {
+  const int64_t step = adjacent ? 2 : 1, partner = adjacent ? 1 : half;
   for (int64_t pair = 0; pair < pairs; ++pair) {
     float &a = x[pair * step], &b = x[pair * step + partner];
     const float cosine = cos_sin[2 * pair], sine = cos_sin[2 * pair + 1], old = a;
@@ -114,9 +114,9 @@ template <bool adjacent> inline void rope_pairs(float *x, const float *cos_sin, 
   }
 }
 
-void rope(float *x, const float *cos_sin, int64_t pairs, bool adjacent_pairs) {
-  if (adjacent_pairs) return rope_pairs<true>(x, cos_sin, pairs);
-  rope_pairs<false>(x, cos_sin, pairs);
+void rope(float *x, const float *cos_sin, int64_t pairs, int64_t half) {
+  if (half == 0) return rope_pairs<true>(x, cos_sin, pairs, half);
+  rope_pairs<false>(x, cos_sin, pairs, half);
 }
 
 } // namespace

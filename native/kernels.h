@@ -134,8 +134,9 @@ struct Kernels {
   void (*activate)(Nonlinearity, const float *x, const float *up, int64_t count, float *out);
   void (*soft_cap)(const float *x, float cap, int64_t count, float *out);
   void (*exponentials)(const float *x, float shift, int64_t count, float *out); // of x - shift
-  // Rotates the pairs of one head in place by cos_sin (pairs, 2).
-  void (*rope)(float *x, const float *cos_sin, int64_t pairs, bool adjacent_pairs);
+  // Rotates the pairs of one head in place by cos_sin (pairs, 2): dimensions (i, i + half), or (2i, 2i+1) where half is
+  // 0.
+  void (*rope)(float *x, const float *cos_sin, int64_t pairs, int64_t half);
   void (*write_kv)(const LayerKV &, const float *k, const float *v, int64_t slot); // one token, all heads
   // Attention of some rows over one segment; `next` is what this thread will be asked for after it, or null.
   void (*attend_segment)(const AttendArgs &, const SegmentTask &, const SegmentTask *next, float *scratch,

@@ -38,8 +38,8 @@ struct Projection {
 // Cosine and sine by position: cos_sin (positions, pairs, 2).
 struct RopeArgs {
   const float *cos_sin;
-  int64_t pairs;       // 0: nothing rotates
-  bool adjacent_pairs; // dimensions (2i, 2i+1) rotate together, else (i, i + pairs)
+  int64_t pairs; // 0: nothing rotates
+  int64_t half;  // dimensions (i, i + half) rotate together; 0: (2i, 2i+1)
 };
 
 // All projections of the same rows, which are normed and quantised once.
@@ -86,8 +86,8 @@ void run_experts(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const
 
 // Queries (T, heads * head_dim) of the rows, normed and rotated; their keys and values go to their slots.
 struct QueryKeyValue {
-  Linear query, key, value;
-  Norm query_norm, key_norm; // as wide as a head or as a row; no weight: none
+  Linear query, key, value;              // without a matrix for values, they are the keys before their norm
+  Norm query_norm, key_norm, value_norm; // as wide as a head or as a row; no weight: none
   RopeArgs rope;
   LayerKV kv;
   const int32_t *positions = nullptr, *slots = nullptr; // (T,)

@@ -296,6 +296,11 @@ PackedWeight unpacked_weight(const GgufType &type, int64_t rows, int64_t columns
   return weight;
 }
 
+void pack_row_block(const GgufType &type, const uint8_t *source, int64_t rows, int64_t columns, int64_t row_block,
+                    uint8_t *out) {
+  (type.block_format < 0 ? pack_float_rows : pack_quantized_rows)(type, source, rows, columns, row_block, out);
+}
+
 WeightPacker::WeightPacker(const GgufType &type, int64_t rows, int64_t columns, WeightArena &arena)
     : WeightPacker(type, rows, columns, arena.allocate(unpacked_weight(type, rows, columns).num_bytes)) {}
 
@@ -305,12 +310,11 @@ WeightPacker::WeightPacker(const GgufType &type, int64_t rows, int64_t columns, 
 }
 
 void WeightPacker::add(const uint8_t *source, int64_t count, ThreadPool &pool) {
-  const auto pack_rows = weight_.quantized() ? pack_quantized_rows : pack_float_rows;
   const int64_t row_block_bytes = weight_.row_block_bytes();
   uint8_t *start = weight_.data.get() + filled_rows_ / kRowBlock * row_block_bytes;
   pool.for_ranges((count + kRowBlock - 1) / kRowBlock, 1, [&](int64_t first, int64_t last) {
     for (int64_t row_block = first; row_block < last; ++row_block)
-      pack_rows(type_, source, count, weight_.columns, row_block, start + row_block * row_block_bytes);
+      pack_row_block(type_, source, count, weight_.columns, row_block, start + row_block * row_block_bytes);
   });
   filled_rows_ += count;
 }
@@ -360,7 +364,17 @@ ScaleAndMinimum scale_at(const BlockFormat &format, const uint8_t *scales, int r
   }
 }
 
-} // namespace
+float read_float(const PackedWeight &weight, int64_t row, int64_t column) {
+  const int64_t at = (row / kRowBlock * weight.columns + column) * kRowBlock + row % kRowBlock;
+  switch (weight.float_format) {
+  case FloatFormat::f16:
+    return to_float(reinterpret_cast<const Half *>(weight.data.get())[at]);
+  case FloatFormat::bf16:
+    return to_float(reinterpret_cast<const BFloat16 *>(weight.data.get())[at]);
+  default:
+    return reinterpret_cast<const float *>(weight.data.get())[at];
+  }
+}
 
 // Rounds like the formats' own definition: the product, then the sum.
 void dequantize_row(const PackedWeight &weight, int64_t row, float *out) {
@@ -375,6 +389,13 @@ void dequantize_row(const PackedWeight &weight, int64_t row, float *out) {
         *out++ = scale * static_cast<float>(quant_at(format, block, lane, k)) + minimum;
     }
   }
+}
+
+} // namespace
+
+void read_row(const PackedWeight &weight, int64_t row, float *out) {
+  if (weight.quantized()) return dequantize_row(weight, row, out);
+  for (int64_t k = 0; k < weight.columns; ++k) out[k] = read_float(weight, row, k);
 }
 
 } // namespace kvik

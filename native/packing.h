@@ -37,8 +37,12 @@ struct PackedWeight {
 // What a matrix is once it is packed, without its data. Throws std::bad_alloc where its bytes do not fit 64 bits.
 PackedWeight unpacked_weight(const GgufType &type, int64_t rows, int64_t columns);
 
-// The float32 values of a row of a quantised matrix.
-void dequantize_row(const PackedWeight &weight, int64_t row, float *out);
+// The float32 values of a row.
+void read_row(const PackedWeight &weight, int64_t row, float *out);
+
+// One row block of a source that has `rows` rows, packed.
+void pack_row_block(const GgufType &type, const uint8_t *source, int64_t rows, int64_t columns, int64_t row_block,
+                    uint8_t *out);
 
 // Fills a matrix with rows as they come, so that nobody need hold it twice.
 class WeightPacker {

@@ -75,19 +75,25 @@ void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const
   const int64_t width = kv.num_kv_heads * kv.head_dim, query_width = args.query.matrix->rows;
   float *k = workspace.keys.get<float>(in.num_tokens * width), *v = workspace.values.get<float>(in.num_tokens * width);
   const Projection projections[] = {{args.query, q}, {args.key, k}, {args.value, v}};
-  project(pool, workspace, in, projections, int16_activations);
+  const bool own_values = args.value.matrix;
+  project(pool, workspace, in, {projections, own_values ? std::size_t{3} : std::size_t{2}}, int16_activations);
   // Neighbouring tokens share cache lines of a K tile, so a thread takes whole blocks' worth of them.
   pool.for_ranges(in.num_tokens, kBlockSize, [&](int64_t first, int64_t last) {
-    const auto norm_and_rotate = [&](const Norm &norm, float *heads, int64_t size, int32_t position) {
+    const auto normed = [](const Norm &norm, float *heads, int64_t size) {
       for (int64_t at = 0; norm.weight && at < size; at += norm.width) kernels->norm(norm, heads + at, heads + at);
+    };
+    const auto norm_and_rotate = [&](const Norm &norm, float *heads, int64_t size, int32_t position) {
+      normed(norm, heads, size);
       for (int64_t at = 0; args.rope.pairs > 0 && at < size; at += kv.head_dim)
-        kernels->rope(heads + at, args.rope.cos_sin + position * args.rope.pairs * 2, args.rope.pairs,
-                      args.rope.adjacent_pairs);
+        kernels->rope(heads + at, args.rope.cos_sin + position * args.rope.pairs * 2, args.rope.pairs, args.rope.half);
     };
     for (int64_t i = first; i < last; ++i) {
+      float *keys = k + i * width, *values = v + i * width;
+      if (!own_values) std::copy_n(keys, width, values);
+      normed(args.value_norm, values, width);
       norm_and_rotate(args.query_norm, q + i * query_width, query_width, args.positions[i]);
-      norm_and_rotate(args.key_norm, k + i * width, width, args.positions[i]);
-      kernels->write_kv(kv, k + i * width, v + i * width, args.slots[i]);
+      norm_and_rotate(args.key_norm, keys, width, args.positions[i]);
+      kernels->write_kv(kv, keys, values, args.slots[i]);
     }
   });
 }

@@ -87,6 +87,7 @@ struct Workspace {
   RowsSpace rows;
   Buffer up;           // the other half of a gated projection
   Buffer keys, values; // before they go to their slots
+  Buffer packed;       // rows of a mapped table
   ExpertsSpace experts;
   AttentionSpace attention;
 };

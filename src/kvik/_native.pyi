@@ -1,7 +1,7 @@
 """kvik's native core: packed weights, thread pool and kernels."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, overload
 
 import numpy
 from numpy.typing import NDArray
@@ -75,6 +75,23 @@ class PackedFile:
     def weight(self, type: str, rows: int, columns: int, offset: int) -> PackedWeight:
         """The matrix whose packed bytes begin there, as they are."""
 
+class MappedTable:
+    """A GGUF tensor's rows, looked up where they lie."""
+
+    def __init__(
+        self,
+        type: str,
+        source: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        rows: int,
+        columns: int,
+    ) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
 class WeightPacker:
     """Packs a GGUF tensor's rows without loss, as they come."""
 
@@ -122,7 +139,7 @@ class Rope:
         cos_sin: Annotated[
             NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)
         ],
-        adjacent_pairs: bool,
+        half: int,
     ) -> None: ...
 
 class LayerKV:
@@ -209,13 +226,17 @@ class Program:
     """
 
     def __init__(self, pool: ThreadPool, int16_activations: bool) -> None: ...
+    @overload
     def embed(self, table: PackedWeight, ids: str, scale: float) -> int: ...
+    @overload
+    def embed(self, table: MappedTable, ids: str, scale: float) -> int: ...
     def norm(self, x: int, norm: Norm) -> int: ...
     def rope(self, x: int, positions: str, rope: Rope, head_dim: int) -> int: ...
     def activate(self, x: int, activation: str, up: int | None) -> int: ...
     def gate(self, x: int, gates: int) -> int: ...
     def soft_cap(self, x: int, cap: float) -> int: ...
-    def add(self, x: int, y: int) -> int: ...
+    def add(self, x: int, y: int, scale: float) -> int: ...
+    def take_columns(self, x: int, start: int, count: int) -> int: ...
     def take_rows(self, x: int, rows: str) -> int: ...
     def experts(self, x: int, logits: int, experts: Experts, activation: str) -> int: ...
     def project(self, x: int, linears: list[Linear]) -> list[int]: ...
@@ -228,9 +249,10 @@ class Program:
         norm: Norm | None,
         query: Linear,
         key: Linear,
-        value: Linear,
+        value: Linear | None,
         query_norm: Norm | None,
         key_norm: Norm | None,
+        value_norm: Norm | None,
         rope: Rope | None,
         kv: LayerKV,
     ) -> int: ...

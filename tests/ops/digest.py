@@ -54,6 +54,7 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
     positions = rng.integers(0, 50, 9, dtype=np.int32)
     for adjacent_pairs in (True, False):
         yield ops.rope(heads, positions, RopeSpec(10_000.0, 16, adjacent_pairs=adjacent_pairs).table(50))
+    yield ops.rope(heads, positions, RopeSpec(10_000.0, 24, adjacent_pairs=False, num_rotating=5).table(50))
     dtypes: tuple[KVDType, ...] = ("f32", "f16")
     for dtype in dtypes:
         for group, head_dim in ((1, 8), (2, 40), (3, 64), (5, 24)):

@@ -103,6 +103,15 @@ def weight(chance: random.Random) -> Any:
     return _native.pack(kind, numbers((rows * row_bytes(kind, columns),), np.uint8, chance), rows, columns, ARENA, POOL)
 
 
+def table(chance: random.Random) -> Any:
+    """A matrix, or one that is not packed."""
+    if chance.random() < 0.5:
+        return weight(chance)
+    kind = chance.choice(TYPES)
+    columns = 256 if kind.endswith(("K", "XS")) else 64
+    return _native.MappedTable(kind, numbers((9 * row_bytes(kind, columns),), np.uint8, chance), 9, columns)
+
+
 def row_bytes(kind: str, columns: int) -> int:
     sizes = {
         "F32": 128,
@@ -155,7 +164,7 @@ def linear_of(matrix: Any) -> Any:
 
 
 WIDTH = HEADS * HEAD_DIM
-TABLE, ROPE = q8_0(40, WIDTH), _native.Rope(np.zeros((96, 8, 2), np.float32), True)
+TABLE, ROPE = q8_0(40, WIDTH), _native.Rope(np.zeros((96, 8, 2), np.float32), 0)
 NORM = _native.Norm(np.ones(WIDTH, np.float32), 1e-5, None, False)
 
 
@@ -186,7 +195,7 @@ def whole_program() -> _native.Program:
     program = new_program()
     query, key = (linear_of(q8_0(rows, WIDTH)) for rows in (WIDTH, KV_HEADS * HEAD_DIM))
     kv = _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, "f16", "f16").layer(0)
-    q = program.norm_qkv(0, NORM, query, key, key, None, None, ROPE, kv)
+    q = program.norm_qkv(0, NORM, query, key, key, None, None, None, ROPE, kv)
     attended = program.attend(q, kv, 0.25, 0.0, None, None)
     program.finish(program.norm_linear(program.take_rows(attended, "logit_rows"), NORM, linear_of(q8_0(20, WIDTH))))
     return program
@@ -203,7 +212,7 @@ def run_program() -> _native.Program:
 def sum_program() -> _native.Program:
     """One op, whose inputs are given."""
     program = _native.Program(POOL, False)
-    program.finish(program.add(program.input(WIDTH), program.input(WIDTH)))
+    program.finish(program.add(program.input(WIDTH), program.input(WIDTH), 1.0))
     return program
 
 
@@ -243,7 +252,8 @@ value = one_of(0, 0, 0, 1, -1, 5, *INTEGERS)
 
 def rope_of(chance: random.Random) -> Any:
     pairs = chance.choice((HEAD_DIM // 2, HEAD_DIM // 2, 3, 40))
-    return _native.Rope(np.zeros((chance.choice((8, 96)), pairs, 2), np.float32), chance.random() < 0.5)
+    half = chance.choice((0, pairs, pairs, max(pairs, HEAD_DIM // 2), max(pairs, HEAD_DIM)))
+    return _native.Rope(np.zeros((chance.choice((8, 96)), pairs, 2), np.float32), half)
 
 
 activation = one_of("silu", "gelu", "gelu_tanh", "relu", "clamped_silu", "", "swish", "\0")
@@ -452,7 +462,16 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         _native.Rope,
         {
             "cos_sin": array_of(np.float32, (8, HEAD_DIM // 2, 2), (96, 3, 2), (8, 8, 3)),
-            "adjacent_pairs": one_of(True, False),
+            "half": one_of(0, 3, HEAD_DIM // 2, *INTEGERS),
+        },
+    ),
+    "MappedTable": (
+        _native.MappedTable,
+        {
+            "type": one_of(*TYPES),
+            "source": array_of(np.uint8, (8 * 34,), (8 * 128,), (1,)),
+            "rows": one_of(8, *INTEGERS),
+            "columns": one_of(32, *INTEGERS),
         },
     ),
     "Linear": (
@@ -490,7 +509,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     "Program": (_native.Program, {"pool": one_of(POOL, None, 1), "int16_activations": one_of(True, False, None, 2)}),
     "Program.embed": (
         on_program("embed"),
-        {"table": weight, "ids": one_of("token_ids", "positions", "", "\0"), "scale": one_of(*FLOATS)},
+        {"table": table, "ids": one_of("token_ids", "positions", "", "\0"), "scale": one_of(*FLOATS)},
     ),
     "Program.norm": (on_program("norm"), {"x": value, "norm": norm_of(WIDTH, HEAD_DIM)}),
     "Program.project": (on_program("project"), {"x": value, "linears": list_of(fitting((8, WIDTH), (9, WIDTH)))}),
@@ -514,9 +533,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
         | {
             "query": fitting((WIDTH, WIDTH), (2 * WIDTH, WIDTH)),
             "key": fitting((KV_HEADS * HEAD_DIM, WIDTH)),
-            "value": fitting((KV_HEADS * HEAD_DIM, WIDTH)),
+            "value": lambda chance: None if chance.random() < 0.3 else fitting((KV_HEADS * HEAD_DIM, WIDTH))(chance),
             "query_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM, WIDTH)(chance),
             "key_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM)(chance),
+            "value_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM)(chance),
             "rope": lambda chance: None if chance.random() < 0.3 else rope_of(chance),
             "kv": layer,
         },
@@ -582,7 +602,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
     ),
     "Program.gate": (on_program("gate"), {"x": value, "gates": value}),
     "Program.soft_cap": (on_program("soft_cap"), {"x": value, "cap": one_of(30.0, *FLOATS)}),
-    "Program.add": (on_program("add"), {"x": value, "y": value}),
+    "Program.add": (on_program("add"), {"x": value, "y": value, "scale": one_of(*FLOATS)}),
+    "Program.take_columns": (
+        on_program("take_columns"),
+        {"x": value, "start": one_of(0, 8, *INTEGERS), "count": one_of(8, WIDTH, *INTEGERS)},
+    ),
     "Program.take_rows": (on_program("take_rows"), {"x": value, "rows": one_of("logit_rows", "logit_rows", "")}),
     "Program.input": (lambda width: _native.Program(POOL, False).input(width), {"width": one_of(1, 64, *INTEGERS)}),
     "Program.finish": (

@@ -82,8 +82,8 @@ def soft_cap(pool: Any, x: Any, cap: Any, out: Any) -> None:
     run(pool, lambda program, at: program.soft_cap(at, cap), [x], out)
 
 
-def rope(pool: Any, x: Any, positions: Any, table: Any, adjacent_pairs: Any, head_dim: Any, out: Any) -> None:
-    rotations = _native.Rope(table, adjacent_pairs)
+def rope(pool: Any, x: Any, positions: Any, table: Any, half: Any, head_dim: Any, out: Any) -> None:
+    rotations = _native.Rope(table, half)
     run(
         pool, lambda program, at: program.rope(at, "positions", rotations, head_dim), [x], out, positions=positions
     )  # fmt: skip

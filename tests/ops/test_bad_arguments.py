@@ -185,7 +185,7 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "x": lambda: floats(TOKENS, HEADS * HEAD_DIM),
             "positions": lambda: integers(0, 9, 3),
             "table": lambda: floats(10, HEAD_DIM // 2, 2),
-            "adjacent_pairs": lambda: True,
+            "half": lambda: 0,
             "head_dim": lambda: HEAD_DIM,
             "out": lambda: floats(TOKENS, HEADS * HEAD_DIM),
         },
@@ -326,6 +326,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "positions": [integers(0, 1, 10), integers(-1, 0, 1), integers(0, 1), integers(0, 0, 2**31 - 1)],
         "table": [floats(9, HEAD_DIM // 2, 2), floats(10, HEAD_DIM // 2 + 1, 2), floats(10, HEAD_DIM // 2, 3)],
         "out": [floats(TOKENS, HEADS * HEAD_DIM + 1), floats(TOKENS, HEAD_DIM), floats(1, HEADS * HEAD_DIM)],
+        "half": [-1, 1, HEAD_DIM // 2 - 1, HEAD_DIM // 2 + 1, 2**31, 2**70],
         "head_dim": [0, -1, HEAD_DIM - 1, 2**62, 2**70],
     },
     "write_kv": {

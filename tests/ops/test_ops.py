@@ -48,6 +48,20 @@ def test_embed_gives_rows_of_the_table(ops: Ops, kind: GGMLQuantizationType) -> 
         np.testing.assert_array_equal(ops.to_numpy(ops.embed(table.load(ops), token_ids)), table.values[token_ids])
 
 
+@looped("kind", TESTED_TYPES, lambda kind: kind.name)
+def test_a_mapped_table_has_the_rows_of_a_packed_one(ops: Ops, kind: GGMLQuantizationType) -> None:
+    rng = np.random.default_rng(0)
+    made = random_weights(kind, 37, 256, rng)
+    odd = np.zeros(made.blocks.size + 1, np.uint8)[1:]  # tensors of a file lie at any byte
+    odd[:] = made.blocks.reshape(-1)
+    table, packed = ops.map_rows(kind.name, odd, 37, 256), made.load(ops)
+    assert (table.rows, table.columns, table.num_bytes) == (37, 256, len(odd))
+    for num_tokens in (0, 1, 40):
+        token_ids = rng.integers(0, 37, num_tokens, dtype=np.int32)
+        found, wanted = (ops.to_numpy(ops.embed(one, token_ids, 0.3)) for one in (table, packed))
+        np.testing.assert_array_equal(found, wanted)
+
+
 @looped("size", SIZES)
 @looped("shape", SHAPES)
 def test_rms_norm(ops: Ops, shape: tuple[int, int], size: float) -> None:
@@ -226,6 +240,19 @@ def test_rope(ops: Ops, head_dim: int, num_dims: int, adjacent_pairs: bool) -> N
         assert (abs(out - wanted) <= bound).all()
 
 
+def test_rope_of_the_first_pairs_alone(ops: Ops) -> None:
+    """As fast as they would rotate among all, and half a head apart; all other dimensions pass unchanged."""
+    x = normal(np.random.default_rng(12), 5, 3, 40)
+    positions = np.asarray([0, 7, 1, 599, 3], np.int32)
+    spec = RopeSpec(theta=10_000.0, num_dims=32, adjacent_pairs=False, num_rotating=3)
+    assert spec.token_bytes == 3 * 2 * 4
+    out = ops.to_numpy(ops.rope(x, positions, spec.table(600)))
+    whole = ops.to_numpy(ops.rope(x, positions, RopeSpec(10_000.0, 32, adjacent_pairs=False).table(600)))
+    wanted = x.copy()
+    wanted[..., [0, 1, 2, 16, 17, 18]] = whole[..., [0, 1, 2, 16, 17, 18]]
+    np.testing.assert_array_equal(out, wanted)
+
+
 def test_rope_leaves_its_input_alone(ops: Ops) -> None:
     x = normal(np.random.default_rng(1), 3, 2, 8)
     before = x.copy()
@@ -253,6 +280,18 @@ def test_add(ops: Ops, size: float) -> None:
     x, y = normal(rng, 9, 33, size=size), normal(rng, 9, 33)
     wanted = (x.astype(np.float64) + y).astype(np.float32)
     np.testing.assert_array_equal(ops.to_numpy(ops.add(x, y)), wanted)
+
+
+def test_add_with_a_scale(ops: Ops) -> None:
+    x, y = normal(np.random.default_rng(2), 2, 9, 33)
+    np.testing.assert_array_equal(ops.to_numpy(ops.add(x, y, 0.3)), (x + y) * np.float32(0.3))
+
+
+@looped("num_tokens", [0, 1, 5])
+def test_take_columns(ops: Ops, num_tokens: int) -> None:
+    x = normal(np.random.default_rng(3), num_tokens, 33)
+    for start, count in ((0, 33), (5, 7), (32, 1)):
+        np.testing.assert_array_equal(ops.to_numpy(ops.take_columns(x, start, count)), x[:, start : start + count])
 
 
 @looped("rows", [[], [4], [0, 4, 2], [3, 3]])

@@ -102,7 +102,10 @@ class Layer:
     def small(self, ops: Ops, batch: Batch) -> Array:
         """The same in ops that do one thing each."""
         x = ops.embed(self.table, batch.token_ids)
-        q, k, v = ops.project(self.normed(ops, x), self.qkv.linears)
+        q, k, *values = ops.project(self.normed(ops, x), self.qkv.linears)
+        v = values[0] if values else k
+        if self.qkv.value_norm:
+            v = ops.norm(v, self.qkv.value_norm)
         if self.qkv.query_norm and self.qkv.key_norm:
             q, k = ops.norm(q, self.qkv.query_norm), ops.norm(k, self.qkv.key_norm)
         q, k, v = (ops.split_heads(out, self.head_dim) for out in (q, k, v))
@@ -119,12 +122,21 @@ class Layer:
 
 
 class LayerOfOtherFamilies(Layer):
-    """Biases, scales, layer norms, norms of heads, a soft cap, another activation, a score scale."""
+    """Biases, scales, layer norms, norms of heads, a soft cap, another activation, a score scale, keys as values."""
 
     activation = "gelu"
     rule = AttentionRule(scale=0.3, soft_cap=2.0, sinks=np.linspace(-2, 2, 6, dtype=np.float32))
 
-    def __init__(self, ops: Ops, kv_dtype: str, *, rows_normed: bool = False, plain: bool = False) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        kv_dtype: str,
+        *,
+        rows_normed: bool = False,
+        plain: bool = False,
+        values_normed: bool = False,
+        keys_as_values: bool = False,
+    ) -> None:
         super().__init__(ops, kv_dtype)
         rng = np.random.default_rng(39)
         width = self.num_kv_heads * self.head_dim
@@ -135,7 +147,13 @@ class LayerOfOtherFamilies(Layer):
             Norm(rng.normal(1, 0.1, size).astype(np.float32), 1e-6)
             for size in ((3 * width, width) if rows_normed else (self.head_dim, self.head_dim))
         ]
-        self.qkv = dataclasses.replace(self.qkv, query_norm=norms[0], key_norm=norms[1])
+        self.qkv = dataclasses.replace(
+            self.qkv,
+            query_norm=norms[0],
+            key_norm=norms[1],
+            value_norm=Norm(np.ones(self.head_dim, np.float32), 1e-6) if values_normed else None,
+            value=None if keys_as_values else self.qkv.value,
+        )
 
     def linear(self, ops: Ops, rng: np.random.Generator, kind: GGMLQuantizationType, rows: int, columns: int) -> Linear:
         matrix = super().linear(ops, rng, kind, rows, columns).matrix
@@ -168,12 +186,25 @@ def test_recorded_and_eager_fused_and_small_ops_give_the_same_bits(
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16", "int8", "k=int8,v=f16"])
-@pytest.mark.parametrize("options", [{}, {"rows_normed": True}, {"plain": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rows_normed": True},
+        {"plain": True},
+        {"values_normed": True},
+        {"values_normed": True, "keys_as_values": True},
+        {"plain": True, "keys_as_values": True},
+    ],
+    ids=str,
+)
 def test_other_families_have_the_same_bits_too(kv_dtype: str, options: dict[str, bool]) -> None:
     ops = NativeOps("int8", 2)
     layer, judge = LayerOfOtherFamilies(ops, kv_dtype, **options), ReferenceOps()
     expected = LayerOfOtherFamilies(judge, kv_dtype, **options)
     fused, small = ops.capture(layer.fused), ops.capture(layer.small)
+    assert isinstance(small, CapturedStep)
+    assert "norm_qkv" in [call.name for call in small.ops]
     rng = np.random.default_rng(38)
     for lengths in ([(0, 1)], [(0, 61)], [(0, 70)], [(5, 6), (33, 34), (0, 1)]):
         batch = batch_of(lengths, rng, vocab_size=layer.vocab_size, num_blocks=layer.num_blocks)
@@ -318,7 +349,7 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
     layer = Layer(ops, "f16")
     assert layer.norm is not None
     assert layer.rope is not None
-    norm, rope = native_norm(layer.norm), _native.Rope(layer.rope.cos_sin, layer.rope.adjacent_pairs)
+    norm, rope = native_norm(layer.norm), _native.Rope(layer.rope.cos_sin, layer.rope.half)
     narrow = _native.Norm(layer.norm.weight[:8].copy(), 1e-5, None, False)
     gate, down, head = map(native_linear, (layer.gate, layer.down, layer.head))
     query, key, value = map(native_linear, layer.qkv.linears)
@@ -347,11 +378,11 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
         ("no multiple of head_dim", lambda: program.rope(x, "positions", rope, 7)),
         (
             "keys or values do not fit",
-            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, rope, layer.kv),
+            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, None, rope, layer.kv),
         ),
         (
             "as wide as neither a head nor all heads",
-            lambda: program.norm_qkv(x, norm, query, key, value, narrow, None, None, layer.kv),
+            lambda: program.norm_qkv(x, norm, query, key, value, narrow, None, None, None, layer.kv),
         ),
         ("no such value", lambda: program.finish(program.take_rows(x, "logit_rows"), [99])),
     ]

@@ -102,6 +102,9 @@ class TracingOps(Ops):
     ) -> NoReturn:
         raise AssertionError("weights are loaded before a step is watched")
 
+    def map_rows(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> NoReturn:
+        raise AssertionError("tables are mapped before a step is watched")
+
     def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> NoReturn:
         raise AssertionError("KV arrays are allocated before a step is watched")
 
@@ -136,11 +139,16 @@ def weight_names(decoder: Decoder) -> dict[int, tuple[str, str]]:
         (weights.embedding, "embedding", "embedding"), (weights.positions, "embedding", "positions"),
         (weights.norm, "head", "norm"), (weights.lm_head, "head", "lm_head"),
     ]  # fmt: skip
+    if (of_layers := weights.layer_embeddings) is not None:
+        named += [(getattr(of_layers, field.name), "embedding", f"layers_{field.name}") for field in fields(of_layers)]
     for index, layer in enumerate(weights.layers):
         qkv, place = layer.qkv, f"layer {index}"
         named += [(qkv.query, place, "q_proj"), (qkv.key, place, "k_proj"), (qkv.value, place, "v_proj")]
-        named += [(qkv.query_norm, place, "query_norm"), (qkv.key_norm, place, "key_norm")]
-        names = {field.name: field.name for field in fields(layer) if field.name != "qkv"}
+        named += [(getattr(qkv, name), place, name) for name in ("query_norm", "key_norm", "value_norm")]
+        if (own := layer.embedding) is not None:
+            named += [(getattr(own, field.name), place, f"embedding_{field.name}") for field in fields(own)]
+        apart = ("qkv", "embedding", "scale")
+        names = {field.name: field.name for field in fields(layer) if field.name not in apart}
         if layer.experts is not None:
             names |= {name: f"shared_{name}" for name in ("gate_proj", "up_proj", "down_proj")}
         named += [(getattr(layer, name), place, shown) for name, shown in names.items()]

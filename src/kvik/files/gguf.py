@@ -117,9 +117,16 @@ class GGUFFile:
 
     def drop_pages(self, tensor: GGUFTensor) -> None:
         """Give back the memory through which a tensor was read; reading it once more brings it back from the file."""
-        home = self.homes.get(tensor.name, self.mapped)
-        if home is not None:
+        if (home := self._home(tensor)) is not None:
             home.drop_pages(tensor.offset, tensor.num_bytes)
+
+    def expect_jumps(self, tensor: GGUFTensor) -> None:
+        """Tell the system that a tensor's rows will be read here and there: it need not read ahead."""
+        if (home := self._home(tensor)) is not None:
+            home.expect_jumps(tensor.offset, tensor.num_bytes)
+
+    def _home(self, tensor: GGUFTensor) -> MappedFile | None:
+        return self.homes.get(tensor.name, self.mapped)
 
     def tensor(self, name: str) -> GGUFTensor:
         """Return the tensor of that name, which must be there."""

@@ -32,6 +32,13 @@ class MappedFile:
         for at in range(start // mmap.PAGESIZE * mmap.PAGESIZE, start + num_bytes, ASK_BYTES):
             self.mapping.madvise(mmap.MADV_WILLNEED, at, min(ASK_BYTES, start + num_bytes - at))
 
+    def expect_jumps(self, start: int, num_bytes: int) -> None:
+        """Tell the system that these bytes will be read here and there: it need not read ahead."""
+        if self.mapping is None or not hasattr(mmap, "MADV_RANDOM") or num_bytes <= 0:
+            return
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self.mapping.madvise(mmap.MADV_RANDOM, first, start + num_bytes - first)
+
     def drop_pages(self, start: int, num_bytes: int) -> None:
         """Give back the memory through which these bytes were read; reading them once more brings it back."""
         if self.mapping is None or not hasattr(mmap, "MADV_DONTNEED") or num_bytes <= 0:

@@ -17,7 +17,7 @@ from kvik.models.hf_parts import is_tied_head
 from kvik.models.mxfp4 import MAX_SCALE, gguf_rows
 from kvik.models.parts import Part
 from kvik.models.quantize import SCALE_GROUP, TYPES, Quantization, Quantizer
-from kvik.models.spec import DecoderSpec
+from kvik.models.spec import LAYER_EMBEDDINGS, DecoderSpec
 from kvik.models.weights import Kinds
 from kvik.ops.base import Ops, Vector, Weight, WeightPlace
 
@@ -62,7 +62,7 @@ class CheckpointSource:
         self.shapes = spec.tensors()
         self.parts = decoder_parts(checkpoint, spec)
         self.quantizer = None if weights is None else Quantizer(weights)
-        num_values = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        num_values = {name: math.prod(shape) for name, shape in self.shapes.items() if name != LAYER_EMBEDDINGS}
         self._most_values = min(max(sum(num_values.values()) // 1024, FEWEST_VALUES), MAX_VALUES)
         self._progress = progress
         self._done_bytes = 0
@@ -72,9 +72,8 @@ class CheckpointSource:
     @property
     def num_bytes(self) -> int:
         """Bytes that the native backend holds when all is loaded, but for what fills up last rows."""
-        matrices = (name for name, shape in self.shapes.items() if len(shape) == 2)
         vectors = (shape[0] for shape in self.shapes.values() if len(shape) == 1)
-        matrix_bits = sum(math.prod(self.shapes[name]) * _BITS[self._type_of(name)] for name in matrices)
+        matrix_bits = sum(math.prod(self.shapes[name]) * _BITS[self._type_of(name)] for name in self._matrices())
         return int(matrix_bits / 8) + 4 * sum(vectors)
 
     @property
@@ -83,8 +82,8 @@ class CheckpointSource:
         return None if self.quantizer is None else self.quantizer.report()
 
     def kinds(self) -> Kinds:
-        """All matrices, in the order of their files."""
-        names = [name for name, shape in self.shapes.items() if len(shape) == 2]
+        """All matrices but a table, in the order of their files."""
+        names = self._matrices()
         files = list(dict.fromkeys(str(tensor.file.path) for tensor in self.checkpoint.tensors.values()))
         places = {
             name: (files.index(str(self._tensor(name).file.path)), self._tensor(name).start, self.parts[name].item or 0)
@@ -104,6 +103,17 @@ class CheckpointSource:
         if self.quantizer is not None and columns % SCALE_GROUP:
             self.quantizer.kept.append(self.parts[name].stored)
         return self.ops.load_rows(kind, self._stored_rows(name), rows, columns, place)
+
+    def table(self, name: str) -> Weight:
+        """A matrix whose rows are looked up in its file, as they are stored there."""
+        part, tensor = self.parts[name], self._tensor(name)
+        assert part.rows is None
+        assert not part.transposed
+        tensor.file.expect_jumps(tensor.start, tensor.num_bytes)
+        return self.ops.map_rows(tensor.dtype, tensor.data, *tensor.shape)
+
+    def _matrices(self) -> list[str]:
+        return [name for name, shape in self.shapes.items() if len(shape) == 2 and name != LAYER_EMBEDDINGS]
 
     def vector(self, name: str) -> Vector:
         """A vector, float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,24 @@ from kvik.ops.table import OPS, Cost, add_up
 
 
 @dataclass(frozen=True, slots=True)
+class LayerEmbedding:
+    """What a layer does with its own embedding e of the token: x + norm(out_proj(activation(gate_proj(x)) * e))."""
+
+    gate_proj: Linear  # (layer_embedding_size, hidden_size)
+    out_proj: Linear  # (hidden_size, layer_embedding_size)
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEmbeddings:
+    """Where all layers' embeddings e of a token come from: (norm(proj(x)) + table[token]) / sqrt(2), layer by layer."""
+
+    table: Weight  # (vocab_size, num_layers * layer_embedding_size), in its file
+    proj: Linear  # (num_layers * layer_embedding_size, hidden_size)
+    norm: Norm  # of each layer's part alone
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One transformer layer; a part that the family lacks is None."""
 
@@ -39,24 +58,34 @@ class LayerWeights:
     router: Linear | None = None  # (num_experts, hidden_size)
     experts: ExpertsWeights | None = None
     shared_gate: Linear | None = None  # (1, hidden_size) of what the shared experts add
+    router_norm: Norm | None = None  # in place of the MLP's
+    experts_norm: Norm | None = None  # likewise
+    post_experts_norm: Norm | None = None
+    post_shared_norm: Norm | None = None
     attn_norm: Norm | None = None
     post_attn_norm: Norm | None = None
     mlp_norm: Norm | None = None
     post_mlp_norm: Norm | None = None
     sinks: Vector | None = None  # (num_heads,)
+    embedding: LayerEmbedding | None = None
+    scale: float = 1.0  # of what the layer gives
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All that a token is multiplied with."""
-        others = (self.gate_proj, self.up_proj, self.down_proj, self.router, self.shared_gate)
+        others = [self.gate_proj, self.up_proj, self.down_proj, self.router, self.shared_gate]
+        if self.embedding is not None:
+            others += [self.embedding.gate_proj, self.embedding.out_proj]
         chosen = () if self.experts is None else self.experts.linears
         return (*self.qkv.linears, self.o_proj, *(linear for linear in others if linear is not None), *chosen)
 
     @property
     def norms(self) -> tuple[Norm, ...]:
         """All norms; one that attention and the MLP share once."""
-        own = (self.attn_norm, self.post_attn_norm, self.mlp_norm, self.post_mlp_norm)
-        found = {id(norm): norm for norm in (*own, self.qkv.query_norm, self.qkv.key_norm) if norm is not None}
+        own = [self.attn_norm, self.post_attn_norm, self.mlp_norm, self.post_mlp_norm]
+        own += [self.router_norm, self.experts_norm, self.post_experts_norm, self.post_shared_norm]
+        own += [self.qkv.query_norm, self.qkv.key_norm, None if self.embedding is None else self.embedding.norm]
+        found = {id(norm): norm for norm in own if norm is not None}
         return tuple(found.values())
 
     @property
@@ -76,14 +105,17 @@ class DecoderWeights:
     norm: Norm
     lm_head: Linear  # (vocab_size, hidden_size)
     positions: Weight | None = None  # (num_learned_positions, hidden_size)
+    layer_embeddings: LayerEmbeddings | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all of them; what is tied once."""
+        """Bytes of all that is in memory; what is tied once."""
         others = [self.embedding] if self.lm_head.matrix is not self.embedding else []
         tables = [*others, *([] if self.positions is None else [self.positions])]
         layers, head = sum(layer.num_bytes for layer in self.layers), self.norm.num_bytes + self.lm_head.num_bytes
-        return layers + head + sum(table.num_bytes for table in tables)
+        own = self.layer_embeddings
+        of_layers = 0 if own is None else own.proj.num_bytes + own.norm.num_bytes
+        return layers + head + of_layers + sum(table.num_bytes for table in tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +184,28 @@ class Decoder:
         x = ops.embed(weights.embedding, batch.token_ids, spec.embedding_scale)  # (T, hidden_size)
         if weights.positions is not None:
             x = ops.add(x, ops.embed(weights.positions, batch.positions))
-        for layer, w, kv in zip(spec.layers, weights.layers, kv_cache, strict=True):
+        embeddings = self._layer_embeddings(ops, x, batch)
+        for index, (layer, w, kv) in enumerate(zip(spec.layers, weights.layers, kv_cache, strict=True)):
             q, k, v = self._heads(ops, layer, w, x, batch)
             if layer.kv_from is None:
                 ops.write_kv(kv, k, v, batch.groups[kv.kv_group].slot_mapping)  # remember these tokens
             attended = ops.merge_heads(ops.attend(q, kv, batch, self.rule(layer, w)))  # look back over all of them
             after = _add(ops, x, attended, w.o_proj, w.post_attn_norm)
-            x = self._feed_forward(ops, w, after, after if spec.parallel == "none" else x)
+            scale = w.scale if w.embedding is None else 1.0
+            x = self._feed_forward(ops, w, after, after if spec.parallel == "none" else x, scale)
+            if w.embedding is not None:
+                own = ops.take_columns(embeddings, index * spec.layer_embedding_size, spec.layer_embedding_size)
+                gated = ops.activate(ops.linear(x, w.embedding.gate_proj), spec.activation, own)
+                x = _add(ops, x, gated, w.embedding.out_proj, w.embedding.norm, w.scale)
         return x
+
+    def _layer_embeddings(self, ops: Ops, x: Array, batch: Batch) -> Array | None:
+        """Each token's embeddings in all layers: (T, num_layers * layer_embedding_size)."""
+        own = self.weights.layer_embeddings
+        if own is None:
+            return None
+        rows = ops.embed(own.table, batch.token_ids, math.sqrt(self.spec.layer_embedding_size))
+        return ops.add(ops.norm(ops.linear(x, own.proj), own.norm), rows, math.sqrt(0.5))
 
     def _heads(
         self, ops: Ops, layer: LayerSpec, w: LayerWeights, x: Array, batch: Batch
@@ -174,8 +220,8 @@ class Decoder:
         q, *k_and_v = ops.project(_normed(ops, x, w.attn_norm), w.qkv.linears)
         if not k_and_v:
             return rotated(q, w.qkv.query_norm), None, None
-        k, v = k_and_v
-        return rotated(q, w.qkv.query_norm), rotated(k, w.qkv.key_norm), ops.split_heads(v, head_dim)
+        k, v = k_and_v[0], ops.split_heads(_normed(ops, k_and_v[-1], w.qkv.value_norm), head_dim)
+        return rotated(q, w.qkv.query_norm), rotated(k, w.qkv.key_norm), v
 
     def logits(self, hidden: Array, ops: Ops) -> Array:
         """What rows of hidden states (R, hidden_size) say about the next token: (R, vocab_size)."""
@@ -190,19 +236,23 @@ class Decoder:
         """How this layer's scores become weights."""
         return AttentionRule(self.spec.attention_scale, layer.window, self.spec.attention_soft_cap, w.sinks)
 
-    def _feed_forward(self, ops: Ops, w: LayerWeights, residual: Array, x: Array) -> Array:
-        """The residual and what the MLP, or the experts, make of x."""
+    def _feed_forward(self, ops: Ops, w: LayerWeights, residual: Array, x: Array, scale: float) -> Array:
+        """The residual and what the MLP, or the experts, make of x, times a scale."""
         normed = _normed(ops, x, w.mlp_norm)
         if w.experts is None:
             assert w.down_proj is not None
-            return _add(ops, residual, self._mlp_hidden(ops, w, normed), w.down_proj, w.post_mlp_norm)
+            return _add(ops, residual, self._mlp_hidden(ops, w, normed), w.down_proj, w.post_mlp_norm, scale)
         assert w.router is not None
-        added = ops.experts(normed, ops.linear(normed, w.router), w.experts, self.spec.activation)
+        judged = normed if w.router_norm is None else ops.norm(x, w.router_norm)
+        seen = normed if w.experts_norm is None else ops.norm(x, w.experts_norm)
+        added = ops.experts(seen, ops.linear(judged, w.router), w.experts, self.spec.activation)
+        added = _normed(ops, added, w.post_experts_norm)
         if w.down_proj is not None:
             shared = ops.linear(self._mlp_hidden(ops, w, normed), w.down_proj)
+            shared = _normed(ops, shared, w.post_shared_norm)
             gates = None if w.shared_gate is None else ops.linear(normed, w.shared_gate)
             added = ops.add(added, shared if gates is None else ops.gate(shared, gates))
-        return ops.add(residual, _normed(ops, added, w.post_mlp_norm))
+        return ops.add(residual, _normed(ops, added, w.post_mlp_norm), scale)
 
     def _mlp_hidden(self, ops: Ops, w: LayerWeights, normed: Array) -> Array:
         assert w.up_proj is not None
@@ -216,8 +266,7 @@ def _normed(ops: Ops, x: Array, norm: Norm | None) -> Array:
     return x if norm is None else ops.norm(x, norm)
 
 
-def _add(ops: Ops, residual: Array, x: Array, linear: Linear, post_norm: Norm | None) -> Array:
-    """What attention or the MLP adds to the residual."""
-    if post_norm is None:
-        return ops.linear(x, linear, residual)
-    return ops.add(residual, ops.norm(ops.linear(x, linear), post_norm))
+def _add(ops: Ops, residual: Array, x: Array, linear: Linear, post_norm: Norm | None, scale: float = 1.0) -> Array:
+    """What attention or the MLP adds to the residual, and the sum times a scale."""
+    product = ops.linear(x, linear)
+    return ops.add(residual, product if post_norm is None else ops.norm(product, post_norm), scale)

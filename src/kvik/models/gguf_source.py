@@ -12,7 +12,7 @@ from kvik.errors import ModelError
 from kvik.files.gguf import GGUFFile, GGUFTensor, dequantize
 from kvik.hub.progress import Progress, silent
 from kvik.models.parts import Part, Parts, TensorName
-from kvik.models.spec import DecoderSpec
+from kvik.models.spec import LAYER_EMBEDDINGS, DecoderSpec
 from kvik.models.weights import Kinds
 from kvik.ops.base import Ops, Vector, Weight, WeightPlace
 
@@ -41,20 +41,19 @@ def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
     """
     shapes = spec.tensors()
     parts: dict[str, Part] = {}
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    starts = {"attn_q": 0, "attn_k": queries, "attn_v": queries + keys}
     renamed = _GPT_OSS_NORMS if spec.architecture == "gpt-oss" else {}
     if spec.architecture == "falcon" and spec.parallel == "two_norms":
         renamed = _FALCON_NORMS
     for canonical, shape in shapes.items():
         parsed = TensorName.parse(canonical)
         name, kind = parsed.name, parsed.kind
+        starts, num_rows = _qkv_rows(spec, parsed.layer)
         prefix = "" if parsed.layer is None else f"blk.{parsed.layer}."
         fused = f"{prefix}attn_qkv.{kind}"
         is_apart = canonical in file.tensors or spec.architecture not in _FUSED_QKV
         if name in starts and (fused in file.tensors or not is_apart):
             rows = slice(starts[name], starts[name] + shape[0])
-            parts[canonical] = Part(fused, (queries + 2 * keys, *shape[1:]), rows)
+            parts[canonical] = Part(fused, (num_rows, *shape[1:]), rows)
         elif parsed.expert is not None:
             parts[canonical] = _part_of_expert(file, spec, prefix, parsed, shape)
         elif name in ("ffn_gate", "ffn_up") and spec.architecture in _FUSED_MLP:
@@ -66,6 +65,16 @@ def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
             is_vector = alone is not None and len(alone.shape) == 1  # as a matrix of one row may be stored
             parts[canonical] = Part(f"{prefix}{stored}.{kind}", shape[-1:] if shape[0] == 1 and is_vector else shape)
     return parts
+
+
+def _qkv_rows(spec: DecoderSpec, layer: int | None) -> tuple[Mapping[str, int], int]:
+    """Where queries, keys and values begin in a layer's fused projection, and how many rows that has."""
+    if layer is None:
+        return {}, 0
+    of_layer = spec.layers[layer]
+    head_dim = spec.head_dim_of(of_layer)
+    queries, keys = spec.num_heads * head_dim, spec.num_kv_heads_of(of_layer) * head_dim
+    return {"attn_q": 0, "attn_k": queries, "attn_v": queries + keys}, queries + 2 * keys
 
 
 def _part_of_expert(file: GGUFFile, spec: DecoderSpec, prefix: str, name: TensorName, shape: tuple[int, ...]) -> Part:
@@ -120,7 +129,7 @@ class GGUFSource:
         self.ops = ops
         self.tensors = find_tensors(file, spec)
         self._progress = progress
-        self._total_bytes = sum(tensor.num_bytes for tensor in self.tensors.values() if len(tensor.shape) == 2)
+        self._total_bytes = sum(tensor.num_bytes for tensor in self._matrices().values())
         self._piece_bytes = min(max(self._total_bytes // 128, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
         self._done_bytes = 0
         self._asked_bytes = 0  # of the file
@@ -137,10 +146,14 @@ class GGUFSource:
         return None
 
     def kinds(self) -> Kinds:
-        """All matrices, in the order of the file."""
-        matrices = [(name, tensor) for name, tensor in self.tensors.items() if len(tensor.shape) == 2]
-        matrices.sort(key=lambda item: item[1].offset)
+        """All matrices but a table, in the order of the file."""
+        matrices = sorted(self._matrices().items(), key=lambda item: item[1].offset)
         return {name: (tensor.type.name, tensor.shape[0], tensor.shape[1]) for name, tensor in matrices}
+
+    def _matrices(self) -> dict[str, GGUFTensor]:
+        return {
+            name: tensor for name, tensor in self.tensors.items() if len(tensor.shape) == 2 and name != LAYER_EMBEDDINGS
+        }
 
     def matrix(self, name: str, place: WeightPlace | None = None) -> Weight:
         """A matrix, packed."""
@@ -153,6 +166,12 @@ class GGUFSource:
         values = np.array(dequantize(self.tensors[name]))  # a view would keep the file mapped
         self.file.drop_pages(self.tensors[name])
         return values
+
+    def table(self, name: str) -> Weight:
+        """A matrix whose rows are looked up in the file."""
+        tensor = self.tensors[name]
+        self.file.expect_jumps(tensor)
+        return self.ops.map_rows(tensor.type.name, tensor.data, *tensor.shape)
 
     def _pieces(self, tensor: GGUFTensor) -> Iterator[npt.NDArray[np.uint8]]:
         """All of a matrix's rows, some at a time; the pages of each piece are given back when it was used."""
@@ -168,10 +187,14 @@ class GGUFSource:
             self._progress(f"{self.file.path.name}: loading", self._done_bytes, self._total_bytes)
 
     def _ask_for(self, end: int) -> None:
-        """Have the system read the file up to there, while others are packed."""
-        if self.file.mapped is not None and end > self._asked_bytes + AHEAD_BYTES // 4:
-            self.file.mapped.ask_for(self._asked_bytes, end - self._asked_bytes)
-            self._asked_bytes = end
+        """Have the system read the file up to there, but for a table that stays in it, while others are packed."""
+        if self.file.mapped is None or end <= self._asked_bytes + AHEAD_BYTES // 4:
+            return
+        table = self.tensors.get(LAYER_EMBEDDINGS)
+        first, last = (end, end) if table is None else (table.offset, table.offset + table.num_bytes)
+        for start, stop in ((self._asked_bytes, min(end, first)), (max(self._asked_bytes, last), end)):
+            self.file.mapped.ask_for(start, stop - start)
+        self._asked_bytes = end
 
 
 def find_tensors(file: GGUFFile, spec: DecoderSpec) -> Mapping[str, GGUFTensor]:
@@ -181,7 +204,7 @@ def find_tensors(file: GGUFFile, spec: DecoderSpec) -> Mapping[str, GGUFTensor]:
     the decoder is not the one that the file was made for.
     """
     parts = gguf_parts(file, spec)
-    used = {part.stored for part in parts.values()}
+    used = {part.stored for part in parts.values()} | _unused(spec)
     for name in file.tensors:
         if name not in used and name not in _ROPE_TENSORS:
             raise ModelError(
@@ -192,6 +215,12 @@ def find_tensors(file: GGUFFile, spec: DecoderSpec) -> Mapping[str, GGUFTensor]:
     shapes = spec.tensors()
     found = {name: _rows(_item(_checked(file, part), part.item), part.rows) for name, part in parts.items()}
     return {name: dataclasses.replace(tensor, shape=shapes[name]) for name, tensor in found.items()}
+
+
+def _unused(spec: DecoderSpec) -> set[str]:
+    """Keys and values of layers that read those of others; files may have them all the same."""
+    shared = [index for index, layer in enumerate(spec.layers) if layer.kv_from is not None]
+    return {f"blk.{index}.attn_{name}.weight" for index in shared for name in ("k", "v", "k_norm")}
 
 
 def _checked(file: GGUFFile, part: Part) -> GGUFTensor:

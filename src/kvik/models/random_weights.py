@@ -46,6 +46,11 @@ class RandomWeights:
             sample = quantize(drawn, GGMLQuantizationType[kind])
         return self._ops.load_weight(kind, np.resize(sample, (rows, sample.shape[1])).reshape(-1), rows, columns)
 
+    def table(self, name: str) -> Weight:
+        """Zeros, which take no memory until rows are read."""
+        rows, columns = self._shapes[name]
+        return self._ops.map_rows("F16", np.zeros(2 * rows * columns, np.uint8), rows, columns)
+
     def vector(self, name: str) -> Vector:
         """Ones for norms and scales, zeros for biases."""
         return np.full(self._shapes[name], not name.endswith(".bias"), np.float32)
@@ -58,7 +63,8 @@ def with_kv_heads(spec: DecoderSpec, num_kv_heads: int) -> DecoderSpec:
         raise InvalidInput(
             f"{spec.num_heads} query heads do not divide among {num_kv_heads} KV heads", hint=f"give some of {fits}"
         )
-    return replace(spec, num_kv_heads=num_kv_heads)
+    layers = tuple(replace(layer, num_kv_heads=None) for layer in spec.layers)
+    return replace(spec, num_kv_heads=num_kv_heads, layers=layers)
 
 
 def random_decoder(like: Decoder, num_kv_heads: int, types: Mapping[str, str], default: str) -> Decoder:

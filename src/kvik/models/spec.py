@@ -17,6 +17,9 @@ MAX_EXPERTS = 1 << 10  # of a layer
 MAX_EXPERTS_OF_ALL = 1 << 16  # of all layers
 """Far above every published model."""
 
+LAYER_EMBEDDINGS = "per_layer_token_embd.weight"
+"""The table of all layers' embeddings of a token, as large as the rest: it stays in its file, and rows are read."""
+
 OTHER_MODEL = "take a model that kvik runs: docs/models.md lists them"
 """The hint where a file asks for what no decoder here can be."""
 
@@ -26,19 +29,25 @@ class RopeSpec:
     """Rotary position embedding: pair i rotates by position / (theta**(2i / num_dims) * factor)."""
 
     theta: float
-    num_dims: int  # dimensions of a head that rotate; the rest pass unchanged
+    num_dims: int  # of a head, that pairs are made of; the rest pass unchanged
     adjacent_pairs: bool  # dimensions (2i, 2i+1) rotate together, else (i, i + num_dims / 2)
-    factors: tuple[float, ...] | float = 1.0  # one divisor for all pairs, or one for each
+    factors: tuple[float, ...] | float = 1.0  # one divisor for all pairs that rotate, or one for each
     magnitude: float = 1.0  # what cosine and sine are multiplied with (YaRN; Peng et al., 2023)
+    num_rotating: int | None = None  # the first so many pairs, the rest pass unchanged too (Gemma 4); None: all
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs that rotate."""
+        return self.num_dims // 2 if self.num_rotating is None else self.num_rotating
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one position's cosines and sines, float32."""
-        return self.num_dims * 4
+        return self.num_pairs * 8
 
     def table(self, num_positions: int) -> RopeTable:
         """Angles in float64, rounded once: a position's row depends on nothing but the position."""
-        pairs = np.arange(self.num_dims // 2)
+        pairs = np.arange(self.num_pairs)
         frequencies = self.theta ** (-2.0 * pairs / self.num_dims) / np.asarray(self.factors, np.float64)
         cos_sin = np.empty((num_positions, len(pairs), 2), np.float32)
         for start in range(0, num_positions, 4096):  # the float64 angles of a long context would outweigh the table
@@ -46,7 +55,7 @@ class RopeSpec:
             angles = np.arange(start, start + len(part))[:, None] * frequencies
             part[..., 0] = np.cos(angles) * self.magnitude
             part[..., 1] = np.sin(angles) * self.magnitude
-        return RopeTable(cos_sin, self.adjacent_pairs)
+        return RopeTable(cos_sin, 0 if self.adjacent_pairs else self.num_dims // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,8 @@ class LayerSpec:
     num_kv_heads: int | None = None  # None: the decoder's; more or fewer in some layers (Gemma 4)
     head_dim: int | None = None  # None: the decoder's
     kv_from: int | None = None  # the layer whose keys and values it reads, having none of its own (Gemma 3n and 4)
+    keys_as_values: bool = False  # values are the projected keys, before their norm and RoPE (Gemma 4)
+    intermediate_size: int | None = None  # None: the decoder's
     sparse: bool = False  # it has the decoder's experts in place of an MLP
 
 
@@ -74,6 +85,8 @@ class ExpertsSpec:
     bias: bool = False  # of the experts' projections
     shared_size: int = 0  # intermediate_size of the shared experts that every token goes through; 0: there are none
     shared_gate: bool = False  # what they add is multiplied with the sigmoid of a projection to one value
+    # Router, experts and the shared ones each norm what they read; what the latter two give is normed too (Gemma 4).
+    own_norms: bool = False
 
     def problem(self) -> str | None:
         """Why there can be no such experts; `None`: there can."""
@@ -112,6 +125,7 @@ class DecoderSpec:
     norm_bias: bool = False
     norm_places: Literal["before", "after", "around"] = "before"  # of attention and of the MLP
     qk_norm: Literal["none", "head", "row"] = "none"  # of queries and keys: each head alone, or all heads of a token
+    value_norm: bool = False  # of values, each head alone and without a weight (Gemma 4)
     # Attention and MLP.
     qkv_bias: bool = False
     output_bias: bool = False  # of attention's last projection
@@ -128,6 +142,8 @@ class DecoderSpec:
     num_learned_positions: int = 0  # rows of a table that is added to the embedding; 0: no such table
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and MLP add
+    layer_scales: bool = False  # what each layer gives is multiplied with a number of its own (Gemma 4)
+    layer_embedding_size: int = 0  # of an embedding of the token that each layer has for itself (Gemma 3n and 4)
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
 
@@ -144,6 +160,10 @@ class DecoderSpec:
         """Dimensions of each of a layer's heads."""
         return layer.head_dim or self.head_dim
 
+    def intermediate_size_of(self, layer: LayerSpec) -> int:
+        """The width of a layer's MLP."""
+        return layer.intermediate_size or self.intermediate_size
+
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:
         """The different rotary embeddings, in the order of the layers that need them first."""
@@ -157,7 +177,7 @@ class DecoderSpec:
     @property
     def token_intermediate_size(self) -> int:
         """Items between up and down that a token has, in the layer where it has most."""
-        sizes = {self.intermediate_size for layer in self.layers if not layer.sparse}
+        sizes = {self.intermediate_size_of(layer) for layer in self.layers if not layer.sparse}
         if self.experts is not None:
             sizes.add(self.experts.routing.num_chosen * self.experts.intermediate_size + self.experts.shared_size)
         return max(sizes)
@@ -178,6 +198,8 @@ class DecoderSpec:
                 return f"head_dim {head_dim} is no multiple of 8"
             if rope is not None and (rope.num_dims % 2 or not 0 < rope.num_dims <= head_dim):
                 return f"{rope.num_dims} dimensions of a head of {head_dim} cannot rotate in pairs"
+            if rope is not None and not 0 < rope.num_pairs <= rope.num_dims // 2:
+                return f"{rope.num_pairs} of {rope.num_dims // 2} pairs of dimensions cannot rotate"
             if layer.kv_from is not None and self._kv_of(layer) != self._kv_of(self.layers[layer.kv_from]):
                 return f"layer {index} reads keys and values of layer {layer.kv_from}, which has others"
             if layer.kv_from is not None and not layer.kv_from < index:
@@ -207,7 +229,7 @@ class DecoderSpec:
 
         Those of an expert have its id before the last part: `blk.0.ffn_up_exps.5.weight`.
         """
-        hidden, inner = self.hidden_size, self.intermediate_size
+        hidden, of_layer = self.hidden_size, self.layer_embedding_size
         shapes: dict[str, tuple[int, ...]] = {}
 
         def linear(name: str, rows: int, columns: int, *, bias: bool) -> None:
@@ -229,10 +251,15 @@ class DecoderSpec:
         shapes["token_embd.weight"] = (self.vocab_size, hidden)
         if self.num_learned_positions:
             shapes["position_embd.weight"] = (self.num_learned_positions, hidden)
+        if of_layer:
+            shapes[LAYER_EMBEDDINGS] = (self.vocab_size, self.num_layers * of_layer)
+            linear("per_layer_model_proj", self.num_layers * of_layer, hidden, bias=False)
+            norm("per_layer_proj_norm", of_layer)
         for index, spec in enumerate(self.layers):
             layer, head_dim = f"blk.{index}", self.head_dim_of(spec)
             queries, keys = self.num_heads * head_dim, self.num_kv_heads_of(spec) * head_dim
-            of_kv = [("attn_k", keys), ("attn_v", keys)] if spec.kv_from is None else []
+            of_kv = [("attn_k", keys), ("attn_v", keys)][: 0 if spec.kv_from is not None else 2 - spec.keys_as_values]
+            inner = self.intermediate_size_of(spec)
             if self.norm_places != "after":
                 norm(f"{layer}.attn_norm")
             for name, rows in (("attn_q", queries), *of_kv):
@@ -261,11 +288,21 @@ class DecoderSpec:
                 for expert_id in range(experts.num_experts):
                     mlp(layer, experts.intermediate_size, f"_exps.{expert_id}", bias=experts.bias)
                 if experts.shared_size:
-                    mlp(layer, experts.shared_size, "_shexp", bias=False)
+                    mlp(layer, experts.shared_size, "" if experts.own_norms else "_shexp", bias=False)
+                if experts.own_norms:
+                    shapes[f"{layer}.ffn_gate_inp.scale"] = (hidden,)
+                    for name in ("post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2"):
+                        norm(f"{layer}.{name}")
                 if experts.shared_gate:
                     linear(f"{layer}.ffn_gate_inp_shexp", 1, hidden, bias=False)
             if self.norm_places != "before":
                 norm(f"{layer}.post_ffw_norm")
+            if of_layer:
+                linear(f"{layer}.inp_gate", of_layer, hidden, bias=False)
+                linear(f"{layer}.proj", hidden, of_layer, bias=False)
+                norm(f"{layer}.post_norm")
+            if self.layer_scales:
+                shapes[f"{layer}.layer_output_scale.weight"] = (1,)
         norm("output_norm")
         if not self.tied_head:
             linear("output", self.vocab_size, hidden, bias=False)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from kvik.models.decoder import DecoderWeights, LayerWeights
+import numpy as np
+
+from kvik.models.decoder import DecoderWeights, LayerEmbedding, LayerEmbeddings, LayerWeights
 from kvik.models.parts import TensorName
-from kvik.models.spec import DecoderSpec, LayerSpec
+from kvik.models.spec import LAYER_EMBEDDINGS, DecoderSpec, LayerSpec
 from kvik.ops.base import Expert, ExpertsWeights, Linear, Norm, Ops, QKVWeights, Vector, Weight, WeightPlace
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ class TensorSource(Protocol):
     def vector(self, name: str) -> Vector:
         """A vector, float32."""
 
+    def table(self, name: str) -> Weight:
+        """A matrix of which rows are looked up; it stays where it is."""
+
 
 class FileSource(Protocol):
     """A `TensorSource` of which it is known where its tensors lie."""
@@ -47,13 +52,16 @@ class FileSource(Protocol):
         """What quantising did to what was loaded so far."""
 
     def kinds(self) -> Kinds:
-        """All matrices, in the order of their files."""
+        """All matrices but such tables, in the order of their files."""
 
     def matrix(self, name: str, place: WeightPlace | None = None) -> Weight:
         """A matrix, packed into a place of `ops`."""
 
     def vector(self, name: str) -> Vector:
         """A vector, float32."""
+
+    def table(self, name: str) -> Weight:
+        """A matrix of which rows are looked up; it stays where it is."""
 
 
 class OneByOne(Mapping[str, Weight]):
@@ -93,9 +101,9 @@ def _as_they_are_read(name: str) -> int:
 class LoadedMatrices:
     """A source whose matrices are loaded; each is given once."""
 
-    def __init__(self, matrices: Mapping[str, Weight], vectors: FileSource) -> None:
+    def __init__(self, matrices: Mapping[str, Weight], rest: FileSource) -> None:
         self._matrices = dict(matrices)
-        self._vectors = vectors
+        self._rest = rest
 
     def matrix(self, name: str) -> Weight:
         """A matrix, packed."""
@@ -103,7 +111,11 @@ class LoadedMatrices:
 
     def vector(self, name: str) -> Vector:
         """A vector, float32."""
-        return self._vectors.vector(name)
+        return self._rest.vector(name)
+
+    def table(self, name: str) -> Weight:
+        """A matrix that stays where it is."""
+        return self._rest.table(name)
 
 
 def read_matrices(source: FileSource) -> dict[str, Weight]:
@@ -137,41 +149,64 @@ class _Reader:
         for index, of_layer in enumerate(spec.layers):
             layers.append(self.layer(f"blk.{index}", of_layer))
             on_layer(index)
-        norm = self.norm("output_norm")
-        assert norm is not None
         return DecoderWeights(
             embedding=embedding,
             layers=layers,
-            norm=norm,
+            norm=self.needed_norm("output_norm"),
             lm_head=Linear(head, self.optional_vector("output.bias"), spec.logit_scale),
             positions=positions,
+            layer_embeddings=self.layer_embeddings() if spec.layer_embedding_size else None,
+        )
+
+    def layer_embeddings(self) -> LayerEmbeddings:
+        return LayerEmbeddings(
+            table=self.source.table(LAYER_EMBEDDINGS),
+            proj=self.linear("per_layer_model_proj", self.spec.hidden_size**-0.5),
+            norm=self.needed_norm("per_layer_proj_norm"),
         )
 
     def layer(self, layer: str, of_layer: LayerSpec) -> LayerWeights:
         spec = self.spec
-        attn_norm, shared = self.norm(f"{layer}.attn_norm"), "_shexp" * of_layer.sparse
+        attn_norm, own_norms = self.norm(f"{layer}.attn_norm"), spec.experts is not None and spec.experts.own_norms
+        shared = "_shexp" * (of_layer.sparse and not own_norms)
         return LayerWeights(
-            qkv=QKVWeights(
-                query=self.linear(f"{layer}.attn_q"),
-                key=None if of_layer.kv_from is not None else self.linear(f"{layer}.attn_k"),
-                value=None if of_layer.kv_from is not None else self.linear(f"{layer}.attn_v"),
-                head_dim=spec.head_dim_of(of_layer),
-                query_norm=self.norm(f"{layer}.attn_q_norm"),
-                key_norm=self.norm(f"{layer}.attn_k_norm"),
-            ),
+            qkv=self.qkv(layer, of_layer),
             o_proj=self.linear(f"{layer}.attn_output", spec.residual_scale),
             gate_proj=self.optional_linear(f"{layer}.ffn_gate{shared}"),
             up_proj=self.optional_linear(f"{layer}.ffn_up{shared}"),
             down_proj=self.optional_linear(f"{layer}.ffn_down{shared}", spec.residual_scale),
-            router=self.optional_linear(f"{layer}.ffn_gate_inp"),
+            router=self.optional_linear(f"{layer}.ffn_gate_inp", spec.hidden_size**-0.5 if own_norms else 1.0),
             experts=self.experts(layer) if of_layer.sparse else None,
             shared_gate=self.optional_linear(f"{layer}.ffn_gate_inp_shexp"),
+            router_norm=self.norm(f"{layer}.ffn_gate_inp", "scale"),
+            experts_norm=self.norm(f"{layer}.pre_ffw_norm_2"),
+            post_experts_norm=self.norm(f"{layer}.post_ffw_norm_2"),
+            post_shared_norm=self.norm(f"{layer}.post_ffw_norm_1"),
             attn_norm=attn_norm,
             post_attn_norm=self.norm(f"{layer}.post_attention_norm"),
             mlp_norm=attn_norm if spec.parallel == "one_norm" else self.norm(f"{layer}.ffn_norm"),
             post_mlp_norm=self.norm(f"{layer}.post_ffw_norm"),
             sinks=self.optional_vector(f"{layer}.attn_sinks.weight"),
+            embedding=self.layer_embedding(layer) if spec.layer_embedding_size else None,
+            scale=float(self.source.vector(f"{layer}.layer_output_scale.weight")[0]) if spec.layer_scales else 1.0,
         )
+
+    def qkv(self, layer: str, of_layer: LayerSpec) -> QKVWeights:
+        head_dim, own = self.spec.head_dim_of(of_layer), of_layer.kv_from is None
+        value_norm = Norm(np.ones(head_dim, np.float32), self.spec.norm_eps) if own and self.spec.value_norm else None
+        return QKVWeights(
+            query=self.linear(f"{layer}.attn_q"),
+            key=self.linear(f"{layer}.attn_k") if own else None,
+            value=self.linear(f"{layer}.attn_v") if own and not of_layer.keys_as_values else None,
+            head_dim=head_dim,
+            query_norm=self.norm(f"{layer}.attn_q_norm"),
+            key_norm=self.norm(f"{layer}.attn_k_norm"),
+            value_norm=value_norm,
+        )
+
+    def layer_embedding(self, layer: str) -> LayerEmbedding:
+        gate, out = self.linear(f"{layer}.inp_gate"), self.linear(f"{layer}.proj")
+        return LayerEmbedding(gate, out, self.needed_norm(f"{layer}.post_norm"))
 
     def experts(self, layer: str) -> ExpertsWeights:
         assert self.spec.experts is not None
@@ -199,8 +234,13 @@ class _Reader:
     def linear(self, name: str, scale: float = 1.0) -> Linear:
         return Linear(self.source.matrix(f"{name}.weight"), self.optional_vector(f"{name}.bias"), scale)
 
-    def norm(self, name: str) -> Norm | None:
-        if f"{name}.weight" not in self.names:
+    def needed_norm(self, name: str) -> Norm:
+        norm = self.norm(name)
+        assert norm is not None, name
+        return norm
+
+    def norm(self, name: str, kind: str = "weight") -> Norm | None:
+        weight = self.optional_vector(f"{name}.{kind}")
+        if weight is None:
             return None
-        weight = self.source.vector(f"{name}.weight")
         return Norm(weight, self.spec.norm_eps, self.optional_vector(f"{name}.bias"), self.spec.norm)

@@ -127,7 +127,7 @@ class RopeTable:
     """Cosine and sine by position: rotary position embedding (Su et al., 2021)."""
 
     cos_sin: npt.NDArray[np.float32]  # (positions, pairs, 2)
-    adjacent_pairs: bool  # dimensions (2i, 2i+1) rotate together, else (i, i + pairs)
+    half: int  # dimensions (i, i + half) rotate together; 0: (2i, 2i+1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +170,10 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class QKVWeights:
-    """The three projections that attention begins with, and the norms of queries and keys where there are some.
+    """The three projections that attention begins with, and the norms of what they give where there are some.
 
     Such a norm is over head_dim, each head alone, or over all heads of a token at once: its width tells. A layer that
-    reads another one's keys and values has neither.
+    reads another one's keys and values has neither; one with keys alone takes what their projection gives for values.
     """
 
     query: Linear  # (num_heads * head_dim, hidden_size)
@@ -182,6 +182,7 @@ class QKVWeights:
     head_dim: int
     query_norm: Norm | None = None
     key_norm: Norm | None = None
+    value_norm: Norm | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -367,6 +368,10 @@ class Ops(ABC):
         return [None] * len(kinds)
 
     @abstractmethod
+    def map_rows(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> Weight:
+        """A table for `embed` alone, whose rows are read from the bytes of that GGUF tensor as they are needed."""
+
+    @abstractmethod
     def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> Sequence[LayerKV]:
         """Room for so many blocks in each group, or in all: one entry a layer, each with its `kv_group`.
 
@@ -483,14 +488,19 @@ class Ops(ABC):
         return self.run("soft_cap", x, cap)
 
     @op(like_first, elementwise(3, 1))
-    def add(self, x: Array, y: Array) -> Array:
-        """x + y, the residual."""
-        return self.run("add", x, y)
+    def add(self, x: Array, y: Array, scale: float = 1.0) -> Array:
+        """(x + y) * scale, the residual."""
+        return self.run("add", x, y, scale)
 
     @op(like_first, elementwise(2, 0))
     def take_rows(self, x: Array, rows: IntArray) -> Array:
         """x[rows]: (R, hidden_size)."""
         return self.run("take_rows", x, rows)
+
+    @op(lambda x, start, count: ((count,),), lambda x, start, count: Cost(row_bytes=8 * count))
+    def take_columns(self, x: Array, start: int, count: int) -> Array:
+        """x[:, start : start + count]."""
+        return self.run("take_columns", x, start, count)
 
     # Made of the ones above.
 
@@ -522,7 +532,7 @@ class Ops(ABC):
             normed.append(self._heads(k_and_v[0], weights.key_norm, weights.head_dim))
         rotated = normed if rope is None else [self.rope(heads, batch.positions, rope) for heads in normed]
         if k_and_v:
-            values = self.split_heads(k_and_v[1], weights.head_dim)
+            values = self._heads(k_and_v[-1], weights.value_norm, weights.head_dim)
             self.write_kv(kv, rotated[1], values, batch.groups[kv.kv_group].slot_mapping)
         return rotated[0]
 

@@ -88,6 +88,9 @@ class _Recording(Ops):
     ) -> NoReturn:
         raise AssertionError("weights are loaded before a step is captured")
 
+    def map_rows(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> NoReturn:
+        raise AssertionError("tables are mapped before a step is captured")
+
     def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> NoReturn:
         raise AssertionError("KV arrays are allocated before a step is captured")
 

@@ -81,13 +81,14 @@ class _Fusion:
     def fuse_qkv(self, write: Call, batch: Batch) -> None:
         """norm, project, norms of heads, rope, write_kv: `norm_qkv`, whose result is the queries."""
         kv, keys, values, slots = write.arguments
-        project = self._source(values, "project")
-        if project is None or len(project.results) != 3 or slots is not batch.groups[kv.kv_group].slot_mapping:
-            return
-        rope = self._source(keys, "rope")
+        value_norm, rope = self._source(values, "norm"), self._source(keys, "rope")
         norm = self._source(keys if rope is None else rope.arguments[0], "norm")
-        made = keys if rope is None and norm is None else (norm or rope or write).arguments[0]
-        if made.id != project.results[1].id or self._source(made, "project") is None:
+        key = next((call.arguments[0] for call in (norm, rope) if call is not None), keys)
+        value = values if value_norm is None else value_norm.arguments[0]
+        project, made = self._made_by.get(key.id), dict.fromkeys((key.id, value.id))  # one where values are the keys
+        if project is None or project.name != "project" or slots is not batch.groups[kv.kv_group].slot_mapping:
+            return
+        if [result.id for result in project.results[1:]] != [*made] or sum(self._num_uses[one] for one in made) != 2:
             return
         query = project.results[0]
         query_norm = self._next(query, "norm")
@@ -105,10 +106,10 @@ class _Fusion:
         head_dim = keys.shape[1]
         query = Value(query.id, (query.width // head_dim, head_dim))
         x, norm_before, before = self._normed(project.arguments[0])
-        norms = [None if call is None else call.arguments[1] for call in (query_norm, norm)]
-        q_linear, k_linear, v_linear = project.arguments[1]
-        weights = QKVWeights(q_linear, k_linear, v_linear, head_dim, *norms)
-        gone = [before, project, query_norm, norm, query_rope, rope, write]
+        norms = [None if call is None else call.arguments[1] for call in (query_norm, norm, value_norm)]
+        q_linear, k_linear, *v_linear = project.arguments[1]
+        weights = QKVWeights(q_linear, k_linear, v_linear[0] if v_linear else None, head_dim, *norms)
+        gone = [before, project, query_norm, norm, value_norm, query_rope, rope, write]
         self._replace(gone, Call("norm_qkv", (x, norm_before, weights, table, kv, batch), (query,)))
 
     def fuse_gated(self, activate: Call) -> None:
@@ -136,9 +137,9 @@ class _Fusion:
 
     def fuse_residual(self, add: Call) -> None:
         """linear, add: `linear` with a residual."""
-        residual, product = add.arguments
+        residual, product, scale = add.arguments
         linear = self._source(product, "linear")
-        if linear is None or linear.arguments[2] is not None or residual.id == product.id:
+        if linear is None or linear.arguments[2] is not None or residual.id == product.id or scale != 1.0:
             return
         x, matrix, _ = linear.arguments
         self._replace([linear, add], Call("linear", (x, matrix, residual), add.results))

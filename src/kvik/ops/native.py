@@ -89,6 +89,9 @@ class NativeOps(Ops):
             packer.add(part, self._pool)
         return packer.finish()
 
+    def map_rows(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> _native.MappedTable:
+        return _native.MappedTable(type_name, data, rows, columns)
+
     def packed_bytes(self, type_name: str, rows: int, columns: int) -> int:
         """What such a matrix packs to."""
         return _native.packed_bytes(type_name, rows, columns)

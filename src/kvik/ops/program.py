@@ -270,10 +270,11 @@ def _native_forms(argument: Any, ids: Mapping[int, int]) -> tuple[Any, ...]:
         case Linear():
             return (native_linear(argument),)
         case RopeTable():
-            return (_native.Rope(argument.cos_sin, argument.adjacent_pairs),)
+            return (_native.Rope(argument.cos_sin, argument.half),)
         case QKVWeights():
-            parts = (*argument.linears, argument.query_norm, argument.key_norm)
-            return tuple(form for part in parts for form in _native_forms(part, ids))
+            linears = argument.query, argument.key, argument.value
+            norms = argument.query_norm, argument.key_norm, argument.value_norm
+            return tuple(form for part in (*linears, *norms) for form in _native_forms(part, ids))
         case ExpertsWeights():
             return (native_experts(argument),)
         case AttentionRule():

@@ -61,6 +61,36 @@ class ReferenceWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class ReferenceTable:
+    """Rows of a GGUF tensor, dequantised as they are looked up."""
+
+    type_name: str
+    data: npt.NDArray[np.uint8]  # (rows, bytes of one)
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.data)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes
+
+    def read(self, row_ids: IntArray) -> FloatArray:
+        """The values of these rows."""
+        if not len(row_ids):  # of which the library makes nothing
+            return np.empty((0, self.columns), np.float32)
+        return _row_values(self.type_name, self.data[row_ids])
+
+
+def _row_values(type_name: str, raw: npt.NDArray[np.uint8]) -> FloatArray:
+    """Float32 values of rows that are given as bytes."""
+    plain = {"F32": np.float32, "F16": np.float16}.get(type_name)
+    values = raw.view(plain) if plain else dequantize(raw, GGMLQuantizationType[type_name])
+    return np.asarray(values, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
 class ReferenceKV:
     """One layer's keys and values, each (num_blocks, block_size, num_kv_heads, head_dim)."""
 
@@ -73,6 +103,11 @@ class ReferenceKV:
     def token_bytes(self) -> int:
         """Bytes that one token's key and value take."""
         return (self.keys[0, 0].nbytes + self.values[0, 0].nbytes) if len(self.keys) else 0
+
+
+def _row_bytes(type_name: str, columns: int) -> int:
+    block_columns, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    return columns // block_columns * block_bytes
 
 
 def quantize_activations(x: FloatArray, activations: ActivationDType) -> FloatArray:
@@ -116,17 +151,17 @@ class ReferenceOps(Ops):
         columns: int,
         place: WeightPlace | None = None,
     ) -> ReferenceWeight:
-        kind = GGMLQuantizationType[type_name]
-        plain = {"F32": np.float32, "F16": np.float16}.get(type_name)
-        block_columns, block_bytes = GGML_QUANT_SIZES[kind]
         values, num_filled = np.empty((rows, columns), np.float32), 0
         for part in parts:
-            raw = part.reshape(-1, columns // block_columns * block_bytes)
-            values[num_filled : num_filled + len(raw)] = raw.view(plain) if plain else dequantize(raw, kind)
+            raw = part.reshape(-1, _row_bytes(type_name, columns))
+            values[num_filled : num_filled + len(raw)] = _row_values(type_name, raw)
             num_filled += len(raw)
         if num_filled != rows:
             raise ValueError(f"{num_filled} of {rows} rows came")
         return ReferenceWeight(values, quantized=type_name not in ("F32", "F16", "BF16"))
+
+    def map_rows(self, type_name: str, data: npt.NDArray[np.uint8], rows: int, columns: int) -> ReferenceTable:
+        return ReferenceTable(type_name, data.reshape(rows, _row_bytes(type_name, columns)), columns)
 
     def allocate_kv(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> Sequence[ReferenceKV]:
         def layer(index: int, group: GroupSpec, num_blocks: int) -> ReferenceKV:
@@ -180,7 +215,8 @@ class ReferenceOps(Ops):
         return getattr(self, name)(*arguments)
 
     def embed(self, table: Weight, token_ids: IntArray, scale: float = 1.0) -> FloatArray:
-        return _values(table)[token_ids] * np.float32(scale)
+        rows = table.read(token_ids) if isinstance(table, ReferenceTable) else _values(table)[token_ids]
+        return rows * np.float32(scale)
 
     def norm(self, x: FloatArray, norm: Norm) -> FloatArray:
         wide = x.astype(np.float64).reshape(*x.shape[:-1], x.shape[-1] // len(norm.weight), len(norm.weight))
@@ -212,9 +248,9 @@ class ReferenceOps(Ops):
     def rope(self, x: FloatArray, positions: IntArray, table: RopeTable) -> FloatArray:
         cos_sin = table.cos_sin[positions][:, None]  # (T, 1, pairs, 2)
         cosine, sine = cos_sin[..., 0], cos_sin[..., 1]
-        pairs = cosine.shape[-1]
-        first = slice(0, 2 * pairs, 2) if table.adjacent_pairs else slice(0, pairs)
-        second = slice(1, 2 * pairs, 2) if table.adjacent_pairs else slice(pairs, 2 * pairs)
+        pairs, half = cosine.shape[-1], table.half
+        first = slice(0, pairs) if half else slice(0, 2 * pairs, 2)
+        second = slice(half, half + pairs) if half else slice(1, 2 * pairs, 2)
         out = x.copy()
         out[..., first] = x[..., first] * cosine - x[..., second] * sine
         out[..., second] = x[..., first] * sine + x[..., second] * cosine
@@ -287,8 +323,11 @@ class ReferenceOps(Ops):
     def soft_cap(self, x: FloatArray, cap: float) -> FloatArray:
         return np.asarray(cap * np.tanh(x.astype(np.float64) / cap), np.float32)
 
-    def add(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        return x + y
+    def add(self, x: FloatArray, y: FloatArray, scale: float = 1.0) -> FloatArray:
+        return (x + y) * np.float32(scale)
+
+    def take_columns(self, x: FloatArray, start: int, count: int) -> FloatArray:
+        return x[:, start : start + count].copy()
 
     def take_rows(self, x: FloatArray, rows: IntArray) -> FloatArray:
         return x[rows]

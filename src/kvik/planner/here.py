@@ -161,6 +161,10 @@ class _EmptyWeights:
         num_bytes = int(rows * columns * FORMATS[kind.lower()].file_bits / 8)
         return self.ops.load_weight(kind, np.zeros(num_bytes, np.uint8), rows, columns)
 
+    def table(self, name: str) -> Weight:
+        """The same."""
+        return self.matrix(name)
+
     def vector(self, name: str) -> Vector:
         """Ones."""
         return np.ones(self.shapes[name], np.float32)
