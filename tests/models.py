@@ -19,6 +19,7 @@ from kvik.config import ActivationDType, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.engine.sequence import Sequence
 from kvik.files.gguf import read_gguf
+from kvik.models.decoder import Decoder
 from kvik.models.loader import LoadedModel, load_model
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
@@ -126,3 +127,10 @@ def random_prompt(model: LoadedModel, length: int, seed: int) -> list[int]:
     """Token ids by `default_rng(seed)`, special ones among them."""
     vocab_size = model.decoder.spec.vocab_size
     return [int(token_id) for token_id in np.random.default_rng(seed).integers(0, vocab_size, length)]
+
+
+def beside_the_file(decoder: Decoder) -> int:
+    """Bytes that ops read and no file has: ones of norms without a weight; less those of numbers that are no arrays."""
+    norms = [layer.qkv.value_norm for layer in decoder.weights.layers]
+    ones = sum(norm.num_bytes for norm in norms if norm is not None)
+    return ones - 4 * decoder.spec.num_layers * decoder.spec.layer_scales

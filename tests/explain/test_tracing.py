@@ -122,7 +122,9 @@ def test_a_tied_head_has_its_own_name(tmp_path: Path) -> None:
 
 def test_a_watcher_that_changes_something_is_found_out(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     add = TracingOps.add
-    monkeypatch.setattr(TracingOps, "add", lambda self, x, y: add(self, x, y) * np.float32(1 + 2**-20))
+    monkeypatch.setattr(
+        TracingOps, "add", lambda self, x, y, scale=1.0: add(self, x, y, scale) * np.float32(1 + 2**-20)
+    )
     with pytest.raises(AssertionError, match="watching changed the logits"):
         traced(llm, max_tokens=1)
 

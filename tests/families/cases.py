@@ -92,6 +92,49 @@ _GEMMA3 = {
     "rope_local_base_freq": 10_000.0,
     "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
 }
+_GEMMA4 = {
+    "vocab_size": 283,
+    "hidden_size": 132,
+    "intermediate_size": 170,
+    "num_attention_heads": 6,
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "max_position_embeddings": CONTEXT,
+    "sliding_window": WINDOW,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "final_logit_softcapping": 3.0,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10_000.0, "rope_type": "default"},
+    },
+    "use_bidirectional_attention": None,
+    "enable_moe_block": False,
+}
+_GEMMA4_E2B = {
+    **_GEMMA4,
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 7,
+    "num_key_value_heads": 2,
+    "layer_types": [
+        f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "sliding", "sliding", "full")
+    ],
+    "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": 283,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "attention_k_eq_v": False,
+}
+_GEMMA4_31B = {
+    **_GEMMA4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 3,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "use_bidirectional_attention": "vision",
+}
 _PHI3 = {
     "model_type": "phi3",
     "vocab_size": 277,
@@ -327,6 +370,36 @@ CASES: Mapping[str, dict[str, Any]] = {
         },
         "mm_tokens_per_image": 4,
         "image_token_index": 262,
+    },
+    "gemma4-e2b": _GEMMA4_E2B,
+    "gemma4-12b": {
+        **{key: value for key, value in _GEMMA4_31B.items() if key not in ("rope_parameters", "layer_types")},
+        "model_type": "gemma4_unified_text",
+    },
+    "gemma4-31b": {
+        "model_type": "gemma4",
+        "text_config": {
+            **_GEMMA4_31B,
+            "model_type": "gemma4_text",
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_global_key_value_heads": 2,
+            "hidden_size_per_layer_input": 0,
+        },
+        "vision_config": None,
+        "audio_config": None,
+    },
+    "gemma4-26b": {
+        **_GEMMA4_31B,
+        "model_type": "gemma4_text",
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 52,
     },
     "phi3": {**_PHI3, "hidden_size": 288, "sliding_window": 40, "rope_scaling": None, "tie_word_embeddings": False},
     "phi3-long": {

@@ -32,7 +32,7 @@ def weight(name: str, shape: tuple[int, ...]) -> FloatArray:
     bits = _bits(name, shape)
     values = (bits.astype(np.float32) / np.float32(1 << 23) - np.float32(1)).reshape(shape)  # -1 ... 1, exactly
     if len(shape) == 1:
-        return values * np.float32(0.5) + np.float32(name.endswith("weight"))
+        return values * np.float32(0.5) + np.float32(name.endswith(("weight", "scalar")))
     return values * np.float32(2 / np.sqrt(max(shape)))
 
 

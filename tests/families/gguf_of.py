@@ -32,6 +32,8 @@ ARCHITECTURES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
+    "gemma4_unified_text": "gemma4",
     "phi": "phi2",
     "phi3": "phi3",
     "smollm3": "smollm3",
@@ -144,6 +146,8 @@ def _keys(config: Config) -> dict[str, Any]:
         case "gpt_oss":
             keys["attention.sliding_window"] = config["sliding_window"]
             keys["expert_feed_forward_length"] = config["intermediate_size"]
+        case "gemma4_text" | "gemma4_unified_text":
+            keys |= _gemma4_keys(config)
         case "phi3":
             keys["attention.sliding_window"] = config.get("sliding_window") or 0
         case "olmo3":
@@ -152,6 +156,33 @@ def _keys(config: Config) -> dict[str, Any]:
                 (index + 1) % 4 != 0 for index in range(config["num_hidden_layers"])
             ]
     return keys | _rope_keys(config)
+
+
+def _gemma4_keys(config: Config) -> dict[str, Any]:
+    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    num_layers, wide, width = len(slides), config["use_double_wide_mlp"], config["intermediate_size"]
+    heads, heads_of_all = config["num_key_value_heads"], config.get("num_global_key_value_heads")
+    first_shared = num_layers - config["num_kv_shared_layers"]
+    return {
+        "attention.sliding_window": config["sliding_window"],
+        "attention.sliding_window_pattern": slides,
+        "attention.shared_kv_layers": config["num_kv_shared_layers"],
+        "attention.head_count_kv": [heads if slide else heads_of_all for slide in slides] if heads_of_all else heads,
+        "attention.key_length": config["global_head_dim"],
+        "attention.value_length": config["global_head_dim"],
+        "attention.key_length_swa": config["head_dim"],
+        "attention.value_length_swa": config["head_dim"],
+        "feed_forward_length": [width * (1 + (wide and index >= first_shared)) for index in range(num_layers)],
+        "expert_count": config.get("num_experts"),
+        "expert_used_count": config.get("top_k_experts"),
+        "expert_feed_forward_length": config.get("moe_intermediate_size"),
+        "embedding_length_per_layer_input": config.get("hidden_size_per_layer_input") or 0,
+        "final_logit_softcapping": config["final_logit_softcapping"],
+        "rope.freq_base": 1_000_000.0,
+        "rope.freq_base_swa": 10_000.0,
+        "rope.dimension_count": config["global_head_dim"],
+        "rope.dimension_count_swa": config["head_dim"],
+    }
 
 
 def _rope_keys(config: Config) -> dict[str, Any]:
@@ -178,6 +209,9 @@ def _rope_keys(config: Config) -> dict[str, Any]:
 
 def _rope_tensors(config: Config) -> dict[str, FloatArray]:
     scaling = config.get("rope_scaling") or {}
+    if ARCHITECTURES[config["model_type"]] == "gemma4":
+        pairs, rotating = config["global_head_dim"] // 2, config["global_head_dim"] // 8
+        return {"rope_freqs.weight": np.asarray([1.0] * rotating + [1e30] * (pairs - rotating), np.float32)}
     match scaling.get("rope_type", scaling.get("type")):
         case "longrope":
             return {
@@ -200,12 +234,19 @@ def _rope_tensors(config: Config) -> dict[str, FloatArray]:
 def _tensors(architecture: str, config: Config, tensors: Mapping[str, FloatArray]) -> Iterator[tuple[str, FloatArray]]:
     kind = next(one for one, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(MODEL_ARCH(kind), _first(config, "num_hidden_layers", "n_layer"))
-    for name, values in _gpt_oss(tensors) if architecture == "gpt-oss" else _experts_together(tensors):
+    for given, values in _gpt_oss(tensors) if architecture == "gpt-oss" else _experts_together(tensors):
+        name = f"{given}.weight" if given.endswith(_BARE) else given
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if of_router := _OF_ROUTER.fullmatch(name):
+            stored = f"blk.{of_router[1]}.{_ROUTER_SCALES[of_router[2]]}.scale"
         assert stored is not None, name
         yield stored, np.ascontiguousarray(_values(architecture, config, name, values))
 
 
+_BARE = ("layer_scalar", ".experts.gate_up_proj", ".experts.down_proj")
+"""Parameters that are in no module."""
+_OF_ROUTER = re.compile(r"model\.layers\.(\d+)\.router\.(\w*scale)")
+_ROUTER_SCALES = {"scale": "ffn_gate_inp", "per_expert_scale": "ffn_down_exps"}
 _OF_EXPERT = re.compile(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)\.weight")
 _OF_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _FUSED = {".block_sparse_moe.input_linear.": ".mlp.experts.{}.", ".shared_mlp.input_linear.": ".mlp.shared_expert.{}."}

@@ -83,6 +83,33 @@ def test_what_the_mixed_models_mix() -> None:
     assert {layer.window for layer in read_hf_spec(PUBLISHED["mistralai/Mistral-7B-v0.1"][0], PATH).layers} == {4096}
 
 
+def test_what_gemma_4_mixes() -> None:
+    """Two shapes of heads, shared keys, wider MLPs of the layers that share; as published and as saved by 5.23."""
+    for config in (CASES["gemma4-e2b"], golden_of("gemma4-e2b").config):
+        e2b = read_hf_spec(config, PATH)
+        assert [e2b.head_dim_of(layer) for layer in e2b.layers] == [16, 16, 24, 16, 16, 16, 24]
+        assert [layer.kv_from for layer in e2b.layers] == [None] * 4 + [3, 3, 2]
+        assert [e2b.intermediate_size_of(layer) for layer in e2b.layers] == [170] * 4 + [340] * 3
+        assert [(rope.num_dims, rope.num_pairs, rope.theta) for rope in e2b.ropes] == [(16, 8, 1e4), (24, 3, 1e6)]
+        assert not any(layer.keys_as_values for layer in e2b.layers)
+    dense = read_hf_spec(CASES["gemma4-12b"], PATH)
+    assert [dense.num_kv_heads_of(layer) for layer in dense.layers] == [3, 3, 3, 1]
+    assert [layer.keys_as_values for layer in dense.layers] == [False, False, False, True]
+    assert dense.layer_embedding_size == 0
+    without = {key: value for key, value in CASES["gemma4-e2b"].items() if key != "hidden_size_per_layer_input"}
+    assert read_hf_spec(without, PATH).layer_embedding_size == 256  # the class's own
+    long = read_hf_spec(changed("gemma4-e2b", sliding_window=CONTEXT), PATH)
+    assert [layer.window for layer in long.layers] == [None] * 7
+    assert [layer.rope for layer in long.layers] == [layer.rope for layer in e2b.layers]
+    assert [layer.kv_from for layer in long.layers] == [layer.kv_from for layer in e2b.layers]
+
+
+def test_layers_of_any_family_may_have_other_kv_heads() -> None:
+    """As transformers 5.18 and later write it."""
+    spec = read_hf_spec(changed("llama", per_layer_config={"1": {"num_key_value_heads": 3}}), PATH)
+    assert [spec.num_kv_heads_of(layer) for layer in spec.layers] == [2, 3, 2]
+
+
 def test_a_window_as_long_as_the_context_is_none() -> None:
     for window, kept in ((CONTEXT - 1, CONTEXT - 1), (CONTEXT, None), (CONTEXT + 1, None), (None, None)):
         spec = read_hf_spec(changed("mistral", sliding_window=window), PATH)
@@ -140,6 +167,34 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "phi-norms": (changed("phi", qk_layernorm=True), "qk_layernorm is true"),
     "both-ways": (changed("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention is true"),
     "gemma3-cap": (changed("gemma3_text", attn_logit_softcapping=50.0), "attn_logit_softcapping is set"),
+    "gemma3n": (changed("gemma3_text", model_type="gemma3n_text"), r"'gemma3n_text' needs AltUp .* and LAuReL"),
+    "gemma4-both-ways": (
+        changed("gemma4-e2b", use_bidirectional_attention="all"),
+        "use_bidirectional_attention is 'all'",
+    ),
+    "gemma4-experts": (changed("gemma4-12b", num_experts=8), "num_experts is 8: a mixture"),
+    "gemma4-table": (changed("gemma4-e2b", vocab_size_per_layer_input=284), "vocab_size_per_layer_input is 284"),
+    "gemma4-all-shared": (changed("gemma4-e2b", num_kv_shared_layers=7), "num_kv_shared_layers is 7 of 7 layers"),
+    "gemma4-other-kind": (changed("gemma4-e2b", num_kv_shared_layers=5), "there is none before 2"),
+    "gemma4-no-rotation": (
+        changed(
+            "gemma4-12b",
+            rope_parameters={
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.01},
+                "sliding_attention": {"rope_type": "default"},
+            },
+        ),
+        "0 of 12 pairs of dimensions cannot rotate",
+    ),
+    "strange-layer": (
+        changed("llama", per_layer_config={"1": {"skip": ["mlp"]}}),
+        "per_layer_config gives layer 1 'skip'",
+    ),
+    "no-such-layer": (changed("llama", per_layer_config={"3": {}}), "has '3' in it, which is none of its 3 layers"),
+    "sizes-of-heads": (
+        changed("llama", per_layer_config={"1": {"head_dim": 48}}),
+        "heads of several sizes among layers of one kind",
+    ),
     "dynamic": (changed("llama", rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type 'dynamic'"),
     "llama4-layers": (changed("qwen3-windows", layer_types=["chunked_attention"] * 3), "layer_types has 'chunked_"),
     "no-window": (changed("llama", layer_types=["sliding_attention"] * 3), "layer_types asks for sliding_attention"),
@@ -293,6 +348,13 @@ def test_parts_of_a_model_that_was_saved_without_its_head(name: str) -> None:
         ("gemma3", "vision_tower.x", True),
         ("gemma3", "model.vision_tower.x", True),
         ("gemma3", "multi_modal_projector.x", True),
+        ("gemma4-31b", "model.embed_vision.embedding_projection.weight", True),
+        ("gemma4-31b", "model.audio_tower.x", True),
+        ("gemma4-e2b", "model.language_model.layers.4.self_attn.k_proj.weight", True),
+        ("gemma4-e2b", "model.layers.6.self_attn.v_norm.weight", True),
+        ("gemma4-e2b", "model.layers.3.self_attn.k_proj.weight", False),
+        ("gemma4-e2b", "model.layers.4.self_attn.q_proj.weight", False),
+        ("gemma4-e2b", "model.layers.7.self_attn.k_proj.weight", False),
         ("llama", "model.layers.0.mlp.gate_proj.lora_A.weight", False),
     ],
 )

@@ -43,7 +43,7 @@ def logits_of(model: LoadedModel) -> FloatArray:
 
 
 def comparable(spec: DecoderSpec) -> DecoderSpec:
-    """But for the name, the order of rows, the last digits of computed factors and how the usual scale is said."""
+    """But for the name, the order of rows, the last digits of computed factors and how the usual is said."""
     layers = []
     for layer in spec.layers:
         rope = layer.rope
@@ -55,9 +55,15 @@ def comparable(spec: DecoderSpec) -> DecoderSpec:
                 factors=tuple(factors.tolist()) if factors.ndim else float(factors),
                 magnitude=float(np.float32(rope.magnitude)),
             )
-        layers.append(dataclasses.replace(layer, rope=rope))
+        own: dict[str, Any] = {
+            "num_kv_heads": spec.num_kv_heads_of(layer),
+            "head_dim": spec.head_dim_of(layer),
+            "intermediate_size": spec.intermediate_size_of(layer),
+        }
+        layers.append(dataclasses.replace(layer, rope=rope, **own))
     scale = spec.attention_scale or spec.head_dim**-0.5
-    return dataclasses.replace(spec, architecture="", layers=tuple(layers), attention_scale=scale)
+    usual: dict[str, Any] = dict.fromkeys(("num_kv_heads", "head_dim", "intermediate_size"), 0)
+    return dataclasses.replace(spec, architecture="", layers=tuple(layers), attention_scale=scale, **usual)
 
 
 NOT_IN_LLAMA_CPP: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {

@@ -165,6 +165,14 @@ def test_a_window_as_long_as_the_context_leaves_its_layers_their_rotary_embeddin
     assert all(layer.window is None for layer in layers)
 
 
+def test_keys_that_nobody_reads_may_lie_beside_shared_ones(tmp_path: Path) -> None:
+    """Published checkpoints have them, and so have the files that are made of these."""
+    path = family(tmp_path, "gemma4-e2b")
+    extra = {f"blk.4.attn_{name}.weight": plain(32, 132) for name in ("k", "v")}
+    extra["blk.4.attn_k_norm.weight"] = plain(16)
+    np.testing.assert_array_equal(logits_of(altered(path, tmp_path / "more.gguf", tensors=extra)), logits_of(path))
+
+
 # What is refused.
 
 
@@ -198,6 +206,17 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Tensor], list[str], str]] = [
     ("gemma3_text", {"gemma3.attn_logit_softcapping": 50.0}, {}, [], "gemma3.attn_logit_softcapping"),
     ("gemma3_text", {}, {"dense_2.weight": plain(8, 132)}, [], "dense_2.weight' has no place"),
     ("gemma3_text", {}, {}, ["blk.6.post_ffw_norm.weight"], "'blk.6.post_ffw_norm.weight' is missing"),
+    ("gemma4-e2b", {"gemma4.attention.shared_kv_layers": 7}, {}, [], "shared_kv_layers"),
+    ("gemma4-e2b", {"gemma4.attention.shared_kv_layers": 5}, {}, [], "there are none before"),
+    ("gemma4-e2b", {"gemma4.attention.value_length_swa": 8}, {}, [], "16 dimensions in windows, values 8"),
+    ("gemma4-e2b", {"gemma4.attention.value_length": 8}, {}, [], "24 dimensions, values 8"),
+    ("gemma4-e2b", {"gemma4.feed_forward_length": [170, 0] * 3 + [170]}, {}, [], "numbers in it that no layer"),
+    ("gemma4-e2b", {}, {"rope_freqs.weight": (np.full(12, 1e30, np.float32), F32)}, [], "0 of 12 pairs"),
+    ("gemma4-e2b", {}, {}, ["per_layer_token_embd.weight"], "'per_layer_token_embd.weight' is missing"),
+    ("gemma4-e2b", {}, {"per_layer_token_embd.weight": plain(283, 83)}, [], "token_embd.weight' has shape"),
+    ("gemma4-e2b", {}, {}, ["blk.3.layer_output_scale.weight"], "'blk.3.layer_output_scale.weight' is missing"),
+    ("gemma4-e2b", {}, {}, ["blk.3.attn_k.weight"], "'blk.3.attn_k.weight' is missing"),
+    ("gemma2", {"general.architecture": "gemma3n"}, {}, [], "needs AltUp .* and LAuReL"),
     ("granite", {"granite.logit_scale": 0.0}, {}, [], "granite.logit_scale"),
     ("granite", {"granite.embedding_scale": float("nan")}, {}, [], "granite.embedding_scale"),
     ("qwen3", {}, {"blk.0.attn_q_norm.weight": plain(768)}, [], "attn_q_norm.weight' has shape"),

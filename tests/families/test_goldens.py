@@ -61,6 +61,12 @@ def other_ropes(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
     )
 
 
+def other_keys(spec: DecoderSpec) -> DecoderSpec:
+    """Layers with windows that read the keys of the first of their kind, not of the last."""
+    layers = (replace(one, kv_from=0) if one.kv_from and one.window else one for one in spec.layers)
+    return replace(spec, layers=tuple(layers))
+
+
 def fields(**changes: Any) -> Change:
     return lambda spec: replace(spec, **changes)
 
@@ -88,6 +94,12 @@ CHANGES: list[tuple[str, str, Change]] = [
     ("gemma2", "attention scale", fields(attention_scale=None)),
     ("gemma2", "embedding scale", fields(embedding_scale=1.0)),
     ("gemma2", "activation", fields(activation="silu")),
+    ("gemma4-e2b", "norm of values", fields(value_norm=False)),
+    ("gemma4-e2b", "attention scale", fields(attention_scale=None)),
+    ("gemma4-e2b", "cap of logits", fields(logit_soft_cap=None)),
+    ("gemma4-e2b", "pairs that rotate", partial(other_ropes, num_rotating=None)),
+    ("gemma4-e2b", "whose keys", other_keys),
+    ("gemma4-12b", "norm of values", fields(value_norm=False)),
     ("granite", "attention scale", fields(attention_scale=None)),
     ("granite", "embedding scale", fields(embedding_scale=1.0)),
     ("granite", "residual scale", fields(residual_scale=1.0)),

@@ -42,7 +42,19 @@ def with_equal_heads(source: Path, target: Path) -> Path:
     return altered(source, target, tensors=repeated)
 
 
-@pytest.mark.parametrize("name", [name for name in GGUF_CASES if not name.startswith(FUSED)])
+UNLIKE = ("gemma4",)
+"""Layers whose heads differ in number or size."""
+
+
+@pytest.mark.parametrize("name", [name for name in GGUF_CASES if name.startswith(UNLIKE)])
+def test_layers_whose_heads_differ_are_refused(name: str, tmp_path: Path) -> None:
+    config = GGUF_CASES[name]
+    source = gguf_of(tmp_path / "a.gguf", config, tensors_of(config))
+    with pytest.raises(InvalidInput, match=r"layers whose heads differ in number or size"):
+        pool_kv_heads(source, tmp_path / "pooled.gguf", 1)
+
+
+@pytest.mark.parametrize("name", [name for name in GGUF_CASES if not name.startswith((*FUSED, *UNLIKE))])
 def test_equal_heads_pool_without_loss(name: str, tmp_path: Path) -> None:
     config = GGUF_CASES[name]
     source = with_equal_heads(gguf_of(tmp_path / "a.gguf", config, tensors_of(config)), tmp_path / "b.gguf")

@@ -203,3 +203,62 @@ def test_a_gguf_of_nonsense_is_refused(tmp_path: Path) -> None:
         gguf(tmp_path, "deepseek2", base | {"attention.kv_lora_rank": 24}, {"blk.0.attn_kv_a_mqa.weight": (24, 32)})
     with pytest.raises(ModelError, match="block_count"):
         gguf(tmp_path, "novel", base | {"block_count": 1 << 20}, {})
+
+
+GEMMA4 = {"model_type": "gemma4_text", "head_dim": 256, "global_head_dim": 512, "hidden_size_per_layer_input": None}
+WIDE = {**GEMMA4, "attention_k_eq_v": True, "sliding_window": 1024, "num_attention_heads": 16, "num_key_value_heads": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "num_params", "num_active_params", "token_bytes", "beyond_bytes"),
+    [
+        (
+            {
+                **GEMMA4,
+                **{"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_key_value_heads": 1},
+                **{"num_kv_shared_layers": 20, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 256},
+                "layer_types": ([*["sliding_attention"] * 4, "full_attention"]) * 7,
+            },
+            4_628_283_392,
+            None,
+            18_432,
+            6_144,
+        ),
+        (
+            {
+                **WIDE,
+                **{"model_type": "gemma4_unified_text", "hidden_size": 3840, "intermediate_size": 15_360},
+                **{"num_hidden_layers": 48, "num_global_key_value_heads": 1},
+            },
+            11_906_580_480,
+            None,
+            344_064,
+            16_384,
+        ),
+        (
+            {
+                **WIDE,
+                **{"hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30, "enable_moe_block": True},
+                **{"num_global_key_value_heads": 2, "num_experts": 128, "top_k_experts": 8},
+                "moe_intermediate_size": 704,
+            },
+            25_232_441_344,
+            3_821_830_144,
+            225_280,
+            20_480,
+        ),
+    ],
+    ids=["E2B", "12B", "26B-A4B"],
+)
+def test_gemma_4(
+    tmp_path: Path,
+    config: dict[str, Any],
+    num_params: int,
+    num_active_params: int | None,
+    token_bytes: int,
+    beyond_bytes: int,
+) -> None:
+    """Weights of the text decoder; bytes of a token in f16 before its windows are full, and beyond them."""
+    shape = of_config(tmp_path, **config)
+    assert (shape.num_params, shape.num_active_params if shape.is_mixture else None) == (num_params, num_active_params)
+    assert (shape.token_bytes("f16"), shape.token_bytes_at(100_000, "f16")) == (token_bytes, beyond_bytes)

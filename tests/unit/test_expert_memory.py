@@ -67,6 +67,9 @@ class Mixture:
     def vector(self, name: str) -> Vector:
         raise AssertionError(name)
 
+    def table(self, name: str) -> Weight:
+        raise AssertionError(name)
+
 
 def address(weight: Weight) -> int:
     return int(np.asarray(packed_data(weight)).__array_interface__["data"][0])

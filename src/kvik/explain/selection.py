@@ -49,9 +49,19 @@ def select(
 ) -> Selection:
     """The layers and KV heads that were asked for; where nothing was, some from the first to the last that fit.
 
-    Raises `InvalidInput` for numbers that the model lacks, and for more than a page can hold.
+    Layers whose heads are of another shape than the first one's are not drawn. Raises `InvalidInput` for numbers that
+    the model lacks, and for more than a page can hold.
     """
     _check("layer", layers, spec.num_layers)
+    shapes = [(spec.num_kv_heads_of(layer), spec.head_dim_of(layer)) for layer in spec.layers]
+    drawable = [index for index, shape in enumerate(shapes) if shape == (spec.num_kv_heads, spec.head_dim)]
+    other = next((index for index in layers or () if index not in drawable), None)
+    if other is not None:
+        shape, drawn = (f"{heads} KV heads of {dim} dimensions" for heads, dim in (shapes[other], shapes[drawable[0]]))
+        raise InvalidInput(
+            f"layer {other} has {shape}; a page shows layers that have {drawn}",
+            hint=f"name some of {', '.join(map(str, drawable[:8]))}{' ...' if len(drawable) > 8 else ''}",
+        )
     _check("KV head", kv_heads, spec.num_kv_heads)
     heads = tuple(kv_heads if kv_heads is not None else range(spec.num_kv_heads))
     if layers is not None:
@@ -64,8 +74,8 @@ def select(
                 hint="name fewer with --layers and --kv-heads, or write fewer tokens",
             )
         return chosen
-    for count in range(min(MAX_DRAWN_LAYERS, spec.num_layers), 0, -1):
-        chosen = Selection(_spread(count, spec.num_layers), heads)
+    for count in range(min(MAX_DRAWN_LAYERS, len(drawable)), 0, -1):
+        chosen = Selection(tuple(drawable[place] for place in _spread(count, len(drawable))), heads)
         if chosen.num_bytes(spec, kv_spec, num_tokens) <= AIMED_BYTES:
             return chosen
     while kv_heads is None and len(heads) > 1 and chosen.num_bytes(spec, kv_spec, num_tokens) > AIMED_BYTES:

@@ -29,6 +29,7 @@ from kvik.models.spec import (
 from kvik.ops.base import Nonlinearity, Routing
 
 MAX_COUNT = 1 << 24  # of any one dimension or count: far above every published model
+STILL = 1e30  # a divisor that stands for no rotation at all (Gemma 4)
 
 
 Scores: TypeAlias = Literal["softmax", "sigmoid", "logits"]  # as in `Routing`
@@ -65,6 +66,8 @@ class Architecture:
     whole_yarn: bool = True  # whether YaRN's bounds are whole pairs
     rope_switch: bool = False  # whether the key rope.scaling.finetuned can switch RoPE off
     router: Router | None = None  # of its experts, where it may have some
+    value_norm: bool = False
+    attention_scale: float = 0.0  # 0: the usual one
 
 
 _GPT2 = Architecture(None, norm="layer", activation="gelu_tanh", gated=False)
@@ -108,6 +111,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt-oss": Architecture(
         "halves", activation="clamped_silu", window_pattern=2, whole_yarn=False, router=Router("logits")
     ),
+    "gemma4": Architecture(
+        "halves",
+        norm_places="around",
+        qk_norm="head",
+        activation="gelu_tanh",
+        scales_embedding=True,
+        local_theta=10_000.0,
+        local_scaling=False,
+        value_norm=True,
+        attention_scale=1.0,
+        router=Router(renormalize=True),
+    ),
     "gpt2": _GPT2,
     "starcoder": _GPT2,
     "starcoder2": Architecture("halves", norm="layer", activation="gelu_tanh", gated=False),
@@ -132,9 +147,15 @@ _OWN_KEYS = {
     "residual_scale": ("granite", "granitemoe"),
     "logit_scale": ("granite", "granitemoe"),  # which divides by it; others multiply
     "attn_logit_softcapping": ("gemma2",),
-    "final_logit_softcapping": ("gemma2", "gemma3"),
+    "final_logit_softcapping": ("gemma2", "gemma3", "gemma4"),
+    "attention.shared_kv_layers": ("gemma4",),
+    "embedding_length_per_layer_input": ("gemma4",),
 }
 """Keys that change what is computed, and the architectures that have them."""
+
+
+_LACKING = {"gemma3n": "AltUp (several hidden states for each token) and LAuReL (low-rank residuals)"}
+"""Architectures that need what kvik does not have."""
 
 
 def read_spec(file: GGUFFile, context: int | None = None) -> DecoderSpec:
@@ -143,6 +164,9 @@ def read_spec(file: GGUFFile, context: int | None = None) -> DecoderSpec:
     `context` is that of the sequences to come, where it is shorter than the model's: LongRoPE has other divisors then.
     """
     architecture = file.get_str("general.architecture")
+    if architecture in _LACKING:
+        what = f"architecture {architecture!r} needs {_LACKING[architecture]}, which kvik does not run"
+        raise ModelError(f"{file.path}: {what}", hint=OTHER_MODEL)
     if architecture not in ARCHITECTURES:
         raise ModelError(
             f"{file.path}: architecture {architecture!r:.60} is not one that kvik runs",
@@ -167,30 +191,43 @@ class _Reader:
         head_dim = self.count("attention.key_length", max(1, hidden_size // num_heads), maximum=MAX_HEAD_DIM)
         context_length = self.count("context_length")
         num_layers = self.count("block_count", maximum=MAX_LAYERS)
+        widths = self.per_layer("feed_forward_length", num_layers)
+        kv_heads = self.per_layer("attention.head_count_kv", num_layers, num_heads)
+        layers = self.layers(num_layers, head_dim, context_length, context or context_length)
+        dims = [layer.head_dim or head_dim for layer in layers]
         wide_scale = (hidden_size // num_heads) ** -0.5 if num_layers == facts.layers_of_wide_scale else None
         experts, sparse = self.experts(num_layers)
-        layers = self.layers(num_layers, head_dim, context_length, context or context_length)
         spec = DecoderSpec(
             architecture=self.architecture,
             hidden_size=hidden_size,
-            intermediate_size=self.count("feed_forward_length"),
+            intermediate_size=widths[0],
             num_heads=num_heads,
-            num_kv_heads=self.count("attention.head_count_kv", num_heads, maximum=num_heads),
-            head_dim=head_dim,
+            num_kv_heads=kv_heads[0],
+            head_dim=dims[0],
             vocab_size=file.tensor("token_embd.weight").shape[0],
             context_length=context_length,
-            layers=tuple(replace(layer, sparse=index in sparse) for index, layer in enumerate(layers)),
+            layers=tuple(
+                replace(
+                    layer,
+                    num_kv_heads=None if heads == kv_heads[0] else heads,
+                    head_dim=None if dim == dims[0] else dim,
+                    intermediate_size=None if width == widths[0] else width,
+                    sparse=index in sparse,
+                )
+                for index, (layer, heads, dim, width) in enumerate(zip(layers, kv_heads, dims, widths, strict=True))
+            ),
             tied_head="output.weight" not in file.tensors,
             norm=facts.norm,
             norm_eps=self.number(f"attention.layer_norm{'_rms' * (facts.norm == 'rms')}_epsilon", maximum=1.0),
             norm_bias=facts.norm == "layer" and "output_norm.bias" in file.tensors,
             norm_places=facts.norm_places,
             qk_norm=facts.qk_norm,
+            value_norm=facts.value_norm,
             qkv_bias=self.has_bias("attn_q") or self.has_bias("attn_qkv"),
             output_bias=self.has_bias("attn_output"),
             mlp_bias=self.has_bias("ffn_up"),
             head_bias="output.bias" in file.tensors,
-            attention_scale=self.number("attention.scale", 0.0) or wide_scale,
+            attention_scale=self.number("attention.scale", facts.attention_scale) or wide_scale,
             attention_soft_cap=self.number("attn_logit_softcapping", facts.attention_soft_cap) or None,
             sinks="blk.0.attn_sinks.weight" in file.tensors,
             activation=facts.activation,
@@ -200,6 +237,10 @@ class _Reader:
             num_learned_positions=context_length if facts.pairs is None else 0,
             embedding_scale=self.factor("embedding_scale", math.sqrt(hidden_size) if facts.scales_embedding else 1.0),
             residual_scale=self.factor("residual_scale", 1.0),
+            layer_scales="blk.0.layer_output_scale.weight" in file.tensors,
+            layer_embedding_size=file.get_int(
+                f"{self.architecture}.embedding_length_per_layer_input", 0, minimum=0, maximum=MAX_COUNT
+            ),
             logit_scale=1.0 / self.factor("logit_scale", 1.0),
             logit_soft_cap=self.number("final_logit_softcapping", facts.logit_soft_cap) or None,
         )
@@ -237,7 +278,9 @@ class _Reader:
         if not sparse:
             raise self.refuse(f"{number:,} experts, and no layer with a tensor 'ffn_gate_inp.weight'")
         first = f"blk.{sparse[0]}"
-        names = (f"{first}.ffn_down_exps.weight", f"{first}.ffn_down.0.weight", f"{first}.ffn_down_shexp.weight")
+        own_norms = f"{first}.pre_ffw_norm_2.weight" in tensors
+        of_shared = f"{first}.ffn_down{'' if own_norms else '_shexp'}.weight"
+        names = (f"{first}.ffn_down_exps.weight", f"{first}.ffn_down.0.weight", of_shared)
         alone, one_each, shared = (tensors[name].shape[-1] if name in tensors else None for name in names)
         scores, gating = router.scores, self.file.get_int(f"{self.architecture}.expert_gating_func", 0)
         if gating:
@@ -258,7 +301,9 @@ class _Reader:
             routing=routing,
             router_bias=f"{first}.ffn_gate_inp.bias" in tensors,
             choice_bias=f"{first}.exp_probs_b.bias" in tensors,
+            scales=f"{first}.ffn_down_exps.scale" in tensors,
             bias=f"{first}.ffn_down_exps.bias" in tensors,
+            own_norms=own_norms,
             shared_size=self.file.get_int(
                 f"{self.architecture}.expert_shared_feed_forward_length", shared or 0, minimum=0, maximum=MAX_COUNT
             ),
@@ -269,6 +314,7 @@ class _Reader:
     def layers(self, num_layers: int, head_dim: int, context_length: int, context: int) -> tuple[LayerSpec, ...]:
         facts = self.facts
         slides, window = self.windows(num_layers, context_length)
+        dim_of_windows = self.dim_of_windows(head_dim)
         has_rope = not facts.rope_switch or self.file.get_bool(f"{self.architecture}.rope.scaling.finetuned", True)
         if facts.pairs is None or not has_rope:
             return tuple(LayerSpec(None, window if slide else None) for slide in slides)
@@ -277,15 +323,43 @@ class _Reader:
         in_windows = everywhere
         if any(slides):
             local_theta = self.theta("rope.freq_base_swa", facts.local_theta or theta)
-            in_windows = self.rope(local_theta, head_dim, context_length, context, scaled=facts.local_scaling)
+            in_windows = self.rope(local_theta, dim_of_windows, context_length, context, scaled=facts.local_scaling)
         every = facts.nope_pattern or num_layers + 1
         return tuple(
             LayerSpec(
                 rope=None if index % every == every - 1 else in_windows if slide else everywhere,
                 window=window if slide else None,
+                head_dim=dim_of_windows if slide and dim_of_windows != head_dim else None,
+                kv_from=owner,
+                keys_as_values=owner is None and self.keys_are_values(index),
             )
-            for index, slide in enumerate(slides)
+            for index, (slide, owner) in enumerate(zip(slides, self.owners(slides), strict=True))
         )
+
+    def dim_of_windows(self, head_dim: int) -> int:
+        """Dimensions of a head in layers with a window, of keys and of values."""
+        dims = [self.count(f"attention.{of}_length_swa", head_dim, maximum=MAX_HEAD_DIM) for of in ("key", "value")]
+        if dims[0] != dims[1]:
+            raise self.refuse(f"keys have {dims[0]} dimensions in windows, values {dims[1]}: they must have as many")
+        return dims[0]
+
+    def owners(self, slides: list[bool]) -> list[int | None]:
+        """Of each layer the one whose keys and values it reads: of the last ones, the last before them of its kind."""
+        count = self.file.get_int(
+            f"{self.architecture}.attention.shared_kv_layers", 0, minimum=0, maximum=len(slides) - 1
+        )
+        first = len(slides) - count
+        last = {slide: index for index, slide in enumerate(slides[:first])}
+        if not set(slides) <= last.keys():
+            raise self.refuse(
+                f"its last {count} layers read the keys of layers of their kind, and there are none before"
+            )
+        return [None] * first + [last[slide] for slide in slides[first:]]
+
+    def keys_are_values(self, index: int) -> bool:
+        """Whether a layer has no projection for values, which are what that for keys gives then."""
+        has_keys, has_values = (f"blk.{index}.attn_{of}.weight" in self.file.tensors for of in ("k", "v"))
+        return self.facts.value_norm and has_keys and not has_values
 
     def windows(self, num_layers: int, context_length: int) -> tuple[list[bool], int | None]:
         """Which layers have a window, and how long it is; one as long as the context is none."""
@@ -303,10 +377,13 @@ class _Reader:
         return slides, window if window < context_length else None
 
     def rope(self, theta: float, head_dim: int, context_length: int, context: int, *, scaled: bool) -> RopeSpec:
-        num_dims = self.count("rope.dimension_count", head_dim, maximum=head_dim)
+        """Of layers that see all, or, where it is not scaled, of those with a window."""
         adjacent_pairs = self.facts.pairs == "adjacent"  # the converter reorders rows of queries and keys for it
         if not scaled:
+            in_windows = f"{self.architecture}.rope.dimension_count_swa" in self.file.metadata
+            num_dims = self.count(f"rope.dimension_count{'_swa' * in_windows}", head_dim, maximum=head_dim)
             return RopeSpec(theta, num_dims, adjacent_pairs)
+        num_dims = self.count("rope.dimension_count", head_dim, maximum=head_dim)
         kind, factor = self.rope_scaling()
         magnitude = self.factor("rope.scaling.attn_factor", 1.0)
         original = self.count("rope.scaling.original_context_length", context_length)
@@ -323,9 +400,14 @@ class _Reader:
                 whole=self.facts.whole_yarn,
             )
         divisors = read_divisors(self.file, num_dims // 2, beyond_original=context > original)
+        num_rotating = None
         if divisors is not None:
+            if divisors[-1] >= STILL:
+                num_rotating = int(np.argmax(divisors >= STILL))
+                divisors = divisors[:num_rotating]
             factors = tuple(float(product) for product in np.multiply(factors, divisors))
-        return RopeSpec(theta, num_dims, adjacent_pairs, factors, magnitude)
+            factors = factors[0] if len(set(factors)) == 1 else factors
+        return RopeSpec(theta, num_dims, adjacent_pairs, factors, magnitude, num_rotating)
 
     def rope_scaling(self) -> tuple[str, float]:
         """Its kind, and by what it divides all frequencies, or those that YaRN wants."""
@@ -343,6 +425,16 @@ class _Reader:
         return kind, 1.0 if kind == "none" else self.factor(factor_key, 1.0)
 
     # The keys.
+
+    def per_layer(self, key: str, num_layers: int, default: int | None = None) -> list[int]:
+        """One count for all layers, or one for each."""
+        name = f"{self.architecture}.{key}"
+        if not isinstance(self.file.metadata.get(name), list):
+            return [self.count(key, default)] * num_layers
+        found = self.file.get_list(name, int, length=num_layers)
+        if not all(1 <= one <= MAX_COUNT for one in found):
+            raise self.refuse(f"{name} has numbers in it that no layer can have")
+        return found
 
     def count(self, key: str, default: int | None = None, *, maximum: int = MAX_COUNT) -> int:
         return self.file.get_int(f"{self.architecture}.{key}", default, minimum=1, maximum=maximum)

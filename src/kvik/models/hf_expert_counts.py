@@ -33,7 +33,7 @@ def stated_experts(config: ConfigFields) -> int:
 
 def num_chosen(config: ConfigFields) -> int:
     """Experts that a token goes through."""
-    keys = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
+    keys = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k_experts")
     return next((number for key in keys if (number := config.optional(key))), 2)
 
 
@@ -50,6 +50,8 @@ def shared_width(config: ConfigFields, model_type: str, of_one: int) -> int:
     """The intermediate size of what every token goes through beside its experts; 0: nothing."""
     if model_type == "llama4_text":
         return of_one
+    if model_type == "gemma4_text":
+        return config.count("intermediate_size")
     for key in ("shared_expert_intermediate_size", "shared_intermediate_size"):
         if own := config.optional(key):
             return own

@@ -41,6 +41,10 @@ def _gpt_oss(config: ConfigFields, chosen: int) -> dict[str, Any]:
     return {"routing": Routing(chosen, "logits"), "router_bias": True, "bias": True}
 
 
+def _gemma4(config: ConfigFields, chosen: int) -> dict[str, Any]:
+    return {"routing": Routing(chosen, renormalize=True), "scales": True, "own_norms": True}
+
+
 EXPERTS: Mapping[str, Callable[[ConfigFields, int], dict[str, Any]]] = {
     "qwen3_moe": _softmax,
     "qwen2_moe": _qwen2_moe,
@@ -49,6 +53,7 @@ EXPERTS: Mapping[str, Callable[[ConfigFields, int], dict[str, Any]]] = {
     "granitemoe": _granite,
     "granitemoeshared": _granite,
     "gpt_oss": _gpt_oss,
+    "gemma4_text": _gemma4,
 }
 """By model_type: fields of `ExpertsSpec`, besides those that all families have, of a config whose tokens choose so many
 experts."""
@@ -67,7 +72,7 @@ def read_experts(
     config: ConfigFields, model_type: str, num_layers: int, width: int
 ) -> tuple[ExpertsSpec | None, Collection[int]]:
     """The experts of a decoder whose MLPs are so wide, and the layers that have them. Raises `ModelError`."""
-    if model_type not in EXPERTS:
+    if model_type not in EXPERTS or (model_type == "gemma4_text" and not config.flag("enable_moe_block", False)):
         return None, ()
     number = stated_experts(config)
     if not number:

@@ -28,6 +28,7 @@ class KeptLayer:
     num_rotary: int = 0  # of a latent key
     index_dim: int = 0  # of one more key, by which tokens are chosen (sparse attention)
     kv_from: int | None = None  # the layer whose keys and values it reads
+    slides: bool = False  # it is of the layers with a window, although that may be as long as the context
 
     def group(self, index: int) -> GroupSpec:
         """The layer as a group of its own, in f16."""
@@ -80,7 +81,13 @@ def read_layers(
         raise config.error(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
     head_dim = head_dim_of(config, model_type, hidden_size, num_heads, max_head_dim) if has_heads else 1
     max_context = config.count("max_position_embeddings", _CONTEXTS.get(model_type), maximum=MAX_CONTEXT)
-    layers = [_layer(config, model_type, kind, num_kv_heads, head_dim, max_context) for kind in kinds]
+    layers = []
+    for fields, kind in zip(_fields_of_layers(config, num_layers), kinds, strict=True):
+        own = num_kv_heads, head_dim
+        if fields is not config:
+            own_heads = kv_heads_of(fields, model_type, num_heads)
+            own = own_heads, head_dim_of(fields, model_type, hidden_size, num_heads, max_head_dim)
+        layers.append(_layer(fields, model_type, kind, *own, max_context))
     if config.optional("kv_lora_rank"):
         layers, head_dim = _latent(config, model_type, layers)
     return KeptLayers(
@@ -207,13 +214,30 @@ def head_dim_of(config: ConfigFields, model_type: str, hidden_size: int, num_hea
 # One layer.
 
 
+def _fields_of_layers(config: ConfigFields, num_layers: int) -> list[ConfigFields]:
+    """The config of each layer: transformers 5.18 and later write what is particular about some of them apart."""
+    fields = [config] * num_layers
+    given = config.object("per_layer_config")
+    for key in given.fields if given is not None else ():
+        assert given is not None
+        own = given.object(key)
+        if not (key.isascii() and key.isdecimal()) or int(key) >= num_layers or own is None:
+            raise config.error(f"per_layer_config has {key!r:.60} in it, which is none of its {num_layers:,} layers")
+        if strange := own.fields.keys() - {"head_dim", "num_key_value_heads"}:
+            raise config.error(
+                f"per_layer_config gives layer {int(key)} {min(strange)!r:.60}, which kvik does not know"
+            )
+        fields[int(key)] = ConfigFields({**config.fields, **own.fields}, config.path)
+    return fields
+
+
 def _layer(
     config: ConfigFields, model_type: str, kind: Kind, num_kv_heads: int, head_dim: int, context: int
 ) -> KeptLayer:
     value_dim = head_dim
     if kind == "state":
         return KeptLayer("state")
-    if model_type.startswith("gemma4") and kind == "full":
+    if model_type.startswith("gemma4") and kind == "full" and config.find("per_layer_config") is None:
         head_dim = value_dim = config.count("global_head_dim", 512, maximum=MAX_PLANNED_HEAD_DIM)
         if config.flag("attention_k_eq_v", False):
             num_kv_heads = config.count("num_global_key_value_heads", num_kv_heads, maximum=MAX_WIDTH)
@@ -223,10 +247,10 @@ def _layer(
     if model_type == "mimo_v2_flash":
         value_dim = config.count("v_head_dim", 128, maximum=MAX_PLANNED_HEAD_DIM)
         num_kv_heads *= 2 if kind == "window" else 1
-    window = window_of(config, model_type, kind)
+    window, slides = window_of(config, model_type, kind), kind == "window"
     if window is not None and window >= context:
         kind, window = "full", None
-    return KeptLayer(kind, window, num_kv_heads, head_dim, value_dim)
+    return KeptLayer(kind, window, num_kv_heads, head_dim, value_dim, slides=slides)
 
 
 def window_of(config: ConfigFields, model_type: str, kind: Kind) -> int | None:

@@ -55,6 +55,8 @@ class Params:
 def count_params(config: ConfigFields, kept: KeptLayers) -> Params | None:
     """All weights, and the active ones; `None` where the family's matrices do not follow from the config."""
     model_type, experts = kept.model_type, num_experts(config)
+    if model_type in ("gemma4_text", "gemma4_unified_text"):
+        return _of_gemma4(config, kept)
     if model_type not in (*_GATED, *_TWO, *_EXPERTS) or (experts > 0) != (model_type in _EXPERTS):
         return None
     width = config.find("intermediate_size")
@@ -84,6 +86,32 @@ def count_params(config: ConfigFields, kept: KeptLayers) -> Params | None:
     return Params(total, active, 0 if tied else table)
 
 
+def _of_gemma4(config: ConfigFields, kept: KeptLayers) -> Params:
+    """Some layers' MLPs are twice as wide, each has its own embedding of a token, and experts are beside the MLPs."""
+    hidden, layers = kept.hidden_size, len(kept.layers)
+    num_shared = sum(layer.kv_from is not None for layer in kept.layers)
+    num_mlps = layers + (num_shared if config.flag("use_double_wide_mlp", False) else 0)
+    active = _attention(config, kept) + kept.vocab_size * hidden
+    active += 3 * hidden * config.count("intermediate_size") * num_mlps
+    width = layers * gemma4_layer_embedding_size(config)
+    table = config.count("vocab_size_per_layer_input", 262_144) * width
+    active += table + 3 * hidden * width
+    total = active
+    if config.flag("enable_moe_block", False):
+        experts, one = config.count("num_experts"), 3 * hidden * config.count("moe_intermediate_size")
+        total += layers * experts * (hidden + one)
+        active += layers * (experts * hidden + min(config.count("top_k_experts"), experts) * one)
+    return Params(total, active, table)
+
+
+def gemma4_layer_embedding_size(config: ConfigFields) -> int:
+    """Of a token in each layer of Gemma 4; 0: there is none. The class has a default, and null switches it off."""
+    if config.text("model_type") != "gemma4_text":
+        return 0
+    given = "hidden_size_per_layer_input" in config.fields
+    return (config.optional("hidden_size_per_layer_input") or 0) if given else 256
+
+
 def _attention(config: ConfigFields, kept: KeptLayers) -> int:
     hidden, heads, total = kept.hidden_size, kept.num_heads, 0
     for layer in kept.layers:
@@ -97,6 +125,8 @@ def _attention(config: ConfigFields, kept: KeptLayers) -> int:
                 choosers = config.count("index_n_heads")
                 total += (low * choosers + hidden) * layer.index_dim + hidden * choosers
         else:
-            own = layer.num_kv_heads * (layer.key_dim + layer.value_dim) if layer.kv_from is None else 0
-            total += hidden * (2 * heads * kept.head_dim + own)
+            as_values = kept.model_type.startswith("gemma4") and config.flag("attention_k_eq_v", False)
+            value_dim = 0 if as_values and not layer.slides else layer.value_dim
+            own = layer.num_kv_heads * (layer.key_dim + value_dim) if layer.kv_from is None else 0
+            total += hidden * (2 * heads * layer.key_dim + own)
     return total

@@ -147,10 +147,35 @@ class Layout:
     transposed: Literal["none", "all", "experts"] = "none"  # which projections are stored as (columns, rows)
     norm_offset: float = 0.0  # what norms are stored less than
     first_position: int = 0  # row of the table of positions that position 0 has
+    others: tuple[str, ...] = ()  # beginnings of names, behind `model.`, of parts that are no decoder's
 
 
 _GEMMA = Layout(norm_offset=1.0)
 _SEEING = ("model.", "", "language_model.model.", "model.language_model.")  # beside a part that sees
+_GEMMA4 = Layout(
+    _LLAMA
+    | _NORMS_AROUND
+    | {
+        "layer_output_scale.weight": "layer_scalar",
+        "per_layer_token_embd": "embed_tokens_per_layer",
+        "per_layer_model_proj": "per_layer_model_projection",
+        "per_layer_proj_norm": "per_layer_projection_norm",
+        "inp_gate": "per_layer_input_gate",
+        "proj": "per_layer_projection",
+        "post_norm": "post_per_layer_input_norm",
+        "ffn_gate_inp": "router.proj",
+        "ffn_gate_inp.scale": "router.scale",
+        "ffn_gate_exps.weight": "experts.gate_up_proj",
+        "ffn_up_exps.weight": "experts.gate_up_proj",
+        "ffn_down_exps.weight": "experts.down_proj",
+        "ffn_down_exps.scale": "router.per_expert_scale",
+        "post_ffw_norm_1": "post_feedforward_layernorm_1",
+        "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+        "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    },
+    _SEEING,
+    others=("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "vision_embedder."),
+)
 
 _LAYOUTS: Mapping[str, Layout] = {
     "phi3": Layout(
@@ -178,7 +203,14 @@ _LAYOUTS: Mapping[str, Layout] = {
     "olmo3": Layout(_LLAMA | _NORMS_AROUND),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA, names=_LLAMA | _NORMS_AROUND),
-    "gemma3_text": replace(_GEMMA, names=_LLAMA | _NORMS_AROUND, prefixes=_SEEING),
+    "gemma3_text": replace(
+        _GEMMA,
+        names=_LLAMA | _NORMS_AROUND,
+        prefixes=_SEEING,
+        others=("vision_tower.", "multi_modal_projector."),
+    ),
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": _GEMMA4,
     "starcoder2": Layout(_LLAMA | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
     "gpt2": Layout(_GPT2, ("transformer.", ""), "h", transposed="all"),
     "nanogpt": Layout(_GPT2, ("transformer.", "", "_orig_mod.transformer."), "h"),
@@ -190,7 +222,7 @@ _LAYOUTS: Mapping[str, Layout] = {
 _PLAIN = Layout()
 
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
-_OTHER_SENSES = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+_OF_KEYS = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\.\w+$")
 
 
 def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
@@ -224,9 +256,16 @@ def is_tied_head(spec: DecoderSpec, name: str) -> bool:
 
 
 def is_unused(spec: DecoderSpec, name: str) -> bool:
-    """Whether a stored tensor is of no use to a decoder: a tied head, a recomputable buffer, a vision tower."""
-    of_other_sense = spec.architecture == "gemma3_text" and _OTHER_SENSES.match(name)
-    return is_tied_head(spec, name) or bool(_BUFFERS.search(name) or of_other_sense)
+    """Whether a stored tensor is of no use to a decoder.
+
+    A tied head, a recomputable buffer, a vision tower, or keys and values of a layer that reads those of another.
+    """
+    if name.removeprefix("model.").startswith(_layout_of(spec).others):
+        return True
+    of_keys = _OF_KEYS.search(name)
+    if of_keys is not None and (index := int(of_keys[1])) < spec.num_layers and spec.layers[index].kv_from is not None:
+        return True
+    return is_tied_head(spec, name) or bool(_BUFFERS.search(name))
 
 
 def _layout_of(spec: DecoderSpec) -> Layout:

@@ -34,21 +34,23 @@ PLAIN_ROTARY = Rotary()
 
 
 def read_ropes(
-    config: ConfigFields, rotary: Rotary, head_dim: int, context: int, used: int
+    config: ConfigFields, rotary: Rotary, head_dims: tuple[int, int], context: int, used: int
 ) -> tuple[RopeSpec, RopeSpec]:
-    """Of layers that see all, and of those with a window; `used` is how much of the model's context will be."""
+    """Of layers that see all, and of those with a window, whose heads are of these sizes.
+
+    `used` is how much of the model's context will be.
+    """
     theta = config.number(rotary.theta_key, rotary.theta, above=1.0)
     partial = config.number(rotary.partial_key, rotary.partial, maximum=1.0)
     old, new = config.object("rope_scaling"), config.object("rope_parameters")
     given = old if old and old.fields else new or ConfigFields({}, config.path)
     inner = [given.object(kind) for kind in ("full_attention", "sliding_attention")]
-    span = (head_dim, context, used)
-    everywhere = _rope(config, rotary, inner[0] or given, theta, partial, *span)
+    everywhere = _rope(config, rotary, inner[0] or given, theta, partial, head_dims[0], context, used)
     if inner[1] is None and not rotary.windows_plain:
         return everywhere, everywhere
     windows_theta = config.number("rope_local_base_freq", rotary.windows_theta or theta, above=1.0)
     in_windows = inner[1] or ConfigFields({}, config.path)
-    return everywhere, _rope(config, rotary, in_windows, windows_theta, partial, *span)
+    return everywhere, _rope(config, rotary, in_windows, windows_theta, partial, head_dims[1], context, used)
 
 
 def _rope(
@@ -65,10 +67,14 @@ def _rope(
     kind = given.text("rope_type", given.text("type", "default"))
     if kind in ("su", "yarn") and config.text("model_type") == "phi3":
         kind = "longrope"  # as the first Phi-3 configs called it
-    if kind not in _SCALINGS:
-        raise config.error(f"rope_type {kind!r:.60} is not one that kvik runs", f"kvik runs {', '.join(_SCALINGS)}")
+    if kind not in (*_SCALINGS, "proportional"):
+        known = f"kvik runs {', '.join(_SCALINGS)} and proportional"
+        raise config.error(f"rope_type {kind!r:.60} is not one that kvik runs", known)
     theta = given.number("rope_theta", theta, above=1.0)
     partial = given.number("partial_rotary_factor", partial, maximum=1.0)
+    if kind == "proportional":  # a part of the pairs rotate, as fast as they would among all
+        num_rotating = int(partial * head_dim // 2)
+        return RopeSpec(theta, head_dim, False, given.number("factor", 1.0), num_rotating=num_rotating)
     num_dims = int(head_dim * partial) if rotary.rotates_part or kind != "default" else head_dim
     original = config.optional("original_max_position_embeddings") or given.count(
         "original_max_position_embeddings", context, maximum=MAX_CONTEXT

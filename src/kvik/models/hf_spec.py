@@ -15,7 +15,8 @@ from kvik.files.config_fields import MAX_CONTEXT, MAX_WIDTH, ConfigFields
 from kvik.models.config_classes import text_part, with_defaults
 from kvik.models.hf_experts import read_experts, refuse_experts
 from kvik.models.hf_layer_kinds import layers_with_rope
-from kvik.models.hf_layers import KeptLayers, read_layers
+from kvik.models.hf_layers import KeptLayer, KeptLayers, read_layers
+from kvik.models.hf_params import gemma4_layer_embedding_size
 from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes
 from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec
 from kvik.ops.base import Nonlinearity
@@ -43,6 +44,7 @@ class Family:
     inner: int | None = None  # intermediate_size by hidden_size, where the config does not say
     defaults: Fields = field(default_factory=dict)  # fields that published configs leave out
     quantized_by: str = ""  # the method by which checkpoints of this family may be quantised already
+    of_layer: Callable[[ConfigFields, KeptLayer], Fields] = lambda config, layer: {}  # of `LayerSpec`
 
 
 def _llama(config: ConfigFields, norm_eps: float = 1e-6) -> Fields:
@@ -147,6 +149,42 @@ def _gemma3(config: ConfigFields) -> Fields:
     }
 
 
+def _gemma4(config: ConfigFields) -> Fields:
+    size = gemma4_layer_embedding_size(config)
+    rows = config.count("vocab_size_per_layer_input", 262_144)
+    if size and rows != config.count("vocab_size"):
+        raise config.error(f"vocab_size_per_layer_input is {rows:,}; it must be vocab_size", OTHER_MODEL)
+    both_ways = config.find("use_bidirectional_attention")
+    if both_ways not in (None, False, "vision"):  # text sees what is before it, pictures see all of themselves
+        raise config.error(f"use_bidirectional_attention is {both_ways!r:.60}, which kvik does not run", OTHER_MODEL)
+    fields = ConfigFields({**config.fields, "use_bidirectional_attention": None}, config.path)
+    return _gemma(fields) | {
+        "norm_places": "around",
+        "qk_norm": "head",
+        "value_norm": True,
+        "attention_scale": 1.0,
+        "logit_soft_cap": _cap(config, "final_logit_softcapping"),
+        "layer_scales": True,
+        "layer_embedding_size": size,
+    }
+
+
+def _gemma4_layer(config: ConfigFields, layer: KeptLayer) -> Fields:
+    wide = layer.kv_from is not None and config.flag("use_double_wide_mlp", False)
+    return {
+        "keys_as_values": not layer.slides and config.flag("attention_k_eq_v", False),
+        "intermediate_size": 2 * config.count("intermediate_size") if wide else None,
+    }
+
+
+_GEMMA4_ROPE: Fields = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+    }
+}
+
+
 def _layer_norm(config: ConfigFields, eps_key: str, activation_key: str, activation: str, *, bias: bool) -> Fields:
     """Layer norms with biases, and an MLP of two matrices."""
     return {
@@ -248,6 +286,8 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": Family(_gemma2, tied=True),
     "gemma3_text": Family(_gemma3, Rotary(1_000_000.0, windows_plain=True, windows_theta=10_000.0), tied=True),
     "gpt_oss": Family(_gpt_oss, Rotary(150_000.0), defaults={"rope_parameters": _GPT_OSS_ROPE}, quantized_by="mxfp4"),
+    "gemma4_text": Family(_gemma4, tied=True, defaults=_GEMMA4_ROPE, of_layer=_gemma4_layer),
+    "gemma4_unified_text": Family(_gemma4, tied=True, defaults=_GEMMA4_ROPE, of_layer=_gemma4_layer),
     "starcoder2": Family(_starcoder2, tied=True),
     "gpt2": Family(_gpt2, None, tied=True, inner=4),
     "nanogpt": Family(_nanogpt, None, tied=True, inner=4),
@@ -258,8 +298,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-_MULTIMODAL = {"gemma3": "gemma3_text"}
-"""Multimodal model types and the family of their text decoder."""
+_MULTIMODAL = ("gemma3", "gemma3n", "gemma4", "gemma4_unified")
+"""Model types that have a text decoder beside other parts."""
+
+_LACKING = {"gemma3n_text": "AltUp (several hidden states for each token) and LAuReL (low-rank residuals)"}
+"""Families that need what kvik does not have."""
 
 
 def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
@@ -272,6 +315,8 @@ def text_config(config: Mapping[str, Any], path: Path) -> ConfigFields:
     if name in _MULTIMODAL:
         fields = text_part(config, path)
         name = fields.text("model_type")
+    if name in _LACKING:
+        raise fields.error(f"model_type {name!r} needs {_LACKING[name]}, which kvik does not run", OTHER_MODEL)
     refuse_experts(fields, name)
     if name not in FAMILIES:
         raise fields.error(
@@ -342,15 +387,22 @@ def _layers(
         has_rope = layers_with_rope(config, len(kept.layers))
     everywhere = in_windows = None
     if family.rotary is not None:
-        everywhere, in_windows = read_ropes(config, family.rotary, kept.head_dim, kept.max_context, used)
+        head_dims = [{layer.key_dim for layer in kept.layers if layer.slides is slides} for slides in (False, True)]
+        if max(map(len, head_dims)) > 1:
+            raise config.error(
+                "has heads of several sizes among layers of one kind, which kvik does not run", OTHER_MODEL
+            )
+        of_all, of_windows = (found.pop() if found else kept.head_dim for found in head_dims)
+        everywhere, in_windows = read_ropes(config, family.rotary, (of_all, of_windows), kept.max_context, used)
     return tuple(
         LayerSpec(
-            rope=None if not rope else everywhere if layer.window is None else in_windows,
+            rope=None if not rope else in_windows if layer.slides else everywhere,
             window=layer.window,
             num_kv_heads=None if layer.num_kv_heads == kept.num_kv_heads else layer.num_kv_heads,
             head_dim=None if layer.key_dim == kept.head_dim else layer.key_dim,
             kv_from=layer.kv_from,
             sparse=index in sparse,
+            **family.of_layer(config, layer),
         )
         for index, (rope, layer) in enumerate(zip(has_rope, kept.layers, strict=True))
     )

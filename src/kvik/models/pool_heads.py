@@ -32,6 +32,11 @@ def pool_kv_heads(source: Path, target: Path, num_kv_heads: int, progress: Progr
     """
     file = read_gguf(source)  # which checks what the library's reader trusts
     spec = read_spec(file)
+    if any(layer.num_kv_heads or layer.head_dim for layer in spec.layers):
+        raise InvalidInput(
+            f"{source.name} has layers whose heads differ in number or size, which are not pooled here",
+            hint="take a model whose layers are alike, like the Llama family's",
+        )
     if num_kv_heads >= spec.num_kv_heads or spec.num_kv_heads % num_kv_heads:
         fits = [str(count) for count in range(1, spec.num_kv_heads) if spec.num_kv_heads % count == 0]
         raise InvalidInput(

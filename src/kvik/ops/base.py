@@ -330,7 +330,8 @@ def _attend_cost(q: Value, kv: LayerKV, batch: Batch, rule: AttentionRule) -> Co
 def _experts_cost(x: Value, logits: Value, weights: ExpertsWeights, activation: Nonlinearity) -> Cost:
     one = products(*weights.experts[0].linears)
     reads = ExpertsRead(len(weights.experts), weights.routing.num_chosen, one.weight_bytes)
-    return Cost(multiply_adds=reads.num_chosen * one.multiply_adds, experts=reads)
+    multiply_adds = reads.num_chosen * one.multiply_adds
+    return Cost(weight_bytes=weights.vector_bytes, multiply_adds=multiply_adds, experts=reads)
 
 
 def _query_shape(

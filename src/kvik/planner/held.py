@@ -10,7 +10,7 @@ from typing import Literal
 
 from kvik.experts import ExpertsRead
 from kvik.models.parts import TensorName
-from kvik.models.spec import DecoderSpec
+from kvik.models.spec import LAYER_EMBEDDINGS, DecoderSpec
 from kvik.planner.shape import ModelShape, WeightTensors
 from kvik.planner.weights import FORMATS, packed_matrix_bytes
 
@@ -27,7 +27,8 @@ def held_shape(
     """The shape of a model whose tensors have these types, by the names of `DecoderSpec.tensors()`."""
     shapes = spec.tensors()
     num_values = {tensor: math.prod(shape) for tensor, shape in shapes.items()}
-    matrices = [tensor for tensor, shape in shapes.items() if len(shape) == 2]
+    in_file = [LAYER_EMBEDDINGS] if spec.layer_embedding_size else []
+    matrices = [tensor for tensor, shape in shapes.items() if len(shape) == 2 and tensor not in in_file]
     by_format: Counter[str] = Counter()
     for tensor in matrices:
         by_format[types[tensor].lower()] += int(num_values[tensor] * FORMATS[types[tensor].lower()].file_bits / 8)
@@ -42,9 +43,9 @@ def held_shape(
         rows, columns = shapes[tensor]
         return packed_matrix_bytes(rows, columns, FORMATS[types[tensor].lower()])
 
-    all_bytes = sum(map(held_bytes, shapes))
+    all_bytes = sum(map(held_bytes, shapes.keys() - in_file))
     read_bytes = all_bytes - sum(map(held_bytes, looked_up))
-    num_params = num_active_params = sum(num_values[tensor] for tensor in matrices)
+    num_params = num_active_params = sum(num_values[tensor] for tensor in (*matrices, *in_file))
     read = None
     if experts := spec.experts:
         number, chosen = experts.num_experts, experts.routing.num_chosen
@@ -62,7 +63,7 @@ def held_shape(
         hidden_size=spec.hidden_size,
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
+        head_dim=max(map(spec.head_dim_of, spec.layers)),
         groups=cache.groups,
         max_context=spec.context_length,
         vocab_size=spec.vocab_size,
@@ -71,8 +72,9 @@ def held_shape(
         num_active_params=None if experts is None else num_active_params,
         num_experts=read.num_experts if read else 0,
         num_chosen_experts=read.num_chosen if read else 0,
-        num_table_params=sum(num_values[tensor] for tensor in looked_up),
+        num_table_params=sum(num_values[tensor] for tensor in (*looked_up, *in_file)),
         intermediate_size=spec.token_intermediate_size,
+        layer_embeddings_width=spec.num_layers * spec.layer_embedding_size,
         tensors=WeightTensors(
             format=main,
             held_bytes=all_bytes,

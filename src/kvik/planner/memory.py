@@ -144,13 +144,14 @@ def activation_bytes(shape: ModelShape, context: int, users: int) -> int:
     Per token in float32: hidden states, queries, what was attended and its sums (native/program.cpp shares places of
     equal width), one half of the MLP, new keys and values; and the widest row once more in 8 bits with the scales and
     sums of its groups of 32. The other half of the MLP is there for some tokens at a time, that of experts for all, and
-    each token's row once more for each expert that it chose (native/experts.cpp).
+    each token's row once more for each expert that it chose (native/experts.cpp). Embeddings that layers have for
+    themselves: rows of their table, what is added to them, and the sum.
     An estimate, which tests/planner/test_growth.py checks against the engine's growth.
     """
     queries = shape.num_heads * shape.head_dim
     width = shape.intermediate_size or MLP_WIDTH * shape.hidden_size
     rows = 4 * queries if queries == shape.hidden_size else 2 * shape.hidden_size + 3 * queries
-    floats = rows + width + 2 * shape.num_kv_heads * shape.head_dim
+    floats = rows + width + 2 * shape.num_kv_heads * shape.head_dim + 3 * shape.layer_embeddings_width
     widest = max(shape.hidden_size, queries, width)
     num_tokens = max(min(TOKEN_BUDGET, context), users)
     half = 4 * width * min(num_tokens, num_tokens if shape.is_mixture else GATED_TOKENS)

@@ -70,6 +70,7 @@ class ModelShape:
     num_chosen_experts: int = 0  # that one token goes through
     num_table_params: int = 0  # of an embedding table that is only looked up, where that is known
     intermediate_size: int | None = None  # of what one token goes through in a layer
+    layer_embeddings_width: int = 0  # of all layers' embeddings of a token (Gemma 4), where kvik runs it
     uncertain: tuple[str, ...] = ()  # names of doubtful figures
     note: str = ""
     often_quoted_as_mha: bool = False
