@@ -34,7 +34,9 @@ Nonlinearity nonlinearity_of(std::string_view name) {
   if (name == "gelu") return Nonlinearity::gelu;
   if (name == "gelu_tanh") return Nonlinearity::gelu_tanh;
   if (name == "relu") return Nonlinearity::relu;
-  require(name == "clamped_silu", "activate: the activation must be silu, gelu, gelu_tanh, relu or clamped_silu");
+  if (name == "relu2") return Nonlinearity::relu2;
+  require(name == "clamped_silu",
+          "activate: the activation must be silu, gelu, gelu_tanh, relu, relu2 or clamped_silu");
   return Nonlinearity::clamped_silu;
 }
 
@@ -245,6 +247,11 @@ RopeWeights make_rope(Floats<3> cos_sin, int64_t half) {
   return {cos_sin, half};
 }
 
+PositionScales make_position_scales(Floats<1> factors) {
+  require_aligned(factors, "PositionScales", "the factors");
+  return {factors};
+}
+
 constexpr int64_t kMaxKVGroups = 64; // of layers with block tables of their own
 
 KVType kv_type_of(std::string_view name) {
@@ -391,6 +398,8 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&make_linear), "matrix"_a, "bias"_a.noconvert().none(), "scale"_a);
   nb::class_<RopeWeights>(m, "Rope", "Cosine and sine by position: (positions, pairs, 2).")
       .def(nb::new_(&make_rope), "cos_sin"_a.noconvert(), "half"_a);
+  nb::class_<PositionScales>(m, "PositionScales", "What queries are multiplied with, by position.")
+      .def(nb::new_(&make_position_scales), "factors"_a.noconvert());
   nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.")
       .def_ro("kv_group", &LayerKV::kv_group, "Which block tables of a step are its own.")
       .def_prop_ro("token_bytes", &LayerKV::token_bytes, "Bytes that one token's key and value take.");

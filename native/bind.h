@@ -53,6 +53,11 @@ inline void check_rope(const RopeWeights &rope, int64_t head_dim) {
   require(2 * std::max(size(rope.cos_sin, 1), rope.half) <= head_dim, "rope: the table does not fit head_dim");
 }
 
+// What queries are multiplied with, by position.
+struct PositionScales {
+  Floats<1> factors; // (positions,)
+};
+
 struct NormWeights {
   Floats<1> weight;
   std::optional<Floats<1>> bias;

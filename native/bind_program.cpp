@@ -124,8 +124,8 @@ void capture_write_kv(Program &program, const LayerKV &kv, int k, int v, std::st
 
 int capture_norm_qkv(Program &program, int x, const NormWeights *norm, const LinearWeights &query,
                      const LinearWeights &key, const LinearWeights *value, const NormWeights *query_norm,
-                     const NormWeights *key_norm, const NormWeights *value_norm, const RopeWeights *given_rope,
-                     const LayerKV &kv) {
+                     const NormWeights *key_norm, const NormWeights *value_norm, bool norm_after_rope,
+                     const RopeWeights *given_rope, const LayerKV &kv) {
   const Program::Value in = checked_value(program, x);
   check_tokens(in, "norm_qkv: x must have a row a token");
   if (norm) check_norm(*norm, in.width);
@@ -152,7 +152,7 @@ int capture_norm_qkv(Program &program, int x, const NormWeights *norm, const Lin
       program, "norm_qkv", {x}, query.matrix.rows, false,
       [=,
        args = QueryKeyValue{query, key, value ? Linear(*value) : Linear{}, norm_or_none(query_norm),
-                            norm_or_none(key_norm), norm_or_none(value_norm), rope, kv},
+                            norm_or_none(key_norm), norm_or_none(value_norm), norm_after_rope, rope, kv},
        norm = norm_or_none(norm), int16_activations = program.int16_activations()](const Frame &frame, int out) {
         QueryKeyValue now = args;
         now.positions = frame.step.positions, now.slots = frame.step.groups[args.kv.kv_group].slots;
@@ -299,8 +299,9 @@ void bind_program(nb::module_ &m) {
            "norm"_a.none(), "gate"_a, "up"_a, "activation"_a)
       .def("norm_qkv", &capture_norm_qkv, Keep(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
            nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>(),
-           nb::keep_alive<1, 10>(), nb::keep_alive<1, 11>(), "x"_a, "norm"_a.none(), "query"_a, "key"_a,
-           "value"_a.none(), "query_norm"_a.none(), "key_norm"_a.none(), "value_norm"_a.none(), "rope"_a.none(), "kv"_a)
+           nb::keep_alive<1, 11>(), nb::keep_alive<1, 12>(), "x"_a, "norm"_a.none(), "query"_a, "key"_a,
+           "value"_a.none(), "query_norm"_a.none(), "key_norm"_a.none(), "value_norm"_a.none(), "norm_after_rope"_a,
+           "rope"_a.none(), "kv"_a)
       .def("write_kv", &capture_write_kv, nb::keep_alive<1, 2>(), "kv"_a, "k"_a, "v"_a, "slots"_a)
       .def("attend", &capture_attend, Keep(), "q"_a, "kv"_a, "scale"_a.none(), "soft_cap"_a, "window"_a.none(),
            "sinks"_a.noconvert().none())

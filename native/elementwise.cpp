@@ -92,6 +92,24 @@ int rope(Program &program, int x, std::string_view positions, const RopeWeights 
   });
 }
 
+int scale_by_position(Program &program, int x, std::string_view positions, const PositionScales &scales) {
+  const Program::Value in = checked_value(program, x);
+  check_tokens(in, "scale_by_position: x must have a row a token");
+  check_field(positions, "positions", "scale_by_position: it takes the batch's positions");
+  program.limits.positions = std::min(program.limits.positions, size(scales.factors, 0));
+  return append(program, "scale_by_position", {x}, in.width, false,
+                [=, factors = scales.factors.data()](const Frame &frame, int out) {
+                  const float *from = frame[x];
+                  float *to = frame[out];
+                  frame.pool().for_ranges(frame.step.num_tokens, kGrain, [&](int64_t first, int64_t last) {
+                    for (int64_t i = first; i < last; ++i) {
+                      const float factor = factors[frame.step.positions[i]];
+                      for (int64_t k = i * in.width; k < (i + 1) * in.width; ++k) to[k] = from[k] * factor;
+                    }
+                  });
+                });
+}
+
 // Calls function(first item, items) for shares of a value's items: whole rows.
 template <class Function> void for_items(const Frame &frame, int value, int64_t width, const Function &function) {
   frame.pool().for_ranges(frame.rows(value), kGrain,
@@ -132,6 +150,16 @@ int gate(Program &program, int x, int gates) {
         for (int64_t i = row * in.width; i < (row + 1) * in.width; ++i) to[i] = factor * from[i];
       }
     });
+  });
+}
+
+int xielu(Program &program, int x, float alpha_p, float alpha_n, float beta, float eps) {
+  const Program::Value in = checked_value(program, x);
+  const Xielu curve{alpha_p, alpha_n, beta, eps};
+  return append(program, "xielu", {x}, in.width, in.of_logits, [=](const Frame &frame, int out) {
+    const float *from = frame[x];
+    float *to = frame[out];
+    for_items(frame, x, in.width, [&](int64_t at, int64_t count) { kernels->xielu(from + at, curve, count, to + at); });
   });
 }
 
@@ -192,8 +220,10 @@ void bind_elementwise(nb::class_<Program> &program) {
       .def("embed", &embed_mapped, nb::keep_alive<1, 2>(), "table"_a, "ids"_a, "scale"_a)
       .def("norm", &norm, nb::keep_alive<1, 3>(), "x"_a, "norm"_a)
       .def("rope", &rope, nb::keep_alive<1, 4>(), "x"_a, "positions"_a, "rope"_a, "head_dim"_a)
+      .def("scale_by_position", &scale_by_position, nb::keep_alive<1, 4>(), "x"_a, "positions"_a, "scales"_a)
       .def("activate", &activate, "x"_a, "activation"_a, "up"_a.none())
       .def("gate", &gate, "x"_a, "gates"_a)
+      .def("xielu", &xielu, "x"_a, "alpha_p"_a, "alpha_n"_a, "beta"_a, "eps"_a)
       .def("soft_cap", &soft_cap, "x"_a, "cap"_a)
       .def("add", &add, "x"_a, "y"_a, "scale"_a)
       .def("take_columns", &take_columns, "x"_a, "start"_a, "count"_a)

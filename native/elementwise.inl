@@ -57,6 +57,14 @@ inline F32x8 sigmoid(F32x8 x) { return broadcast(1.0f) / (broadcast(1.0f) + expo
 
 inline F32x8 relu(F32x8 x) { return max(zero8(), x); } // in this order NaN stays NaN
 
+inline F32x8 square(F32x8 x) { return x * x; }
+
+inline F32x8 xielu(F32x8 x, const kvik::Xielu &curve) {
+  const F32x8 above = broadcast(curve.alpha_p) * square(x);
+  const F32x8 below = broadcast(curve.alpha_n) * (exponential_less_1(min(x, broadcast(curve.eps))) - x);
+  return fma(broadcast(curve.beta), x, if_positive(x, above, below));
+}
+
 // Of gpt-oss: x at most 7, `up` between -7 and 7 and one more. NaN is each bound's right operand, and so it stays.
 inline F32x8 clamped_silu(F32x8 x, F32x8 up) {
   const F32x8 limit = broadcast(7.0f), one = broadcast(1.0f);
@@ -93,7 +101,13 @@ void activate(kvik::Nonlinearity activation, const float *x, const float *up, in
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return sigmoid(a) * b; });
   case kvik::Nonlinearity::clamped_silu:
     return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return clamped_silu(a, b); }, 0.0f);
+  case kvik::Nonlinearity::relu2:
+    return for_eights(x, up, count, out, [](F32x8 a, F32x8 b) { return square(relu(a)) * b; });
   }
+}
+
+void xielu(const float *x, const kvik::Xielu &curve, int64_t count, float *out) {
+  for_eights(x, nullptr, count, out, [&curve](F32x8 a, F32x8) { return xielu(a, curve); });
 }
 
 void soft_cap(const float *x, float cap, int64_t count, float *out) {

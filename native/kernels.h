@@ -44,7 +44,12 @@ struct Norm {
   bool layer;
 };
 
-enum class Nonlinearity : uint8_t { silu, gelu, gelu_tanh, relu, sigmoid, clamped_silu };
+enum class Nonlinearity : uint8_t { silu, gelu, gelu_tanh, relu, relu2, sigmoid, clamped_silu };
+
+// alpha_p x**2 + beta x above 0, alpha_n (e**min(x, eps) - 1 - x) + beta x elsewhere.
+struct Xielu {
+  float alpha_p, alpha_n, beta, eps;
+};
 
 // Computes y for row blocks [first, last).
 using LinearKernel = void (*)(const LinearArgs &, int64_t first, int64_t last);
@@ -132,6 +137,7 @@ struct Kernels {
   void (*norm)(const Norm &, const float *x, float *out); // one row
   // out = activation(x), times `up` where that is not null.
   void (*activate)(Nonlinearity, const float *x, const float *up, int64_t count, float *out);
+  void (*xielu)(const float *x, const Xielu &, int64_t count, float *out);
   void (*soft_cap)(const float *x, float cap, int64_t count, float *out);
   void (*exponentials)(const float *x, float shift, int64_t count, float *out); // of x - shift
   // Rotates the pairs of one head in place by cos_sin (pairs, 2): dimensions (i, i + half), or (2i, 2i+1) where half is

@@ -43,6 +43,7 @@ template <std::size_t... format> constexpr kvik::Kernels all_kernels(std::index_
       .quantize = quantize_row,
       .norm = norm,
       .activate = activate,
+      .xielu = xielu,
       .soft_cap = soft_cap,
       .exponentials = exponentials,
       .rope = rope,

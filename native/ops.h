@@ -88,6 +88,7 @@ void run_experts(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const
 struct QueryKeyValue {
   Linear query, key, value;              // without a matrix for values, they are the keys before their norm
   Norm query_norm, key_norm, value_norm; // as wide as a head or as a row; no weight: none
+  bool norm_after_rope;                  // of queries and keys
   RopeArgs rope;
   LayerKV kv;
   const int32_t *positions = nullptr, *slots = nullptr; // (T,)

@@ -83,9 +83,10 @@ void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const
       for (int64_t at = 0; norm.weight && at < size; at += norm.width) kernels->norm(norm, heads + at, heads + at);
     };
     const auto norm_and_rotate = [&](const Norm &norm, float *heads, int64_t size, int32_t position) {
-      normed(norm, heads, size);
+      if (!args.norm_after_rope) normed(norm, heads, size);
       for (int64_t at = 0; args.rope.pairs > 0 && at < size; at += kv.head_dim)
         kernels->rope(heads + at, args.rope.cos_sin + position * args.rope.pairs * 2, args.rope.pairs, args.rope.half);
+      if (args.norm_after_rope) normed(norm, heads, size);
     };
     for (int64_t i = first; i < last; ++i) {
       float *keys = k + i * width, *values = v + i * width;

@@ -94,6 +94,10 @@ inline F32x8 first_lanes(int count, F32x8 a, F32x8 b) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane)))};
 }
+// Lanes of x above 0 take a, the others b.
+inline F32x8 if_positive(F32x8 x, F32x8 a, F32x8 b) {
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_GT_OQ))};
+}
 
 inline Byte32 load_bytes(const void *p) { return {_mm256_loadu_si256(static_cast<const __m256i *>(p))}; }
 inline void store_bytes(uint8_t *p, Byte32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a.v); }
@@ -213,6 +217,9 @@ inline F32x8 max(F32x8 a, F32x8 b) {
 }
 inline F32x8 min(F32x8 a, F32x8 b) {
   return each_lane([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F32x8 if_positive(F32x8 x, F32x8 a, F32x8 b) {
+  return each_lane([&](int i) { return x.v[i] > 0 ? a.v[i] : b.v[i]; });
 }
 inline F32x8 abs(F32x8 a) {
   return each_lane([&](int i) { return fabsf(a.v[i]); });

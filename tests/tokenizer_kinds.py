@@ -33,6 +33,13 @@ GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTION}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTION}?"
     rf"|\p{{N}}{{1,3}}|{REST}"
 )
+SEED = rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACES}"
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ\u30a0-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}",
+)
 
 
 @dataclass(frozen=True)
@@ -272,6 +279,37 @@ def phi4_mini() -> Kind:
     return Kind(library, {"bos_token": "<|endoftext|>", "eos_token": "<|end|>"}, {"tokenizer.ggml.pre": "gpt-4o"})
 
 
+def glm4() -> Kind:
+    names = ("<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>")
+    library = byte_level(split(GPT4), last=special(*names), whole_words=True)
+    return Kind(library, {"eos_token": "<|endoftext|>"}, {"tokenizer.ggml.pre": "glm4"})
+
+
+def seed_oss() -> Kind:
+    library = byte_level(split(SEED), ["<seed:bos>", "<seed:pad>", "<seed:eos>"], special("<seed:think>"))
+    names = {"bos_token": "<seed:bos>", "eos_token": "<seed:eos>", "pad_token": "<seed:pad>"}
+    return Kind(library, names, {"tokenizer.ggml.pre": "seed-coder"})
+
+
+def hunyuan_dense() -> Kind:
+    """Its cuts are DeepSeek V3's."""
+    cuts = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in DEEPSEEK3]
+    steps = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    library = byte_level(steps, last=special("<|startoftext|>", "<|eos|>"))
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|eos|>"}
+    return Kind(library, names, {"tokenizer.ggml.pre": "hunyuan-dense"})
+
+
+def command_r() -> Kind:
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), PLAIN])
+    first = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>"]
+    library = byte_level(digits, first, special("<|END_OF_TURN_TOKEN|>"), normalizers.NFC())
+    library.post_processor = bos_first("<BOS_TOKEN>", library.token_to_id("<BOS_TOKEN>"))
+    names = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>"}
+    keys = {"tokenizer.ggml.pre": "command-r", "tokenizer.ggml.add_bos_token": True}
+    return Kind(library, names, keys, lossless=False)
+
+
 LLAMA2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -345,6 +383,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
     kind.__name__: cache(kind)
     for kind in chain(
         (gpt2, smollm, granite, llama3, smollm3, qwen2, falcon, gpt_neox, opt, olmo2, tekken, phi4_mini),
+        (glm4, seed_oss, hunyuan_dense, command_r),
         (llama2, llama2_not_legacy, mistral, without_prefix, gemma, gemma4, phi3, unigram),
     )
 }

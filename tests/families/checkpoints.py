@@ -25,14 +25,14 @@ def _bits(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint64]:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> FloatArray:
-    """The tensor of that name: matrices such that numbers neither grow nor fade, norms about 1, biases about 0.
+    """The tensor of that name: matrices such that numbers neither grow nor fade, norms about 1, others about 0.
 
     Made of a bit generator's raw output, which no version of NumPy changes.
     """
     bits = _bits(name, shape)
     values = (bits.astype(np.float32) / np.float32(1 << 23) - np.float32(1)).reshape(shape)  # -1 ... 1, exactly
-    if len(shape) == 1:
-        return values * np.float32(0.5) + np.float32(name.endswith(("weight", "scalar")))
+    if len(shape) < 2:
+        return np.asarray(values * np.float32(0.5) + np.float32(name.endswith(("weight", "scalar"))))
     return values * np.float32(2 / np.sqrt(max(shape)))
 
 

@@ -52,6 +52,25 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "olmo2": {},
     "olmo3": {"num_hidden_layers": 5},
     "starcoder2": {"sliding_window": None},
+    "ministral3": {},
+    # llama.cpp knows of windows where there are 64 layers, and of heads that make up the hidden size.
+    "exaone4": {
+        "hidden_size": 80,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "num_hidden_layers": 64,
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
+    },
+    "exaone4-full": {"hidden_size": 240},
+    "glm4": {},
+    "ernie4_5": {},
+    "hunyuan_v1_dense": {},
+    "seed_oss": {},
+    "cohere": {},
+    "cohere2": {},
+    "apertus": {},
+    "arcee": {},
 }
 """What no key of a GGUF file tells, or what llama.cpp does not run, is as all of that family have it."""
 

@@ -48,10 +48,20 @@ ARCHITECTURES = {
     "olmo2": "olmo2",
     "olmo3": "olmo2",
     "starcoder2": "starcoder2",
+    "ministral3": "mistral3",
+    "exaone4": "exaone4",
+    "glm4": "glm4",
+    "ernie4_5": "ernie4_5",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "seed_oss": "seed_oss",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "apertus": "apertus",
+    "arcee": "arcee",
 }
 """What the converter calls each model_type."""
 
-_PERMUTED = ("llama", "smollm3", "granite", "granitemoe")
+_PERMUTED = ("llama", "smollm3", "granite", "granitemoe", "mistral3", "arcee")
 _FLOATS = ("rope.freq_base", "rope.scaling.factor", "rope.scaling.yarn_")
 """Numbers that a config.json may have without a point."""
 _SHIFTED = ("gemma", "gemma2", "gemma3")
@@ -78,10 +88,21 @@ def gguf_of(
     }
     metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": one for key, one in keys.items()}
     vocabulary = tiny_vocabulary(config["vocab_size"])
-    written = stored(dict(_tensors(architecture, config, tensors)) | _rope_tensors(config))
+    curves = {name: values for name, values in tensors.items() if ".act_fn." in name}
+    metadata |= _curve_keys(curves)
+    others = {name: values for name, values in tensors.items() if name not in curves}
+    written = stored(dict(_tensors(architecture, config, others)) | _rope_tensors(config))
     f32, mxfp4 = GGMLQuantizationType.F32, GGMLQuantizationType.MXFP4
     typed = {name: (values, mxfp4 if values.dtype == np.uint8 else f32) for name, values in written.items()}
     return write_gguf(path, metadata | vocabulary, typed)
+
+
+def _curve_keys(curves: Mapping[str, FloatArray]) -> dict[str, list[float]]:
+    """The numbers of xIELU, a list of all layers' each."""
+    found: dict[str, dict[int, float]] = {}
+    for name, value in curves.items():
+        found.setdefault(name.rpartition(".")[2], {})[int(name.split(".")[2])] = float(value.reshape(()))
+    return {f"xielu.{kind}": [layers[index] for index in sorted(layers)] for kind, layers in found.items()}
 
 
 def _first(config: Config, *names: str) -> Any:
@@ -131,6 +152,25 @@ def _keys(config: Config) -> dict[str, Any]:
         keys["rope.dimension_count"] = config.get("head_dim") or hidden_size // num_heads
         keys["vocab_size"] = config["vocab_size"]
     match family:
+        case "ministral3":
+            scaling = config["rope_parameters"]
+            keys["attention.temperature_scale"] = scaling["llama_4_scaling_beta"]
+            keys["rope.scaling.yarn_log_multiplier"] = scaling["mscale_all_dim"]
+            keys["rope.freq_base"] = scaling["rope_theta"]
+        case "exaone4" if config["sliding_window"]:
+            keys["attention.sliding_window"] = config["sliding_window"]
+            keys["attention.sliding_window_pattern"] = [one == "sliding_attention" for one in config["layer_types"]]
+        case "glm4":
+            keys["rope.dimension_count"] = int(config["head_dim"] * config["partial_rotary_factor"])
+        case "hunyuan_v1_dense":
+            dims, scaling = config["head_dim"], config["rope_scaling"]
+            keys["rope.freq_base"] = config["rope_theta"] * scaling["alpha"] ** (dims / (dims - 2))
+            keys |= {"rope.scaling.type": "none", "rope.scaling.factor": 1}
+        case "cohere" | "cohere2":
+            keys |= {"logit_scale": config["logit_scale"], "rope.scaling.type": "none"}
+            keys["attention.sliding_window"] = config.get("sliding_window")
+            if family == "cohere2":
+                keys["rope.dimension_count"] = hidden_size // num_heads
         case "gpt_neox":
             keys["use_parallel_residual"] = config["use_parallel_residual"]
         case "granite" | "granitemoe" | "granitemoeshared":
@@ -186,7 +226,7 @@ def _gemma4_keys(config: Config) -> dict[str, Any]:
 
 
 def _rope_keys(config: Config) -> dict[str, Any]:
-    scaling = config.get("rope_scaling") or {}
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     original: Any = _first({**scaling, **config}, "original_max_position_embeddings")
     match scaling.get("rope_type", scaling.get("type")):
         case "linear":

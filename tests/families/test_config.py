@@ -19,7 +19,7 @@ from kvik.errors import ModelError
 from kvik.files.config_fields import read_json_object
 from kvik.models.hf_parts import hf_parts, is_unused
 from kvik.models.hf_spec import FAMILIES, read_hf_spec
-from kvik.models.spec import DecoderSpec
+from kvik.models.spec import DecoderSpec, QueryScale
 from kvik.ops.base import Routing
 
 PATH = Path("folder/config.json")
@@ -139,6 +139,23 @@ def test_longrope_takes_the_factors_of_its_whole_context() -> None:
         assert rope.factors == tuple(scaling[key])
 
 
+def test_classes_of_the_dense_families_say_what_their_configs_do_not() -> None:
+    silent = {key: value for key, value in CASES["ministral3"].items() if key != "rope_parameters"}
+    ministral = read_hf_spec(silent | {"max_position_embeddings": 262_144}, PATH)
+    assert ministral.query_scale == QueryScale(0.1, 16_384)
+    (rope,) = ministral.ropes
+    assert (rope.theta, rope.magnitude) == (1_000_000.0, 1.0)
+    apertus = {key: value for key, value in CASES["apertus"].items() if not key.startswith("rope_")}
+    (rope,) = read_hf_spec(apertus, PATH).ropes
+    assert rope.theta == 12_000_000.0
+    assert isinstance(rope.factors, tuple)
+    assert max(rope.factors) == 8.0
+    assert [layer.rope is None for layer in read_hf_spec(CASES["cohere2"], PATH).layers] == [*[False] * 3, True, False]
+    plain = read_hf_spec(changed("apertus", hidden_act="relu2"), PATH)
+    assert (plain.xielu, plain.activation) == (False, "relu2")
+    assert read_hf_spec(changed("hunyuan_v1_dense", num_experts=1), PATH).experts is None
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": (changed("llama", model_type="mamba"), r"model_type 'mamba' is not one that kvik runs"),
     "seeing": (changed("llama", model_type="llava", text_config=CASES["llama"]), "model_type 'llava'"),
@@ -198,7 +215,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dynamic": (changed("llama", rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type 'dynamic'"),
     "llama4-layers": (changed("qwen3-windows", layer_types=["chunked_attention"] * 3), "layer_types has 'chunked_"),
     "no-window": (changed("llama", layer_types=["sliding_attention"] * 3), "layer_types asks for sliding_attention"),
-    "activation": (changed("llama", hidden_act="relu2"), "hidden_act 'relu2'"),
+    "activation": (changed("llama", hidden_act="xielu"), "hidden_act 'xielu'"),
+    "ministral3": (
+        CASES["ministral3"]
+        | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 80}},
+        "has no llama_4_scaling_beta",
+    ),
+    "hunyuan-norms": (changed("hunyuan_v1_dense", use_qk_norm=False), "use_qk_norm is false"),
+    "hunyuan-shared": (changed("hunyuan_v1_dense", use_cla=True), "use_cla is true"),
+    "hunyuan-dynamic": (
+        changed("hunyuan_v1_dense", rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "rope_type 'dynamic'",
+    ),
+    "command-r-plus": (changed("cohere", use_qk_norm=True), "use_qk_norm is true"),
+    "cohere2-serial": (changed("cohere2", use_parallel_block=False), "use_parallel_block is false"),
+    "cohere2-gate": (changed("cohere2", use_gated_activation=False), "use_gated_activation is false"),
+    "cohere2-part": (changed("cohere2", rotary_pct=0.5), "rotary_pct is not 1"),
+    "cohere2-window": (changed("cohere2", sliding_window=None), "sliding_window is null"),
+    "apertus-norms": (changed("apertus", post_norm=True), "post_norm is true"),
+    "apertus-heads": (changed("apertus", qk_norm=False), "qk_norm is false"),
     "heads": (changed("llama", num_attention_heads=7), "7 query heads do not divide among 2 KV heads"),
     "no-heads": (changed("llama", num_attention_heads=0), "num_attention_heads is 0; it must be a whole number from 1"),
     "hidden": (changed("smollm3", hidden_size=245), "hidden_size 245 does not divide among 6 heads"),
@@ -317,7 +352,7 @@ def test_parts_use_every_stored_tensor(name: str) -> None:
     unused = golden.shapes.keys() - used
     assert all(is_unused(spec, key) for key in unused)
     assert not any(is_unused(spec, key) for key in used)
-    assert bool(unused) == (name == "gemma3"), unused  # the part that sees
+    assert bool(unused) == (name in ("gemma3", "mistral3")), unused  # the part that sees
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "gpt_neox", "falcon-7b", "llama", "opt", "gemma3"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from kvik.explain.tracing_ops import TracingOps, weight_names
 from kvik.models.loader import LoadedModel, load_model
 from kvik.ops.base import Batch
 from kvik.ops.native import NativeOps
+from kvik.ops.program import CapturedStep
 from models import Run, random_prompt, run
 from sequences import new_sequence
 
@@ -67,6 +70,20 @@ def test_batch_mates_do_not_show(model: LoadedModel) -> None:
     for sequence, wanted in zip(sequences, alone, strict=True):
         together = Run(sequence, sequence.completion_ids, np.stack(rows[id(sequence)]))
         assert_same(together, wanted, len(wanted.sequence.token_ids))
+
+
+FUSED = ("ministral3", "exaone4", "glm4", "hunyuan_v1_dense", "cohere2", "apertus", "arcee")
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_queries_keys_and_values_are_one_op(name: str, tmp_path: Path) -> None:
+    decoder = load_model(golden_of(name).write_folder(tmp_path), NativeOps("int8", threads=1)).decoder
+    spec = decoder.spec.kv_spec("f32")
+    step = decoder.capture(decoder.ops.allocate_kv(spec, spec.pool_blocks_for(60)))
+    assert isinstance(step, CapturedStep)
+    names = [call.name for call in step.ops]
+    assert names.count("norm_qkv") == names.count("attend") == decoder.spec.num_layers
+    assert "rope" not in names
 
 
 def test_a_recorded_pass_gives_the_bits_of_an_eager_one(model: LoadedModel) -> None:

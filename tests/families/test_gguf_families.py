@@ -24,10 +24,10 @@ from oracle.teacher_forcing import teacher_forced
 
 TOKENS = [int(token_id) for token_id in np.random.default_rng(7).integers(3, 255, NUM_TOKENS)]
 
-REORDERED = ("llama", "smollm3", "granite", "granitemoe")
+REORDERED = ("llama", "smollm3", "granite", "granitemoe", "mistral3", "arcee")
 """Rows of queries and keys lie in another order, and their products are summed in it."""
-ROUNDED = ("phi3-long", "phi3-short")
-"""Divisors and magnitudes were rounded to float32."""
+ROUNDED = ("phi3-long", "phi3-short", "exaone4", "exaone4-full", "hunyuan_v1_dense", "apertus")
+"""Divisors, magnitudes and bases were rounded to float32."""
 
 
 def load(path: Path) -> LoadedModel:
@@ -54,6 +54,7 @@ def comparable(spec: DecoderSpec) -> DecoderSpec:
                 adjacent_pairs=False,
                 factors=tuple(factors.tolist()) if factors.ndim else float(factors),
                 magnitude=float(np.float32(rope.magnitude)),
+                theta=float(np.float32(rope.theta)),
             )
         own: dict[str, Any] = {
             "num_kv_heads": spec.num_kv_heads_of(layer),

@@ -21,7 +21,7 @@ from kvik.models.checkpoint_source import CheckpointSource
 from kvik.models.decoder import Decoder
 from kvik.models.hf_spec import FAMILIES, read_hf_spec
 from kvik.models.rope_scaling import yarn_factors
-from kvik.models.spec import DecoderSpec
+from kvik.models.spec import DecoderSpec, QueryScale
 from kvik.models.weights import read_weights
 from oracle.teacher_forcing import teacher_forced
 
@@ -111,6 +111,21 @@ CHANGES: list[tuple[str, str, Change]] = [
         partial(other_ropes, factors=yarn_factors(150_000.0, 40, factor=4.0, original_context=80)),
     ),
     ("gpt_oss", "window + 1", wider_windows),
+    ("ministral3", "query scale", fields(query_scale=None)),
+    ("ministral3", "query scale's context", fields(query_scale=QueryScale(0.4, 81))),
+    ("exaone4", "all layers have RoPE", one_rope),
+    ("exaone4", "window + 1", wider_windows),
+    ("exaone4", "norms", fields(qk_norm_after_rope=True)),
+    ("glm4", "pairs", partial(other_ropes, adjacent_pairs=False)),
+    ("ernie4_5", "pairs", partial(other_ropes, adjacent_pairs=False)),
+    ("hunyuan_v1_dense", "norms", fields(qk_norm_after_rope=False)),
+    ("hunyuan_v1_dense", "alpha", partial(other_ropes, theta=10_000.0)),
+    ("cohere", "pairs", partial(other_ropes, adjacent_pairs=False)),
+    ("cohere", "logit scale", fields(logit_scale=1.0)),
+    ("cohere", "norm", fields(norm="rms")),
+    ("cohere2", "all layers have RoPE", one_rope),
+    ("cohere2", "window + 1", wider_windows),
+    ("arcee", "activation", fields(activation="relu")),
 ]
 
 

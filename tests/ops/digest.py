@@ -17,7 +17,17 @@ from gguf_files import FLOAT_TYPES
 from kvik.config import ActivationDType, KVDType
 from kvik.engine.sampler import make_sampler
 from kvik.models.spec import RopeSpec
-from kvik.ops.base import Expert, ExpertsWeights, Linear, Nonlinearity, Norm, RouterScores, Routing
+from kvik.ops.base import (
+    XIELU,
+    Expert,
+    ExpertsWeights,
+    Linear,
+    Nonlinearity,
+    Norm,
+    PositionScales,
+    RouterScores,
+    Routing,
+)
 from kvik.ops.native import NativeOps
 from ops.arrangement import KV_DTYPES, FloatArray, Heads, random_history, random_weights
 from ops.sampling import KINDS, random_logits, random_rows
@@ -47,11 +57,13 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
         yield ops.activate(10 * x, activation, y)
         yield ops.activate(x, activation)
     yield ops.soft_cap(10 * x, 30.0)
+    yield ops.xielu(x, XIELU(0.8, 1.3, 0.5, -0.2))
     yield ops.gate(x, y)
     yield ops.gate(x, y[:, :1].copy())
     yield from mixtures(threads)
     heads = rng.normal(0, 1, (9, 3, 24)).astype(np.float32)
     positions = rng.integers(0, 50, 9, dtype=np.int32)
+    yield ops.scale_by_position(heads, positions, PositionScales(rng.normal(1, 1, 50).astype(np.float32)))
     for adjacent_pairs in (True, False):
         yield ops.rope(heads, positions, RopeSpec(10_000.0, 16, adjacent_pairs=adjacent_pairs).table(50))
     yield ops.rope(heads, positions, RopeSpec(10_000.0, 24, adjacent_pairs=False, num_rotating=5).table(50))

@@ -195,7 +195,7 @@ def whole_program() -> _native.Program:
     program = new_program()
     query, key = (linear_of(q8_0(rows, WIDTH)) for rows in (WIDTH, KV_HEADS * HEAD_DIM))
     kv = _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, "f16", "f16").layer(0)
-    q = program.norm_qkv(0, NORM, query, key, key, None, None, None, ROPE, kv)
+    q = program.norm_qkv(0, NORM, query, key, key, None, None, None, False, ROPE, kv)
     attended = program.attend(q, kv, 0.25, 0.0, None, None)
     program.finish(program.norm_linear(program.take_rows(attended, "logit_rows"), NORM, linear_of(q8_0(20, WIDTH))))
     return program
@@ -256,7 +256,11 @@ def rope_of(chance: random.Random) -> Any:
     return _native.Rope(np.zeros((chance.choice((8, 96)), pairs, 2), np.float32), half)
 
 
-activation = one_of("silu", "gelu", "gelu_tanh", "relu", "clamped_silu", "", "swish", "\0")
+def scales_of(chance: random.Random) -> Any:
+    return _native.PositionScales(np.ones(chance.choice((8, 96)), np.float32))
+
+
+activation = one_of("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu", "", "swish", "\0")
 
 
 def norm_of(*widths: int) -> Maker:
@@ -537,6 +541,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "query_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM, WIDTH)(chance),
             "key_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM)(chance),
             "value_norm": lambda chance: None if chance.random() < 0.5 else norm_of(HEAD_DIM)(chance),
+            "norm_after_rope": one_of(True, False, None, 2),
             "rope": lambda chance: None if chance.random() < 0.3 else rope_of(chance),
             "kv": layer,
         },
@@ -549,6 +554,15 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "rope": rope_of,
             "head_dim": one_of(HEAD_DIM, *INTEGERS),
         },
+    ),
+    "PositionScales": (_native.PositionScales, {"factors": array_of(np.float32, (8,), (96,), (0,))}),
+    "Program.scale_by_position": (
+        on_program("scale_by_position"),
+        {"x": value, "positions": one_of("positions", "positions", "token_ids", ""), "scales": scales_of},
+    ),
+    "Program.xielu": (
+        on_program("xielu"),
+        {"x": value, **dict.fromkeys(("alpha_p", "alpha_n", "beta", "eps"), one_of(0.8, *FLOATS))},
     ),
     "Program.write_kv": (
         lambda **arguments: wide_program().write_kv(**arguments),

@@ -82,6 +82,17 @@ def soft_cap(pool: Any, x: Any, cap: Any, out: Any) -> None:
     run(pool, lambda program, at: program.soft_cap(at, cap), [x], out)
 
 
+def xielu(pool: Any, x: Any, alpha_p: Any, alpha_n: Any, beta: Any, eps: Any, out: Any) -> None:
+    run(pool, lambda program, at: program.xielu(at, alpha_p, alpha_n, beta, eps), [x], out)
+
+
+def scale_by_position(pool: Any, x: Any, positions: Any, factors: Any, out: Any) -> None:
+    scales = _native.PositionScales(factors)
+    run(
+        pool, lambda program, at: program.scale_by_position(at, "positions", scales), [x], out, positions=positions
+    )  # fmt: skip
+
+
 def rope(pool: Any, x: Any, positions: Any, table: Any, half: Any, head_dim: Any, out: Any) -> None:
     rotations = _native.Rope(table, half)
     run(

@@ -178,6 +178,28 @@ GOOD: dict[str, tuple[Call, dict[str, Callable[[], Any]]]] = {
             "out": lambda: floats(TOKENS, COLUMNS),
         },
     ),
+    "xielu": (
+        one_op.xielu,
+        {
+            "pool": lambda: POOL,
+            "x": lambda: floats(TOKENS, COLUMNS),
+            "alpha_p": lambda: 0.8,
+            "alpha_n": lambda: 0.9,
+            "beta": lambda: 0.5,
+            "eps": lambda: -1e-6,
+            "out": lambda: floats(TOKENS, COLUMNS),
+        },
+    ),
+    "scale_by_position": (
+        one_op.scale_by_position,
+        {
+            "pool": lambda: POOL,
+            "x": lambda: floats(TOKENS, HEADS * HEAD_DIM),
+            "positions": lambda: integers(0, 9, 3),
+            "factors": lambda: floats(10),
+            "out": lambda: floats(TOKENS, HEADS * HEAD_DIM),
+        },
+    ),
     "rope": (
         one_op.rope,
         {
@@ -320,6 +342,16 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "x": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS)],
         "cap": [0.0, -1.0, float("nan")],
         "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
+    },
+    "xielu": {
+        "x": [floats(TOKENS, COLUMNS + 1), floats(TOKENS + 1, COLUMNS)],
+        "out": [floats(TOKENS, COLUMNS - 1), floats(TOKENS - 1, COLUMNS)],
+    },
+    "scale_by_position": {
+        "x": [floats(TOKENS, HEADS * HEAD_DIM + 1), floats(TOKENS + 1, HEADS * HEAD_DIM)],
+        "positions": [integers(0, 1, 10), integers(-1, 0, 1), integers(0, 1), integers(0, 0, 2**31 - 1)],
+        "factors": [floats(9), floats(0), floats(10, 1)],
+        "out": [floats(TOKENS, HEADS * HEAD_DIM - 1), floats(TOKENS - 1, HEADS * HEAD_DIM)],
     },
     "rope": {
         "x": [floats(TOKENS, HEADS * HEAD_DIM - 2), floats(TOKENS + 1, HEADS * HEAD_DIM)],

@@ -112,6 +112,8 @@ def test_no_tokens_at_all() -> None:
     one_op.norm(POOL, none, NORM, none)
     one_op.activate(POOL, "relu", none, none, none)
     one_op.soft_cap(POOL, none, 30.0, none)
+    one_op.xielu(POOL, none, 0.8, 0.9, 0.5, -1e-6, none)
+    one_op.scale_by_position(POOL, none, ids, np.ones(1, np.float32), none)
     one_op.rope(POOL, none, ids, np.zeros((1, 8, 2), np.float32), 0, HEAD_DIM, none)
     one_op.project(POOL, none, [], [], False)
     kv = _native.KVArrays(1, BLOCKS, KV_HEADS, HEAD_DIM, "f16", "f16").layer(0)

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from kvik.models.spec import RopeSpec
-from kvik.ops.base import Linear, Nonlinearity, Norm, Ops
+from kvik.ops.base import XIELU, Linear, Nonlinearity, Norm, Ops, PositionScales
 from kvik.ops.native import NativeOps
 from kvik.ops.reference import ReferenceOps
 from looped import looped
@@ -148,6 +148,7 @@ def test_gelu_and_relu(ops: Ops, shape: tuple[int, int], size: float) -> None:
         "gelu": wide * normal_distribution(wide),
         "gelu_tanh": wide / 2 * (1 + curve),
         "relu": np.maximum(wide, 0),
+        "relu2": np.square(np.maximum(wide, 0)),
     }
     for activation, values in wanted.items():
         out = ops.to_numpy(ops.activate(x, activation))
@@ -155,6 +156,36 @@ def test_gelu_and_relu(ops: Ops, shape: tuple[int, int], size: float) -> None:
         assert (abs(out - values) <= 4e-7 * np.minimum(abs(wide), 8) + 2 * UNIT * abs(values) + TINIEST).all(), (
             activation
         )
+
+
+@looped("size", [1e-6, 1e-3, 1.0, 30.0])
+@looped("shape", SHAPES)
+def test_xielu(ops: Ops, shape: tuple[int, int], size: float) -> None:
+    """Near 0 the exponential less 1 must not lose what its terms have in common."""
+    x = normal(np.random.default_rng(shape[1] + 3), *shape, size=size)
+    wide = x.astype(np.float64)
+    for alpha_p, alpha_n, beta, eps in ((0.8, 1.3, 0.5, -1e-6), (0.3, 0.9, -0.4, -0.2), (2.0, 0.7, 0.0, 0.3)):
+        out = ops.to_numpy(ops.xielu(x, XIELU(alpha_p, alpha_n, beta, eps)))
+        sunk = np.expm1(np.minimum(wide, eps))
+        curve = np.where(wide > 0, alpha_p * wide**2, alpha_n * (sunk - wide))
+        assert out.shape == shape
+        slack = alpha_p * wide**2 * (wide > 0) + alpha_n * (abs(sunk) + abs(wide)) + abs(beta * wide)
+        assert (abs(out - (curve + beta * wide)) <= 4 * UNIT * slack + TINIEST).all()
+
+
+def test_xielu_at_the_ends_of_float32(ops: Ops) -> None:
+    x = np.asarray([[np.nan, np.inf, -3.0e38, 0.0, -0.0]], np.float32)
+    with np.errstate(invalid="ignore"):
+        out = ops.to_numpy(ops.xielu(x, XIELU(0.8, 1.1, 0.5, -1e-6)))
+    np.testing.assert_allclose(out, [[np.nan, np.inf, 1.8e38, 0.0, 0.0]], rtol=1e-6, atol=2e-6)
+
+
+def test_scale_by_position(ops: Ops) -> None:
+    rng = np.random.default_rng(14)
+    x, factors = rng.normal(0, 1, (30, 3, 24)).astype(np.float32), rng.normal(1, 1, 50).astype(np.float32)
+    positions = rng.integers(0, 50, 30, dtype=np.int32)
+    out = ops.to_numpy(ops.scale_by_position(x, positions, PositionScales(factors)))
+    np.testing.assert_array_equal(out, x * factors[positions][:, None, None])
 
 
 @looped("size", [1e-3, 1.0, 30.0, 1e4])
@@ -325,6 +356,7 @@ def test_results_are_new_arrays(ops: Ops) -> None:
         ops.add(x, y),
         ops.linear(x, matrix),
         ops.soft_cap(x, 5.0),
+        ops.xielu(x, XIELU(0.8, 1.3, 0.5, -1e-6)),
     ):
         out[:] = 7
     for array, copy in zip((x, y, weight), copies, strict=True):

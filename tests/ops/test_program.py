@@ -350,6 +350,7 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
     assert layer.norm is not None
     assert layer.rope is not None
     norm, rope = native_norm(layer.norm), _native.Rope(layer.rope.cos_sin, layer.rope.half)
+    scales = _native.PositionScales(np.ones(8, np.float32))
     narrow = _native.Norm(layer.norm.weight[:8].copy(), 1e-5, None, False)
     gate, down, head = map(native_linear, (layer.gate, layer.down, layer.head))
     query, key, value = map(native_linear, layer.qkv.linears)
@@ -369,6 +370,7 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
         ("x and up differ", lambda: program.activate(x, "relu", projected)),
         ("must be silu", lambda: program.activate(x, "", None)),
         ("must be above 0", lambda: program.soft_cap(x, 0.0)),
+        ("takes the batch's positions", lambda: program.scale_by_position(x, "token_ids", scales)),
         ("the soft cap must be 0", lambda: program.attend(x, layer.kv, 1.0, -1.0, None, None)),
         ("query heads must be a multiple", lambda: program.attend(projected, layer.kv, 1.0, 0.0, None, None)),
         ("a sink for each query head", lambda: program.attend(x, layer.kv, 1.0, 0.0, None, np.zeros(3, np.float32))),
@@ -378,11 +380,11 @@ def test_a_program_refuses_what_does_not_fit(program: _native.Program) -> None:
         ("no multiple of head_dim", lambda: program.rope(x, "positions", rope, 7)),
         (
             "keys or values do not fit",
-            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, None, rope, layer.kv),
+            lambda: program.norm_qkv(x, norm, gate, gate, gate, None, None, None, False, rope, layer.kv),
         ),
         (
             "as wide as neither a head nor all heads",
-            lambda: program.norm_qkv(x, norm, query, key, value, narrow, None, None, None, layer.kv),
+            lambda: program.norm_qkv(x, norm, query, key, value, narrow, None, None, False, None, layer.kv),
         ),
         ("no such value", lambda: program.finish(program.take_rows(x, "logit_rows"), [99])),
     ]

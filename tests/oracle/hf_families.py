@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from families.checkpoints import write_folder
 from oracle.hf_llama import FloatArray, logits
@@ -56,7 +56,10 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any]) -> SavedModel:
     written, saved = folder / "written", folder / "saved"
     written.mkdir(parents=True)
     (written / "config.json").write_text(json.dumps(config))
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(written)).save_pretrained(saved)
+    read = AutoConfig.from_pretrained(written)
+    is_text = type(read) in AutoModelForCausalLM._model_mapping.keys()  # noqa: SIM118 (it has no iterator)
+    auto: Any = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+    auto.from_config(read).save_pretrained(saved)
     with safe_open(saved / "model.safetensors", "np") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     saved_config = json.loads((saved / "config.json").read_text())
@@ -65,7 +68,7 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any]) -> SavedModel:
         shapes = dict(in_blocks(shapes))
     write_folder(saved, saved_config, shapes)
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, **plain).eval()
+    model = auto.from_pretrained(saved, dtype=torch.float32, **plain).eval()
     return SavedModel(saved, saved_config, shapes, model)
 
 

@@ -242,7 +242,7 @@ class CheckpointSource:
 
 def _view(tensor: StoredTensor, item: int | None) -> Raw:
     """The values of the tensor, or of one item of its first axis; of bfloat16 the bits."""
-    values = tensor.data.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    values = tensor.data.view(_DTYPES[tensor.dtype]).reshape(tensor.shape or (1,))  # a number is a vector of one
     return values if item is None else values[item]
 
 

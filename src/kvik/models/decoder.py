@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kvik.cache import KVCacheSpec
 from kvik.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from kvik.ops.base import (
+    XIELU,
     Array,
     AttentionRule,
     Batch,
@@ -69,6 +70,7 @@ class LayerWeights:
     sinks: Vector | None = None  # (num_heads,)
     embedding: LayerEmbedding | None = None
     scale: float = 1.0  # of what the layer gives
+    xielu: XIELU | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -90,9 +92,10 @@ class LayerWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the matrices, biases and norms."""
-        sinks = 0 if self.sinks is None else self.sinks.nbytes
-        vectors = sinks + (0 if self.experts is None else self.experts.vector_bytes)
+        """Bytes of the matrices, biases and norms, and of what sinks, experts and xIELU have beside them."""
+        vectors = 0 if self.experts is None else self.experts.vector_bytes
+        vectors += 0 if self.sinks is None else self.sinks.nbytes
+        vectors += 0 if self.xielu is None else self.xielu.num_bytes
         return vectors + sum(one.num_bytes for one in self.linears) + sum(norm.num_bytes for norm in self.norms)
 
 
@@ -138,6 +141,8 @@ class Decoder:
             None: None,
             **{rope: rope.table(num_positions) for rope in spec.ropes},
         }
+        scale = spec.query_scale
+        self._query_scales = None if scale is None else scale.table(num_positions)
         self._costs: dict[KVCacheSpec, tuple[tuple[Cost, bool], ...]] = {}
 
     def with_ops(self, ops: Ops) -> Decoder:
@@ -189,6 +194,8 @@ class Decoder:
             q, k, v = self._heads(ops, layer, w, x, batch)
             if layer.kv_from is None:
                 ops.write_kv(kv, k, v, batch.groups[kv.kv_group].slot_mapping)  # remember these tokens
+            if self._query_scales is not None:
+                q = ops.scale_by_position(q, batch.positions, self._query_scales)
             attended = ops.merge_heads(ops.attend(q, kv, batch, self.rule(layer, w)))  # look back over all of them
             after = _add(ops, x, attended, w.o_proj, w.post_attn_norm)
             scale = w.scale if w.embedding is None else 1.0
@@ -211,17 +218,13 @@ class Decoder:
         self, ops: Ops, layer: LayerSpec, w: LayerWeights, x: Array, batch: Batch
     ) -> tuple[Array, Array | None, Array | None]:
         """Queries, and keys and values where the layer has its own: (T, heads, head_dim) each."""
-        rope, head_dim = self._ropes[layer.rope], w.qkv.head_dim
-
-        def rotated(projected: Array, norm: Norm | None) -> Array:
-            heads = ops.split_heads(_normed(ops, projected, norm), head_dim)
-            return heads if rope is None else ops.rope(heads, batch.positions, rope)
-
-        q, *k_and_v = ops.project(_normed(ops, x, w.attn_norm), w.qkv.linears)
+        rope, qkv = self._ropes[layer.rope], w.qkv
+        q, *k_and_v = ops.project(_normed(ops, x, w.attn_norm), qkv.linears)
+        queries = ops.heads(q, qkv.query_norm, qkv, rope, batch)
         if not k_and_v:
-            return rotated(q, w.qkv.query_norm), None, None
-        k, v = k_and_v[0], ops.split_heads(_normed(ops, k_and_v[-1], w.qkv.value_norm), head_dim)
-        return rotated(q, w.qkv.query_norm), rotated(k, w.qkv.key_norm), v
+            return queries, None, None
+        k, v = k_and_v[0], ops.split_heads(_normed(ops, k_and_v[-1], qkv.value_norm), qkv.head_dim)
+        return queries, ops.heads(k, qkv.key_norm, qkv, rope, batch), v
 
     def logits(self, hidden: Array, ops: Ops) -> Array:
         """What rows of hidden states (R, hidden_size) say about the next token: (R, vocab_size)."""
@@ -257,7 +260,8 @@ class Decoder:
     def _mlp_hidden(self, ops: Ops, w: LayerWeights, normed: Array) -> Array:
         assert w.up_proj is not None
         if w.gate_proj is None:
-            return ops.activate(ops.linear(normed, w.up_proj), self.spec.activation)
+            up = ops.linear(normed, w.up_proj)
+            return ops.activate(up, self.spec.activation) if w.xielu is None else ops.xielu(up, w.xielu)
         gate, up = ops.project(normed, (w.gate_proj, w.up_proj))
         return ops.activate(gate, self.spec.activation, up)
 

@@ -12,7 +12,7 @@ from kvik.errors import ModelError
 from kvik.files.gguf import GGUFFile, GGUFTensor, dequantize
 from kvik.hub.progress import Progress, silent
 from kvik.models.parts import Part, Parts, TensorName
-from kvik.models.spec import LAYER_EMBEDDINGS, DecoderSpec
+from kvik.models.spec import LAYER_EMBEDDINGS, XIELU_FIELDS, DecoderSpec
 from kvik.models.weights import Kinds
 from kvik.ops.base import Ops, Vector, Weight, WeightPlace
 
@@ -27,11 +27,12 @@ _ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT = (f"rope_{name}.weight" for name in ("freq
 _ROPE_TENSORS = (_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT)
 
 _FUSED_QKV = ("gpt2", "starcoder", "gptneox", "falcon", "phi3")
-_FUSED_MLP = ("phi3",)
+_FUSED_MLP = ("phi3", "glm4")
 _FALCON_NORMS = {"attn_norm": "attn_norm_2", "ffn_norm": "attn_norm"}
 """With a norm each for attention and MLP, Falcon's files name the MLP's as others name attention's."""
-_GPT_OSS_NORMS = {"ffn_norm": "post_attention_norm"}
-"""The norm before the experts, by the name that others have for one behind attention."""
+_NORM_BETWEEN = {"ffn_norm": "post_attention_norm"}
+_OTHER_NAMES: Mapping[str, Mapping[str, str]] = {"seed_oss": _NORM_BETWEEN, "gpt-oss": _NORM_BETWEEN}
+"""What an architecture's files call otherwise than the others."""
 
 
 def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
@@ -41,12 +42,14 @@ def gguf_parts(file: GGUFFile, spec: DecoderSpec) -> Parts:
     """
     shapes = spec.tensors()
     parts: dict[str, Part] = {}
-    renamed = _GPT_OSS_NORMS if spec.architecture == "gpt-oss" else {}
+    renamed = _OTHER_NAMES.get(spec.architecture, {})
     if spec.architecture == "falcon" and spec.parallel == "two_norms":
         renamed = _FALCON_NORMS
     for canonical, shape in shapes.items():
         parsed = TensorName.parse(canonical)
         name, kind = parsed.name, parsed.kind
+        if kind in XIELU_FIELDS:
+            continue  # see `listed_numbers`
         starts, num_rows = _qkv_rows(spec, parsed.layer)
         prefix = "" if parsed.layer is None else f"blk.{parsed.layer}."
         fused = f"{prefix}attn_qkv.{kind}"
@@ -75,6 +78,19 @@ def _qkv_rows(spec: DecoderSpec, layer: int | None) -> tuple[Mapping[str, int], 
     head_dim = spec.head_dim_of(of_layer)
     queries, keys = spec.num_heads * head_dim, spec.num_kv_heads_of(of_layer) * head_dim
     return {"attn_q": 0, "attn_k": queries, "attn_v": queries + keys}, queries + 2 * keys
+
+
+def listed_numbers(file: GGUFFile, spec: DecoderSpec) -> Mapping[str, float]:
+    """Vectors of one item that files have among their keys, one number a layer or the same for all: those of xIELU."""
+    found: dict[str, float] = {}
+    for name in XIELU_FIELDS if spec.xielu else ():
+        key = f"xielu.{name}"
+        is_list = isinstance(file.metadata.get(key), list)
+        numbers = (
+            file.get_list(key, float, length=spec.num_layers) if is_list else [file.get_float(key)] * spec.num_layers
+        )
+        found |= {f"blk.{layer}.ffn_act.{name}": number for layer, number in enumerate(numbers)}
+    return found
 
 
 def _part_of_expert(file: GGUFFile, spec: DecoderSpec, prefix: str, name: TensorName, shape: tuple[int, ...]) -> Part:
@@ -128,6 +144,7 @@ class GGUFSource:
         self.file = file
         self.ops = ops
         self.tensors = find_tensors(file, spec)
+        self._numbers = listed_numbers(file, spec)
         self._progress = progress
         self._total_bytes = sum(tensor.num_bytes for tensor in self._matrices().values())
         self._piece_bytes = min(max(self._total_bytes // 128, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
@@ -163,6 +180,8 @@ class GGUFSource:
 
     def vector(self, name: str) -> Vector:
         """A vector, float32."""
+        if name in self._numbers:
+            return np.array([self._numbers[name]], np.float32)
         values = np.array(dequantize(self.tensors[name]))  # a view would keep the file mapped
         self.file.drop_pages(self.tensors[name])
         return values

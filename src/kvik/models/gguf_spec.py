@@ -24,6 +24,7 @@ from kvik.models.spec import (
     DecoderSpec,
     ExpertsSpec,
     LayerSpec,
+    QueryScale,
     RopeSpec,
 )
 from kvik.ops.base import Nonlinearity, Routing
@@ -51,8 +52,10 @@ class Architecture:
     norm: Literal["rms", "layer"] = "rms"
     norm_places: Literal["before", "after", "around"] = "before"
     qk_norm: Literal["none", "head", "row"] = "none"
+    qk_norm_after_rope: bool = False
     parallel: Literal["none", "one_norm", "two_norms"] = "none"  # where neither key nor tensor tells otherwise
     activation: Nonlinearity = "silu"
+    xielu: bool = False  # in place of the activation
     gated: bool = True
     scales_embedding: bool = False  # by the square root of hidden_size
     attention_soft_cap: float = 0.0  # where no key tells; 0: none
@@ -64,6 +67,8 @@ class Architecture:
     local_scaling: bool = True  # whether these layers' rotary embeddings are stretched with the others'
     nope_pattern: int = 0  # each so-many-th layer has no RoPE
     whole_yarn: bool = True  # whether YaRN's bounds are whole pairs
+    nope_full: bool = False  # where there is a window, the layers without it have no RoPE
+    divides_logits: bool = False  # by the key logit_scale; others multiply
     rope_switch: bool = False  # whether the key rope.scaling.finetuned can switch RoPE off
     router: Router | None = None  # of its experts, where it may have some
     value_norm: bool = False
@@ -76,8 +81,8 @@ _GPT2 = Architecture(None, norm="layer", activation="gelu_tanh", gated=False)
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("adjacent", router=Router(renormalize=True)),
     "smollm3": Architecture("adjacent", nope_pattern=4),
-    "granite": Architecture("adjacent", rope_switch=True),
-    "granitemoe": Architecture("adjacent", router=Router("logits")),
+    "granite": Architecture("adjacent", rope_switch=True, divides_logits=True),
+    "granitemoe": Architecture("adjacent", router=Router("logits"), divides_logits=True),
     "qwen2": Architecture("halves"),
     "qwen2moe": Architecture("halves", router=Router()),
     "qwen3": Architecture("halves", qk_norm="head"),
@@ -129,6 +134,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gptneox": Architecture("halves", norm="layer", parallel="two_norms", activation="gelu", gated=False),
     "falcon": Architecture("halves", norm="layer", parallel="one_norm", activation="gelu", gated=False),
     "phi2": Architecture("halves", norm="layer", parallel="one_norm", activation="gelu_tanh", gated=False),
+    "mistral3": Architecture("adjacent"),
+    "exaone4": Architecture("halves", norm_places="after", qk_norm="head", window_pattern=4, nope_full=True),
+    "glm4": Architecture("adjacent", norm_places="around"),
+    "ernie4_5": Architecture("adjacent"),
+    "hunyuan-dense": Architecture("halves", qk_norm="head", qk_norm_after_rope=True),
+    "seed_oss": Architecture("halves"),
+    "command-r": Architecture("adjacent", norm="layer", parallel="one_norm"),
+    "cohere2": Architecture(
+        "adjacent", norm="layer", parallel="one_norm", window=4096, window_pattern=4, nope_full=True
+    ),
+    "apertus": Architecture("halves", qk_norm="head", xielu=True, gated=False),
+    "arcee": Architecture("adjacent", activation="relu2", gated=False),
 }
 
 _GATING_FUNCTIONS: Mapping[int, Scores] = {1: "softmax", 2: "sigmoid", 3: "logits"}
@@ -145,7 +162,11 @@ _OWN_KEYS = {
     "attention.scale": ("granite", "granitemoe"),
     "embedding_scale": ("granite", "granitemoe"),
     "residual_scale": ("granite", "granitemoe"),
-    "logit_scale": ("granite", "granitemoe"),  # which divides by it; others multiply
+    "logit_scale": ("granite", "granitemoe", "cohere2", "command-r"),
+    "attention.temperature_scale": ("mistral3",),
+    "attention.temperature_length": (),
+    "rope.scaling.yarn_log_multiplier": ("mistral3",),
+    "rope.dimension_sections": (),  # with them halves of a head rotate where pairs did
     "attn_logit_softcapping": ("gemma2",),
     "final_logit_softcapping": ("gemma2", "gemma3", "gemma4"),
     "attention.shared_kv_layers": ("gemma4",),
@@ -195,6 +216,7 @@ class _Reader:
         kv_heads = self.per_layer("attention.head_count_kv", num_layers, num_heads)
         layers = self.layers(num_layers, head_dim, context_length, context or context_length)
         dims = [layer.head_dim or head_dim for layer in layers]
+        logit_scale = self.factor("logit_scale", 1.0)
         wide_scale = (hidden_size // num_heads) ** -0.5 if num_layers == facts.layers_of_wide_scale else None
         experts, sparse = self.experts(num_layers)
         spec = DecoderSpec(
@@ -223,6 +245,7 @@ class _Reader:
             norm_places=facts.norm_places,
             qk_norm=facts.qk_norm,
             value_norm=facts.value_norm,
+            qk_norm_after_rope=facts.qk_norm_after_rope,
             qkv_bias=self.has_bias("attn_q") or self.has_bias("attn_qkv"),
             output_bias=self.has_bias("attn_output"),
             mlp_bias=self.has_bias("ffn_up"),
@@ -230,7 +253,9 @@ class _Reader:
             attention_scale=self.number("attention.scale", facts.attention_scale) or wide_scale,
             attention_soft_cap=self.number("attn_logit_softcapping", facts.attention_soft_cap) or None,
             sinks="blk.0.attn_sinks.weight" in file.tensors,
+            query_scale=self.query_scale(context_length),
             activation=facts.activation,
+            xielu=facts.xielu,
             gated=facts.gated,
             experts=experts,
             parallel=self.parallel(),
@@ -241,7 +266,7 @@ class _Reader:
             layer_embedding_size=file.get_int(
                 f"{self.architecture}.embedding_length_per_layer_input", 0, minimum=0, maximum=MAX_COUNT
             ),
-            logit_scale=1.0 / self.factor("logit_scale", 1.0),
+            logit_scale=1.0 / logit_scale if facts.divides_logits else logit_scale,
             logit_soft_cap=self.number("final_logit_softcapping", facts.logit_soft_cap) or None,
         )
         if problem := spec.problem():
@@ -311,6 +336,11 @@ class _Reader:
         )
         return experts, sparse
 
+    def query_scale(self, context_length: int) -> QueryScale | None:
+        beta = self.number("attention.temperature_scale", 0.0, maximum=1e3)
+        original = self.count("rope.scaling.original_context_length", context_length)
+        return QueryScale(beta, original) if beta else None
+
     def layers(self, num_layers: int, head_dim: int, context_length: int, context: int) -> tuple[LayerSpec, ...]:
         facts = self.facts
         slides, window = self.windows(num_layers, context_length)
@@ -325,9 +355,14 @@ class _Reader:
             local_theta = self.theta("rope.freq_base_swa", facts.local_theta or theta)
             in_windows = self.rope(local_theta, dim_of_windows, context_length, context, scaled=facts.local_scaling)
         every = facts.nope_pattern or num_layers + 1
+        nope_full = facts.nope_full and self.window() > 0
         return tuple(
             LayerSpec(
-                rope=None if index % every == every - 1 else in_windows if slide else everywhere,
+                rope=None
+                if index % every == every - 1 or (nope_full and not slide)
+                else in_windows
+                if slide
+                else everywhere,
                 window=window if slide else None,
                 head_dim=dim_of_windows if slide and dim_of_windows != head_dim else None,
                 kv_from=owner,
@@ -363,9 +398,7 @@ class _Reader:
 
     def windows(self, num_layers: int, context_length: int) -> tuple[list[bool], int | None]:
         """Which layers have a window, and how long it is; one as long as the context is none."""
-        window = self.file.get_int(
-            f"{self.architecture}.attention.sliding_window", self.facts.window, minimum=0, maximum=MAX_COUNT << 8
-        )
+        window = self.window()
         if not window:
             return [False] * num_layers, None
         key = f"{self.architecture}.attention.sliding_window_pattern"
@@ -375,6 +408,11 @@ class _Reader:
             every = self.file.get_int(key, self.facts.window_pattern, minimum=0, maximum=MAX_LAYERS)
             slides = [every == 0 or index % every < every - 1 for index in range(num_layers)]
         return slides, window if window < context_length else None
+
+    def window(self) -> int:
+        """As the file or the architecture says; 0: none."""
+        key = f"{self.architecture}.attention.sliding_window"
+        return self.file.get_int(key, self.facts.window, minimum=0, maximum=MAX_COUNT << 8)
 
     def rope(self, theta: float, head_dim: int, context_length: int, context: int, *, scaled: bool) -> RopeSpec:
         """Of layers that see all, or, where it is not scaled, of those with a window."""
@@ -389,7 +427,11 @@ class _Reader:
         original = self.count("rope.scaling.original_context_length", context_length)
         factors: tuple[float, ...] | float = factor
         if kind == "yarn":
-            magnitude *= self.factor("rope.scaling.yarn_attn_factor", yarn_magnitude(factor))
+            weight = self.number("rope.scaling.yarn_log_multiplier", 0.0, maximum=1e3)
+            magnitude *= self.factor(
+                "rope.scaling.yarn_attn_factor",
+                yarn_magnitude(factor) / (yarn_magnitude(factor, weight) if weight else 1),
+            )
             factors = yarn_factors(
                 theta,
                 num_dims,

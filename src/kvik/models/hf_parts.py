@@ -47,6 +47,12 @@ _NORMS_AROUND: Names = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_GLM4: Names = _LLAMA | {
+    "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+    "ffn_gate": "mlp.gate_up_proj",
+    "ffn_up": "mlp.gate_up_proj",
+}
 _GPT2: Names = {
     "token_embd": "wte",
     "position_embd": "wpe",
@@ -152,6 +158,7 @@ class Layout:
 
 _GEMMA = Layout(norm_offset=1.0)
 _SEEING = ("model.", "", "language_model.model.", "model.language_model.")  # beside a part that sees
+_OTHER_SENSES = ("vision_tower.", "multi_modal_projector.")
 _GEMMA4 = Layout(
     _LLAMA
     | _NORMS_AROUND
@@ -203,14 +210,19 @@ _LAYOUTS: Mapping[str, Layout] = {
     "olmo3": Layout(_LLAMA | _NORMS_AROUND),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA, names=_LLAMA | _NORMS_AROUND),
-    "gemma3_text": replace(
-        _GEMMA,
-        names=_LLAMA | _NORMS_AROUND,
-        prefixes=_SEEING,
-        others=("vision_tower.", "multi_modal_projector."),
-    ),
+    "gemma3_text": replace(_GEMMA, names=_LLAMA | _NORMS_AROUND, prefixes=_SEEING, others=_OTHER_SENSES),
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
+    "mistral": Layout(prefixes=_SEEING, others=_OTHER_SENSES),
+    "ministral3": Layout(prefixes=_SEEING, others=_OTHER_SENSES),
+    "exaone4": Layout(_LLAMA | _NORMS_AROUND),
+    "glm4": Layout(_GLM4),
+    "hunyuan_v1_dense": Layout(
+        _LLAMA | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"}
+    ),
+    "apertus": Layout(
+        _LLAMA | {"attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm", "ffn_act": "mlp.act_fn"}
+    ),
     "starcoder2": Layout(_LLAMA | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
     "gpt2": Layout(_GPT2, ("transformer.", ""), "h", transposed="all"),
     "nanogpt": Layout(_GPT2, ("transformer.", "", "_orig_mod.transformer."), "h"),
@@ -220,6 +232,8 @@ _LAYOUTS: Mapping[str, Layout] = {
     "opt": Layout(_OPT, ("model.decoder.", "decoder.", ""), first_position=2),
 }
 _PLAIN = Layout()
+_AROUND = ("_orig_mod.", "language_model.")
+"""What stands before all names, the head's too, of a compiled model and of old ones that see."""
 
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 _OF_KEYS = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\.\w+$")
@@ -230,7 +244,7 @@ def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
     layout = _layout_of(spec)
     first = layout.names["token_embd"]
     prefix = next((one for one in layout.prefixes if f"{one}{first}.weight" in stored), layout.prefixes[0])
-    wide = "_orig_mod." if prefix.startswith("_orig_mod.") else ""
+    wide = next((one for one in _AROUND if prefix.startswith(one)), "")
     parts: dict[str, Part] = {}
     named = [(canonical, TensorName.parse(canonical), shape) for canonical, shape in spec.tensors().items()]
     cuts = _cuts(spec, layout, named)
@@ -241,6 +255,8 @@ def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
         layer = "" if parsed.layer is None else f"{layout.layers}.{parsed.layer}."
         of_layer = _stored(layout, parsed.name, parsed.kind)
         where = f"{prefix}{layer}{of_layer}".replace("{}", str(parsed.expert))
+        if parsed.kind in ("beta", "eps"):
+            shape = ()  # transformers keeps what is not trained as a number
         part = _part(layout, parsed.name, where, shape, cuts.get(parsed.name))
         if spec.experts is not None and parsed.expert is not None and "{}" not in of_layer:
             part = replace(part, shape=(spec.experts.num_experts, *part.shape), item=parsed.expert)
@@ -252,7 +268,8 @@ def hf_parts(spec: DecoderSpec, stored: Collection[str]) -> Parts:
 
 def is_tied_head(spec: DecoderSpec, name: str) -> bool:
     """Whether a stored tensor is the head of a decoder that takes its embedding for it."""
-    return spec.tied_head and name.removeprefix("_orig_mod.") == f"{_layout_of(spec).head}.weight"
+    head = f"{_layout_of(spec).head}.weight"
+    return spec.tied_head and name in (head, *(f"{around}{head}" for around in _AROUND))
 
 
 def is_unused(spec: DecoderSpec, name: str) -> bool:

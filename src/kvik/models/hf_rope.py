@@ -28,6 +28,7 @@ class Rotary:
     rotates_part: bool = False  # whether the class looks at the part where the embedding is not stretched
     windows_plain: bool = False  # layers with a window are not stretched
     windows_theta: float | None = None  # of layers with a window; None: the same
+    adjacent_pairs: bool = False  # dimensions (2i, 2i+1) rotate together, else halves of a head
 
 
 PLAIN_ROTARY = Rotary()
@@ -42,8 +43,7 @@ def read_ropes(
     """
     theta = config.number(rotary.theta_key, rotary.theta, above=1.0)
     partial = config.number(rotary.partial_key, rotary.partial, maximum=1.0)
-    old, new = config.object("rope_scaling"), config.object("rope_parameters")
-    given = old if old and old.fields else new or ConfigFields({}, config.path)
+    given = rope_fields(config)
     inner = [given.object(kind) for kind in ("full_attention", "sliding_attention")]
     everywhere = _rope(config, rotary, inner[0] or given, theta, partial, head_dims[0], context, used)
     if inner[1] is None and not rotary.windows_plain:
@@ -51,6 +51,12 @@ def read_ropes(
     windows_theta = config.number("rope_local_base_freq", rotary.windows_theta or theta, above=1.0)
     in_windows = inner[1] or ConfigFields({}, config.path)
     return everywhere, _rope(config, rotary, in_windows, windows_theta, partial, head_dims[1], context, used)
+
+
+def rope_fields(config: ConfigFields) -> ConfigFields:
+    """What the config says of stretched embeddings, under the old name or the new one."""
+    old, new = config.object("rope_scaling"), config.object("rope_parameters")
+    return old if old and old.fields else new or ConfigFields({}, config.path)
 
 
 def _rope(
@@ -67,6 +73,9 @@ def _rope(
     kind = given.text("rope_type", given.text("type", "default"))
     if kind in ("su", "yarn") and config.text("model_type") == "phi3":
         kind = "longrope"  # as the first Phi-3 configs called it
+    is_stretched = kind == "dynamic" and config.text("model_type") == "hunyuan_v1_dense" and bool(given.find("alpha"))
+    if is_stretched:
+        kind = "default"  # but for theta: Hunyuan's is the same at every length
     if kind not in (*_SCALINGS, "proportional"):
         known = f"kvik runs {', '.join(_SCALINGS)} and proportional"
         raise config.error(f"rope_type {kind!r:.60} is not one that kvik runs", known)
@@ -79,8 +88,10 @@ def _rope(
     original = config.optional("original_max_position_embeddings") or given.count(
         "original_max_position_embeddings", context, maximum=MAX_CONTEXT
     )
+    if is_stretched and num_dims > 2:
+        theta *= _mild(given, "alpha") ** (num_dims / (num_dims - 2))
     factors, magnitude = _SCALINGS[kind](given, _Span(theta, num_dims, context, original, used))
-    return RopeSpec(theta, num_dims, adjacent_pairs=False, factors=factors, magnitude=magnitude)
+    return RopeSpec(theta, num_dims, adjacent_pairs=rotary.adjacent_pairs, factors=factors, magnitude=magnitude)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from typing import Any
 from kvik.files.config_fields import MAX_CONTEXT, MAX_WIDTH, ConfigFields
 from kvik.models.config_classes import text_part, with_defaults
 from kvik.models.hf_experts import read_experts, refuse_experts
-from kvik.models.hf_layer_kinds import layers_with_rope
+from kvik.models.hf_layer_kinds import kinds_of, layers_with_rope
 from kvik.models.hf_layers import KeptLayer, KeptLayers, read_layers
 from kvik.models.hf_params import gemma4_layer_embedding_size
-from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes
-from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec
+from kvik.models.hf_rope import PLAIN_ROTARY, Rotary, read_ropes, rope_fields
+from kvik.models.spec import MAX_HEAD_DIM, MAX_LAYERS, OTHER_MODEL, DecoderSpec, LayerSpec, QueryScale
 from kvik.ops.base import Nonlinearity
 
 Fields = dict[str, Any]
@@ -31,6 +31,7 @@ _NONLINEARITIES: Mapping[str, Nonlinearity] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -41,6 +42,7 @@ class Family:
     fields: Callable[[ConfigFields], Fields]  # of `DecoderSpec`, besides those that all families have
     rotary: Rotary | None = PLAIN_ROTARY
     tied: bool = False  # where the config does not say
+    has_rope: Callable[[ConfigFields, int], list[bool]] | None = None  # of each layer; None: all have it, or none
     inner: int | None = None  # intermediate_size by hidden_size, where the config does not say
     defaults: Fields = field(default_factory=dict)  # fields that published configs leave out
     quantized_by: str = ""  # the method by which checkpoints of this family may be quantised already
@@ -257,12 +259,103 @@ def _opt(config: ConfigFields) -> Fields:
     return _layer_norm(fixed, "layer_norm_eps", "activation_function", "relu", bias=bias) | positions
 
 
+def _ministral3(config: ConfigFields) -> Fields:
+    scaling = rope_fields(config)
+    original = scaling.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
+    scale = QueryScale(scaling.number("llama_4_scaling_beta", maximum=1e3), original)
+    return _llama(config, 1e-5) | {"query_scale": scale}
+
+
+def _exaone4(config: ConfigFields) -> Fields:
+    return _llama(config, 1e-5) | {"norm_places": "after", "qk_norm": "head"}
+
+
+def _windows_have_rope(config: ConfigFields, num_layers: int) -> list[bool]:
+    """Where some layers have a window, RoPE is theirs alone."""
+    kinds = kinds_of(config, config.text("model_type"), num_layers)
+    return [kind == "window" or config.find("sliding_window") is None for kind in kinds]
+
+
+def _glm4(config: ConfigFields) -> Fields:
+    bias = config.flag("attention_bias", True)
+    return _llama(config, 1.5625e-7) | {"norm_places": "around", "qkv_bias": bias, "output_bias": False}
+
+
+def _ernie4_5(config: ConfigFields) -> Fields:
+    bias = config.flag("use_bias", False)
+    return _llama(config, 1e-5) | {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bias}
+
+
+def _hunyuan(config: ConfigFields) -> Fields:
+    refuse_if(config, "use_qk_norm", False)
+    refuse_if(config, "use_cla", True)
+    return _llama(config, 1e-5) | {"qk_norm": "head", "qk_norm_after_rope": True}
+
+
+def _seed_oss(config: ConfigFields) -> Fields:
+    biases = {
+        "qkv_bias": config.flag("attention_bias", True),
+        "output_bias": config.flag("attention_out_bias", False),
+    }
+    return _llama(config) | biases
+
+
+def _cohere(config: ConfigFields) -> Fields:
+    refuse_if(config, "use_qk_norm", True)  # whose weights are one head's each
+    refuse_if(config, "use_parallel_block", False)
+    refuse_if(config, "use_gated_activation", False)
+    if config.number("rotary_pct", 1.0) != 1.0:
+        raise config.error("rotary_pct is not 1, which kvik does not run", OTHER_MODEL)
+    bias = config.flag("attention_bias", False)
+    return _layer_norm(config, "layer_norm_eps", "hidden_act", "silu", bias=bias) | {
+        "norm_bias": False,
+        "gated": True,
+        "mlp_bias": False,
+        "parallel": "one_norm",
+        "logit_scale": _scale(config, "logit_scale", 0.0625),
+    }
+
+
+def _cohere2(config: ConfigFields) -> Fields:
+    if config.find("sliding_window") is None:
+        raise config.error("sliding_window is null: no layer has RoPE then, which no Cohere 2 means", OTHER_MODEL)
+    return _cohere(config)
+
+
+def _apertus(config: ConfigFields) -> Fields:
+    refuse_if(config, "post_norm", True)
+    refuse_if(config, "qk_norm", False)
+    is_xielu = config.text("hidden_act", "xielu") == "xielu"
+    silent = ConfigFields({key: value for key, value in config.fields.items() if key != "hidden_act"}, config.path)
+    return _llama(silent if is_xielu else config, 1e-5) | {"qk_norm": "head", "gated": False, "xielu": is_xielu}
+
+
+def _arcee(config: ConfigFields) -> Fields:
+    activation = nonlinearity_of(config, "hidden_act", "relu2")
+    return _llama(config, 1e-5) | {"activation": activation, "gated": False}
+
+
 def _starcoder2(config: ConfigFields) -> Fields:
     bias = config.flag("use_bias", True)
     return _layer_norm(config, "norm_epsilon", "hidden_act", "gelu_pytorch_tanh", bias=bias)
 
 
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+_APERTUS_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(_llama),
@@ -279,7 +372,7 @@ FAMILIES: Mapping[str, Family] = {
     "granite": Family(_granite),
     "granitemoe": Family(_granite),
     "granitemoeshared": Family(_granite),
-    "smollm3": Family(_llama, Rotary(2_000_000.0), tied=True),
+    "smollm3": Family(_llama, Rotary(2_000_000.0), tied=True, has_rope=layers_with_rope),
     "olmo2": Family(_olmo2),
     "olmo3": Family(_olmo2, Rotary(500_000.0, windows_plain=True)),
     "gemma": Family(_gemma, tied=True),
@@ -295,10 +388,20 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_neox": Family(_gpt_neox, Rotary(10_000.0, 0.25, "rotary_emb_base", "rotary_pct", rotates_part=True)),
     "falcon": Family(_falcon, tied=True, inner=4),
     "opt": Family(_opt, None, tied=True),
+    "ministral3": Family(_ministral3, Rotary(1_000_000.0), defaults={"rope_parameters": _MINISTRAL3_ROPE}),
+    "exaone4": Family(_exaone4, has_rope=_windows_have_rope),
+    "glm4": Family(_glm4, Rotary(partial=0.5, rotates_part=True, adjacent_pairs=True)),
+    "ernie4_5": Family(_ernie4_5, Rotary(500_000.0, adjacent_pairs=True), tied=True),
+    "hunyuan_v1_dense": Family(_hunyuan),
+    "seed_oss": Family(_seed_oss),
+    "cohere": Family(_cohere, Rotary(500_000.0, adjacent_pairs=True), tied=True),
+    "cohere2": Family(_cohere2, Rotary(adjacent_pairs=True), tied=True, has_rope=_windows_have_rope),
+    "apertus": Family(_apertus, Rotary(12_000_000.0), defaults={"rope_parameters": _APERTUS_ROPE}),
+    "arcee": Family(_arcee),
 }
 
 
-_MULTIMODAL = ("gemma3", "gemma3n", "gemma4", "gemma4_unified")
+_MULTIMODAL = ("gemma3", "gemma3n", "gemma4", "gemma4_unified", "mistral3")
 """Model types that have a text decoder beside other parts."""
 
 _LACKING = {"gemma3n_text": "AltUp (several hidden states for each token) and LAuReL (low-rank residuals)"}
@@ -383,8 +486,8 @@ def _layers(
     config: ConfigFields, family: Family, kept: KeptLayers, sparse: Collection[int], used: int
 ) -> tuple[LayerSpec, ...]:
     has_rope = [family.rotary is not None] * len(kept.layers)
-    if kept.model_type == "smollm3":
-        has_rope = layers_with_rope(config, len(kept.layers))
+    if family.has_rope is not None:
+        has_rope = family.has_rope(config, len(kept.layers))
     everywhere = in_windows = None
     if family.rotary is not None:
         head_dims = [{layer.key_dim for layer in kept.layers if layer.slides is slides} for slides in (False, True)]

@@ -34,7 +34,10 @@ class Part:
 Parts: TypeAlias = Mapping[str, Part]
 """By the names of `DecoderSpec.tensors()`, all of them."""
 
-_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+)(?:\.(?P<expert>\d+))?\.(?P<kind>weight|bias|scale)")
+_NAME = re.compile(
+    r"(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+)(?:\.(?P<expert>\d+))?\."
+    r"(?P<kind>weight|bias|scale|alpha_p|alpha_n|beta|eps)"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvik.cache import GroupSpec, KVCacheSpec, VectorFormat
 from kvik.config import parse_kv_dtype
-from kvik.ops.base import Nonlinearity, RopeTable, Routing
+from kvik.ops.base import Nonlinearity, PositionScales, RopeTable, Routing
 
 MAX_LAYERS = 1 << 12
 MAX_HEAD_DIM = 1024
@@ -19,6 +19,8 @@ MAX_EXPERTS_OF_ALL = 1 << 16  # of all layers
 
 LAYER_EMBEDDINGS = "per_layer_token_embd.weight"
 """The table of all layers' embeddings of a token, as large as the rest: it stays in its file, and rows are read."""
+XIELU_FIELDS = ("alpha_p", "alpha_n", "beta", "eps")
+"""What xIELU has of its own in each layer."""
 
 OTHER_MODEL = "take a model that kvik runs: docs/models.md lists them"
 """The hint where a file asks for what no decoder here can be."""
@@ -56,6 +58,19 @@ class RopeSpec:
             part[..., 0] = np.cos(angles) * self.magnitude
             part[..., 1] = np.sin(angles) * self.magnitude
         return RopeTable(cos_sin, 0 if self.adjacent_pairs else self.num_dims // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryScale:
+    """Queries grow with their position: times 1 + beta * ln(1 + floor(position / original_context)), after RoPE."""
+
+    beta: float
+    original_context: int
+
+    def table(self, num_positions: int) -> PositionScales:
+        """Computed in float64 and rounded once."""
+        turns = np.arange(num_positions) // self.original_context
+        return PositionScales((1.0 + self.beta * np.log1p(turns)).astype(np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +141,7 @@ class DecoderSpec:
     norm_places: Literal["before", "after", "around"] = "before"  # of attention and of the MLP
     qk_norm: Literal["none", "head", "row"] = "none"  # of queries and keys: each head alone, or all heads of a token
     value_norm: bool = False  # of values, each head alone and without a weight (Gemma 4)
+    qk_norm_after_rope: bool = False
     # Attention and MLP.
     qkv_bias: bool = False
     output_bias: bool = False  # of attention's last projection
@@ -134,7 +150,9 @@ class DecoderSpec:
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_soft_cap: float | None = None
     sinks: bool = False  # a learned score of each query head joins its softmax and brings no value
+    query_scale: QueryScale | None = None
     activation: Nonlinearity = "silu"
+    xielu: bool = False  # in its place, with numbers of its own in each layer
     gated: bool = True  # activation(gate(x)) * up(x), else activation(up(x)); of experts too
     experts: ExpertsSpec | None = None  # of the sparse layers
     parallel: Literal["none", "one_norm", "two_norms"] = "none"  # attention and MLP read the same x, and both add to it
@@ -171,8 +189,8 @@ class DecoderSpec:
 
     @property
     def position_bytes(self) -> int:
-        """Bytes of one position's cosines and sines in all tables."""
-        return sum(rope.token_bytes for rope in self.ropes)
+        """Bytes of one position in all tables: cosines and sines, and what queries are multiplied with."""
+        return sum(rope.token_bytes for rope in self.ropes) + (0 if self.query_scale is None else 4)
 
     @property
     def token_intermediate_size(self) -> int:
@@ -277,6 +295,8 @@ class DecoderSpec:
                 norm(f"{layer}.ffn_norm")
             if not spec.sparse:
                 mlp(layer, inner, "", bias=self.mlp_bias)
+                if self.xielu:
+                    shapes |= {f"{layer}.ffn_act.{name}": (1,) for name in XIELU_FIELDS}
             else:
                 experts = self.experts
                 assert experts is not None

@@ -9,8 +9,8 @@ import numpy as np
 
 from kvik.models.decoder import DecoderWeights, LayerEmbedding, LayerEmbeddings, LayerWeights
 from kvik.models.parts import TensorName
-from kvik.models.spec import LAYER_EMBEDDINGS, DecoderSpec, LayerSpec
-from kvik.ops.base import Expert, ExpertsWeights, Linear, Norm, Ops, QKVWeights, Vector, Weight, WeightPlace
+from kvik.models.spec import LAYER_EMBEDDINGS, XIELU_FIELDS, DecoderSpec, LayerSpec
+from kvik.ops.base import XIELU, Expert, ExpertsWeights, Linear, Norm, Ops, QKVWeights, Vector, Weight, WeightPlace
 
 if TYPE_CHECKING:
     from kvik.models.quantize import Quantization
@@ -189,6 +189,7 @@ class _Reader:
             sinks=self.optional_vector(f"{layer}.attn_sinks.weight"),
             embedding=self.layer_embedding(layer) if spec.layer_embedding_size else None,
             scale=float(self.source.vector(f"{layer}.layer_output_scale.weight")[0]) if spec.layer_scales else 1.0,
+            xielu=self.xielu(layer) if spec.xielu else None,
         )
 
     def qkv(self, layer: str, of_layer: LayerSpec) -> QKVWeights:
@@ -202,6 +203,7 @@ class _Reader:
             query_norm=self.norm(f"{layer}.attn_q_norm"),
             key_norm=self.norm(f"{layer}.attn_k_norm"),
             value_norm=value_norm,
+            norm_after_rope=self.spec.qk_norm_after_rope,
         )
 
     def layer_embedding(self, layer: str) -> LayerEmbedding:
@@ -244,3 +246,8 @@ class _Reader:
         if weight is None:
             return None
         return Norm(weight, self.spec.norm_eps, self.optional_vector(f"{name}.bias"), self.spec.norm)
+
+    def xielu(self, layer: str) -> XIELU:
+        """Files hold what softplus makes the two curves of, so that training cannot bend them the other way."""
+        raised, sunk, beta, eps = (float(self.source.vector(f"{layer}.ffn_act.{name}")[0]) for name in XIELU_FIELDS)
+        return XIELU(float(np.logaddexp(0.0, raised)), beta + float(np.logaddexp(0.0, sunk)), beta, eps)

@@ -33,7 +33,7 @@ LayerKV: TypeAlias = Any
 WeightPlace: TypeAlias = Any
 IntArray: TypeAlias = npt.NDArray[np.int32]
 Vector: TypeAlias = npt.NDArray[np.float32]
-Nonlinearity: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_silu"]
+Nonlinearity: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu"]
 RouterScores: TypeAlias = Literal["softmax", "sigmoid", "logits"]
 
 
@@ -131,6 +131,13 @@ class RopeTable:
 
 
 @dataclass(frozen=True, slots=True)
+class PositionScales:
+    """What queries are multiplied with, by position."""
+
+    factors: Vector  # (positions,)
+
+
+@dataclass(frozen=True, slots=True)
 class Norm:
     """What a norm multiplies with and adds, and what keeps it from dividing by zero.
 
@@ -147,6 +154,21 @@ class Norm:
     def num_bytes(self) -> int:
         """Bytes of its vectors."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class XIELU:
+    """The numbers of xIELU (Huang and Schlag, 2024): the curves on both sides of 0, the slope there, the last bend."""
+
+    alpha_p: float
+    alpha_n: float
+    beta: float
+    eps: float
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the four as float32."""
+        return 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +194,9 @@ class Linear:
 class QKVWeights:
     """The three projections that attention begins with, and the norms of what they give where there are some.
 
-    Such a norm is over head_dim, each head alone, or over all heads of a token at once: its width tells. A layer that
-    reads another one's keys and values has neither; one with keys alone takes what their projection gives for values.
+    Such a norm is over head_dim, each head alone, or over all heads of a token at once: its width tells. It comes
+    before RoPE or after. A layer that reads another one's keys and values has neither; one with keys alone takes what
+    their projection gives for values.
     """
 
     query: Linear  # (num_heads * head_dim, hidden_size)
@@ -183,6 +206,7 @@ class QKVWeights:
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     value_norm: Norm | None = None
+    norm_after_rope: bool = False
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -443,6 +467,11 @@ class Ops(ABC):
         """Rotate pairs of dimensions of x (T, heads, head_dim) by their position's angles."""
         return self.run("rope", x, positions, table)
 
+    @op(like_first, elementwise(2, 1))
+    def scale_by_position(self, x: Array, positions: IntArray, scales: PositionScales) -> Array:
+        """x (T, heads, head_dim), each token's times the factor of its position."""
+        return self.run("scale_by_position", x, positions, scales)
+
     @op(lambda kv, k, v, slots: (), lambda kv, k, v, slots: Cost(row_bytes=8 * (k.width + v.width)))
     def write_kv(self, kv: LayerKV, k: Array, v: Array, slot_mapping: IntArray) -> None:
         """Store k, v (T, num_kv_heads, head_dim) at their slots, in place.
@@ -465,8 +494,8 @@ class Ops(ABC):
         """activation(x), times `up` where there is one (Shazeer, 2020), element by element.
 
         silu: x * sigmoid(x). gelu: x * Phi(x), the normal distribution's (Hendrycks and Gimpel, 2016); gelu_tanh: their
-        approximation x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))). relu: max(x, 0). clamped_silu (gpt-oss):
-        g * sigmoid(1.702 * g) with g = min(x, 7), times 1 + max(-7, min(up, 7)).
+        approximation x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))). relu: max(x, 0); relu2: its square.
+        clamped_silu (gpt-oss): g * sigmoid(1.702 * g) with g = min(x, 7), times 1 + max(-7, min(up, 7)).
         """
         return self.run("activate", x, activation, up)
 
@@ -482,6 +511,11 @@ class Ops(ABC):
     def gate(self, x: Array, gates: Array) -> Array:
         """x * sigmoid(gates): x (T, width), and gates of the same shape or one for each row, (T, 1)."""
         return self.run("gate", x, gates)
+
+    @op(like_first, elementwise(2, 20))
+    def xielu(self, x: Array, curve: XIELU) -> Array:
+        """alpha_p * x**2 + beta * x above 0, alpha_n * (expm1(min(x, eps)) - x) + beta * x elsewhere, item by item."""
+        return self.run("xielu", x, curve)
 
     @op(like_first, elementwise(2, 20))
     def soft_cap(self, x: Array, cap: float) -> Array:
@@ -528,17 +562,22 @@ class Ops(ABC):
     ) -> Array:
         """Queries of the normed x, rotated by position: (T, num_heads, head_dim); keys and values go to their slots."""
         q, *k_and_v = self.project(x if norm is None else self.norm(x, norm), weights.linears)
-        normed = [self._heads(q, weights.query_norm, weights.head_dim)]
+        queries = self.heads(q, weights.query_norm, weights, rope, batch)
         if k_and_v:
-            normed.append(self._heads(k_and_v[0], weights.key_norm, weights.head_dim))
-        rotated = normed if rope is None else [self.rope(heads, batch.positions, rope) for heads in normed]
-        if k_and_v:
-            values = self._heads(k_and_v[-1], weights.value_norm, weights.head_dim)
-            self.write_kv(kv, rotated[1], values, batch.groups[kv.kv_group].slot_mapping)
-        return rotated[0]
+            keys = self.heads(k_and_v[0], weights.key_norm, weights, rope, batch)
+            v = k_and_v[-1] if weights.value_norm is None else self.norm(k_and_v[-1], weights.value_norm)
+            values = self.split_heads(v, weights.head_dim)
+            self.write_kv(kv, keys, values, batch.groups[kv.kv_group].slot_mapping)
+        return queries
 
-    def _heads(self, x: Array, norm: Norm | None, head_dim: int) -> Array:
-        return self.split_heads(x if norm is None else self.norm(x, norm), head_dim)
+    def heads(self, x: Array, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, batch: Batch) -> Array:
+        """Projected queries or keys, normed and rotated: (T, heads, head_dim)."""
+        if norm is not None and not weights.norm_after_rope:
+            x = self.norm(x, norm)
+        heads = self.split_heads(x, weights.head_dim)
+        if rope is not None:
+            heads = self.rope(heads, batch.positions, rope)
+        return self.norm(heads, norm) if norm is not None and weights.norm_after_rope else heads
 
     def capture(self, forward: Forward) -> Step:
         """The forward pass as a function of the batch; a backend may note its ops once and replay them."""

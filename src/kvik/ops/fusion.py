@@ -71,6 +71,18 @@ class _Fusion:
                 self._made_by.pop(value.id, None)
         self._made_by |= {value.id: new for value in new.results}
 
+    def _chain(self, end: Value) -> tuple[Value, list[Call]]:
+        """What a value was made from by norms and rotations alone, and these in their order."""
+        calls: list[Call] = []
+        while (call := self._source(end, "norm") or self._source(end, "rope")) is not None:
+            calls.insert(0, call)
+            end = call.arguments[0]
+        return end, calls
+
+    def _is_used_before(self, value: Value, call: Call) -> bool:
+        before = self.calls[: self.calls.index(call)]
+        return any(used.id == value.id for one in before for used in one.inputs)
+
     def _normed(self, x: Value) -> tuple[Value, Norm | None, Call | None]:
         """What a value is the norm of, if it is one of whole rows."""
         call = self._source(x, "norm")
@@ -81,35 +93,46 @@ class _Fusion:
     def fuse_qkv(self, write: Call, batch: Batch) -> None:
         """norm, project, norms of heads, rope, write_kv: `norm_qkv`, whose result is the queries."""
         kv, keys, values, slots = write.arguments
-        value_norm, rope = self._source(values, "norm"), self._source(keys, "rope")
-        norm = self._source(keys if rope is None else rope.arguments[0], "norm")
-        key = next((call.arguments[0] for call in (norm, rope) if call is not None), keys)
+        value_norm, (key, of_keys) = self._source(values, "norm"), self._chain(keys)
         value = values if value_norm is None else value_norm.arguments[0]
         project, made = self._made_by.get(key.id), dict.fromkeys((key.id, value.id))  # one where values are the keys
         if project is None or project.name != "project" or slots is not batch.groups[kv.kv_group].slot_mapping:
             return
         if [result.id for result in project.results[1:]] != [*made] or sum(self._num_uses[one] for one in made) != 2:
             return
-        query = project.results[0]
-        query_norm = self._next(query, "norm")
-        if query_norm is not None:
-            query = query_norm.results[0]
-        query_rope = self._next(query, "rope") if rope is not None else None
-        if (query_rope is None) != (rope is None) or (query_norm is None) != (norm is None):
+        names = [call.name for call in of_keys]
+        if len(set(names)) < len(names):
             return
-        table = None
-        if rope is not None and query_rope is not None:
-            _, positions, table = rope.arguments
-            if query_rope.arguments[2] is not table or positions is not batch.positions:
+        query, of_queries = project.results[0], list[Call]()
+        for name in names:
+            call = self._next(query, name)
+            if call is None:
                 return
-            query = query_rope.results[0]
+            of_queries.append(call)
+            query = call.results[0]
+        if self._is_used_before(query, write):
+            return
+        by_name = dict(zip(names, zip(of_queries, of_keys, strict=True), strict=True))
+        tables = [call.arguments[1:] for call in by_name.get("rope", ())]
+        if tables and not all(positions is batch.positions and table is tables[0][1] for positions, table in tables):
+            return
         head_dim = keys.shape[1]
         query = Value(query.id, (query.width // head_dim, head_dim))
         x, norm_before, before = self._normed(project.arguments[0])
-        norms = [None if call is None else call.arguments[1] for call in (query_norm, norm, value_norm)]
+        query_norm, key_norm = [call.arguments[1] for call in by_name.get("norm", ())] or [None, None]
         q_linear, k_linear, *v_linear = project.arguments[1]
-        weights = QKVWeights(q_linear, k_linear, v_linear[0] if v_linear else None, head_dim, *norms)
-        gone = [before, project, query_norm, norm, value_norm, query_rope, rope, write]
+        weights = QKVWeights(
+            query=q_linear,
+            key=k_linear,
+            value=v_linear[0] if v_linear else None,
+            head_dim=head_dim,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            value_norm=None if value_norm is None else value_norm.arguments[1],
+            norm_after_rope=names == ["rope", "norm"],
+        )
+        table = tables[0][1] if tables else None
+        gone = [before, project, *of_queries, *of_keys, value_norm, write]
         self._replace(gone, Call("norm_qkv", (x, norm_before, weights, table, kv, batch), (query,)))
 
     def fuse_gated(self, activate: Call) -> None:

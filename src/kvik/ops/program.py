@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from kvik import _native
 from kvik.ops.base import (
+    XIELU,
     AttentionRule,
     Batch,
     ExpertsWeights,
@@ -20,6 +21,7 @@ from kvik.ops.base import (
     KVIndex,
     Linear,
     Norm,
+    PositionScales,
     QKVWeights,
     RopeTable,
 )
@@ -213,7 +215,7 @@ def run_once(pool: _native.ThreadPool, name: str, arguments: tuple[Any, ...], *,
     return tuple(results) if name == "project" else results[0] if results else None
 
 
-_FIELDS = {"embed": "token_ids", "rope": "positions", "write_kv": "slot_mapping"}
+_FIELDS = {"embed": "token_ids", "rope": "positions", "scale_by_position": "positions", "write_kv": "slot_mapping"}
 """Which array of the batch an op takes."""
 
 
@@ -274,9 +276,14 @@ def _native_forms(argument: Any, ids: Mapping[int, int]) -> tuple[Any, ...]:
         case QKVWeights():
             linears = argument.query, argument.key, argument.value
             norms = argument.query_norm, argument.key_norm, argument.value_norm
-            return tuple(form for part in (*linears, *norms) for form in _native_forms(part, ids))
+            parts = (*linears, *norms, argument.norm_after_rope)
+            return tuple(form for part in parts for form in _native_forms(part, ids))
         case ExpertsWeights():
             return (native_experts(argument),)
+        case PositionScales():
+            return (_native.PositionScales(argument.factors),)
+        case XIELU():
+            return argument.alpha_p, argument.alpha_n, argument.beta, argument.eps
         case AttentionRule():
             return argument.scale, argument.soft_cap or 0.0, argument.window, argument.sinks
         case tuple():

@@ -16,6 +16,7 @@ from kvik.cache import BLOCKS_PER_SUPERBLOCK, GroupSpec, KVCacheSpec
 from kvik.config import ActivationDType, KVDType
 from kvik.ops.base import (
     PLAIN,
+    XIELU,
     AttentionRule,
     Batch,
     ExpertsWeights,
@@ -24,6 +25,7 @@ from kvik.ops.base import (
     Nonlinearity,
     Norm,
     Ops,
+    PositionScales,
     RopeTable,
     Weight,
     WeightPlace,
@@ -256,6 +258,9 @@ class ReferenceOps(Ops):
         out[..., second] = x[..., first] * sine + x[..., second] * cosine
         return out
 
+    def scale_by_position(self, x: FloatArray, positions: IntArray, scales: PositionScales) -> FloatArray:
+        return x * scales.factors[positions][:, None, None]
+
     def write_kv(self, kv: ReferenceKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
         blocks, offsets = np.divmod(slot_mapping, kv.keys.shape[1])
         for stored, rows, dtype in ((kv.keys, k, kv.dtypes[0]), (kv.values, v, kv.dtypes[1])):
@@ -295,6 +300,8 @@ class ReferenceOps(Ops):
                     wide = wide / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
                 case "relu":
                     wide = np.maximum(wide, 0)
+                case "relu2":
+                    wide = np.square(np.maximum(wide, 0))
                 case "clamped_silu":
                     wide = np.minimum(wide, 7)
                     wide = wide / (1 + np.exp(-1.702 * wide))
@@ -319,6 +326,12 @@ class ReferenceOps(Ops):
     def gate(self, x: FloatArray, gates: FloatArray) -> FloatArray:
         with np.errstate(over="ignore"):
             return np.asarray(x / (1 + np.exp(-gates.astype(np.float64))), np.float32)
+
+    def xielu(self, x: FloatArray, curve: XIELU) -> FloatArray:
+        wide = x.astype(np.float64)
+        above = curve.alpha_p * np.square(wide)
+        below = curve.alpha_n * (np.expm1(np.minimum(wide, curve.eps)) - wide)
+        return np.asarray(np.where(wide > 0, above, below) + curve.beta * wide, np.float32)
 
     def soft_cap(self, x: FloatArray, cap: float) -> FloatArray:
         return np.asarray(cap * np.tanh(x.astype(np.float64) / cap), np.float32)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers
 
 from kvik.errors import ModelError
 from kvik.files.texts import Texts
@@ -40,6 +40,7 @@ from kvik.text.tokenizer import (
     missing_bytes,
     no_token_for_byte,
 )
+from kvik.text.word_rules import WORD_RULES
 
 
 class TokenType(IntEnum):
@@ -63,98 +64,6 @@ _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".jo
 _SPACE_MARK = "\u2581"
 _HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 _MAX_PIECE_CHARACTERS = 256  # all its splits are tried; published vocabularies stay under 50
-
-
-@dataclass(frozen=True, slots=True)
-class _WordRule:
-    """How one family of byte-level vocabularies cuts text into the words that BPE then works on."""
-
-    pattern: str | None = None  # None: GPT-2's pattern, which `tokenizers` has built in
-    digits_alone: bool = False  # every digit is a word of its own
-    digits_in_threes: bool = False  # Falcon: punctuation and numbers apart, three digits at a time from the left
-    whole_words: bool = False  # a word that is a token stays whole, whatever the merges say
-    nfc: bool = False
-    add_bos: bool = False  # where the file does not say
-
-    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
-        if self.pattern is not None:
-            split = pre_tokenizers.Split(tokenizers.Regex(self.pattern), behavior="isolated")
-            return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        before: list[pre_tokenizers.PreTokenizer] = []
-        after: list[pre_tokenizers.PreTokenizer] = []
-        if self.digits_alone:
-            before = [pre_tokenizers.Digits(individual_digits=True)]
-        if self.digits_in_threes:
-            before = [pre_tokenizers.Punctuation(behavior="contiguous")]
-            threes = pre_tokenizers.Split(tokenizers.Regex("[0-9][0-9][0-9]"), behavior="isolated")
-            after = [pre_tokenizers.Digits(individual_digits=False), threes]
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        return pre_tokenizers.Sequence([*before, byte_level, *after])
-
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-
-
-def _gpt4_pattern(digits: str) -> str:
-    """The pattern that GPT-4's cl100k introduced, with a family's own idea of a run of digits."""
-    alternatives = (
-        _CONTRACTIONS,
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        digits,
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-    return "|".join(alternatives)
-
-
-def _gpt4o_pattern(digits: str, suffix: str) -> str:
-    """The pattern that GPT-4o's o200k introduced: a word may begin in capitals and go on without."""
-    upper = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-    lower = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-    alternatives = (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{suffix}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{suffix}",
-        digits,
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-    return "|".join(alternatives)
-
-
-_GPT2 = _WordRule()
-_GPT_NEOX = _WordRule(nfc=True)
-_DIGITS_ALONE = _WordRule(digits_alone=True)
-_GPT4 = _gpt4_pattern(r"\p{N}{1,3}")
-_GPT4O = _WordRule(_gpt4o_pattern(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"))
-_LLAMA3 = _WordRule(_GPT4, whole_words=True, add_bos=True)
-_QWEN2 = _WordRule(_gpt4_pattern(r"\p{N}"), nfc=True)
-
-# Converters tell vocabularies apart by the ids that they give a sample text, and write the name of the first model
-# that had these: a name stands for all the families beside it.
-_WORD_RULES = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "phi-2": _GPT2,
-    "mpt": _GPT_NEOX,  # GPT-NeoX and Pythia, too
-    "olmo": _GPT_NEOX,
-    "falcon": _WordRule(digits_in_threes=True),
-    "smollm": _DIGITS_ALONE,
-    "starcoder": _DIGITS_ALONE,
-    "refact": _DIGITS_ALONE,  # Granite 3, too
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "smaug-bpe": _WordRule(_GPT4, whole_words=True),  # Llama 3's vocabulary without BOS: SmolLM3
-    "dbrx": _WordRule(_GPT4),  # OLMo 2, Phi-4 and Granite 4, too
-    "qwen2": _QWEN2,
-    "tekken": _WordRule(_gpt4o_pattern(r"\p{N}", ""), whole_words=True, add_bos=True),
-    "gpt-4o": _GPT4O,  # Phi-4-mini, too
-}
-
 
 _BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
 _SPECIAL_IDS = tuple(f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding"))
@@ -298,9 +207,9 @@ class GGUFTokenizer(Tokenizer):
         if rule_name is None:
             rule_name = "default"
             fields.notes.append("tokenizer.ggml.pre is missing: text is cut into words by the rule 'default'")
-        rule = _WORD_RULES.get(rule_name)
+        rule = WORD_RULES.get(rule_name)
         if rule is None:
-            known = ", ".join(sorted(_WORD_RULES))
+            known = ", ".join(sorted(WORD_RULES))
             raise fields.error(f"tokenizer.ggml.pre is {rule_name!r}", hint=f"kvik knows the pre-tokenizers {known}")
         if fields.get("add_space_prefix", bool, False):
             raise fields.error(
