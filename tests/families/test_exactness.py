@@ -9,7 +9,9 @@ import pytest
 
 from arrangements import Arrangement, assert_same
 from families.cases import CASES
+from families.family_digests import digests
 from families.goldens import golden_of
+from kvik import _native
 from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.engine import Engine
 from kvik.explain.tracing_ops import TracingOps, weight_names
@@ -19,6 +21,7 @@ from kvik.ops.native import NativeOps
 from kvik.ops.program import CapturedStep
 from models import Run, random_prompt, run
 from sequences import new_sequence
+from subprocesses import python
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 ARRANGEMENTS = (
@@ -54,10 +57,9 @@ def test_what_was_cached_before_does_not_show(model: LoadedModel) -> None:
     assert engine.cache.stats.num_cached_tokens > 0
 
 
-def test_batch_mates_do_not_show(model: LoadedModel) -> None:
-    prompts = [random_prompt(model, length, seed=length) for length in (75, 3, 40)]
+def assert_together_as_alone(model: LoadedModel, engine: Engine, prompts: list[list[int]]) -> None:
+    """Sequences of one engine at once give what each gives alone."""
     alone = [run(Engine(model), prompt, PARAMS) for prompt in prompts]
-    engine = Engine(model, EngineConfig(token_budget=50))
     sequences = [new_sequence(engine, prompt, PARAMS) for prompt in prompts]
     for sequence in sequences:
         engine.add(sequence)
@@ -70,6 +72,20 @@ def test_batch_mates_do_not_show(model: LoadedModel) -> None:
     for sequence, wanted in zip(sequences, alone, strict=True):
         together = Run(sequence, sequence.completion_ids, np.stack(rows[id(sequence)]))
         assert_same(together, wanted, len(wanted.sequence.token_ids))
+
+
+def test_batch_mates_do_not_show(model: LoadedModel) -> None:
+    prompts = [random_prompt(model, length, seed=length) for length in (75, 3, 40)]
+    assert_together_as_alone(model, Engine(model, EngineConfig(token_budget=50)), prompts)
+
+
+def test_branches_of_what_was_computed_do_not_show(model: LoadedModel) -> None:
+    """Two part inside a block while a third goes on with it, as forks do."""
+    prompt = random_prompt(model, 70, seed=17)
+    engine = Engine(model, EngineConfig(token_budget=30))
+    run(engine, prompt, PARAMS)
+    assert_together_as_alone(model, engine, [[*prompt, 1, 2, 3], [*prompt, 4], prompt])
+    assert engine.cache.stats.num_cached_tokens > 0
 
 
 FUSED = ("ministral3", "exaone4", "glm4", "hunyuan_v1_dense", "cohere2", "apertus", "arcee")
@@ -106,3 +122,11 @@ def test_a_recorded_pass_gives_the_bits_of_an_eager_one(model: LoadedModel) -> N
     np.testing.assert_array_equal(captured.view(np.uint32), eager.view(np.uint32))
     assert ops.hidden is not None
     np.testing.assert_array_equal(hidden.view(np.uint32), ops.hidden[::-7].view(np.uint32))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("isa", [isa for isa in _native.usable_isas() if isa != _native.isa])
+def test_instruction_sets_give_the_same_bits(isa: str) -> None:
+    other = python("-m", "families.family_digests", KVIK_ISA=isa)
+    assert other.returncode == 0, other.stderr
+    assert dict(line.split() for line in other.stdout.splitlines()) == digests()
