@@ -32,7 +32,12 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "gemma": {},
     "gemma2": {"query_pre_attn_scalar": 96},
     "gemma3_text": {"query_pre_attn_scalar": 64, "sliding_window_pattern": 6, "num_hidden_layers": 7},
-    "gemma4-e2b": {},
+    # llama.cpp has the last two layers with keys of their own be one with a window and one without.
+    "gemma4-e2b": {
+        "layer_types": [
+            f"{kind}_attention" for kind in ("sliding", "full", "sliding", "full", "sliding", "sliding", "full")
+        ]
+    },
     "gemma4-26b": {},
     "gemma4-12b": {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
     "phi": {},

@@ -33,6 +33,8 @@ GELU_TOLERANCE = 5e-3
 GELU_CASES = [
     name for name, config in GGUF_CASES.items() if read_hf_spec(config, Path(name)).activation.startswith("gelu")
 ]
+GELU_EXPERTS_TOLERANCE = 5e-2
+"""The same of a mixture, where the table's rounding may choose another expert in a later layer."""
 BLOCKS_TOLERANCE = 5e-2
 """The same where weights lie in blocks: llama.cpp rounds the activations beside them to 8 bits, kvik here to 16."""
 
@@ -75,7 +77,8 @@ def test_logits_are_those_of_llama_cpp(name: str, tmp_path: Path, report: Report
     largest, mean_square = float(np.abs(difference).max()), float(np.square(difference).mean())
     report(f"{name}: logits differ by {largest:.1e} at most, by {mean_square**0.5:.1e} in the mean")
     if name in GELU_CASES:
-        assert mean_square**0.5 < GELU_TOLERANCE
+        has_experts = "num_experts" in GGUF_CASES[name]
+        assert mean_square**0.5 < (GELU_EXPERTS_TOLERANCE if has_experts else GELU_TOLERANCE)
     elif "quantization_config" in GGUF_CASES[name]:
         assert mean_square**0.5 < BLOCKS_TOLERANCE
     else:
@@ -85,7 +88,7 @@ def test_logits_are_those_of_llama_cpp(name: str, tmp_path: Path, report: Report
 @pytest.mark.parametrize("name", GELU_CASES)
 def test_all_but_the_mlp_is_exactly_llama_cpp_s(name: str, tmp_path: Path, report: Report) -> None:
     """Families with GELU once more, with MLPs that add nothing."""
-    down = ("mlp.c_proj.weight", "dense_4h_to_h.weight", "down_proj.weight", "fc2.weight")
+    down = ("mlp.c_proj.weight", "dense_4h_to_h.weight", "down_proj.weight", "experts.down_proj", "fc2.weight")
     tensors = {
         stored: np.zeros_like(values) if stored.endswith(down) else values
         for stored, values in tensors_of(GGUF_CASES[name]).items()
