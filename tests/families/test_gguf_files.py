@@ -207,7 +207,7 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Tensor], list[str], str]] = [
     ("gemma3_text", {}, {"dense_2.weight": plain(8, 132)}, [], "dense_2.weight' has no place"),
     ("gemma3_text", {}, {}, ["blk.6.post_ffw_norm.weight"], "'blk.6.post_ffw_norm.weight' is missing"),
     ("gemma4-e2b", {"gemma4.attention.shared_kv_layers": 7}, {}, [], "shared_kv_layers"),
-    ("gemma4-e2b", {"gemma4.attention.shared_kv_layers": 5}, {}, [], "there are none before"),
+    ("gemma4-e2b", {"gemma4.attention.shared_kv_layers": 6}, {}, [], "there are none before"),
     ("gemma4-e2b", {"gemma4.attention.value_length_swa": 8}, {}, [], "16 dimensions in windows, values 8"),
     ("gemma4-e2b", {"gemma4.attention.value_length": 8}, {}, [], "24 dimensions, values 8"),
     ("gemma4-e2b", {"gemma4.feed_forward_length": [170, 0] * 3 + [170]}, {}, [], "numbers in it that no layer"),
