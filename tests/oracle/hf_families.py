@@ -39,6 +39,8 @@ class SavedModel:
 
         def keep(module: Any, arguments: Any, result: tuple[Any, Any, Any]) -> None:
             router_logits, _, chosen = result
+            if type(module).__name__ == "Gemma4TextRouter":  # which gives their softmax
+                router_logits = router_logits.log()
             number, ordered = chosen.shape[-1], router_logits.sort(dim=-1, descending=True).values
             gap = (ordered[:, number - 1] - ordered[:, number]).min() if ordered.shape[1] > number else float("inf")
             found.append((chosen.sort(dim=-1).values.tolist(), float(gap)))

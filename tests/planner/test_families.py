@@ -34,7 +34,8 @@ def test_the_header_is_what_is_held(name: str, tmp_path: Path) -> None:
     assert tensors.held_bytes == every_row - apart + looked_up
     assert tensors.format == "f32"
     assert shape.runs
-    assert shape.rope_token_bytes == sum(8 * rope.num_pairs for rope in spec.ropes)
+    of_queries = 0 if spec.query_scale is None else 4
+    assert shape.rope_token_bytes == sum(8 * rope.num_pairs for rope in spec.ropes) + of_queries
     assert {group.window for group in shape.groups} == {layer.window for layer in spec.layers}
     own = sum(layer.kv_from is None for layer in spec.layers)
     assert sum(group.num_layers for group in shape.groups) == own

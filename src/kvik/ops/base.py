@@ -512,7 +512,7 @@ class Ops(ABC):
         """x * sigmoid(gates): x (T, width), and gates of the same shape or one for each row, (T, 1)."""
         return self.run("gate", x, gates)
 
-    @op(like_first, elementwise(2, 20))
+    @op(like_first, lambda x, curve: Cost(curve.num_bytes, row_bytes=8 * x.width, row_operations=20 * x.width))
     def xielu(self, x: Array, curve: XIELU) -> Array:
         """alpha_p * x**2 + beta * x above 0, alpha_n * (expm1(min(x, eps)) - x) + beta * x elsewhere, item by item."""
         return self.run("xielu", x, curve)
