@@ -30,20 +30,21 @@ class SavedModel:
         """Logits after each token, (T, vocab_size), in one pass."""
         return logits(self.model, token_ids)
 
-    def chosen_experts(self, token_ids: list[int]) -> list[tuple[list[list[int]], float]]:
-        """Of each sparse layer, the experts of each token, and how near an expert came to take another one's place.
+    def chosen_experts(self, token_ids: list[int]) -> list[tuple[list[list[int]], list[float]]]:
+        """Of each sparse layer, the experts of each token, and how near one came to take another one's place.
 
-        That is the least difference of router logits between the last that is chosen and the first that is not.
+        That is the difference of router logits between the last that is chosen and the first that is not.
         """
-        found: list[tuple[list[list[int]], float]] = []
+        found: list[tuple[list[list[int]], list[float]]] = []
 
         def keep(module: Any, arguments: Any, result: tuple[Any, Any, Any]) -> None:
             router_logits, _, chosen = result
             if type(module).__name__ == "Gemma4TextRouter":  # which gives their softmax
                 router_logits = router_logits.log()
             number, ordered = chosen.shape[-1], router_logits.sort(dim=-1, descending=True).values
-            gap = (ordered[:, number - 1] - ordered[:, number]).min() if ordered.shape[1] > number else float("inf")
-            found.append((chosen.sort(dim=-1).values.tolist(), float(gap)))
+            has_others = ordered.shape[1] > number
+            gaps = ordered[:, number - 1] - ordered[:, number] if has_others else ordered[:, 0] * 0 + float("inf")
+            found.append((chosen.sort(dim=-1).values.tolist(), gaps.tolist()))
 
         routers = [module for name, module in self.model.named_modules() if type(module).__name__.endswith("Router")]
         hooks = [router.register_forward_hook(keep) for router in routers]

@@ -27,6 +27,8 @@ from oracle.hf_llama import FloatArray, continue_greedily, hidden_states
 from oracle.teacher_forcing import teacher_forced
 
 TOLERANCE = 1e-4
+LAYER_EMBEDDINGS_TOLERANCE = 3e-4
+"""With embeddings of layers (Gemma 4 E2B), where rounding grows: kvik's reference, in float64, is 2.1e-4 away too."""
 CHUNKS = ((512,), (37, 64, 1, 100), (1,))  # prefill at once, prefill in chunks, decode
 NUM_NEW_TOKENS = 32
 
@@ -46,7 +48,8 @@ def test_logits(saved: SavedModel, report: Report) -> None:
         found = [teacher_forced(decoder, token_ids, kv_dtype="f32", chunks=chunks) for chunks in CHUNKS]
         errors[ops.name] = max(float(np.abs(rows - expected).max()) for rows in found)
     report("largest difference of a logit: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
-    assert max(errors.values()) < TOLERANCE
+    has_layer_embeddings = saved.config.get("hidden_size_per_layer_input")
+    assert max(errors.values()) < (LAYER_EMBEDDINGS_TOLERANCE if has_layer_embeddings else TOLERANCE)
 
 
 class ChosenExperts(TracingOps):
@@ -65,16 +68,17 @@ class ChosenExperts(TracingOps):
 
 
 def test_the_same_experts_are_chosen(saved: SavedModel, report: Report) -> None:
-    """Of routers none of whose choices are near: where they are, any rounding may choose others."""
+    """Up to the first token that chooses between experts that are near: there any rounding may choose others."""
     token_ids = random_ids(NUM_TOKENS)
     decoder = load_model(saved.folder, FloatOps()).decoder
     if decoder.spec.experts is None:
         return
     expected = saved.chosen_experts(token_ids)
     assert len(expected) == sum(layer.sparse for layer in decoder.spec.layers)
-    nearest = min(gap for _, gap in expected)
-    report(f"nearest choice: router logits {nearest:.1e} apart")
-    assert nearest > TOLERANCE
+    nearest = [min(of_layers) for of_layers in zip(*(gaps for _, gaps in expected), strict=True)]
+    clear = next((token for token, gap in enumerate(nearest) if gap < TOLERANCE), NUM_TOKENS)
+    report(f"nearest choice: router logits {min(nearest):.1e} apart; {clear} of {NUM_TOKENS} tokens compared")
+    assert clear >= 100
     spec, ops, positions = decoder.spec.kv_spec("f32"), ChosenExperts(decoder), np.arange(NUM_TOKENS, dtype=np.int32)
     num_blocks = spec.pool_blocks_for(NUM_TOKENS)
     batch = Batch.in_blocks(
@@ -86,7 +90,7 @@ def test_the_same_experts_are_chosen(saved: SavedModel, report: Report) -> None:
         num_groups=len(spec.groups),
     )
     decoder.forward(batch, decoder.ops.allocate_kv(spec, num_blocks), ops)
-    assert ops.chosen == [chosen for chosen, _ in expected]
+    assert [chosen[:clear] for chosen in ops.chosen] == [chosen[:clear] for chosen, _ in expected]
 
 
 def test_embeddings(saved: SavedModel, report: Report) -> None:
