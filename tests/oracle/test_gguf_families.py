@@ -88,8 +88,10 @@ def test_logits_are_those_of_llama_cpp(name: str, tmp_path: Path, report: Report
 @pytest.mark.parametrize("name", GELU_CASES)
 def test_all_but_the_mlp_is_exactly_llama_cpp_s(name: str, tmp_path: Path, report: Report) -> None:
     """Families with GELU once more, with MLPs, experts and layers' embeddings that add nothing."""
-    down = ("mlp.c_proj.weight", "dense_4h_to_h.weight", "down_proj.weight", "experts.down_proj", "fc2.weight")
-    down = (*down, "per_layer_projection.weight")
+    down = (
+        *("mlp.c_proj.weight", "dense_4h_to_h.weight", "down_proj.weight", "fc2.weight", "experts.down_proj"),
+        "per_layer_projection.weight",
+    )
     tensors = {
         stored: np.zeros_like(values) if stored.endswith(down) else values
         for stored, values in tensors_of(GGUF_CASES[name]).items()
