@@ -30,7 +30,9 @@ TOLERANCE = 1e-4
 NEAR_CHOICE = 1e-5
 """Between logits of a router, whose rounding is a tenth of that."""
 LAYER_EMBEDDINGS_TOLERANCE = 3e-4
-"""With embeddings of layers (Gemma 4 E2B), where rounding grows: kvik's reference, in float64, is 2.1e-4 away too."""
+"""With embeddings of layers (Gemma 4 E2B): one row of 270 is 2.4e-4 away, from transformers in float64 too."""
+MEDIAN_TOLERANCE = 5e-5
+"""Of the largest difference of each row, in every family."""
 CHUNKS = ((512,), (37, 64, 1, 100), (1,))  # prefill at once, prefill in chunks, decode
 NUM_NEW_TOKENS = 32
 
@@ -49,6 +51,7 @@ def test_logits(saved: SavedModel, report: Report) -> None:
         decoder = load_model(saved.folder, ops).decoder
         found = [teacher_forced(decoder, token_ids, kv_dtype="f32", chunks=chunks) for chunks in CHUNKS]
         errors[ops.name] = max(float(np.abs(rows - expected).max()) for rows in found)
+        assert max(float(np.median(np.abs(rows - expected).max(axis=1))) for rows in found) < MEDIAN_TOLERANCE
     report("largest difference of a logit: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
     has_layer_embeddings = saved.config.get("hidden_size_per_layer_input")
     assert max(errors.values()) < (LAYER_EMBEDDINGS_TOLERANCE if has_layer_embeddings else TOLERANCE)
