@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import threading
 import time
@@ -405,6 +406,30 @@ def test_a_full_store_costs_no_copies_for_a_while() -> None:
     assert engine.tier.stats.num_dropped_blocks >= dropped + 8
     assert store.blocks == {}
     engine.close_store()
+
+
+def test_a_closed_store_writes_no_more_than_the_block_under_way(caplog: pytest.LogCaptureFixture) -> None:
+    class SlowStore(DictStore):
+        """One whose first block takes until its writer is being closed."""
+
+        def put(self, block: StoredBlock) -> bool:
+            while not writer._is_closing:
+                time.sleep(0.001)
+            return super().put(block)
+
+    store = SlowStore()
+    engine = an_engine(store)
+    tier = engine.tier
+    assert tier is not None
+    writer = tier._writer
+    run(engine, new(engine))
+    tier.save(math.inf)
+    engine.close_store(0.0)
+    assert writer._thread is not None
+    writer._thread.join(30)
+    assert not writer._thread.is_alive()
+    assert len(store.blocks) <= 1
+    assert "the rest is not stored" in caplog.text
 
 
 def test_an_engine_that_is_forgotten_writes_what_it_has_and_leaves_no_thread() -> None:

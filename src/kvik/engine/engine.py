@@ -223,7 +223,8 @@ class Engine:
         """Write what is to be stored, waiting so many seconds for that, and use the store no more."""
         tier = self.tier
         if tier is not None:
-            self.flush_store(seconds)
+            if not self.flush_store(seconds):
+                log.warning("the store did not take every block within %g s: the rest is not stored", seconds)
             with self._exclusive(), self._changing():
                 tier.close()
                 self.tier = self.scheduler.tier = None

@@ -106,7 +106,7 @@ class StoreTier:
         self._known: dict[Digest, None] = {}  # stored, as far as is known; the oldest first
         self._reader = BlockReader(store)
         self._writer = BlockWriter(store)
-        finalize(self, _end, store, self._reader, self._writer).atexit = False
+        finalize(self, _abandon, store, self._reader, self._writer).atexit = False
         self._saved_s = 0.0  # time for copies that steps have left
         self._work_s = 0.0  # of the writer, as far as it is accounted for
         self._was_idle = True  # since the last step
@@ -306,10 +306,12 @@ class StoreTier:
         self._pending.clear()
 
     def close(self) -> None:
-        """End the threads, and the store with them."""
+        """End the threads and the store; what is not written yet never will be."""
         for sequence, loading in list(self._loads.items()):
             self._end(sequence, loading)
-        _end(self.store, self._reader, self._writer)
+        self._reader.close()
+        self._writer.close()
+        self.store.close()
 
     def _keep_all(self, block_ids: Iterable[int]) -> list[Digest]:
         while len(self._known) > MAX_KNOWN:
@@ -350,9 +352,10 @@ class StoreTier:
         self._writer.put(StoredBlock(digest, parent, first_position, tokens, payload), done)
 
 
-def _end(store: Store, reader: BlockReader, writer: BlockWriter) -> None:
+def _abandon(store: Store, reader: BlockReader, writer: BlockWriter) -> None:
+    """A tier that nobody closed is gone: its blocks are written, for they were never given up."""
     reader.close()
-    writer.close()
+    writer.end()
     store.close()
 
 

@@ -26,6 +26,9 @@ NUM_READERS = 2
 EXIT_S = 10.0
 """That the end of the process waits for blocks to be written."""
 
+LAST_BLOCK_S = 5.0
+"""That closing a writer waits for the block that is being written."""
+
 NICENESS = 10
 """Of the writer, so that it takes what the engine leaves."""
 
@@ -87,11 +90,19 @@ class BlockWriter:
                     return False
         return True
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End the thread after what is queued; nothing may follow."""
         with self._changed:
             self._is_closing, self._idle = True, None
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread after the block that it writes now, which is waited for; what is queued is not written."""
+        with self._changed:
+            self._jobs.clear()
+        self.end()
+        if not self.flush(LAST_BLOCK_S):
+            log.warning("a block is still being written %g s after the store was closed", LAST_BLOCK_S)
 
     def _queue(self, job: Callable[[], None], num_bytes: int) -> None:
         with self._changed:
