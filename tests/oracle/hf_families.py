@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -29,6 +31,21 @@ class SavedModel:
     def logits(self, token_ids: list[int]) -> FloatArray:
         """Logits after each token, (T, vocab_size), in one pass."""
         return logits(self.model, token_ids)
+
+    def exact_logits(self, token_ids: list[int]) -> FloatArray:
+        """The same in float64 throughout: norms, angles and softmax too, which transformers has in float32 always."""
+        model = copy.deepcopy(self.model).double()
+        to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+
+        def to_float64(tensor: Any, *arguments: Any, **options: Any) -> Any:
+            wanted = [torch.float64 if each is torch.float32 else each for each in arguments]
+            return to(tensor, *wanted, **{k: torch.float64 if v is torch.float32 else v for k, v in options.items()})
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", to_float64)
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+            patch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
+            return logits(model, token_ids)
 
     def chosen_experts(self, token_ids: list[int]) -> list[tuple[list[list[int]], list[float]]]:
         """Of each sparse layer, the experts of each token, and how near one came to take another one's place.

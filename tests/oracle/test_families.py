@@ -29,8 +29,6 @@ from oracle.teacher_forcing import teacher_forced
 TOLERANCE = 1e-4
 NEAR_CHOICE = 1e-5
 """Between logits of a router, whose rounding is a tenth of that."""
-LAYER_EMBEDDINGS_TOLERANCE = 3e-4
-"""With embeddings of layers (Gemma 4 E2B): one row of 270 is 2.4e-4 away, from transformers in float64 too."""
 MEDIAN_TOLERANCE = 5e-5
 """Of the largest difference of each row, in every family."""
 CHUNKS = ((512,), (37, 64, 1, 100), (1,))  # prefill at once, prefill in chunks, decode
@@ -44,7 +42,10 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_logits(saved: SavedModel, report: Report) -> None:
     token_ids = random_ids(NUM_TOKENS)
-    expected = saved.logits(token_ids)
+    # With embeddings of layers (Gemma 4 E2B), the angles that transformers rounds to float32 move its own logits by
+    # 2.2e-4, which is more than the tolerance: what counts there is the distance from exact arithmetic.
+    is_sensitive = bool(saved.config.get("hidden_size_per_layer_input"))
+    expected = saved.exact_logits(token_ids) if is_sensitive else saved.logits(token_ids)
     assert expected.std() > 0.5
     errors = {}
     for ops in (FloatOps(), FloatReference()):
@@ -53,8 +54,7 @@ def test_logits(saved: SavedModel, report: Report) -> None:
         errors[ops.name] = max(float(np.abs(rows - expected).max()) for rows in found)
         assert max(float(np.median(np.abs(rows - expected).max(axis=1))) for rows in found) < MEDIAN_TOLERANCE
     report("largest difference of a logit: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
-    has_layer_embeddings = saved.config.get("hidden_size_per_layer_input")
-    assert max(errors.values()) < (LAYER_EMBEDDINGS_TOLERANCE if has_layer_embeddings else TOLERANCE)
+    assert max(errors.values()) < TOLERANCE
 
 
 class ChosenExperts(TracingOps):
