@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf_files import tiny_llama
 from kvik.engine.engine import Engine
 from kvik.errors import NotEnoughMemory
+from kvik.hub.progress import Progress, silent
 from kvik.models import loader
 from kvik.models.gguf_source import GGUFSource
 from kvik.models.loader import LoadedModel, load_model
@@ -162,8 +163,8 @@ def test_matrices_one_by_one_are_never_all_held() -> None:
 # Larger than memory.
 
 
-def load(path: Path, folder: Path | None) -> LoadedModel:
-    return load_model(path, NativeOps("int8", threads=2), packed_cache=folder)
+def load(path: Path, folder: Path | None, progress: Progress = silent) -> LoadedModel:
+    return load_model(path, NativeOps("int8", threads=2), packed_cache=folder, progress=progress)
 
 
 def logits_of(model: LoadedModel) -> FloatArray:
@@ -179,8 +180,10 @@ def test_what_memory_does_not_hold_stays_in_the_file(
     with pytest.raises(NotEnoughMemory, match="the weights take") as caught:
         load(path, None)
     assert "--packed-cache" in caught.value.hint
+    told = []
     with caplog.at_level(logging.WARNING):
-        model = load(path, folder)
+        model = load(path, folder, lambda what, done, total: told.append((what.partition(": ")[2], done, total)))
+    assert max(done / total for what, done, total in told if what == "loading") == 1, "each is packed once"
     assert "they stay in" in caplog.text
     assert "slower" in caplog.text
     np.testing.assert_array_equal(logits_of(model), wanted)

@@ -149,7 +149,7 @@ class GGUFSource:
         self._total_bytes = sum(tensor.num_bytes for tensor in self._matrices().values())
         self._piece_bytes = min(max(self._total_bytes // 128, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
         self._done_bytes = 0
-        self._asked_bytes = 0  # of the file
+        self._asked = 0, 0  # from where to where in the file
 
     @property
     def num_bytes(self) -> int:
@@ -199,21 +199,22 @@ class GGUFSource:
         step = self._piece_bytes // row_bytes // ROWS_TOGETHER * ROWS_TOGETHER or ROWS_TOGETHER
         for start in range(0, num_rows, step):
             piece = rows_of(tensor, start, min(start + step, num_rows))
-            self._ask_for(piece.offset + piece.num_bytes + AHEAD_BYTES)
+            self._ask_for(piece.offset, piece.offset + piece.num_bytes + AHEAD_BYTES)
             yield piece.data
             self.file.drop_pages(piece)
             self._done_bytes += piece.num_bytes
             self._progress(f"{self.file.path.name}: loading", self._done_bytes, self._total_bytes)
 
-    def _ask_for(self, end: int) -> None:
-        """Have the system read the file up to there, but for a table that stays in it, while others are packed."""
-        if self.file.mapped is None or end <= self._asked_bytes + AHEAD_BYTES // 4:
+    def _ask_for(self, start: int, end: int) -> None:
+        """Have the system read this part of the file, but for a table that stays in it, while others are packed."""
+        from_, asked = self._asked if self._asked[0] <= start <= self._asked[1] else (start, start)
+        if self.file.mapped is None or end <= asked + AHEAD_BYTES // 4:
             return
         table = self.tensors.get(LAYER_EMBEDDINGS)
         first, last = (end, end) if table is None else (table.offset, table.offset + table.num_bytes)
-        for start, stop in ((self._asked_bytes, min(end, first)), (max(self._asked_bytes, last), end)):
-            self.file.mapped.ask_for(start, stop - start)
-        self._asked_bytes = end
+        for begin, stop in ((asked, min(end, first)), (max(asked, last), end)):
+            self.file.mapped.ask_for(begin, stop - begin)
+        self._asked = from_, end
 
 
 def find_tensors(file: GGUFFile, spec: DecoderSpec) -> Mapping[str, GGUFTensor]:

@@ -25,6 +25,7 @@ from kvik.store.base import Fault
 from kvik.store.entry import BadEntry
 from kvik.store.fingerprints import are_settled, fingerprint_of, remembered_fingerprint, states_of
 from kvik.store.packed import (
+    DATA_START,
     PAGE_BYTES,
     PackedHeader,
     PackedMatrix,
@@ -114,17 +115,17 @@ class PackedCache:
             path = self._path_of(fingerprint)
             sweep_packed(self.folder, PACKED_VERSION)
             if not os.path.lexists(path):
-                disk.write_whole(str(path), self._parts(matrices, source, fingerprint))
+                self._write(path, matrices, source, fingerprint)
         except OSError as error:
             log.warning("%s: packed weights are not kept: %s", self.folder, error.strerror)
 
     # Reading.
 
     def _checked(self, file: int, path: Path, kinds: Kinds, *, on_demand: bool) -> dict[str, Weight]:
-        header, start, num_bytes = read_header(file, PACKED_VERSION)
+        header, data_end, num_bytes = read_header(file, PACKED_VERSION)
         if name_of(header.key, PACKED_VERSION) != path.name:
             raise BadEntry(Fault.SCOPE)
-        places = _places(self.ops, kinds, start)
+        places = _places(self.ops, kinds, DATA_START)
         if [(each.name, each.kind, each.rows, each.columns) for each in header.matrices] != [
             (place.name, *kinds[place.name]) for place in places
         ]:
@@ -132,15 +133,15 @@ class PackedCache:
         quantization = noted_quantization(header.notes)
         if (quantization is None) != (self.weights is None):
             raise BadEntry(Fault.FIELDS)
-        if places[-1].end != num_bytes:
+        if places[-1].end != data_end:
             raise BadEntry(Fault.SIZE)
         mapped = self.ops.map_packed(file, num_bytes, on_demand=on_demand)
-        advance = self._advance(f"{self.model.name}: checking packed weights", num_bytes - start)
-        asked = start
+        advance = self._advance(f"{self.model.name}: checking packed weights", data_end - DATA_START)
+        asked = DATA_START
         found: dict[str, Weight] = {}
         for each, place in zip(header.matrices, places, strict=True):
             weight = mapped.weight(each.kind, each.rows, each.columns, place.start)
-            while asked < min(place.start + weight.num_bytes + AHEAD_BYTES, num_bytes):
+            while asked < min(place.start + weight.num_bytes + AHEAD_BYTES, data_end):
                 os.posix_fadvise(file, asked, ASK_BYTES, os.POSIX_FADV_WILLNEED)
                 asked += ASK_BYTES
             if self.ops.checksums(weight) != each.checksums:
@@ -159,30 +160,38 @@ class PackedCache:
 
     # Writing.
 
-    def _parts(
-        self, matrices: Mapping[str, Weight], source: FileSource, fingerprint: bytes
-    ) -> Iterator[bytes | memoryview]:
+    def _write(self, path: Path, matrices: Mapping[str, Weight], source: FileSource, fingerprint: bytes) -> None:
         kinds = source.kinds()
-        places = _places(self.ops, kinds, 0)
-        packed, data_bytes = [], places[-1].end
-        advance = self._advance(f"{self.model.name}: adding up packed weights", data_bytes)
-        for place in places:
-            packed.append(PackedMatrix(place.name, *kinds[place.name], self.ops.checksums(matrices[place.name])))
-            advance(place.num_bytes)
+        places = _places(self.ops, kinds, DATA_START)
+        data_bytes = places[-1].end - DATA_START
         free_bytes = shutil.disk_usage(self.folder).free
         if free_bytes < data_bytes:
             raise OSError(0, f"they take {amount(data_bytes)}, the disk has {amount(free_bytes)}")
-        quantization = source.quantization
-        notes = None if quantization is None else asdict(quantization)
-        header = PackedHeader(self._key(fingerprint), str(self.model.absolute()), notes, packed)
-        yield encode_header(header, PACKED_VERSION, data_bytes)
+        packed: list[PackedMatrix] = []
         advance = self._advance(f"{self.model.name}: keeping packed weights", data_bytes)
-        for place, end in zip(places, [*(each.start for each in places[1:]), data_bytes], strict=True):
-            data = packed_data(matrices[place.name])
-            for at in range(0, len(data), PIECE_BYTES):
-                yield data[at : at + PIECE_BYTES]
-                advance(len(data[at : at + PIECE_BYTES]))
-            yield bytes(end - place.start - len(data))
+
+        def around() -> tuple[bytes, bytes]:
+            quantization = source.quantization
+            notes = None if quantization is None else asdict(quantization)
+            header = PackedHeader(self._key(fingerprint), str(self.model.absolute()), notes, packed)
+            return encode_header(header, PACKED_VERSION, data_bytes)
+
+        def parts() -> Iterator[bytes | memoryview]:
+            """In one pass: a matrix may be packed just when it is asked for."""
+            at = 0
+            for place in places:
+                yield bytes(place.start - at)
+                weight = matrices[place.name]
+                packed.append(PackedMatrix(place.name, *kinds[place.name], self.ops.checksums(weight)))
+                data = packed_data(weight)
+                for start in range(0, len(data), PIECE_BYTES):
+                    yield data[start : start + PIECE_BYTES]
+                    advance(len(data[start : start + PIECE_BYTES]))
+                at = place.start + len(data)
+            yield bytes(places[-1].end - at)
+            yield around()[1]
+
+        disk.write_whole(str(path), parts(), lambda: around()[0])
 
     # Both.
 

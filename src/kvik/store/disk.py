@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,17 +36,21 @@ def make_private(folder: Path) -> None:
         )
 
 
-def write_whole(path: str, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file; whoever reads meanwhile finds what was there before. Raises `OSError`."""
+def write_whole(path: str, parts: Iterable[bytes | memoryview], beginning: Callable[[], bytes] | None = None) -> None:
+    """Write a file; whoever reads meanwhile finds what was there before. Raises `OSError`.
+
+    `beginning` is asked when all parts are written, and takes the place of the first bytes.
+    """
     folder, name = os.path.split(path)
     partial = os.path.join(folder, f"{PARTIAL}{name}.{os.getpid()}.{next(_numbers)}")
     file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:
             for part in parts:
-                left = memoryview(part)
-                while len(left):
-                    left = left[os.write(file, left) :]
+                _write(file, part)
+            if beginning is not None:
+                os.lseek(file, 0, os.SEEK_SET)
+                _write(file, beginning())
         finally:
             os.close(file)
         os.rename(partial, path)
@@ -54,6 +58,12 @@ def write_whole(path: str, parts: Iterable[bytes | memoryview]) -> None:
         with suppress(OSError):
             os.unlink(partial)
         raise
+
+
+def _write(file: int, data: bytes | memoryview) -> None:
+    left = memoryview(data)
+    while len(left):
+        left = left[os.write(file, left) :]
 
 
 def open_regular(path: str) -> int:

@@ -1,4 +1,4 @@
-"""Files of packed weights: what stands before the weights, and the folder that they lie in; see docs/models.md."""
+"""Files of packed weights: what stands around the weights, and the folder that they lie in; see docs/models.md."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from kvik.store.sweep import STALE_S
 log = logging.getLogger(__name__)
 
 MAGIC = b"KVIKPACK"
-FILE_VERSION = 1
+FILE_VERSION = 2
 PAGE_BYTES = 4096
+DATA_START = PAGE_BYTES
 MAX_PACKED_HEADER_BYTES = 1 << 24
 MAX_PACKED_MATRICES = 1 << 16
 SUFFIX = ".packed"
 
 _FIXED = Struct("<8sIIQQ")  # magic, version of the file, version of the packed layout, bytes of JSON, bytes of the file
 _DIGEST_BYTES = 16
-_JSON_AT = _FIXED.size + _DIGEST_BYTES
+_BEGINNING_BYTES = _FIXED.size + _DIGEST_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,34 +71,37 @@ def name_of(key: str, layout_version: int) -> str:
     return f"{layout_version}-{key}{SUFFIX}"
 
 
-def encode_header(header: PackedHeader, layout_version: int, data_bytes: int) -> bytes:
-    """What stands before `data_bytes` of data, whole pages."""
+def encode_header(header: PackedHeader, layout_version: int, data_bytes: int) -> tuple[bytes, bytes]:
+    """What stands before and behind `data_bytes` of data, which begin at `DATA_START`.
+
+    The matrices' checksums are known when all are written, so they stand behind.
+    """
     matrices = [[each.name, each.kind, each.rows, each.columns, list(each.checksums)] for each in header.matrices]
     fields = {"key": header.key, "model": header.model, "notes": header.notes, "matrices": matrices}
     text = json.dumps(fields, separators=(",", ":")).encode()
-    start = _data_start(len(text))
-    fixed = _FIXED.pack(MAGIC, FILE_VERSION, layout_version, len(text), start + data_bytes)
-    return (fixed + _digest(fixed, text) + text).ljust(start, b"\0")
+    fixed = _FIXED.pack(MAGIC, FILE_VERSION, layout_version, len(text), DATA_START + data_bytes + len(text))
+    return fixed + _digest(fixed, text), text
 
 
 def read_header(file: int, layout_version: int) -> tuple[PackedHeader, int, int]:
-    """A file's header, where its data starts and how long the file is. Raises `OSError`, `BadEntry`."""
+    """A file's header, where its data ends and how long the file is. Raises `OSError`, `BadEntry`."""
     num_bytes = os.fstat(file).st_size
-    fixed = os.pread(file, _JSON_AT, 0)
-    if len(fixed) < _JSON_AT:
+    fixed = os.pread(file, _BEGINNING_BYTES, 0)
+    if len(fixed) < _BEGINNING_BYTES:
         raise BadEntry(Fault.SIZE)
     magic, version, of_layout, json_bytes, file_bytes = _FIXED.unpack_from(fixed)
     if magic != MAGIC:
         raise BadEntry(Fault.MAGIC)
     if (version, of_layout) != (FILE_VERSION, layout_version):
         raise BadEntry(Fault.VERSION)
-    if file_bytes != num_bytes or json_bytes > MAX_PACKED_HEADER_BYTES or _data_start(json_bytes) > num_bytes:
+    if file_bytes != num_bytes or json_bytes > MAX_PACKED_HEADER_BYTES or DATA_START + json_bytes > num_bytes:
         raise BadEntry(Fault.SIZE)
-    text = os.pread(file, json_bytes, _JSON_AT)
+    data_end = num_bytes - json_bytes
+    text = os.pread(file, json_bytes, data_end)
     if _digest(fixed[: _FIXED.size], text) != fixed[_FIXED.size :]:
         raise BadEntry(Fault.TAG)
     try:
-        return _header(json.loads(text)), _data_start(json_bytes), num_bytes
+        return _header(json.loads(text)), data_end, num_bytes
     except (ValueError, RecursionError):
         raise BadEntry(Fault.FIELDS) from None
 
@@ -167,10 +171,6 @@ def _matrix(fields: Any) -> PackedMatrix:
 
 def _digest(fixed: bytes, text: bytes) -> bytes:
     return blake2b(fixed + text, digest_size=_DIGEST_BYTES).digest()
-
-
-def _data_start(json_bytes: int) -> int:
-    return -(-(_JSON_AT + json_bytes) // PAGE_BYTES) * PAGE_BYTES
 
 
 def _is_number(text: str) -> bool:
