@@ -12,7 +12,7 @@ LLAMA_CPP_FLAGS := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle test-clients sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp bench-bars bench-experts soak serve-soak docs goldens format stubs clean
+.PHONY: help demo tiny test test-rest test-all nightly plant-faults check test-oracle test-clients sanitize sanitize-address sanitize-thread sanitize-whole benchmarks bench bench-engine bench-peers bench-llama-cpp bench-bars bench-experts soak serve-soak docs reference pictures goldens format stubs clean
 
 help:
 	@echo "Start:"
@@ -41,7 +41,9 @@ help:
 	@echo "  make bench-experts   three mixtures of experts of random weights next to llama.cpp (10 GB of disk)"
 	@echo
 	@echo "Write:"
-	@echo "  make docs            the sample page of kvik explain, docs/explain.html, and the README's picture of it"
+	@echo "  make docs            the documentation as a site, build/site, which needs no network"
+	@echo "  make reference       docs/reference from the program; a test tells when it is not current"
+	@echo "  make pictures        the sample page of kvik explain, docs/explain.html, and the pictures of the documents"
 	@echo "  make goldens         what transformers makes of the small checkpoints in tests/families, kept for the tests without torch"
 	@echo "  make format          reformat Python and C++"
 	@echo "  make stubs           rewrite the native module's stub"
@@ -145,7 +147,15 @@ bench-engine: $(VENV)/.installed
 	$(call say,A prompt seen before$(,) after a restart)
 	$(VENV)/bin/python bench/restart.py
 
-docs: $(VENV)/.tests-installed
+docs: reference $(VENV)/.docs-installed
+	$(call say,The site$(,) strict: build/site/index.html)
+	$(VENV)/bin/zensical build --clean --strict
+
+reference: $(VENV)/.tests-installed
+	$(call say,docs/reference$(,) from the program)
+	$(VENV)/bin/python docs/make_reference.py
+
+pictures: $(VENV)/.tests-installed
 	$(call say,Fetch the default model once)
 	$(VENV)/bin/kvik models pull smollm2
 	$(call say,The sample page)
@@ -253,6 +263,11 @@ $(VENV)/.tests-installed: $(VENV)/.installed
 $(VENV)/.check-installed: $(VENV)/.installed
 	$(call say,Install the checkers)
 	$(VENV)/bin/pip install -q 'kvik[check]'
+	@touch $@
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(call say,Install the site builder)
+	$(VENV)/bin/pip install -q 'kvik[docs]'
 	@touch $@
 
 # kvik, once compiled, and what its tests need come from $(VENV). One of an older kind is made anew.

@@ -18,6 +18,7 @@
     ├── RequestsFailed          some of several requests failed; it has the completions of the others
     ├── RemoteError             a server that kvik asked cannot be reached, refuses, fails or breaks off
     ├── StepFailed              the step that computed the request failed, or was interrupted half way
+    ├── EngineHung              a step takes so long that it will hardly ever end
     └── EngineDead              the engine has ended; nothing more will come
 
 Each carries one line that names the thing with its numbers, and a `hint` that says what to do about it.

@@ -16,6 +16,7 @@ from subprocesses import python
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "planning.md"
+NAMES = ROOT / "docs" / "reference" / "plan-json.md"
 PRINTED = [
     (command, output)
     for path in (DOCS, ROOT / "README.md")
@@ -150,13 +151,13 @@ def test_json_has_bytes_as_whole_numbers(kvik: Kvik, example: str) -> None:
 
 
 def test_json_names_are_those_of_the_documentation(kvik: Kvik) -> None:
-    """A name that goes, comes or changes has to be told in docs/planning.md."""
+    """A name that goes, comes or changes has to be told in docs/reference/plan-json.md."""
     arguments = "gemma-3-27b --context 4096 --users 100 --device h100 --json"
     report = json.loads(kvik("plan", *shlex.split(arguments)).stdout)
     types = re.compile(r"^(kv|weights)\.(f32|f16|int8|bf16|q\w+)\.")
     names = {types.sub(r"\1.TYPE.", name) for name, _ in leaves(report)}
     names = {re.sub(r"^speed\.(decode|prefill)\.", "speed.PHASE.", name) for name in names}
-    text = DOCS.read_text(encoding="utf-8")
+    text = NAMES.read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `([\w.\[\]]+)` \|", text, re.MULTILINE))
     assert names == listed
 

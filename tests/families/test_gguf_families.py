@@ -117,7 +117,7 @@ def test_every_architecture_has_a_case() -> None:
 
 
 def test_every_architecture_is_documented() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "model-files.md").read_text(encoding="utf-8")
     section = text.split("## GGUF files")[1].split("\n## ")[0]
     named = [name for line in section.splitlines() if line.startswith("| `") for name in re.findall("`(.+?)`", line)]
     assert sorted(named) == sorted(ARCHITECTURES)

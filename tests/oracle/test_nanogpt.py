@@ -1,4 +1,4 @@
-"""A nanoGPT checkpoint, saved by the lines of docs/models.md: kvik's logits are those of nanoGPT's own arithmetic."""
+"""A nanoGPT checkpoint, saved as docs/model-files.md does: kvik's logits are those of nanoGPT's own arithmetic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvik.models.loader import load_model
 from kvik.ops.native import NativeOps
 from models import run
 
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+DOCS = Path(__file__).parents[2] / "docs" / "model-files.md"
 LAYERS, HEADS, WIDTH, CONTEXT, VOCAB = 3, 4, 64, 96, 300
 PROMPT = [(index * 37 + 5) % 259 for index in range(60)]
 

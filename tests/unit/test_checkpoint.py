@@ -451,7 +451,7 @@ def test_mingpt_has_a_head_of_its_own_and_another_gelu(tmp_path: Path) -> None:
 def test_the_documented_tokenizer_of_single_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     characters = "\n !$&',-.3:;?" + string.ascii_letters
     stoi = {character: index for index, character in enumerate(sorted(characters))}
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "model-files.md").read_text()
     code = re.search(r"```python\n(from tokenizers.*?)```", text, re.DOTALL)
     assert code is not None
     config = nano_config(vocab_size=len(stoi))

@@ -1,4 +1,4 @@
-"""What `kvik plan --json` prints: names that stay (docs/planning.md), bytes as whole numbers."""
+"""What `kvik plan --json` prints: names that stay (docs/reference/plan-json.md), bytes as whole numbers."""
 
 from __future__ import annotations
 

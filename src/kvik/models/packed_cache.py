@@ -1,4 +1,4 @@
-"""Packed weights kept in files, so that the next start maps them instead of packing again; see docs/models.md."""
+"""Packed weights kept in files, so that the next start maps them instead of packing again; see docs/model-files.md."""
 
 from __future__ import annotations
 

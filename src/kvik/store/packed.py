@@ -1,4 +1,4 @@
-"""Files of packed weights: what stands around the weights, and the folder that they lie in; see docs/models.md."""
+"""Files of packed weights: what stands around the weights, and the folder that they lie in; see docs/model-files.md."""
 
 from __future__ import annotations
 
