@@ -1,6 +1,4 @@
 // Mixtures of experts: rows are grouped by the experts that they chose, and each expert's are one product.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <bitset>
 #include <cstddef>
@@ -9,6 +7,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "pages.h"
 #include "prepared_rows.h"
 
 namespace kvik {
@@ -158,17 +157,12 @@ Grouped group_rows(ThreadPool &pool, ExpertsSpace &space, int64_t num_tokens, co
 
 // Has the system read an expert's pages while others are computed.
 void ask_for(const Expert &expert) {
-  for (const Linear &linear : {expert.gate, expert.up, expert.down}) {
-    if (!linear.matrix) continue;
-    const auto start = reinterpret_cast<std::uintptr_t>(linear.matrix->data.get());
-    const auto page = start & ~std::uintptr_t{WeightArena::kPage - 1};
-    madvise(reinterpret_cast<void *>(page), start - page + static_cast<std::size_t>(linear.matrix->num_bytes),
-            MADV_WILLNEED);
-  }
+  for (const Linear &linear : {expert.gate, expert.up, expert.down})
+    if (linear.matrix) ask_for_pages(linear.matrix->data.get(), linear.matrix->num_bytes);
 }
 
 // Those that are chosen; and of the next layer those that it chose last, as neighbouring tokens often choose alike.
-void ask_for_pages(ExpertsSpace &space, const Grouped &grouped, int layer) {
+void ask_for_chosen(ExpertsSpace &space, const Grouped &grouped, int layer) {
   const auto at = static_cast<std::size_t>(layer);
   if (at >= space.last_chosen.size()) space.last_chosen.resize(at + 1);
   std::vector<const Expert *> &chosen = space.last_chosen[at];
@@ -186,7 +180,7 @@ void run_experts(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const
   const std::span<const Expert> experts = mixture.experts;
   ExpertsSpace &space = workspace.experts;
   const Grouped grouped = group_rows(pool, space, in.num_tokens, logits, mixture.routing, experts);
-  if (experts[0].up.matrix->on_demand) ask_for_pages(space, grouped, mixture.layer);
+  if (experts[0].up.matrix->on_demand) ask_for_chosen(space, grouped, mixture.layer);
   bool quantizes_x = false, quantizes_hidden = false, floats = false;
   for (const auto &[expert, first, count] : grouped.experts) {
     for (const Linear &linear : {expert->gate, expert->up}) {

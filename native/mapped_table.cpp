@@ -1,19 +1,6 @@
 #include "mapped_table.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include <cstddef>
-
 namespace kvik {
-
-void MappedTable::ask_for(int64_t index) const {
-#ifdef MADV_WILLNEED
-  static const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto start = reinterpret_cast<std::uintptr_t>(row(index)), first = start / page * page;
-  madvise(reinterpret_cast<void *>(first), start + static_cast<std::uintptr_t>(row_bytes_) - first, MADV_WILLNEED);
-#endif
-}
 
 int64_t RowReader::space_bytes(const MappedTable &table) {
   constexpr int64_t kLine = WeightArena::kLine;

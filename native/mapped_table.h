@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "packing.h"
+#include "pages.h"
 
 namespace kvik {
 
@@ -20,7 +21,7 @@ public:
   const uint8_t *row(int64_t index) const { return data_ + index * row_bytes_; }
 
   // Has the system begin to read a row, where it lies in a file.
-  void ask_for(int64_t index) const;
+  void ask_for(int64_t index) const { ask_for_pages(row(index), row_bytes_); }
 
 private:
   const GgufType &type_;
