@@ -15,14 +15,7 @@ from kvik.planner.catalogue import device_entries, model_entries
 from subprocesses import python
 
 ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs" / "planning.md"
 NAMES = ROOT / "docs" / "reference" / "plan-json.md"
-PRINTED = [
-    (command, output)
-    for path in (DOCS, ROOT / "README.md")
-    for command, output in re.findall(r"```\n\$ kvik plan (.*)\n((?:.*\n)+?)```", path.read_text(encoding="utf-8"))
-]
-
 EXAMPLES = [
     "llama-3-70b --context 4096 --users 10 --device h100",
     "--compare llama-3-8b,mistral-7b,gpt3-175b",
@@ -117,17 +110,6 @@ def test_this_machine_is_measured(kvik: Kvik, tiny: Path, monkeypatch: pytest.Mo
     assert speed["prefill"]["seconds"] > 0
     assert report["memory"]["kv_auto_bytes"] > 0
     assert report["fit"]["fits"]
-
-
-@pytest.mark.parametrize(("command", "output"), PRINTED, ids=[command for command, _ in PRINTED])
-def test_the_documentation_shows_what_is_printed(kvik: Kvik, command: str, output: str) -> None:
-    result = kvik("plan", *shlex.split(command))
-    assert result.exit_code == 0, result.output
-    assert result.stdout == output
-
-
-def test_the_documentation_has_examples() -> None:
-    assert len(PRINTED) >= 5
 
 
 # JSON.
