@@ -17,8 +17,9 @@ from families.goldens import golden_of
 from families.published import PUBLISHED
 from kvik.errors import ModelError
 from kvik.files.config_fields import read_json_object
+from kvik.models.hf_families import FAMILIES
 from kvik.models.hf_parts import hf_parts, is_unused
-from kvik.models.hf_spec import FAMILIES, read_hf_spec
+from kvik.models.hf_spec import read_hf_spec
 from kvik.models.spec import DecoderSpec, QueryScale
 from kvik.ops.base import Routing
 

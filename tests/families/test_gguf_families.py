@@ -16,7 +16,7 @@ from families.checkpoints import FloatArray, write_folder
 from families.gguf_cases import GGUF_CASES, tensors_of
 from families.gguf_of import ARCHITECTURES as CONVERTED
 from families.gguf_of import gguf_of
-from kvik.models.gguf_spec import ARCHITECTURES
+from kvik.models.gguf_architectures import ARCHITECTURES
 from kvik.models.loader import LoadedModel, load_model
 from kvik.models.spec import DecoderSpec
 from kvik.ops.native import NativeOps

@@ -19,7 +19,8 @@ from kvik.files.config_fields import read_json_object
 from kvik.models.checkpoint import read_checkpoint
 from kvik.models.checkpoint_source import CheckpointSource
 from kvik.models.decoder import Decoder
-from kvik.models.hf_spec import FAMILIES, read_hf_spec
+from kvik.models.hf_families import FAMILIES
+from kvik.models.hf_spec import read_hf_spec
 from kvik.models.rope_scaling import yarn_factors
 from kvik.models.spec import DecoderSpec, QueryScale
 from kvik.models.weights import read_weights

@@ -14,6 +14,7 @@ from families.checkpoints import FloatArray
 from families.gguf_cases import GGUF_CASES, tensors_of
 from families.gguf_of import gguf_of
 from kvik.models import gguf_spec
+from kvik.models.gguf_architectures import ARCHITECTURES
 from kvik.models.hf_spec import read_hf_spec
 from kvik.models.loader import load_model
 from kvik.ops.native import NativeOps
@@ -47,8 +48,8 @@ def rounded_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     as transformers does, and its logits are others than llama.cpp's (root mean square difference 0.07 of the small
     model, which stretches a context of 80 tokens).
     """
-    changed = {"gpt-oss": dataclasses.replace(gguf_spec.ARCHITECTURES["gpt-oss"], whole_yarn=True)}
-    monkeypatch.setattr(gguf_spec, "ARCHITECTURES", {**gguf_spec.ARCHITECTURES, **changed})
+    changed = {"gpt-oss": dataclasses.replace(ARCHITECTURES["gpt-oss"], whole_yarn=True)}
+    monkeypatch.setattr(gguf_spec, "ARCHITECTURES", {**ARCHITECTURES, **changed})
 
 
 def llama_logits(path: Path) -> FloatArray:

@@ -12,8 +12,8 @@ from kvik.errors import ModelError
 from kvik.files.config_fields import read_json_object
 from kvik.files.safetensors import StoredTensor, read_safetensors
 from kvik.hub.folder import ADAPTER, CONFIG, INDEX, adapter_error, no_weights, path_inside, weight_files
+from kvik.models.hf_families import FAMILIES
 from kvik.models.hf_parts import hf_parts, is_unused
-from kvik.models.hf_spec import FAMILIES
 from kvik.models.mxfp4 import MXFP4_VALUES
 from kvik.models.parts import Part, Parts
 from kvik.models.spec import DecoderSpec
