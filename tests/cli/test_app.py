@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -15,6 +17,7 @@ from kvik.cli.terminal import INTERRUPTED, Interrupt
 from kvik.engine.llm import LLM
 from kvik.engine.output import Stats
 from kvik.errors import ModelError
+from kvik.hub.store import SMOLLM2
 from kvik.units import amount
 from subprocesses import python
 
@@ -47,10 +50,37 @@ def test_version(kvik: Kvik) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"kvik {package.__version__}\n", "")
 
 
-def test_no_command_shows_the_help(kvik: Kvik) -> None:
+@pytest.mark.parametrize("is_here", [True, False])
+def test_no_command_says_what_to_type_next(
+    kvik: Kvik, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_here: bool
+) -> None:
+    monkeypatch.setenv("KVIK_HOME", str(tmp_path))
+    if is_here:
+        model = tmp_path / "models" / SMOLLM2.file_name
+        model.parent.mkdir()
+        model.touch()
     result = kvik()
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert ("98.4 MB" in result.stdout) is not is_here
+    typed = [line.strip().partition("  ")[0] for line in result.stdout.splitlines()[2:]]
+    assert len(typed) >= 5
+    assert all(kvik(*shlex.split(line)[1:], "--help").exit_code == 0 for line in typed)
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_a_group_without_a_command_shows_its_help(kvik: Kvik) -> None:
+    result = kvik("models")
     assert result.exit_code == 2
-    assert "Usage: kvik" in result.output
+    assert "Usage: kvik models" in result.output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_names_commands_and_options(shell: str) -> None:
+    environment = {"_KVIK_COMPLETE": f"complete_{shell}", "COMP_WORDS": "kvik ra", "COMP_CWORD": "1"}
+    environment |= {"_TYPER_COMPLETE_ARGS": "kvik ra", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    result = python("-c", "import sys; sys.argv = ['kvik']; from kvik.__main__ import main; main()", **environment)
+    assert "race" in result.stdout
+    assert "serve" not in result.stdout
 
 
 def test_python_m_kvik_is_the_same_command() -> None:

@@ -37,7 +37,7 @@ CONSOLES = [command for command in COMMANDS if command.block.language == "consol
 MEASURED = ("pool-heads",)
 
 # What is run with a tiny model, in an empty folder; all else is taken apart only: it needs a server, a Hub or minutes.
-RUN = ("run", "race", "explain", "models ls", "cache ls", "cache packed")
+RUN = ("run", "race", "explain", "models ls", "doctor", "cache ls", "cache packed")
 NEEDS_MORE = ("--url", "-m", "--template-var", "--store", "--tools")
 
 

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from kvik import __version__
 from kvik.cli import cache, models
 from kvik.cli.bench import bench
+from kvik.cli.doctor import doctor
 from kvik.cli.explain import explain
 from kvik.cli.options import FolderCommand
 from kvik.cli.packed import packed
@@ -26,6 +27,7 @@ from kvik.cli.pool_heads import pool_heads
 from kvik.cli.race import race
 from kvik.cli.run import run
 from kvik.cli.serve import serve
+from kvik.cli.start import start_lines
 from kvik.cli.terminal import INTERRUPTED, OutputError, Stdout, note, show_error, show_problem, write
 from kvik.cli.top import top
 from kvik.errors import KvikError
@@ -83,8 +85,7 @@ class Root(TyperGroup):
 
 app = typer.Typer(
     cls=Root,
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -105,11 +106,14 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """An LLM inference engine whose heart is the KV cache: exact, fast, and it shows its work."""
+    if context.invoked_subcommand is None:
+        write("\n".join(start_lines()))
 
 
 app.command(cls=FolderCommand)(run)
@@ -118,6 +122,7 @@ app.command(cls=FolderCommand)(bench)
 app.command(cls=FolderCommand)(serve)
 app.command()(top)
 app.command()(plan)
+app.command()(doctor)
 app.command(cls=FolderCommand)(explain)
 app.command("pool-heads")(pool_heads)
 cache.app.command("packed", cls=FolderCommand)(packed)

@@ -29,14 +29,19 @@ def measured_limits(threads: int | None = None, *, fresh: bool = False) -> Machi
     outlier; kept in the user's folder, by processor, instruction set and threads, until `fresh` asks to measure again.
     """
     threads = threads or available_threads()
-    known = None if fresh else _read(_path()).get(_key(threads))
+    known = None if fresh else kept_limits(threads)
     return known or _measure_and_keep(threads, None)
+
+
+def kept_limits(threads: int | None = None) -> MachineLimits | None:
+    """What was measured before, where it was."""
+    return _read(_path()).get(_key(threads or available_threads()))
 
 
 def better_limits(threads: int | None = None) -> MachineLimits:
     """The limits measured again, for whoever did more than the kept ones allow: of each the better is kept."""
     threads = threads or available_threads()
-    return _measure_and_keep(threads, _read(_path()).get(_key(threads)))
+    return _measure_and_keep(threads, kept_limits(threads))
 
 
 def _measure_and_keep(threads: int, before: MachineLimits | None) -> MachineLimits:
