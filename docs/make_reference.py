@@ -87,7 +87,7 @@ def cli() -> str:
     for path, command in commands(typer.main.get_command(app), "kvik"):
         # A form feed ends what `--help` shows.
         text += f"## `{path}`\n\n{inspect.cleandoc(command.help or '').partition(chr(12))[0].strip()}\n\n"
-        text += table(("", "default", ""), map(option, command.params))
+        text += table(("option", "default", "what it does"), map(option, command.params))
     return text
 
 
@@ -159,7 +159,7 @@ def http() -> str:
     )
     routes = [route for route in ROUTES if isinstance(route, Endpoint)]
     text += table(
-        ("route", "", "body"),
+        ("route", "what it does", "body"),
         (
             (
                 f"`{' '.join(sorted((route.methods or set()) - {'HEAD'}))} {plain_path(route.path)}`",
@@ -177,7 +177,7 @@ def http() -> str:
             text += f"Also the fields of {', '.join(parents)}.\n\n"
         rows = own_fields(kind)
         if rows:
-            text += table(("field", "type", ""), rows)
+            text += table(("field", "type", "meaning"), rows)
         inherited = sorted(getattr(kind, "accepted", frozenset()) - {row[0].strip("`") for row in rows})
         if inherited:
             text += f"Accepted, and without effect: {', '.join(f'`{name}`' for name in inherited)}.\n\n"
@@ -229,10 +229,10 @@ def members(kind: type) -> str:
                 )
             )
     if rows:
-        text += table(("field", "type", "default", ""), rows)
+        text += table(("field", "type", "default", "meaning"), rows)
     properties = [(f"`{name}`", first_sentence(one.__doc__)) for name, one in public(kind) if isinstance(one, property)]
     if properties:
-        text += table(("property", ""), properties)
+        text += table(("property", "meaning"), properties)
     for name, one in public(kind):
         of = getattr(kind, name)
         if not isinstance(one, property) and inspect.isroutine(of):
@@ -282,7 +282,7 @@ def metrics() -> str:
         rows.append((f"`{family.name}{suffix}`", family.type, labels, family.documentation))
     return (
         "# Metrics\n\n`GET /metrics`, as Prometheus reads it. Names stay; times are in seconds, sizes in bytes."
-        " `process_*` of the Prometheus client come with them.\n\n" + table(("name", "type", "labels", ""), rows)
+        " `process_*` of the Prometheus client come with them.\n\n" + table(("name", "type", "labels", "meaning"), rows)
     )
 
 
@@ -340,7 +340,7 @@ def errors_page() -> str:
         "# Errors\n\nEvery error that kvik raises on purpose is a `KvikError`: `message` is one line that names the"
         " thing with its numbers, `hint` what to do about it. The command line prints both and ends with 2; over HTTP"
         " the hint stands behind the message, in parentheses. `make docs` lists all messages with their hints.\n\n"
-        f"```text\n{tree}\n```\n\n" + table(("error", "", "HTTP", "code"), rows)
+        f"```text\n{tree}\n```\n\n" + table(("error", "meaning", "HTTP", "code"), rows)
     )
 
 

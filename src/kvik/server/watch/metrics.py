@@ -21,13 +21,17 @@ PREFIX = "kvik_"
 Value = Callable[[ServedModel], Any]
 
 GAUGES: tuple[tuple[str, str, Value], ...] = (
-    ("num_requests_running", "Completions that have blocks", lambda served: len(_engine(served).scheduler.running)),
+    ("num_requests_running", "Completions that are running", lambda served: len(_engine(served).scheduler.running)),
     ("num_requests_waiting", "Requests in the queue", lambda served: len(_engine(served).scheduler.waiting)),
-    ("kv_cache_usage_perc", "Share of the cache's blocks that somebody holds, 1 is all", lambda served: _usage(served)),
-    ("store_blocks", "Stored blocks, of all models in the folder", lambda served: _of_store(served, "num_kept")),
-    ("store_bytes", "Bytes of the files of those", lambda served: _of_store(served, "kept_bytes")),
+    ("kv_cache_usage_perc", "Share of the cache's blocks that are held, from 0 to 1", lambda served: _usage(served)),
+    ("store_blocks", "Stored blocks of all models in the folder", lambda served: _of_store(served, "num_kept")),
+    ("store_bytes", "Bytes of the files of stored blocks", lambda served: _of_store(served, "kept_bytes")),
     ("engine_up", "1 while the engine serves requests", lambda served: int(served.is_healthy)),
-    ("engine_step_age_seconds", "How long the present step takes already", lambda served: served.async_llm.silent_s),
+    (
+        "engine_step_age_seconds",
+        "Seconds that the current step has taken so far",
+        lambda served: served.async_llm.silent_s,
+    ),
 )
 
 COUNTERS: tuple[tuple[str, str, Value], ...] = (
@@ -38,26 +42,30 @@ COUNTERS: tuple[tuple[str, str, Value], ...] = (
     ),
     (
         "prefix_cache_hits",
-        "Tokens of those that were found",
+        "Tokens of prompts that were found in the prefix cache",
         lambda served: _engine(served).cache.stats.num_cached_tokens,
     ),
     (
         "prompt_tokens",
-        "Tokens of prompts that have begun",
+        "Tokens of prompts of requests that have begun",
         lambda served: served.meter.num_cached_tokens + served.meter.num_computed_tokens,
     ),
-    ("prompt_tokens_cached", "Tokens of those that were read back", lambda served: served.meter.num_cached_tokens),
-    ("prompt_tokens_computed", "Tokens of those that were computed", lambda served: served.meter.num_computed_tokens),
-    ("generation_tokens", "Tokens that were chosen", lambda served: served.meter.num_generated_tokens),
-    ("request_aborts", "Completions whose client left or took them back", lambda served: served.meter.num_aborted),
+    (
+        "prompt_tokens_cached",
+        "Tokens of prompts that were read from the cache",
+        lambda served: served.meter.num_cached_tokens,
+    ),
+    ("prompt_tokens_computed", "Tokens of prompts that were computed", lambda served: served.meter.num_computed_tokens),
+    ("generation_tokens", "Tokens that were sampled", lambda served: served.meter.num_generated_tokens),
+    ("request_aborts", "Completions that were aborted, or whose client left", lambda served: served.meter.num_aborted),
     (
         "num_preemptions",
-        "Times that others needed a completion's blocks",
+        "Times that a completion was preempted",
         lambda served: _scheduler(served).num_preemptions,
     ),
     (
         "cache_evicted_blocks",
-        "Blocks whose content was given up for others",
+        "Blocks that were evicted",
         lambda served: _engine(served).cache.stats.num_evicted_blocks,
     ),
     (
@@ -73,7 +81,7 @@ COUNTERS: tuple[tuple[str, str, Value], ...] = (
     ("store_loads", "Times that stored blocks were read for a prompt", lambda served: _of_tier(served, "num_loads")),
     (
         "store_loads_declined",
-        "Times that computing was faster than reading",
+        "Loads declined because computing was faster",
         lambda served: _of_tier(served, "num_declined"),
     ),
     (
@@ -86,9 +94,13 @@ COUNTERS: tuple[tuple[str, str, Value], ...] = (
     ("store_blocks_evicted", "Stored blocks removed for the quota", lambda served: _of_store(served, "num_evicted")),
     ("store_read_bytes", "Bytes that were read from the store", lambda served: _of_store(served, "read_bytes")),
     ("store_written_bytes", "Bytes that were stored", lambda served: _of_store(served, "written_bytes")),
-    ("store_errors", "Errors of the store's disk", lambda served: _of_store(served, "num_errors")),
-    ("spec_decode_num_draft_tokens", "Tokens that were guessed ahead", lambda served: served.meter.num_drafted_tokens),
-    ("spec_decode_num_accepted_tokens", "Guesses that were right", lambda served: served.meter.num_accepted_tokens),
+    ("store_errors", "Errors of the store's disk or server", lambda served: _of_store(served, "num_errors")),
+    ("spec_decode_num_draft_tokens", "Draft tokens of speculation", lambda served: served.meter.num_drafted_tokens),
+    (
+        "spec_decode_num_accepted_tokens",
+        "Draft tokens that were accepted",
+        lambda served: served.meter.num_accepted_tokens,
+    ),
     ("engine_steps", "Steps of the engine", lambda served: served.meter.num_steps),
 )
 
@@ -96,33 +108,33 @@ BY_LABEL: tuple[tuple[str, str, str, str, Callable[[ServedModel], Mapping[str, f
     (
         "counter",
         "request_success",
-        "Completions that ended well",
+        "Completions that ended without an error",
         "finished_reason",
         lambda served: served.meter.finished,
     ),
     (
         "counter",
         "request_failures",
-        "Completions that failed, by the error",
+        "Completions that failed, by error",
         "reason",
         lambda served: served.meter.failed,
     ),
     (
         "counter",
         "prefix_cache_misses",
-        "Prompts by why no more of them was found in the prefix cache",
+        "Prompts, by why the match in the prefix cache ended",
         "reason",
         lambda served: served.meter.misses,
     ),
     (
         "counter",
         "store_misses",
-        "Stored blocks that were asked for and not given, by why",
+        "Stored blocks that were not used, by reason",
         "reason",
         lambda served: _store_faults(served),
     ),
     ("counter", "engine_step_seconds", "Time of the parts of all steps", "part", lambda served: served.meter.step_s),
-    ("gauge", "cache_blocks", "Blocks of the cache by who has them", "state", lambda served: _blocks(served)),
+    ("gauge", "cache_blocks", "Blocks of the cache, by state", "state", lambda served: _blocks(served)),
 )
 
 HISTOGRAMS: tuple[tuple[str, str, Callable[[ServedModel], Histogram]], ...] = (
@@ -133,8 +145,8 @@ HISTOGRAMS: tuple[tuple[str, str, Callable[[ServedModel], Histogram]], ...] = (
     ),
     ("inter_token_latency_seconds", "From a token to the next one", lambda served: served.meter.inter_token),
     ("e2e_request_latency_seconds", "From a request to its last token", lambda served: served.meter.end_to_end),
-    ("request_queue_time_seconds", "From a request to its beginning", lambda served: served.meter.queue),
-    ("request_prefill_time_seconds", "From its beginning to its first token", lambda served: served.meter.prefill),
+    ("request_queue_time_seconds", "From a request to its first step", lambda served: served.meter.queue),
+    ("request_prefill_time_seconds", "From the first step to the first token", lambda served: served.meter.prefill),
     ("request_decode_time_seconds", "From the first token to the last one", lambda served: served.meter.decode),
 )
 
@@ -211,7 +223,7 @@ class _Collector:
                 found = histogram(served)
                 times.add_metric([served.id], found.buckets(), found.total_s)
             yield times
-        sizes = InfoMetricFamily(PREFIX + "cache_config", "The cache as it was made", labels=["model"])
+        sizes = InfoMetricFamily(PREFIX + "cache_config", "Sizes and settings of the cache", labels=["model"])
         for served in models:
             cache, config = served.llm.engine.cache, served.llm.engine.config
             info = {
@@ -239,13 +251,11 @@ class _Collector:
         yield responses
         for name, told, value in (
             ("http_disconnects", "Clients that left before the end of their answer", http.num_disconnects),
-            ("http_retries", "Requests of clients that say they asked before", http.num_retries),
+            ("http_retries", "Requests that a client marks as retries", http.num_retries),
         ):
             yield CounterMetricFamily(PREFIX + name, told, value=value)
-        yield GaugeMetricFamily(
-            PREFIX + "draining", "1 while the server is about to stop", int(self._state.is_draining)
-        )
-        yield InfoMetricFamily(PREFIX + "build", "What this is", value={"version": __version__})
+        yield GaugeMetricFamily(PREFIX + "draining", "1 while the server drains", int(self._state.is_draining))
+        yield InfoMetricFamily(PREFIX + "build", "The version of kvik", value={"version": __version__})
 
 
 async def metrics(request: Request) -> Response:
