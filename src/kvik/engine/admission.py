@@ -82,6 +82,21 @@ class Admission:
         """Raise `CacheTooSmall` for what could never fit beside what is pinned, whatever the others give back."""
         self._check_blocks(request, self.cache.num_blocks_within_reach(match), self.cache.num_pinned)
 
+    def check_written(self, request: Request, written: SequenceOf[SequenceOf[int]]) -> None:
+        """Raise `InvalidInput` for tokens that cannot be those of the request's completions."""
+        if len(written) != request.params.n:
+            raise InvalidInput(
+                f"tokens of {len(written)} completions are given, {request.params.n} are asked for",
+                hint="give a list for each, which may be empty",
+            )
+        if request.params.logprobs is not None and any(written):
+            raise InvalidInput(
+                "a completion with logprobs cannot be resumed: those of its first tokens are not known",
+                hint="begin it anew with the same seed",
+            )
+        for token_ids in written:
+            self._check_token_ids("the completion's token id", token_ids)
+
     def _check_blocks(self, request: Request, num_blocks: int, num_pinned: int) -> None:
         spec = self.cache.spec
         needed = spec.num_blocks_for(request.max_kept_tokens)

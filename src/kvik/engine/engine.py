@@ -145,6 +145,20 @@ class Engine:
         branches[0].branches = branches[1:]
         return branches[0]
 
+    def resumed_sequences(self, request: Request, written: SequenceOf[SequenceOf[int]]) -> list[Sequence]:
+        """The request's completions, each to go on behind the tokens that another engine sampled for it.
+
+        All of them stand alone, to be added one by one; of those that have begun none can wait for another's prompt.
+        Raises `InvalidInput`.
+        """
+        self.admission.check_written(request, written)
+        first = self.new_sequence(request)
+        branches = list(first.all_branches())
+        first.branches = []
+        for branch, token_ids in zip(branches, written, strict=True):
+            branch.resume(token_ids)
+        return branches
+
     def check_room(self, request: Request) -> None:
         """Raise `CacheTooSmall` for a request that what is pinned leaves no room for."""
         with self._exclusive():

@@ -39,7 +39,7 @@ class MaskFeed:
 
     def __init__(self, constraint: Constraint) -> None:
         self._constraint = constraint
-        self._matcher: Matcher | None = None  # made with the first mask: those who wait need no memory
+        self._matcher: Matcher | None = None  # made when it is needed: those who wait need no memory
         self._found: list[bytes] | None = None
         self._draft_ids: list[int] = []  # that the masks were found with
         self._error: Exception | None = None
@@ -74,9 +74,7 @@ class MaskFeed:
             return
         begun_s = time.thread_time()
         try:
-            if self._matcher is None:
-                self._matcher = self._constraint.new_matcher()
-            self._draft_ids, self._found = list(draft_ids), self._matcher.masks(draft_ids)
+            self._draft_ids, self._found = list(draft_ids), self._following().masks(draft_ids)
         except Exception as error:  # noqa: BLE001  # whatever it was, `masks` raises it
             self._error = error
         self._num_masks += 1
@@ -106,13 +104,17 @@ class MaskFeed:
 
     def accept(self, token_id: int) -> None:
         """See Matcher."""
-        assert self._matcher is not None
         self._found = None
-        self._matcher.accept(token_id)
+        self._following().accept(token_id)
 
     def count_valid(self, token_ids: Sequence[int]) -> int:
         """See Matcher; none while a mask is under way."""
         return 0 if self.is_ahead or self._matcher is None else self._matcher.count_valid(token_ids)
+
+    def _following(self) -> Matcher:
+        if self._matcher is None:
+            self._matcher = self._constraint.new_matcher()
+        return self._matcher
 
 
 def compute_beside(feeds: Iterable[tuple[MaskFeed, Sequence[int]]]) -> Future[None] | None:

@@ -342,9 +342,11 @@ class Scheduler:
         for each in sequence.all_branches():
             each.costs.begun_s = now_s
         if sequence.request.may_reuse:
-            sequence.costs.num_cached_tokens = sequence.num_computed_tokens
+            # One that is resumed may find some of its completion too.
+            num_cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens - 1)
+            sequence.costs.num_cached_tokens = num_cached
             sequence.costs.miss_reason = MissReason.DAMAGED if sequence.costs.stored_fault else match.miss_reason
-            self.cache.stats.note(sequence.num_prompt_tokens - 1, sequence.num_computed_tokens)
+            self.cache.stats.note(sequence.num_prompt_tokens - 1, num_cached)
             if self.tier is not None:
                 self.tier.note_match(match)
         log.debug(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from kvik.engine.mask_feed import MaskFeed
 from kvik.engine.output import Embedding, Stats, TextStream, TokenLogprobs
 from kvik.engine.pooling import PooledHidden
 from kvik.engine.request import Request
+from kvik.errors import InvalidInput
 from kvik.store import Fault
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -148,6 +150,17 @@ class Sequence:
             self.finish("stop")
         elif len(self.token_ids) >= request.max_total_tokens:
             self.finish("length")
+
+    def resume(self, token_ids: SequenceOf[int]) -> None:
+        """Before it is queued: accept what another engine sampled for it. Raises `InvalidInput`."""
+        for at, token_id in enumerate(token_ids):
+            if self.finish_reason is not None:
+                raise InvalidInput(
+                    f"the completion has ended after {at:,} tokens, {len(token_ids):,} are given",
+                    hint="give those that were sampled with the same params",
+                )
+            self.accept(token_id)
+        self.costs.first_token_s = self.costs.last_token_s = None  # none of them was sampled here
 
     def finish_embedding(self) -> None:
         """Note the time: the prompt is computed, and that is all."""

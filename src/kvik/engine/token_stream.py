@@ -73,7 +73,8 @@ class TokenStream:
         self._feeds = [PieceFeed(engine, branch, at) for at, branch in enumerate(self.branches)] if wants_pieces else []
         self._progress = dict.fromkeys(sequences, -1) if wants_progress else {}
         self._pieces: list[Piece] = []
-        self._num_sent = 0  # written by the engine's thread alone
+        # Written by the engine's thread alone. What was sampled elsewhere comes at once, and does not count.
+        self._num_sent = -sum(branch.num_completion_tokens for branch in self.branches)
         self._num_read = 0  # written by the event loop's
         self._waiter: asyncio.Future[None] | None = None
         self._is_done = False
