@@ -22,6 +22,7 @@ from kvik.server.anthropic.messages_input import CountRequest, MessagesRequest
 from kvik.server.errors import ApiError, api_error
 from kvik.server.generation import Running, Usage
 from kvik.server.openai.responses_input import ResponsesRequest
+from kvik.server.origin import Origin
 from kvik.server.preparing import ignored_header
 from tool_model import write_tool_model
 
@@ -397,7 +398,8 @@ def test_refusals(client: anthropic.Anthropic, fields: Any, said: str) -> None:
 
 def test_error_within_a_stream() -> None:
     usage = Usage(3, 0, 0, 0)
-    running = SimpleNamespace(served=SimpleNamespace(id="m"), parsers=None, response_id="", usage=lambda: usage)
+    served, new_id = SimpleNamespace(id="m"), Origin().new_ids()
+    running = SimpleNamespace(served=served, parsers=None, new_id=new_id, response_id="", usage=lambda: usage)
     writer = MessageWriter(cast(Running, running), MessagesRequest(messages=[], max_tokens=1))
     *_, name, data = writer.error(ApiError(503, "gone", code="engine_dead")).decode().split("\n", 1)
     assert name == "event: error"

@@ -20,6 +20,7 @@ from kvik.server.errors import ApiError
 from kvik.server.generation import Running
 from kvik.server.openai.responses import ResponseWriter
 from kvik.server.openai.responses_input import LOGPROBS, ResponsesRequest
+from kvik.server.origin import Origin
 from tool_model import write_tool_model
 
 QUESTION = "Name three colours of the rainbow."
@@ -347,7 +348,7 @@ def test_ignored_is_said(client: openai.OpenAI) -> None:
 def test_error_within_a_stream() -> None:
     """It is an event of its own, and the response has failed."""
     served = SimpleNamespace(id="m")
-    running = SimpleNamespace(served=served, parsers=None, created=1, response_id="")
+    running = SimpleNamespace(served=served, parsers=None, created=1, new_id=Origin().new_ids(), response_id="")
     writer = ResponseWriter(cast(Running, running), ResponsesRequest(input="a"))
     lines = (writer.begin() + writer.error(ApiError(503, "gone", code="engine_dead"))).decode().splitlines()
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]

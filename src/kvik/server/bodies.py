@@ -12,6 +12,8 @@ from starlette.responses import Response
 
 from kvik.server.errors import ApiError, client_left
 from kvik.server.fields import decode
+from kvik.server.origin import Origin, told_origin
+from kvik.server.state import ServerState
 
 LARGE_BYTES = 1 << 16
 """A body above this is read elsewhere than on the event loop, where all streams would wait for it."""
@@ -22,7 +24,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 async def read_body(request: Request, kind: type[T]) -> T:
-    """The JSON body as a struct. Raises `ApiError`."""
+    """The JSON body as a struct; the scope's state gets the `origin` of the answer. Raises `ApiError`."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise ApiError(
@@ -34,6 +36,10 @@ async def read_body(request: Request, kind: type[T]) -> T:
         body = await request.body()
     except ClientDisconnect:
         raise client_left() from None
+    origin = Origin()
+    if ServerState.of(request).config.is_replica:
+        origin, body = told_origin(request, body)
+    request.scope["state"]["origin"] = origin
     return decode(kind, body) if len(body) < LARGE_BYTES else await asyncio.to_thread(decode, kind, body)
 
 

@@ -14,7 +14,8 @@ from kvik.engine.output import Piece, Progress, TokenLogprobs
 from kvik.engine.token_stream import TokenStream
 from kvik.server.errors import ApiError, api_error, client_left
 from kvik.server.generation import Running
-from kvik.server.sse import left
+from kvik.server.origin import TOKENS
+from kvik.server.sse import encode, left
 from kvik.text.answer_events import AnswerEvent, ArgumentsDelta, CallBegin, CallEnd, TextDelta, ThoughtDelta
 
 log = logging.getLogger(__name__)
@@ -171,13 +172,14 @@ class EventStream:
             self._has_head = True
             await send({"type": "http.response.start", "status": 200, "headers": raw})
 
+        tokens_of = _tokens if self._running.generation.tells_tokens else _no_tokens
         alarm = _Alarm(stream, self._ping_s)
         try:
             while True:
                 pieces = await stream.read()
                 if has_begun and not (stream.progress or stream.is_done) and pieces:  # as nearly always
                     alarm.was_heard = True
-                    if data := writer.pieces(pieces):
+                    if data := writer.pieces(pieces) + tokens_of(pieces):
                         await write({"type": "http.response.body", "body": data, "more_body": True})
                     continue
                 is_over = not pieces and stream.is_done
@@ -188,7 +190,7 @@ class EventStream:
                     stream.progress.clear()
                     if stream.is_done:
                         await self._running.settle()
-                    data += writer.pieces(pieces)
+                    data += writer.pieces(pieces) + tokens_of(pieces)
                     if is_over:
                         self._running.completions()  # raises what went wrong
                         data += writer.end()
@@ -210,6 +212,15 @@ class EventStream:
         finally:
             alarm.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _tokens(pieces: Sequence[Piece]) -> bytes:
+    """The comment that tells a front what a step's pieces are."""
+    return TOKENS + encode([(piece.index, piece.token_id) for piece in pieces]) + b"\n\n" if pieces else b""
+
+
+def _no_tokens(pieces: Sequence[Piece]) -> bytes:
+    return b""
 
 
 class _Alarm:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -20,6 +19,7 @@ from kvik.engine.stream import collect
 from kvik.engine.token_stream import TokenStream
 from kvik.errors import EngineDead
 from kvik.server.errors import ApiError, api_error
+from kvik.server.origin import Origin
 from kvik.server.served import ServedModel
 from kvik.server.sse import left
 from kvik.server.state import ServerState
@@ -37,14 +37,21 @@ class Generation:
     params: SamplingParams
     options: HeldOptions
     request_id: str
+    origin: Origin
     fields: frozenset[str]  # of the request's body, for errors that name one
     tenant: str | None = None  # whose request it is
-    new_parser: Callable[..., AnswerParser] | None = None  # where the answer may hold thoughts or tool calls
+    # Where the answer may hold thoughts or tool calls; it is given what makes ids of calls.
+    new_parser: Callable[[Callable[[int], str]], AnswerParser] | None = None
     wants_progress: bool = False
     prewarm: bool = False  # compute the prompts into the cache, and write nothing
     on_whole: Sequence[Callable[[Running], Awaitable[None]]] = ()  # awaited before the answer's end is sent
     on_end: Sequence[Callable[[Running], None]] = ()  # told when the completions are whole or given up
     extras: Sequence[Callable[[Running], dict[str, Any]]] = ()  # further fields of the answer, when it is whole
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether its stream tells a front which tokens it wrote; with logprobs they would be of no use."""
+        return self.origin.is_told and self.params.logprobs is None
 
 
 class Running:
@@ -53,8 +60,12 @@ class Running:
     def __init__(self, generation: Generation, stream: TokenStream) -> None:
         self.generation = generation
         self.stream = stream
-        self.parsers = [generation.new_parser() for _ in stream.branches] if generation.new_parser is not None else None
-        self.created = int(time.time())
+        new_parser, origin = generation.new_parser, generation.origin
+        self.parsers: list[AnswerParser] | None = None
+        if new_parser is not None:
+            self.parsers = [new_parser(origin.new_call_ids(choice)) for choice in range(len(stream.branches))]
+        self.created = origin.created
+        self.new_id = origin.new_ids()
         self.response_id = ""  # that its answer goes by
         self.written_by_ttl: Mapping[str, int] | None = None  # tokens of the prompt that are kept for a time, by it
         self._is_settled = False
@@ -98,7 +109,7 @@ class Running:
 
     def usage(self) -> Usage:
         """What was read and written so far."""
-        prompts = self.stream.sequences
+        prompts = [branch for branch in self.branches if branch.branch == 0]
         cache = self.served.llm.engine.cache
         num_full = sum(
             max(
@@ -303,9 +314,22 @@ async def start(generation: Generation, *, wants_pieces: bool) -> Running:
         if generation.prewarm:  # what an embedding computes is what an answer would start from
             options.pop("constraint", None)
             requests = [engine.new_embed_request(each, "last", False, **options) for each in generation.prompts]
-        else:
-            requests = [engine.new_request(each, generation.params, **options) for each in generation.prompts]
-        return [engine.new_sequence(request) for request in requests]
+            return [engine.new_sequence(request) for request in requests]
+        params, origin = generation.params, generation.origin
+        requests = [
+            engine.new_request(
+                each, params if params.seed is not None else replace(params, seed=origin.seed(at)), **options
+            )
+            for at, each in enumerate(generation.prompts)
+        ]
+        written = [*origin.written, *([()] * (len(requests) * params.n - len(origin.written)))]
+        if not any(written):
+            return [engine.new_sequence(request) for request in requests]
+        sequences = []
+        for at, request in enumerate(requests):
+            last = len(written) if at == len(requests) - 1 else (at + 1) * params.n
+            sequences += engine.resumed_sequences(request, written[at * params.n : last])
+        return sequences
 
     try:
         sequences = await asyncio.to_thread(make)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
-import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +23,6 @@ from kvik.text.grammar import Grammar
 from kvik.text.harmony import Harmony
 from kvik.text.thoughts import Place, answer_after_thought
 from kvik.text.tool_format import Named, chosen_functions
-
-ID_LETTERS = string.ascii_letters + string.digits
 
 
 class Function(Body, frozen=True, kw_only=True):
@@ -156,20 +152,13 @@ def constraint_of(
     return None if text is None else served.llm.compile_grammar(Grammar.lark(text))
 
 
-def parser_maker(
-    served: ServedModel, tools: Tools | None, place: Place, new_id: Callable[[int], str] | None = None
+def make_parser(
+    served: ServedModel, tools: Tools | None, place: Place, new_call_id: Callable[[int], str]
 ) -> AnswerParser:
     """A parser of one completion, whose calls are those of tools that may be called."""
     may_call = tools is not None and tools.choice != "none"
     functions = tools.functions if tools is not None else ()
-    return AnswerParser(
-        served.thoughts, served.tool_format if may_call else None, functions, new_id or new_call_id, place=place
-    )
-
-
-def new_call_id(length: int) -> str:
-    """Letters and digits that nobody can guess."""
-    return "".join(secrets.choice(ID_LETTERS) for _ in range(length))
+    return AnswerParser(served.thoughts, served.tool_format if may_call else None, functions, new_call_id, place=place)
 
 
 def structured_format(fields: SamplingFields) -> tuple[str, Callable[[], Grammar]] | None:

@@ -59,6 +59,7 @@ class ServerConfig:
     access_log: bool = True
     read_only: bool = False  # the page only shows: no chat on it, and nobody's request can be aborted
     redact: bool = False  # those who watch see no text of tokens
+    is_replica: bool = False  # behind a front, which tells of each answer what it follows from
     drop_billing_line: bool = False  # the one that Claude Code puts before its system prompt, another each time
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from kvik.server.bodies import json_response, read_body
 from kvik.server.cache.diagnostics import Diagnosis
 from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventStream
-from kvik.server.generation import Generation, Running, default_max_tokens, new_id, start
+from kvik.server.generation import Generation, Running, default_max_tokens, start
 from kvik.server.openai.chat import prepare_chat
 from kvik.server.openai.item_writer import Item, ItemKind, ItemWriter, named_event
 from kvik.server.openai.translation import own_names
@@ -91,7 +91,7 @@ class MessageWriter(ItemWriter):
     def __init__(self, running: Running, body: MessagesRequest) -> None:
         super().__init__(running)
         self._max_tokens = body.max_tokens
-        running.response_id = new_id("msg_")
+        running.response_id = running.new_id("msg_")
 
     def whole(self) -> dict[str, Any]:
         """The message, when it is not streamed."""

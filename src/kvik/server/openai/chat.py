@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
-from itertools import count
 from typing import Any, TypeAlias
 
 from starlette.requests import Request
@@ -30,7 +28,6 @@ from kvik.server.generation import (
     check_texts,
     check_work,
     default_max_tokens,
-    new_id,
     start,
 )
 from kvik.server.openai.chat_input import CHAT_FIELDS, ChatRequest, texts_of
@@ -39,9 +36,8 @@ from kvik.server.preparing import (
     Tools,
     constraint_of,
     ignored_header,
-    new_call_id,
+    make_parser,
     options_of,
-    parser_maker,
 )
 from kvik.server.reasoning import effort_vars, with_thoughts
 from kvik.server.reply import reply
@@ -87,27 +83,14 @@ def session_of(state: ServerState, request: Request, body: ChatRequest) -> Sessi
 
 def take_turn(turn: Turn, generation: Generation, body: ChatRequest) -> Generation:
     """The generation as a turn of a session, which gets the same ids of calls as the answer has."""
-    call_ids: list[str] = []
-    make = generation.new_parser
-
-    def new_parser() -> AnswerParser:
-        numbers = count()
-
-        def new_id(length: int) -> str:
-            number = next(numbers)
-            if number == len(call_ids):
-                call_ids.append(new_call_id(length))
-            return call_ids[number]
-
-        assert make is not None
-        return make(new_id)
+    new_parser = generation.new_parser
 
     def message_of(running: Running) -> dict[str, Any]:
-        return as_history(*calls_and_text(running, 0, None if make is None else new_parser()))
+        parser = None if new_parser is None else new_parser(generation.origin.new_call_ids(0))
+        return as_history(*calls_and_text(running, 0, parser))
 
     new = [message.plain(f"messages[{at}]") for at, message in enumerate(body.messages)]
-    generation = turn.begin(generation, new, message_of)
-    return generation if make is None else replace(generation, new_parser=new_parser)
+    return turn.begin(generation, new, message_of)
 
 
 def prepare_chat(
@@ -148,9 +131,10 @@ def prepare_chat(
         params=params,
         options=options,
         request_id=request.scope["state"]["request_id"],
+        origin=request.scope["state"]["origin"],
         tenant=tenant_of(request),
         fields=CHAT_FIELDS,
-        new_parser=partial(parser_maker, served, tools, place) if has_parts else None,
+        new_parser=partial(make_parser, served, tools, place) if has_parts else None,
         wants_progress=bool(body.return_progress),
     )
     template, tokenizer = served.llm.model.chat_template, served.llm.model.tokenizer
@@ -248,7 +232,7 @@ def calls_and_text(running: Running, at: int, parser: AnswerParser | None = None
 
 def chat_completion(running: Running, body: ChatRequest) -> dict[str, Any]:
     """The whole answer."""
-    running.response_id = new_id("chatcmpl-")
+    running.response_id = running.new_id("chatcmpl-")
     choices = []
     for at, branch in enumerate(running.branches):
         text, calls, thought = calls_and_text(running, at)

@@ -19,7 +19,7 @@ from kvik.server.cache.diagnostics import with_diagnostics
 from kvik.server.errors import api_error, bad_request
 from kvik.server.event_stream import EventStream, floor
 from kvik.server.fields import MAX_TOP_LOGPROBS, CacheOptions, Count, SamplingFields
-from kvik.server.generation import Generation, Running, check_texts, check_work, new_id, start
+from kvik.server.generation import Generation, Running, check_texts, check_work, start
 from kvik.server.openai.chat import stop_reason
 from kvik.server.openai.openai_writer import OpenAIWriter
 from kvik.server.preparing import constraint_of, ignored_header, options_of
@@ -109,6 +109,7 @@ def prepare(state: ServerState, request: Request, body: CompletionRequest, serve
         params=params,
         options=options_of(state, request, body, constraint_of(served, body, None)),
         request_id=request.scope["state"]["request_id"],
+        origin=request.scope["state"]["origin"],
         tenant=tenant_of(request),
         fields=COMPLETION_FIELDS,
         wants_progress=bool(body.return_progress),
@@ -163,7 +164,7 @@ def _checked(served: ServedModel, token_ids: Sequence[int], name: str) -> list[i
 
 def completion(running: Running, body: CompletionRequest) -> dict[str, Any]:
     """The whole answer."""
-    running.response_id = new_id("cmpl-")
+    running.response_id = running.new_id("cmpl-")
     served, choices = running.served, []
     for index, branch in enumerate(running.branches):
         text = branch.text.text
@@ -210,7 +211,7 @@ def _prompt_logprobs(running: Running, branch: Written, num_top: int) -> list[di
 
 
 class _Logprobs:
-    """One choice's, in the legacy form, as far as they are known; each `take` gives what is new."""
+    """One choice's, in the legacy form, as far as they are known; each `take` gives what comes next."""
 
     def __init__(self, running: Running, body: CompletionRequest, branch: Written) -> None:
         assert body.logprobs is not None
@@ -222,14 +223,14 @@ class _Logprobs:
         self._echoes = bool(body.echo)
         self._num_taken = 0
 
-    def take(self) -> dict[str, Any]:
-        """Those of tokens that came since."""
+    def take(self, count: int | None = None) -> dict[str, Any]:
+        """Those of so many tokens that came since, or of all."""
         branch = self._branch
         entries: list[tuple[int, TokenLogprobs | None]] = []
         if self._echoes and not self._num_taken:
             prompt = branch.request.prompt_ids
             entries += zip(prompt, [None, *branch.prompt_logprobs], strict=True)
-        new = branch.logprobs[self._num_taken :]
+        new = branch.logprobs[self._num_taken :][:count]
         self._num_taken += len(new)
         entries += [(entry.token_id, entry) for entry in new]
         tokens, values, tops, offsets = [], [], [], []
@@ -285,7 +286,7 @@ class CompletionWriter(OpenAIWriter):
 
     def text(self, index: int, text: str, logprobs: TokenLogprobs | None) -> bytes:
         """More text."""
-        told = b"null" if self._logprobs is None else encode(self._logprobs[index].take())
+        told = b"null" if self._logprobs is None else encode(self._logprobs[index].take(1))
         ids = self.encoded_token_ids(index)
         return self.chunk(
             b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":null%b}' % (index, encode(text), told, ids)

@@ -10,7 +10,7 @@ from kvik.engine.output import Piece, Progress
 from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventWriter
 from kvik.server.fields import StreamOptions
-from kvik.server.generation import Running, new_id
+from kvik.server.generation import Running
 from kvik.server.sse import encode, event
 
 DONE = b"data: [DONE]\n\n"
@@ -35,7 +35,7 @@ class OpenAIWriter(EventWriter):
         self._ends_with_usage = options is not None and options.include_usage
         self._num_unfinished = len(running.branches)
         self._head: dict[str, Any] = {
-            "id": new_id(prefix),
+            "id": running.new_id(prefix),
             "object": kind,
             "created": running.created,
             "model": running.served.id,

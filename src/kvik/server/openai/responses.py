@@ -16,7 +16,7 @@ from kvik.engine.output import Piece, Progress
 from kvik.server.bodies import json_response, read_body
 from kvik.server.errors import ApiError
 from kvik.server.event_stream import EventStream
-from kvik.server.generation import Generation, Running, new_id, start
+from kvik.server.generation import Generation, Running, start
 from kvik.server.openai.chat import prepare_chat
 from kvik.server.openai.item_writer import Item, ItemKind, ItemWriter, named_event
 from kvik.server.openai.responses_input import OWN_NAMES, ResponsesRequest
@@ -75,7 +75,7 @@ class ResponseWriter(ItemWriter):
         super().__init__(running)
         self._body = body
         self._num_events = 0
-        running.response_id = new_id("resp_")
+        running.response_id = running.new_id("resp_")
 
     def whole(self) -> dict[str, Any]:
         """The response, when it is not streamed."""
@@ -100,7 +100,7 @@ class ResponseWriter(ItemWriter):
 
     def item_id(self, kind: ItemKind) -> str:
         """An id by the kind."""
-        return new_id(_PREFIXES[kind])
+        return self.running.new_id(_PREFIXES[kind])
 
     def item_begin(self, item: Item) -> bytes:
         """The item, empty; but of a call also its one part."""
