@@ -44,6 +44,7 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(kvik: Kvik) -> No
 
 # Of `ServerConfig`, what no flag sets.
 INTERNAL = {
+    "is_replica": "the front that begins a replica tells it so, for it believes what the front says of an answer",
     "unread_s": "guards the server's own memory, and no client that reads meets it",
     "max_remembered_tokens": "4 MiB for each key; --max-remembered bounds the same in what people count",
 }
@@ -209,6 +210,18 @@ def test_several_models_share_the_memory_and_each_is_chosen_by_its_names(
         assert str(tiny.parent) not in json.dumps([model.card() for model in served])
     finally:
         assert all([model.async_llm.stop(30) for model in served])  # noqa: C419  # all of them
+
+
+def test_replicas_share_threads_and_memory(kvik: Kvik) -> None:
+    assert serve.replica_shares(3, 8, "3GiB") == [(3, 1 << 30), (3, 1 << 30), (2, 1 << 30)]
+    with pytest.raises(InvalidInput, match="there are 2 threads"):
+        serve.replica_shares(3, 2, "auto")
+    assert "--replicas" in kvik("serve", "--replicas", "65", "--port", "0").stderr
+    own = ["--host", "127.0.0.1", "--port", "0", "--replicas", "1", "--no-access-log"]
+    own += ["--threads", "2", "--kv-memory", "7"]
+    head = [sys.executable, "-m", "kvik"]
+    assert serve.replica_command(["serve", "a", "--port", "1"], 2, 7) == [*head, "serve", "a", "--port", "1", *own]
+    assert serve.replica_command(["serve", "--", "a"], 2, 7) == [*head, "serve", *own, "--", "a"]
 
 
 def test_a_models_own_name_goes_before_anothers_alias(tiny: Path, base: Path) -> None:

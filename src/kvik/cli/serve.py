@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,18 +16,22 @@ from kvik.cli.options import (
     KV_DTYPE_HELP,
     PACKED_HELP,
     StoreOptions,
+    check_count,
     check_utf8,
     spell_out,
     value,
 )
 from kvik.cli.terminal import note
-from kvik.config import ActivationDType, WeightFormat, is_shared
+from kvik.config import ActivationDType, WeightFormat, is_shared, parse_bytes
 from kvik.errors import InvalidInput
+from kvik.machine import available_memory_bytes, available_threads
 from kvik.units import amount
 
 if TYPE_CHECKING:
     from kvik.server.served import ServedModel
     from kvik.server.settings import ServerConfig
+
+MAX_REPLICAS = 64
 
 SERVER, ACCESS, LIMITS = "Server", "Who may call it", "Limits"
 
@@ -42,6 +47,9 @@ def serve(
     *,
     host: Annotated[str, value(SERVER, "ADDRESS", "Where to listen.", show_default=True)] = "127.0.0.1",
     port: Annotated[int, value(SERVER, "N", "0 takes any that is free.", show_default=True)] = 8000,
+    replicas: Annotated[
+        int, value(SERVER, "N", "Processes that share threads and memory, behind one address.", show_default=True)
+    ] = 1,
     log_format: Annotated[
         Literal["text", "json"], value(SERVER, "text|json", "How lines of the log look.", show_default=True)
     ] = "text",
@@ -133,12 +141,15 @@ def serve(
     One cache serves all requests; each answer says what was reused. SIGTERM or Ctrl-C ends it when what runs is done.
     """
     from kvik.cli.serve_logs import set_up_logs
-    from kvik.config import parse_bytes
+    from kvik.server.front.parent import READY, end_with_parent
     from kvik.server.listening import bind
+    from kvik.server.origin import MAX_TOKENS_BYTES
     from kvik.server.settings import ServerConfig
 
     store = store_options.settings()
+    is_replica = end_with_parent()
     config = ServerConfig(
+        is_replica=is_replica,
         host=host,
         port=port,
         api_keys=read_keys(api_key, os.environ.get("KVIK_API_KEYS", "")),
@@ -146,7 +157,7 @@ def serve(
         shared_cache=shared_cache,
         cors_origins=tuple(cors_origin or ()),
         allowed_hosts=tuple(allowed_host or ()),
-        max_body_bytes=parse_bytes("--max-body", max_body),
+        max_body_bytes=parse_bytes("--max-body", max_body) + (MAX_TOKENS_BYTES if is_replica else 0),
         max_prompts=max_prompts,
         work_limit=work_limit,
         ping_s=ping,
@@ -162,6 +173,7 @@ def serve(
         redact=redact,
         drop_billing_line=drop_billing_line,
     )
+    check_count("--replicas", replicas, 1, MAX_REPLICAS)
     listening = bind(config.host, config.port)  # before all that takes time: a port that is taken is known at once
     set_up_logs(log_format)
     names = models or ["smollm2"]
@@ -187,6 +199,18 @@ def serve(
         raise InvalidInput(
             f"the server needs {error.name}, which is not installed", hint="pip install 'kvik[server]'"
         ) from None
+    if replicas > 1:
+        from kvik.server.front.run import serve_replicas
+
+        shares = replica_shares(replicas, threads, kv_memory)
+        port = listening.getsockname()[1]
+        serve_replicas(
+            config,
+            listening,
+            [replica_command(sys.argv[1:], *each) for each in shares],
+            lambda: welcome_front(config, port, shares),
+        )
+        return
     from kvik.server.run import serve as run_server
     from kvik.server.served import Models
     from kvik.server.state import ServerState
@@ -206,14 +230,47 @@ def serve(
         state,
         listening,
         load=load_all,
-        on_ready=lambda: welcome(config, port, list(state.models)),
+        on_ready=lambda: note(READY.format(port)) if is_replica else welcome(config, port, list(state.models)),
     )
+
+
+def replica_shares(num_replicas: int, threads: int | None, kv_memory: str) -> list[tuple[int, int]]:
+    """Threads and bytes for keys and values of each replica: all that there is, divided."""
+    num_threads = threads or available_threads()
+    if num_threads < num_replicas:
+        raise InvalidInput(
+            f"--replicas is {num_replicas}, and there are {num_threads} threads", hint="give each replica one at least"
+        )
+    num_bytes = available_memory_bytes() // 2 if kv_memory == "auto" else parse_bytes("--kv-memory", kv_memory)
+    return [
+        (num_threads // num_replicas + (index < num_threads % num_replicas), max(1, num_bytes // num_replicas))
+        for index in range(num_replicas)
+    ]
+
+
+def replica_command(arguments: list[str], threads: int, kv_bytes: int) -> list[str]:
+    """The command of a replica: this process's own, with its share, on a port of its own."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    own = ["--host", "127.0.0.1", "--port", "0", "--replicas", "1", "--no-access-log"]
+    own += ["--threads", str(threads), "--kv-memory", str(kv_bytes)]
+    # The last of an option's values counts.
+    return [sys.executable, "-m", "kvik", *arguments[:at], *own, *arguments[at:]]
+
+
+def welcome_front(config: ServerConfig, port: int, shares: list[tuple[int, int]]) -> None:
+    """Where it is, what each replica has, and how it is watched."""
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host if config.host not in ('0.0.0.0', '::') else '127.0.0.1'}:{port}"
+    least, most = shares[-1][0], shares[0][0]
+    threads = f"{most} thread{'s' * (most > 1)}" if least == most else f"{least} or {most} threads"
+    note(f"kvik serves at {url}/v1 through {len(shares)} replicas")
+    note(f"  Each has {threads} and {amount(shares[0][1])} for keys and values")
+    note(f"  Watch {url}/health; SIGHUP restarts them one by one, Ctrl-C ends all when what runs is done")
 
 
 def load(names: list[str], **engine: Any) -> list[ServedModel]:
     """All models, by the names that they are served by; of memory of automatic size each gets its share."""
     from kvik.engine.llm import LLM
-    from kvik.machine import available_memory_bytes
     from kvik.server.served import ServedModel
 
     loaded = [(*alias_of(name), LLM(model_of(name), **engine)) for name in names]

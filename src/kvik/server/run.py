@@ -95,16 +95,17 @@ async def drain(state: ServerState) -> None:
     state.live.close()
     if state.http.num_open:
         log.info("draining: %d requests run, for up to %g s; a second signal ends them", state.http.num_open, drain_s)
-    await _until_answered(state, drain_s)
+    await until_answered(state, drain_s)
     if state.http.num_open:
         log.warning("ending %d requests that still run", state.http.num_open)
         error = ApiError(503, "the server stops (hint: send it again, to another or later)", code="shutting_down")
         for served in state.models:
             served.async_llm.fail_all(error)
-        await _until_answered(state, LAST_WORDS_S)
+        await until_answered(state, LAST_WORDS_S)
 
 
-async def _until_answered(state: ServerState, seconds: float) -> None:
+async def until_answered(state: ServerState, seconds: float) -> None:
+    """Until no request is open, or so many seconds have passed."""
     deadline_s = time.monotonic() + seconds
     while state.http.num_open and time.monotonic() < deadline_s:
         await asyncio.sleep(0.02)

@@ -1,0 +1,1 @@
+"""One thin process before several replicas on this machine."""
