@@ -108,10 +108,10 @@ def option(parameter: Any) -> tuple[str, str, str]:
 
 
 def comments_of(kind: type) -> dict[str, str]:
-    """What stands behind each field in the class's own text."""
-    lines = inspect.getsource(kind).splitlines()
-    found = [re.match(r"    (\w+): .*?  # (.+)$", line) for line in lines]
-    return {match[1]: match[2] for match in found if match}
+    """What stands behind each field in the class's own text, or behind its default in parentheses."""
+    text = inspect.getsource(kind)
+    found = re.findall(r"^    (\w+): [^\n#]*?(?:\(\n\s+[^\n#]*)?  # (.+)$", text, re.MULTILINE)
+    return dict(found)
 
 
 def annotation(text: str) -> str:

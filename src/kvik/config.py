@@ -57,7 +57,7 @@ class SamplingParams:
     min_tokens: int = 0  # no end-of-text token and no stop before this many
     temperature: float = 0.0  # 0 takes the most likely token
     top_k: int = 0  # 0: all
-    top_p: float = 1.0
+    top_p: float = 1.0  # the smallest set of tokens with this much probability; 1: all
     min_p: float = 0.0  # relative to the most likely token
     repetition_penalty: float = (
         1.0  # divides positive logits of tokens seen in prompt or completion (Keskar et al., 2019)
@@ -66,10 +66,10 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted for each time a token was seen in the completion
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = ()  # added, by token id; `biases` has it
     stop: Sequence[str] = ()  # the text ends before the first of these
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] = ()  # the completion ends when one of these is sampled
     seed: int | None = None  # None: one is drawn and reported
     logprobs: int | None = None  # this many of the most likely tokens beside each chosen one
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # continue past end-of-text tokens
     echo: bool = False  # the text begins with the prompt's; with logprobs, the prompt's tokens have theirs too
     speculate: Speculation | None = None  # "ngram": guess from what followed the same tokens; never changes a token
 
@@ -155,14 +155,14 @@ class EngineConfig:
     mixed_budget: int = MIXED_BUDGET  # of them, most for prompts where others wait for their next token
     kv_memory: int | str = "auto"  # for keys and values: bytes, or text like "2GiB", which is turned into bytes
     prefix_cache: bool = True  # keep what was computed, for requests that begin alike
-    max_running: int = 64  # sequences that run at once
+    max_running: int = 64  # most sequences in one step
     max_waiting: int = 1024  # requests that wait; more are refused
     store: str | None = None  # a folder for blocks that outlive the process, or redis://…; None: they do not
     store_quota: int | str = DEFAULT_QUOTA  # for the files there, as `kv_memory` takes it
     store_policy: StorePolicy = "end"  # store what a request has computed when it ends, or what is used a second time
     store_key: str | None = None  # a file with the secret that stored blocks are sealed with; None: a checksum alone
     packed_cache: str | None = None  # a folder for packed weights, which the next start maps; None: pack at each start
-    backend: Backend = "native"
+    backend: Backend = "native"  # or "reference": NumPy, slow, the definition of each op
 
     def __post_init__(self) -> None:
         _keep_choice(self, "activations", get_args(ActivationDType))

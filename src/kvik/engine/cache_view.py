@@ -58,51 +58,51 @@ class PrefixView:
 
 
 class CacheView:
-    """What is in an engine's KV cache at this moment, and what it was good for; `str()` of it is a small report."""
+    """A snapshot of the KV cache and its hit statistics; `print()` shows a summary with the prefix tree."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in all."""
+        """Blocks that the cache may use, of 32 tokens each."""
         return self._engine.cache.pool.num_blocks
 
     @property
     def num_held(self) -> int:
-        """Blocks that sequences use or keep."""
+        """Blocks that running sequences, leases or pins hold."""
         return self._engine.cache.pool.num_held
 
     @property
     def num_reusable(self) -> int:
-        """Blocks that nobody holds, kept for requests that begin alike."""
+        """Blocks without a holder that later requests with the same prefix can use."""
         return self._engine.cache.pool.num_reusable
 
     @property
     def num_free(self) -> int:
-        """Blocks with nothing worth keeping."""
+        """Blocks without a holder that are not in the prefix tree."""
         return self._engine.cache.pool.num_free
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the cache may come to use."""
+        """Bytes that all blocks take together: the most memory that the cache uses."""
         cache = self._engine.cache
         return cache.spec.pool_bytes(cache.size)
 
     @property
     def committed_bytes(self) -> int:
-        """Bytes of memory that it uses now."""
+        """Bytes of memory in use now."""
         return self._engine.cache.committed_bytes
 
     @property
     def stats(self) -> CacheStats:
-        """Tokens asked for and found, blocks evicted and copied, since the engine began."""
+        """Counts since the engine began: tokens looked up and found, blocks evicted and copied."""
         return self._engine.cache.stats
 
     def tree(
         self, *, max_level: int | None = None, max_rows: int | None = None, below: int | None = None
     ) -> list[TreeRow]:
-        """The prefix tree, each run below the one it goes on from.
+        """The prefix tree, depth first: each run of blocks stands below its parent.
 
         `max_level` leaves out what lies deeper, `max_rows` all rows behind so many. With `below`, a block, it is the
         run of that block and what goes on from there, with levels from there on, and empty where there is none. The
@@ -189,7 +189,7 @@ class CacheView:
             )
 
     def match(self, token_ids: SequenceOf[int], salt: str | None = None) -> PrefixView:
-        """How far a prompt would be found in the cache now, and why no further; it changes nothing."""
+        """The prefix of a prompt that is cached now, and why the match ends there; changes nothing."""
         cache = self._engine.cache
         with self._engine.lock:
             found = cache.match(token_ids, salt)
@@ -208,7 +208,7 @@ class CacheView:
         )
 
     def clear(self) -> None:
-        """Forget every block that nobody holds, and give the memory back."""
+        """Forget all reusable blocks and return their memory to the system."""
         self._engine.clear_cache()
 
     def __str__(self) -> str:

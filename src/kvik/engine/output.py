@@ -23,11 +23,11 @@ class Stats:
     num_completion_tokens: int
     time_to_first_token_s: float
     decode_s: float  # from the first token to the last
-    kv_bytes: int  # of the blocks held at the end
-    weight_bytes: int  # that the steps went over, each weight counted once a step
-    num_drafted_tokens: int = 0  # guessed ahead and computed
-    num_accepted_tokens: int = 0  # of those, right
-    num_preemptions: int = 0  # times that others needed its blocks
+    kv_bytes: int  # of the blocks that the request held at its end
+    weight_bytes: int  # that its steps read, each weight counted once a step
+    num_drafted_tokens: int = 0  # draft tokens of speculation that were computed
+    num_accepted_tokens: int = 0  # draft tokens that were accepted
+    num_preemptions: int = 0  # times that the request was preempted
     miss_reason: MissReason | None = (
         None  # why no more of the prompt was found in the cache; None where it was not asked
     )
@@ -75,7 +75,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedding:
-    """What a prompt became: one vector, and its cost. Of the times only `Stats.total_s` says something."""
+    """The vector of a prompt, and its cost; of the times only `Stats.total_s` applies."""
 
     vector: npt.NDArray[np.float32]  # (hidden_size,); none (0,) of one that was aborted
     finish_reason: str  # "stop" or "abort"

@@ -57,12 +57,12 @@ class Conversation:
 
     @property
     def use_cache(self) -> bool:
-        """Whether what is computed is kept."""
+        """Whether the session keeps and reuses computed blocks."""
         return self._options.get("use_cache", True)
 
     @property
     def salt(self) -> str | None:
-        """Nothing is shared with requests of another."""
+        """The cache salt: no blocks are shared with requests of another salt."""
         return self._options.get("salt")
 
     def append(self, role: str, content: Content | None = None, **others: Any) -> None:
@@ -212,11 +212,11 @@ def _whole(last: list[Piece]) -> Completion:
 
 
 class Session(Conversation):
-    """A conversation as an object: each turn computes only what the turns before it have not.
+    """A conversation whose turns compute only their new tokens.
 
-    Between turns its blocks stay with it for as long as nobody else needs them (`pin` keeps them in any case); what was
-    taken is computed again. They go back when the session is closed, left (`with`) or forgotten. `options` are those of
-    `LLM.chat`, and hold for every turn.
+    Between turns the session holds its blocks until memory is short (`pin` holds them in any case); blocks that were
+    taken back are computed again. They are released when the session is closed, left (`with`) or collected. `options`
+    are those of `LLM.chat`, and hold for every turn.
 
     >>> with Session(LLM("smollm2")) as session:
     ...     session.append("user", "Why is the sky blue?")
@@ -235,7 +235,7 @@ class Session(Conversation):
     def stream(
         self, params: SamplingParams = GREEDY, *, should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[Piece]:
-        """Answers the messages so far, piece by piece, and appends the answer, whole or as far as it came.
+        """Streams the answer to the messages so far, and appends it, whole or as far as it came.
 
         `should_stop` is asked between steps, and ends the answer as closing the iterator does. The messages are
         checked before this returns; reading begins the turn, and ends one that is still being written.
@@ -245,7 +245,7 @@ class Session(Conversation):
         return self._stream(request, should_stop)
 
     def fork(self) -> Session:
-        """Another session with the same past and the same blocks: only what they come to differ in costs anything."""
+        """Another session with the same past, which shares its blocks; only tokens after the fork cost anything."""
         self._check_not_writing("fork")
         fork = Session(self.llm, **self._options)
         self._copy_to(fork)
@@ -253,7 +253,7 @@ class Session(Conversation):
         return fork
 
     def pin(self) -> None:
-        """Keep what is computed of the conversation until `unpin` or `close`, whoever else needs memory.
+        """Hold the blocks of the conversation until `unpin` or `close`, even when memory is short.
 
         Later turns are not pinned until `pin` is called again. Raises `CacheTooSmall` where a request under way would
         no longer fit.
@@ -261,7 +261,7 @@ class Session(Conversation):
         self._replace_pin()
 
     def unpin(self) -> None:
-        """Let others have the memory again, should they need it."""
+        """Undo `pin`: the blocks may be taken back when memory is short."""
         pin, self._pin = self._pin, None
         if pin is not None:
             pin.close()
@@ -285,7 +285,7 @@ class Session(Conversation):
         return session
 
     def close(self) -> None:
-        """Stop what is being written and give back the session's blocks."""
+        """Stop a turn that is being written and release the session's blocks."""
         self._close()
 
     def __enter__(self) -> Self:
@@ -332,7 +332,7 @@ class AsyncSession(Conversation):
         return _whole([piece async for piece in self.stream(params) if piece.completion is not None])
 
     async def stream(self, params: SamplingParams = GREEDY) -> AsyncIterator[Piece]:
-        """Answers the messages so far, piece by piece, and appends the answer, whole or as far as it came."""
+        """Streams the answer to the messages so far, and appends it, whole or as far as it came."""
         request = await asyncio.to_thread(self._new_request, params)
         if self._is_closed:
             return
@@ -350,7 +350,7 @@ class AsyncSession(Conversation):
                 self._end_turn(sequence, Lease.close_later)
 
     async def fork(self) -> AsyncSession:
-        """Another session with the same past and the same blocks: only what they come to differ in costs anything."""
+        """Another session with the same past, which shares its blocks; only tokens after the fork cost anything."""
         self._check_not_writing("fork")
         fork = AsyncSession(self._async_llm, **self._options)
         self._copy_to(fork)
@@ -362,7 +362,7 @@ class AsyncSession(Conversation):
         await asyncio.to_thread(self._replace_pin)
 
     async def unpin(self) -> None:
-        """Let others have the memory again, should they need it."""
+        """Undo `pin`: the blocks may be taken back when memory is short."""
         pin, self._pin = self._pin, None
         if pin is not None:
             await asyncio.to_thread(pin.close)
@@ -372,7 +372,7 @@ class AsyncSession(Conversation):
         return await asyncio.to_thread(self._save, name)
 
     async def close(self) -> None:
-        """Stop what is being written and give back the session's blocks."""
+        """Stop a turn that is being written and release the session's blocks."""
         await asyncio.to_thread(self._close)
 
     async def __aenter__(self) -> Self:

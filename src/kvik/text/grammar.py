@@ -33,9 +33,9 @@ _FEWER_NODES = f"give at most {MAX_SCHEMA_NODES:,} objects, arrays and values"
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar as text, equal to others of the same text: made by one of its class methods, which check its size.
+    """What a completion must look like; made by one of the class methods, which check the size of its text.
 
-    They raise `InvalidGrammar`. Whether it means anything is found by compiling it.
+    They raise `InvalidGrammar`. Other errors in the grammar show when it is compiled.
     """
 
     kind: Kind

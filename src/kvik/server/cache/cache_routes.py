@@ -1,4 +1,4 @@
-"""`/v1/cache`: what is in each model's cache, what it was good for, and what is kept in it on purpose."""
+"""`/v1/cache`: the blocks of each model's cache, its hit statistics, and what pins and sessions hold."""
 
 from __future__ import annotations
 
