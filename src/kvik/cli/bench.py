@@ -47,18 +47,19 @@ def bench(
     prompt: Annotated[str, value(CASES, "N,N,…", "Lengths of prompts.", show_default=True)] = "512",
     gen: Annotated[int, value(CASES, "N", "Tokens that each sequence writes.", show_default=True)] = 64,
     depth: Annotated[str, value(CASES, "N,N,…", "Tokens in the cache before them.", show_default=True)] = "0",
-    batch: Annotated[str, value(CASES, "N,N,…", "Sequences that write at once.", show_default=True)] = "1",
+    batch: Annotated[str, value(CASES, "N,N,…", "Sequences at once.", show_default=True)] = "1",
     kv: Annotated[str, value(CASES, "TYPE,…", "Keys and values: f16, f32, int8.", show_default=True)] = "f16",
-    threads: Annotated[str | None, value(CASES, "N,N,…", "Else one for each processor.")] = None,
+    threads: Annotated[str | None, value(CASES, "N,N,…", "Default: one for each processor.")] = None,
     kv_heads: Annotated[
-        str | None, value(CASES, "N,N,…", "The model's shape with so many KV heads each, and random weights.")
+        str | None,
+        value(CASES, "N,N,…", "Measure the model's shape with each number of KV heads, with random weights."),
     ] = None,
-    rounds: Annotated[int, value(CASES, "N", "Measure so often; the median counts.", show_default=True)] = 5,
+    rounds: Annotated[int, value(CASES, "N", "Measure N times; the median counts.", show_default=True)] = 5,
     profile: Annotated[
         bool, flag(CASES, "--profile", "Show each op's time, and how near the machine's limit.")
     ] = False,
     fresh_limits: Annotated[
-        bool, flag(CASES, "--fresh-limits", "Measure anew what the machine can do, some seconds.")
+        bool, flag(CASES, "--fresh-limits", "Measure the machine's limits again (some seconds).")
     ] = False,
     as_json: Annotated[bool, flag(OUTPUT, "--json", "Print one JSON object when done.")] = False,
     as_csv: Annotated[bool, flag(OUTPUT, "--csv", "Print comma-separated values.")] = False,

@@ -75,7 +75,7 @@ def verify(
     recompute: Annotated[
         int, typer.Option(metavar="N", help="Compute N random blocks again, and compare bit by bit.")
     ] = 0,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Chooses the same blocks again.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Choose the same random blocks again.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read every stored block again and check its tag; put aside what is bad, and end with 1 where anything was."""
@@ -129,7 +129,7 @@ def verify(
 @app.command("gc", cls=FolderCommand)
 def collect(
     folder: Folder = None,
-    quota: Annotated[str, typer.Option(metavar="SIZE", help="Keep so much, what was wanted last.")] = "2GB",
+    quota: Annotated[str, typer.Option(metavar="SIZE", help="Keep at most so much, the blocks used last.")] = "2GB",
     as_json: AsJson = False,
 ) -> None:
     """Remove what is beyond a quota, and what killed processes left."""
@@ -152,7 +152,7 @@ def collect(
 @app.command("rm", cls=FolderCommand)
 def remove(
     scope: Annotated[
-        str | None, typer.Argument(metavar="SCOPE", help="As `kvik cache ls` shows it; its beginning is enough.")
+        str | None, typer.Argument(metavar="SCOPE", help="As `kvik cache ls` shows it; the first digits are enough.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All models.")] = False,
     folder: Folder = None,

@@ -46,7 +46,7 @@ MAX_PARTS = 1 << 16
 @spell_out
 def explain(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="The text that the model goes on with; - is the text on stdin.")
+        str, typer.Argument(metavar="PROMPT", help="The text that the model continues; - reads it from stdin.")
     ],
     *,
     html: Annotated[Path | None, value(PROMPT, "FILE", "Write the page: one .html file that needs no other.")] = None,
@@ -54,7 +54,7 @@ def explain(
         Path | None, value(PROMPT, "FILE", "Write the raw trace as .json, for ui.perfetto.dev or chrome://tracing.")
     ] = None,
     chat: Annotated[bool, flag(PROMPT, "--chat", "Ask it through the model's chat template.")] = False,
-    second: Annotated[str | None, value(PROMPT, "TEXT", "The other prompt, to show which blocks it shares.")] = None,
+    second: Annotated[str | None, value(PROMPT, "TEXT", "Another prompt, to show which blocks it shares.")] = None,
     layers: Annotated[str | None, value(DRAWN, "N,N,…", "Layers whose attention is drawn; else some that fit.")] = None,
     kv_heads: Annotated[str | None, value(DRAWN, "N,N,…", "KV heads and their query heads; else all that fit.")] = None,
     max_tokens: Annotated[int, value(SAMPLING, "N", "Tokens to write.", show_default=True)] = 40,

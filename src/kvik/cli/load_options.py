@@ -20,20 +20,25 @@ class LoadOptions:
         str | None, value(LOAD, "N,N,…", "Clients that ask one request after the other; 8 where no --rate is given.")
     ] = None
     rate: Annotated[
-        float | None, value(LOAD, "R", "In place of clients, chats that begin at random, R a second on average.")
+        float | None, value(LOAD, "R", "Instead of clients, chats that begin at random times, R a second on average.")
     ] = None
     requests: Annotated[
-        int | None, value(LOAD, "N", "Requests in all; else a chat for each client, or 100 with --rate.")
+        int | None, value(LOAD, "N", "Requests in all; default: one chat for each client, or 100 with --rate.")
     ] = None
     duration: Annotated[float | None, value(LOAD, "S", "Begin no request after S seconds.")] = None
     shared_prefix: Annotated[
-        int, value(LOAD, "TOKENS", "A system prompt of about so many that all chats begin with.", show_default=True)
+        int,
+        value(
+            LOAD, "TOKENS", "All chats begin with the same system prompt of about so many tokens.", show_default=True
+        ),
     ] = 0
     turns: Annotated[int, value(LOAD, "N", "Turns of each chat; answers stay in it.", show_default=True)] = 1
     max_tokens: Annotated[int, value(LOAD, "N", "Tokens of each answer.", show_default=True)] = 64
-    warmup: Annotated[int, value(LOAD, "N", "Requests before the clock, with other texts.", show_default=True)] = 1
+    warmup: Annotated[
+        int, value(LOAD, "N", "Requests before the measurement, with other texts.", show_default=True)
+    ] = 1
     seed: Annotated[
-        int, value(LOAD, "N", "Of texts and arrivals; another: texts that no cache has.", show_default=True)
+        int, value(LOAD, "N", "Of texts and arrivals; another seed makes texts that no cache has.", show_default=True)
     ] = 0
     stop_at_eos: Annotated[bool, flag(LOAD, "--stop-at-eos", "Let answers end before --max-tokens.")] = False
 

@@ -51,7 +51,7 @@ def list_models(as_json: AsJson = False) -> None:
 def pull(
     name: Name,
     force: Annotated[bool, typer.Option("--force", help="Download it again.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Take the model's terms as accepted, if it has any.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Accept the model's terms, if it has any.")] = False,
 ) -> None:
     """Download a model, or check the one that is here, and print its path."""
     from kvik.models.loader import check_config_of

@@ -78,19 +78,24 @@ class PromptOptions:
 class SamplingOptions:
     """How the next token is chosen, as in `SamplingParams`."""
 
-    temperature: Annotated[float, value(SAMPLING, "T", "Above 0 draws at random; 0 takes the likeliest token.")] = 0.0
-    top_k: Annotated[int, value(SAMPLING, "K", "Draw from the K likeliest tokens; 0: from all.")] = 0
-    top_p: Annotated[float, value(SAMPLING, "P", "Draw from the likeliest that make up P; 1: from all.")] = 1.0
-    min_p: Annotated[float, value(SAMPLING, "P", "Drop what is less than P times the likeliest.")] = 0.0
-    repetition_penalty: Annotated[float, value(SAMPLING, "X", "Above 1 repeats prompt and answer less.")] = 1.0
-    presence_penalty: Annotated[float, value(SAMPLING, "X", "Above 0 repeats the answer's tokens less.")] = 0.0
-    frequency_penalty: Annotated[float, value(SAMPLING, "X", "The same, for each time they were used.")] = 0.0
+    temperature: Annotated[float, value(SAMPLING, "T", "Above 0 samples at random; 0 takes the likeliest token.")] = 0.0
+    top_k: Annotated[int, value(SAMPLING, "K", "Sample from the K likeliest tokens; 0: from all.")] = 0
+    top_p: Annotated[
+        float, value(SAMPLING, "P", "Sample from the likeliest tokens with probability P together; 1: from all.")
+    ] = 1.0
+    min_p: Annotated[float, value(SAMPLING, "P", "Drop tokens less likely than P times the likeliest.")] = 0.0
+    repetition_penalty: Annotated[
+        float, value(SAMPLING, "X", "Above 1, tokens of prompt and answer become less likely.")
+    ] = 1.0
+    presence_penalty: Annotated[float, value(SAMPLING, "X", "Above 0, tokens of the answer become less likely.")] = 0.0
+    frequency_penalty: Annotated[float, value(SAMPLING, "X", "The same, for each time that a token was used.")] = 0.0
     min_tokens: Annotated[int, value(SAMPLING, "N", "Do not end before N tokens.")] = 0
     stop: Annotated[list[str] | None, value(SAMPLING, "TEXT", STOP_HELP)] = None
     stop_token_id: Annotated[list[int] | None, value(SAMPLING, "ID", "End with this token; may be repeated.")] = None
-    seed: Annotated[int | None, value(SAMPLING, "N", "Makes what is drawn repeatable.")] = None
+    seed: Annotated[int | None, value(SAMPLING, "N", "Make sampling repeatable.")] = None
     speculate: Annotated[
-        Speculation | None, value(SAMPLING, "ngram", "Guess from what followed the same tokens before; same text.")
+        Speculation | None,
+        value(SAMPLING, "ngram", "Guess tokens from what followed the same tokens before; the text stays the same."),
     ] = None
 
     def params(self, **others: Any) -> SamplingParams:
@@ -118,16 +123,18 @@ class ModelOptions:
         ),
     ] = "smollm2"
     activations: Annotated[
-        ActivationDType, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
+        ActivationDType, value(ENGINE, "int8|int16", "int16 is slower and as accurate as float32.", show_default=True)
     ] = "int8"
     weights: Annotated[
         WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")
     ] = None
     packed_cache: Annotated[str | None, value(ENGINE, "DIR", PACKED_HELP)] = None
-    context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None
-    kv_memory: Annotated[str, value(ENGINE, "SIZE", "For keys and values, like 512MiB or 2GiB.", show_default=True)] = (
-        "auto"
-    )
+    context: Annotated[
+        int | None, value(ENGINE, "N", "Most tokens of prompt and answer; default: the model's own limit.")
+    ] = None
+    kv_memory: Annotated[
+        str, value(ENGINE, "SIZE", "Memory for keys and values, like 512MiB or 2GiB.", show_default=True)
+    ] = "auto"
 
     def load(self, **others: Any) -> LLM:
         """The model, ready to write; `others` are arguments of `LLM` that have no option here."""
@@ -149,7 +156,7 @@ class EngineOptions(ModelOptions):
     """Those, and which keys and values are kept, by how many threads."""
 
     kv_dtype: Annotated[str, value(ENGINE, "TYPE", KV_DTYPE_HELP, show_default=True)] = "f16"
-    threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None
+    threads: Annotated[int | None, value(ENGINE, "N", "Default: one for each processor.")] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,13 +172,21 @@ class StoreOptions:
             " begins with / . or ~; or share them through redis://HOST.",
         ),
     ] = None
-    store_quota: Annotated[str | None, value(STORE, "SIZE", "For the files there.", show_default="2GB")] = None
+    store_quota: Annotated[
+        str | None, value(STORE, "SIZE", "Most bytes of stored files; default: 2GB.", show_default="2GB")
+    ] = None
     store_policy: Annotated[
         StorePolicy | None,
-        value(STORE, "end|reuse", "Store what a request computed, or what is used a second time.", show_default="end"),
+        value(
+            STORE,
+            "end|reuse",
+            "Store what each request computed, or only blocks that are used a second time.",
+            show_default="end",
+        ),
     ] = None
     store_key: Annotated[
-        str | None, value(STORE, "FILE", "A secret that seals stored blocks, so that nobody can exchange them.")
+        str | None,
+        value(STORE, "FILE", "A file with a secret that seals stored blocks, so that they cannot be forged."),
     ] = None
 
     def settings(self) -> dict[str, Any]:
@@ -242,7 +257,7 @@ class ServerOptions:
     api_key: Annotated[
         str | None, value(SERVER, "KEY", "The server's key.", envvar=["KVIK_API_KEY", "OPENAI_API_KEY"])
     ] = None
-    timeout: Annotated[float, value(SERVER, "S", "Longest silence in seconds.", show_default=True)] = 300.0
+    timeout: Annotated[float, value(SERVER, "S", "Give up after S seconds without a byte.", show_default=True)] = 300.0
 
     def check(self, given: dict[str, str]) -> None:
         """Raise `InvalidInput` for a server that cannot be asked, or options of one where there is none."""

@@ -20,21 +20,23 @@ def plan(
     model: Annotated[
         str, typer.Argument(metavar="[MODEL]", help="A catalogue name, .gguf path, folder with config.json, or Hub id.")
     ] = "smollm2",
-    context: Annotated[int | None, value(LOAD, "N", "Tokens of a sequence; else as many as the model allows.")] = None,
+    context: Annotated[int | None, value(LOAD, "N", "Tokens of a sequence; default: the model's limit.")] = None,
     users: Annotated[int, value(LOAD, "N", "Sequences at once.", show_default=True)] = 1,
     prefix: Annotated[int, value(LOAD, "N", "First tokens that all of them share.", show_default=True)] = 0,
     kv: Annotated[
         str, value(LOAD, "TYPE", "Keys and values in the cache: f16, f32, int8, or k=int8,v=f16.", show_default=True)
     ] = "f16",
     weights: Annotated[str | None, value(LOAD, "TYPE", "Like bf16, q8_0, q4_k; else the file's, or bf16.")] = None,
-    memory: Annotated[str | None, value(MACHINE, "SIZE", "What it has to fit into, like 24GB or 16GiB.")] = None,
+    memory: Annotated[
+        str | None, value(MACHINE, "SIZE", "The memory that it must fit into, like 24GB or 16GiB.")
+    ] = None,
     device: Annotated[
         str | None, value(MACHINE, "NAME", "Like h100, 4090, m2-ultra; `here` measures this machine.")
     ] = None,
-    compare: Annotated[str | None, value(OUTPUT, "A,B,…", "Models side by side, in place of MODEL.")] = None,
+    compare: Annotated[str | None, value(OUTPUT, "A,B,…", "Compare these models, instead of MODEL.")] = None,
     plot: Annotated[Path | None, value(OUTPUT, "FILE", "Draw memory by context as .png or .svg.")] = None,
     list_all: Annotated[
-        Literal["models", "devices"] | None, value(OUTPUT, "models|devices", "Show what is known.", "--list")
+        Literal["models", "devices"] | None, value(OUTPUT, "models|devices", "List the catalogue.", "--list")
     ] = None,
     as_json: Annotated[bool, flag(OUTPUT, "--json", "Print one JSON object.")] = False,
 ) -> None:

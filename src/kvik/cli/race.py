@@ -39,16 +39,17 @@ CURVE = "What is measured"
 @spell_out
 def race(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="What both lanes answer; - is the text on stdin.")
+        str, typer.Argument(metavar="PROMPT", help="The prompt of both lanes; - reads it from stdin.")
     ] = DEFAULT_PROMPT,
     *,
     prompt_options: PromptOptions,
     as_json: Annotated[bool, flag(PROMPT, "--json", "Print one JSON object when done.")] = False,
     plot: Annotated[Path | None, value(PROMPT, "FILE", "Draw the curves into a .png or .svg.")] = None,
     lengths: Annotated[
-        str, value(CURVE, "N,N,…", "Then time a token at these lengths; none: do not.", show_default=True)
+        str,
+        value(CURVE, "N,N,…", "Then time one token at each of these lengths; `none` skips that.", show_default=True),
     ] = DEFAULT_LENGTHS,
-    rounds: Annotated[int, value(CURVE, "N", "Time each length so often.", show_default=True)] = 3,
+    rounds: Annotated[int, value(CURVE, "N", "Time each length N times.", show_default=True)] = 3,
     max_tokens: Annotated[int, value(SAMPLING, "N", "Tokens that each lane writes.", show_default=True)] = 128,
     sampling: SamplingOptions,
     engine: EngineOptions,

@@ -40,25 +40,30 @@ def run(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            metavar="PROMPT", help="What to answer; - is the text on stdin, as is no prompt where that is no terminal."
+            metavar="PROMPT",
+            help="The prompt; - reads it from stdin, as does leaving it out where stdin is not a terminal.",
         ),
     ] = None,
     stdin: Annotated[
-        Literal["-"] | None, typer.Argument(metavar="-", help="Put the text on stdin below the prompt.")
+        Literal["-"] | None, typer.Argument(metavar="-", help="Append the text on stdin to the prompt.")
     ] = None,
     *,
     prompt_options: PromptOptions,
     template_options: TemplateOptions,
     as_json: Annotated[bool, flag(PROMPT, "--json", "Print one JSON object when done.")] = False,
-    show_stats: Annotated[bool, flag(PROMPT, "--stats", "Tell what it cost, on stderr, terminal or not.")] = False,
-    max_tokens: Annotated[int, value(SAMPLING, "N", "Most tokens to write.", show_default=True)] = 256,
+    show_stats: Annotated[
+        bool, flag(PROMPT, "--stats", "Print what the answer cost on stderr, even without a terminal.")
+    ] = False,
+    max_tokens: Annotated[int, value(SAMPLING, "N", "Write at most N tokens.", show_default=True)] = 256,
     sampling: SamplingOptions,
-    ignore_eos: Annotated[bool, flag(SAMPLING, "--ignore-eos", "Write on past the end of the text.")] = False,
+    ignore_eos: Annotated[bool, flag(SAMPLING, "--ignore-eos", "Continue past the end of the text.")] = False,
     logprobs: Annotated[
         int | None, value(SAMPLING, "N", "With --json: log-probabilities, and the N likeliest.")
     ] = None,
     engine: EngineOptions,
-    no_cache: Annotated[bool, flag(ENGINE, "--no-cache", "Compute every token again for each new one.")] = False,
+    no_cache: Annotated[
+        bool, flag(ENGINE, "--no-cache", "Compute all tokens again for each new one: no KV cache.")
+    ] = False,
     store_options: StoreOptions,
     server: ServerOptions,
 ) -> None:

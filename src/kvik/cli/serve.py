@@ -46,12 +46,12 @@ def serve(
     ] = None,
     *,
     host: Annotated[str, value(SERVER, "ADDRESS", "Where to listen.", show_default=True)] = "127.0.0.1",
-    port: Annotated[int, value(SERVER, "N", "0 takes any that is free.", show_default=True)] = 8000,
+    port: Annotated[int, value(SERVER, "N", "0 takes any free port.", show_default=True)] = 8000,
     replicas: Annotated[
         int, value(SERVER, "N", "Processes that share threads and memory, behind one address.", show_default=True)
     ] = 1,
     log_format: Annotated[
-        Literal["text", "json"], value(SERVER, "text|json", "How lines of the log look.", show_default=True)
+        Literal["text", "json"], value(SERVER, "text|json", "Format of the log.", show_default=True)
     ] = "text",
     drain: Annotated[
         float, value(SERVER, "S", "Seconds that running requests have after SIGTERM.", show_default=True)
@@ -71,30 +71,32 @@ def serve(
     ] = None,
     no_auth: Annotated[
         bool,
-        typer.Option("--no-auth", help="Listen beyond this machine, and ask nobody for a key.", rich_help_panel=ACCESS),
+        typer.Option("--no-auth", help="Listen beyond this machine without asking for a key.", rich_help_panel=ACCESS),
     ] = False,
     shared_cache: Annotated[
-        bool, typer.Option("--shared-cache", help="Let all keys share what was computed.", rich_help_panel=ACCESS)
+        bool, typer.Option("--shared-cache", help="Let all keys share one prefix cache.", rich_help_panel=ACCESS)
     ] = False,
     read_only: Annotated[
         bool,
         typer.Option(
             "--read-only",
-            help="The page only shows: nothing is computed for it, nobody's request ended.",
+            help="The page only shows: it can compute nothing and abort no request.",
             rich_help_panel=ACCESS,
         ),
     ] = False,
     redact: Annotated[
         bool,
-        typer.Option("--redact", help="Show the text of tokens to nobody who watches.", rich_help_panel=ACCESS),
+        typer.Option("--redact", help="Hide the text of tokens on the page.", rich_help_panel=ACCESS),
     ] = False,
     cors_origin: Annotated[
         list[str] | None, value(ACCESS, "ORIGIN", "Pages that may call it; localhost: those of this machine.")
     ] = None,
-    allowed_host: Annotated[list[str] | None, value(ACCESS, "NAME", "Another name by which it is called.")] = None,
+    allowed_host: Annotated[
+        list[str] | None, value(ACCESS, "NAME", "Another name that clients use for this server.")
+    ] = None,
     max_body: Annotated[str, value(LIMITS, "SIZE", "Largest body of a request.", show_default=True)] = "16MiB",
     max_running: Annotated[int, value(LIMITS, "N", "Sequences that run at once.", show_default=True)] = 64,
-    max_waiting: Annotated[int, value(LIMITS, "N", "Requests that wait; more get 429.", show_default=True)] = 1024,
+    max_waiting: Annotated[int, value(LIMITS, "N", "Requests that may wait; more get 429.", show_default=True)] = 1024,
     max_prompts: Annotated[
         int, value(LIMITS, "N", "Prompts of one request for completions or embeddings.", show_default=True)
     ] = 2048,
@@ -102,11 +104,11 @@ def serve(
         int, value(LIMITS, "N", "Tokens that one request may ask for, over all completions.", show_default=True)
     ] = 1 << 20,
     pin_share: Annotated[
-        float, value(LIMITS, "SHARE", "Of a cache, that pins and breakpoints may keep: 0 to 1.", show_default=True)
+        float, value(LIMITS, "SHARE", "Share of a cache that pins and breakpoints may keep, 0 to 1.", show_default=True)
     ] = 0.25,
     max_sessions: Annotated[int, value(LIMITS, "N", "Sessions of each key.", show_default=True)] = 256,
     session_ttl: Annotated[
-        float, value(LIMITS, "S", "Seconds until a session that nobody uses ends.", show_default=True)
+        float, value(LIMITS, "S", "Seconds after which an unused session ends.", show_default=True)
     ] = 3600.0,
     max_remembered: Annotated[
         int, value(LIMITS, "N", "Answers of each key that later ones can be compared with.", show_default=True)
@@ -123,12 +125,14 @@ def serve(
     kv_memory: Annotated[
         str, value(ENGINE, "SIZE", "For keys and values of all models, in equal shares.", show_default=True)
     ] = "auto",
-    context: Annotated[int | None, value(ENGINE, "N", "Most tokens, prompt and answer; else the model's own.")] = None,
-    threads: Annotated[int | None, value(ENGINE, "N", "Else one for each processor.")] = None,
+    context: Annotated[
+        int | None, value(ENGINE, "N", "Most tokens of prompt and answer; default: the model's own limit.")
+    ] = None,
+    threads: Annotated[int | None, value(ENGINE, "N", "Default: one for each processor.")] = None,
     token_budget: Annotated[int | None, value(ENGINE, "N", "Most tokens that one step computes.")] = None,
     kv_dtype: Annotated[str, value(ENGINE, "TYPE", KV_DTYPE_HELP, show_default=True)] = "f16",
     activations: Annotated[
-        ActivationDType, value(ENGINE, "int8|int16", "int16 is as good as float32.", show_default=True)
+        ActivationDType, value(ENGINE, "int8|int16", "int16 is slower and as accurate as float32.", show_default=True)
     ] = "int8",
     weights: Annotated[
         WeightFormat | None, value(ENGINE, "q8|q4", "Quantise a checkpoint folder's weights as they are loaded.")

@@ -26,7 +26,7 @@ class TemplateInput:
 class TemplateOptions:
     """The same as options."""
 
-    tools: Annotated[Path | None, value(PROMPT, "FILE", "Tools that may be called: OpenAI's JSON list.")] = None
+    tools: Annotated[Path | None, value(PROMPT, "FILE", "Tools that the model may call: OpenAI's JSON list.")] = None
     template_var: Annotated[
         list[str] | None,
         value(PROMPT, "NAME=JSON", "Set the template's variable, like enable_thinking=false; may be repeated."),

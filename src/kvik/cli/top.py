@@ -13,14 +13,14 @@ from kvik.errors import InvalidInput
 
 def top(
     *,
-    url: Annotated[
-        str, value(SERVER, "URL", "The server that is watched.", show_default=True)
-    ] = "http://127.0.0.1:8000",
+    url: Annotated[str, value(SERVER, "URL", "The server to watch.", show_default=True)] = "http://127.0.0.1:8000",
     api_key: Annotated[
         str | None, value(SERVER, "KEY", "The server's key.", envvar=["KVIK_API_KEY", "OPENAI_API_KEY"])
     ] = None,
-    timeout: Annotated[float, value(SERVER, "S", "Longest silence in seconds.", show_default=True)] = 15.0,
-    model: Annotated[str | None, value(SERVER, "NAME", "Which of its models; else the first.", "-m", "--model")] = None,
+    timeout: Annotated[float, value(SERVER, "S", "Give up after S seconds without a byte.", show_default=True)] = 15.0,
+    model: Annotated[
+        str | None, value(SERVER, "NAME", "Which of its models; default: the first.", "-m", "--model")
+    ] = None,
     as_json: Annotated[bool, flag(SERVER, "--json", "Print one JSON object, as where stdout is no terminal.")] = False,
 ) -> None:
     """Watch a server: its speed, its cache's blocks, its requests, and why prefixes were missed.
