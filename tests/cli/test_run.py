@@ -520,7 +520,7 @@ def test_a_variable_is_json_or_a_bare_word(typed: str, value: object) -> None:
         (["--tools", "good.json"], "the chat template takes no tools"),
         (["--tools", "good.json", "--raw"], "--tools is for the chat template, --raw uses none"),
         (["--tools", "broken.json"], "--tools is broken.json, which is not JSON"),
-        (["--tools", "object.json"], "--tools is object.json, whose JSON is no list"),
+        (["--tools", "object.json"], "--tools is object.json, whose JSON is not a list"),
         (["--tools", "latin1.json"], "--tools is not UTF-8"),
         (["--tools", "bad.json"], "tools[0].type is 'x', not 'function'"),
         (["--tools", "."], "--tools is .: Is a directory"),

@@ -83,8 +83,8 @@ def test_the_form_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"role": "user", "content": 5}, r"messages\[1\] has no 'content' of text or parts"),
         ({"role": "user", "content": b"a"}, r"messages\[1\] has no 'content'"),
         ({"role": "user", "content": []}, r"messages\[1\]\.content has no parts"),
-        ({"role": "user", "content": ["a"]}, r"messages\[1\]\.content\[0\] is no part with a 'type'"),
-        ({"role": "user", "content": [{"text": "a"}]}, r"messages\[1\]\.content\[0\] is no part"),
+        ({"role": "user", "content": ["a"]}, r"messages\[1\]\.content\[0\] is not a part with a 'type'"),
+        ({"role": "user", "content": [{"text": "a"}]}, r"messages\[1\]\.content\[0\] is not a part"),
         ({"role": "user", "content": [PARTS[0], {"type": "text"}]}, r"messages\[1\]\.content\[1\] has no 'text'"),
         (
             {"role": "user", "content": [PARTS[0], {"type": "image_url", "image_url": {"url": "x"}}]},
@@ -163,8 +163,8 @@ def test_a_function_needs_no_parameters() -> None:
     ("template_vars", "said"),
     [
         ([("a", 1)], "template_vars is "),
-        ({1: 2}, "template_vars has 1, which is no name"),
-        ({"a b": 2}, "template_vars has 'a b', which is no name"),
+        ({1: 2}, "template_vars has 1, which is not a variable"),
+        ({"a b": 2}, "template_vars has 'a b', which is not a variable"),
         *(({name: 1}, f"template_vars has '{name}', which is not the caller's") for name in
           ("messages", "tools", "add_generation_prompt", "chat_template", "bos_token", "eos_token", "raise_exception")),
     ],

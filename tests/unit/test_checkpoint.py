@@ -234,12 +234,12 @@ def moved(folder: Path, **weight_map: str) -> None:
 NORM = "model.norm.weight"  # which lies in one of them
 
 BAD_SHARDS: dict[str, tuple[Change, str]] = {
-    "parent": (lambda s: moved(s, a="../a.safetensors"), r"index\.json: tensor 'a' is said to lie in '\.\./a\.safe"),
-    "absolute": (lambda s: moved(s, a="/etc/a.safetensors"), "tensor 'a' is said to lie in '/etc/a.safe"),
-    "backslash": (lambda s: moved(s, a="..\\a.safetensors"), "tensor 'a' is said to lie in"),
-    "pickle": (lambda s: moved(s, a="a.bin"), "tensor 'a' is said to lie in 'a.bin', which is no .safetensors"),
-    "null byte": (lambda s: moved(s, a="a\0.safetensors"), "tensor 'a' is said to lie in"),
-    "no name": (lambda s: write_index(s, {"a": 7}), "tensor 'a' is said to lie in 7"),
+    "parent": (lambda s: moved(s, a="../a.safetensors"), r"index\.json: tensor 'a' is listed in '\.\./a\.safe"),
+    "absolute": (lambda s: moved(s, a="/etc/a.safetensors"), "tensor 'a' is listed in '/etc/a.safe"),
+    "backslash": (lambda s: moved(s, a="..\\a.safetensors"), "tensor 'a' is listed in"),
+    "pickle": (lambda s: moved(s, a="a.bin"), "tensor 'a' is listed in 'a.bin', which is not a .safetensors"),
+    "null byte": (lambda s: moved(s, a="a\0.safetensors"), "tensor 'a' is listed in"),
+    "no name": (lambda s: write_index(s, {"a": 7}), "tensor 'a' is listed in 7"),
     "no map": (lambda s: write_index(s, []), r"index\.json: weight_map is \[\]"),
     "empty map": (lambda s: write_index(s, {}), r"weight_map is \{\}"),
     "index no JSON": (lambda s: (s / "model.safetensors.index.json").write_text("["), r"index\.json: not valid JSON"),

@@ -321,7 +321,7 @@ def test_checkpoints_that_kvik_does_not_run_are_refused_before_their_weights_are
     assert awq[0] == "ModelError"
     assert awq[1].endswith("config.json: the weights are quantised by 'awq'")
     assert "model_type 'code' is code that comes with the model (auto_map), which kvik never runs" in code[1]
-    assert "is said to lie in '../evil.safetensors'" in escaping[1]
+    assert "is listed in '../evil.safetensors'" in escaping[1]
     assert lost[1] == f"org/lost-shard: {INDEX} names {SHARDS[1]}, which the repository does not have"
     assert huge[0] == "DownloadError"
     assert huge[1].startswith("org/huge: no space left in ")

@@ -516,7 +516,7 @@ def test_a_folder_named_by_dots_is_a_path(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ModelNotFound, match=r"has no config\.json, so it is no checkpoint"):
+    with pytest.raises(ModelNotFound, match=r"has no config\.json, so it is not a checkpoint"):
         store.resolve(name)
     if name != "/":
         place = Path(name).expanduser()

@@ -205,7 +205,7 @@ def read_report(path: Path) -> Report:
             rows = [_checked(row) for row in report["rows"]]
             return {name: dict(report[name]) for name in ("machine", "model", "engine")} | {"rows": rows}
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InvalidInput(f"--compare is {path}, which is no report of kvik bench", hint=hint) from None
+        raise InvalidInput(f"--compare is {path}, which is not a report of kvik bench", hint=hint) from None
     raise InvalidInput(
         f"--compare is {path}, a report of {kind!r:.40}, version {version!r:.20}; this is {KIND!r}, version {VERSION}",
         hint=hint,

@@ -352,7 +352,7 @@ def unescape(name: str, text: str) -> str:
             end = 6 if found[0] == r"\u" or found["code"] else 4
             shown = text[found.start() : found.start() + end]
             raise InvalidInput(
-                f"{name} has {shown} in it, which is no escape",
+                f"{name} has {shown} in it, which is not an escape",
                 hint=r"write \n, \t, \r, \\, \xNN or \uNNNN; a backslash itself is \\",
             )
         return chr(int(digits, 16))

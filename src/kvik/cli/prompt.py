@@ -53,6 +53,6 @@ def read_stdin() -> str:
         ) from None
     if len(data) > MAX_STDIN_BYTES:
         raise InvalidInput(
-            f"stdin has more than {MAX_STDIN_BYTES:,} bytes", hint="no context holds so many; give a part of it"
+            f"stdin has more than {MAX_STDIN_BYTES:,} bytes", hint="no context holds that much; give a part of it"
         )
     return check_utf8("stdin", data).removesuffix("\n").removesuffix("\r")

@@ -57,7 +57,7 @@ def _read_tools(path: Path) -> list[dict[str, Any]]:
             raise
         raise InvalidInput(f"--tools is {path}, which is not JSON: {error}", hint=hint) from None
     if not isinstance(tools, list):
-        raise InvalidInput(f"--tools is {path}, whose JSON is no list", hint=hint)
+        raise InvalidInput(f"--tools is {path}, whose JSON is not a list", hint=hint)
     return check_tools(tools) or []
 
 

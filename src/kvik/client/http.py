@@ -51,7 +51,7 @@ def parse_url(url: str) -> Address:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise InvalidInput(f"--url is no URL: {error}", hint=URL_HINT) from None
+        raise InvalidInput(f"--url is not a URL: {error}", hint=URL_HINT) from None
     if parts.username is not None or parts.password is not None:
         raise InvalidInput("--url has a user name or a password in it", hint="give a key by KVIK_API_KEY")
     _check_parts(url, parts)
@@ -62,7 +62,7 @@ def parse_url(url: str) -> Address:
 
 def _check_parts(url: str, parts: SplitResult) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidInput(f"--url is {url!r:.80}, which is no HTTP address", hint=URL_HINT)
+        raise InvalidInput(f"--url is {url!r:.80}, which is not an HTTP address", hint=URL_HINT)
     if parts.query or parts.fragment:
         raise InvalidInput(f"--url is {url!r:.80}, with a query in it", hint=URL_HINT)
 

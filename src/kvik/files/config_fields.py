@@ -29,7 +29,7 @@ def read_json_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str,
     """The object that a JSON file holds, which must be there. Raises `ModelError`."""
     found = read_object(path, max_bytes, _HINT)
     if found is None:
-        raise ModelError(f"{path} is no file", hint="check its name")
+        raise ModelError(f"{path} is not a file", hint="check its name")
     return found
 
 
@@ -103,7 +103,7 @@ class ConfigFields:
             names = " or ".join(kind.__name__ for kind in kinds)
             raise self.error(f"{key} is {reprlib.repr(found)}; it must be a list of {length:,} {names} values")
         if any(isinstance(item, float) and not math.isfinite(item) for item in found):
-            raise self.error(f"{key} has items that are no finite numbers")
+            raise self.error(f"{key} has items that are not finite numbers")
         return found
 
     def object(self, key: str) -> ConfigFields | None:

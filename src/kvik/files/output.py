@@ -16,7 +16,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises `InvalidInput` for every `OSError` meanwhile.
     """
-    # A link goes on leading to its file; what is no file, such as /dev/null, is written and never replaced.
+    # A link goes on leading to its file; what is not a file, such as /dev/null, is written and never replaced.
     target = Path(os.path.realpath(path))
     is_special = target.exists() and not target.is_file()
     partial = target if is_special else target.with_name(f".kvik-{os.getpid()}.partial")

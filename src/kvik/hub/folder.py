@@ -96,8 +96,8 @@ def read_index(path: Path) -> dict[str, set[str]]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not is_inside(name) or not name.endswith(".safetensors"):
             raise ModelError(
-                f"{path}: tensor {tensor!r:.80} is said to lie in {reprlib.repr(name)},"
-                " which is no .safetensors file in this folder",
+                f"{path}: tensor {tensor!r:.80} is listed in {reprlib.repr(name)},"
+                " which is not a .safetensors file in this folder",
                 hint="the index is damaged or hostile; download the checkpoint from its publisher",
             )
         files.setdefault(name, set()).add(tensor)

@@ -218,7 +218,7 @@ def identify(name: str) -> WheelModel | HubName | Path:
         if kind == "folder":
             ggufs = sorted(path.glob("*.gguf"))
             hint = f"name the file, for example {ggufs[0]}" if ggufs else f"give a folder of a model, or {_known()}"
-            raise ModelNotFound(f"{_shown(name)} has no config.json, so it is no checkpoint", hint=hint)
+            raise ModelNotFound(f"{_shown(name)} has no config.json, so it is not a checkpoint", hint=hint)
         hint = f"give the path of a .gguf file or of a checkpoint folder, or {_known()}"
         raise ModelNotFound(f"{_shown(name)} does not exist", hint=hint)
     if hub_id is None:

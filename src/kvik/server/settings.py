@@ -75,8 +75,8 @@ class ServerConfig:
                 )
         if not self.is_local and not self.api_keys and not self.no_auth:
             raise InvalidInput(
-                f"the server would listen on {self.host}, where others reach it, and ask nobody for a key",
-                hint="add --api-key, or --no-auth if everybody there may use it",
+                f"the server would listen on {self.host}, where others reach it, without asking for a key",
+                hint="add --api-key, or --no-auth if everybody on that network may use it",
             )
         if self.no_auth and self.api_keys:
             raise InvalidInput("--no-auth and --api-key contradict each other", hint="leave out one")

@@ -66,9 +66,9 @@ def parse_address(url: str) -> Address:
         host, port, database = parts.hostname, parts.port, int(parts.path.strip("/") or 0)
         options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     except ValueError:
-        raise InvalidInput("store is no address of a Redis server", hint=hint) from None
+        raise InvalidInput("store is not an address of a Redis server", hint=hint) from None
     if parts.scheme not in SCHEMES or not host or parts.fragment or not 0 <= database < 1 << 16:
-        raise InvalidInput(f"store is no address of a Redis server, but one of {parts.scheme[:20]}://", hint=hint)
+        raise InvalidInput(f"store is not an address of a Redis server, but one of {parts.scheme[:20]}://", hint=hint)
     is_tls = parts.scheme == "rediss"
     for name in options:
         if name not in _FILES or not is_tls:

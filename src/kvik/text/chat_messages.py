@@ -76,7 +76,7 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any
             raise InvalidInput(f"{name}.function is {type(function).__name__}, not an object", hint=_TOOL)
         _check_name(f"{name}.function", function, _TOOL)
         if not isinstance(function.get("parameters", {}), Mapping | None):
-            raise InvalidInput(f"{name}.function.parameters is no JSON schema, which is an object", hint=_TOOL)
+            raise InvalidInput(f"{name}.function.parameters is not a JSON schema: that is an object", hint=_TOOL)
     return [dict(tool) for tool in tools]
 
 
@@ -89,7 +89,7 @@ def check_template_vars(template_vars: Mapping[str, Any] | None) -> dict[str, An
         raise InvalidInput(f"template_vars is {reprlib.repr(template_vars)}", hint=hint)
     for name in template_vars:
         if not isinstance(name, str) or not name.isidentifier():
-            raise InvalidInput(f"template_vars has {reprlib.repr(name)}, which is no name of a variable", hint=hint)
+            raise InvalidInput(f"template_vars has {reprlib.repr(name)}, which is not a variable's name", hint=hint)
         if name in RESERVED:
             raise InvalidInput(
                 f"template_vars has {name!r}, which is not the caller's to set",
@@ -103,7 +103,7 @@ def _check_parts(name: str, parts: Sequence[Any]) -> list[dict[str, Any]]:
         raise InvalidInput(f"{name} has no parts", hint=_PART)
     for index, part in enumerate(parts):
         if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-            raise InvalidInput(f"{name}[{index}] is no part with a 'type'", hint=_PART)
+            raise InvalidInput(f"{name}[{index}] is not a part with a 'type'", hint=_PART)
         if part["type"] != "text":
             raise InvalidInput(f"{name}[{index}] has unsupported content, {part['type']!r:.80}", hint=_PART)
         if not isinstance(part.get("text"), str):
@@ -121,7 +121,7 @@ def _check_calls(name: str, calls: Any) -> list[dict[str, Any]]:
         if not isinstance(function, Mapping):
             raise InvalidInput(f"{where} has no 'function' object", hint=_CALL)
         if call.get("type", "function") != "function" or not isinstance(call.get("id", ""), str | None):
-            raise InvalidInput(f"{where} has a 'type' that is not 'function', or an 'id' that is no text", hint=_CALL)
+            raise InvalidInput(f"{where} has a 'type' that is not 'function', or an 'id' that is not text", hint=_CALL)
         _check_name(f"{where}.function", function, _CALL)
         arguments = _arguments(f"{where}.function.arguments", function.get("arguments", {}))
         checked.append({**call, "function": {**function, "arguments": arguments}})

@@ -118,7 +118,7 @@ class _Prompt:
         )
         if json.dumps(mark)[1:-1] in text:
             raise InvalidInput(
-                "the chat template changes what it is given, and control tokens in messages cannot be told apart",
+                "the chat template changes its input, so control tokens in messages cannot be recognised",
                 hint="take the names of control tokens, such as <|im_end|>, out of the messages",
             )
         if continue_final_message:
