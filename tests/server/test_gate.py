@@ -146,7 +146,7 @@ def test_what_is_no_key(app: ASGIApp, header: dict[str, str]) -> None:
 
 
 def test_where_it_listens_decides_whether_keys_are_needed() -> None:
-    with pytest.raises(InvalidInput, match="ask nobody for a key"):
+    with pytest.raises(InvalidInput, match="without asking for a key"):
         ServerConfig(host="0.0.0.0")
     with pytest.raises(InvalidInput, match="contradict"):
         ServerConfig(host="0.0.0.0", no_auth=True, api_keys={KEY: "alice"})
