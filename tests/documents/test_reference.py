@@ -27,6 +27,7 @@ def test_the_pages_are_current(reference: ModuleType) -> None:
     assert reference.stale() == [], "run `make reference`"
 
 
+@pytest.mark.full
 def test_every_error_and_its_hints_are_there(reference: ModuleType) -> None:
     found = reference.raised()
     assert set(found) <= {kind.__name__ for kind in reference.error_kinds()}

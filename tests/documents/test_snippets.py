@@ -53,8 +53,9 @@ def is_run(command: Command) -> bool:
 
 
 def by_time(command: Command) -> Any:
-    """A race takes seconds."""
-    return pytest.param(command, marks=pytest.mark.full if "race" in command.text else (), id=str(command))
+    """README's commands, and those that load no model, in every tier; others before a merge."""
+    is_quick = command.block.page.parent == ROOT or arguments_of(command.text)[0] == "plan"
+    return pytest.param(command, marks=() if is_quick else pytest.mark.full, id=str(command))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_programs_print_what_stands_below(page: Path, request: pytest.FixtureReq
 
 
 @pytest.mark.parametrize(
-    "command", [one for one in CONSOLES if not arguments_of(one.text)[0].startswith(MEASURED)], ids=str
+    "command", [by_time(one) for one in CONSOLES if not arguments_of(one.text)[0].startswith(MEASURED)]
 )
 def test_consoles_show_what_is_printed(
     command: Command, default_model_path: Path, monkeypatch: pytest.MonkeyPatch
