@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import h11
 
+from kvik.client.chunks import BadChunk, ChunkedBody
 from kvik.errors import InvalidInput, RemoteError
 
 CONNECT_S = 10.0
@@ -70,15 +71,17 @@ def _check_parts(url: str, parts: SplitResult) -> None:
 class Connection:
     """Opened when it is first used and kept between requests; a failed request closes it, the next one opens it again.
 
-    `timeout_s` is the longest silence that is borne.
+    `timeout_s` is the longest silence that is borne; None bears any.
     """
 
-    def __init__(self, address: Address, *, timeout_s: float) -> None:
+    def __init__(self, address: Address, *, timeout_s: float | None) -> None:
         self.address = address
         self.timeout_s = timeout_s
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._http = h11.Connection(h11.CLIENT)
+        self._body: ChunkedBody | None = None  # of the answer that is being read, where it comes in chunks
+        self._is_kept = True  # the server takes another request after this answer
         self._has_answered = False  # a byte came since the last request
 
     async def request(
@@ -104,11 +107,15 @@ class Connection:
         """Leave at once; an answer that is under way ends for the server as a disconnect."""
         if self._writer is not None:
             self._writer.transport.abort()
-        self._reader = self._writer = None
+        self._reader = self._writer = self._body = None
 
     def finish(self) -> None:
         """After a whole answer: keep the connection where both sides can."""
-        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
+        if self._body is not None:
+            self._body, self._http = None, h11.Connection(h11.CLIENT)
+            if not self._is_kept:
+                self.close()
+        elif self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
             self._http.start_next_cycle()
         else:
             self.close()
@@ -125,15 +132,41 @@ class Connection:
                 raise self.error("bad HTTP", f"does not speak HTTP/1.1: {error}") from None
             if event is not h11.NEED_DATA:
                 return event
-            try:
-                async with asyncio.timeout(self.timeout_s):
-                    data = await self._reader.read(READ_BYTES)
-            except TimeoutError:
-                raise self.error("timeout", f"was silent for {self.timeout_s:g} s") from None
-            except OSError as error:
-                raise self.error("disconnected", f"broke off: {_reason(error)}") from None
+            data = await self._read()
             self._has_answered |= bool(data)
             self._http.receive_data(data)
+
+    async def next_data(self) -> bytes | None:
+        """Bytes of the body as they came; None at its end. Raises `RemoteError`."""
+        body = self._body
+        if body is None:
+            event = await self.next_event()
+            return bytes(event.data) if isinstance(event, h11.Data) else None
+        while True:
+            try:
+                data = body.take()
+            except BadChunk as error:
+                raise self.error("bad HTTP", f"does not speak HTTP/1.1: it sent {error}") from None
+            if data:
+                return data
+            if body.is_over:
+                return None
+            if not (data := await self._read()):
+                raise self.error("disconnected", "closed the connection before its answer was whole")
+            body.receive(data)
+
+    async def _read(self) -> bytes:
+        """What comes next; nothing at the end of the connection. Raises `RemoteError`."""
+        assert self._reader is not None
+        try:
+            if self.timeout_s is None:
+                return await self._reader.read(READ_BYTES)
+            async with asyncio.timeout(self.timeout_s):
+                return await self._reader.read(READ_BYTES)
+        except TimeoutError:
+            raise self.error("timeout", f"was silent for {self.timeout_s:g} s") from None
+        except OSError as error:
+            raise self.error("disconnected", f"broke off: {_reason(error)}") from None
 
     def error(self, kind: str, what: str, hint: str = "") -> RemoteError:
         """One about this server."""
@@ -156,14 +189,22 @@ class Connection:
         while not isinstance(event := await self.next_event(), h11.Response):
             if not isinstance(event, h11.InformationalResponse):
                 raise self.error("bad HTTP", "sent no answer")
+        self._note_body(method, event)
         return event
+
+    def _note_body(self, method: str, head: h11.Response) -> None:
+        """Where it comes in chunks, h11 has done its part."""
+        fields = {bytes(name): bytes(value).lower() for name, value in head.headers}
+        if method != "HEAD" and fields.get(b"transfer-encoding") == b"chunked" and head.status_code >= 200:
+            self._body = ChunkedBody(self._http.trailing_data[0])
+            self._is_kept = fields.get(b"connection") != b"close" and head.http_version == b"1.1"
 
     async def _open(self) -> None:
         self.close()
         self._http = h11.Connection(h11.CLIENT)
         tls = ssl.create_default_context() if self.address.is_tls else None
         try:
-            async with asyncio.timeout(min(CONNECT_S, self.timeout_s)):
+            async with asyncio.timeout(CONNECT_S if self.timeout_s is None else min(CONNECT_S, self.timeout_s)):
                 self._reader, self._writer = await asyncio.open_connection(
                     self.address.host, self.address.port, ssl=tls, limit=READ_BYTES
                 )
@@ -204,9 +245,9 @@ class Response:
     async def next_data(self) -> bytes | None:
         """Bytes of the body as they came; None at its end, after which the connection takes the next request."""
         try:
-            event = await self._connection.next_event()
-            if isinstance(event, h11.Data):
-                return bytes(event.data)
+            data = await self._connection.next_data()
+            if data is not None:
+                return data
         except BaseException:
             self._connection.close()
             raise
