@@ -47,7 +47,12 @@ def front(shared_front: str) -> str:
 
 
 def replicas_of(url: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = ask(url, "/health")["replicas"]
+    """What /health says of each, whatever its status."""
+    try:
+        found: list[dict[str, Any]] = ask(url, "/health")["replicas"]
+    except urllib.error.HTTPError as answer:
+        with answer:
+            found = json.load(answer)["replicas"]
     return found
 
 
@@ -186,3 +191,28 @@ def test_replicas_end_with_the_front(model: str) -> None:
         pids = [each["pid"] for each in replicas_of(url)]
         os.kill(parent_of(pids[0]), signal.SIGKILL)
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+@pytest.mark.full
+def test_without_a_replica_new_requests_are_told_to_come_again(front: str) -> None:
+    for each in replicas_of(front):
+        os.kill(each["pid"], signal.SIGKILL)
+    wait_for(lambda: not any(each["status"] == "ok" for each in replicas_of(front)))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(front, "/v1/completions", {"prompt": "a"})
+    with refused.value as answer:
+        assert (answer.code, answer.headers["retry-after"]) == (503, "1")
+
+
+@pytest.mark.full
+def test_a_front_that_drains_loses_nothing(single: str, model: str) -> None:
+    path, body = STREAMS["chat"]
+    body = body | {"stream": True, "max_tokens": 300}
+    with serving(model, "--replicas", "2", "--threads", "2", *ENGINE) as url:
+        front_pid = parent_of(replicas_of(url)[0]["pid"])
+
+        def drain(count: int) -> None:
+            if count == 20:
+                os.kill(front_pid, signal.SIGTERM)
+
+        assert lasting(ask(url, path, body, drain)) == lasting(ask(single, path, body))

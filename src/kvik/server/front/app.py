@@ -45,9 +45,6 @@ SHARED = frozenset({"/v1/models", "/version", "/tokenizer_info", "/openapi.json"
 PIECE_BYTES, PIECE_TOKENS = 512, 128
 """Of a prompt's text, by which replicas are guessed to hold it."""
 
-SILENCE_S = 3600.0
-"""That a replica may be silent in an answer: it sends comments meanwhile, and one that hangs is ended."""
-
 _PROMPT_FIELDS = ("model", "tools", "system", "instructions", "messages", "prompt", "input")
 
 
@@ -90,7 +87,7 @@ class Front:
             )
         body = b"" if is_shared else await _body(receive)
         fields = _fields(body)
-        request = self._routed(Headers(scope=scope), fields)
+        request = self.routed(Headers(scope=scope), fields)
         job = Job(self, scope, send, request, body, is_stream=fields.get("stream") is True)
         working, leaving = asyncio.ensure_future(job.run()), asyncio.ensure_future(left(receive))
         try:
@@ -115,7 +112,7 @@ class Front:
     def connection_to(self, address: Address) -> Connection:
         """One that nobody uses."""
         free = self._idle.get(address)
-        return free.pop() if free else Connection(address, timeout_s=SILENCE_S)
+        return free.pop() if free else Connection(address, timeout_s=None)  # one that hangs is ended
 
     def give_back(self, connection: Connection) -> None:
         """Keep it for the next request, as long as its replica is there."""
@@ -125,7 +122,7 @@ class Front:
             for each in self._idle.pop(address):
                 each.close()
 
-    def _routed(self, headers: Headers, fields: dict[str, Any]) -> RoutedRequest:
+    def routed(self, headers: Headers, fields: dict[str, Any]) -> RoutedRequest:
         """What routing looks at. Raises `ApiError` for what only one replica could answer."""
         if fields.get("session_id") is not None:
             raise ApiError(
