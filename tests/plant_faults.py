@@ -107,8 +107,14 @@ FAULTS = (
     Fault(
         "a window's block is given back one token too early",
         "src/kvik/cache/spec.py",
-        "else max(0, num_tokens + 1 - self.window)",
-        "else max(0, num_tokens + 2 - self.window)",
+        "return max(0, num_tokens + 1 - self.window)",
+        "return max(0, num_tokens + 2 - self.window)",
+    ),
+    Fault(
+        "the first block that codes stand beside goes with its segment",
+        "src/kvik/cache/twins.py",
+        "num_first = min(count, max(0, self.spec.num_first_blocks - table.first))",
+        "num_first = 0",
     ),
     Fault(
         "the twin of an evicted block is still found",

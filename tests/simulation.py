@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pytest
 
 from kvik.cache import BLOCK_SIZE, BLOCKS_PER_SUPERBLOCK, Identity, KVCacheSpec, PoolSize
+from kvik.cache.spec import SEGMENT_SIZE
 from kvik.config import EngineConfig, SamplingParams
 from kvik.engine.batch import ScheduledBatch
 from kvik.engine.engine import Engine, OpenStore
@@ -144,15 +145,19 @@ class SimulatedRunner:
         rows = np.zeros((len(tokens), VOCAB), np.float32)
         for group in self.spec.layer_groups:
             window = self.spec.groups[group].window
-            tables, stored = arrays.groups[group].block_tables, self.slots[group]
+            recent = self.spec.recent_of.get(group, group)
             for index, token in enumerate(tokens):
                 sequence, position = arrays.sequence_index[token], arrays.positions[token]
                 seen = np.arange(0 if window is None else max(0, position + 1 - window), position + 1)
-                slots = tables[sequence, seen // BLOCK_SIZE] * BLOCK_SIZE + seen % BLOCK_SIZE
-                assert (stored.positions[slots] == seen).all(), "a slot holds another position"
-                salt = int(batch_salts[sequence])
-                assert (stored.salts[slots] == salt).all(), "a slot was written under another salt"
-                rows[index] += logits_after(stored.tokens[slots], salt)
+                is_recent = (seen < BLOCK_SIZE) | (seen // SEGMENT_SIZE == position // SEGMENT_SIZE)
+                read, salt = np.empty(len(seen), np.int64), int(batch_salts[sequence])
+                for where, those in ((group, ~is_recent), (recent, is_recent)):
+                    tables, stored, places = arrays.groups[where].block_tables, self.slots[where], seen[those]
+                    slots = tables[sequence, places // BLOCK_SIZE] * BLOCK_SIZE + places % BLOCK_SIZE
+                    assert (stored.positions[slots] == places).all(), "a slot holds another position"
+                    assert (stored.salts[slots] == salt).all(), "a slot was written under another salt"
+                    read[those] = stored.tokens[slots]
+                rows[index] += logits_after(read, salt)
         return rows
 
 
@@ -198,13 +203,14 @@ class SimulatedEngine(Engine):
         *,
         num_blocks: int,
         windows: Windows = ALL,
+        kv_dtype: str = "f32",
         least_sequences: int = 8,
         identity: Identity = IDENTITY,
         open_store: OpenStore | None = None,
         **options: Any,
     ) -> None:
         self.windows = windows
-        spec = KVCacheSpec.uniform(len(windows), num_kv_heads=1, head_dim=1, dtype="f32", layer_windows=windows)
+        spec = KVCacheSpec.uniform(len(windows), num_kv_heads=1, head_dim=32, dtype=kv_dtype, layer_windows=windows)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("kvik.cache.spec.MIN_SEQUENCES", least_sequences)
             size = spec.pool_size(

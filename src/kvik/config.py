@@ -15,6 +15,8 @@ from kvik.errors import InvalidInput
 
 ActivationDType = Literal["int8", "int16"]
 KVDType = Literal["f32", "f16", "int8"]
+SealedDType = Literal["k4", "v4"]
+StoredDType = Literal[KVDType, SealedDType]
 Backend = Literal["native", "reference"]
 Speculation = Literal["ngram"]
 Pooling = Literal["last", "mean"]
@@ -148,7 +150,7 @@ class EngineConfig:
 
     activations: ActivationDType = "int8"  # what quantised weights are multiplied with; int16 is as good as float32
     weights: WeightFormat | None = None  # quantise a checkpoint's weights to this when they are loaded; None: keep them
-    kv_dtype: str = "f16"  # of keys and values: f32, f16 or int8, or of each its own, as in "k=int8,v=f16"
+    kv_dtype: str = "f16"  # of keys and values: f32, f16, int8 or k4v4, or of each its own, as in "k=int8,v=f16"
     context: int | None = None  # most tokens of a sequence, prompt and completion; None: the model's own limit
     threads: int | None = None  # None: the processors this process may use
     token_budget: int = TOKEN_BUDGET  # most tokens one step computes; never changes a result
@@ -211,25 +213,29 @@ def _check_shared(config: EngineConfig) -> None:
         raise InvalidInput("store_quota is for folders", hint="set the server's maxmemory; leave store_quota out")
 
 
-def parse_kv_dtype(value: str, name: str = "kv_dtype") -> tuple[KVDType, KVDType]:
-    """The types of keys and of values from "f16", which is both, or from text such as "k=int8,v=f16".
+def parse_kv_dtype(value: str, name: str = "kv_dtype") -> tuple[StoredDType, StoredDType]:
+    """The types of keys and of values from "f16", which is both, from "k4v4", or from text such as "k=int8,v=f16".
 
     Raises `InvalidInput`, which calls the value `name`.
     """
-    known: dict[str, KVDType] = {dtype: dtype for dtype in get_args(KVDType)}
-    match = _KV_DTYPES.fullmatch(value) if isinstance(value, str) else None
+    plain: dict[str, StoredDType] = {dtype: dtype for dtype in get_args(KVDType)}
+    match = _KV_DTYPES.fullmatch("k=k4,v=v4" if value == "k4v4" else value) if isinstance(value, str) else None
     key, values, both = match.groups() if match else (None, None, None)
-    found = [known.get(one or both or "") for one in (key, values)]
-    if found[0] is None or found[1] is None:
-        choices = ", ".join(known)
+    found_key = "k4" if key == "k4" else plain.get(key or both or "")
+    found_value = "v4" if values == "v4" else plain.get(values or both or "")
+    if found_key is None or found_value is None:
+        choices = ", ".join(plain)
         raise InvalidInput(
-            f"{name} is {_shown(value)}", hint=f"give one of {choices}, or two of them like k=int8,v=f16"
+            f"{name} is {_shown(value)}",
+            hint=f"give one of {choices}, k4v4, or a pair like k=int8,v=f16, where k4 is for keys and v4 for values",
         )
-    return found[0], found[1]
+    return found_key, found_value
 
 
-def kv_dtype_name(key: KVDType, value: KVDType) -> str:
+def kv_dtype_name(key: StoredDType, value: StoredDType) -> str:
     """Types of keys and values as `parse_kv_dtype` takes them."""
+    if (key, value) == ("k4", "v4"):
+        return "k4v4"
     return key if key == value else f"k={key},v={value}"
 
 

@@ -33,6 +33,7 @@ from tiers import simulation_groups
 
 # Of the layers: that all see all tokens in every second workload.
 WINDOWS = (ALL, (None, 40), ALL, (24,), ALL, (5, None, 70), ALL, (130, 33))
+CODED = (1, 2, 6)  # of these, those whose layers that see all tokens keep codes
 SALTS = (None, None, None, "ada", "bob")
 
 
@@ -75,9 +76,11 @@ class Workload:
 
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(self.seed)
+        is_coded = self.seed % len(WINDOWS) in CODED
         self.engine = SimulatedEngine(
             num_blocks=8 * rng.choice((1, 1, 2, 2, 3, 8)),
             windows=WINDOWS[self.seed % len(WINDOWS)],
+            kv_dtype="k4v4" if is_coded else "f32",
             least_sequences=rng.choice((1, 2, 8)),
             token_budget=rng.choice((1, 5, 16, 33, 64, 200)),
             mixed_budget=rng.choice((1, 8, 40, 256)),
@@ -85,7 +88,7 @@ class Workload:
             max_running=rng.choice((1, 2, 4, 8)),
             max_waiting=rng.choice((2, 50)),
         )
-        self.beginnings = [self._tokens(rng.randrange(1, 120)) for _ in range(3)]
+        self.beginnings = [self._tokens(rng.randrange(1, 300 if is_coded else 120)) for _ in range(3)]
 
     def _tokens(self, count: int) -> list[int]:
         return [self.rng.randrange(VOCAB) for _ in range(count)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from kvik.config import KVDType, kv_dtype_name, parse_kv_dtype
+from kvik.config import StoredDType, kv_dtype_name, parse_kv_dtype
 from kvik.errors import InvalidInput
 
 BLOCK_SIZE = 32
@@ -16,8 +16,17 @@ BLOCK_SIZE = 32
 BLOCKS_PER_SUPERBLOCK = 8
 """Blocks whose keys and values lie together, so arrays grow by this many."""
 
-_ITEM_BYTES: dict[KVDType, int] = {"f32": 4, "f16": 2, "int8": 1}
-_SCALE_BYTES: dict[KVDType, int] = {"f32": 0, "f16": 0, "int8": 4}
+SEGMENT_SIZE = BLOCK_SIZE * BLOCKS_PER_SUPERBLOCK
+"""Tokens whose attention is added up as one."""
+
+_ITEM_BITS: dict[StoredDType, int] = {"f32": 32, "f16": 16, "int8": 8, "k4": 4, "v4": 4}
+_SCALE_BYTES: dict[StoredDType, int] = {"f32": 0, "f16": 0, "int8": 4, "k4": 2, "v4": 2}
+
+_CODE_GROUP = 32
+"""Items of a k4 or v4 vector that share a scale."""
+
+CODED_HEAD_DIMS = (32, 64, 128, 256, 512)
+"""Those that k4 and v4 take: powers of two, for the Hadamard transform, and whole groups of codes."""
 
 MIN_SEQUENCES = 4
 """For which the layers of a window have room, whatever the context."""
@@ -25,7 +34,7 @@ MIN_SEQUENCES = 4
 MAX_INT8_HEAD_DIM = 512
 """Above it the integer sums of a score could pass 32 bits."""
 
-GroupKind = Literal["full", "window", "chunk", "latent", "state"]
+GroupKind = Literal["full", "window", "chunk", "latent", "state", "recent"]
 
 
 def whole_superblocks(num_blocks: int) -> int:
@@ -43,18 +52,32 @@ class VectorFormat:
     """How a vector is stored, such as the key of a token in one KV head."""
 
     num_items: int
-    dtype: KVDType
+    dtype: StoredDType
     num_rotary: int = 0  # of these, the last ones, which have a scale of their own (the rotary part of MLA's key)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of one, with its scale where it has one."""
         num_scales = (self.num_items > self.num_rotary) + (self.num_rotary > 0)
-        return self.num_items * _ITEM_BYTES[self.dtype] + num_scales * _SCALE_BYTES[self.dtype]
+        if self.is_coded:
+            num_scales = self.num_items // _CODE_GROUP
+        return self.num_items * _ITEM_BITS[self.dtype] // 8 + num_scales * _SCALE_BYTES[self.dtype]
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it is kept in codes that only tokens of later segments read."""
+        return self.dtype in ("k4", "v4")
+
+    @property
+    def as_written(self) -> VectorFormat:
+        """What tokens of the same segment read."""
+        return replace(self, dtype="f16") if self.is_coded else self
 
     @property
     def is_storable(self) -> bool:
         """Whether the type takes a vector of this length."""
+        if self.is_coded:
+            return self.num_items in CODED_HEAD_DIMS and not self.num_rotary
         return self.dtype != "int8" or max(self.num_items - self.num_rotary, self.num_rotary) <= MAX_INT8_HEAD_DIM
 
 
@@ -65,6 +88,8 @@ class GroupSpec:
     full: keys and values of every token. window: of the newest `window`. chunk: of those since the last multiple of
     `window` (Llama 4). latent: of every token one key for all heads, which begins with its value (MLA, DeepSeek-V2).
     state: nothing for a token, but what a recurrence has behind the last one (linear attention, Mamba).
+    recent: as they were written, tokens that layers of a full group see so: those since the last multiple of `window`,
+    and the first block (`k4` and `v4`, which the full group has).
     """
 
     kind: GroupKind
@@ -78,6 +103,16 @@ class GroupSpec:
     def __post_init__(self) -> None:
         assert (self.window is not None) == self.slides, f"a group of kind {self.kind} with window {self.window}"
         for vector in (self.key, self.value):
+            if vector is not None and vector.is_coded and self.kind == "latent":
+                raise InvalidInput(
+                    f"the latents of MLA cannot be kept in {vector.dtype}", hint="choose f16 for the keys and values"
+                )
+            if vector is not None and vector.is_coded and not vector.is_storable:
+                raise InvalidInput(
+                    f"{vector.dtype} takes a head_dim of {', '.join(map(str, CODED_HEAD_DIMS))}, the model has"
+                    f" {vector.num_items}",
+                    hint="choose f16 or int8 for the keys and values",
+                )
             if vector is not None and not vector.is_storable:
                 raise InvalidInput(
                     f"an int8 cache takes a head_dim up to {MAX_INT8_HEAD_DIM}, the model has {vector.num_items}",
@@ -92,7 +127,23 @@ class GroupSpec:
     @property
     def slides(self) -> bool:
         """Whether its layers see only the newest tokens, and so need no others."""
-        return self.kind in ("window", "chunk")
+        return self.kind in ("window", "chunk", "recent")
+
+    @property
+    def num_first_blocks(self) -> int:
+        """Blocks at the beginning that its layers see from everywhere."""
+        return 1 if self.kind == "recent" else 0
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether keys or values are kept in codes, and tokens of the same segment read others."""
+        return self.key.is_coded or (self.value is not None and self.value.is_coded)
+
+    @property
+    def as_written(self) -> GroupSpec:
+        """Of a group that keeps codes: what tokens of the same segment read."""
+        value = None if self.value is None else self.value.as_written
+        return replace(self, kind="recent", key=self.key.as_written, value=value, window=SEGMENT_SIZE)
 
     @property
     def num_layers(self) -> int:
@@ -146,17 +197,23 @@ class GroupSpec:
         """The first token of a sequence that the one behind `num_tokens` of them still sees."""
         if self.window is None:
             return 0
-        return num_tokens // self.window * self.window if self.kind == "chunk" else max(0, num_tokens + 1 - self.window)
+        if self.kind == "window":
+            return max(0, num_tokens + 1 - self.window)
+        return num_tokens // self.window * self.window
 
     def num_tokens(self, context: int) -> int:
         """Tokens of `context` that are remembered at most."""
-        return 0 if self.kind == "state" else context if self.window is None else min(context, self.window)
+        if self.kind == "state":
+            return 0
+        return context if self.window is None else min(context, self.num_first_blocks * BLOCK_SIZE + self.window)
 
     def with_dtype(self, dtype: str) -> GroupSpec:
         """The same layers with keys and values of other types; see `parse_kv_dtype`."""
         if self.kind == "state":
             return self
         key, value = parse_kv_dtype(dtype)
+        if self.slides:  # what it keeps is about as much as is read as it was written
+            key, value = ("f16" if one in ("k4", "v4") else one for one in (key, value))
         stored = None if self.value is None else replace(self.value, dtype=key if self.kind == "latent" else value)
         return replace(self, key=replace(self.key, dtype=key), value=stored)
 
@@ -178,8 +235,11 @@ class KVCacheSpec:
     shared: tuple[tuple[int, int], ...] = ()  # a layer that keeps nothing, and the one whose keys and values it reads
 
     def __post_init__(self) -> None:
-        owners = [layer for group in self.groups for layer in group.layers]
+        owners = [layer for group in self.groups if group.kind != "recent" for layer in group.layers]
         assert len(set(owners)) == len(owners), "a layer in two groups"
+        for index, group in enumerate(self.groups):
+            assert group.kind != "recent" or index in self.recent_of.values(), "what is recent in no other group"
+            assert not group.is_coded or index in self.recent_of, "codes alone"
         assert {owner for _, owner in self.shared} <= set(owners), "a layer that reads what no layer keeps"
 
     @classmethod
@@ -206,31 +266,50 @@ class KVCacheSpec:
     ) -> KVCacheSpec:
         """Layers whose heads are alike, some with a window."""
         assert layer_windows is None or len(layer_windows) == num_layers
-        key, value = (VectorFormat(head_dim, one) for one in parse_kv_dtype(dtype))
+        vector = VectorFormat(head_dim, "f16")
         windows = layer_windows or (None,) * num_layers
         return cls.of_layers(
             (
-                GroupSpec("full" if window is None else "window", (layer,), num_kv_heads, key, value, window)
+                GroupSpec("full" if window is None else "window", (layer,), num_kv_heads, vector, vector, window)
                 for layer, window in enumerate(windows)
             ),
             block_size,
-        )
+        ).with_dtype(dtype)
 
     def with_dtype(self, dtype: str) -> KVCacheSpec:
-        """The same with keys and values of other types; see `parse_kv_dtype`."""
-        return replace(self, groups=tuple(group.with_dtype(dtype) for group in self.groups))
+        """The same with keys and values of other types; see `parse_kv_dtype`.
+
+        Where they are codes, layers with a window keep f16. Raises `InvalidInput` where all layers have one.
+        """
+        groups = [group.with_dtype(dtype) for group in self.groups if group.kind != "recent"]
+        if {"k4", "v4"} & set(parse_kv_dtype(dtype)) and not any(group.is_coded for group in groups):
+            raise InvalidInput(
+                f"{dtype} is for layers that see all tokens, the model has none", hint="choose f16 or int8"
+            )
+        return replace(self, groups=(*groups, *(group.as_written for group in groups if group.is_coded)))
+
+    @cached_property
+    def recent_of(self) -> dict[int, int]:
+        """Of each group that keeps codes: the group that has what tokens of the same segment read."""
+        recent = {group.layers: index for index, group in enumerate(self.groups) if group.kind == "recent"}
+        return {
+            index: recent[group.layers]
+            for index, group in enumerate(self.groups)
+            if group.is_coded and group.layers in recent
+        }
 
     @cached_property
     def layer_groups(self) -> tuple[int, ...]:
-        """Of each layer: the index of its group, or of the one that it reads from."""
-        found = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
+        """Of each layer: the index of its group, or of the one that it reads from; never of a recent group."""
+        kept = [(index, group) for index, group in enumerate(self.groups) if group.kind != "recent"]
+        found = {layer: index for index, group in kept for layer in group.layers}
         found |= {layer: found[owner] for layer, owner in self.shared}
         return tuple(found[layer] for layer in sorted(found))
 
     @property
     def num_layers(self) -> int:
         """All layers that remember something, or read what another one remembers."""
-        return sum(group.num_layers for group in self.groups) + len(self.shared)
+        return len(self.layer_groups)
 
     @property
     def dtype(self) -> str:
@@ -263,7 +342,15 @@ class KVCacheSpec:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes one token occupies across all layers while no window is full, key and value together."""
+        """Bytes one token occupies across all layers while no window is full, key and value together.
+
+        What is recent is not counted: it stays as large as it is while a text grows.
+        """
+        return sum(group.token_bytes for group in self.groups if group.kind != "recent")
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes that are written for one token."""
         return sum(group.token_bytes for group in self.groups)
 
     @cached_property
@@ -287,15 +374,24 @@ class KVCacheSpec:
     def max_group_blocks(self, group: int, num_tokens: int, step_tokens: int) -> int:
         """The most physical blocks that a sequence of so many tokens holds, in steps of `step_tokens` at most."""
         whole, window = self.num_blocks_for(num_tokens), self.groups[group].window
-        return whole if window is None else min(whole, (window + step_tokens - 3) // self.block_size + 2)
+        if window is None:
+            return whole
+        if self.groups[group].kind == "recent":  # it begins with a block
+            newest = -(-(window - 1 + step_tokens) // self.block_size)
+            return min(whole, self.groups[group].num_first_blocks + newest)
+        return min(whole, (window + step_tokens - 3) // self.block_size + 2)
 
     def held_bytes(self, num_tokens: int) -> int:
         """Bytes that a sequence of `num_tokens` computed tokens holds between steps."""
         blocks = self.num_blocks_for(num_tokens)
-        return sum(
-            size * (1 if group.kind == "state" else blocks - self.first_block(index, num_tokens))
-            for index, (group, size) in enumerate(zip(self.groups, self.group_block_bytes, strict=True))
-        )
+
+        def held(index: int, group: GroupSpec) -> int:
+            if group.kind == "state":
+                return 1
+            first = self.first_block(index, num_tokens)
+            return blocks - first + min(first, group.num_first_blocks)
+
+        return sum(self.group_block_bytes[index] * held(index, group) for index, group in enumerate(self.groups))
 
     def pool_blocks_for(self, num_tokens: int) -> int:
         """Blocks to allocate so that one sequence of `num_tokens` fits: whole superblocks."""
@@ -308,13 +404,16 @@ class KVCacheSpec:
         that is copied before it is written.
         """
 
-        def group_blocks(index: int, group: GroupSpec) -> int:
+        def group_blocks(index: int, group: GroupSpec, step_tokens: int = step_tokens) -> int:
             if group.kind == "state":
                 return num_sequences
             if group.keeps_all:
                 return num_blocks
-            each = self.max_group_blocks(index, num_blocks * self.block_size, step_tokens) + 1
-            return min(num_blocks, whole_superblocks(num_sequences * each))
+            tokens, shared = num_blocks * self.block_size, 0
+            if group.kind == "recent":  # as small as it can be: what a step adds, its sequences share
+                step_tokens, shared = 1, self.num_blocks_for(step_tokens)
+            each = self.max_group_blocks(index, tokens, step_tokens) + 1
+            return min(num_blocks, whole_superblocks(num_sequences * each + shared))
 
         return PoolSize(num_blocks, tuple(group_blocks(*numbered) for numbered in enumerate(self.groups)))
 

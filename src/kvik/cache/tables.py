@@ -21,14 +21,24 @@ class BlockCopy(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class TwinTable:
-    """The twins that one sequence holds in a group that slides: of its blocks from `first` on, without a gap."""
+    """The twins that one sequence holds in a group that slides: of its blocks from `first` on, without a gap.
+
+    Where the group's layers see the first blocks from everywhere, `head` has the twins of those that lie before.
+    """
 
     first: int = 0
     block_ids: list[int] = field(default_factory=list)
+    head: list[int] = field(default_factory=list)
+
+    @property
+    def all_ids(self) -> list[int]:
+        """All twins, in the order of their blocks."""
+        return self.head + self.block_ids
 
     def padded(self, length: int) -> list[int]:
         """A block table of that length; what lies before the window or is not there holds 0."""
-        return [0] * self.first + self.block_ids + [0] * (length - self.first - len(self.block_ids))
+        before = self.head + [0] * (self.first - len(self.head))
+        return before + self.block_ids + [0] * (length - self.first - len(self.block_ids))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -52,13 +52,15 @@ class TwinGroup:
         for index in range(len(block_ids) - 1, self.first_block(num_tokens) - 1, -1):
             if block_ids[index] not in self._twin_of:
                 return index
-        return len(block_ids)
+        head = block_ids[: self.spec.num_first_blocks]
+        return next((index for index, each in enumerate(head) if each not in self._twin_of), len(block_ids))
 
     def adopt(self, block_ids: Sequence[int], num_tokens: int) -> TwinTable:
         """Hold the known twins that a sequence of so many tokens needs of these blocks."""
         first = min(self.first_block(num_tokens), len(block_ids))
-        table = TwinTable(first, [self._twin_of[block_id] for block_id in block_ids[first:]])
-        self.pool.hold(table.block_ids)
+        newest, head = block_ids[first:], block_ids[: min(first, self.spec.num_first_blocks)]
+        table = TwinTable(first, [self._twin_of[each] for each in newest], [self._twin_of[each] for each in head])
+        self.pool.hold(table.all_ids)
         return table
 
     def take(self, count: int, after: int | None) -> list[int] | None:
@@ -99,7 +101,9 @@ class TwinGroup:
         """Give back what the token behind `num_tokens` of them does not see."""
         count = min(self.first_block(num_tokens) - table.first, len(table.block_ids))
         if count > 0:
-            self.pool.release(table.block_ids[:count])
+            num_first = min(count, max(0, self.spec.num_first_blocks - table.first))
+            table.head += table.block_ids[:num_first]
+            self.pool.release(table.block_ids[num_first:count])
             del table.block_ids[:count]
             table.first += count
 
@@ -108,14 +112,17 @@ class TwinGroup:
         kept = max(0, num_kept - table.first)
         self.pool.release(table.block_ids[kept:])
         del table.block_ids[kept:]
+        self.pool.release(table.head[num_kept:])
+        del table.head[num_kept:]
         if not table.block_ids:
             table.first = min(table.first, num_kept)
 
     def hold(self, table: TwinTable, num_blocks: int) -> TwinTable:
         """The twins of a table's first `num_blocks` blocks once more."""
         kept = table.block_ids[: max(0, num_blocks - table.first)]
-        self.pool.hold(kept)
-        return TwinTable(table.first, kept)
+        head = table.head[:num_blocks]
+        self.pool.hold(head + kept)
+        return TwinTable(table.first, kept, head)
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Prove that the pool, the known twins and these tables, which are all that live, agree."""
@@ -129,7 +136,12 @@ class TwinGroup:
         twins = table.twins[self.index]
         if twins.block_ids:
             assert twins.first + len(twins.block_ids) == len(table.block_ids), "a window that ends elsewhere"
-        for block_id, twin in zip(table.block_ids[twins.first :], twins.block_ids, strict=False):
+        num_first = min(twins.first, len(table.block_ids), self.spec.num_first_blocks)
+        assert len(twins.head) == num_first, "other first blocks than are seen from everywhere"
+        for block_id, twin in chain(
+            zip(table.block_ids, twins.head, strict=False),
+            zip(table.block_ids[twins.first :], twins.block_ids, strict=False),
+        ):
             if self.pool.is_named(twin):
                 assert self.twin_of(block_id) == twin, f"block {block_id} with the twin of another"
 
@@ -253,12 +265,12 @@ class Twins:
 
     def held_bytes(self, table: BlockTable) -> int:
         """Bytes that a table holds in the groups that slide."""
-        return sum(len(table.twins[group.index].block_ids) * group.block_bytes for group in self.groups)
+        return sum(len(table.twins[group.index].all_ids) * group.block_bytes for group in self.groups)
 
     def max_blocks(self, num_blocks: int, tables: Sequence[BlockTable], step_tokens: int) -> int:
         """How many of so many blocks a sequence can come to hold beside what these tables hold."""
         for group in self.groups:
-            held = set(chain.from_iterable(table.twins[group.index].block_ids for table in tables))
+            held = set(chain.from_iterable(table.twins[group.index].all_ids for table in tables))
             left = group.pool.num_blocks - len(held)
             num_tokens = num_blocks * self._spec.block_size
             if left < self._spec.max_group_blocks(group.index, num_tokens, step_tokens):
@@ -306,7 +318,7 @@ class Twins:
     def check(self, tables: Sequence[BlockTable]) -> None:
         """Prove that the groups and these tables, which are all that live, agree."""
         for group in self.groups:
-            group.check(table.twins[group.index].block_ids for table in tables)
+            group.check(table.twins[group.index].all_ids for table in tables)
             assert all(self._pool.is_named(block_id) for block_id in group.known_blocks), "a twin without its block"
             for table in tables:
                 group.check_table(table)
