@@ -33,7 +33,7 @@ FRAME_POINTER = re.compile(r"^mov\s+%rsp,%rbp$")
 PRODUCTS_PER_SPILL = 16
 # One token's products with quantised weights (multiply_one_token) wait for memory, so that a spill costs them nothing.
 # A kernel of each kind must be among the hot loops, else the check has lost sight of what it guards.
-KERNELS = ("QuantizedTile", "ScaledProducts", "FloatTile", "attend_segment")
+KERNELS = ("QuantizedTile", "ScaledProducts", "FloatTile", "attend_part")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ namespace {
 using Tile = AttendPlan::Tile;
 using Unit = AttendPlan::Unit;
 
+constexpr int64_t kTransformedTokens = 8; // that a thread takes together
+
 class Attention {
 public:
   Attention(ThreadPool &pool, const AttendArgs &args, AttentionSpace &space)
@@ -35,10 +37,11 @@ private:
   // Of a token: the first that it sees something of.
   int64_t first_segment(int64_t token) const { return args_.first_seen(token) / kSegment; }
 
-  // Scores, then widened tiles or the integer kernels' factors.
+  // Scores, then widened tiles or the integer kernels' factors; with codes also what is behind the first block.
   int64_t scratch_floats(int64_t rows) const {
     const int64_t tiles = 2 * kSegment * head_dim_, factors = rows * (kMaxInt8HeadDim / 2 + 2);
-    return (rows * kSegment + std::max(tiles, factors) + 15) / 16 * 16;
+    const int64_t behind = args_.kv.has_codes() ? rows * (head_dim_ + 2) : 0;
+    return (rows * kSegment + std::max(tiles, factors) + behind + 15) / 16 * 16;
   }
 
   // Of all rows that lie at `start`, those from `row` on.
@@ -137,6 +140,7 @@ private:
         const float *value = total.value + (token * queries_per_kv_ + h) * head_dim_;
         const float sum = total.sum[token * queries_per_kv_ + h];
         for (int64_t d = 0; d < head_dim_; ++d) out[h * head_dim_ + d] = value[d] / sum;
+        if (args_.kv.value.type == KVType::codes) kernels->hadamard(out + h * head_dim_, head_dim_);
       }
     }
   }
@@ -153,16 +157,27 @@ private:
 } // namespace
 
 void write_kv(ThreadPool &pool, const LayerKV &kv, const float *k, const float *v, const int32_t *slots,
-              int64_t num_tokens) {
+              const int32_t *recent_slots, int64_t num_tokens) {
   const int64_t width = kv.num_kv_heads * kv.head_dim;
   // Neighbouring tokens share cache lines of a K tile, so a thread takes whole blocks' worth of them.
   pool.for_ranges(num_tokens, kBlockSize, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) kernels->write_kv(kv, k + i * width, v + i * width, slots[i]);
+    for (int64_t i = first; i < last; ++i)
+      kernels->write_kv(kv, k + i * width, v + i * width, slots[i], recent_slots ? recent_slots[i] : 0);
   });
 }
 
 void attend(ThreadPool &pool, Workspace &workspace, const AttendArgs &args) {
-  if (args.num_tokens > 0) Attention(pool, args, workspace.attention).run();
+  if (args.num_tokens == 0) return;
+  if (args.kv.key.type != KVType::codes) return Attention(pool, args, workspace.attention).run();
+  const int64_t head_dim = args.kv.head_dim, width = args.num_heads * head_dim;
+  float *queries = workspace.attention.queries.get<float>(args.num_tokens * width);
+  pool.for_ranges(args.num_tokens, kTransformedTokens, [&](int64_t first, int64_t last) {
+    std::copy(args.q + first * width, args.q + last * width, queries + first * width);
+    for (int64_t at = first * width; at < last * width; at += head_dim) kernels->hadamard(queries + at, head_dim);
+  });
+  AttendArgs transformed = args;
+  transformed.q = queries;
+  Attention(pool, transformed, workspace.attention).run();
 }
 
 } // namespace kvik

@@ -15,8 +15,7 @@ constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kLoadRows = 4, kUnitKeys = 16;
 int64_t unit_cost(int64_t keys, int64_t rows) { return (keys + kUnitKeys) * (rows + kLoadRows); }
 
-// Of a token: the last that it sees something of, and the first.
-int64_t segment_of(const AttendArgs &args, int64_t token) { return (args.kv_bounds[token] - 1) / kSegment; }
+// Of a token: the first that it sees something of.
 int64_t first_segment_of(const AttendArgs &args, int64_t token) { return args.first_seen(token) / kSegment; }
 
 const int32_t *blocks_of(const AttendArgs &args, int64_t token, int64_t segment) {
@@ -26,7 +25,7 @@ const int32_t *blocks_of(const AttendArgs &args, int64_t token, int64_t segment)
 } // namespace
 
 bool shares_segment(const AttendArgs &args, int64_t token, int64_t other, int64_t segment) {
-  return sees_all(args, token, segment) && sees_all(args, other, segment) &&
+  return may_share(args, token, segment) && may_share(args, other, segment) &&
          std::memcmp(blocks_of(args, token, segment), blocks_of(args, other, segment), kSuperblock * sizeof(int32_t)) ==
              0;
 }
@@ -64,7 +63,7 @@ void AttendPlan::make_runs(const AttendArgs &args) {
         break;
     max_run_tokens = std::max(max_run_tokens, last - first);
     const int64_t begin = first_segment_of(args, first);
-    runs_.push_back({first, last - first, begin, segment_of(args, last - 1) + 1 - begin});
+    runs_.push_back({first, last - first, begin, args.own_segment(last - 1) + 1 - begin});
   }
 }
 
@@ -82,7 +81,7 @@ int64_t AttendPlan::max_shared_tokens(int64_t num_threads) const {
 // sequence do not share: a larger unit saves them little, and each segment would need a place of its own.
 bool AttendPlan::share(const AttendArgs &args, const Run &run, const Run &next, int64_t segment) const {
   return args.sequence_index[run.last_token()] != args.sequence_index[next.first_token] &&
-         sees_all(args, run.first_token, segment) && sees_all(args, next.last_token(), segment) &&
+         may_share(args, run.first_token, segment) && may_share(args, next.last_token(), segment) &&
          shares_segment(args, run.last_token(), next.first_token, segment);
 }
 
@@ -97,7 +96,7 @@ bool AttendPlan::share_any(const AttendArgs &args, const Run &run, const Run &ne
 // The tokens of a run that see a segment: all but those at its ends that come before it or look past it.
 SegmentTask AttendPlan::own_task(const AttendArgs &args, const Run &run, int64_t segment) const {
   int64_t first = run.first_token, last = first + run.num_tokens;
-  while (segment_of(args, first) < segment) ++first;
+  while (args.own_segment(first) < segment) ++first;
   while (first_segment_of(args, last - 1) > segment) --last;
   return {first, last - first, 0, segment, false};
 }

@@ -17,7 +17,12 @@ inline bool sees_all(const AttendArgs &args, int64_t token, int64_t segment) {
   return args.kv_bounds[token] >= begin + kSegment && args.first_seen(token) <= begin;
 }
 
-// Whether both tokens see all of a segment, and see it in the same blocks.
+// Whether it may see a segment together with others: its own is read from elsewhere where older ones are codes.
+inline bool may_share(const AttendArgs &args, int64_t token, int64_t segment) {
+  return sees_all(args, token, segment) && !(args.kv.has_codes() && args.own_segment(token) == segment);
+}
+
+// Whether both tokens may share a segment, and see it in the same blocks.
 bool shares_segment(const AttendArgs &args, int64_t token, int64_t other, int64_t segment);
 
 class AttendPlan {

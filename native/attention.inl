@@ -2,21 +2,23 @@
 
 namespace {
 
-void attend_segment(const AttendArgs &args, const SegmentTask &task, const SegmentTask *next, float *scratch,
-                    const Partial &out) {
+// Where a layer keeps codes nothing is fetched ahead: what follows may lie elsewhere, and in other tiles.
+void attend_part(const AttendArgs &args, const SegmentTask &task, const Part &part, const SegmentTask *next,
+                 float *scratch, const Partial &out) {
   using kvik::KVType;
-  Work work = work_of(args, task);
-  const KVType keys = args.kv.key.type, values = args.kv.value.type;
+  Work work = work_of(args, task, part);
+  const KVType keys = part.tiles.key.type, values = part.tiles.value.type;
   const bool has_many_rows = work.num_rows > 2 * kRowsAtOnce;
-  const bool widens_keys = has_many_rows && keys == KVType::f16, widens_values = has_many_rows && values == KVType::f16;
-  const bool widens = widens_keys && widens_values;
-  Ahead ahead = ahead_of(args, task, next, work.all, widens);
+  const auto widens = [&](KVType type) { return type == KVType::codes || (has_many_rows && type == KVType::f16); };
+  const bool widens_keys = widens(keys), widens_values = widens(values), widens_both = widens_keys && widens_values;
+  Ahead ahead{};
+  if (!args.kv.has_codes()) ahead = ahead_of(args, task, next, work.all, widens_both);
   // What follows the scores: factors of bytes, or widened tiles, keys before values.
   float *rest = scratch + work.num_rows * kSegment;
   int64_t lines_a_call = 0;
-  if (widens_keys) rest = widen(args.kv, work, work.keys, rest);
-  if (widens) {
-    widen(args.kv, work, work.values, rest);
+  if (widens_keys) rest = widen(work, keys, kKey, rest);
+  if (widens_both) {
+    widen(work, values, kValue, rest);
     const int64_t calls = work.num_rows + (work.num_rows + kRowsAtOnce - 1) / kRowsAtOnce * kSuperblock / 2;
     lines_a_call = ahead.num_tiles * ahead.lines / calls + 1;
   }
@@ -28,9 +30,9 @@ void attend_segment(const AttendArgs &args, const SegmentTask &task, const Segme
   else
     score_floats<float>(work, scratch, ahead, lines_a_call);
   softmax_rows(work, scratch, ahead, lines_a_call, out);
-  if (widens_values && !widens) widen(args.kv, work, work.values, begin); // in place of what the scores needed
+  if (widens_values && !widens_both) widen(work, values, kValue, begin); // in place of what the scores needed
   if (values == KVType::int8)
-    add_bytes(args.kv, work, scratch, begin, out, ahead);
+    add_bytes(work, scratch, begin, out, ahead);
   else if (values == KVType::f16 && !widens_values)
     add_floats<Half>(work, scratch, out, ahead, lines_a_call);
   else
@@ -48,6 +50,25 @@ void merge_segments(const Partial &total, const Partial &next, int64_t rows, int
     for (int64_t d = row * head_dim; d < (row + 1) * head_dim; d += kLanes)
       store(total.value + d, fma(load(total.value + d), keep, load(next.value + d) * take));
   }
+}
+
+// Tokens of the segment itself, which are all of one, read it as it was written; later ones read codes, but for the
+// first block.
+void attend_segment(const AttendArgs &args, const SegmentTask &task, const SegmentTask *next, float *scratch,
+                    const Partial &out) {
+  const LayerKV &kv = args.kv;
+  const Part kept{kv, args.block_tables, args.table_width, {0, kSegment}};
+  if (!kv.has_codes()) return attend_part(args, task, kept, next, scratch, out);
+  Part written{kv.recent, args.recent_tables, args.recent_width, {0, kSegment}};
+  if (args.own_segment(task.first_token) == task.segment) return attend_part(args, task, written, next, scratch, out);
+  if (task.segment > 0) return attend_part(args, task, kept, next, scratch, out);
+  written.columns = {0, kBlockSize};
+  attend_part(args, task, written, next, scratch, out);
+  const int64_t rows = task.num_tokens * (args.num_heads / kv.num_kv_heads);
+  const Partial behind{scratch, scratch + rows, scratch + 2 * rows};
+  const Part others{kv, args.block_tables, args.table_width, {kBlockSize, kSegment}};
+  attend_part(args, task, others, next, scratch + rows * (kv.head_dim + 2), behind);
+  merge_segments(out, behind, rows, kv.head_dim);
 }
 
 } // namespace

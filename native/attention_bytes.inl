@@ -131,7 +131,7 @@ inline RowUnit *units_behind(Factors *factors, int64_t num_rows) {
 }
 
 // Integer sums are exact, so rows may go over tokens that they don't see: those have the factor zero.
-[[gnu::noinline]] void add_bytes(const LayerKV &kv, const Work &work, float *scores, float *scratch, const Partial &out,
+[[gnu::noinline]] void add_bytes(const Work &work, float *scores, float *scratch, const Partial &out,
                                  const Ahead &ahead) {
   const int64_t head_dim = work.head_dim, num_rows = work.num_rows;
   const Span all = work.all;
@@ -141,7 +141,7 @@ inline RowUnit *units_behind(Factors *factors, int64_t num_rows) {
   const Ahead nothing{.lines = ahead.lines};
   float value_scales[kSegment];
   for (int block = work.first_block(); block < work.end_block(); ++block)
-    std::memcpy(value_scales + block * kBlockSize, scales_of(kv, work.values[block]), kBlockSize * sizeof(float));
+    std::memcpy(value_scales + block * kBlockSize, scales_of(work.values[block], head_dim), kBlockSize * sizeof(float));
   for (int64_t row = 0; row < num_rows; ++row)
     units[row] = quantize_weights(scores + row * kSegment, work.seen(row), all, value_scales, factors + row * kQuads);
   for_slices(num_rows, [&](int64_t row, auto count) {

@@ -38,6 +38,7 @@ struct Work {
   int64_t num_rows, queries_per_kv, head_dim;
   const float *q; // of the first token and the KV head's first query head
   int64_t token_stride;
+  Span columns;                                           // of the segment, those that are read at all
   Span all;                                               // columns that some row sees
   int64_t first, count;                                   // columns [first, count) that the first token may see
   const uint8_t *keys[kSuperblock], *values[kSuperblock]; // tiles
@@ -49,16 +50,24 @@ struct Work {
   const float *query(int64_t row) const {
     return q + row / queries_per_kv * token_stride + row % queries_per_kv * head_dim;
   }
-  static Span columns(int64_t first, int64_t count) {
+  static Span visible(int64_t first, int64_t count) {
     return {static_cast<int>(first > 0 ? first : 0), static_cast<int>(smaller(kSegment, count))};
   }
   Span seen(int64_t row) const {
     const int64_t later = row / queries_per_kv; // each token sees one more, and from one later on
-    return columns(first + later, count + later);
+    return overlap(visible(first + later, count + later), columns);
   }
 };
 
-inline Work work_of(const AttendArgs &args, const SegmentTask &task) {
+// What a segment is read from, and which of its columns.
+struct Part {
+  const KVTiles &tiles;
+  const int32_t *block_tables;
+  int64_t table_width;
+  Span columns;
+};
+
+inline Work work_of(const AttendArgs &args, const SegmentTask &task, const Part &part) {
   Work work;
   const LayerKV &kv = args.kv;
   const int64_t start = task.segment * kSegment;
@@ -71,13 +80,14 @@ inline Work work_of(const AttendArgs &args, const SegmentTask &task) {
   work.first = task.whole ? -kvik::kNoWindow : args.kv_index[task.first_token] + 1 - args.window - start;
   work.scale = args.scale;
   work.soft_cap = args.soft_cap;
+  work.columns = part.columns;
   work.all = {work.seen(0).first, work.seen(work.num_rows - 1).last};
 
-  const int32_t *table = args.block_tables + args.sequence_index[task.first_token] * args.table_width;
+  const int32_t *table = part.block_tables + args.sequence_index[task.first_token] * part.table_width;
   for (int i = work.first_block(); i < work.end_block(); ++i) {
     const int32_t block = table[start / kBlockSize + i];
-    work.keys[i] = tile_of(kv, block, task.kv_head, kKey);
-    work.values[i] = tile_of(kv, block, task.kv_head, kValue);
+    work.keys[i] = tile_of(part.tiles, block, task.kv_head, kKey);
+    work.values[i] = tile_of(part.tiles, block, task.kv_head, kValue);
   }
   return work;
 }
@@ -138,7 +148,7 @@ inline Ahead ahead_of(const AttendArgs &args, const SegmentTask &task, const Seg
   if (next) {
     // The first token's; the others see about the same.
     const int64_t token = next->first_token, start = next->segment * kSegment;
-    const Span seen = Work::columns(args.kv_index[token] + 1 - args.window - start, args.kv_bounds[token] - start);
+    const Span seen = Work::visible(args.kv_index[token] + 1 - args.window - start, args.kv_bounds[token] - start);
     add_tiles(ahead, args, *next, seen, 0, next_only ? 2 * kSuperblock : kTilesAhead + kSoftmaxTiles);
   }
   return ahead;

@@ -41,21 +41,26 @@ Nonlinearity nonlinearity_of(std::string_view name) {
 }
 
 // Of block tables only what some token sees is looked at: behind a window a block may have gone to someone else.
-void check_block_tables(const BlockTables &tables, const TokenPlaces &tokens, int64_t num_blocks, int64_t window) {
+void check_block_tables(const BlockTables &tables, const TokenPlaces &tokens, int64_t num_blocks, int64_t window,
+                        bool recent) {
+  const auto require_block = [&](int32_t block) {
+    require(block >= 0 && block < num_blocks, "attend: a block id is outside the cache");
+  };
   int64_t checked_sequence = -1, checked_first = 0, checked_last = -1; // blocks known to be right
   for (int64_t i = 0; i < tokens.num_tokens; ++i) {
     const int32_t sequence = tokens.sequence_index[i], index = tokens.kv_index[i], bound = tokens.kv_bounds[i];
     require(sequence >= 0 && sequence < tables.num_sequences, "attend: a sequence index has no block table");
     require(index >= 0 && index < bound, "attend: a token's place is not below its bound");
     require(bound <= tables.width * kBlockSize, "attend: a bound is past its block table");
-    const int64_t first = std::max<int64_t>(0, index + 1 - window) / kBlockSize, last = (bound - 1) / kBlockSize;
+    const int64_t last = (bound - 1) / kBlockSize;
+    const int64_t first =
+        recent ? last / kSuperblock * kSuperblock : std::max<int64_t>(0, index + 1 - window) / kBlockSize;
+    if (recent && sequence != checked_sequence) require_block(tables.blocks[sequence * tables.width]);
     // Neighbouring tokens see nearly the same blocks.
     if (sequence != checked_sequence || first < checked_first || first > checked_last + 1)
       checked_sequence = sequence, checked_first = first, checked_last = first - 1;
-    for (; checked_last < last; ++checked_last) {
-      const int32_t block = tables.blocks[sequence * tables.width + checked_last + 1];
-      require(block >= 0 && block < num_blocks, "attend: a block id is outside the cache");
-    }
+    for (; checked_last < last; ++checked_last)
+      require_block(tables.blocks[sequence * tables.width + checked_last + 1]);
   }
 }
 
@@ -254,20 +259,24 @@ PositionScales make_position_scales(Floats<1> factors) {
 
 constexpr int64_t kMaxKVGroups = 64; // of layers with block tables of their own
 
-KVType kv_type_of(std::string_view name) {
+KVType kv_type_of(std::string_view name, std::string_view codes) {
   if (name == "f32") return KVType::f32;
   if (name == "f16") return KVType::f16;
-  require(name == "int8", "KVArrays: dtype must be f32, f16 or int8");
+  if (name == codes) return KVType::codes;
+  require(name == "int8", "KVArrays: dtype must be f32, f16 or int8, of keys also k4, of values also v4");
   return KVType::int8;
 }
 
 std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
                                          std::string_view key_dtype, std::string_view value_dtype, int64_t kv_group) {
-  const KVType key = kv_type_of(key_dtype), value = kv_type_of(value_dtype);
+  const KVType key = kv_type_of(key_dtype, "k4"), value = kv_type_of(value_dtype, "v4");
   require(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 1024,
           "KVArrays: head_dim must be a multiple of 8 up to 1024");
   require((key != KVType::int8 && value != KVType::int8) || head_dim <= kMaxInt8HeadDim,
           "KVArrays: int8 takes a head_dim up to 512, where integer scores still fit 32 bits");
+  require((key != KVType::codes && value != KVType::codes) ||
+              (head_dim >= kCodeGroup && head_dim <= kMaxCodedHeadDim && (head_dim & (head_dim - 1)) == 0),
+          "KVArrays: k4 and v4 take a head_dim of 32, 64, 128, 256 or 512");
   for (const int64_t count : {num_layers, num_blocks, num_kv_heads})
     require(count > 0 && count < (int64_t{1} << 26), "KVArrays: layers, blocks and heads must be in 1 ... 2**26-1");
   const double bytes = 2.0 * kBlockSize * 4 * static_cast<double>(num_layers) * static_cast<double>(num_blocks + 8) *
@@ -281,6 +290,19 @@ std::unique_ptr<KVArrays> make_kv_arrays(int64_t num_layers, int64_t num_blocks,
 LayerKV layer_of(const KVArrays &arrays, int64_t index) {
   if (index < 0 || index >= arrays.num_layers()) throw nb::index_error("KVArrays: no such layer");
   return arrays.layer(index);
+}
+
+LayerKV with_recent(const LayerKV &kv, const LayerKV &recent) {
+  const auto as_written = [](KVType type) { return type == KVType::codes ? KVType::f16 : type; };
+  require(kv.has_codes(), "LayerKV: without codes nothing is read as it was written");
+  require(recent.num_kv_heads == kv.num_kv_heads && recent.head_dim == kv.head_dim,
+          "LayerKV: what is recent has other heads");
+  require(recent.key.type == as_written(kv.key.type) && recent.value.type == as_written(kv.value.type),
+          "LayerKV: what is recent has f16 where the others are codes, and else the same types");
+  require(recent.kv_group != kv.kv_group, "LayerKV: what is recent needs block tables of its own");
+  LayerKV both = kv;
+  both.recent = recent;
+  return both;
 }
 
 // Each layer's copies in order: one may read what an earlier one wrote.
@@ -402,7 +424,13 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&make_position_scales), "factors"_a.noconvert());
   nb::class_<LayerKV>(m, "LayerKV", "One layer's keys and values; keep its KVArrays alive.")
       .def_ro("kv_group", &LayerKV::kv_group, "Which block tables of a step are its own.")
-      .def_prop_ro("token_bytes", &LayerKV::token_bytes, "Bytes that one token's key and value take.");
+      .def_prop_ro(
+          "recent_group",
+          [](const LayerKV &kv) { return kv.recent.data ? std::optional(kv.recent.kv_group) : std::nullopt; },
+          "The same of what is read as it was written; None where there are no codes.")
+      .def_prop_ro("token_bytes", &LayerKV::token_bytes, "Bytes that one token's key and value take.")
+      .def("with_recent", &with_recent, "recent"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
+           "The same of a layer with codes, and where tokens of the same segment and the first block are as written.");
   nb::class_<KVArrays>(m, "KVArrays", "Keys and values of all layers, in blocks of 32 tokens.")
       .def(nb::new_(&make_kv_arrays), "num_layers"_a, "num_blocks"_a, "num_kv_heads"_a, "head_dim"_a, "key"_a,
            "value"_a, "kv_group"_a = 0)

@@ -101,8 +101,10 @@ struct TokenPlaces {
   const int32_t *sequence_index, *kv_index, *kv_bounds; // (T,)
   int64_t num_tokens;
 };
-// Each token's sequence has a table, and the table names a block for each place that the token sees.
-void check_block_tables(const BlockTables &tables, const TokenPlaces &tokens, int64_t num_blocks, int64_t window);
+// Each token's sequence has a table, and the table names a block for each place that the token sees; with `recent`
+// those are its own segment and the first block.
+void check_block_tables(const BlockTables &tables, const TokenPlaces &tokens, int64_t num_blocks, int64_t window,
+                        bool recent);
 
 void bind_program(nb::module_ &m);
 void bind_sample(nb::module_ &m);

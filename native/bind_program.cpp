@@ -99,8 +99,8 @@ int capture_norm_gated(Program &program, int x, const NormWeights *norm, const L
       {&gate.matrix}, norm_or_none(norm));
 }
 
-// The bounds of the layer's KV group, its blocks among them.
-Program::KVGroupLimits &limit_blocks(Program &program, const LayerKV &kv) {
+// The bounds of a KV group, its blocks among them.
+Program::KVGroupLimits &limit_group(Program &program, const KVTiles &kv) {
   const auto kv_group = static_cast<std::size_t>(kv.kv_group);
   if (kv_group >= program.limits.kv_groups.size()) program.limits.kv_groups.resize(kv_group + 1);
   Program::KVGroupLimits &limits = program.limits.kv_groups[kv_group];
@@ -108,8 +108,23 @@ Program::KVGroupLimits &limit_blocks(Program &program, const LayerKV &kv) {
   return limits;
 }
 
-void capture_write_kv(Program &program, const LayerKV &kv, int k, int v, std::string_view slots) {
+// The same of a layer's groups; gives those of the one that has all tokens.
+Program::KVGroupLimits &limit_blocks(Program &program, const LayerKV &kv) {
+  require(!kv.has_codes() || kv.recent.data, "LayerKV: codes need what tokens of the same segment read");
+  if (kv.recent.data) limit_group(program, kv.recent).is_recent = true;
+  return limit_group(program, kv);
+}
+
+const int32_t *recent_slots(const Step &step, const LayerKV &kv) {
+  return kv.recent.data ? step.groups[kv.recent.kv_group].slots : nullptr;
+}
+
+void capture_write_kv(Program &program, const LayerKV &kv, int k, int v, std::string_view slots,
+                      std::optional<std::string_view> recent) {
   check_field(slots, "slot_mapping", "write_kv: slots are the batch's slot_mapping");
+  if (recent) check_field(*recent, "slot_mapping", "write_kv: slots are the batch's slot_mapping");
+  require(recent.has_value() == (kv.recent.data != nullptr),
+          "write_kv: recent slots where codes are kept, and only there");
   for (const int id : {k, v}) {
     const Program::Value value = checked_value(program, id);
     require(value.width == kv.num_kv_heads * kv.head_dim, "write_kv: k or v has a wrong shape");
@@ -118,7 +133,7 @@ void capture_write_kv(Program &program, const LayerKV &kv, int k, int v, std::st
   limit_blocks(program, kv);
   program.add_op({"write_kv", {k, v}, {}, [=](const Frame &frame) {
                     write_kv(frame.pool(), kv, frame[k], frame[v], frame.step.groups[kv.kv_group].slots,
-                             frame.step.num_tokens);
+                             recent_slots(frame.step, kv), frame.step.num_tokens);
                   }});
 }
 
@@ -156,6 +171,7 @@ int capture_norm_qkv(Program &program, int x, const NormWeights *norm, const Lin
        norm = norm_or_none(norm), int16_activations = program.int16_activations()](const Frame &frame, int out) {
         QueryKeyValue now = args;
         now.positions = frame.step.positions, now.slots = frame.step.groups[args.kv.kv_group].slots;
+        now.recent_slots = recent_slots(frame.step, args.kv);
         const RowsIn rows{frame[x], frame.rows(x), in.width, norm};
         project_qkv(frame.pool(), frame.workspace(), rows, now, frame[out], int16_activations);
       },
@@ -167,6 +183,10 @@ AttendArgs attend_args(const Step &step, const LayerKV &kv, int64_t query_width,
   args.kv = kv;
   args.block_tables = step.groups[kv.kv_group].block_tables;
   args.table_width = step.groups[kv.kv_group].table_width;
+  if (kv.recent.data) {
+    args.recent_tables = step.groups[kv.recent.kv_group].block_tables;
+    args.recent_width = step.groups[kv.recent.kv_group].table_width;
+  }
   args.sequence_index = step.sequence_index;
   args.kv_index = step.kv_index;
   args.kv_bounds = step.kv_bounds;
@@ -182,6 +202,7 @@ int capture_attend(Program &program, int q, const LayerKV &kv, std::optional<dou
   check_tokens(in, "attend: q must have a row a token");
   require(in.width % (kv.num_kv_heads * kv.head_dim) == 0, "attend: query heads must be a multiple of KV heads");
   require(!given_window || *given_window > 0, "attend: the window must be 1 or more");
+  require(!given_window || !kv.has_codes(), "attend: a layer with a window keeps no codes");
   require(soft_cap >= 0, "attend: the soft cap must be 0, for none, or more");
   std::vector<float> sinks;
   if (given_sinks) {
@@ -302,7 +323,8 @@ void bind_program(nb::module_ &m) {
            nb::keep_alive<1, 11>(), nb::keep_alive<1, 12>(), "x"_a, "norm"_a.none(), "query"_a, "key"_a,
            "value"_a.none(), "query_norm"_a.none(), "key_norm"_a.none(), "value_norm"_a.none(), "norm_after_rope"_a,
            "rope"_a.none(), "kv"_a)
-      .def("write_kv", &capture_write_kv, nb::keep_alive<1, 2>(), "kv"_a, "k"_a, "v"_a, "slots"_a)
+      .def("write_kv", &capture_write_kv, nb::keep_alive<1, 2>(), "kv"_a, "k"_a, "v"_a, "slots"_a,
+           "recent_slots"_a.none() = nb::none())
       .def("attend", &capture_attend, Keep(), "q"_a, "kv"_a, "scale"_a.none(), "soft_cap"_a, "window"_a.none(),
            "sinks"_a.noconvert().none())
       .def("input", &input, "width"_a, "A value that each run is given, with a row for each token.")

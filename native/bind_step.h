@@ -76,7 +76,7 @@ private:
     require(all_below(slots.back(), limits.blocks * kBlockSize), "Program: a slot is outside the cache");
     check_block_tables({block_tables.back().data(), step.num_sequences, size(tables, 1)},
                        {step.sequence_index, step.kv_index, step.kv_bounds, step.num_tokens}, limits.blocks,
-                       limits.window);
+                       limits.window, limits.is_recent);
   }
 };
 

@@ -54,12 +54,14 @@ struct Xielu {
 // Computes y for row blocks [first, last).
 using LinearKernel = void (*)(const LinearArgs &, int64_t first, int64_t last);
 
-enum class KVType : uint8_t { f32, f16, int8 };
+enum class KVType : uint8_t { f32, f16, int8, codes };
 
 constexpr int kBlockSize = 32;                     // tokens of a KV block
 constexpr int kSuperblock = 8;                     // blocks that lie together
 constexpr int kSegment = kBlockSize * kSuperblock; // tokens whose attention is one (max, sum, value)
 constexpr int kMaxInt8HeadDim = 512;               // 32639 * 127 * 512 is the largest integer score: it fits 32 bits
+constexpr int kMaxCodedHeadDim = 512;
+constexpr int kCodeGroup = 32; // items of a coded key or value that share a scale
 constexpr int64_t kNoWindow = int64_t{1} << 40;
 
 // How the keys, or the values, of a block are kept in one head: a tile.
@@ -68,18 +70,29 @@ struct TileFormat {
   int64_t bytes;
 };
 
-// One layer's keys and values: for each KV head 8 K tiles and then 8 V tiles in each superblock. A block's K tile is
+// Keys and values of some tokens: for each KV head 8 K tiles and then 8 V tiles in each superblock. A block's K tile is
 // [head_dim][32 tokens], its V tile [32 tokens][head_dim]. With int8 they are [head_dim / 4][32 tokens][4] and [32 / 4
-// tokens][head_dim][4], each byte 128 above its value, and a float scale for each of the 32 tokens follows.
-struct LayerKV {
+// tokens][head_dim][4], each byte 128 above its value, and a float scale for each of the 32 tokens follows. With codes
+// they are [head_dim / 2][32 tokens], a byte for two neighbouring dimensions, and [32 tokens][head_dim / 2], a byte for
+// dimensions 16 apart; 16-bit scales of 32 dimensions follow, [head_dim / 32][32 tokens] and [32 tokens][head_dim /
+// 32].
+struct KVTiles {
   void *data;
   TileFormat key, value;
-  int64_t num_blocks, num_kv_heads, head_dim;
+  int64_t num_blocks;
   int64_t superblock_bytes; // from one superblock to the next: all layers'
   int64_t kv_group;         // of layers that keep the same tokens; each has block tables of its own
 
   // From one head's tiles of a superblock to the next head's.
   int64_t head_bytes() const { return kSuperblock * (key.bytes + value.bytes); }
+};
+
+// One layer's keys and values.
+struct LayerKV : KVTiles {
+  int64_t num_kv_heads, head_dim;
+  KVTiles recent; // with codes: what tokens of the same segment read, and the first block for all; without data, none
+
+  bool has_codes() const { return key.type == KVType::codes || value.type == KVType::codes; }
   // Bytes that one token's key and value take.
   int64_t token_bytes() const { return num_kv_heads * (key.bytes + value.bytes) / kBlockSize; }
 };
@@ -89,6 +102,8 @@ struct AttendArgs {
   LayerKV kv;
   const int32_t *block_tables; // (sequences, table_width)
   int64_t table_width;
+  const int32_t *recent_tables; // the same of `kv.recent`
+  int64_t recent_width;
   const int32_t *sequence_index; // (T,)
   const int32_t *kv_index;       // (T,) a token's own place in its block table
   const int32_t *kv_bounds;      // (T,) the first place that it does not see any more
@@ -100,6 +115,8 @@ struct AttendArgs {
   const float *sinks;
   float *out; // (T, num_heads, head_dim)
 
+  // Of a token: its segment, the last that it sees something of.
+  int64_t own_segment(int64_t token) const { return (kv_bounds[token] - 1) / kSegment; }
   // Of a token: the first place that it sees.
   int64_t first_seen(int64_t token) const {
     const int64_t first = kv_index[token] + 1 - window;
@@ -143,7 +160,10 @@ struct Kernels {
   // Rotates the pairs of one head in place by cos_sin (pairs, 2): dimensions (i, i + half), or (2i, 2i+1) where half is
   // 0.
   void (*rope)(float *x, const float *cos_sin, int64_t pairs, int64_t half);
-  void (*write_kv)(const LayerKV &, const float *k, const float *v, int64_t slot); // one token, all heads
+  // One token, all heads; its second slot is that of `recent`, where there is that.
+  void (*write_kv)(const LayerKV &, const float *k, const float *v, int64_t slot, int64_t recent_slot);
+  // The Hadamard transform of a power of two of items, in place; its own inverse.
+  void (*hadamard)(float *x, int64_t size);
   // Attention of some rows over one segment; `next` is what this thread will be asked for after it, or null.
   void (*attend_segment)(const AttendArgs &, const SegmentTask &, const SegmentTask *next, float *scratch,
                          const Partial &out);

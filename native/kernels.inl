@@ -14,6 +14,7 @@
 #include "simd_quads.h"
 
 // clang-format off: each builds on those before it.
+#include "kv_codes.inl"
 #include "kv_tiles.inl"
 #include "attention_work.inl"
 #include "attention_floats.inl"
@@ -48,6 +49,7 @@ template <std::size_t... format> constexpr kvik::Kernels all_kernels(std::index_
       .exponentials = exponentials,
       .rope = rope,
       .write_kv = write_kv,
+      .hadamard = hadamard,
       .attend_segment = attend_segment,
       .merge_segments = merge_segments,
       .highest = highest,

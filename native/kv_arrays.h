@@ -19,7 +19,10 @@ public:
   KVArrays(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim, KVType key, KVType value,
            int64_t kv_group)
       : num_layers_(num_layers),
-        shape_{nullptr, tiles(key, head_dim), tiles(value, head_dim), num_blocks, num_kv_heads, head_dim, 0, kv_group} {
+        shape_{{nullptr, tiles(key, head_dim), tiles(value, head_dim), num_blocks, 0, kv_group},
+               num_kv_heads,
+               head_dim,
+               {}} {
     layer_bytes_ = num_kv_heads * shape_.head_bytes();
     shape_.superblock_bytes = num_layers * layer_bytes_;
     num_bytes_ = num_superblocks() * shape_.superblock_bytes;
@@ -94,6 +97,7 @@ private:
   }
 
   static TileFormat tiles(KVType type, int64_t head_dim) {
+    if (type == KVType::codes) return {type, kBlockSize * (head_dim / 2 + head_dim / kCodeGroup * 2)};
     if (type == KVType::int8) return {type, kBlockSize * (head_dim + static_cast<int64_t>(sizeof(float)))};
     return {type, kBlockSize * head_dim * (type == KVType::f16 ? 2 : 4)};
   }

@@ -91,14 +91,14 @@ struct QueryKeyValue {
   bool norm_after_rope;                  // of queries and keys
   RopeArgs rope;
   LayerKV kv;
-  const int32_t *positions = nullptr, *slots = nullptr; // (T,)
+  const int32_t *positions = nullptr, *slots = nullptr, *recent_slots = nullptr; // (T,)
 };
 void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const QueryKeyValue &args, float *q,
                  bool int16_activations);
 
-// Stores k, v (T, num_kv_heads, head_dim) at slots (T,).
+// Stores k, v (T, num_kv_heads, head_dim) at slots (T,), and where there is `kv.recent` at its slots too, else null.
 void write_kv(ThreadPool &pool, const LayerKV &kv, const float *k, const float *v, const int32_t *slots,
-              int64_t num_tokens);
+              const int32_t *recent_slots, int64_t num_tokens);
 
 // Causal attention of each token over its own sequence.
 void attend(ThreadPool &pool, Workspace &workspace, const AttendArgs &args);

@@ -70,7 +70,8 @@ public:
   // Bounds that every step must keep, gathered from the ops.
   struct KVGroupLimits {
     int64_t blocks = INT32_MAX;
-    int64_t window = 1; // the longest of any op: so far back block tables must be right
+    int64_t window = 1;     // the longest of any op: so far back block tables must be right
+    bool is_recent = false; // they must be right in the token's own segment and at the first block
   };
   struct Limits {
     int64_t token_ids = INT32_MAX, positions = INT32_MAX;

@@ -94,7 +94,7 @@ void project_qkv(ThreadPool &pool, Workspace &workspace, const RowsIn &in, const
       normed(args.value_norm, values, width);
       norm_and_rotate(args.query_norm, q + i * query_width, query_width, args.positions[i]);
       norm_and_rotate(args.key_norm, keys, width, args.positions[i]);
-      kernels->write_kv(kv, keys, values, args.slots[i]);
+      kernels->write_kv(kv, keys, values, args.slots[i], args.recent_slots ? args.recent_slots[i] : 0);
     }
   });
 }

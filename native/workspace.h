@@ -56,6 +56,7 @@ struct AttentionSpace {
   std::vector<AttendPlan> plans; // those behind num_plans are old ones, for their memory
   std::size_t num_plans = 0;
   Buffer scratch, totals, slots;
+  Buffer queries; // transformed
 };
 
 // Rows as the kernels of matrix products read them.

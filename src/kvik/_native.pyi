@@ -157,8 +157,19 @@ class LayerKV:
         """Which block tables of a step are its own."""
 
     @property
+    def recent_group(self) -> int | None:
+        """
+        The same of what is read as it was written; None where there are no codes.
+        """
+
+    @property
     def token_bytes(self) -> int:
         """Bytes that one token's key and value take."""
+
+    def with_recent(self, recent: LayerKV) -> LayerKV:
+        """
+        The same of a layer with codes, and where tokens of the same segment and the first block are as written.
+        """
 
 class KVArrays:
     """Keys and values of all layers, in blocks of 32 tokens."""
@@ -266,7 +277,7 @@ class Program:
         rope: Rope | None,
         kv: LayerKV,
     ) -> int: ...
-    def write_kv(self, kv: LayerKV, k: int, v: int, slots: str) -> None: ...
+    def write_kv(self, kv: LayerKV, k: int, v: int, slots: str, recent_slots: str | None = None) -> None: ...
     def attend(
         self,
         q: int,

@@ -14,9 +14,12 @@ from gguf.quants import dequantize
 from gguf_files import FLOAT_TYPES, random_blocks
 from kvik.cache import BLOCK_SIZE, KVCacheSpec
 from kvik.config import KVDType
-from kvik.ops.base import AttentionRule, Batch, IntArray, LayerKV, Linear, Ops, Weight
+from kvik.ops.base import AttentionRule, Batch, IntArray, LayerKV, Linear, Ops, Weight, slots_of
 
 KV_DTYPES = (*get_args(KVDType), "k=int8,v=f16", "k=f16,v=int8", "k=f32,v=f16")
+CODED_KV_DTYPES = ("k4v4", "k=k4,v=f16", "k=f32,v=v4", "k=int8,v=v4", "k=k4,v=int8")
+"""For heads that are a power of two, and layers without a window."""
+
 FloatArray = npt.NDArray[np.float32]
 WideArray = npt.NDArray[np.float64]
 Chunk = tuple[int, int, int]
@@ -80,6 +83,7 @@ class History:
             sequence_index=sequence_index,
             block_tables=self.block_tables,
             logit_rows=np.zeros(0, np.int32),
+            num_groups=2,
         )
 
     def allocate(self, ops: Ops, dtype: str) -> LayerKV:
@@ -88,7 +92,7 @@ class History:
 
     def write(self, ops: Ops, kv: LayerKV, chunks: Sequence[Chunk]) -> None:
         k, v = (gather(stored, chunks) for stored in (self.k, self.v))
-        ops.write_kv(kv, k, v, self.batch(chunks).groups[0].slot_mapping)
+        ops.write_kv(kv, k, v, *slots_of(kv, self.batch(chunks)))
 
     def attend(
         self,

@@ -29,7 +29,7 @@ from kvik.ops.base import (
     Routing,
 )
 from kvik.ops.native import NativeOps
-from ops.arrangement import KV_DTYPES, FloatArray, Heads, random_history, random_weights
+from ops.arrangement import CODED_KV_DTYPES, KV_DTYPES, FloatArray, Heads, random_history, random_weights
 from ops.sampling import KINDS, random_logits, random_rows
 from ops.sharing import filled, random_sharers
 from tiers import TESTED_TYPES
@@ -90,7 +90,23 @@ def outputs(threads: int = 2) -> Iterator[FloatArray]:
         for group, head_dim in ((1, 8), (3, 64), (8, 40)):
             sharers = random_sharers(Heads(2 * group, 2, head_dim), 9, 4, rng)
             yield sharers.together(ops, filled(ops, sharers.heads, dtype, sharers.num_blocks, rng))
+    yield from coded(threads)
     yield from sampled(threads)
+
+
+def coded(threads: int) -> Iterator[FloatArray]:
+    """Attention over codes, of a prompt's tile and of sequences that share segments."""
+    rng, ops = np.random.default_rng(26), NativeOps(threads=threads)
+    for dtype in CODED_KV_DTYPES:
+        for group, head_dim in ((1, 32), (3, 64), (2, 256)):
+            heads = Heads(2 * group, 2, head_dim)
+            history = random_history(heads, [530, 40], rng, sharpness=2.0)
+            history.v[0] *= 10.0 ** rng.integers(-8, 4, history.v[0].shape)
+            kv = history.allocate(ops, dtype)
+            history.write(ops, kv, history.everything)
+            yield history.attend(ops, kv, [(0, 490, 530), (1, 0, 40)])
+            sharers = random_sharers(heads, 9, 4, rng)
+            yield sharers.together(ops, filled(ops, heads, dtype, sharers.num_blocks, rng))
 
 
 def mixtures(threads: int) -> Iterator[FloatArray]:

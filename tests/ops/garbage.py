@@ -139,7 +139,20 @@ def arrays(chance: random.Random) -> Any:
 
 
 def layer(chance: random.Random) -> Any:
-    return arrays(chance).layer(0)
+    return coded_layer() if chance.random() < 0.2 else arrays(chance).layer(0)
+
+
+def coded_layer() -> Any:
+    """Of heads as wide together as the others are."""
+    recent = _native.KVArrays(1, BLOCKS, 1, KV_HEADS * HEAD_DIM, "f16", "f16", 1).layer(0)
+    return _native.KVArrays(1, BLOCKS, 1, KV_HEADS * HEAD_DIM, "k4", "v4").layer(0).with_recent(recent)
+
+
+def part_of_layer(chance: random.Random) -> Any:
+    """What may be codes, and may have been written as it is."""
+    key, value = chance.choice((("k4", "v4"), ("k4", "f16"), ("f16", "f16"), ("f16", "v4"), ("int8", "v4")))
+    kv_heads, head_dim, kv_group = chance.choice((1, 1, 2)), chance.choice((32, 32, 64)), chance.choice((0, 1))
+    return _native.KVArrays(1, BLOCKS, kv_heads, head_dim, key, value, kv_group).layer(0)
 
 
 def matrices(*widths: int) -> Maker:
@@ -392,14 +405,18 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "num_blocks": one_of(1, 8, 9, 100, *INTEGERS),
             "num_kv_heads": one_of(1, 2, 3, *INTEGERS),
             "head_dim": one_of(8, 16, 24, 64, 1024, *INTEGERS),
-            "key": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "é" * 100),
-            "value": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "é" * 100),
+            "key": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "k4", "v4", "é" * 100),
+            "value": one_of("f16", "f16", "f32", "f32", "F16", "", "\0", "f16\0", "int8", "v4", "k4", "é" * 100),
             "kv_group": one_of(0, 1, 63, *INTEGERS),
         },
     ),
     "KVArrays.layer": (
         lambda index: _native.KVArrays(2, BLOCKS, KV_HEADS, HEAD_DIM, "f16", "f16").layer(index),
         {"index": whole},
+    ),
+    "LayerKV.with_recent": (
+        lambda kv, recent: _native.LayerKV.with_recent(kv, recent),
+        {"kv": part_of_layer, "recent": part_of_layer},
     ),
     "pack": (
         _native.pack,
@@ -571,6 +588,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Arguments]] = {
             "k": one_of(1, 1, *INTEGERS),
             "v": one_of(1, 1, *INTEGERS),
             "slots": one_of("slot_mapping", "slot_mapping", ""),
+            "recent_slots": one_of(None, None, "slot_mapping", ""),
         },
     ),
     "Program.attend": (

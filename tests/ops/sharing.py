@@ -19,7 +19,7 @@ def filled(ops: Ops, heads: Heads, dtype: str, num_blocks: int, rng: np.random.G
     kv = ops.allocate_kv(KVCacheSpec.uniform(1, heads.num_kv_heads, heads.head_dim, dtype), num_blocks)[0]
     slots = np.arange(num_blocks * BLOCK_SIZE, dtype=np.int32)
     k, v = (rng.normal(0, 1, (len(slots), heads.num_kv_heads, heads.head_dim)).astype(np.float32) for _ in range(2))
-    ops.write_kv(kv, k, v, slots)
+    ops.write_kv(kv, k, v, slots, None if kv.recent_group is None else slots)
     return kv
 
 
@@ -29,7 +29,7 @@ def batch_of(tables: IntArray, chunks: Sequence[Chunk]) -> Batch:
     counts = [stop - start for _, start, stop in chunks]
     rows = np.repeat(np.asarray([sequence for sequence, _, _ in chunks], np.int32), counts)
     every = np.arange(len(positions), dtype=np.int32)
-    return Batch.in_blocks(every, positions, rows, tables, every)
+    return Batch.in_blocks(every, positions, rows, tables, every, num_groups=2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def expected(
     group = history.heads.num_heads // history.heads.num_kv_heads
     seen = np.arange(0 if window is None else max(0, position - window + 1), position + 1)
     k, v = (arrays[sequence][seen] for arrays in (history.k, history.v))
-    key_dtype, value_dtype = parse_kv_dtype(dtype)
+    key_dtype, value_dtype = (cast(KVDType, one) for one in parse_kv_dtype(dtype))
     stored = as_stored(k, key_dtype), as_stored(v, value_dtype)
     keys, values = (x.repeat(group, axis=1) for x in stored)  # (tokens seen, num_heads, head_dim)
     q = history.q[sequence][position].astype(np.float64)

@@ -39,7 +39,7 @@ OTHERS = (
 
 
 def problems(disassembly: ModuleType, *instructions: str) -> list[str]:
-    found: list[str] = disassembly.check(OTHERS + function("attend_segment", *instructions))[1]
+    found: list[str] = disassembly.check(OTHERS + function("attend_part", *instructions))[1]
     return found
 
 
@@ -54,7 +54,7 @@ def test_accepts_a_loop_that_keeps_its_sums_in_registers(disassembly: ModuleType
 )
 def test_refuses_a_spill_inside_a_loop(disassembly: ModuleType, product: str, spill: str) -> None:
     (problem,) = problems(disassembly, "xor    %eax,%eax", product, spill, "jne    1004 <x>")
-    assert "attend_segment" in problem
+    assert "attend_part" in problem
     assert f"1008: {spill}" in problem
 
 

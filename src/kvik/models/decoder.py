@@ -23,6 +23,7 @@ from kvik.ops.base import (
     Step,
     Vector,
     Weight,
+    slots_of,
 )
 from kvik.ops.capture import record
 from kvik.ops.table import OPS, Cost, add_up
@@ -127,6 +128,7 @@ class _KVOfLayer:
 
     kv_group: int
     token_bytes: int
+    recent_group: int | None
 
 
 class Decoder:
@@ -154,7 +156,8 @@ class Decoder:
         found = self._costs.get(kv_spec)
         if found is None:
             layer_bytes = [group.num_kv_heads * group.vector_bytes for group in kv_spec.groups]
-            layers = [_KVOfLayer(group, layer_bytes[group]) for group in kv_spec.layer_groups]
+            recent = kv_spec.recent_of
+            layers = [_KVOfLayer(group, layer_bytes[group], recent.get(group)) for group in kv_spec.layer_groups]
             calls, *_ = record(lambda ops, batch: self.forward(batch, layers, ops))
             found = self._costs[kv_spec] = add_up(
                 (OPS[call.name].cost(*call.arguments), any(value.of_logits for value in call.results)) for call in calls
@@ -193,7 +196,7 @@ class Decoder:
         for index, (layer, w, kv) in enumerate(zip(spec.layers, weights.layers, kv_cache, strict=True)):
             q, k, v = self._heads(ops, layer, w, x, batch)
             if layer.kv_from is None:
-                ops.write_kv(kv, k, v, batch.groups[kv.kv_group].slot_mapping)  # remember these tokens
+                ops.write_kv(kv, k, v, *slots_of(kv, batch))  # remember these tokens
             if self._query_scales is not None:
                 q = ops.scale_by_position(q, batch.positions, self._query_scales)
             attended = ops.merge_heads(ops.attend(q, kv, batch, self.rule(layer, w)))  # look back over all of them

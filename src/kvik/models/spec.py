@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 
 from kvik.cache import GroupSpec, KVCacheSpec, VectorFormat
-from kvik.config import parse_kv_dtype
 from kvik.ops.base import Nonlinearity, PositionScales, RopeTable, Routing
 
 MAX_LAYERS = 1 << 12
@@ -231,16 +230,15 @@ class DecoderSpec:
 
     def kv_spec(self, dtype: str) -> KVCacheSpec:
         """What a KV cache of this decoder holds; the types of keys and values as `parse_kv_dtype` takes them."""
-        key, value = parse_kv_dtype(dtype)
 
         def group(index: int, layer: LayerSpec) -> GroupSpec:
             num_kv_heads, head_dim, window = self._kv_of(layer)
-            vectors = VectorFormat(head_dim, key), VectorFormat(head_dim, value)
-            return GroupSpec("full" if window is None else "window", (index,), num_kv_heads, *vectors, window)
+            vector = VectorFormat(head_dim, "f16")
+            return GroupSpec("full" if window is None else "window", (index,), num_kv_heads, vector, vector, window)
 
         own = [group(index, layer) for index, layer in enumerate(self.layers) if layer.kv_from is None]
         shared = [(index, layer.kv_from) for index, layer in enumerate(self.layers) if layer.kv_from is not None]
-        return KVCacheSpec.of_layers(own, shared=shared)
+        return KVCacheSpec.of_layers(own, shared=shared).with_dtype(dtype)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all weights; the names are those of GGUF files, where each projection has its own.

@@ -228,6 +228,12 @@ class AttentionRule:
         return 1.0 / math.sqrt(head_dim) if self.scale is None else self.scale
 
 
+def slots_of(kv: LayerKV, batch: Batch) -> tuple[IntArray, IntArray | None]:
+    """Where a layer's keys and values go, and where they go as well if it keeps codes."""
+    recent = None if kv.recent_group is None else batch.groups[kv.recent_group].slot_mapping
+    return batch.groups[kv.kv_group].slot_mapping, recent
+
+
 PLAIN = AttentionRule()
 """All positions before, scores / sqrt(head_dim)."""
 
@@ -472,20 +478,28 @@ class Ops(ABC):
         """x (T, heads, head_dim), each token's times the factor of its position."""
         return self.run("scale_by_position", x, positions, scales)
 
-    @op(lambda kv, k, v, slots: (), lambda kv, k, v, slots: Cost(row_bytes=8 * (k.width + v.width)))
-    def write_kv(self, kv: LayerKV, k: Array, v: Array, slot_mapping: IntArray) -> None:
+    @op(lambda kv, k, v, *slots: (), lambda kv, k, v, *slots: Cost(row_bytes=8 * (k.width + v.width)))
+    def write_kv(
+        self, kv: LayerKV, k: Array, v: Array, slot_mapping: IntArray, recent_slots: IntArray | None = None
+    ) -> None:
         """Store k, v (T, num_kv_heads, head_dim) at their slots, in place.
 
         int8 has one float32 scale for each token's key or value, by KV head: what is stored is a whole multiple,
         -127 ... 127, of the largest magnitude / 127. NaN or infinity makes all of that key or value NaN.
+
+        k4 and v4 keep a head's Hadamard transform (Sylvester's, divided by sqrt(head_dim)), as whole multiples, -8 ...
+        7, of a float16 scale for 32 items: the one of largest magnitude / -8. It goes to its recent slot too, in
+        float16; the other one of key and value goes there as it is kept.
         """
-        self.run("write_kv", kv, k, v, slot_mapping)
+        self.run("write_kv", kv, k, v, slot_mapping, recent_slots)
 
     @op(like_first, _attend_cost)
     def attend(self, q: Array, kv: LayerKV, batch: Batch, rule: AttentionRule = PLAIN) -> Array:
         """Attention of q (T, num_heads, head_dim) over what each token sees of its own sequence.
 
-        Block table entries before a window are not read.
+        Block table entries before a window are not read. With k4 or v4 a token reads its own segment (256 places)
+        and the first block of what is recent, and the other places' codes. Queries are transformed as k4 keys are, and
+        what comes of v4 values is transformed back.
         """
         return self.run("attend", q, kv, batch, rule)
 
@@ -567,7 +581,7 @@ class Ops(ABC):
             keys = self.heads(k_and_v[0], weights.key_norm, weights, rope, batch)
             v = k_and_v[-1] if weights.value_norm is None else self.norm(k_and_v[-1], weights.value_norm)
             values = self.split_heads(v, weights.head_dim)
-            self.write_kv(kv, keys, values, batch.groups[kv.kv_group].slot_mapping)
+            self.write_kv(kv, keys, values, *slots_of(kv, batch))
         return queries
 
     def heads(self, x: Array, norm: Norm | None, weights: QKVWeights, rope: RopeTable | None, batch: Batch) -> Array:

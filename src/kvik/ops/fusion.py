@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvik.ops.base import Batch, Linear, Norm, QKVWeights
+from kvik.ops.base import Batch, Linear, Norm, QKVWeights, slots_of
 from kvik.ops.table import Value
 
 
@@ -92,11 +92,11 @@ class _Fusion:
 
     def fuse_qkv(self, write: Call, batch: Batch) -> None:
         """norm, project, norms of heads, rope, write_kv: `norm_qkv`, whose result is the queries."""
-        kv, keys, values, slots = write.arguments
+        kv, keys, values, *slots = write.arguments
         value_norm, (key, of_keys) = self._source(values, "norm"), self._chain(keys)
         value = values if value_norm is None else value_norm.arguments[0]
         project, made = self._made_by.get(key.id), dict.fromkeys((key.id, value.id))  # one where values are the keys
-        if project is None or project.name != "project" or slots is not batch.groups[kv.kv_group].slot_mapping:
+        if project is None or project.name != "project" or (*slots,) != slots_of(kv, batch):
             return
         if [result.id for result in project.results[1:]] != [*made] or sum(self._num_uses[one] for one in made) != 2:
             return

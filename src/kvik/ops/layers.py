@@ -24,7 +24,11 @@ def blocks_of_groups(spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> tu
 
 
 def by_layer(spec: KVCacheSpec, make: Callable[[int, int], T]) -> list[T]:
-    """What `make` gives for a group and a layer's place in it, in the order of layers; layers may share one."""
-    made = {layer: make(index, at) for index, group in enumerate(spec.groups) for at, layer in enumerate(group.layers)}
+    """What `make` gives for a group and a layer's place in it, in the order of layers; layers may share one.
+
+    A recent group has the layers of another one, and none of its own.
+    """
+    kept = [(index, group) for index, group in enumerate(spec.groups) if group.kind != "recent"]
+    made = {layer: make(index, at) for index, group in kept for at, layer in enumerate(group.layers)}
     made |= {layer: made[owner] for layer, owner in spec.shared}
     return [made[layer] for layer in sorted(made)]

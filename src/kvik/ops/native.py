@@ -37,7 +37,12 @@ class NativeKVCache(list[_native.LayerKV]):
     def __init__(self, spec: KVCacheSpec, group_blocks: int | Sequence[int]) -> None:
         counts = blocks_of_groups(spec, group_blocks)
         self.arrays = [_kv_arrays(group, index, counts[index]) for index, group in enumerate(spec.groups)]
-        super().__init__(by_layer(spec, lambda index, at: self.arrays[index].layer(at)))
+
+        def layer(index: int, at: int) -> _native.LayerKV:
+            kv, recent = self.arrays[index].layer(at), spec.recent_of.get(index)
+            return kv if recent is None else kv.with_recent(self.arrays[recent].layer(at))
+
+        super().__init__(by_layer(spec, layer))
 
 
 def _kv_arrays(group: GroupSpec, index: int, num_blocks: int) -> _native.KVArrays:

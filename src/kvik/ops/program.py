@@ -194,7 +194,7 @@ def run_once(pool: _native.ThreadPool, name: str, arguments: tuple[Any, ...], *,
                 inputs.append(argument.reshape(len(argument), width))
                 return Value(program.input(width), argument.shape[1:])
             field = _FIELDS[name]
-            fields[field] = argument
+            fields["recent_slots" if field in fields else field] = argument
             return Field(field)
         return argument
 
@@ -205,7 +205,9 @@ def run_once(pool: _native.ThreadPool, name: str, arguments: tuple[Any, ...], *,
     program.finish(None, numbers)
     num_tokens = len(inputs[0]) if inputs else len(fields[_FIELDS[name]])
     if batch is None:
-        batch = _batch_of(num_tokens, fields, max((getattr(one, "kv_group", 0) for one in arguments), default=0))
+        batch = _batch_of(
+            num_tokens, fields, next((one for one in arguments if isinstance(one, _native.LayerKV)), None)
+        )
     program.run(*_arrays(batch), None, 0, 1, False, inputs)
     results = []
     for number, shape in zip(numbers, shapes, strict=True):
@@ -219,13 +221,15 @@ _FIELDS = {"embed": "token_ids", "rope": "positions", "scale_by_position": "posi
 """Which array of the batch an op takes."""
 
 
-def _batch_of(num_tokens: int, fields: Mapping[str, IntArray], kv_group: int) -> Batch:
+def _batch_of(num_tokens: int, fields: Mapping[str, IntArray], kv: _native.LayerKV | None) -> Batch:
     """A batch of which one op looks at some arrays."""
     zeros, none = np.zeros(num_tokens, np.int32), np.zeros(0, np.int32)
-    index = KVIndex(fields.get("slot_mapping", zeros), np.zeros((1, 1), np.int32))
-    positions = fields.get("positions", zeros)
-    groups = (index,) * (kv_group + 1)
-    return Batch(fields.get("token_ids", zeros), positions, zeros, zeros + np.int32(1), zeros, none, groups)
+    positions, tables = fields.get("positions", zeros), np.zeros((1, 1), np.int32)
+    kv_group, recent = (0, None) if kv is None else (kv.kv_group, kv.recent_group)
+    groups = [KVIndex(fields.get("slot_mapping", zeros), tables)] * (max(kv_group, recent or 0) + 1)
+    if recent is not None:
+        groups[recent] = KVIndex(fields.get("recent_slots", zeros), tables)
+    return Batch(fields.get("token_ids", zeros), positions, zeros, zeros + np.int32(1), zeros, none, tuple(groups))
 
 
 def native_norm(norm: Norm) -> _native.Norm:

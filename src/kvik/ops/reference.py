@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import erf
 from typing import Any
 
@@ -13,7 +13,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from kvik.cache import BLOCKS_PER_SUPERBLOCK, GroupSpec, KVCacheSpec
-from kvik.config import ActivationDType, KVDType
+from kvik.cache.spec import SEGMENT_SIZE
+from kvik.config import ActivationDType, StoredDType
 from kvik.ops.base import (
     PLAIN,
     XIELU,
@@ -36,6 +37,9 @@ FloatArray = npt.NDArray[np.float32]
 
 SCALE_GROUP = 32
 """Columns whose activations share a scale."""
+
+CODE_GROUP = 32
+"""Items of a k4 key or a v4 value that share a scale."""
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
@@ -98,8 +102,14 @@ class ReferenceKV:
 
     keys: npt.NDArray[np.floating]
     values: npt.NDArray[np.floating]
-    dtypes: tuple[KVDType, KVDType]  # of keys and of values; float32 arrays hold what int8 would: multiples of a scale
+    dtypes: tuple[StoredDType, StoredDType]  # of keys and of values; of float32 arrays what the numbers stand for
     kv_group: int
+    recent: ReferenceKV | None = None  # with k4 or v4
+
+    @property
+    def recent_group(self) -> int | None:
+        """Whose block tables name the blocks of `recent`."""
+        return None if self.recent is None else self.recent.kv_group
 
     @property
     def token_bytes(self) -> int:
@@ -123,6 +133,29 @@ def quantize_kv(x: FloatArray) -> FloatArray:
     seen = _whole_multiples(x, 127.0)
     seen[~np.isfinite(x).all(axis=-1)] = np.nan
     return seen
+
+
+def hadamard(x: FloatArray) -> FloatArray:
+    """The Hadamard transform of the last axis, orthonormal, in the order of additions that all backends have."""
+    size, out = x.shape[-1], x.astype(np.float32)
+    half = 1
+    while half < size:
+        first, second = np.moveaxis(out.reshape(*x.shape[:-1], size // (2 * half), 2, half), -2, 0)
+        out = np.stack([first + second, first - second], axis=-2).reshape(x.shape)
+        half *= 2
+    return np.asarray(out * (np.float32(1) / np.sqrt(np.float32(size))), np.float32)
+
+
+def quantize_codes(x: FloatArray) -> FloatArray:
+    """Transformed keys or values (..., head_dim) as k4 and v4 keep them; see `Ops.write_kv`."""
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // CODE_GROUP, CODE_GROUP)
+    above, below = groups.max(axis=-1, keepdims=True), (-groups).max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        scale = (np.where(above >= below, above, -below) / np.float32(-8)).astype(np.float16).astype(np.float32)
+        inverse = np.where(scale != 0, np.float32(1) / scale, np.float32(0))
+        seen = np.clip(np.rint(groups * inverse), -8, 7).astype(np.float32) * scale
+    seen[~np.isfinite(groups).all(axis=-1)] = np.nan
+    return np.asarray(seen.reshape(x.shape), np.float32)
 
 
 def _whole_multiples(rows: FloatArray, max_level: float) -> FloatArray:
@@ -176,12 +209,17 @@ class ReferenceOps(Ops):
             return ReferenceKV(keys, values, (group.key.dtype, group.value.dtype), index)
 
         counts = blocks_of_groups(spec, group_blocks)
-        return by_layer(spec, lambda index, _: layer(index, spec.groups[index], counts[index]))
+
+        def with_recent(index: int, _: int) -> ReferenceKV:
+            kv, recent = layer(index, spec.groups[index], counts[index]), spec.recent_of.get(index)
+            return kv if recent is None else replace(kv, recent=layer(recent, spec.groups[recent], counts[recent]))
+
+        return by_layer(spec, with_recent)
 
     def copy_blocks(
         self, kv_cache: Sequence[ReferenceKV], copies: Sequence[tuple[int, int]], kv_group: int = 0
     ) -> None:
-        layers = [kv for kv in kv_cache if kv.kv_group == kv_group]
+        layers = _layers_of(kv_cache, kv_group)
         for source, target in copies:
             _require_ids("block", (source, target), len(layers[0].keys) if layers else 0)
             if source == target:
@@ -191,7 +229,7 @@ class ReferenceOps(Ops):
                 kv.keys[target], kv.values[target] = kv.keys[source], kv.values[source]
 
     def discard_blocks(self, kv_cache: Sequence[ReferenceKV], superblocks: Sequence[int], kv_group: int = 0) -> None:
-        layers = [kv for kv in kv_cache if kv.kv_group == kv_group]
+        layers = _layers_of(kv_cache, kv_group)
         count = len(layers[0].keys) if layers else 0
         _require_ids("superblock", superblocks, -(-count // BLOCKS_PER_SUPERBLOCK))
         for kv in layers:
@@ -261,23 +299,44 @@ class ReferenceOps(Ops):
     def scale_by_position(self, x: FloatArray, positions: IntArray, scales: PositionScales) -> FloatArray:
         return x * scales.factors[positions][:, None, None]
 
-    def write_kv(self, kv: ReferenceKV, k: FloatArray, v: FloatArray, slot_mapping: IntArray) -> None:
-        blocks, offsets = np.divmod(slot_mapping, kv.keys.shape[1])
-        for stored, rows, dtype in ((kv.keys, k, kv.dtypes[0]), (kv.values, v, kv.dtypes[1])):
-            stored[blocks, offsets] = quantize_kv(rows) if dtype == "int8" else rows
+    def write_kv(
+        self,
+        kv: ReferenceKV,
+        k: FloatArray,
+        v: FloatArray,
+        slot_mapping: IntArray,
+        recent_slots: IntArray | None = None,
+    ) -> None:
+        k, v = (
+            hadamard(rows) if dtype in ("k4", "v4") else rows for rows, dtype in zip((k, v), kv.dtypes, strict=True)
+        )
+        for part, slots in ((kv, slot_mapping), (kv.recent, recent_slots)):
+            if part is None or slots is None:
+                assert part is None, "what is recent needs its slots"
+                assert slots is None, "recent slots where no codes are kept"
+                continue
+            blocks, offsets = np.divmod(slots, part.keys.shape[1])
+            for stored, rows, dtype in zip((part.keys, part.values), (k, v), part.dtypes, strict=True):
+                kept = quantize_kv(rows) if dtype == "int8" else rows
+                stored[blocks, offsets] = quantize_codes(rows) if dtype in ("k4", "v4") else kept
 
     def attend(self, q: FloatArray, kv: ReferenceKV, batch: Batch, rule: AttentionRule = PLAIN) -> FloatArray:
         num_heads, head_dim = q.shape[1:]
         block_size, queries_per_kv = kv.keys.shape[1], num_heads // kv.keys.shape[2]
-        tables = batch.groups[kv.kv_group].block_tables
         out = np.empty_like(q)
+        if kv.dtypes[0] == "k4":
+            q = hadamard(q)
         for token, sequence in enumerate(batch.sequence_index):
             first = 0 if rule.window is None else max(0, batch.kv_index[token] + 1 - rule.window)
             seen = np.arange(first, batch.kv_bounds[token])
-            places = tables[sequence][seen // block_size], seen % block_size
-            keys, values = (
-                stored[places].astype(np.float64).repeat(queries_per_kv, axis=1) for stored in (kv.keys, kv.values)
-            )  # (tokens seen, num_heads, head_dim)
+            is_recent = (seen < block_size) | (seen // SEGMENT_SIZE == (batch.kv_bounds[token] - 1) // SEGMENT_SIZE)
+            keys, values = np.empty((2, len(seen), *kv.keys.shape[2:]), np.float64)
+            for part, those in ((kv, ~is_recent), (kv.recent or kv, is_recent)):
+                table, places = batch.groups[part.kv_group].block_tables[sequence], seen[those]
+                where = table[places // block_size], places % block_size
+                keys[those], values[those] = part.keys[where], part.values[where]
+            keys, values = (each.repeat(queries_per_kv, axis=1) for each in (keys, values))
+            # (tokens seen, num_heads, head_dim)
             scores = np.einsum("hd,thd->ht", q[token].astype(np.float64), keys) * rule.scale_for(head_dim)
             if rule.soft_cap is not None:
                 scores = rule.soft_cap * np.tanh(scores / rule.soft_cap)
@@ -286,7 +345,7 @@ class ReferenceOps(Ops):
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
             out[token] = np.einsum("ht,thd->hd", weights[:, : len(seen)], values)
-        return out
+        return hadamard(out) if kv.dtypes[1] == "v4" else out
 
     def activate(self, x: FloatArray, activation: Nonlinearity, up: FloatArray | None = None) -> FloatArray:
         wide = x.astype(np.float64)
@@ -384,9 +443,15 @@ def _values(weight: Weight) -> FloatArray:
     return weight.values
 
 
+def _layers_of(kv_cache: Sequence[ReferenceKV], kv_group: int) -> list[ReferenceKV]:
+    """What the layers of a group keep there."""
+    parts = [part for kv in kv_cache for part in (kv, kv.recent) if part is not None]
+    return [part for part in parts if part.kv_group == kv_group]
+
+
 def _tiles(kv_cache: Sequence[ReferenceKV], block_ids: Sequence[int], kv_group: int) -> list[npt.NDArray[Any]]:
     """Keys and values of whole blocks, layer after layer."""
-    layers = [kv for kv in kv_cache if kv.kv_group == kv_group]
+    layers = _layers_of(kv_cache, kv_group)
     _require_ids("block", block_ids, len(layers[0].keys) if layers else 0)
     return [stored[block_id] for block_id in block_ids for kv in layers for stored in (kv.keys, kv.values)]
 
