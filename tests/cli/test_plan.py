@@ -136,7 +136,7 @@ def test_json_names_are_those_of_the_documentation(kvik: Kvik) -> None:
     """A name that goes, comes or changes has to be told in docs/reference/plan-json.md."""
     arguments = "gemma-3-27b --context 4096 --users 100 --device h100 --json"
     report = json.loads(kvik("plan", *shlex.split(arguments)).stdout)
-    types = re.compile(r"^(kv|weights)\.(f32|f16|int8|bf16|q\w+)\.")
+    types = re.compile(r"^(kv|weights)\.(f32|f16|int8|k4v4|bf16|q\w+)\.")
     names = {types.sub(r"\1.TYPE.", name) for name, _ in leaves(report)}
     names = {re.sub(r"^speed\.(decode|prefill)\.", "speed.PHASE.", name) for name in names}
     text = NAMES.read_text(encoding="utf-8")

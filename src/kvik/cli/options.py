@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 STOP_HELP = r"End before this text; \n, \t, \r, \\, \xNN and \uNNNN are characters. May be repeated."
 PACKED_HELP = "Keep packed weights in this folder, for a faster next start; alone: kvik's cache folder."
-KV_DTYPE_HELP = "Keys and values in the cache: f16, f32, int8, or k=int8,v=f16."
+KV_DTYPE_HELP = "Keys and values in the cache: f16, f32, int8, k4v4 (4.5 bits), or a pair like k=int8,v=v4."
 ESCAPE = re.compile(r"\\(?:(?P<letter>[ntr\\])|x(?P<byte>[0-9a-fA-F]{2})|u(?P<code>[0-9a-fA-F]{4})|.?)", re.DOTALL)
 LETTERS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvik.cli.options import flag, parse_list, value
+from kvik.cli.options import KV_DTYPE_HELP, flag, parse_list, value
 from kvik.cli.report import write_report
 from kvik.cli.terminal import write
 from kvik.errors import InvalidInput
@@ -23,9 +23,7 @@ def plan(
     context: Annotated[int | None, value(LOAD, "N", "Tokens of a sequence; default: the model's limit.")] = None,
     users: Annotated[int, value(LOAD, "N", "Sequences at once.", show_default=True)] = 1,
     prefix: Annotated[int, value(LOAD, "N", "First tokens that all of them share.", show_default=True)] = 0,
-    kv: Annotated[
-        str, value(LOAD, "TYPE", "Keys and values in the cache: f16, f32, int8, or k=int8,v=f16.", show_default=True)
-    ] = "f16",
+    kv: Annotated[str, value(LOAD, "TYPE", KV_DTYPE_HELP, show_default=True)] = "f16",
     weights: Annotated[str | None, value(LOAD, "TYPE", "Like bf16, q8_0, q4_k; else the file's, or bf16.")] = None,
     memory: Annotated[
         str | None, value(MACHINE, "SIZE", "The memory that it must fit into, like 24GB or 16GiB.")

@@ -153,6 +153,8 @@ class CacheView:
             def place(table: BlockTable) -> int | None:
                 """Which of its sequence's blocks a table's block is."""
                 held = cache.twins.of_table(table)[pool_index]
+                if block_id in held.head:
+                    return held.head.index(block_id)
                 return held.first + held.block_ids.index(block_id) if block_id in held.block_ids else None
 
             holders = [(each, at) for each in self._engine.scheduler.running if (at := place(each.table)) is not None]

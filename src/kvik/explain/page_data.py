@@ -114,7 +114,7 @@ def step_figures(traced: TracedLane, index: int) -> dict[str, Any]:
         "multiply_adds": cost.work.multiply_adds,
         "weight_bytes": cost.work.weight_bytes,
         "kv_bytes": cost.work.kv_bytes,
-        "kv_written_bytes": step.num_tokens * spec.token_bytes,
+        "kv_written_bytes": step.num_tokens * spec.written_bytes,
         "seconds": cost.seconds,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -124,15 +124,18 @@ def trace_run(
 def kept_kv(llm: LLM, tracer: Tracer, layer: int) -> ReferenceKV:
     """A layer's keys and values as the cache keeps them, token after token: written by the reference of the ops.
 
-    Each (num_blocks, block_size, num_kv_heads, head_dim); behind the last token zeros.
+    Each (num_blocks, block_size, num_kv_heads, head_dim); behind the last token zeros. Those of k4 and v4 are what the
+    codes stand for, before they are transformed back.
     """
-    spec = llm.model.decoder.spec
-    shape = spec.num_kv_heads_of(spec.layers[layer]), spec.head_dim_of(spec.layers[layer])
-    kv_spec = KVCacheSpec.uniform(1, *shape, llm.config.kv_dtype)
+    of_model = llm.model.decoder.spec.kv_spec(llm.config.kv_dtype)
+    group = of_model.groups[of_model.layer_groups[layer]]
+    kept = (replace(group, kind="full", layers=(0,), window=None),)
+    kv_spec = KVCacheSpec((*kept, *(one.as_written for one in kept if one.is_coded)))
     num_tokens = tracer.keys.num_rows
     (kv,) = ReferenceOps().allocate_kv(kv_spec, kv_spec.num_blocks_for(num_tokens))
     slots = np.arange(num_tokens, dtype=np.int32)
-    ReferenceOps().write_kv(kv, tracer.keys[layer], tracer.values[layer], slots)
+    recent = None if kv.recent is None else slots
+    ReferenceOps().write_kv(kv, tracer.keys[layer], tracer.values[layer], slots, recent)
     return kv
 
 
@@ -171,4 +174,6 @@ def _one_sequence(num_tokens: int, num_blocks: int) -> Batch:
     """All tokens of a sequence that has the first blocks, in order."""
     positions = np.arange(num_tokens, dtype=np.int32)
     zeros, tables = np.zeros_like(positions), np.arange(num_blocks, dtype=np.int32)[None]
-    return Batch.in_blocks(zeros, positions, sequence_index=zeros, block_tables=tables, logit_rows=positions[:0])
+    return Batch.in_blocks(
+        zeros, positions, sequence_index=zeros, block_tables=tables, logit_rows=positions[:0], num_groups=2
+    )

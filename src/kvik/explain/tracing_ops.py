@@ -74,7 +74,7 @@ class TracingOps(Ops):
 
     def _keep(self, name: str, arguments: tuple[Any, ...], results: Sequence[FloatArray]) -> None:
         if name == "write_kv":
-            kv, k, v, _ = arguments
+            kv, k, v, *_ = arguments
             self._written[id(kv)] = self._inner.to_numpy(k), self._inner.to_numpy(v)
         elif name == "attend":
             q, kv, *_ = arguments

@@ -69,7 +69,7 @@ class Case:
 
     def kv_bytes(self, spec: KVCacheSpec) -> int:
         """Bytes of keys and values that its sequences need."""
-        return self.num_blocks(spec) * spec.token_bytes * spec.block_size
+        return self.num_blocks(spec) * spec.written_bytes * spec.block_size
 
     def num_blocks(self, spec: KVCacheSpec) -> int:
         """Blocks that its sequences need."""
@@ -284,7 +284,7 @@ class _EngineBench:
         spec, pool = self.engine.kv_spec, self.engine.cache.pool
         largest = max(cases, key=lambda case: case.num_blocks(spec))
         needed, has = (
-            count * spec.token_bytes * spec.block_size for count in (largest.num_blocks(spec), pool.num_blocks)
+            count * spec.written_bytes * spec.block_size for count in (largest.num_blocks(spec), pool.num_blocks)
         )
         if needed > has:
             raise InvalidInput(
@@ -298,7 +298,7 @@ def _kv_memory(llm: LLM, spec: KVCacheSpec, cases: Sequence[Case]) -> int | str:
     """What the caller said; else room for every case's context, or where that is too much, for the largest case."""
     if llm.config.kv_memory != "auto":
         return llm.config.kv_memory
-    warm_up = spec.pool_blocks_for(2 * WARM_UP_TOKENS) * spec.token_bytes * spec.block_size
+    warm_up = spec.pool_blocks_for(2 * WARM_UP_TOKENS) * spec.written_bytes * spec.block_size
     each = [case.kv_bytes(spec) for case in cases]
     return sum(each) + warm_up if sum(each) + warm_up <= available_memory_bytes() // 2 else max(*each, warm_up)
 

@@ -137,7 +137,9 @@ class _Probe:
         at = np.tile(positions, users).astype(np.int32)
         owner = np.repeat(np.arange(users, dtype=np.int32), len(positions))
         last = np.arange(1, users + 1, dtype=np.int32) * len(positions) - 1
-        return Batch.in_blocks(np.zeros(len(at), np.int32), at, owner, tables, last.astype(np.int32))
+        return Batch.in_blocks(
+            np.zeros(len(at), np.int32), at, owner, tables, last.astype(np.int32), num_groups=len(self.kv_spec.groups)
+        )
 
     def _num_layers(self, max_layers: int, hidden_size: int, width: int, form: WeightFormat) -> int:
         layer_bytes = held_bytes(hidden_size * (4 * hidden_size + 3 * width), form)

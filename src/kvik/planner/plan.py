@@ -105,13 +105,14 @@ def plan_shape(
     prefix = _check_int(
         "prefix", prefix, 0, context - 1, of=f"a sequence has {context:,} tokens, one of its own at least"
     )
-    kv_dtypes = parse_kv_dtype(kv, "kv")
-    kv = kv_dtype_name(*kv_dtypes)
-    if not set(kv_dtypes) <= set(shape.kv_dtypes):
+    kv = kv_dtype_name(*parse_kv_dtype(kv, "kv"))
+    try:
+        shape.kv_spec(kv)
+    except InvalidInput as error:
         raise InvalidInput(
-            f"{shape.name} has heads that are too wide for {kv} keys and values",
+            f"{shape.name} cannot have {kv} keys and values: {error}",
             hint=f"give one of {', '.join(shape.kv_dtypes)}",
-        )
+        ) from None
     form = _format(shape, weights)
     load = Load(shape, context, users, prefix, kv, form)
     found = None if device is None or device == HERE else find_device(device)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from kvik.cache import GroupSpec, KVCacheSpec, VectorFormat
-from kvik.config import KVDType
+from kvik.errors import InvalidInput
 from kvik.experts import ExpertsRead
 from kvik.models.hf_layers import KeptLayers
 
-KV_DTYPES: tuple[KVDType, ...] = ("f32", "f16", "int8")
+KV_DTYPES = ("f32", "f16", "int8", "k4v4")
+"""What is shown, as `parse_kv_dtype` takes it."""
 
 
 def kv_group(
@@ -95,12 +96,17 @@ class ModelShape:
         return None if params is None else params - self.num_table_params
 
     @property
-    def kv_dtypes(self) -> tuple[KVDType, ...]:
+    def kv_dtypes(self) -> tuple[str, ...]:
         """Types that its keys and values can be kept in."""
-        vectors = [vector for group in self.groups for vector in (group.key, group.value) if vector is not None]
-        return tuple(
-            dtype for dtype in KV_DTYPES if all(replace(vector, dtype=dtype).is_storable for vector in vectors)
-        )
+
+        def is_kept(dtype: str) -> bool:
+            try:
+                self.kv_spec(dtype)
+            except InvalidInput:
+                return False
+            return True
+
+        return tuple(filter(is_kept, KV_DTYPES))
 
     def num_readers(self, group: GroupSpec) -> int:
         """Layers that attend to what a group keeps: its own, and those that share with them."""
