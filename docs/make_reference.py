@@ -274,7 +274,7 @@ def python() -> str:
 def metrics() -> str:
     """All families of `/metrics`."""
     nothing = SimpleNamespace(responses={}, num_disconnects=0, num_retries=0)
-    state: Any = SimpleNamespace(models=(), http=nothing, is_draining=False)
+    state: Any = SimpleNamespace(models=(), http=nothing, is_draining=False, events=None)
     rows = []
     for family in _Collector(state).collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")

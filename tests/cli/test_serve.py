@@ -72,6 +72,13 @@ FLAGS: dict[str, tuple[str, tuple[str, ...], object]] = {
     "access_log": ("--no-access-log", (), False),
     "read_only": ("--read-only", (), True),
     "redact": ("--redact", (), True),
+    "kv_events": ("--kv-events", ("tcp://127.0.0.1:*",), "tcp://127.0.0.1:*"),
+    "kv_events_replay": (
+        "--kv-events-replay",
+        ("tcp://127.0.0.1:*", "--kv-events", "tcp://127.0.0.1:*"),
+        "tcp://127.0.0.1:*",
+    ),
+    "kv_events_topic": ("--kv-events-topic", ("pod", "--kv-events", "tcp://127.0.0.1:*"), "pod"),
     "drop_billing_line": ("--drop-billing-line", (), True),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvik.engine.llm import LLM
+from kvik.server.fields import NEUTRAL
 from server_process import Client
 
 TEXT = "/v1/completions"
@@ -24,6 +25,17 @@ def test_prompts_of_every_form_give_the_same(client: Client, smol: LLM) -> None:
     assert single[0] == single[1] == lists[0][0]
     assert lists[0] == lists[1] == lists[2]
     assert lists[0][0] != lists[0][1]
+
+
+def test_fields_that_routers_add(client: Client) -> None:
+    """At the values that change nothing they do nothing; another value is refused, for it would change something."""
+    wanted = client.ok(TEXT, GREEDY | {"prompt": "The sea"})["choices"]
+    body = GREEDY | {"prompt": "The sea", "ignore_eos": False}
+    assert client.ok(TEXT, body | NEUTRAL)["choices"] == wanted
+    for name, neutral in NEUTRAL.items():
+        answer = client.post(TEXT, body | NEUTRAL | {name: not neutral})
+        assert (answer.status, answer.error["param"]) == (400, name)
+        assert f"or {str(neutral).lower()})" in answer.error["message"]
 
 
 def test_choices_stand_in_the_order_of_prompts_and_completions(client: Client) -> None:

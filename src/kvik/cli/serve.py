@@ -30,10 +30,12 @@ from kvik.units import amount
 if TYPE_CHECKING:
     from kvik.server.served import ServedModel
     from kvik.server.settings import ServerConfig
+    from kvik.server.watch.event_socket import EventSocket
+    from kvik.server.watch.kv_events import KVEventFeed
 
 MAX_REPLICAS = 64
 
-SERVER, ACCESS, LIMITS = "Server", "Who may call it", "Limits"
+SERVER, ACCESS, LIMITS, ROUTERS = "Server", "Who may call it", "Limits", "Routers"
 
 
 @spell_out
@@ -122,6 +124,13 @@ def serve(
             rich_help_panel=SERVER,
         ),
     ] = False,
+    kv_events: Annotated[
+        str | None, value(ROUTERS, "ENDPOINT", "Tell routers which blocks are cached, such as at tcp://127.0.0.1:*.")
+    ] = None,
+    kv_events_replay: Annotated[str | None, value(ROUTERS, "ENDPOINT", "Where they ask for what they missed.")] = None,
+    kv_events_topic: Annotated[
+        str, value(ROUTERS, "NAME", "What its messages are filed under.", show_default=True)
+    ] = "",
     kv_memory: Annotated[
         str, value(ENGINE, "SIZE", "For keys and values of all models, in equal shares.", show_default=True)
     ] = "auto",
@@ -175,9 +184,17 @@ def serve(
         access_log=not no_access_log,
         read_only=read_only,
         redact=redact,
+        kv_events=kv_events,
+        kv_events_replay=kv_events_replay,
+        kv_events_topic=kv_events_topic,
         drop_billing_line=drop_billing_line,
     )
     check_count("--replicas", replicas, 1, MAX_REPLICAS)
+    if replicas > 1 and kv_events is not None:
+        raise InvalidInput(
+            "--kv-events is for routers in front of this server, and with --replicas it has one of its own",
+            hint="leave out --replicas and start a server for each replica",
+        )
     listening = bind(config.host, config.port)  # before all that takes time: a port that is taken is known at once
     set_up_logs(log_format)
     names = models or ["smollm2"]
@@ -220,9 +237,12 @@ def serve(
     from kvik.server.state import ServerState
 
     state = ServerState(config)
+    state.events = event_feed(config, len(names))
 
     def load_all() -> Models:
         loaded = load(names, **engine)
+        if state.events is not None:
+            state.events.watch(loaded[0].llm.engine)
         if store_options.store is not None:
             from kvik.engine.open_store import salts_secret
 
@@ -234,7 +254,9 @@ def serve(
         state,
         listening,
         load=load_all,
-        on_ready=lambda: note(READY.format(port)) if is_replica else welcome(config, port, list(state.models)),
+        on_ready=lambda: (
+            note(READY.format(port)) if is_replica else welcome(config, port, list(state.models), state.events)
+        ),
     )
 
 
@@ -270,6 +292,21 @@ def welcome_front(config: ServerConfig, port: int, shares: list[tuple[int, int]]
     note(f"kvik serves at {url}/v1 through {len(shares)} replicas")
     note(f"  Each has {threads} and {amount(shares[0][1])} for keys and values")
     note(f"  Watch {url}/health; SIGHUP restarts them one by one, Ctrl-C ends all when what runs is done")
+
+
+def event_feed(config: ServerConfig, num_models: int) -> KVEventFeed | None:
+    """What routers will hear, where they are to hear something."""
+    if config.kv_events is None:
+        return None
+    if num_models > 1:
+        raise InvalidInput(
+            f"--kv-events tells of the blocks of one model, and {num_models} are served",
+            hint="start a server for each model",
+        )
+    from kvik.server.watch.event_socket import EventSocket
+    from kvik.server.watch.kv_events import KVEventFeed
+
+    return KVEventFeed(EventSocket(config.kv_events, config.kv_events_replay, config.kv_events_topic))
 
 
 def load(names: list[str], **engine: Any) -> list[ServedModel]:
@@ -333,7 +370,7 @@ def read_keys(given: list[str] | None, environment: str) -> Mapping[str, str]:
     return keys
 
 
-def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
+def welcome(config: ServerConfig, port: int, served: list[ServedModel], events: KVEventFeed | None = None) -> None:
     """One screen of 80 columns: where it is, what it serves, how it is watched and called."""
     from kvik.store.resp import parse_address
 
@@ -352,6 +389,8 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
         if (store := model.llm.config.store) is not None:
             where = str(parse_address(store)) if is_shared(store) else store
             note(f"    stores what it computes in {where}: keys and values, which reveal prompts")
+    if events is not None:
+        tell_events(config, events.socket)
     num_keys = len(config.api_keys)
     who = "with a key" if num_keys == 1 else f"with one of {num_keys} keys" if num_keys else "by anybody who reaches it"
     note(f"  Called {who}. All routes: {url}/docs")
@@ -364,3 +403,13 @@ def welcome(config: ServerConfig, port: int, served: list[ServedModel]) -> None:
     else:
         path, data = "completions", '{"prompt": "Once upon a time", "max_tokens": 32}'
     note(f"Try: curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{data}'")
+
+
+def tell_events(config: ServerConfig, events: EventSocket) -> None:
+    """Where routers hear of blocks, and what that gives away."""
+    replay = "" if events.replay_address is None else f", repeated at {events.replay_address}"
+    note(f"  Tells routers of cached blocks at {events.address}{replay}")
+    if events.is_exposed:
+        note("    who reads that reads the tokens of all prompts that have no salt")
+    if config.api_keys and not config.shared_cache:
+        note("    but of none so far: each key's blocks are its own (--shared-cache lets all keys share)")

@@ -25,6 +25,16 @@ _PLAIN_PARAMS = (
     *("stop_token_ids", "min_tokens", "ignore_eos", "speculate"),
 )
 
+NEUTRAL = {
+    "no_stop_trim": False,
+    "skip_special_tokens": True,
+    "separate_reasoning": True,
+    "stream_reasoning": True,
+    "return_hidden_states": False,
+    "include_reasoning": True,
+}
+"""Fields that routers add to requests, and the one value of each that asks for what kvik does anyway."""
+
 T = TypeVar("T")
 
 
@@ -118,6 +128,13 @@ class SamplingFields(Body, frozen=True, kw_only=True):
     return_progress: bool | None = None
     return_token_ids: bool | None = None  # vLLM's
     timings_per_token: bool | None = None
+    # Those of `NEUTRAL`.
+    no_stop_trim: bool | None = None
+    skip_special_tokens: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+    return_hidden_states: bool | None = None
+    include_reasoning: bool | None = None
     # Accepted.
     user: str | None = None
     metadata: JsonObject | None = None
@@ -131,6 +148,12 @@ class SamplingFields(Body, frozen=True, kw_only=True):
             raise bad_request("stream_options needs stream: true", "stream_options")
         if self.return_progress and not self.stream:
             raise bad_request("return_progress needs stream: true", "return_progress")
+        for name, neutral in NEUTRAL.items():
+            if getattr(self, name) is (not neutral):
+                said, wanted = str(not neutral).lower(), str(neutral).lower()
+                raise bad_request(
+                    f"{name} is {said}, which this server does not do (hint: leave it out or {wanted})", name
+                )
         stops = self.stops
         if len(stops) > MAX_STOPS or not all(stops):
             raise bad_request(f"stop has {len(stops)} strings, give up to {MAX_STOPS} that are not empty", "stop")

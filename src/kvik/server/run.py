@@ -169,6 +169,8 @@ async def run(
 def stop(state: ServerState) -> bool:
     """End all engines: whether their threads have ended."""
     state.kept.close()
+    if state.events is not None:
+        state.events.close()
     have_ended = [served.async_llm.stop(LAST_STEP_S) for served in state.models]
     return all(have_ended)
 

@@ -58,6 +58,9 @@ class ServerConfig:
     log_format: Literal["text", "json"] = "text"
     access_log: bool = True
     read_only: bool = False  # the page only shows: no chat on it, and nobody's request can be aborted
+    kv_events: str | None = None  # the endpoint at which routers hear of blocks
+    kv_events_replay: str | None = None  # that repeats what they missed
+    kv_events_topic: str = ""
     redact: bool = False  # those who watch see no text of tokens
     is_replica: bool = False  # behind a front, which tells of each answer what it follows from
     drop_billing_line: bool = False  # the one that Claude Code puts before its system prompt, another each time
@@ -80,6 +83,9 @@ class ServerConfig:
             )
         if self.no_auth and self.api_keys:
             raise InvalidInput("--no-auth and --api-key contradict each other", hint="leave out one")
+
+        if self.kv_events is None and (self.kv_events_replay is not None or self.kv_events_topic):
+            raise InvalidInput("there are no KV events to repeat or to name", hint="give --kv-events too")
 
     @property
     def is_local(self) -> bool:

@@ -18,6 +18,7 @@ from kvik.server.errors import ApiError
 from kvik.server.live.hub import Live
 from kvik.server.served import Models
 from kvik.server.settings import ServerConfig
+from kvik.server.watch.kv_events import KVEventFeed
 
 MAX_SALTS = 1 << 14
 """Salts whose tenants are remembered."""
@@ -44,6 +45,7 @@ class ServerState:
     started_s: float = field(default_factory=time.monotonic)
     secret: str = field(default_factory=lambda: secrets.token_hex(16))
     clock: Callable[[], float] = time.monotonic  # by which what is kept for a time has had it
+    events: KVEventFeed | None = None  # what routers hear of blocks
     kept: Kept = field(init=False)
     live: Live = field(init=False)
     _salts_lock: Lock = field(default_factory=Lock)

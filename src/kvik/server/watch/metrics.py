@@ -254,6 +254,16 @@ class _Collector:
             ("http_retries", "Requests that a client marks as retries", http.num_retries),
         ):
             yield CounterMetricFamily(PREFIX + name, told, value=value)
+        events = self._state.events
+        for name, told, count in (
+            ("kv_events", "KV events that were handed to the socket", 0 if events is None else events.num_events),
+            (
+                "kv_events_dropped_batches",
+                "Steps whose KV events the socket did not take, after which all blocks were told anew",
+                0 if events is None else events.num_dropped,
+            ),
+        ):
+            yield CounterMetricFamily(PREFIX + name, told, value=count)
         yield GaugeMetricFamily(PREFIX + "draining", "1 while the server drains", int(self._state.is_draining))
         yield InfoMetricFamily(PREFIX + "build", "The version of kvik", value={"version": __version__})
 
