@@ -150,6 +150,9 @@ bench-engine: $(VENV)/.installed
 docs: reference $(VENV)/.docs-installed
 	$(call say,The site$(,) strict: build/site/index.html)
 	$(VENV)/bin/zensical build --clean --strict
+	@! grep -rnoE '<(script|img|iframe|link)[^>]*(src|href)=.?https?://[^ >]*|iframe-worker' build/site --include='*.html' || \
+	  { echo "the site fetches something from elsewhere"; exit 1; }
+	@echo "read it: $(VENV)/bin/python -m http.server -d build/site -b 127.0.0.1 8001"
 
 reference: $(VENV)/.tests-installed
 	$(call say,docs/reference$(,) from the program)
