@@ -134,7 +134,7 @@ def test_json_has_bytes_as_whole_numbers(kvik: Kvik, example: str) -> None:
 
 def test_json_names_are_those_of_the_documentation(kvik: Kvik) -> None:
     """A name that goes, comes or changes has to be told in docs/reference/plan-json.md."""
-    arguments = "gemma-3-27b --context 4096 --users 100 --device h100 --json"
+    arguments = "gemma-3-27b --context 4096 --users 100 --replicas 4 --device h100 --json"
     report = json.loads(kvik("plan", *shlex.split(arguments)).stdout)
     types = re.compile(r"^(kv|weights)\.(f32|f16|int8|k4v4|bf16|q\w+)\.")
     names = {types.sub(r"\1.TYPE.", name) for name, _ in leaves(report)}

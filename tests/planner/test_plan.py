@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -255,6 +255,27 @@ def test_where_the_next_doubling_goes() -> None:
     assert "52 window 1,024 layers need nothing" in sentence
 
 
+def test_replicas_are_plans_of_their_users_added_up() -> None:
+    options: dict[str, Any] = {"context": 4096, "prefix": 512, "device": "h100"}
+    whole = plan("llama-3-8b", users=10, replicas=4, **options)
+    parts = [plan("llama-3-8b", users=users, **options) for users in (3, 3, 2, 2)]
+    replicas = whole.replicas
+    assert replicas is not None
+    assert (replicas.num_replicas, replicas.users_each, replicas.each_bytes) == (4, 3, parts[0].needed_bytes)
+    assert replicas.num_bytes == sum(part.needed_bytes for part in parts)
+    assert replicas.prefix_copies_bytes == sum(part.kv.num_bytes for part in parts) - whole.kv.num_bytes
+    decodes = [part.speeds[0] for part in parts if part.speeds]
+    seconds = [phase.seconds for phase in decodes if phase.seconds]
+    assert len(seconds) == 4
+    # In turns on one machine: all users have had a token when each replica has had its step.
+    assert replicas.same_machine_tokens_per_s == pytest.approx(10 / sum(seconds))
+    assert replicas.own_machines_tokens_per_s == pytest.approx(sum(phase.tokens_per_s or 0 for phase in decodes))
+    assert plan("llama-3-8b", users=10, **options).replicas is None
+    unknown = plan("llama-3-8b", users=10, context=4096, replicas=2).replicas  # on no device
+    assert unknown is not None
+    assert (unknown.same_machine_tokens_per_s, unknown.own_machines_tokens_per_s) == (None, None)
+
+
 # What is refused.
 
 
@@ -273,6 +294,9 @@ def test_where_the_next_doubling_goes() -> None:
         ({"users": 1 << 30}, "users is 1,073,741,824"),
         ({"prefix": -1}, "prefix is -1"),
         ({"context": 100, "prefix": 100}, "prefix is 100; a sequence has 100 tokens"),
+        ({"replicas": 0}, "replicas is 0"),
+        ({"users": 4, "replicas": 5}, "replicas is 5; 4 users are divided among them"),
+        ({"users": 1000, "replicas": 65}, "replicas is 65"),
         ({"kv": "f8"}, "kv is 'f8'"),
         ({"weights": "q99"}, "weights is 'q99'"),
         ({"memory": -1}, "memory is -1"),

@@ -23,6 +23,7 @@ def plan(
     context: Annotated[int | None, value(LOAD, "N", "Tokens of a sequence; default: the model's limit.")] = None,
     users: Annotated[int, value(LOAD, "N", "Sequences at once.", show_default=True)] = 1,
     prefix: Annotated[int, value(LOAD, "N", "First tokens that all of them share.", show_default=True)] = 0,
+    replicas: Annotated[int, value(LOAD, "N", "Processes among which the users are divided.", show_default=True)] = 1,
     kv: Annotated[str, value(LOAD, "TYPE", KV_DTYPE_HELP, show_default=True)] = "f16",
     weights: Annotated[str | None, value(LOAD, "TYPE", "Like bf16, q8_0, q4_k; else the file's, or bf16.")] = None,
     memory: Annotated[
@@ -65,6 +66,7 @@ def plan(
             memory=memory,
             device=device,
             prefix=prefix,
+            replicas=replicas,
         )
 
     if compare is None:

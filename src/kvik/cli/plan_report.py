@@ -56,6 +56,7 @@ def plan_report(plan: Plan) -> dict[str, Any]:
         "fit": _fit_report(plan),
         "device": plan.device and asdict(plan.device),
         "speed": _speed_report(plan),
+        "replicas": plan.replicas and asdict(plan.replicas),
         "advice": advice(plan),
     }
 

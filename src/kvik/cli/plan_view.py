@@ -20,7 +20,10 @@ WIDTH = 80
 
 def plan_lines(plan: Plan) -> list[str]:
     """One model."""
-    sections = (_title(plan), _memory(plan), _kv(plan), _weights(plan), _what_ifs(plan), _speeds(plan), _advice(plan))
+    sections = (
+        *(_title(plan), _memory(plan), _kv(plan), _weights(plan), _what_ifs(plan), _speeds(plan)),
+        *(_replicas(plan), _advice(plan)),
+    )
     lines: list[str] = []
     for section in sections:
         found = list(section)
@@ -205,6 +208,36 @@ def _speeds(plan: Plan) -> Iterator[str]:
     if plan.device and plan.device.uncertain:
         doubts = ", ".join(plan.device.uncertain)
         yield f"? uncertain: {'all its figures' if doubts == 'all' else doubts}"
+
+
+def _replicas(plan: Plan) -> Iterator[str]:
+    """One process beside as many as are asked for, on one machine and on several."""
+    replicas = plan.replicas
+    if replicas is None:
+        return
+
+    def speed(tokens_per_s: float | None) -> list[str]:
+        return [rate(tokens_per_s) if tokens_per_s else "-"] if plan.speeds is not None else []
+
+    number, users = replicas.num_replicas, f"{replicas.users_each:,}"
+    header = ["replicas", "users each", "each", "all", *(["decode tok/s"] if plan.speeds is not None else [])]
+    one = None if plan.speeds is None else plan.speeds[0].tokens_per_s
+    needed, each, whole = amount(plan.needed_bytes), amount(replicas.each_bytes), amount(replicas.num_bytes)
+    yield from columns(
+        [
+            header,
+            ["one process", f"{plan.users:,}", needed, needed, *speed(one)],
+            [f"{number} on one machine", users, each, whole, *speed(replicas.same_machine_tokens_per_s)],
+            [f"{number}, a machine each", users, each, whole, *speed(replicas.own_machines_tokens_per_s)],
+        ]
+    )
+    more = replicas.num_bytes - plan.needed_bytes
+    text = f"Replicas share no memory: they take {amount(more)} more than one process"
+    if replicas.prefix_copies_bytes > 0:
+        text += f", {amount(replicas.prefix_copies_bytes)} of it for keys and values"
+    if plan.fit is not None and (most := plan.fit.memory_bytes) < replicas.num_bytes:
+        text += f"; on one machine that is {amount(replicas.num_bytes - most)} too much for {plan.fit.where}"
+    yield from textwrap.wrap(f"{text}.", WIDTH)
 
 
 def _roofline_line(plan: Plan, roofline: Roofline) -> str:

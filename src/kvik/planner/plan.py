@@ -19,6 +19,7 @@ from kvik.planner.memory import (
     table_bytes,
     weight_memory,
 )
+from kvik.planner.replicas import MAX_REPLICAS, ReplicaPlan, plan_replicas
 from kvik.planner.shape import ModelShape
 from kvik.planner.sources import find_shape
 from kvik.planner.speed import COMPUTE_EFFICIENCY, READ_EFFICIENCY, PhaseSpeed, Roofline, speeds
@@ -50,6 +51,7 @@ class Plan:
     speeds: tuple[PhaseSpeed, PhaseSpeed] | None  # decode, prefill
     auto_kv_bytes: int | None  # of the cache that the engine would make on this machine, where it would run the model
     unshared_kv_bytes: int  # of keys and values, were the prefix not shared
+    replicas: ReplicaPlan | None  # where there are to be several processes
 
     @property
     def needed_bytes(self) -> int:
@@ -68,8 +70,11 @@ def plan(
     memory: int | str | None = None,
     device: str | None = None,
     prefix: int = 0,
+    replicas: int = 1,
 ) -> Plan:
     """What a model needs and what fits, before any of it is loaded.
+
+    Users are divided among `replicas`, each a process of its own.
 
     `model` is a name of the catalogue, a .gguf path, a folder or file with a config.json, or a Hub id. `context` None
     means the model's own, `weights` None those of the file, or bf16. `device` is a name of the catalogue, or "here":
@@ -78,7 +83,15 @@ def plan(
     """
     shape = find_shape(model)
     return plan_shape(
-        shape, context=context, users=users, kv=kv, weights=weights, memory=memory, device=device, prefix=prefix
+        shape,
+        context=context,
+        users=users,
+        kv=kv,
+        weights=weights,
+        memory=memory,
+        device=device,
+        prefix=prefix,
+        replicas=replicas,
     )
 
 
@@ -92,6 +105,7 @@ def plan_shape(
     memory: int | str | None = None,
     device: str | None = None,
     prefix: int = 0,
+    replicas: int = 1,
 ) -> Plan:
     """The same of a shape that is known."""
     context = _check_int(
@@ -104,6 +118,9 @@ def plan_shape(
     users = _check_int("users", users, 1, MAX_USERS)
     prefix = _check_int(
         "prefix", prefix, 0, context - 1, of=f"a sequence has {context:,} tokens, one of its own at least"
+    )
+    replicas = _check_int(
+        "replicas", replicas, 1, min(users, MAX_REPLICAS), of=f"{users:,} users are divided among them"
     )
     kv = kv_dtype_name(*parse_kv_dtype(kv, "kv"))
     try:
@@ -140,6 +157,7 @@ def plan_shape(
         speeds=None if roofline is None else speeds(load, roofline),
         auto_kv_bytes=_auto_kv_bytes(shape, kv, context) if device == HERE and shape.runs else None,
         unshared_kv_bytes=kv_memory(shape, kv, context, users=users).num_bytes,
+        replicas=plan_replicas(load, replicas, roofline) if replicas > 1 else None,
     )
 
 
