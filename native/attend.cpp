@@ -11,7 +11,8 @@ namespace {
 using Tile = AttendPlan::Tile;
 using Unit = AttendPlan::Unit;
 
-constexpr int64_t kTransformedTokens = 8; // that a thread takes together
+constexpr int64_t kTransformedTokens = 8;                        // that a thread takes together
+constexpr int64_t kMaxUnits = 1 + kMaxCodedHeadDim / kCodeGroup; // what a row's factors have beside them, in floats
 
 class Attention {
 public:
@@ -39,7 +40,7 @@ private:
 
   // Scores, then widened tiles or the integer kernels' factors; with codes also what is behind the first block.
   int64_t scratch_floats(int64_t rows) const {
-    const int64_t tiles = 2 * kSegment * head_dim_, factors = rows * (kMaxInt8HeadDim / 2 + 2);
+    const int64_t tiles = 2 * kSegment * head_dim_, factors = rows * (kMaxInt8HeadDim / 2 + kMaxUnits);
     const int64_t behind = args_.kv.has_codes() ? rows * (head_dim_ + 2) : 0;
     return (rows * kSegment + std::max(tiles, factors) + behind + 15) / 16 * 16;
   }

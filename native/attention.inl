@@ -9,30 +9,34 @@ void attend_part(const AttendArgs &args, const SegmentTask &task, const Part &pa
   Work work = work_of(args, task, part);
   const KVType keys = part.tiles.key.type, values = part.tiles.value.type;
   const bool has_many_rows = work.num_rows > 2 * kRowsAtOnce;
-  const auto widens = [&](KVType type) { return type == KVType::codes || (has_many_rows && type == KVType::f16); };
+  const auto widens = [&](KVType type) { return has_many_rows && type == KVType::f16; };
   const bool widens_keys = widens(keys), widens_values = widens(values), widens_both = widens_keys && widens_values;
   Ahead ahead{};
   if (!args.kv.has_codes()) ahead = ahead_of(args, task, next, work.all, widens_both);
   // What follows the scores: factors of bytes, or widened tiles, keys before values.
   float *rest = scratch + work.num_rows * kSegment;
   int64_t lines_a_call = 0;
-  if (widens_keys) rest = widen(work, keys, kKey, rest);
+  if (widens_keys) rest = widen(work, work.keys, rest);
   if (widens_both) {
-    widen(work, values, kValue, rest);
+    widen(work, work.values, rest);
     const int64_t calls = work.num_rows + (work.num_rows + kRowsAtOnce - 1) / kRowsAtOnce * kSuperblock / 2;
     lines_a_call = ahead.num_tiles * ahead.lines / calls + 1;
   }
   float *begin = scratch + work.num_rows * kSegment;
   if (keys == KVType::int8)
     score_bytes(work, scratch, begin, ahead);
+  else if (keys == KVType::codes)
+    score_all_codes(work, scratch, begin);
   else if (keys == KVType::f16 && !widens_keys)
     score_floats<Half>(work, scratch, ahead, lines_a_call);
   else
     score_floats<float>(work, scratch, ahead, lines_a_call);
   softmax_rows(work, scratch, ahead, lines_a_call, out);
-  if (widens_values && !widens_both) widen(work, values, kValue, begin); // in place of what the scores needed
+  if (widens_values && !widens_both) widen(work, work.values, begin); // in place of what the scores needed
   if (values == KVType::int8)
     add_bytes(work, scratch, begin, out, ahead);
+  else if (values == KVType::codes)
+    add_all_codes(work, scratch, begin, out);
   else if (values == KVType::f16 && !widens_values)
     add_floats<Half>(work, scratch, out, ahead, lines_a_call);
   else

@@ -26,28 +26,30 @@ inline RowUnit quantize_query(const float *q, int64_t head_dim, float scale, Fac
   return {unit.value * scale, 128 * add_lanes(sum)};
 }
 
-// A row's softmax times the scales of the values; tokens of `all` that the row doesn't see get the factor zero.
-inline RowUnit quantize_weights(float *p, Span seen, Span all, const float *scales, Factors *factors) {
+// A row's softmax times the scales of the values; tokens of `all` that the row doesn't see get the factor zero. Values
+// are kept `offset` above what they are.
+inline RowUnit quantize_weights(float *p, Span seen, Span all, const float *scales, int32_t offset, Factors *factors) {
   Wide largest = wide_zero(), defect = wide_zero();
   for_vectors(seen, [&](int i, auto edge) {
     const Wide weight = load_as<Wide>(p + i) * load_as<Wide>(scales + i);
     const Wide w = only_seen(edge, seen, i, weight, wide_zero()); // zero times what lies there may be NaN
     store(p + i, w);
-    largest = max(w, largest);
+    largest = max(w, max(wide_zero() - w, largest)); // scales of codes may be below zero
     defect = defect + (w - w);
   });
   const Unit unit = unit_of(max_of(largest), add_eights(zero8(), defect), kFactorLevels, 1e-34f);
   WideInt sum = wide_broadcast_int(0);
-  const Wide inverse = wide_broadcast(unit.inverse), max_level = wide_broadcast(kFactorLevels);
+  const Wide inverse = wide_broadcast(unit.inverse);
+  const Wide max_level = wide_broadcast(kFactorLevels), min_level = wide_broadcast(-kFactorLevels);
   int first = seen.first / kWideLanes * kWideLanes, last = first;
   for (; last < seen.last; last += kWideLanes) {
-    const WideInt whole = to_int(min(load_as<Wide>(p + last) * inverse, max_level));
+    const WideInt whole = to_int(max(min(load_as<Wide>(p + last) * inverse, max_level), min_level));
     sum = sum + whole;
     store_factors(factors + last / 4, whole);
   }
   for (int quad = all.first / 4; quad < first / 4; ++quad) factors[quad] = Factors{};
   for (int quad = last / 4; quad < (all.last + 3) / 4; ++quad) factors[quad] = Factors{};
-  return {unit.value, 128 * add_lanes(sum)};
+  return {unit.value, offset * add_lanes(sum)};
 }
 
 template <int rows> inline void score_quads(const Factors *q, const RowUnit *units, const uint8_t *tile,
@@ -143,7 +145,8 @@ inline RowUnit *units_behind(Factors *factors, int64_t num_rows) {
   for (int block = work.first_block(); block < work.end_block(); ++block)
     std::memcpy(value_scales + block * kBlockSize, scales_of(work.values[block], head_dim), kBlockSize * sizeof(float));
   for (int64_t row = 0; row < num_rows; ++row)
-    units[row] = quantize_weights(scores + row * kSegment, work.seen(row), all, value_scales, factors + row * kQuads);
+    units[row] =
+        quantize_weights(scores + row * kSegment, work.seen(row), all, value_scales, 128, factors + row * kQuads);
   for_slices(num_rows, [&](int64_t row, auto count) {
     constexpr int rows = decltype(count)::value;
     constexpr int kVectors = rows <= 3 ? 4 : 2; // each has two sums where the kernels are wide

@@ -139,19 +139,12 @@ void add_floats(const Work &work, float *scores, const Partial &out, const Ahead
   });
 }
 
-// Tiles of halves or codes as tiles of floats, for many rows to read; gives the end of those.
-[[gnu::noinline]] float *widen(Work &work, kvik::KVType type, Side side, float *floats) {
+// Tiles of halves as tiles of floats, for many rows to read; gives the end of those.
+inline float *widen(const Work &work, const uint8_t **tiles, float *floats) {
   const int64_t count = kBlockSize * work.head_dim;
-  const uint8_t **tiles = side == kKey ? work.keys : work.values;
   for (int block = work.first_block(); block < work.end_block(); ++block, floats += count) {
-    if (type == kvik::KVType::f16) {
-      const Half *halves = reinterpret_cast<const Half *>(tiles[block]);
-      for (int64_t i = 0; i < count; i += kWideLanes) store(floats + i, wide_load(halves + i));
-    } else if (side == kKey) {
-      decode_keys(tiles[block], work.head_dim, floats);
-    } else {
-      decode_values(tiles[block], work.head_dim, floats);
-    }
+    const Half *halves = reinterpret_cast<const Half *>(tiles[block]);
+    for (int64_t i = 0; i < count; i += kWideLanes) store(floats + i, wide_load(halves + i));
     tiles[block] = reinterpret_cast<const uint8_t *>(floats);
   }
   return floats;

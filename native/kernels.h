@@ -73,9 +73,8 @@ struct TileFormat {
 // Keys and values of some tokens: for each KV head 8 K tiles and then 8 V tiles in each superblock. A block's K tile is
 // [head_dim][32 tokens], its V tile [32 tokens][head_dim]. With int8 they are [head_dim / 4][32 tokens][4] and [32 / 4
 // tokens][head_dim][4], each byte 128 above its value, and a float scale for each of the 32 tokens follows. With codes
-// they are [head_dim / 2][32 tokens], a byte for two neighbouring dimensions, and [32 tokens][head_dim / 2], a byte for
-// dimensions 16 apart; 16-bit scales of 32 dimensions follow, [head_dim / 32][32 tokens] and [32 tokens][head_dim /
-// 32].
+// they are [head_dim / 8][32 tokens][4], a byte for dimensions 4 apart, and [32 / 4 tokens][head_dim / 32][16][4], a
+// byte for dimensions 16 apart; 16-bit scales [head_dim / 32][32 tokens] follow.
 struct KVTiles {
   void *data;
   TileFormat key, value;

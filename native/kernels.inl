@@ -19,6 +19,7 @@
 #include "attention_work.inl"
 #include "attention_floats.inl"
 #include "attention_bytes.inl"
+#include "attention_codes.inl"
 #include "attention.inl"
 // clang-format on
 #include "elementwise.inl"

@@ -18,7 +18,7 @@ void hadamard(float *x, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] *= scale;
 }
 
-// Scales lie behind the codes of a tile, in both kinds of tile.
+// Scales [head_dim / 32][32 tokens] lie behind the codes, in both kinds of tile.
 inline Half *code_scales(uint8_t *tile, int64_t head_dim) {
   return reinterpret_cast<Half *>(tile + kBlockSize * head_dim / 2);
 }
@@ -55,52 +55,19 @@ inline void write_key_codes(uint8_t *tile, int64_t token, const float *k, int64_
   for (int64_t d = 0; d < head_dim; d += kCodeGroup) {
     uint8_t codes[kCodeGroup];
     code_scales(tile, head_dim)[d / kCodeGroup * kBlockSize + token] = encode(k + d, codes);
-    for (int i = 0; i < kCodeGroup; i += 2)
-      tile[(d + i) / 2 * kBlockSize + token] = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
+    for (int i = 0; i < kCodeGroup; i += 8)
+      for (int j = 0; j < 4; ++j)
+        tile[((d + i) / 8 * kBlockSize + token) * 4 + j] = static_cast<uint8_t>(codes[i + j] | codes[i + 4 + j] << 4);
   }
 }
 inline void write_value_codes(uint8_t *tile, int64_t token, const float *v, int64_t head_dim) {
-  uint8_t *bytes = tile + token * head_dim / 2;
-  for (int64_t d = 0; d < head_dim; d += kCodeGroup) {
+  const int64_t groups = head_dim / kCodeGroup;
+  for (int64_t g = 0; g < groups; ++g) {
     uint8_t codes[kCodeGroup];
-    code_scales(tile, head_dim)[(token * head_dim + d) / kCodeGroup] = encode(v + d, codes);
+    code_scales(tile, head_dim)[g * kBlockSize + token] = encode(v + g * kCodeGroup, codes);
+    uint8_t *bytes = tile + (token / 4 * groups + g) * 2 * kCodeGroup + token % 4;
     for (int i = 0; i < kCodeGroup / 2; ++i)
-      bytes[d / 2 + i] = static_cast<uint8_t>(codes[i] | codes[i + kCodeGroup / 2] << 4);
-  }
-}
-
-inline float code_value(int code, float scale) { return static_cast<float>(code - 8) * scale; }
-
-// A tile's keys as floats [head_dim][32 tokens]: exact, for 4 bits times 11 bits fit.
-inline void decode_keys(const uint8_t *tile, int64_t head_dim, float *out) {
-  const Half *scales = code_scales(tile, head_dim);
-  for (int64_t d = 0; d < head_dim; d += kCodeGroup, scales += kBlockSize) {
-    float scale[kBlockSize];
-    for (int i = 0; i < kBlockSize; i += kWideLanes) store(scale + i, wide_load(scales + i));
-    for (int64_t pair = d / 2; pair < (d + kCodeGroup) / 2; ++pair) {
-      const uint8_t *codes = tile + pair * kBlockSize;
-      float *first = out + 2 * pair * kBlockSize, *second = first + kBlockSize;
-      for (int token = 0; token < kBlockSize; ++token) {
-        first[token] = code_value(codes[token] & 15, scale[token]);
-        second[token] = code_value(codes[token] >> 4, scale[token]);
-      }
-    }
-  }
-}
-// A tile's values as floats [32 tokens][head_dim].
-inline void decode_values(const uint8_t *tile, int64_t head_dim, float *out) {
-  const Half *scales = code_scales(tile, head_dim);
-  for (int64_t group = 0; group < kBlockSize * head_dim / kCodeGroup; group += kWideLanes) {
-    float scale[kWideLanes];
-    store(scale, wide_load(scales + group));
-    for (int g = 0; g < kWideLanes; ++g) {
-      const uint8_t *codes = tile + (group + g) * kCodeGroup / 2;
-      float *items = out + (group + g) * kCodeGroup;
-      for (int i = 0; i < kCodeGroup / 2; ++i) {
-        items[i] = code_value(codes[i] & 15, scale[g]);
-        items[i + kCodeGroup / 2] = code_value(codes[i] >> 4, scale[g]);
-      }
-    }
+      bytes[4 * i] = static_cast<uint8_t>(codes[i] | codes[i + kCodeGroup / 2] << 4);
   }
 }
 

@@ -35,6 +35,15 @@ inline void store_factors(Factors *out, WideInt a) {
   _mm_storeu_si128(reinterpret_cast<__m128i *>(out + 2), _mm_unpackhi_epi32(highs, lows));
 }
 inline Quads load_quads(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
+// Two to a byte, the first in the low bits: codes of 4 bits.
+struct PackedQuads {
+  __m512i v;
+};
+inline PackedQuads load_packed_quads(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
+inline Quads low_quads(const PackedQuads &a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline Quads high_quads(const PackedQuads &a) {
+  return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+}
 // Eight lanes of them; the others hold anything.
 inline Quads load_eight_quads(const uint8_t *p) {
   return {_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)))};
@@ -78,6 +87,19 @@ inline Quads load_quads(const uint8_t *p) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
   return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
 }
+struct PackedQuads {
+  __m256i v;
+};
+inline PackedQuads load_packed_quads(const uint8_t *p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))};
+}
+inline Quads low_quads(const PackedQuads &a) {
+  const __m256i mask = _mm256_set1_epi16(15);
+  return {_mm256_and_si256(a.v, mask), _mm256_and_si256(_mm256_srli_epi16(a.v, 8), mask)};
+}
+inline Quads high_quads(const PackedQuads &a) {
+  return {_mm256_and_si256(_mm256_srli_epi16(a.v, 4), _mm256_set1_epi16(15)), _mm256_srli_epi16(a.v, 12)};
+}
 inline QuadSum no_quads() { return {_mm256_setzero_si256()}; }
 inline QuadSum add_products(QuadSum sum, Quads a, const Factors &factors) {
   int32_t even, odd;
@@ -104,6 +126,16 @@ inline void store_factors(Factors *out, WideInt a) {
   }
 }
 inline Quads load_quads(const uint8_t *p) { return {p}; }
+struct PackedQuads {
+  uint8_t low[4 * kLanes], high[4 * kLanes];
+};
+inline PackedQuads load_packed_quads(const uint8_t *p) {
+  PackedQuads a;
+  for (int i = 0; i < 4 * kLanes; ++i) a.low[i] = p[i] & 15, a.high[i] = static_cast<uint8_t>(p[i] >> 4);
+  return a;
+}
+inline Quads low_quads(const PackedQuads &a) { return {a.low}; }
+inline Quads high_quads(const PackedQuads &a) { return {a.high}; }
 inline QuadSum no_quads() { return {}; }
 inline QuadSum add_products(QuadSum sum, Quads a, const Factors &factors) {
   for (int i = 0; i < kLanes; ++i) {
