@@ -216,3 +216,16 @@ def test_a_front_that_drains_loses_nothing(single: str, model: str) -> None:
                 os.kill(front_pid, signal.SIGTERM)
 
         assert lasting(ask(url, path, body, drain)) == lasting(ask(single, path, body))
+
+
+@pytest.mark.full
+def test_a_replica_that_stands_still_is_ended_and_its_stream_goes_on(single: str, front: str) -> None:
+    path, body = STREAMS["chat"]
+    body = body | {"stream": True}
+
+    def stop(count: int) -> None:
+        if count == 20:
+            (replica,) = [each for each in replicas_of(front) if each["in_flight"]]
+            os.kill(replica["pid"], signal.SIGSTOP)
+
+    assert lasting(ask(front, path, body, stop)) == lasting(ask(single, path, body))
