@@ -274,7 +274,11 @@ def test_bad_input_is_refused_with_a_hint(kvik: Kvik, arguments: tuple[str, ...]
 
 
 def test_a_near_kv_type_is_suggested(kvik: Kvik) -> None:
-    assert "hint: did you mean f16? give some of " in kvik("bench", "--kv", "fp16").stderr
+    for given, meant in (("fp16", "f16"), ("k4v", "k4v4")):
+        _, hint = kvik("bench", "--kv", given).stderr.splitlines()
+        assert hint.startswith(
+            f"hint: did you mean {meant}? give one of f32, f16, int8, k4v4, or a pair like k=int8,v=f16"
+        )
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def bench(
     gen: Annotated[int, value(CASES, "N", "Tokens that each sequence writes.", show_default=True)] = 64,
     depth: Annotated[str, value(CASES, "N,N,…", "Tokens in the cache before them.", show_default=True)] = "0",
     batch: Annotated[str, value(CASES, "N,N,…", "Sequences at once.", show_default=True)] = "1",
-    kv: Annotated[str, value(CASES, "TYPE,…", "Keys and values: f16, f32, int8.", show_default=True)] = "f16",
+    kv: Annotated[
+        str, value(CASES, "TYPE,…", "Keys and values: f16, f32, int8, k4v4, k=int8,v=v4, …", show_default=True)
+    ] = "f16",
     threads: Annotated[str | None, value(CASES, "N,N,…", "Default: one for each processor.")] = None,
     kv_heads: Annotated[
         str | None,
@@ -142,10 +144,10 @@ def bench(
 def _kv_dtype(text: str) -> str:
     try:
         return kv_dtype_name(*parse_kv_dtype(text))
-    except InvalidInput:
-        near = difflib.get_close_matches(text, get_args(KVDType), 1)
+    except InvalidInput as error:
+        near = difflib.get_close_matches(text, (*get_args(KVDType), "k4v4"), 1)
         meant = f"did you mean {near[0]}? " if near else ""
-        hint = f"{meant}give some of {', '.join(get_args(KVDType))}"
+        hint = f"{meant}{error.hint}"
         raise InvalidInput(f"--kv has {text!r:.40} in it", hint=hint) from None
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvik.server.app import make_app
@@ -111,10 +112,10 @@ async def until_answered(state: ServerState, seconds: float) -> None:
         await asyncio.sleep(0.02)
 
 
-def new_server(state: ServerState) -> Server:
-    """uvicorn around the application, not yet running."""
-    config = uvicorn.Config(
-        make_app(state),
+def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn runs an application of kvik's."""
+    return uvicorn.Config(
+        app,
         loop="asyncio",
         http=Protocol,
         ws="none",
@@ -126,7 +127,11 @@ def new_server(state: ServerState) -> Server:
         timeout_graceful_shutdown=1,
         timeout_keep_alive=75,
     )
-    return Server(config, state)
+
+
+def new_server(state: ServerState) -> Server:
+    """uvicorn around the application, not yet running."""
+    return Server(uvicorn_config(make_app(state)), state)
 
 
 async def run(

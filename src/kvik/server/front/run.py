@@ -9,15 +9,11 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import uvicorn
-
 from kvik.cluster import Cost, Router
-from kvik.server.connection import Protocol
 from kvik.server.front.app import Front, FrontState
 from kvik.server.front.processes import Process
 from kvik.server.gate import Gate
-from kvik.server.listening import BACKLOG
-from kvik.server.run import Server, until_answered
+from kvik.server.run import Server, until_answered, uvicorn_config
 from kvik.server.settings import ServerConfig
 
 log = logging.getLogger(__name__)
@@ -40,20 +36,7 @@ def serve_replicas(
 
 
 async def _run(state: FrontState, listening: socket.socket, on_ready: Callable[[], None]) -> None:
-    options = uvicorn.Config(
-        Gate(Front(state), state, {}),
-        loop="asyncio",
-        http=Protocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        backlog=BACKLOG,
-        timeout_graceful_shutdown=1,
-        timeout_keep_alive=75,
-    )
-    server = Server(options, state)
+    server = Server(uvicorn_config(Gate(Front(state), state, {})), state)
     loop = server.loop = asyncio.get_running_loop()
     num_ready = 0
 
